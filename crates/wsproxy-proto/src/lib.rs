@@ -1,0 +1,7 @@
+//! The parts of wsproxy that can be proved without IO: WebSocket, names, limits, endings.
+//!
+//! Nothing here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
+
+pub mod disconnect;
+pub mod names;
+pub mod rate;

@@ -1,0 +1,151 @@
+//! How keys and channels on the bus are spelled; knows nothing of what they carry.
+
+use std::fmt;
+
+/// Longest accepted id, in bytes.
+pub const ID_BYTES_MAX: usize = 128;
+
+/// The prefix that an operator puts before every key and channel, so that several
+/// deployments can share one Redis; empty by default.
+#[derive(Debug, Clone, Default)]
+pub struct Names {
+    prefix: String,
+}
+
+impl Names {
+    /// `prefix` without the colon that separates it from the name; empty for none.
+    #[must_use]
+    pub fn new(prefix: &str) -> Self {
+        let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}:") };
+        Self { prefix }
+    }
+
+    /// Channel from the workers to the clients of a session.
+    #[must_use]
+    pub fn session_down(&self, session: &Id) -> String {
+        self.session(session, "down")
+    }
+
+    /// Channel from the clients of a session to its worker.
+    #[must_use]
+    pub fn session_up(&self, session: &Id) -> String {
+        self.session(session, "up")
+    }
+
+    /// Stream that keeps what no worker was there to receive.
+    #[must_use]
+    pub fn session_up_log(&self, session: &Id) -> String {
+        self.session(session, "up:log")
+    }
+
+    /// Channel on which workers command a session's connections.
+    #[must_use]
+    pub fn session_control(&self, session: &Id) -> String {
+        self.session(session, "control")
+    }
+
+    /// Key of a session's one-time token.
+    #[must_use]
+    pub fn session_auth(&self, session: &Id) -> String {
+        self.session(session, "auth")
+    }
+
+    /// Channel that announces opened and closed sessions of an agent.
+    #[must_use]
+    pub fn agent_sessions(&self, agent: &Id) -> String {
+        format!("{}agent:{agent}:sessions", self.prefix)
+    }
+
+    /// Channel of an instance's own, for the probe of the bus.
+    #[must_use]
+    pub fn probe(&self, server: &str) -> String {
+        format!("{}wsproxy:probe:{server}", self.prefix)
+    }
+
+    fn session(&self, session: &Id, what: &str) -> String {
+        format!("{}session:{session}:{what}", self.prefix)
+    }
+}
+
+/// The id of a session, an agent, a room, …: safe inside a key, a channel, a path and a log line.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Id(Box<str>);
+
+/// Why a string is no id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IdError {
+    /// Nothing between the slashes.
+    #[error("is empty")]
+    Empty,
+    /// More than [`ID_BYTES_MAX`] bytes.
+    #[error("is longer than {ID_BYTES_MAX} bytes")]
+    TooLong,
+    /// A byte other than letters, digits and `-_.~@+=`.
+    #[error("may hold only letters, digits and -_.~@+=")]
+    BadByte,
+}
+
+impl Id {
+    /// Accepts 1 to [`ID_BYTES_MAX`] bytes of `A-Z a-z 0-9 - _ . ~ @ + =`.
+    ///
+    /// A colon would make one entity's channel spell another's, so it is not among them.
+    ///
+    /// # Errors
+    /// Says which rule was broken.
+    pub fn parse(text: &str) -> Result<Self, IdError> {
+        match text.as_bytes() {
+            [] => Err(IdError::Empty),
+            bytes if bytes.len() > ID_BYTES_MAX => Err(IdError::TooLong),
+            bytes if bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.~@+=".contains(b)) => {
+                Ok(Self(text.into()))
+            }
+            _ => Err(IdError::BadByte),
+        }
+    }
+
+    /// The id as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_contract() {
+        let id = Id::parse("s-1").unwrap();
+        let names = Names::new("");
+        assert_eq!(names.session_down(&id), "session:s-1:down");
+        assert_eq!(names.session_up(&id), "session:s-1:up");
+        assert_eq!(names.session_up_log(&id), "session:s-1:up:log");
+        assert_eq!(names.session_control(&id), "session:s-1:control");
+        assert_eq!(names.session_auth(&id), "session:s-1:auth");
+        assert_eq!(names.agent_sessions(&id), "agent:s-1:sessions");
+        assert_eq!(Names::new("eu").session_up(&id), "eu:session:s-1:up");
+    }
+
+    #[test]
+    fn ids_refuse_what_could_spell_another_name() {
+        assert_eq!(Id::parse(""), Err(IdError::Empty));
+        assert_eq!(Id::parse(&"a".repeat(129)), Err(IdError::TooLong));
+        for bad in ["a:b", "a/b", "a b", "a\n", "ä", "a\0", "*", "{x}"] {
+            assert_eq!(Id::parse(bad), Err(IdError::BadByte), "{bad:?}");
+        }
+        assert!(Id::parse("Az09-_.~@+=").is_ok());
+    }
+}

@@ -1,0 +1,323 @@
+//! The configuration in the types that the code needs; knows nothing of files and environments.
+
+use std::{net::IpAddr, time::Duration};
+
+use ipnet::IpNet;
+use secrecy::SecretString;
+
+/// Everything an operator can set. One field per section of the file.
+#[derive(Debug, Clone, Default)]
+pub struct Config {
+    /// `[server]`
+    pub server: Server,
+    /// `[admin]`
+    pub admin: Admin,
+    /// `[redis]`
+    pub redis: Redis,
+    /// `[limits]`
+    pub limits: Limits,
+    /// `[heartbeat]`
+    pub heartbeat: Heartbeat,
+    /// `[rate_limit]`
+    pub rate_limit: RateLimit,
+    /// `[compression]`
+    pub compression: Compression,
+    /// `[log]`
+    pub log: Log,
+    /// `[endpoints]`
+    pub endpoints: Endpoints,
+    /// `[sessions]`
+    pub sessions: Sessions,
+    /// `[api]`
+    pub api: Api,
+}
+
+/// `[server]`: where clients arrive and how the instance ends.
+#[derive(Debug, Clone)]
+pub struct Server {
+    /// Address to listen on.
+    pub bind: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Name of the instance; `None`: a fresh id at every start.
+    pub server_id: Option<String>,
+    /// Worker threads; 0: one per core.
+    pub threads: usize,
+    /// Everything must have ended this long after the first signal.
+    pub shutdown_timeout: Duration,
+    /// How long `/ready` says 503 before listeners stop, so that load balancers notice.
+    pub drain_delay: Duration,
+    /// Over which time connections are closed, so that they do not all come back at once.
+    pub drain_spread: Duration,
+    /// Deadline for all bus and store work of one handshake.
+    pub handshake_timeout: Duration,
+    /// A client must have sent its request head within this time.
+    pub header_timeout: Duration,
+    /// Largest request head, in bytes.
+    pub header_bytes_max: usize,
+    /// Addresses whose `X-Forwarded-For` or `Forwarded` is believed.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Browser origins that may connect, `https://app.example` or `https://*.example`; `*`: any. Empty: any.
+    pub allowed_origins: Vec<String>,
+}
+
+/// `[admin]`: health, metrics and API on a port of their own.
+#[derive(Debug, Clone, Default)]
+pub struct Admin {
+    /// Address; `None`: that of `[server]`.
+    pub bind: Option<IpAddr>,
+    /// Port for admin routes and API; `None`: they are served on the main port.
+    pub port: Option<u16>,
+}
+
+/// `[redis]`: the bus. Without a URL the embedded one is used.
+#[derive(Debug, Clone)]
+pub struct Redis {
+    /// `redis://`, `rediss://` or `unix://`; `None`: embedded bus. May hold a password, hence secret.
+    pub url: Option<SecretString>,
+    /// Put before every key and channel, with a colon.
+    pub channel_prefix: String,
+    /// Time to connect and authenticate.
+    pub connect_timeout: Duration,
+    /// A link on which nothing came for this long after a question is replaced.
+    pub response_timeout: Duration,
+    /// How often a message of the instance's own must come back.
+    pub probe_interval: Duration,
+    /// Bound of what waits to be published; beyond it clients' reads pause.
+    pub publish_queue_bytes: usize,
+    /// File with further CA certificates (PEM) for `rediss://`.
+    pub ca_file: Option<std::path::PathBuf>,
+}
+
+/// `[limits]`: what one connection and the process may use.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Connections per instance; 0: as many as descriptors allow.
+    pub max_connections: usize,
+    /// Largest message, before and after inflating.
+    pub max_message_bytes: usize,
+    /// Most fragments of one message.
+    pub max_fragments: u32,
+    /// Bound of what waits for one client.
+    pub send_buffer_bytes: usize,
+    /// Bound of what waits for all clients; beyond it the worst offender goes.
+    pub send_buffers_total_bytes: usize,
+    /// Messages per second and connection; 0: no limit.
+    pub messages_per_second: u32,
+    /// How many of them may come at once.
+    pub message_burst: u32,
+}
+
+/// `[heartbeat]`: how dead and idle connections are found.
+#[derive(Debug, Clone)]
+pub struct Heartbeat {
+    /// A ping is sent when nothing arrived for this long.
+    pub interval: Duration,
+    /// A connection from which nothing arrived for this long is dead.
+    pub timeout: Duration,
+    /// A connection without data messages for this long is closed with 4003; zero: never.
+    pub idle_timeout: Duration,
+}
+
+/// `[rate_limit]`: connection attempts per client address.
+#[derive(Debug, Clone)]
+pub struct RateLimit {
+    /// Attempts per window; 0: no limit.
+    pub max_requests: u32,
+    /// The window.
+    pub window: Duration,
+}
+
+/// `[compression]`: permessage-deflate.
+#[derive(Debug, Clone)]
+pub struct Compression {
+    /// Negotiate it where the client offers it.
+    pub enabled: bool,
+    /// Messages shorter than this are sent as they are.
+    pub threshold_bytes: usize,
+    /// 1 (fast) to 9 (small).
+    pub level: u32,
+    /// Let clients keep their compression context between messages: costs up to 48 KB a connection.
+    pub client_context_takeover: bool,
+}
+
+/// `[log]`
+#[derive(Debug, Clone)]
+pub struct Log {
+    /// A level, or directives such as `info,wsproxy::bus=debug`.
+    pub level: String,
+    /// How lines look.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Pretty where standard error is a terminal, else JSON.
+    Auto,
+    /// One JSON object per line.
+    Json,
+    /// For people.
+    Pretty,
+}
+
+/// `[endpoints]`: which endpoint families are served.
+#[derive(Debug, Clone)]
+pub struct Endpoints {
+    /// `/{agent_id}/ws/{session_id}`
+    pub sessions: bool,
+    /// `/echo`: answers every message with itself; for conformance suites.
+    pub echo: bool,
+}
+
+/// `[sessions]`
+#[derive(Debug, Clone)]
+pub struct Sessions {
+    /// What a client's message meets when no worker listens.
+    pub no_receiver: NoReceiver,
+    /// Most entries of `session:{id}:up:log`.
+    pub up_log_entries_max: u64,
+    /// That log expires this long after its last entry.
+    pub up_log_ttl: Duration,
+    /// Invalid messages after which the connection is closed; 0: never.
+    pub strikes_max: u32,
+    /// How messages from workers are framed.
+    pub down_frames: DownFrames,
+    /// What clients are told after a loss of the bus.
+    pub on_bus_loss: OnBusLoss,
+    /// How long a token lives which the API or `wsproxy token` made.
+    pub token_ttl: Duration,
+}
+
+/// What a client's message meets when no worker listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoReceiver {
+    /// Nothing.
+    Ignore,
+    /// An `error` message with code `no_receiver`.
+    Error,
+    /// It is kept in `session:{id}:up:log`.
+    Queue,
+}
+
+/// How messages from workers are framed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DownFrames {
+    /// Text where the payload is UTF-8, else binary.
+    Auto,
+    /// Always text; what is not UTF-8 is dropped, counted and logged.
+    Text,
+    /// Always binary.
+    Binary,
+}
+
+/// What clients are told after a loss of the bus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnBusLoss {
+    /// One `bus_recovered` message when it is back.
+    Notice,
+    /// Close code 1012, so that they reconnect.
+    Close,
+}
+
+/// `[api]`: HTTP for workers without Redis.
+#[derive(Debug, Clone, Default)]
+pub struct Api {
+    /// Bearer keys; without one the API answers 401 to everybody.
+    pub keys: Vec<SecretString>,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            bind: IpAddr::from([0, 0, 0, 0]),
+            port: 8080,
+            server_id: None,
+            threads: 0,
+            shutdown_timeout: Duration::from_secs(30),
+            drain_delay: Duration::ZERO,
+            drain_spread: Duration::from_secs(5),
+            handshake_timeout: Duration::from_secs(5),
+            header_timeout: Duration::from_secs(10),
+            header_bytes_max: 16 * 1024,
+            trusted_proxies: Vec::new(),
+            allowed_origins: Vec::new(),
+        }
+    }
+}
+
+impl Default for Redis {
+    fn default() -> Self {
+        Self {
+            url: None,
+            channel_prefix: String::new(),
+            connect_timeout: Duration::from_secs(3),
+            response_timeout: Duration::from_secs(3),
+            probe_interval: Duration::from_secs(1),
+            publish_queue_bytes: 16 * 1024 * 1024,
+            ca_file: None,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 0,
+            max_message_bytes: 1024 * 1024,
+            max_fragments: 1024,
+            send_buffer_bytes: 10 * 1024 * 1024,
+            send_buffers_total_bytes: 1024 * 1024 * 1024,
+            messages_per_second: 100,
+            message_burst: 200,
+        }
+    }
+}
+
+impl Default for Heartbeat {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(30),
+            timeout: Duration::from_secs(60),
+            idle_timeout: Duration::ZERO,
+        }
+    }
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self { max_requests: 0, window: Duration::from_secs(60) }
+    }
+}
+
+impl Default for Compression {
+    fn default() -> Self {
+        Self { enabled: true, threshold_bytes: 1024, level: 1, client_context_takeover: false }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Auto }
+    }
+}
+
+impl Default for Endpoints {
+    fn default() -> Self {
+        Self { sessions: true, echo: false }
+    }
+}
+
+impl Default for Sessions {
+    fn default() -> Self {
+        Self {
+            no_receiver: NoReceiver::Ignore,
+            up_log_entries_max: 1000,
+            up_log_ttl: Duration::from_secs(3600),
+            strikes_max: 10,
+            down_frames: DownFrames::Auto,
+            on_bus_loss: OnBusLoss::Notice,
+            token_ttl: Duration::from_secs(60),
+        }
+    }
+}
