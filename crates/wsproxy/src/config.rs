@@ -1,5 +1,14 @@
 //! The configuration in the types that the code needs; knows nothing of files and environments.
 
+mod check;
+pub mod environment;
+pub mod keys;
+mod kind;
+pub mod load;
+pub mod problem;
+pub mod render;
+mod rule;
+
 use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;

@@ -1,0 +1,119 @@
+//! The command line: parses it, runs the command, and turns its result into an exit code.
+
+use std::{io::Write, process::ExitCode};
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+
+mod config;
+mod dev;
+pub mod exit;
+mod health;
+pub mod serve;
+mod settings;
+pub mod token;
+mod version;
+
+/// Holds the long-lived WebSocket connections, so that application workers don't have to.
+#[derive(Debug, Parser)]
+#[command(name = "wsproxy", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the gateway.
+    Serve(settings::Settings),
+    /// Try it out: the gateway with its embedded bus, on this machine only unless --bind says else.
+    Dev(settings::Settings),
+    /// Check, show or explain the configuration.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    /// Make a one-time token that opens a session.
+    Token(token::TokenArgs),
+    /// Ask a running instance whether it is healthy; exits with 0 or 1.
+    Health(health::HealthArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the version.
+    Version {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Shells that completions are made for.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Shell {
+    Bash,
+    Elvish,
+    Fish,
+    Powershell,
+    Zsh,
+}
+
+/// Runs what the arguments of the process ask for.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A closed pipe is the only way in which this fails: then nobody reads it.
+            let _ = error.print();
+            let code = if error.use_stderr() { exit::USAGE } else { 0 };
+            return ExitCode::from(code);
+        }
+    };
+    let Some(command) = cli.command else {
+        let _ = write!(std::io::stderr(), "{}", Cli::command().render_help());
+        return ExitCode::from(exit::USAGE);
+    };
+    match run(command) {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "wsproxy: {error:#}");
+            ExitCode::from(exit::code(&error))
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Serve(settings) => serve::run(settings.load()?)?,
+        Command::Dev(settings) => dev::run(settings)?,
+        Command::Config(command) => config::run(command)?,
+        Command::Token(args) => token::run(args)?,
+        Command::Health(args) => return health::run(args),
+        Command::Completions { shell } => print(&completions(shell))?,
+        Command::Version { json } => print(&version::text(json))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn completions(shell: Shell) -> String {
+    use clap_complete::{aot, generate};
+    let mut script = Vec::new();
+    let (mut command, name) = (Cli::command(), "wsproxy");
+    match shell {
+        Shell::Bash => generate(aot::Bash, &mut command, name, &mut script),
+        Shell::Elvish => generate(aot::Elvish, &mut command, name, &mut script),
+        Shell::Fish => generate(aot::Fish, &mut command, name, &mut script),
+        Shell::Powershell => generate(aot::PowerShell, &mut command, name, &mut script),
+        Shell::Zsh => generate(aot::Zsh, &mut command, name, &mut script),
+    }
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+/// Writes to standard output; a reader that left, such as `head`, is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}

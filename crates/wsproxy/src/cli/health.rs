@@ -1,0 +1,119 @@
+//! `wsproxy health`: asks a running instance over HTTP, for containers without curl.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+
+use super::settings::Settings;
+use crate::config::Config;
+
+/// Arguments of the command.
+#[derive(Debug, clap::Args)]
+pub(super) struct HealthArgs {
+    /// What to ask; /health of the configured port on this machine where it is not given.
+    #[arg(long)]
+    url: Option<String>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Success where the answer is a 200; else the reason on standard error, and exit code 1.
+pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
+    let url = match args.url {
+        Some(url) => url,
+        None => url_of(&args.settings.load()?.config),
+    };
+    match ask(&url).with_context(|| format!("{url} is not healthy")) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "wsproxy: {error:#}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn url_of(config: &Config) -> String {
+    let ip = match config.admin.bind.unwrap_or(config.server.bind) {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let address = SocketAddr::new(ip, config.admin.port.unwrap_or(config.server.port));
+    format!("http://{address}/health")
+}
+
+fn ask(url: &str) -> anyhow::Result<()> {
+    let rest = url.strip_prefix("http://").context("the URL must start with http://")?;
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let path = if path.is_empty() { "/" } else { path };
+    let port =
+        if host.rsplit_once(':').is_some_and(|(_, port)| !port.contains(']')) { "" } else { ":80" };
+    let mut addresses = format!("{host}{port}").to_socket_addrs()?;
+    let address = addresses.next().context("the host has no address")?;
+    let deadline = Instant::now() + TIMEOUT;
+    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+    // "HTTP/1.1 200" is all that matters.
+    let mut head = [0; 12];
+    let mut filled = 0;
+    while filled < head.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        match stream.read(&mut head[filled..])? {
+            0 => bail!("the connection was closed without an answer"),
+            n => filled += n,
+        }
+    }
+    match head.strip_prefix(b"HTTP/1.") {
+        Some([_, b' ', b'2', ..]) => Ok(()),
+        Some([_, b' ', status @ ..]) => bail!("status {}", String::from_utf8_lossy(status)),
+        _ => bail!("the answer is not HTTP"),
+    }
+}
+
+/// Below the usual time limits of container health checks.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn answer(text: &'static str) -> String {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let url = format!("http://{}/health", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 4096];
+            assert!(stream.read(&mut request).unwrap() > 0);
+            stream.write_all(text.as_bytes()).unwrap();
+        });
+        url
+    }
+
+    #[test]
+    fn only_a_status_of_200_is_healthy() {
+        assert!(ask(&answer("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).is_ok());
+        let down = ask(&answer("HTTP/1.1 503 Service Unavailable\r\n\r\n")).unwrap_err();
+        assert_eq!(down.to_string(), "status 503");
+        assert!(ask(&answer("SSH-2.0-OpenSSH_9.9\r\n")).is_err());
+        assert!(ask(&answer("")).is_err());
+        assert!(ask("https://localhost/").is_err());
+    }
+
+    #[test]
+    fn the_configured_port_is_asked_on_this_machine() {
+        let mut config = Config::default();
+        assert_eq!(url_of(&config), "http://127.0.0.1:8080/health");
+        config.admin.port = Some(9000);
+        config.admin.bind = Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        assert_eq!(url_of(&config), "http://[::1]:9000/health");
+    }
+}

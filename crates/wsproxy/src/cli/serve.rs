@@ -1,0 +1,36 @@
+//! `wsproxy serve`: logs, a runtime, the server.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::{config::load::Loaded, server, telemetry};
+
+/// Runs an instance until it has ended.
+///
+/// # Errors
+/// Why it could not start, or did not end well.
+pub fn run(loaded: Loaded) -> anyhow::Result<()> {
+    let Loaded { config, ignored, .. } = loaded;
+    let _logs = telemetry::log::start(&config.log)?;
+    if !ignored.is_empty() {
+        let names = ignored.join(", ");
+        tracing::info!(
+            names,
+            "Variables of endpoints that this version does not have are ignored."
+        );
+    }
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.enable_all().thread_name("wsproxy");
+    if config.server.threads > 0 {
+        builder.worker_threads(config.server.threads);
+    }
+    let runtime = builder.build().context("cannot start the runtime")?;
+    let result = runtime.block_on(server::run(config));
+    // What is still running has had its time: the server waits for whatever matters.
+    runtime.shutdown_timeout(LEFTOVER_GRACE);
+    result
+}
+
+/// For name lookups and the like, which run on threads of their own and cannot be cancelled.
+const LEFTOVER_GRACE: Duration = Duration::from_millis(200);

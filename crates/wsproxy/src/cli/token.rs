@@ -1,0 +1,89 @@
+//! `wsproxy token`: a one-time token for a session, stored where the gateway looks for it.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use wsproxy_proto::names::Id;
+
+use super::{exit::Failure, settings::Settings};
+use crate::config::Config;
+
+/// Arguments of the command.
+#[derive(Debug, clap::Args)]
+pub(super) struct TokenArgs {
+    /// The session that the token opens.
+    #[arg(value_parser = |text: &str| Id::parse(text).map_err(|e| format!("a session id {e}")))]
+    session_id: Id,
+    /// How long the token may be used, such as 60s; sessions.token_ttl where it is not given.
+    #[arg(long, value_parser = ttl)]
+    ttl: Option<Duration>,
+    /// Print JSON: token, session_id, expires_in (seconds).
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
+    let config = args.settings.load()?.config;
+    let ttl = args.ttl.unwrap_or(config.sessions.token_ttl);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the runtime")?;
+    let token = runtime.block_on(save_token(&config, &args.session_id, ttl))?;
+    if !args.json {
+        return super::print(&format!("{token}\n"));
+    }
+    let fields = serde_json::json!({
+        "token": token, "session_id": args.session_id.as_str(), "expires_in": ttl.as_secs(),
+    });
+    super::print(&format!("{fields}\n"))
+}
+
+/// Makes a token and stores it in the configured Redis for `ttl`.
+///
+/// # Errors
+/// There is no Redis, or it did not take it.
+#[expect(clippy::unused_async, reason = "Redis will be awaited here")]
+pub async fn save_token(config: &Config, session: &Id, ttl: Duration) -> anyhow::Result<String> {
+    let _ = (session, ttl, new_token());
+    if config.redis.url.is_none() {
+        let problem = anyhow::anyhow!("tokens are kept in Redis, and redis.url is not set");
+        return Err(problem.context(Failure::Config));
+    }
+    anyhow::bail!("this build cannot reach Redis yet")
+}
+
+/// 256 random bits, in characters that every kind of credential allows.
+#[must_use]
+pub fn new_token() -> String {
+    BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>())
+}
+
+fn ttl(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map(Duration::from_secs);
+    let time = seconds.or_else(|_| humantime::parse_duration(text)).ok();
+    let range = Duration::from_secs(1)..=Duration::from_secs(86_400);
+    let time = time.filter(|time| range.contains(time));
+    time.ok_or_else(|| "must be a time from 1s to 1day, such as 60 (seconds) or \"5m\"".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_long_and_differ() {
+        let (one, other) = (new_token(), new_token());
+        assert_eq!(one.len(), 43);
+        assert_ne!(one, other);
+        assert!(Id::parse(&one).is_ok());
+    }
+
+    #[test]
+    fn a_ttl_is_a_time() {
+        assert_eq!(ttl("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(ttl("2m"), Ok(Duration::from_secs(120)));
+        assert!(ttl("0").is_err() && ttl("2days").is_err() && ttl("soon").is_err());
+    }
+}

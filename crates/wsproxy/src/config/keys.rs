@@ -1,0 +1,240 @@
+//! The table of all keys: the one place that says what can be set, how, and what it means.
+//!
+//! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
+
+use super::{
+    Config, DownFrames, LogFormat, NoReceiver, OnBusLoss,
+    environment::PREFIX,
+    kind::{
+        Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
+        Switch, Time,
+    },
+    rule,
+};
+
+/// One key of the file.
+#[derive(Debug)]
+pub struct Key {
+    /// Its section.
+    pub section: &'static str,
+    /// Its name there.
+    pub name: &'static str,
+    /// One or two sentences.
+    pub doc: &'static str,
+    /// The name that deployments of older gateways use.
+    pub alias: Option<Alias>,
+    /// The flag of the command line, without dashes.
+    pub flag: Option<&'static str>,
+    /// Never shown; may be read from a file that `NAME_FILE` names.
+    pub secret: bool,
+    pub(super) allowed: fn() -> String,
+    pub(super) read: fn(&mut Config, &Raw) -> bool,
+    pub(super) write: fn(&Config) -> String,
+}
+
+/// An environment variable that older gateways use.
+#[derive(Debug, Clone, Copy)]
+pub struct Alias {
+    /// Its name.
+    pub name: &'static str,
+    /// The unit of a bare number, where it is not that of the key.
+    pub unit: &'static str,
+}
+
+impl Key {
+    /// `section.name`.
+    #[must_use]
+    pub fn path(&self) -> String {
+        format!("{}.{}", self.section, self.name)
+    }
+
+    /// The environment variable.
+    #[must_use]
+    pub fn env(&self) -> String {
+        format!("{PREFIX}{}__{}", self.section, self.name).to_ascii_uppercase()
+    }
+
+    /// Completes the sentence "must be …".
+    #[must_use]
+    pub fn allowed(&self) -> String {
+        (self.allowed)()
+    }
+
+    /// The value in `config`, as TOML; secrets as `***`.
+    #[must_use]
+    pub fn write(&self, config: &Config) -> String {
+        (self.write)(config)
+    }
+
+    const fn alias(mut self, name: &'static str) -> Self {
+        self.alias = Some(Alias { name, unit: "" });
+        self
+    }
+
+    const fn alias_ms(mut self, name: &'static str) -> Self {
+        self.alias = Some(Alias { name, unit: "ms" });
+        self
+    }
+
+    const fn flag(mut self, name: &'static str) -> Self {
+        self.flag = Some(name);
+        self
+    }
+
+    const fn secret(mut self) -> Self {
+        self.secret = true;
+        self
+    }
+}
+
+/// A key whose value is the field of the same name, or the one that is named.
+macro_rules! key {
+    ($section:ident.$name:ident, $kind:expr, $doc:literal) => {
+        key!($section.$name => $name, $kind, $doc)
+    };
+    ($section:ident.$name:ident => $field:ident, $kind:expr, $doc:literal) => {
+        Key {
+            section: stringify!($section),
+            name: stringify!($name),
+            doc: $doc,
+            alias: None,
+            flag: None,
+            secret: false,
+            allowed: || allowed(&$kind, |config| &config.$section.$field),
+            read: |config, raw| {
+                let value = $kind.read(raw);
+                value.map(|value| config.$section.$field = value).is_some()
+            },
+            write: |config| $kind.write(&config.$section.$field),
+        }
+    };
+}
+
+/// An endpoint family that this version does not have: configurations may already switch it off.
+const fn absent(name: &'static str) -> Key {
+    Key {
+        section: "endpoints",
+        name,
+        doc: "Not in this version.",
+        alias: None,
+        flag: None,
+        secret: false,
+        allowed: || "false, since this endpoint is not in this version".into(),
+        read: |_, raw| Switch.read(raw) == Some(false),
+        write: |_| "false".into(),
+    }
+}
+
+/// The field tells which [`Kind`] is meant where one serves several types.
+fn allowed<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
+    kind.allowed()
+}
+
+/// The sections, in the order of the file.
+pub static SECTIONS: &[(&str, &str)] = &[
+    ("server", "Where clients arrive and how the instance ends."),
+    ("admin", "Health, metrics and the API, on a port of their own where one is set."),
+    ("redis", "The bus. Without a URL the embedded one is used: one instance, nothing to install."),
+    ("limits", "What one connection and the process may use."),
+    ("heartbeat", "How dead and idle connections are found."),
+    ("rate_limit", "Connection attempts per client address."),
+    ("compression", "permessage-deflate."),
+    ("log", "What is logged, to standard error."),
+    ("endpoints", "Which endpoint families are served."),
+    ("sessions", "The session endpoint, /{agent_id}/ws/{session_id}."),
+    ("api", "HTTP for workers without Redis, below /api/v1."),
+];
+
+/// Variables of older gateways that belong to endpoints which this version does not have. A
+/// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
+pub static IGNORED: &[&str] =
+    &["DATABASE_URL", "SECRET_KEY", "ALGORITHM", "MESSAGE_QUEUE_SIZE", "MESSAGE_RETRY_INTERVAL"];
+
+/// Every key, by section.
+#[rustfmt::skip]
+pub static KEYS: &[Key] = &[
+    key!(server.bind, Address, "Address to listen on.").flag("bind"),
+    key!(server.port, Number(0, 65_535), "Port to listen on; 0 takes a free one.").flag("port").alias("PORT"),
+    key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, for its own channels and the events of sessions. Not set: a fresh one at every start.").flag("server-id").alias("SERVER_ID"),
+    key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads"),
+    key!(server.shutdown_timeout, Time(1_000, HOUR), "Everything must have ended this long after the first signal.").flag("shutdown-timeout"),
+    key!(server.drain_delay, Time(0, HOUR), "How long /ready says 503 before listeners stop, so that load balancers notice."),
+    key!(server.drain_spread, Time(0, HOUR), "Over which time connections are closed at the end, so that they do not all come back at once."),
+    key!(server.handshake_timeout, Time(100, 300_000), "Deadline for all work on the bus and stores of one handshake; 504 beyond it."),
+    key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
+    key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
+    key!(server.trusted_proxies, List(Network), "Load balancers whose X-Forwarded-For or Forwarded is believed."),
+    key!(server.allowed_origins, List(rule::ORIGIN), "Browser origins that may connect. Empty: any."),
+
+    key!(admin.bind, Optional(Address), "Address of the port below. Not set: that of [server]."),
+    key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port").alias("METRICS_PORT"),
+
+    key!(redis.url, Optional(Secret(rule::REDIS_URL)), "Redis that carries messages between instances and workers. Not set: the embedded bus. On a command line others can read it; prefer the environment or a file.").flag("redis-url").alias("REDIS_URL").secret(),
+    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis.").flag("channel-prefix").alias("REDIS_CHANNEL_PREFIX"),
+    key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
+    key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
+    key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back."),
+    key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Bound of what waits to be published; beyond it reading from clients pauses."),
+    key!(redis.ca_file, Optional(File), "Further CA certificates (PEM) for rediss://."),
+
+    key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections"),
+    key!(limits.max_message_bytes, Bytes(1, 16 << 20), "Largest message, before and after inflating; close code 1009 beyond it."),
+    key!(limits.max_fragments, Number(1, 65_536), "Most fragments of one message."),
+    key!(limits.send_buffer_bytes, Bytes(1 << 10, 1 << 30), "Bound of what waits for one client; beyond it the connection is closed with 1008."),
+    key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Bound of what waits for all clients; beyond it the worst offender is closed."),
+    key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),
+    key!(limits.message_burst, Number(1, 1_000_000), "How many of them may come at once."),
+
+    key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
+    key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),
+    key!(heartbeat.idle_timeout, Time(0, 30 * DAY), "A connection without data messages for this long is closed with 4003; 0: never."),
+
+    key!(rate_limit.max_requests, Number(0, 100_000_000), "Attempts per address and window; 0: no limit. Behind a proxy set server.trusted_proxies too.").alias("RATE_LIMIT_MAX_REQUESTS"),
+    key!(rate_limit.window_seconds => window, Seconds(1, 86_400), "The window, in seconds.").alias("RATE_LIMIT_WINDOW_SECONDS"),
+
+    key!(compression.enabled, Switch, "Negotiate it where the client offers it."),
+    key!(compression.threshold_bytes, Bytes(0, 16 << 20), "Messages shorter than this are sent as they are."),
+    key!(compression.level, Number(1, 9), "1 (fast) to 9 (small)."),
+    key!(compression.client_context_takeover, Switch, "Let clients keep their compression context between messages: costs up to 48 KB a connection."),
+
+    key!(log.level, rule::LEVEL, "How much is logged.").flag("log-level").alias("LOG_LEVEL"),
+    key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "How lines look; auto: pretty on a terminal, else JSON.").flag("log-format"),
+
+    key!(endpoints.sessions, Switch, "/{agent_id}/ws/{session_id}"),
+    key!(endpoints.echo, Switch, "/echo: answers every message with itself; for conformance suites."),
+    absent("events"),
+    absent("rooms"),
+    absent("agents"),
+    absent("tunnel"),
+
+    key!(sessions.no_receiver, OneOf(&[("ignore", NoReceiver::Ignore), ("error", NoReceiver::Error), ("queue", NoReceiver::Queue)]), "What a client's message meets when no worker listens: nothing, an error message, or the stream session:{id}:up:log."),
+    key!(sessions.up_log_entries_max, Number(1, 1_000_000), "Most entries of that stream."),
+    key!(sessions.up_log_ttl, Time(1_000, 30 * DAY), "It expires this long after its last entry."),
+    key!(sessions.strikes_max, Number(0, 1_000_000), "Invalid messages after which a connection is closed; 0: never."),
+    key!(sessions.down_frames, OneOf(&[("auto", DownFrames::Auto), ("text", DownFrames::Text), ("binary", DownFrames::Binary)]), "How messages from workers are framed; auto: text where they are UTF-8, else binary."),
+    key!(sessions.on_bus_loss, OneOf(&[("notice", OnBusLoss::Notice), ("close", OnBusLoss::Close)]), "What clients are told after a loss of the bus: one bus_recovered message, or close code 1012."),
+    key!(sessions.token_ttl, Time(1_000, DAY), "How long a token lives which the API or `wsproxy token` made."),
+
+    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
+];
+
+const HOUR: u64 = 3_600_000;
+const DAY: u64 = 24 * HOUR;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_sections_known() {
+        let mut seen = HashSet::new();
+        for key in KEYS {
+            assert!(seen.insert(key.path()), "{}", key.path());
+            assert!(key.alias.is_none_or(|alias| seen.insert(alias.name.into())));
+            assert!(key.flag.is_none_or(|flag| seen.insert(format!("--{flag}"))));
+            assert!(SECTIONS.iter().any(|(section, _)| *section == key.section));
+        }
+    }
+}

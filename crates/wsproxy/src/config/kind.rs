@@ -1,0 +1,351 @@
+//! What a value may look like: how it is read from text and written as TOML; knows no keys.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use secrecy::{ExposeSecret, SecretString};
+
+/// A value as it was given, before it has a type. Numbers and booleans of the file are text here,
+/// since that is what the environment and flags give.
+#[derive(Debug, Clone)]
+pub(super) enum Raw {
+    /// One value.
+    Text(String),
+    /// A TOML array.
+    List(Vec<String>),
+    /// A table, or an array of something else than values: nothing that a key takes.
+    Nested,
+}
+
+impl Raw {
+    fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text.trim()),
+            Self::List(_) | Self::Nested => None,
+        }
+    }
+}
+
+/// A kind of value, in both directions.
+pub(super) trait Kind<T> {
+    /// Completes the sentence "must be …".
+    fn allowed(&self) -> String;
+    /// `None` where the value is not allowed.
+    fn read(&self, raw: &Raw) -> Option<T>;
+    /// As TOML, such that [`Kind::read`] gives the same value again (secrets excepted).
+    fn write(&self, value: &T) -> String;
+}
+
+/// `true` or `false`.
+pub(super) struct Switch;
+
+impl Kind<bool> for Switch {
+    fn allowed(&self) -> String {
+        "true or false".into()
+    }
+    fn read(&self, raw: &Raw) -> Option<bool> {
+        raw.text()?.to_ascii_lowercase().parse().ok()
+    }
+    fn write(&self, value: &bool) -> String {
+        value.to_string()
+    }
+}
+
+/// An integer between two others.
+pub(super) struct Number(pub(super) u64, pub(super) u64);
+
+impl<T: TryFrom<u64> + TryInto<u64> + Copy> Kind<T> for Number {
+    fn allowed(&self) -> String {
+        format!("an integer from {} to {}", self.0, self.1)
+    }
+    fn read(&self, raw: &Raw) -> Option<T> {
+        let number: u64 = raw.text()?.parse().ok()?;
+        T::try_from(number).ok().filter(|_| (self.0..=self.1).contains(&number))
+    }
+    fn write(&self, value: &T) -> String {
+        (*value).try_into().unwrap_or(u64::MAX).to_string()
+    }
+}
+
+/// A size in bytes between two others.
+pub(super) struct Bytes(pub(super) u64, pub(super) u64);
+
+impl Kind<usize> for Bytes {
+    fn allowed(&self) -> String {
+        let [min, max] = [self.0, self.1].map(written_size);
+        format!("a size from {min} to {max}, such as 65536 (bytes) or \"64KiB\"")
+    }
+    fn read(&self, raw: &Raw) -> Option<usize> {
+        let text = raw.text()?;
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let number: u64 = text[..digits].parse().ok()?;
+        let unit = match text[digits..].trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            "kib" => 1 << 10,
+            "mib" => 1 << 20,
+            "gib" => 1 << 30,
+            "kb" => 1_000,
+            "mb" => 1_000_000,
+            "gb" => 1_000_000_000,
+            _ => return None,
+        };
+        let bytes = number.checked_mul(unit).filter(|bytes| (self.0..=self.1).contains(bytes))?;
+        usize::try_from(bytes).ok()
+    }
+    fn write(&self, value: &usize) -> String {
+        let written = written_size(*value as u64);
+        if written.ends_with('B') { quoted(&written) } else { written }
+    }
+}
+
+/// A time between two others, given in milliseconds.
+pub(super) struct Time(pub(super) u64, pub(super) u64);
+
+impl Kind<Duration> for Time {
+    fn allowed(&self) -> String {
+        let [min, max] = [self.0, self.1].map(Duration::from_millis).map(written_duration);
+        format!("a time from {min} to {max}, such as 30 (seconds) or \"500ms\"")
+    }
+    fn read(&self, raw: &Raw) -> Option<Duration> {
+        let text = raw.text()?;
+        let time = match text.parse() {
+            Ok(seconds) => Duration::from_secs(seconds),
+            Err(_) => humantime::parse_duration(text).ok()?,
+        };
+        let range = Duration::from_millis(self.0)..=Duration::from_millis(self.1);
+        Some(time).filter(|time| range.contains(time))
+    }
+    fn write(&self, value: &Duration) -> String {
+        quoted(&written_duration(*value))
+    }
+}
+
+/// Whole seconds, for keys that have the unit in their name.
+pub(super) struct Seconds(pub(super) u64, pub(super) u64);
+
+impl Kind<Duration> for Seconds {
+    fn allowed(&self) -> String {
+        format!("an integer from {} to {}", self.0, self.1)
+    }
+    fn read(&self, raw: &Raw) -> Option<Duration> {
+        Number(self.0, self.1).read(raw).map(Duration::from_secs)
+    }
+    fn write(&self, value: &Duration) -> String {
+        value.as_secs().to_string()
+    }
+}
+
+/// An IP address.
+pub(super) struct Address;
+
+impl Kind<IpAddr> for Address {
+    fn allowed(&self) -> String {
+        "an IP address, such as \"0.0.0.0\" or \"::\"".into()
+    }
+    fn read(&self, raw: &Raw) -> Option<IpAddr> {
+        raw.text()?.parse().ok()
+    }
+    fn write(&self, value: &IpAddr) -> String {
+        quoted(&value.to_string())
+    }
+}
+
+/// A network; an address stands for itself alone.
+pub(super) struct Network;
+
+impl Kind<IpNet> for Network {
+    fn allowed(&self) -> String {
+        "a network or an address, such as \"10.0.0.0/8\" or \"::1\"".into()
+    }
+    fn read(&self, raw: &Raw) -> Option<IpNet> {
+        let text = raw.text()?;
+        text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+    }
+    fn write(&self, value: &IpNet) -> String {
+        quoted(&value.to_string())
+    }
+}
+
+/// The path of a file.
+pub(super) struct File;
+
+impl Kind<PathBuf> for File {
+    fn allowed(&self) -> String {
+        "the path of a file".into()
+    }
+    fn read(&self, raw: &Raw) -> Option<PathBuf> {
+        raw.text().filter(|text| !text.is_empty()).map(PathBuf::from)
+    }
+    fn write(&self, value: &PathBuf) -> String {
+        quoted(&Path::to_string_lossy(value))
+    }
+}
+
+/// One of a few words.
+pub(super) struct OneOf<T: 'static>(pub(super) &'static [(&'static str, T)]);
+
+impl<T: Copy + PartialEq> Kind<T> for OneOf<T> {
+    fn allowed(&self) -> String {
+        let words: Vec<_> = self.0.iter().map(|(word, _)| quoted(word)).collect();
+        format!("one of {}", words.join(", "))
+    }
+    fn read(&self, raw: &Raw) -> Option<T> {
+        let text = raw.text()?;
+        self.0.iter().find(|(word, _)| word.eq_ignore_ascii_case(text)).map(|(_, value)| *value)
+    }
+    fn write(&self, value: &T) -> String {
+        quoted(self.0.iter().find(|(_, known)| known == value).map_or("", |(word, _)| word))
+    }
+}
+
+/// Text with a rule.
+pub(super) struct Text {
+    /// Completes "must be …".
+    pub(super) allowed: &'static str,
+    /// The text as the code wants it; `None` where the rule is broken.
+    pub(super) read: fn(&str) -> Option<String>,
+}
+
+impl Kind<String> for Text {
+    fn allowed(&self) -> String {
+        self.allowed.into()
+    }
+    fn read(&self, raw: &Raw) -> Option<String> {
+        (self.read)(raw.text()?)
+    }
+    fn write(&self, value: &String) -> String {
+        quoted(value)
+    }
+}
+
+/// Text that is never written again.
+pub(super) struct Secret(pub(super) Text);
+
+impl Kind<SecretString> for Secret {
+    fn allowed(&self) -> String {
+        self.0.allowed()
+    }
+    fn read(&self, raw: &Raw) -> Option<SecretString> {
+        self.0.read(raw).map(SecretString::from)
+    }
+    fn write(&self, value: &SecretString) -> String {
+        quoted(if value.expose_secret().is_empty() { "" } else { "***" })
+    }
+}
+
+/// A value that may be absent, spelled as empty text.
+pub(super) struct Optional<K>(pub(super) K);
+
+impl<T, K: Kind<T>> Kind<Option<T>> for Optional<K> {
+    fn allowed(&self) -> String {
+        format!("{}; empty: not set", self.0.allowed())
+    }
+    fn read(&self, raw: &Raw) -> Option<Option<T>> {
+        if raw.text() == Some("") { Some(None) } else { self.0.read(raw).map(Some) }
+    }
+    fn write(&self, value: &Option<T>) -> String {
+        value.as_ref().map_or_else(|| quoted(""), |value| self.0.write(value))
+    }
+}
+
+/// An array, or text with commas between the values.
+pub(super) struct List<K>(pub(super) K);
+
+impl<T, K: Kind<T>> Kind<Vec<T>> for List<K> {
+    fn allowed(&self) -> String {
+        format!("a list, each {}", self.0.allowed())
+    }
+    fn read(&self, raw: &Raw) -> Option<Vec<T>> {
+        let values: Vec<String> = match raw {
+            Raw::List(values) => values.clone(),
+            // Lines too, for secrets that are mounted as files.
+            Raw::Text(text) => {
+                let values = text.split([',', '\n']).map(str::trim);
+                values.filter(|value| !value.is_empty()).map(str::to_owned).collect()
+            }
+            Raw::Nested => return None,
+        };
+        values.into_iter().map(|value| self.0.read(&Raw::Text(value))).collect()
+    }
+    fn write(&self, value: &Vec<T>) -> String {
+        let values: Vec<_> = value.iter().map(|value| self.0.write(value)).collect();
+        format!("[{}]", values.join(", "))
+    }
+}
+
+/// `text` as a TOML string.
+pub(super) fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
+fn written_size(bytes: u64) -> String {
+    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.iter().find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit)) {
+        Some((unit, name)) => format!("{}{name}", bytes / unit),
+        None => bytes.to_string(),
+    }
+}
+
+fn written_duration(value: Duration) -> String {
+    humantime::format_duration(value).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str) -> Raw {
+        Raw::Text(text.into())
+    }
+
+    #[test]
+    fn sizes_are_bytes_or_have_a_unit() {
+        let kind = Bytes(0, 1 << 31);
+        for (given, bytes) in
+            [("4096", 4096), ("64KiB", 65536), ("1MB", 1_000_000), ("10 mib", 10 << 20)]
+        {
+            assert_eq!(kind.read(&text(given)), Some(bytes), "{given}");
+        }
+        for bad in ["", "-1", "1.5MB", "1TB", "MB", "99GiB", "99999999999999999999"] {
+            assert_eq!(kind.read(&text(bad)), None, "{bad}");
+        }
+        assert_eq!(kind.write(&(10 << 20)), "\"10MiB\"");
+        assert_eq!(kind.write(&1500), "1500");
+        assert_eq!(kind.write(&0), "0");
+    }
+
+    #[test]
+    fn times_are_seconds_or_have_a_unit() {
+        let kind = Time(0, 86_400_000);
+        for (given, ms) in [("30", 30_000), ("500ms", 500), ("1m 30s", 90_000), ("0", 0)] {
+            assert_eq!(kind.read(&text(given)), Some(Duration::from_millis(ms)), "{given}");
+        }
+        for bad in ["", "-1", "soon", "2days", "99999999999999999999999"] {
+            assert_eq!(kind.read(&text(bad)), None, "{bad}");
+        }
+        assert_eq!(kind.write(&Duration::from_millis(1500)), "\"1s 500ms\"");
+        assert_eq!(kind.write(&Duration::ZERO), "\"0s\"");
+    }
+
+    #[test]
+    fn lists_come_as_arrays_or_with_commas() {
+        let kind = List(Number(0, 9));
+        let one_two = Some(vec![1_u32, 2]);
+        assert_eq!(kind.read(&text("1, 2,")), one_two);
+        assert_eq!(kind.read(&text("1\n2\n")), one_two);
+        assert_eq!(kind.read(&Raw::List(vec!["1".into(), "2".into()])), one_two);
+        assert_eq!(kind.read(&text("")), Some(Vec::<u32>::new()));
+        assert_eq!(Kind::<Vec<u32>>::read(&kind, &text("1,x")), None);
+    }
+
+    #[test]
+    fn a_secret_is_never_written() {
+        let kind = Secret(Text { allowed: "", read: |text| Some(text.into()) });
+        let secret = kind.read(&text("hunter2")).unwrap();
+        assert_eq!(kind.write(&secret), "\"***\"");
+    }
+}

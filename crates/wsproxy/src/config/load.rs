@@ -1,0 +1,299 @@
+//! From file, environment and flags to a [`Config`], with every problem reported together.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{
+    Config,
+    check::check,
+    environment::{Environment, PREFIX},
+    keys::{IGNORED, KEYS, Key, SECTIONS},
+    kind::{Raw, quoted},
+    problem::{Origin, Problem, Problems, nearest},
+};
+
+/// Where values may come from; each later field wins over the earlier ones.
+#[derive(Debug, Default)]
+pub struct Sources {
+    /// Values of keys that nobody set.
+    pub defaults: Config,
+    /// The TOML file.
+    pub file: Option<PathBuf>,
+    /// Environment variables.
+    pub environment: Environment,
+    /// Keys set by flags.
+    pub flags: Vec<(&'static Key, String)>,
+}
+
+/// A configuration without problems.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The values.
+    pub config: Config,
+    /// Variables that were set, accepted and ignored: see [`IGNORED`].
+    pub ignored: Vec<&'static str>,
+    origins: BTreeMap<String, Origin>,
+}
+
+impl Loaded {
+    /// Where the value of a key came from.
+    #[must_use]
+    pub fn origin(&self, key: &Key) -> &Origin {
+        self.origins.get(&key.path()).unwrap_or(&Origin::Default)
+    }
+}
+
+/// The variable that names the file where no flag does.
+pub const CONFIG_ENV: &str = "WSPROXY_CONFIG";
+
+/// Reads all sources.
+///
+/// # Errors
+/// Everything that is wrong with them.
+pub fn load(sources: Sources) -> Result<Loaded, Problems> {
+    let Sources { defaults, file, environment, flags } = sources;
+    let mut loader = Loader { config: defaults, ..Loader::default() };
+    if let Some(path) = file.or_else(|| environment.path(CONFIG_ENV)) {
+        match std::fs::read_to_string(&path) {
+            Ok(text) => File { path: path.display().to_string(), text: &text }.load(&mut loader),
+            Err(error) => {
+                loader.bad = KEYS.iter().map(Key::path).collect();
+                loader.problems.push(Problem {
+                    origin: None,
+                    key: path.display().to_string(),
+                    value: None,
+                    message: format!("cannot be read: {error}"),
+                });
+            }
+        }
+    }
+    loader.environment(&environment);
+    for (key, text) in flags {
+        let origin = Origin::Flag(key.flag.unwrap_or_default());
+        loader.set(key, &Raw::Text(text.clone()), quoted(&text), origin);
+    }
+    loader.check();
+    loader.problems.sort_by_key(|problem| match problem.origin {
+        None => 0,
+        Some(Origin::File { line, .. }) => line,
+        Some(_) => usize::MAX,
+    });
+    if !loader.problems.is_empty() {
+        return Err(Problems(loader.problems));
+    }
+    let set = |name: &&&str| environment.value(name).is_some_and(|value| value != Ok(""));
+    let ignored = IGNORED.iter().filter(set).copied().collect();
+    Ok(Loaded { config: loader.config, ignored, origins: loader.origins })
+}
+
+#[derive(Default)]
+struct Loader {
+    config: Config,
+    origins: BTreeMap<String, Origin>,
+    /// Keys whose value was not allowed: what follows from their default would mislead.
+    bad: BTreeSet<String>,
+    problems: Vec<Problem>,
+}
+
+impl Loader {
+    fn set(&mut self, key: &Key, raw: &Raw, shown: String, origin: Origin) {
+        if !(key.read)(&mut self.config, raw) {
+            let value = if key.secret { "***".into() } else { shown };
+            self.problems.push(Problem {
+                origin: Some(origin.clone()),
+                key: key.path(),
+                value: Some(printable(&value)),
+                message: format!("must be {}", key.allowed()),
+            });
+            self.bad.insert(key.path());
+        }
+        self.origins.insert(key.path(), origin);
+    }
+
+    fn complain(&mut self, origin: Origin, key: String, message: String) {
+        self.problems.push(Problem { origin: Some(origin), key, value: None, message });
+    }
+
+    fn environment(&mut self, environment: &Environment) {
+        let mut known = BTreeSet::from([CONFIG_ENV.to_owned()]);
+        for key in KEYS {
+            known.insert(key.env());
+            known.extend(key.secret.then(|| format!("{}_FILE", key.env())));
+            self.variable(key, environment);
+        }
+        for name in environment.ours().filter(|name| !known.contains(*name)) {
+            let near = nearest(name, known.iter().map(String::as_str));
+            let message = near.map_or_else(
+                || format!("unknown variable; keys are {PREFIX}SECTION__KEY"),
+                |near| format!("unknown variable; did you mean {near}?"),
+            );
+            self.complain(Origin::Env(printable(name)), String::new(), message);
+        }
+    }
+
+    /// The first of the key's own name, its file, its alias and the alias's file.
+    fn variable(&mut self, key: &Key, environment: &Environment) {
+        let own = (key.env(), "", false);
+        // Compose files pass `PORT: ${PORT}` on as empty text: not set.
+        let alias = key.alias.map(|alias| (alias.name.to_owned(), alias.unit, true));
+        for (name, unit, skip_empty) in [Some(own), alias].into_iter().flatten() {
+            let set = environment.value(&name).filter(|v| !(skip_empty && *v == Ok("")));
+            if let Some(value) = set {
+                let origin = Origin::Env(name);
+                let Ok(text) = value else {
+                    return self.complain(origin, key.path(), "must be UTF-8".into());
+                };
+                let bare = !unit.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+                let raw = if bare { format!("{text}{unit}") } else { text.to_owned() };
+                return self.set(key, &Raw::Text(raw), quoted(text), origin);
+            }
+            let file = format!("{name}_FILE");
+            if let Some(path) = environment.path(&file).filter(|_| key.secret) {
+                let origin = Origin::Env(file);
+                return match std::fs::read_to_string(&path) {
+                    Ok(text) => self.set(key, &Raw::Text(text), String::new(), origin),
+                    Err(error) => {
+                        let message = format!("cannot read {}: {error}", path.display());
+                        self.complain(origin, key.path(), message);
+                    }
+                };
+            }
+        }
+    }
+
+    fn check(&mut self) {
+        for broken in check(&self.config) {
+            let involved = [Some(broken.key), broken.other];
+            if involved.into_iter().flatten().any(|key| self.bad.contains(key)) {
+                continue;
+            }
+            let other = broken.other.map(|path| {
+                let origin = self.origins.get(path).unwrap_or(&Origin::Default);
+                format!(" {path} = {} ({origin})", self.written(path))
+            });
+            self.problems.push(Problem {
+                origin: Some(self.origins.get(broken.key).unwrap_or(&Origin::Default).clone()),
+                key: broken.key.into(),
+                value: Some(self.written(broken.key)),
+                message: format!("must be {}{}", broken.allowed, other.unwrap_or_default()),
+            });
+        }
+    }
+
+    fn written(&self, path: &str) -> String {
+        let key = KEYS.iter().find(|key| key.path() == path);
+        key.map(|key| key.write(&self.config)).unwrap_or_default()
+    }
+}
+
+/// The text of the TOML file.
+struct File<'a> {
+    path: String,
+    text: &'a str,
+}
+
+impl File<'_> {
+    fn load(&self, loader: &mut Loader) {
+        let (table, errors) = DeTable::parse_recoverable(self.text);
+        for error in &errors {
+            // Without the line itself, which may hold a secret.
+            let origin = self.origin(error.span().unwrap_or_default());
+            let message = error.message().lines().next().unwrap_or("cannot be parsed");
+            loader.complain(origin, "TOML".into(), message.into());
+        }
+        if !errors.is_empty() {
+            // The parser goes on with guesses, and what they lead to would mislead.
+            loader.bad = KEYS.iter().map(Key::path).collect();
+            return;
+        }
+        for (section, content) in table.get_ref() {
+            self.section(section, content, loader);
+        }
+    }
+
+    fn section(
+        &self,
+        section: &Spanned<toml::de::DeString<'_>>,
+        content: &Spanned<DeValue<'_>>,
+        loader: &mut Loader,
+    ) {
+        let (name, origin) = (section.get_ref().as_ref(), self.origin(section.span()));
+        if !SECTIONS.iter().any(|(known, _)| *known == name) {
+            let near = || nearest(name, SECTIONS.iter().map(|(known, _)| *known));
+            let hint = match KEYS.iter().find(|key| key.name == name) {
+                Some(key) => format!("; did you mean {}?", key.path()),
+                None => near().map(|n| format!("; did you mean [{n}]?")).unwrap_or_default(),
+            };
+            return loader.complain(origin, printable(name), format!("unknown section{hint}"));
+        }
+        let DeValue::Table(keys) = content.get_ref() else {
+            return loader.complain(origin, name.into(), format!("must be a section: [{name}]"));
+        };
+        for (key, value) in keys {
+            let (key, origin) = (key.get_ref().as_ref(), self.origin(key.span()));
+            match KEYS.iter().find(|known| known.section == name && known.name == key) {
+                Some(known) => {
+                    let shown = self.text.get(value.span()).unwrap_or_default();
+                    loader.set(known, &raw(value.get_ref()), shown.to_owned(), origin);
+                }
+                None => {
+                    let hint = hint(name, key);
+                    let key = printable(&format!("{name}.{key}"));
+                    loader.complain(origin, key, format!("unknown key{hint}"));
+                }
+            }
+        }
+    }
+
+    fn origin(&self, span: std::ops::Range<usize>) -> Origin {
+        let before = self.text.get(..span.start).unwrap_or(self.text);
+        Origin::File { path: self.path.clone(), line: before.matches('\n').count() + 1 }
+    }
+}
+
+/// The same name in another section, else what looks most like it, in its own section first.
+fn hint(section: &str, name: &str) -> String {
+    let here = || KEYS.iter().filter(|key| key.section == section).map(|key| key.name);
+    let elsewhere = KEYS.iter().find(|key| key.name == name).map(Key::path);
+    let near = elsewhere.or_else(|| nearest(name, here()).map(|near| format!("{section}.{near}")));
+    let near = near.or_else(|| nearest(name, KEYS.iter().map(|k| k.name)).and_then(whole_path));
+    near.map(|near| format!("; did you mean {near}?")).unwrap_or_default()
+}
+
+fn whole_path(name: &str) -> Option<String> {
+    KEYS.iter().find(|key| key.name == name).map(Key::path)
+}
+
+fn raw(value: &DeValue<'_>) -> Raw {
+    let scalar = |value: &DeValue<'_>| match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(number) => i128::from_str_radix(number.as_str(), number.radix())
+            .map_or_else(|_| Some(number.to_string()), |number| Some(number.to_string())),
+        DeValue::Float(number) => Some(number.to_string()),
+        DeValue::Boolean(switch) => Some(switch.to_string()),
+        DeValue::Datetime(time) => Some(time.to_string()),
+        DeValue::Array(_) | DeValue::Table(_) => None,
+    };
+    match value {
+        DeValue::Array(values) => {
+            let values: Option<_> = values.iter().map(|value| scalar(value.get_ref())).collect();
+            values.map_or(Raw::Nested, Raw::List)
+        }
+        value => scalar(value).map_or(Raw::Nested, Raw::Text),
+    }
+}
+
+/// One short line, whatever was given.
+fn printable(text: &str) -> String {
+    text.chars().take(120).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,244 @@
+//! Tests of loading: precedence, problems, secrets.
+
+use std::{io::Write, time::Duration};
+
+use secrecy::ExposeSecret;
+use tempfile::NamedTempFile;
+
+use super::*;
+use crate::config::{NoReceiver, render};
+
+fn file(text: &str) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn load_file(text: &str) -> Result<Loaded, Problems> {
+    let file = file(text);
+    load(Sources { file: Some(file.path().into()), ..Sources::default() })
+}
+
+fn load_env<const N: usize>(pairs: [(&str, &str); N]) -> Result<Loaded, Problems> {
+    load(Sources { environment: pairs.into(), ..Sources::default() })
+}
+
+fn key(path: &str) -> &'static Key {
+    KEYS.iter().find(|key| key.path() == path).unwrap()
+}
+
+/// The only problem, without the name of the temporary file.
+fn problem(result: Result<Loaded, Problems>) -> String {
+    let problems = result.unwrap_err().0;
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    let text = problems[0].to_string();
+    text.split_once(".tmp").map_or_else(|| text.clone(), |(_, rest)| rest[6..].to_owned())
+}
+
+#[test]
+fn the_flag_wins_over_the_environment_over_the_file() {
+    let file = file("[server]\nport = 1\nthreads = 1\n\n[log]\nlevel = 'debug'\n");
+    let loaded = load(Sources {
+        file: Some(file.path().into()),
+        environment: [
+            ("WSPROXY_SERVER__PORT", "2"),
+            ("PORT", "3"),
+            ("SERVER_ID", "a"),
+            ("WSPROXY_SERVER__THREADS", "2"),
+        ]
+        .into(),
+        flags: vec![(key("server.port"), "4".into())],
+        ..Sources::default()
+    })
+    .unwrap();
+    let server = &loaded.config.server;
+    assert_eq!((server.port, server.threads, server.server_id.as_deref()), (4, 2, Some("a")));
+    assert_eq!(loaded.config.log.level, "debug");
+    assert_eq!(loaded.origin(key("server.port")), &Origin::Flag("port"));
+    let threads = Origin::Env("WSPROXY_SERVER__THREADS".into());
+    assert_eq!(loaded.origin(key("server.threads")), &threads);
+    assert_eq!(loaded.origin(key("server.server_id")), &Origin::Env("SERVER_ID".into()));
+    assert!(matches!(loaded.origin(key("log.level")), Origin::File { line: 6, .. }));
+    assert_eq!(loaded.origin(key("server.bind")), &Origin::Default);
+}
+
+#[test]
+fn names_of_older_gateways_work() {
+    let loaded = load_env([
+        ("PORT", "9000"),
+        ("METRICS_PORT", "9001"),
+        ("HEARTBEAT_INTERVAL", "15000"),
+        ("HEARTBEAT_TIMEOUT", "45s"),
+        ("RATE_LIMIT_MAX_REQUESTS", "60"),
+        ("RATE_LIMIT_WINDOW_SECONDS", "30"),
+        ("REDIS_CHANNEL_PREFIX", "eu"),
+        ("LOG_LEVEL", "WARNING"),
+        ("REDIS_URL", ""),
+        ("SECRET_KEY", "s"),
+        ("ALGORITHM", ""),
+        ("DATABASE_URL", "postgres://x"),
+    ])
+    .unwrap();
+    let config = loaded.config;
+    assert_eq!((config.server.port, config.admin.port), (9000, Some(9001)));
+    assert_eq!(config.heartbeat.interval, Duration::from_secs(15));
+    assert_eq!(config.heartbeat.timeout, Duration::from_secs(45));
+    assert_eq!(config.rate_limit.max_requests, 60);
+    assert_eq!(config.rate_limit.window, Duration::from_secs(30));
+    assert_eq!((config.redis.channel_prefix.as_str(), config.log.level.as_str()), ("eu", "warn"));
+    assert!(config.redis.url.is_none());
+    assert_eq!(loaded.ignored, ["DATABASE_URL", "SECRET_KEY"]);
+}
+
+#[test]
+fn all_problems_are_reported_at_once_with_line_value_and_what_is_allowed() {
+    let text = "[server]\nport = 99999\nprot = 1\n[sesions]\n[log]\nformat = 'xml'\n";
+    let file = file(text);
+    let path = file.path().display().to_string();
+    let sources = Sources {
+        file: Some(file.path().into()),
+        environment: [("WSPROXY_SERVER_PORT", "1"), ("WSPROXY_HEARTBEAT__TIMEOUT", "1s")].into(),
+        ..Sources::default()
+    };
+    let problems = load(sources).unwrap_err().to_string().replace(&path, "w.toml");
+    let expected = [
+        "6 problems in the configuration:",
+        "  w.toml:2: server.port = 99999: must be an integer from 0 to 65535",
+        "  w.toml:3: server.prot: unknown key; did you mean server.port?",
+        "  w.toml:4: sesions: unknown section; did you mean [sessions]?",
+        "  w.toml:6: log.format = 'xml': must be one of \"auto\", \"json\", \"pretty\"",
+        "  env WSPROXY_SERVER_PORT: unknown variable; did you mean WSPROXY_SERVER__PORT?",
+        "  env WSPROXY_HEARTBEAT__TIMEOUT: heartbeat.timeout = \"1s\": must be longer than \
+         heartbeat.interval = \"30s\" (default)",
+    ];
+    assert_eq!(problems.lines().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn a_key_in_the_wrong_section_is_shown_where_it_belongs() {
+    assert_eq!(
+        problem(load_file("[server]\nmax_connections = 1\n")),
+        ":2: server.max_connections: unknown key; did you mean limits.max_connections?"
+    );
+    assert_eq!(
+        problem(load_file("port = 1\n")),
+        ":1: port: unknown section; did you mean server.port?"
+    );
+    assert_eq!(problem(load_file("server = 1\n")), ":1: server: must be a section: [server]");
+}
+
+#[test]
+fn every_rule_between_keys_is_checked() {
+    for (text, blamed) in [
+        ("[admin]\nport = 8080", "admin.port"),
+        ("[admin]\nbind = '127.0.0.1'", "admin.bind"),
+        ("[server]\nshutdown_timeout = 5", "server.shutdown_timeout"),
+        ("[heartbeat]\ninterval = '60s'", "heartbeat.timeout"),
+        ("[limits]\nmax_message_bytes = '16MiB'\n", "limits.send_buffer_bytes"),
+        ("[limits]\nsend_buffers_total_bytes = '1MiB'", "limits.send_buffers_total_bytes"),
+        ("[redis]\npublish_queue_bytes = '64KiB'", "redis.publish_queue_bytes"),
+        ("[redis]\nca_file = '/does/not/exist'", "redis.ca_file"),
+    ] {
+        let problems = load_file(text).unwrap_err().0;
+        assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [blamed]);
+    }
+    let beside = "[server]\nbind = '10.0.0.1'\n[admin]\nbind = '127.0.0.1'\nport = 8080";
+    assert!(load_file(beside).is_ok());
+}
+
+#[test]
+fn a_rule_is_not_checked_against_the_default_of_a_bad_value() {
+    let text = "[heartbeat]\ninterval = 'often'\ntimeout = 20";
+    assert!(problem(load_file(text)).starts_with(":2: heartbeat.interval = 'often'"));
+}
+
+#[test]
+fn secrets_never_show() {
+    let secret = "hunter2-hunter2-hunter2";
+    let url = format!("http://:{secret}@h");
+    let texts = [
+        format!("[redis]\nurl = '{url}'"),
+        format!("[redis]\nurl = ['{secret}', 1]"),
+        format!("[redis]\nurl = 'redis://:{secret}@h"),
+        format!("[redis]\nurll = '{url}'"),
+        format!("[api]\nkeys = ['{secret} ']\nx = 1"),
+        format!("[api]\nkeys = '{secret} x'"),
+        format!("[api]\nkeys = [['{secret}']]"),
+    ];
+    for text in texts {
+        let problems = load_file(&text).unwrap_err();
+        assert!(!format!("{problems} {problems:?}").contains("hunter2"), "{problems}");
+    }
+    let url = format!("redis://:{secret}@h");
+    let loaded = load_env([("REDIS_URL", &url), ("WSPROXY_API__KEYS", secret)]).unwrap();
+    let shown = format!("{} {loaded:?}", render::show(&loaded));
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert!(shown.contains("url = \"***\"") && shown.contains("keys = [\"***\"]"), "{shown}");
+}
+
+#[test]
+fn secrets_come_from_files_too() {
+    let url = file("redis://:pw@h\n");
+    let keys = file("0123456789abcdef\nfedcba9876543210\n");
+    let path = |file: &NamedTempFile| file.path().to_str().unwrap().to_owned();
+    let loaded = load_env([
+        ("REDIS_URL_FILE", path(&url).as_str()),
+        ("WSPROXY_API__KEYS_FILE", path(&keys).as_str()),
+    ])
+    .unwrap();
+    assert_eq!(loaded.config.redis.url.unwrap().expose_secret(), "redis://:pw@h");
+    assert_eq!(loaded.config.api.keys.len(), 2);
+    let missing = problem(load_env([("REDIS_URL_FILE", "/does/not/exist")]));
+    assert!(missing.starts_with("env REDIS_URL_FILE: redis.url: cannot read /does/not/exist"));
+    assert!(problem(load_env([("WSPROXY_SERVER__PORT_FILE", "/x")])).contains("unknown variable"));
+}
+
+#[test]
+fn broken_toml_is_reported_with_its_line() {
+    let problems = load_file("[server]\nport = \n[log\nlevel = 'x'\n").unwrap_err().0;
+    let lines: Vec<_> = problems.iter().map(|problem| problem.origin.clone()).collect();
+    let [Some(Origin::File { line: 2, .. }), Some(Origin::File { line: 3, .. })] = lines[..] else {
+        panic!("{problems:?}")
+    };
+    assert!(problem(load_file("[log]\nlevel='info'\nlevel='info'\n")).contains(":3: TOML"));
+    let missing = load(Sources { file: Some("/does/not/exist".into()), ..Sources::default() });
+    assert!(problem(missing).starts_with("/does/not/exist: cannot be read"));
+}
+
+#[test]
+fn absent_endpoints_may_be_switched_off_only() {
+    assert!(load_file("[endpoints]\nevents = false\ntunnel = false").is_ok());
+    assert_eq!(
+        problem(load_file("[endpoints]\nrooms = true")),
+        ":2: endpoints.rooms = true: must be false, since this endpoint is not in this version"
+    );
+}
+
+#[test]
+fn every_key_of_the_example_round_trips() {
+    let example = render::example();
+    assert!(load_file(&example).is_ok());
+    let set: String = example
+        .lines()
+        .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+        .fold(String::new(), |text, line| text + line + "\n");
+    let loaded = load_file(&set).unwrap();
+    for key in KEYS {
+        assert!(matches!(loaded.origin(key), Origin::File { .. }), "{}", key.path());
+        assert_eq!(key.write(&loaded.config), key.write(&Config::default()), "{}", key.path());
+    }
+}
+
+#[test]
+fn every_key_can_be_set_by_its_variable() {
+    for key in KEYS {
+        let value = key.write(&Config::default());
+        let value = value.trim_matches(['"', '[', ']']);
+        let loaded = load_env([(key.env().as_str(), value)]).unwrap();
+        assert_eq!(loaded.origin(key), &Origin::Env(key.env()));
+    }
+    let loaded = load_env([("WSPROXY_SESSIONS__NO_RECEIVER", "queue")]).unwrap();
+    assert_eq!(loaded.config.sessions.no_receiver, NoReceiver::Queue);
+    let lists = load_env([("WSPROXY_SERVER__TRUSTED_PROXIES", "10.0.0.0/8, ::1")]).unwrap();
+    assert_eq!(lists.config.server.trusted_proxies.len(), 2);
+}

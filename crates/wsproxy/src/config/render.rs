@@ -1,0 +1,117 @@
+//! What people read about the configuration: the example, the effective values, the reference page.
+
+use std::fmt::Write;
+
+use super::{
+    Config,
+    environment::PREFIX,
+    keys::{IGNORED, KEYS, Key, SECTIONS},
+    load::{CONFIG_ENV, Loaded},
+};
+
+/// A file with every key, each commented out and at its default.
+#[must_use]
+pub fn example() -> String {
+    let mut text = String::from(
+        "# wsproxy: every key, with its default. Remove the # before a key to change it.\n\
+         # Times are whole seconds or such as \"500ms\", sizes are bytes or such as \"64KiB\".\n",
+    );
+    for (section, doc) in SECTIONS {
+        text += &format!("\n# {doc}\n[{section}]\n");
+        for key in keys_of(section) {
+            let value = key.write(&Config::default());
+            text += &format!("# {} Must be {}.\n#{} = {value}\n", key.doc, key.allowed(), key.name);
+        }
+    }
+    text
+}
+
+/// The values in effect, each with where it came from; secrets as `***`.
+#[must_use]
+pub fn show(loaded: &Loaded) -> String {
+    let mut text = String::new();
+    for (section, _) in SECTIONS {
+        text += &format!("{}[{section}]\n", if text.is_empty() { "" } else { "\n" });
+        for key in keys_of(section) {
+            let line = format!("{} = {}", key.name, key.write(&loaded.config));
+            text += &format!("{line:<40} # {}\n", loaded.origin(key));
+        }
+    }
+    text
+}
+
+/// The reference page, `docs/configuration.md`.
+#[must_use]
+pub fn markdown() -> String {
+    let mut text = INTRODUCTION.replace("{CONFIG_ENV}", CONFIG_ENV).replace("{PREFIX}", PREFIX);
+    for (section, doc) in SECTIONS {
+        text += &format!("\n## `[{section}]`\n\n{doc}\n\n");
+        text += "| key | default | what | other names |\n|---|---|---|---|\n";
+        for key in keys_of(section) {
+            let value = key.write(&Config::default());
+            let (doc, allowed) = (cell(key.doc), cell(&key.allowed()));
+            let names = other_names(key);
+            text +=
+                &format!("| `{}` | `{value}` | {doc} Must be {allowed}. | {names} |\n", key.name);
+        }
+    }
+    text += "\n## Variables of older gateways\n\n| variable | key |\n|---|---|\n";
+    for key in KEYS {
+        if let Some(alias) = key.alias {
+            let unit = if alias.unit.is_empty() { "" } else { ", a bare number in milliseconds" };
+            text += &format!("| `{}` | `{}`{unit} |\n", alias.name, key.path());
+        }
+    }
+    let ignored: Vec<_> = IGNORED.iter().map(|name| format!("`{name}`")).collect();
+    text += &format!(
+        "\n{} belong to endpoints that this version does not have: they are accepted, named once in \
+         the log, and ignored.\n",
+        ignored.join(", ")
+    );
+    text
+}
+
+fn keys_of(section: &str) -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().filter(move |key| key.section == section)
+}
+
+fn other_names(key: &Key) -> String {
+    let mut names = String::new();
+    if let Some(flag) = key.flag {
+        let _ = write!(names, "`--{flag}`");
+    }
+    if let Some(alias) = key.alias {
+        let comma = if names.is_empty() { "" } else { ", " };
+        let _ = write!(names, "{comma}`{}`", alias.name);
+    }
+    names
+}
+
+/// Text that Markdown shows as it is.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('<', "&lt;").replace('*', "\\*").replace('_', "\\_")
+}
+
+const INTRODUCTION: &str = "# Configuration
+
+<!-- Generated from the table of keys. `UPDATE_DOCS=1 cargo test -p wsproxy --test cli` writes it anew. -->
+
+A key is looked up in this order, and the first that has it wins:
+
+1. a flag of the command line,
+2. the environment variable `{PREFIX}SECTION__KEY`, such as `{PREFIX}SERVER__PORT` (two underscores between section and key),
+3. the variable that older gateways used, such as `PORT`; empty text means that it is not set,
+4. the file that `--config` or `{CONFIG_ENV}` names (no file is read unless one is named),
+5. the default.
+
+- **Times** are whole seconds, or text with units: `30`, `\"500ms\"`, `\"1m 30s\"`.
+- **Sizes** are bytes, or text with a unit: `65536`, `\"64KiB\"`, `\"10MB\"`.
+- **Lists** are TOML arrays; in the environment, text with commas between the values.
+- **Secrets** (`redis.url`, `api.keys`) can come from a file: set the variable with `_FILE` at its end, such as
+  `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown.
+- Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
+
+`wsproxy config check` reports every problem at once, with the key, its value, where it came from and what is allowed, and exits with 78;
+unknown sections, keys and `{PREFIX}…` variables are problems too. `wsproxy config show` prints the values in effect with their origin,
+`wsproxy config example` a file with every key.
+";

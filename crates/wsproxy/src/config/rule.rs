@@ -1,0 +1,180 @@
+//! Rules of text values: what a level, an origin, a Redis URL, … may look like.
+
+use tracing_subscriber::EnvFilter;
+use wsproxy_proto::names::Id;
+
+use super::kind::Text;
+
+/// A log level, or directives.
+pub(super) const LEVEL: Text = Text {
+    allowed: "off, error, warn, info, debug, trace, or directives such as \"info,wsproxy::bus=debug\"",
+    read: level,
+};
+
+/// The name of an instance.
+pub(super) const SERVER_ID: Text = Text {
+    allowed: "1 to 128 letters, digits and -_.~@+=",
+    read: |text| Id::parse(text).ok().map(|id| id.as_str().to_owned()),
+};
+
+/// What stands before the names of keys and channels.
+pub(super) const PREFIX: Text = Text {
+    allowed: "up to 64 letters, digits and -_.:{}, without the colon at its end",
+    read: |text| {
+        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:{}".contains(&b);
+        let good = text.len() <= 64 && text.bytes().all(known) && !text.ends_with(':');
+        good.then(|| text.to_owned())
+    },
+};
+
+/// Where Redis is.
+pub(super) const REDIS_URL: Text = Text {
+    allowed: "redis://[user:password@]host[:port][/database], rediss://… or unix:///path",
+    read: redis_url,
+};
+
+/// A bearer key of the API.
+pub(super) const API_KEY: Text = Text {
+    allowed: "16 to 256 visible ASCII characters without a comma",
+    read: |text| {
+        let good = (16..=256).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_graphic() && b != b',');
+        good.then(|| text.to_owned())
+    },
+};
+
+/// What a browser's `Origin` may be.
+pub(super) const ORIGIN: Text = Text {
+    allowed: "an origin such as \"https://app.example\", \"https://*.example\" or \"*\", without a path",
+    read: origin,
+};
+
+fn level(text: &str) -> Option<String> {
+    let text = text.to_ascii_lowercase();
+    // Existing deployments use Python's names; to the filter they would be names of modules.
+    match text.as_str() {
+        "warning" => return Some("warn".into()),
+        "critical" | "fatal" => return Some("error".into()),
+        _ => {}
+    }
+    let levels = ["off", "error", "warn", "info", "debug", "trace"];
+    let known = |directive: &str| match directive.rsplit_once('=') {
+        Some((target, level)) => !target.trim().is_empty() && levels.contains(&level.trim()),
+        None => levels.contains(&directive.trim()),
+    };
+    let good = text.split(',').all(known) && EnvFilter::try_new(&text).is_ok();
+    good.then_some(text)
+}
+
+/// Only the parts that every deployment needs; the bus parses the rest when it connects.
+fn redis_url(text: &str) -> Option<String> {
+    let (scheme, rest) = text.split_once("://")?;
+    let good = match scheme {
+        "unix" => rest.starts_with('/') && rest.len() > 1,
+        "redis" | "rediss" => {
+            let authority = rest.split(['/', '?']).next()?;
+            let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+            let database = rest[authority.len()..].trim_start_matches('/');
+            let database = database.split('?').next().unwrap_or_default();
+            is_host(host) && (database.is_empty() || database.parse::<u32>().is_ok())
+        }
+        _ => false,
+    };
+    let printable = text.bytes().all(|b| b.is_ascii_graphic());
+    (good && printable).then(|| text.to_owned())
+}
+
+/// Lower case and without the scheme's own port, since that is how browsers send it.
+fn origin(text: &str) -> Option<String> {
+    let text = text.to_ascii_lowercase();
+    if text == "*" {
+        return Some(text);
+    }
+    let (scheme, host) = text.split_once("://")?;
+    let named = scheme.starts_with(|c: char| c.is_ascii_lowercase())
+        && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+    let concrete = host.strip_prefix("*.").unwrap_or(host);
+    if !named || !is_host(concrete) || concrete.contains('*') {
+        return None;
+    }
+    let own_port = match scheme {
+        "http" => ":80",
+        "https" => ":443",
+        _ => "",
+    };
+    Some(format!("{scheme}://{}", host.strip_suffix(own_port).unwrap_or(host)))
+}
+
+/// A name or an address, brackets around one of version 6, and perhaps a port.
+fn is_host(text: &str) -> bool {
+    let (host, port) = match text.strip_prefix('[') {
+        Some(rest) => match rest.split_once(']') {
+            Some((host, port)) if host.parse::<std::net::Ipv6Addr>().is_ok() => (host, port),
+            _ => return false,
+        },
+        None => text.split_at(text.find(':').unwrap_or(text.len())),
+    };
+    let named = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b));
+    let port = port.is_empty()
+        || port.strip_prefix(':').and_then(|port| port.parse::<u16>().ok()).is_some_and(|p| p > 0);
+    !host.is_empty() && named && port
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_levels_or_directives() {
+        assert_eq!(level("INFO").as_deref(), Some("info"));
+        assert_eq!(level("WARNING").as_deref(), Some("warn"));
+        assert_eq!(level("CRITICAL").as_deref(), Some("error"));
+        assert!(level("info,wsproxy::bus=debug").is_some());
+        for bad in ["", "verbose", "info,", "wsproxy=loud", "=info", "info debug"] {
+            assert_eq!(level(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn origins_are_spelled_as_browsers_send_them() {
+        for (given, kept) in [
+            ("https://App.example", "https://app.example"),
+            ("https://*.example:8443", "https://*.example:8443"),
+            ("https://a.example:443", "https://a.example"),
+            ("http://[::1]:3000", "http://[::1]:3000"),
+            ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+            ("*", "*"),
+        ] {
+            assert_eq!(origin(given).as_deref(), Some(kept));
+        }
+        let bad =
+            ["", "app.example", "https://", "https://a/", "https://a.*", "https://a:x", "://a"];
+        for bad in bad {
+            assert_eq!(origin(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn redis_urls_have_a_known_scheme_and_a_host() {
+        for good in [
+            "redis://localhost",
+            "redis://:p%40ss@redis.local:6379/2",
+            "rediss://user:pw@[::1]:6380",
+            "unix:///run/redis.sock",
+        ] {
+            assert!(redis_url(good).is_some(), "{good}");
+        }
+        for bad in [
+            "localhost:6379",
+            "http://localhost",
+            "redis://",
+            "redis://:pw@",
+            "redis://h:port",
+            "redis://h/two",
+            "unix://redis.sock",
+            "redis://a b",
+        ] {
+            assert!(redis_url(bad).is_none(), "{bad}");
+        }
+    }
+}

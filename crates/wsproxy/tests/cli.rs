@@ -1,0 +1,185 @@
+//! The program as an operator meets it: output, exit codes, and the generated page.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+use wsproxy::config::render;
+
+/// Runs the program with nothing in its environment but `env`.
+fn wsproxy(args: &[&str], env: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
+    command.args(args).env_clear().envs(env.iter().copied()).stdin(Stdio::null());
+    command.output().unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+fn file(text: &str) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wsproxy.toml");
+    fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    (folder, path)
+}
+
+#[test]
+fn the_example_passes_the_check() {
+    let example = wsproxy(&["config", "example"], &[]);
+    assert!(example.status.success());
+    let (_folder, path) = file(stdout(&example));
+    let check = wsproxy(&["config", "check", "--config", &path], &[]);
+    assert_eq!((check.status.code(), stderr(&check)), (Some(0), ""));
+}
+
+#[test]
+fn all_problems_come_at_once_with_exit_code_78() {
+    let (_folder, path) = file("[server]\nport = 99999\n[limts]\nmax_connections = 5\n");
+    let args = ["config", "check", "-c", &path, "--log-level", "loud", "--bind", "here"];
+    for command in ["check", "show"] {
+        let args = args.map(|arg| if arg == "check" { command } else { arg });
+        let output = wsproxy(&args, &[("WSPROXY_SERVER__PROT", "1"), ("METRICS_PORT", "many")]);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(78), ""));
+        let problems = stderr(&output);
+        for part in [
+            "6 problems",
+            "wsproxy.toml:2: server.port = 99999: must be an integer from 0 to 65535",
+            "wsproxy.toml:3: limts: unknown section; did you mean [limits]?",
+            "env WSPROXY_SERVER__PROT: unknown variable; did you mean WSPROXY_SERVER__PORT?",
+            "env METRICS_PORT: admin.port = \"many\"",
+            "flag --log-level: log.level = \"loud\"",
+            "flag --bind: server.bind = \"here\"",
+        ] {
+            assert!(problems.contains(part), "{part}\nis missing in\n{problems}");
+        }
+    }
+    let serve = wsproxy(&["serve", "-c", &path], &[]);
+    assert_eq!(serve.status.code(), Some(78));
+}
+
+#[test]
+fn show_says_where_each_value_came_from() {
+    let (_folder, path) = file("[server]\nport = 1\nthreads = 3\n[limits]\nmax_fragments = 7\n");
+    let env = [("PORT", "2"), ("WSPROXY_SERVER__THREADS", "4"), ("WSPROXY_CONFIG", path.as_str())];
+    let output = wsproxy(&["config", "show", "--port", "3"], &env);
+    let lines: Vec<_> = stdout(&output)
+        .lines()
+        .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    let from_file = format!("max_fragments = 7 # {path}:5");
+    for line in [
+        "port = 3 # flag --port",
+        "threads = 4 # env WSPROXY_SERVER__THREADS",
+        from_file.as_str(),
+        "bind = \"0.0.0.0\" # default",
+    ] {
+        assert!(lines.iter().any(|known| known == line), "{line} is missing in {lines:#?}");
+    }
+}
+
+#[test]
+fn what_show_prints_is_a_configuration_again() {
+    let env = [("WSPROXY_LIMITS__MAX_MESSAGE_BYTES", "1500000"), ("HEARTBEAT_TIMEOUT", "90000")];
+    let first = wsproxy(&["config", "show"], &env);
+    let (_folder, path) = file(stdout(&first));
+    let second = wsproxy(&["config", "show", "--config", &path], &[]);
+    let values = |output: &Output| -> Vec<String> {
+        let lines = stdout(output).lines();
+        lines.map(|line| line.split(" # ").next().unwrap_or_default().trim().to_owned()).collect()
+    };
+    assert_eq!(values(&first), values(&second));
+}
+
+#[test]
+fn secrets_appear_in_no_output() {
+    let secret = "hunter2-hunter2-hunter2";
+    let (good, bad) = (format!("redis://:{secret}@127.0.0.1:1"), format!("http://:{secret}@h"));
+    for args in [["config", "show"], ["config", "check"], ["token", "s"], ["config", "example"]] {
+        for url in [&good, &bad] {
+            let keys = format!("{secret},short");
+            for env in [vec![("REDIS_URL", url.as_str())], vec![("WSPROXY_API__KEYS", &keys)]] {
+                let output = wsproxy(&args, &env);
+                let both = format!("{}{}", stdout(&output), stderr(&output));
+                assert!(!both.contains("hunter2"), "{both}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_exits_with_64_and_help_with_0() {
+    let none = wsproxy(&[], &[]);
+    assert_eq!(none.status.code(), Some(64));
+    assert!(stderr(&none).contains("Usage: wsproxy"));
+    assert_eq!(wsproxy(&["sevre"], &[]).status.code(), Some(64));
+    assert_eq!(wsproxy(&["serve", "--prot", "1"], &[]).status.code(), Some(64));
+    assert_eq!(wsproxy(&["token", "a:b"], &[]).status.code(), Some(64));
+    for help in [&["--help"][..], &["serve", "--help"], &["--version"]] {
+        let output = wsproxy(help, &[]);
+        assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+    }
+    assert!(stdout(&wsproxy(&["serve", "--help"], &[])).contains("--metrics-port"));
+}
+
+#[test]
+fn completions_exist_for_every_shell() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = wsproxy(&["completions", shell], &[]);
+        assert!(output.status.success());
+        assert!(stdout(&output).contains("redis-url"), "{shell}");
+    }
+}
+
+#[test]
+fn version_is_text_or_json() {
+    let text = wsproxy(&["version"], &[]);
+    assert!(stdout(&text).starts_with(&format!("wsproxy {} ", env!("CARGO_PKG_VERSION"))));
+    let json = wsproxy(&["version", "--json"], &[]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn an_instance_that_is_not_there_is_not_healthy() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    drop(listener);
+    let output = wsproxy(&["health"], &[("PORT", &port)]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("is not healthy"));
+}
+
+#[test]
+fn a_token_needs_redis() {
+    let output = wsproxy(&["token", "s-1"], &[]);
+    assert_eq!((output.status.code(), stdout(&output)), (Some(78), ""));
+    assert!(stderr(&output).contains("redis.url"));
+}
+
+/// Run with `UPDATE_DOCS=1` to write the page anew.
+#[test]
+fn the_reference_page_is_the_generated_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/configuration.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, render::markdown()).unwrap();
+    }
+    let page = fs::read_to_string(&path).unwrap_or_default();
+    assert!(page == render::markdown(), "{} is not up to date", path.display());
+}
+
+/// Files that people copy must work as they are.
+#[test]
+fn the_deployed_file_passes_the_check() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/systemd/wsproxy.toml");
+    let check = wsproxy(&["config", "check", "--config", path], &[]);
+    assert_eq!((check.status.code(), stderr(&check)), (Some(0), ""));
+}
