@@ -1,6 +1,6 @@
 //! The command line: parses it, runs the command, and turns its result into an exit code.
 
-use std::{io::Write, process::ExitCode};
+use std::{io::Write, process::ExitCode, sync::mpsc, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
@@ -14,14 +14,14 @@ pub mod token;
 mod version;
 
 /// Holds the long-lived WebSocket connections, so that application workers don't have to.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(name = "wsproxy", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Subcommand)]
 enum Command {
     /// Run the gateway.
     Serve(settings::Settings),
@@ -70,13 +70,13 @@ pub fn main() -> ExitCode {
         }
     };
     let Some(command) = cli.command else {
-        let _ = write!(std::io::stderr(), "{}", Cli::command().render_help());
+        complain(format!("{}", Cli::command().render_help()));
         return ExitCode::from(exit::USAGE);
     };
     match run(command) {
         Ok(code) => code,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "wsproxy: {error:#}");
+            complain(format!("wsproxy: {error:#}\n"));
             ExitCode::from(exit::code(&error))
         }
     }
@@ -108,6 +108,18 @@ fn completions(shell: Shell) -> String {
     }
     String::from_utf8_lossy(&script).into_owned()
 }
+
+/// Writes to standard error, which may be stuck: that must not keep an instance from ending.
+fn complain(text: String) {
+    let (done, wait) = mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::stderr().write_all(text.as_bytes());
+        let _ = done.send(());
+    });
+    let _ = wait.recv_timeout(COMPLAINT_TIMEOUT);
+}
+
+const COMPLAINT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Writes to standard output; a reader that left, such as `head`, is no error.
 fn print(text: &str) -> anyhow::Result<()> {

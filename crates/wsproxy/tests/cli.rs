@@ -5,9 +5,13 @@ use std::{
     fs,
     path::Path,
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
-use wsproxy::config::render;
+use wsproxy::config::{
+    load::{Sources, load},
+    render,
+};
 
 /// Runs the program with nothing in its environment but `env`.
 fn wsproxy(args: &[&str], env: &[(&str, &str)]) -> Output {
@@ -182,4 +186,15 @@ fn the_deployed_file_passes_the_check() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/systemd/wsproxy.toml");
     let check = wsproxy(&["config", "check", "--config", path], &[]);
     assert_eq!((check.status.code(), stderr(&check)), (Some(0), ""));
+}
+
+#[test]
+fn the_unit_waits_longer_than_a_shutdown_may_take() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/systemd");
+    let unit = fs::read_to_string(format!("{folder}/wsproxy.service")).unwrap();
+    let stop = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec=")).unwrap();
+    let file = Some(format!("{folder}/wsproxy.toml").into());
+    let loaded = load(Sources { file, ..Sources::default() }).unwrap();
+    let stop = Duration::from_secs(stop.parse().unwrap());
+    assert!(stop > loaded.config.server.shutdown_timeout + loaded.config.server.drain_delay);
 }

@@ -6,7 +6,7 @@ use super::settings::Settings;
 use crate::config::render;
 
 /// The subcommands.
-#[derive(Debug, Subcommand)]
+#[derive(Subcommand)]
 pub(super) enum ConfigCommand {
     /// Report every problem; exits with 78 if there is one.
     Check(Settings),

@@ -13,7 +13,7 @@ use super::settings::Settings;
 use crate::config::Config;
 
 /// Arguments of the command.
-#[derive(Debug, clap::Args)]
+#[derive(clap::Args)]
 pub(super) struct HealthArgs {
     /// What to ask; /health of the configured port on this machine where it is not given.
     #[arg(long)]
@@ -31,7 +31,7 @@ pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
     match ask(&url).with_context(|| format!("{url} is not healthy")) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "wsproxy: {error:#}");
+            super::complain(format!("wsproxy: {error:#}\n"));
             Ok(ExitCode::FAILURE)
         }
     }
@@ -58,7 +58,8 @@ fn ask(url: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     // "HTTP/1.1 200" is all that matters.
     let mut head = [0; 12];
     let mut filled = 0;
@@ -91,8 +92,12 @@ mod tests {
         let url = format!("http://{}/health", listener.local_addr().unwrap());
         std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut request = [0; 4096];
-            assert!(stream.read(&mut request).unwrap() > 0);
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).unwrap();
+                request.extend(byte);
+            }
             stream.write_all(text.as_bytes()).unwrap();
         });
         url

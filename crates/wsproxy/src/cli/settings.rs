@@ -13,7 +13,7 @@ use crate::config::{
 };
 
 /// Where the configuration comes from.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Settings {
     file: Option<PathBuf>,
     flags: Vec<(&'static Key, String)>,
@@ -39,7 +39,11 @@ impl clap::Args for Settings {
         let file = file.help(format!("TOML file; else the one that {CONFIG_ENV} names, or none"));
         let flags = KEYS.iter().filter_map(|key| {
             // Values are checked together with those of the file, so that all problems show.
-            Some(Arg::new(key.flag?).long(key.flag?).value_name("VALUE").help(key.doc))
+            let flag = Arg::new(key.flag?).long(key.flag?).value_name("VALUE");
+            let default = key.write(&Config::default());
+            let unset = default == "\"\"";
+            let default = if unset { String::new() } else { format!(" [default: {default}]") };
+            Some(flag.help(format!("{}{default}", key.doc)))
         });
         command.arg(file).args(flags)
     }

@@ -10,7 +10,7 @@ use super::{exit::Failure, settings::Settings};
 use crate::config::Config;
 
 /// Arguments of the command.
-#[derive(Debug, clap::Args)]
+#[derive(clap::Args)]
 pub(super) struct TokenArgs {
     /// The session that the token opens.
     #[arg(value_parser = |text: &str| Id::parse(text).map_err(|e| format!("a session id {e}")))]

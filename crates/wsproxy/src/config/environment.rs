@@ -6,8 +6,8 @@ use std::{
     path::PathBuf,
 };
 
-/// Environment variables.
-#[derive(Debug, Clone, Default)]
+/// Environment variables. Not `Debug`, since they hold secrets.
+#[derive(Clone, Default)]
 pub struct Environment(BTreeMap<OsString, OsString>);
 
 impl Environment {

@@ -20,7 +20,8 @@ use super::{
 };
 
 /// Where values may come from; each later field wins over the earlier ones.
-#[derive(Debug, Default)]
+/// Not `Debug`, since it holds secrets as they were given.
+#[derive(Default)]
 pub struct Sources {
     /// Values of keys that nobody set.
     pub defaults: Config,

@@ -20,7 +20,8 @@ pub fn example() -> String {
         text += &format!("\n# {doc}\n[{section}]\n");
         for key in keys_of(section) {
             let value = key.write(&Config::default());
-            text += &format!("# {} Must be {}.\n#{} = {value}\n", key.doc, key.allowed(), key.name);
+            text += &format!("# {}\n# Must be {}.\n", key.doc, key.allowed());
+            text += &format!("#{} = {value}\n", key.name);
         }
     }
     text

@@ -29,7 +29,7 @@ pub(super) const PREFIX: Text = Text {
 
 /// Where Redis is.
 pub(super) const REDIS_URL: Text = Text {
-    allowed: "redis://[user:password@]host[:port][/database], rediss://… or unix:///path",
+    allowed: "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://… or unix:///path",
     read: redis_url,
 };
 
@@ -66,17 +66,18 @@ fn level(text: &str) -> Option<String> {
     good.then_some(text)
 }
 
-/// Only the parts that every deployment needs; the bus parses the rest when it connects.
+/// Only what can be said without knowing the bus, which parses the rest when it starts.
 fn redis_url(text: &str) -> Option<String> {
     let (scheme, rest) = text.split_once("://")?;
+    let rest = rest.split_once('?').map_or(rest, |(rest, _)| rest);
+    let place = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
     let good = match scheme {
-        "unix" => rest.starts_with('/') && rest.len() > 1,
-        "redis" | "rediss" => {
-            let authority = rest.split(['/', '?']).next()?;
-            let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
-            let database = rest[authority.len()..].trim_start_matches('/');
-            let database = database.split('?').next().unwrap_or_default();
-            is_host(host) && (database.is_empty() || database.parse::<u32>().is_ok())
+        "unix" | "redis+unix" | "valkey+unix" => place.starts_with('/'),
+        "redis" | "rediss" | "valkey" | "valkeys" => {
+            let (host, database) = place.split_once('/').unwrap_or((place, ""));
+            // Without a host it is this one.
+            let known = is_host(host) || is_host(&format!("localhost{host}"));
+            known && (database.is_empty() || database.parse::<u32>().is_ok())
         }
         _ => false,
     };
@@ -155,9 +156,12 @@ mod tests {
     }
 
     #[test]
-    fn redis_urls_have_a_known_scheme_and_a_host() {
+    fn redis_urls_have_a_known_scheme_and_a_place() {
         for good in [
             "redis://localhost",
+            "redis://",
+            "redis://:7000/",
+            "redis+unix:///r%20s?user=u&password=p",
             "redis://:p%40ss@redis.local:6379/2",
             "rediss://user:pw@[::1]:6380",
             "unix:///run/redis.sock",
@@ -167,8 +171,6 @@ mod tests {
         for bad in [
             "localhost:6379",
             "http://localhost",
-            "redis://",
-            "redis://:pw@",
             "redis://h:port",
             "redis://h/two",
             "unix://redis.sock",
