@@ -22,7 +22,7 @@ use crate::{
 };
 
 pub mod memory;
-pub mod queue;
+pub(crate) mod queue;
 pub mod redis;
 
 /// The backend that runs. Cheap to clone: all clones are one bus.
@@ -221,6 +221,13 @@ pub struct Publish {
     pub receipt: Option<Arc<dyn Receipt>>,
 }
 
+impl Publish {
+    /// What it weighs in a bounded queue.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.channel.len() + self.payload.len() + QUEUED_OVERHEAD_BYTES
+    }
+}
+
 /// What happens to a message that reached no subscriber.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unheard {
@@ -270,3 +277,6 @@ pub enum BusError {
     #[error("the bus is closed")]
     Closed,
 }
+
+/// What a queued message costs beside its bytes, roughly.
+const QUEUED_OVERHEAD_BYTES: usize = 128;
