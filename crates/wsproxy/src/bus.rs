@@ -2,9 +2,200 @@
 //!
 //! The hub above is known only through [`Deliver`]; which backend runs is decided in `server.rs`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wsproxy_proto::names::Names;
+
+use crate::{
+    bus::{memory::MemoryBus, redis::RedisBus},
+    config,
+    store::Store,
+};
+
+pub mod memory;
+pub(crate) mod queue;
+pub mod redis;
+
+/// The backend that runs. Cheap to clone: all clones are one bus.
+#[derive(Clone)]
+pub enum Bus {
+    /// Inside this process, for one instance without Redis.
+    Memory(MemoryBus),
+    /// Redis or what speaks like it.
+    Redis(RedisBus),
+}
+
+impl Bus {
+    /// The embedded bus. Its one task runs on `tasks` until `shutdown`, then delivers what is queued.
+    #[must_use]
+    pub fn memory(
+        config: &config::Redis,
+        deliver: Box<dyn Deliver>,
+        tasks: &TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Self {
+        Self::Memory(MemoryBus::new(config, deliver, tasks, shutdown))
+    }
+
+    /// The bus on Redis. Returns at once and connects in the background, for ever.
+    ///
+    /// At `shutdown` what is queued is still published, for at most `response_timeout`: cancel it last.
+    ///
+    /// # Errors
+    /// [`BusError::Refused`] where the URL or the CA file cannot be used.
+    pub fn redis(
+        config: &config::Redis,
+        server_id: &str,
+        names: &Names,
+        deliver: Box<dyn Deliver>,
+        tasks: &TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Result<Self, BusError> {
+        RedisBus::new(config, server_id, names, deliver, tasks, shutdown).map(Self::Redis)
+    }
+
+    /// The keyed state that lives beside this bus: the embedded one, or the same Redis.
+    #[must_use]
+    pub fn store(&self) -> Store {
+        match self {
+            Self::Memory(bus) => Store::Memory(bus.store()),
+            Self::Redis(bus) => Store::Redis(bus.store()),
+        }
+    }
+
+    /// Resolves when the bus has confirmed every channel. Confirmed ones cost nothing.
+    ///
+    /// Waits for the connection where there is none: set a deadline. Where the future was dropped or
+    /// failed, the channels count as wanted until [`Self::unsubscribe`].
+    ///
+    /// # Errors
+    /// [`BusError::Refused`] where the server denied one of these channels, [`BusError::Closed`] at the end.
+    pub async fn subscribe(&self, channels: Vec<Arc<str>>) -> Result<(), BusError> {
+        match self {
+            Self::Memory(bus) => bus.subscribe(channels),
+            Self::Redis(bus) => bus.subscribe(channels).await,
+        }
+    }
+
+    /// Nobody wants these channels any more. Never blocks; messages on their way may still come.
+    pub fn unsubscribe(&self, channels: Vec<Arc<str>>) {
+        match self {
+            Self::Memory(bus) => bus.unsubscribe(channels),
+            Self::Redis(bus) => bus.unsubscribe(channels),
+        }
+    }
+
+    /// Puts a message into the bounded queue; what one caller puts in keeps its order.
+    ///
+    /// # Errors
+    /// [`BusError::Full`] or [`BusError::Closed`], with the message, whose receipt is not called then.
+    pub fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
+        match self {
+            Self::Memory(bus) => bus.publish(publish),
+            Self::Redis(bus) => bus.publish(publish),
+        }
+    }
+
+    /// Pending from the time the queue is three quarters full until it is half empty: a client's reads
+    /// pause on this.
+    pub fn poll_publishable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Memory(bus) => bus.poll_publishable(cx),
+            Self::Redis(bus) => bus.poll_publishable(cx),
+        }
+    }
+
+    /// [`Self::poll_publishable`] as a future.
+    pub async fn publishable(&self) {
+        std::future::poll_fn(|cx| self.poll_publishable(cx)).await;
+    }
+
+    /// How the bus is.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        match self {
+            Self::Memory(bus) => bus.status(),
+            Self::Redis(bus) => bus.status(),
+        }
+    }
+
+    /// What the bus has counted since the start.
+    #[must_use]
+    pub fn counters(&self) -> &BusCounters {
+        match self {
+            Self::Memory(bus) => bus.counters(),
+            Self::Redis(bus) => bus.counters(),
+        }
+    }
+}
+
+/// How the bus is, for readiness and metrics.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Every link is up.
+    pub connected: bool,
+    /// The first or latest (re)subscription is complete and the probe comes back.
+    pub subscribed: bool,
+    /// Channels that are wanted.
+    pub channels: usize,
+    /// Bytes that wait to be published.
+    pub queued_bytes: usize,
+    /// The latest trouble of a link, without secrets; `None` while every link is up.
+    pub last_error: Option<String>,
+}
+
+/// What the bus has counted since the start; read by metrics.
+#[derive(Debug, Default)]
+pub struct BusCounters {
+    /// Messages that were read, the probe's included.
+    pub messages_in: Counter,
+    /// Messages whose publishing was answered.
+    pub published: Counter,
+    /// Of these, messages that nobody received and that were kept in a log.
+    pub publish_kept: Counter,
+    /// Messages that were refused or on their way when the link was lost.
+    pub publish_lost: Counter,
+    /// Messages that met a full queue.
+    pub publish_full: Counter,
+    /// Times that a link was lost.
+    pub links_lost: Counter,
+    /// Times that a link was made, the first time included.
+    pub connects: Counter,
+    /// Connection attempts that failed.
+    pub connects_failed: Counter,
+    /// Probes which did not come back.
+    pub probe_failures: Counter,
+    /// Channels that the server refused.
+    pub subscribe_errors: Counter,
+    /// Servers that were left or refused because they were no master.
+    pub role_refused: Counter,
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The sum so far.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// What the bus tells the hub. Called from the one task that reads the bus, so it must never block.
 pub trait Deliver: Send + 'static {
@@ -28,6 +219,13 @@ pub struct Publish {
     pub unheard: Unheard,
     /// Told what became of it, where somebody wants to know.
     pub receipt: Option<Arc<dyn Receipt>>,
+}
+
+impl Publish {
+    /// What it weighs in a bounded queue.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.channel.len() + self.payload.len() + QUEUED_OVERHEAD_BYTES
+    }
 }
 
 /// What happens to a message that reached no subscriber.
@@ -79,3 +277,6 @@ pub enum BusError {
     #[error("the bus is closed")]
     Closed,
 }
+
+/// What a queued message costs beside its bytes, roughly.
+const QUEUED_OVERHEAD_BYTES: usize = 128;

@@ -4,4 +4,5 @@ pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod server;
+pub mod store;
 pub mod telemetry;

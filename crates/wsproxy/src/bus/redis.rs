@@ -1,0 +1,249 @@
+//! The bus on Redis: three links that are made again for ever, and what they share.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use secrecy::ExposeSecret;
+use tokio::sync::oneshot;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wsproxy_proto::names::Names;
+
+use crate::{
+    bus::{
+        BusCounters, BusError, Deliver, Publish, Status,
+        queue::Back,
+        redis::{
+            address::Address,
+            connect::Connector,
+            fault::Fault,
+            pipeline::{Driver, Pipeline, Request},
+            reader::Reader,
+            resp::Reply,
+            subscriptions::Subscriptions,
+            supervisor::Role,
+        },
+    },
+    config,
+    store::{StoreError, redis::RedisStore},
+};
+
+mod address;
+mod backoff;
+mod connect;
+mod fault;
+mod link;
+mod pipeline;
+mod probe;
+mod reader;
+pub(crate) mod resp;
+mod subscriptions;
+mod supervisor;
+mod watchdog;
+
+/// Channels and messages on a Redis. Clones share one bus.
+#[derive(Clone)]
+pub struct RedisBus(Arc<Shared>);
+
+/// What links and callers share.
+struct Shared {
+    connector: Connector,
+    client_name: String,
+    probe_channel: Arc<str>,
+    probe_interval: Duration,
+    response_timeout: Duration,
+    subscriptions: Subscriptions,
+    publishes: Arc<Pipeline>,
+    commands: Arc<Pipeline>,
+    health: Health,
+    counters: BusCounters,
+    shutdown: CancellationToken,
+}
+
+/// How the links are.
+#[derive(Default)]
+struct Health {
+    /// Trouble of each link, by [`Role`]; `None` inside: it is being made for the first time.
+    troubles: Mutex<[Trouble; 3]>,
+    subscribed: AtomicBool,
+}
+
+#[derive(Default)]
+struct Trouble {
+    up: bool,
+    fault: Option<String>,
+}
+
+impl RedisBus {
+    pub(super) fn new(
+        config: &config::Redis,
+        server_id: &str,
+        names: &Names,
+        deliver: Box<dyn Deliver>,
+        tasks: &TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Result<Self, BusError> {
+        let url = config.url.as_ref().map_or("", |url| url.expose_secret());
+        let refused = |why: String| BusError::Refused(format!("redis.url: {why}"));
+        let address = Address::parse(url).map_err(|why| refused(why.into()))?;
+        let connector = Connector::new(address, config.ca_file.as_deref(), config.connect_timeout)
+            .map_err(refused)?;
+        let shared = Arc::new(Shared {
+            connector,
+            client_name: client_name(server_id),
+            probe_channel: names.probe(server_id).into(),
+            probe_interval: config.probe_interval,
+            response_timeout: config.response_timeout,
+            subscriptions: Subscriptions::default(),
+            publishes: Arc::new(Pipeline::new(config.publish_queue_bytes)),
+            commands: Arc::new(Pipeline::new(COMMAND_QUEUE_BYTES)),
+            health: Health::default(),
+            counters: BusCounters::default(),
+            shutdown,
+        });
+        // The first subscription of every connection; nobody waits for it.
+        drop(shared.subscriptions.want(vec![shared.probe_channel.clone()]));
+        tasks.spawn(Reader::new(shared.clone(), deliver).run());
+        for (pipeline, role) in
+            [(&shared.publishes, Role::Publish), (&shared.commands, Role::Command)]
+        {
+            tasks.spawn(Driver::new(shared.clone(), pipeline.clone(), role).run());
+        }
+        Ok(Self(shared))
+    }
+
+    pub(super) fn store(&self) -> RedisStore {
+        RedisStore::new(self.clone())
+    }
+
+    pub(super) async fn subscribe(&self, channels: Vec<Arc<str>>) -> Result<(), BusError> {
+        let Some(waiting) = self.0.subscriptions.want(channels)? else { return Ok(()) };
+        waiting
+            .await
+            .unwrap_or_else(|_| Err(BusError::Unreachable("unsubscribed meanwhile".into())))
+    }
+
+    pub(super) fn unsubscribe(&self, channels: Vec<Arc<str>>) {
+        self.0.subscriptions.unwant(channels);
+    }
+
+    pub(super) fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
+        let bytes = publish.queued_bytes();
+        let Err((back, request)) = self.0.publishes.queue.push(Request::Publish(publish), bytes)
+        else {
+            return Ok(());
+        };
+        let error = match back {
+            Back::Full => {
+                self.0.counters.publish_full.add(1);
+                BusError::Full
+            }
+            Back::Closed => BusError::Closed,
+        };
+        match request {
+            Request::Publish(publish) => Err((error, publish)),
+            Request::Command(..) => unreachable!("a queue gives back what was pushed"),
+        }
+    }
+
+    pub(super) fn poll_publishable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.publishes.queue.poll_open(cx)
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let (connected, last_error) = self.0.health.report();
+        Status {
+            connected,
+            subscribed: self.0.health.subscribed.load(Ordering::Acquire),
+            // The probe's own channel is nobody's business.
+            channels: self.0.subscriptions.len().saturating_sub(1),
+            queued_bytes: self.0.publishes.queue.bytes(),
+            last_error,
+        }
+    }
+
+    pub(super) fn counters(&self) -> &BusCounters {
+        &self.0.counters
+    }
+
+    /// Sends a command on the connection for such and waits for its reply.
+    pub(crate) async fn command(&self, words: &[&[u8]]) -> Result<Reply, StoreError> {
+        let mut command = bytes::BytesMut::new();
+        resp::words(&mut command, words);
+        let (caller, reply) = oneshot::channel();
+        self.enqueue(command.freeze(), caller)?;
+        reply.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    fn enqueue(
+        &self,
+        command: Bytes,
+        caller: oneshot::Sender<Result<Reply, StoreError>>,
+    ) -> Result<(), StoreError> {
+        let queue = &self.0.commands.queue;
+        let bytes = command.len() + COMMAND_OVERHEAD_BYTES;
+        match queue.push(Request::Command(command, caller), bytes) {
+            Ok(()) => Ok(()),
+            Err((Back::Closed, _)) => Err(StoreError::Closed),
+            Err((Back::Full, request)) => {
+                // In an outage most of what waits has been given up by its callers.
+                queue.retain(|request| match request {
+                    Request::Command(_, caller) => !caller.is_closed(),
+                    Request::Publish(_) => true,
+                });
+                queue.push(request, bytes).map_err(|_| StoreError::Full)
+            }
+        }
+    }
+}
+
+impl Health {
+    fn up(&self, role: Role) {
+        self.troubles.lock()[role as usize] = Trouble { up: true, fault: None };
+    }
+
+    fn down(&self, role: Role, fault: &Fault) {
+        self.troubles.lock()[role as usize] = Trouble { up: false, fault: Some(fault.to_string()) };
+    }
+
+    fn is_up(&self, role: Role) -> bool {
+        self.troubles.lock()[role as usize].up
+    }
+
+    fn subscribed(&self, is: bool) {
+        self.subscribed.store(is, Ordering::Release);
+    }
+
+    fn report(&self) -> (bool, Option<String>) {
+        let troubles = self.troubles.lock();
+        let fault = troubles.iter().find_map(|trouble| trouble.fault.clone());
+        (troubles.iter().all(|trouble| trouble.up), fault)
+    }
+}
+
+/// Milliseconds as Redis wants them: a whole number above zero that it can add to its clock.
+pub(crate) fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX).clamp(1, MILLISECONDS_MAX)
+}
+
+/// Redis refuses client names with spaces and the like.
+fn client_name(server_id: &str) -> String {
+    let plain = |c: char| if c.is_ascii_graphic() { c } else { '_' };
+    format!("wsproxy-{}", server_id.chars().map(plain).collect::<String>())
+}
+
+/// Bound of what waits for the store; handshakes that do not fit are refused.
+const COMMAND_QUEUE_BYTES: usize = 8 * 1024 * 1024;
+
+/// What a queued command costs beside its bytes, roughly.
+const COMMAND_OVERHEAD_BYTES: usize = 128;
+
+/// A hundred years.
+const MILLISECONDS_MAX: u64 = 100 * 365 * 24 * 3600 * 1000;

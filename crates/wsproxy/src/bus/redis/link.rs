@@ -1,0 +1,193 @@
+//! One connection to a server: bytes out, frames in, nobody waits for anybody. Knows no commands.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
+
+use crate::bus::redis::{
+    fault::Fault,
+    resp::{Broken, Scanner},
+};
+
+/// A TCP, TLS or Unix stream.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A connection that reads and writes within one task.
+pub(super) struct Link {
+    stream: Box<dyn Stream>,
+    /// What was read.
+    pub(super) input: Input,
+    /// What is to be written; whoever appends looks at its length first.
+    pub(super) output: BytesMut,
+    unflushed: bool,
+    /// When bytes came last.
+    pub(super) last_read: Instant,
+}
+
+/// What [`Link::drive`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// There are new bytes in [`Link::input`].
+    Read,
+    /// Everything in [`Link::output`] has been written.
+    Written,
+}
+
+impl Link {
+    /// Takes over a stream that has just been opened.
+    pub(super) fn new(stream: Box<dyn Stream>) -> Self {
+        Self {
+            stream,
+            input: Input::default(),
+            output: BytesMut::new(),
+            unflushed: false,
+            last_read: Instant::now(),
+        }
+    }
+
+    /// Writes what is to be written until something was read or all is written. Can be dropped at any time.
+    pub(super) async fn drive(&mut self) -> Result<Progress, Fault> {
+        let progress = std::future::poll_fn(|cx| self.poll_drive(cx)).await?;
+        if progress == Progress::Read {
+            self.last_read = Instant::now();
+        }
+        Ok(progress)
+    }
+
+    fn poll_drive(&mut self, cx: &mut Context<'_>) -> Poll<Result<Progress, Fault>> {
+        let had_output = !self.output.is_empty();
+        while !self.output.is_empty() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.output) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(Fault::Closed)),
+                Poll::Ready(Ok(written)) => self.output.advance(written),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
+                Poll::Pending => break,
+            }
+            self.unflushed = true;
+        }
+        // TLS holds records back until it is flushed.
+        if self.unflushed && Pin::new(&mut self.stream).poll_flush(cx)?.is_ready() {
+            self.unflushed = false;
+        }
+        match self.input.poll_fill(&mut self.stream, cx)? {
+            Poll::Ready(0) => Poll::Ready(Err(Fault::Closed)),
+            Poll::Ready(_) => Poll::Ready(Ok(Progress::Read)),
+            Poll::Pending if had_output && self.output.is_empty() => {
+                if self.output.capacity() > BUFFER_BYTES {
+                    self.output = BytesMut::new();
+                }
+                Poll::Ready(Ok(Progress::Written))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+/// Bytes that were read and not yet understood. One buffer, used again for every read; it grows for
+/// a frame that does not fit and gives that memory back afterwards.
+#[derive(Default)]
+pub(super) struct Input {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    scanner: Scanner,
+}
+
+impl Input {
+    /// The next whole frame.
+    pub(super) fn next(&mut self) -> Result<Option<&[u8]>, Broken> {
+        let Some(length) = self.scanner.scan(&self.buffer[self.start..self.end])? else {
+            return Ok(None);
+        };
+        let from = self.start;
+        self.start += length;
+        Ok(Some(&self.buffer[from..self.start]))
+    }
+
+    fn poll_fill(
+        &mut self,
+        stream: &mut dyn Stream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        self.make_room();
+        let mut room = ReadBuf::new(&mut self.buffer[self.end..]);
+        ready!(Pin::new(stream).poll_read(cx, &mut room))?;
+        let read = room.filled().len();
+        self.end += read;
+        Poll::Ready(Ok(read))
+    }
+
+    fn make_room(&mut self) {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if self.buffer.len() != BUFFER_BYTES {
+                self.buffer = vec![0; BUFFER_BYTES];
+            }
+        } else if self.end == self.buffer.len() {
+            // What is left is part of one frame: it moves to the front once, then the buffer doubles.
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+            if self.end > self.buffer.len() / 2 {
+                self.buffer.resize(self.buffer.len() * 2, 0);
+            }
+        }
+    }
+}
+
+/// One read takes at most so much, and so does one round of deliveries.
+const BUFFER_BYTES: usize = 256 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn frames_larger_than_the_buffer_arrive_and_memory_comes_back() {
+        let (mut server, client) = tokio::io::duplex(100_000);
+        let mut link = Link::new(Box::new(client));
+        let large = vec![b'x'; 3_000_000];
+        let writer = tokio::task::spawn(async move {
+            for _ in 0..2 {
+                let frame = [b"+small\r\n$3000000\r\n", &large[..], b"\r\n"].concat();
+                server.write_all(&frame).await.unwrap();
+            }
+            server.write_all(b"+last\r\n").await.unwrap();
+            server
+        });
+        let mut lengths = Vec::new();
+        while lengths.len() < 5 {
+            assert_eq!(link.drive().await.unwrap(), Progress::Read);
+            while let Some(frame) = link.input.next().unwrap() {
+                lengths.push(frame.len());
+            }
+        }
+        assert_eq!(lengths, [8, 3_000_012, 8, 3_000_012, 7]);
+        drop(writer.await.unwrap());
+        assert!(matches!(link.drive().await, Err(Fault::Closed)));
+        assert_eq!(link.input.buffer.len(), BUFFER_BYTES);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_does_not_stop_reading() {
+        let (mut server, client) = tokio::io::duplex(64);
+        let mut link = Link::new(Box::new(client));
+        link.output.extend_from_slice(&[b'x'; 1000]);
+        server.write_all(b"+hello\r\n").await.unwrap();
+        assert_eq!(link.drive().await.unwrap(), Progress::Read);
+        assert_eq!(link.input.next().unwrap(), Some(&b"+hello\r\n"[..]));
+        assert!(!link.output.is_empty());
+    }
+}

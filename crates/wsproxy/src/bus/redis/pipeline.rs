@@ -1,0 +1,386 @@
+//! Requests and their replies on one link: many callers, one task, order kept, nothing awaited.
+//!
+//! Publishes go through one such pipeline and the store's commands through another. What is queued
+//! survives the loss of the link; what is on its way is told that it may or may not have arrived.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, oneshot},
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use crate::{
+    bus::{
+        Outcome, Publish, Receipt, Unheard,
+        queue::Queue,
+        redis::{
+            Shared,
+            connect::check_role_answer,
+            fault::{Fault, tell},
+            link::{Link, Progress},
+            resp::{self, Reply, Value},
+            supervisor::{Complaints, Role, Supervisor},
+            watchdog::{Verdict, Watchdog},
+        },
+    },
+    store::StoreError,
+};
+
+/// The callers' end of a pipeline.
+pub(super) struct Pipeline {
+    /// What waits to be written.
+    pub(super) queue: Queue<Request>,
+    /// A message that overtakes the queue.
+    urgent: Mutex<Option<Publish>>,
+    nudged: Notify,
+    condemned: Notify,
+}
+
+/// What callers ask for.
+pub(super) enum Request {
+    /// A message for a channel.
+    Publish(Publish),
+    /// A command, spelled out, and who waits for the reply.
+    Command(Bytes, oneshot::Sender<Result<Reply, StoreError>>),
+}
+
+/// Who is told about the next reply.
+enum Waiting {
+    Publish(Option<Arc<dyn Receipt>>),
+    Command(oneshot::Sender<Result<Reply, StoreError>>),
+    Watchdog,
+}
+
+impl Pipeline {
+    /// With a queue of so many bytes.
+    pub(super) fn new(queue_bytes: usize) -> Self {
+        Self {
+            queue: Queue::new(queue_bytes),
+            urgent: Mutex::default(),
+            nudged: Notify::new(),
+            condemned: Notify::new(),
+        }
+    }
+
+    /// Publishes ahead of the queue; of several that wait, the last one.
+    pub(super) fn publish_urgently(&self, publish: Publish) {
+        *self.urgent.lock() = Some(publish);
+        self.nudged.notify_one();
+    }
+
+    /// The link, if there is one, is not to be trusted: it is made again.
+    pub(super) fn condemn(&self) {
+        self.condemned.notify_one();
+    }
+}
+
+/// The one task of a pipeline.
+pub(super) struct Driver {
+    shared: Arc<Shared>,
+    pipeline: Arc<Pipeline>,
+    role: Role,
+    /// What is on its way, oldest first, with what it weighs.
+    waiting: VecDeque<(Waiting, usize)>,
+    waiting_bytes: usize,
+    batch: Vec<Request>,
+    ends_at: Option<Instant>,
+    complaints: Complaints,
+}
+
+impl Driver {
+    /// Runs nothing yet.
+    pub(super) fn new(shared: Arc<Shared>, pipeline: Arc<Pipeline>, role: Role) -> Self {
+        Self {
+            shared,
+            pipeline,
+            role,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            batch: Vec::new(),
+            ends_at: None,
+            complaints: Complaints::default(),
+        }
+    }
+
+    /// Serves the queue until shutdown, and then what is left in it, if there is a link.
+    pub(super) async fn run(mut self) {
+        let mut supervisor = Supervisor::new(self.shared.clone(), self.role);
+        while let Some(mut link) = supervisor.connect().await {
+            let end = self.serve(&mut link).await;
+            let cause = end.as_ref().map_or_else(String::new, Fault::to_string);
+            self.fail_waiting(&cause);
+            match end {
+                None => break,
+                Some(fault) => supervisor.lost(&fault),
+            }
+        }
+        self.fail_queued();
+    }
+
+    /// Uses a link until it is of no more use; `None` after shutdown.
+    async fn serve(&mut self, link: &mut Link) -> Option<Fault> {
+        let shared = self.shared.clone();
+        let pipeline = self.pipeline.clone();
+        // What was said of an earlier link does not concern this one.
+        let _ = pipeline.condemned.notified().now_or_never();
+        let (probe, timeout) = (shared.probe_interval, shared.response_timeout);
+        let mut watchdog = Watchdog::new(probe, timeout, Instant::now());
+        let mut ticks = interval(Watchdog::period(probe, timeout));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.fill(link);
+            let room = self.has_room(link);
+            tokio::select! {
+                progress = link.drive() => match progress {
+                    Ok(Progress::Written) => {}
+                    Ok(Progress::Read) => match self.replies(link, &mut watchdog) {
+                        Ok(()) => {}
+                        Err(fault) => return Some(fault),
+                    },
+                    Err(fault) => return Some(fault),
+                },
+                () = pipeline.queue.filled(), if room => {}
+                () = pipeline.nudged.notified() => {}
+                () = pipeline.condemned.notified() => return Some(Fault::Probe),
+                _ = ticks.tick() => match watchdog.tick(Instant::now(), link.last_read) {
+                    Verdict::Fine => {}
+                    Verdict::Ask => self.ask(link),
+                    Verdict::Dead => return Some(Fault::Silent),
+                },
+                () = shared.shutdown.cancelled(), if self.ends_at.is_none() => {
+                    pipeline.queue.close();
+                    self.ends_at = Some(Instant::now() + timeout);
+                }
+            }
+            if self.ends_at.is_some_and(|at| self.is_done(link) || Instant::now() >= at) {
+                return None;
+            }
+        }
+    }
+
+    fn is_done(&self, link: &Link) -> bool {
+        let only_questions = self.waiting.iter().all(|(who, _)| matches!(who, Waiting::Watchdog));
+        only_questions && link.output.is_empty() && self.pipeline.queue.is_empty()
+    }
+
+    fn has_room(&self, link: &Link) -> bool {
+        link.output.len() < OUTPUT_BYTES
+            && self.waiting.len() < WAITING_MAX
+            && self.waiting_bytes < WAITING_BYTES_MAX
+    }
+
+    /// Spells what is queued, as much as may be on its way.
+    fn fill(&mut self, link: &mut Link) {
+        let urgent = self.pipeline.urgent.lock().take();
+        if let Some(publish) = urgent {
+            self.spell(Request::Publish(publish), &mut link.output);
+        }
+        while self.has_room(link) {
+            let mut batch = std::mem::take(&mut self.batch);
+            self.pipeline.queue.take(OUTPUT_BYTES - link.output.len(), BATCH, &mut batch);
+            let took = batch.len();
+            for request in batch.drain(..) {
+                self.spell(request, &mut link.output);
+            }
+            self.batch = batch;
+            if took == 0 {
+                break;
+            }
+        }
+    }
+
+    fn spell(&mut self, request: Request, out: &mut BytesMut) {
+        let before = out.len();
+        let waiting = match request {
+            Request::Publish(publish) => {
+                spell_publish(&publish, out);
+                Waiting::Publish(publish.receipt)
+            }
+            // Whoever gave up must not be served: a token would be consumed for nobody.
+            Request::Command(_, caller) if caller.is_closed() => return,
+            Request::Command(command, caller) => {
+                out.extend_from_slice(&command);
+                Waiting::Command(caller)
+            }
+        };
+        let bytes = out.len() - before;
+        self.waiting.push_back((waiting, bytes));
+        self.waiting_bytes += bytes;
+    }
+
+    fn ask(&mut self, link: &mut Link) {
+        resp::words(&mut link.output, &[b"ROLE"]);
+        self.waiting.push_back((Waiting::Watchdog, 0));
+    }
+
+    /// Hands out every reply that is there.
+    fn replies(&mut self, link: &mut Link, watchdog: &mut Watchdog) -> Result<(), Fault> {
+        while let Some(frame) = link.input.next()? {
+            let (value, _) = Value::parse(frame)?;
+            if matches!(value, Value::Push(_)) {
+                continue;
+            }
+            let Some((waiting, bytes)) = self.waiting.pop_front() else {
+                return Err(Fault::Broken("an answer to nothing"));
+            };
+            self.waiting_bytes -= bytes;
+            let fault = match &value {
+                Value::Error(error) if error.starts_with(b"READONLY") => {
+                    Some(Fault::Role("replica".into()))
+                }
+                _ => None,
+            };
+            match waiting {
+                Waiting::Publish(receipt) => self.published(receipt, &value),
+                Waiting::Command(caller) => drop(caller.send(reply(&value))),
+                Waiting::Watchdog => {
+                    watchdog.answered();
+                    check_role_answer(&value)?;
+                }
+            }
+            if let Some(fault) = fault {
+                return Err(fault);
+            }
+        }
+        if self.waiting.is_empty() && self.waiting.capacity() > WAITING_KEPT {
+            self.waiting = VecDeque::new();
+        }
+        Ok(())
+    }
+
+    fn published(&mut self, receipt: Option<Arc<dyn Receipt>>, value: &Value<'_>) {
+        let counters = &self.shared.counters;
+        let outcome = match value {
+            Value::Integer(count @ 0..) => Outcome::Received(count.unsigned_abs()),
+            Value::Integer(_) => {
+                counters.publish_kept.add(1);
+                Outcome::Kept
+            }
+            refused => {
+                if self.complaints.due() {
+                    let error = match refused {
+                        Value::Error(error) => tell(error),
+                        _ => "an odd reply".into(),
+                    };
+                    tracing::warn!(error, "Redis refused to publish a message.");
+                }
+                Outcome::Lost
+            }
+        };
+        match outcome {
+            Outcome::Lost => counters.publish_lost.add(1),
+            _ => counters.published.add(1),
+        }
+        if let Some(receipt) = receipt {
+            receipt.published(outcome);
+        }
+    }
+
+    fn fail_waiting(&mut self, cause: &str) {
+        self.waiting_bytes = 0;
+        let mut lost = 0;
+        for (waiting, _) in std::mem::take(&mut self.waiting) {
+            match waiting {
+                Waiting::Publish(receipt) => {
+                    lost += 1;
+                    if let Some(receipt) = receipt {
+                        receipt.published(Outcome::Lost);
+                    }
+                }
+                Waiting::Command(caller) => {
+                    drop(caller.send(Err(StoreError::Lost(cause.into()))));
+                }
+                Waiting::Watchdog => {}
+            }
+        }
+        self.shared.counters.publish_lost.add(lost);
+        if lost > 0 {
+            tracing::warn!(lost, "Messages were on their way when Redis was lost.");
+        }
+    }
+
+    /// At the end: nothing more will be sent.
+    fn fail_queued(&mut self) {
+        self.pipeline.queue.close();
+        let mut lost = 0;
+        loop {
+            self.pipeline.queue.take(usize::MAX, BATCH, &mut self.batch);
+            if self.batch.is_empty() {
+                break;
+            }
+            for request in self.batch.drain(..) {
+                match request {
+                    Request::Publish(publish) => {
+                        lost += 1;
+                        if let Some(receipt) = publish.receipt {
+                            receipt.published(Outcome::Lost);
+                        }
+                    }
+                    Request::Command(_, caller) => drop(caller.send(Err(StoreError::Closed))),
+                }
+            }
+        }
+        self.shared.counters.publish_lost.add(lost);
+        if lost > 0 {
+            tracing::warn!(lost, "Messages were still queued at the end.");
+        }
+    }
+}
+
+fn spell_publish(publish: &Publish, out: &mut BytesMut) {
+    match &publish.unheard {
+        Unheard::Gone => {
+            out.extend_from_slice(b"*3\r\n$7\r\nPUBLISH\r\n");
+            resp::word(out, publish.channel.as_bytes());
+            resp::word(out, &publish.payload);
+        }
+        Unheard::Kept { log, entries_max, ttl } => {
+            resp::command(out, 8);
+            resp::word(out, b"EVAL");
+            resp::word(out, PUBLISH_OR_KEEP.as_bytes());
+            resp::number(out, 1);
+            resp::word(out, log.as_bytes());
+            resp::word(out, publish.channel.as_bytes());
+            resp::word(out, &publish.payload);
+            resp::number(out, (*entries_max).max(1));
+            resp::number(out, crate::bus::redis::milliseconds(*ttl));
+        }
+    }
+}
+
+fn reply(value: &Value<'_>) -> Result<Reply, StoreError> {
+    let Value::Error(error) = value else { return Ok(Reply::from(value)) };
+    let text = tell(error);
+    let passing = ["READONLY", "LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "CLUSTERDOWN"];
+    if passing.contains(&text.split(' ').next().unwrap_or_default()) {
+        return Err(StoreError::Lost(text));
+    }
+    Err(StoreError::Refused(text))
+}
+
+/// Answers how many received it, or -1 where it was kept instead.
+const PUBLISH_OR_KEEP: &str = "\
+local n=redis.call('PUBLISH',ARGV[1],ARGV[2]) \
+if n>0 then return n end \
+redis.call('XADD',KEYS[1],'MAXLEN','~',ARGV[3],'*','data',ARGV[2]) \
+redis.call('PEXPIRE',KEYS[1],ARGV[4]) \
+return -1";
+
+/// So much is spelled ahead of the socket; the rest stays queued, where the loss of a link spares it.
+const OUTPUT_BYTES: usize = 128 * 1024;
+
+/// Most requests on their way.
+const WAITING_MAX: usize = 32 * 1024;
+
+/// Most bytes on their way, except for one request that alone is larger.
+const WAITING_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Room for so many stays after a burst.
+const WAITING_KEPT: usize = 4096;
+
+/// So many requests are taken at a time.
+const BATCH: usize = 1024;

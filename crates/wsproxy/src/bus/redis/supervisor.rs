@@ -1,0 +1,139 @@
+//! Keeps one link made: connects, waits, connects again, and says so in log and status.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::bus::redis::{Shared, backoff::Backoff, fault::Fault, link::Link};
+
+/// One of the three links of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Carries subscriptions and what arrives on them.
+    Subscribe,
+    /// Carries what is published.
+    Publish,
+    /// Carries the store's commands.
+    Command,
+}
+
+impl Role {
+    /// The name in logs and in the server's `CLIENT LIST`.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Subscribe => "subscribe",
+            Self::Publish => "publish",
+            Self::Command => "command",
+        }
+    }
+}
+
+/// Makes one link again and again.
+pub(super) struct Supervisor {
+    shared: Arc<Shared>,
+    role: Role,
+    failures: u32,
+    up_since: Option<Instant>,
+    complaints: Complaints,
+}
+
+impl Supervisor {
+    /// Connects nothing yet.
+    pub(super) fn new(shared: Arc<Shared>, role: Role) -> Self {
+        Self { shared, role, failures: 0, up_since: None, complaints: Complaints::default() }
+    }
+
+    /// Tries until there is a link; `None` at shutdown.
+    pub(super) async fn connect(&mut self) -> Option<Link> {
+        let shared = self.shared.clone();
+        let attempts = async {
+            loop {
+                tokio::time::sleep(self.delay()).await;
+                let name = format!("{}-{}", shared.client_name, self.role.name());
+                match shared.connector.connect(&name).await {
+                    Ok(link) => break link,
+                    Err(fault) => self.failed(&fault),
+                }
+            }
+        };
+        let link = tokio::select! {
+            link = attempts => link,
+            () = shared.shutdown.cancelled() => return None,
+        };
+        self.up_since = Some(Instant::now());
+        shared.counters.connects.add(1);
+        shared.health.up(self.role);
+        let address = shared.connector.address();
+        tracing::info!(link = self.role.name(), %address, "Connected to Redis.");
+        Some(link)
+    }
+
+    /// The link that was made is of no more use.
+    pub(super) fn lost(&mut self, fault: &Fault) {
+        self.shared.counters.links_lost.add(1);
+        if matches!(fault, Fault::Role(_)) {
+            self.shared.counters.role_refused.add(1);
+        }
+        self.shared.health.down(self.role, fault);
+        let stable = self.up_since.take().is_some_and(|since| since.elapsed() > STABLE);
+        self.failures = if stable { 1 } else { self.failures.saturating_add(1) };
+        if self.complaints.due() || stable {
+            let address = self.shared.connector.address();
+            tracing::warn!(link = self.role.name(), %address, error = %fault, "Lost Redis.");
+        }
+    }
+
+    fn failed(&mut self, fault: &Fault) {
+        self.shared.counters.connects_failed.add(1);
+        if matches!(fault, Fault::Role(_)) {
+            self.shared.counters.role_refused.add(1);
+        }
+        self.shared.health.down(self.role, fault);
+        self.failures = match fault.needs_a_person() {
+            true => PATIENT_FAILURES.max(self.failures),
+            false => self.failures.saturating_add(1),
+        };
+        if self.complaints.due() {
+            let address = self.shared.connector.address();
+            let attempts = self.failures;
+            tracing::warn!(
+                link = self.role.name(), %address, attempts, error = %fault,
+                "Cannot connect to Redis; it is tried again."
+            );
+        }
+    }
+
+    fn delay(&self) -> Duration {
+        match self.failures {
+            0 => Duration::ZERO,
+            failures => BACKOFF.delay(failures, rand::random()),
+        }
+    }
+}
+
+/// Lets one of many equal complaints through every ten seconds.
+#[derive(Default)]
+pub(super) struct Complaints(Option<Instant>);
+
+impl Complaints {
+    /// Whether it is time for another one; it counts as made then.
+    pub(super) fn due(&mut self) -> bool {
+        let now = Instant::now();
+        let due = self.0.is_none_or(|last| now.duration_since(last) >= COMPLAINT_INTERVAL);
+        if due {
+            self.0 = Some(now);
+        }
+        due
+    }
+}
+
+const BACKOFF: Backoff =
+    Backoff { first: Duration::from_millis(20), max: Duration::from_millis(2000) };
+
+/// As if so many attempts had failed: the longest wait.
+const PATIENT_FAILURES: u32 = 8;
+
+/// A link that lived this long was a good one; its loss starts the backoff afresh.
+const STABLE: Duration = Duration::from_secs(2);
+
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
