@@ -45,6 +45,15 @@ def heard(pubsub):
     return message["data"]
 
 
+async def receive(connection):
+    async with asyncio.timeout(20):
+        return await connection.recv()
+
+
+async def opened(handshake):
+    return await handshake
+
+
 async def closing(connection):
     """The close code and reason, after whatever still came."""
     with pytest.raises(ConnectionClosed):
@@ -85,26 +94,12 @@ async def test_of_two_handshakes_with_one_token_one_wins_across_instances(start_
     gateways = [start_gateway(), start_gateway()]
     for round_ in range(10):
         token = session(f"token-{round_}")
-        tries = [client(gateways[number % 2], token=token).__await__ for number in range(8)]
-
-        async def attempt(handshake):
-            return await _Awaiting(handshake)
-
-        results = await asyncio.gather(*map(attempt, tries), return_exceptions=True)
+        tries = (client(gateways[number % 2], token=token) for number in range(8))
+        results = await asyncio.gather(*map(opened, tries), return_exceptions=True)
         won = [result for result in results if not isinstance(result, BaseException)]
         assert len(won) == 1, results
         assert all(isinstance(r, InvalidStatus) and r.response.status_code == 403 for r in results if r is not won[0])
         await won[0].close()
-
-
-class _Awaiting:
-    """Makes a bound `__await__` awaitable again."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def __await__(self):
-        return self.start()
 
 
 @pytest.mark.asyncio
@@ -116,9 +111,9 @@ async def test_messages_pass_verbatim_in_both_directions(gateway, session, redis
         assert heard(upstream) == odd
         for payload in ["", "not json", "ä" * 70_000, "x" * 125, "x" * 126, "x" * 65_535, "x" * 65_536]:
             redis.client.publish("session:s-1:down", payload)
-            assert await connection.recv() == payload
+            assert await receive(connection) == payload
         redis.client.publish("session:s-1:down", b"\xff\x00")
-        assert await connection.recv() == b"\xff\x00"
+        assert await receive(connection) == b"\xff\x00"
 
 
 @pytest.mark.asyncio
@@ -127,7 +122,7 @@ async def test_two_instances_serve_the_two_ends_of_one_session(start_gateway, se
     upstream = listen(redis, "session:s-1:up")
     async with client(one, token=session()) as first, client(two, token=session()) as second:
         assert redis.client.publish("session:s-1:down", "both") == 2
-        assert [await first.recv(), await second.recv()] == ["both", "both"]
+        assert [await receive(first), await receive(second)] == ["both", "both"]
         await first.send("1")
         assert heard(upstream) == "1"
         await second.send("2")
@@ -145,11 +140,11 @@ async def test_compression_is_negotiated_and_round_trips(gateway, session, redis
             await connection.send(message)
             assert heard(upstream) == message
             redis.client.publish("session:s-1:down", message)
-            assert await connection.recv() == message
+            assert await receive(connection) == message
     async with client(gateway, token=session(), compression=None) as connection:
         assert "Sec-WebSocket-Extensions" not in connection.response.headers
         redis.client.publish("session:s-1:down", "x" * 5_000)
-        assert await connection.recv() == "x" * 5_000
+        assert await receive(connection) == "x" * 5_000
 
 
 @pytest.mark.asyncio
@@ -170,7 +165,7 @@ async def test_what_is_not_json_is_answered_and_strikes_end_it(start_gateway, se
     async with client(gateway, token=session()) as connection:
         for bad in ["{", "{'a':1}"]:
             await connection.send(bad)
-            answer = json.loads(await connection.recv())
+            answer = json.loads(await receive(connection))
             assert (answer["type"], answer["code"]) == ("error", "invalid_json")
         await connection.send("null")
         assert heard(upstream) == "null"
@@ -191,7 +186,7 @@ async def test_a_message_above_the_limit_is_too_big(start_gateway, session):
 async def test_nobody_upstream_is_said_or_kept(start_gateway, session, redis):
     async with client(start_gateway(WSPROXY_SESSIONS__NO_RECEIVER="error"), token=session()) as connection:
         await connection.send("1")
-        assert json.loads(await connection.recv())["code"] == "no_receiver"
+        assert json.loads(await receive(connection))["code"] == "no_receiver"
     async with client(start_gateway(WSPROXY_SESSIONS__NO_RECEIVER="queue"), token=session()) as connection:
         await connection.send("[1]")
         await connection.send("[2]")
@@ -226,7 +221,7 @@ async def test_a_drain_sends_clients_away_with_1012_and_exits_0(start_gateway, s
     redis.client.publish("session:s-1:down", "last words")
     os.kill(gateway.process.child.pid, signal.SIGTERM)
     for connection in connections:
-        assert await connection.recv() == "last words"
+        assert await receive(connection) == "last words"
         assert (await closing(connection))[0] == 1012
     assert await asyncio.to_thread(gateway.process.child.wait, 20) == 0
     assert redis.client.pubsub_channels("session:*") == []
