@@ -171,7 +171,10 @@ function state(name, text) {
   byId("status").dataset.state = name;
   if (byId("status-text").textContent !== text) byId("status-text").textContent = text;
   const open = name === "open";
-  for (const id of ["cut", "send", "prompt"]) byId(id).disabled = !open;
+  for (const id of ["cut", "send"]) byId(id).disabled = !open;
+  // The input stays usable while reconnecting: who types must not lose the focus.
+  byId("prompt").disabled = !session.wanted;
+  if (document.activeElement === byId("open") && session.wanted) byId("prompt").focus();
   byId("open").disabled = session.wanted;
   byId("close").disabled = !session.wanted;
 }
