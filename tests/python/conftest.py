@@ -1,0 +1,145 @@
+"""Real parts for the tests: redis-server, the gateway and uvicorn, on free ports, ended by their process ids."""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import httpx
+import pytest
+import redis as redis_py
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEADLINE = 20.0
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(what, condition, deadline=DEADLINE):
+    """Polls until `condition` gives something true; an exception counts as not yet."""
+    end, last = time.monotonic() + deadline, None
+    while time.monotonic() < end:
+        try:
+            if result := condition():
+                return result
+        except (OSError, httpx.HTTPError, redis_py.RedisError) as error:
+            last = error
+        time.sleep(0.02)
+    raise TimeoutError(f"{what} did not happen within {deadline} s: {last}")
+
+
+class Process:
+    """A child process whose output goes to a file, and which never outlives the test."""
+
+    def __init__(self, name, command, folder, env=None, cwd=None):
+        self.log = folder / f"{name}.log"
+        # A clean environment: variables of the person who runs the tests must not configure the gateway.
+        base = {key: os.environ[key] for key in ("PATH", "HOME", "VIRTUAL_ENV", "LANG") if key in os.environ}
+        with self.log.open("ab") as output:
+            self.child = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=base | (env or {}), cwd=cwd
+            )
+
+    def ready(self, what, condition):
+        def alive_and_ready():
+            assert self.child.poll() is None, f"{what} ended with {self.child.returncode}:\n{self.output()}"
+            return condition()
+
+        until(f"{what} ready", alive_and_ready)
+
+    def output(self):
+        return self.log.read_text(errors="replace")
+
+    def stop(self, with_signal=signal.SIGTERM):
+        if self.child.poll() is None:
+            self.child.send_signal(with_signal)
+            try:
+                self.child.wait(DEADLINE)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+        return self.child.returncode
+
+
+class Redis:
+    """A redis-server of the test's own, which can be killed and started again on its port."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.client = redis_py.Redis.from_url(self.url, decode_responses=True)
+        self.start()
+
+    def start(self):
+        command = [shutil.which("redis-server") or "redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+        self.process = Process("redis", [*command, "--save", "", "--appendonly", "no"], self.folder)
+        self.process.ready("redis-server", self.client.ping)
+
+    def kill(self):
+        self.process.stop(signal.SIGKILL)
+
+
+class Gateway:
+    """One instance of the gateway in front of a Redis."""
+
+    def __init__(self, folder, redis_url, **settings):
+        binary = os.environ.get("WSPROXY_BIN", str(ROOT / "target/debug/wsproxy"))
+        self.port = free_port()
+        self.http, self.ws = f"http://127.0.0.1:{self.port}", f"ws://127.0.0.1:{self.port}"
+        env = {"PORT": str(self.port), "REDIS_URL": redis_url, "WSPROXY_LOG__FORMAT": "json", **settings}
+        self.process = Process(f"gateway-{self.port}", [binary, "serve"], folder, env, cwd=folder)
+        self.process.ready("gateway", lambda: httpx.get(f"{self.http}/ready").status_code == 200)
+
+
+@pytest.fixture
+def redis(tmp_path):
+    server = Redis(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def start_gateway(tmp_path, redis):
+    """Starts instances; all are stopped at the end."""
+    started = []
+
+    def start(**settings):
+        started.append(Gateway(tmp_path, redis.url, **settings))
+        return started[-1]
+
+    yield start
+    for gateway in started:
+        gateway.process.stop()
+
+
+@pytest.fixture
+def gateway(start_gateway):
+    return start_gateway(WSPROXY_SESSIONS__NO_RECEIVER="queue")
+
+
+@pytest.fixture
+def session(redis):
+    """Makes one-time tokens for the session `s-1`, as a worker with Redis does."""
+
+    def token(value="a-token"):
+        redis.client.set("session:s-1:auth", value, ex=60)
+        return value
+
+    return token
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """A failed test shows what the processes said."""
+    report = (yield).get_result()
+    folder = item.funcargs.get("tmp_path")
+    if report.failed and folder:
+        for log in sorted(folder.glob("*.log")):
+            report.sections.append((log.name, log.read_text(errors="replace")[-8000:]))
