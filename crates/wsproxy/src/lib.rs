@@ -1,8 +1,14 @@
 //! The wsproxy gateway as a library, so that tests start instances in-process.
 
+pub mod auth;
 pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod endpoint;
+pub mod gateway;
+pub mod http;
+pub mod hub;
 pub mod server;
+pub mod shutdown;
 pub mod store;
 pub mod telemetry;

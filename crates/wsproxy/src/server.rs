@@ -1,12 +1,250 @@
-//! The composition root: starts what a configuration asks for and ends it again.
+//! The composition root: starts what a configuration asks for. The only place that names backends.
 
-use crate::config::Config;
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-/// Runs an instance until it is told to end.
+use anyhow::Context;
+use axum::Router;
+use tokio::time::MissedTickBehavior;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+use uuid::Uuid;
+use wsproxy_conn::{Runtime, clock};
+use wsproxy_proto::names::Names;
+
+use crate::{
+    bus::Bus,
+    cli::exit::Failure,
+    config::Config,
+    endpoint::session::{SessionCounters, SessionEndpoint},
+    gateway::{self, Gateway},
+    http::{
+        admin,
+        admission::{Attempts, Places},
+        api, listener,
+        routes::{self, Routes},
+    },
+    hub::{Hub, delivery::Delivery},
+    shutdown,
+    telemetry::metrics::Metrics,
+};
+
+/// Descriptors that are no client's: listeners, the bus, logs, requests that are not upgraded.
+const DESCRIPTORS_RESERVED: usize = 768;
+
+/// Sockets beyond the allowed connections, for those that are being refused or ask for `/health`.
+const SOCKETS_SPARE: usize = 512;
+
+/// How often addresses with nothing owed are forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
+
+/// A running instance. Dropping it does not end it: see [`Self::drain`].
+pub struct Instance {
+    gateway: Arc<Gateway>,
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    /// Cancelled when listeners must stop.
+    accepting: CancellationToken,
+    /// The bus and the timers, which outlive the connections.
+    background: TaskTracker,
+    background_end: CancellationToken,
+}
+
+/// Runs an instance until a signal tells it to end.
 ///
 /// # Errors
-/// Why it could not start, or did not end well.
-#[expect(clippy::unused_async, reason = "the gateway will await its end here")]
-pub async fn run(_config: Config) -> anyhow::Result<()> {
-    anyhow::bail!("this build holds no server yet")
+/// Why it could not start.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    run_with(config, |_| Router::new()).await
+}
+
+/// The same with further routes beside the admin routes.
+///
+/// # Errors
+/// Why it could not start.
+pub async fn run_with(
+    config: Config,
+    routes: impl FnOnce(&Arc<Gateway>) -> Router,
+) -> anyhow::Result<()> {
+    let signals = shutdown::Signals::new().context("cannot listen to signals")?;
+    let instance = Instance::start(config, routes).await?;
+    // Without a supervisor that wants to know there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    signals.wait().await;
+    instance.drain(signals).await;
+    Ok(())
+}
+
+impl Instance {
+    /// Binds, connects the bus in the background and accepts connections.
+    ///
+    /// # Errors
+    /// An address is taken, or the bus's URL cannot be used.
+    pub async fn start(
+        config: Config,
+        extra: impl FnOnce(&Arc<Gateway>) -> Router,
+    ) -> anyhow::Result<Self> {
+        let address = SocketAddr::new(config.server.bind, config.server.port);
+        let main = listen(address)?;
+        let admin = config.admin.port.map(|port| {
+            listen(SocketAddr::new(config.admin.bind.unwrap_or(config.server.bind), port))
+        });
+        let admin = admin.transpose()?;
+        let address = main.local_addr()?;
+        let admin_address = admin.as_ref().map_or(Ok(address), |admin| admin.local_addr())?;
+
+        let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
+        let gateway = compose(config, &background, &background_end)?;
+        let rest = admin::router(Arc::clone(&gateway))
+            .merge(api::router(Arc::clone(&gateway)))
+            .merge(extra(&gateway))
+            .fallback(routes::not_found);
+        let sockets = Places::new(gateway.places.max() + SOCKETS_SPARE);
+        let accepting = CancellationToken::new();
+        let data_rest =
+            if admin.is_some() { Router::new().fallback(routes::not_found) } else { rest.clone() };
+        let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
+        gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
+        if let Some(admin) = admin {
+            let routes = Routes::new(Arc::clone(&gateway), false, rest);
+            let sockets = Places::new(SOCKETS_SPARE / 2);
+            // Health and metrics answer as long as anything runs.
+            background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
+        }
+        background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
+        info!(%address, %admin_address, server_id = &*gateway.server_id,
+            bus = admin::bus_kind(&gateway.bus), connections_max = gateway.places.max(),
+            "Listening.");
+        Ok(Self { gateway, address, admin_address, accepting, background, background_end })
+    }
+
+    /// Where clients arrive.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where admin routes and the API are.
+    #[must_use]
+    pub const fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// What the parts share.
+    #[must_use]
+    pub const fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
+    /// Ends politely, in the order of contract section 2.9.
+    pub async fn drain(self, hurry: impl shutdown::Hurry) {
+        let end = shutdown::Ending {
+            gateway: self.gateway,
+            accepting: self.accepting,
+            background: self.background,
+            background_end: self.background_end,
+        };
+        end.run(hurry).await;
+    }
+}
+
+fn listen(address: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
+    listener::bind(address).with_context(|| format!("cannot listen on {address}"))
+}
+
+fn compose(
+    config: Config,
+    background: &TaskTracker,
+    background_end: &CancellationToken,
+) -> anyhow::Result<Arc<Gateway>> {
+    let names = Names::new(&config.redis.channel_prefix);
+    let server_id: Arc<str> = match &config.server.server_id {
+        Some(id) => id.as_str().into(),
+        None => Uuid::now_v7().to_string().into(),
+    };
+    let hub = Hub::new();
+    let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
+    let (tasks, end) = (background, background_end.clone());
+    let bus = if config.redis.url.is_some() {
+        Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
+            .context(Failure::Config)?
+    } else {
+        Bus::memory(&config.redis, delivery, tasks, end)
+    };
+    hub.connect(bus.clone());
+    let gateway = Arc::new(Gateway {
+        server_id: Arc::clone(&server_id),
+        hub,
+        store: bus.store(),
+        bus,
+        runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
+        places: Places::new(connections_max(config.limits.max_connections)),
+        attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        sessions: Arc::new(SessionEndpoint {
+            config: config.sessions.clone(),
+            names: names.clone(),
+            server_id,
+            counters: SessionCounters::default(),
+        }),
+        session_profile: Arc::new(gateway::profile(&config)),
+        echo_profile: Arc::new(gateway::profile(&config)),
+        names,
+        metrics: Metrics::new(),
+        tasks: TaskTracker::new(),
+        followers_end: CancellationToken::new(),
+        draining: false.into(),
+        started: Instant::now(),
+        config,
+    });
+    gateway.metrics.connect(&gateway);
+    Ok(gateway)
+}
+
+/// How many connections the descriptors of this process allow; at most `wanted` where that is not 0.
+fn connections_max(wanted: usize) -> usize {
+    let descriptors = raise_descriptor_limit().unwrap_or_else(|error| {
+        warn!(%error, "The limit of open files cannot be raised.");
+        1024
+    });
+    let possible = descriptors.saturating_sub(DESCRIPTORS_RESERVED).max(16);
+    if wanted > possible {
+        warn!(
+            wanted,
+            possible, descriptors, "limits.max_connections is more than open files allow."
+        );
+    }
+    if wanted == 0 { possible } else { wanted.min(possible) }
+}
+
+/// Raises the soft limit of open files to the hard one. Returns it.
+fn raise_descriptor_limit() -> io::Result<usize> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
+    }
+    Ok(limit.maximum.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX / 2))
+}
+
+/// Timers of all connections, and the forgetting of addresses.
+async fn keep_time(gateway: Arc<Gateway>, end: CancellationToken) {
+    let mut ticks = tokio::time::interval(Runtime::tick_interval());
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut forgotten = Instant::now();
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let now = clock::now();
+        gateway.runtime.tick(now);
+        if forgotten.elapsed() > FORGET_EVERY {
+            forgotten = Instant::now();
+            gateway.attempts.forget_idle(now.0.saturating_mul(1000));
+        }
+    }
 }

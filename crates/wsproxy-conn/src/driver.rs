@@ -1,0 +1,223 @@
+//! The task of one connection: the only code that reads its socket, and that waits for it.
+
+use std::{
+    cell::RefCell,
+    io::ErrorKind::{Interrupted, WouldBlock},
+    pin::Pin,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    task::{Context, Poll},
+};
+
+use wsproxy_proto::{
+    disconnect::Disconnect,
+    rate::Bucket,
+    ws::{
+        deflate::{Inflaters, Params},
+        frame::{Kind, Role},
+        receiver::{Event as WsEvent, Input, Receiver},
+    },
+};
+
+use crate::{
+    clock::{self, Micros},
+    link::{Event, Link, Phase},
+    socket::Socket,
+};
+
+/// Bytes taken from a socket at once.
+const READ_BYTES: usize = 64 * 1024;
+
+/// Rounds after which a busy connection lets others run.
+const ROUNDS_MAX: usize = 8;
+
+thread_local! {
+    /// Lent to whichever connection reads on this thread: idle ones have no buffer.
+    static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
+    static INFLATERS: RefCell<Inflaters> = RefCell::new(Inflaters::default());
+}
+
+/// The logic of a connection. It never awaits, and it never sees a socket.
+pub trait Handler: Send + Unpin + 'static {
+    /// Whether what this client sends can be passed on; `Pending` pauses reading from it.
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+    /// A complete, valid data message. Text is UTF-8.
+    fn on_message(&mut self, kind: Kind, payload: &[u8], link: &Arc<Link>, now: Micros);
+    /// Something that another task left with [`Link::notify`].
+    fn on_event(&mut self, event: Event, link: &Arc<Link>, now: Micros);
+    /// The connection is over; called once, last.
+    fn on_end(&mut self, end: End, link: &Arc<Link>);
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy)]
+pub struct End {
+    /// The entry of the table.
+    pub why: &'static Disconnect,
+    /// The close code on the wire; 1005 where the peer gave none, 1006 where there was no close frame.
+    pub code: u16,
+    /// Whether the peer closed.
+    pub by_peer: bool,
+}
+
+/// The future that drives one connection from `101` to its end.
+///
+/// Dropping it drops the connection without a close frame.
+#[derive(Debug)]
+pub struct Driver<H: Handler> {
+    link: Arc<Link>,
+    handler: H,
+    receiver: Receiver,
+    bucket: Bucket,
+    /// What still comes from the peer is read and thrown away.
+    deaf: bool,
+    /// We have said all we had to say, and told the kernel.
+    finished_writing: bool,
+}
+
+impl<H: Handler> Driver<H> {
+    /// Takes over a socket after `101`. `leftover`: bytes that were read behind the request head.
+    #[must_use]
+    pub fn new(
+        link: Arc<Link>,
+        socket: Socket,
+        deflate: Option<Params>,
+        handler: H,
+        leftover: &[u8],
+    ) -> Self {
+        let now = clock::now();
+        let receiver = Receiver::new(Role::Server, link.profile().receive, deflate);
+        link.attach(socket, now);
+        let bucket = Bucket::default();
+        let mut driver =
+            Self { link, handler, receiver, bucket, deaf: false, finished_writing: false };
+        if !leftover.is_empty() {
+            driver.receive(&mut leftover.to_vec(), now);
+            driver.link.flush(now);
+        }
+        driver
+    }
+
+    /// One turn of the loop: events, writing, the end, reading.
+    fn round(&mut self, cx: &mut Context<'_>) -> Round {
+        let now = clock::now();
+        let look = self.link.look(cx.waker());
+        if let Some(events) = look.events {
+            for event in *events {
+                self.handler.on_event(event, &self.link, now);
+            }
+            self.link.flush(now);
+        }
+        let link = Arc::clone(&self.link);
+        let Some(socket) = link.socket() else { return Round::Over };
+        let mut progress = false;
+        if look.blocked && socket.poll_write_ready(cx).is_ready() {
+            link.unblock(now);
+            progress = true;
+        }
+        if look.phase == Phase::Dead || (look.drained && look.peer_closed) {
+            return Round::Over;
+        }
+        if look.phase == Phase::Closing && look.drained && self.deaf && !self.finished_writing {
+            // The peer broke the protocol: it gets our close frame, then the end of the stream.
+            // Closing the socket now would make the kernel answer unread bytes with a reset,
+            // which can overtake the frame. The peer's own end, or the deadline, ends the rest.
+            socket.finish_writing();
+            self.finished_writing = true;
+        }
+        if self.may_read(look.phase, look.reply_bytes, cx) && socket.poll_read_ready(cx).is_ready()
+        {
+            self.read(socket, now);
+            progress = true;
+        }
+        if progress { Round::Progress } else { Round::Idle }
+    }
+
+    /// Back pressure: a client is not read while the bus takes nothing more, nor while it
+    /// leaves unread what its own messages caused.
+    fn may_read(&mut self, phase: Phase, reply_bytes: usize, cx: &mut Context<'_>) -> bool {
+        if phase != Phase::Open {
+            return true;
+        }
+        let bus_ready = self.handler.poll_ready(cx).is_ready();
+        self.link.set_paused(!bus_ready);
+        bus_ready && reply_bytes <= self.link.profile().reply_bytes_max
+    }
+
+    fn read(&mut self, socket: &Socket, now: Micros) {
+        READ_BUFFER.with_borrow_mut(|buffer| match socket.try_read(buffer) {
+            Ok(0) => self.link.abort(),
+            Ok(count) => {
+                self.link.heard_at(now);
+                self.link.profile().stats.bytes_received.fetch_add(count as u64, Relaxed);
+                self.receive(&mut buffer[..count], now);
+                self.link.flush(now);
+            }
+            Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
+            Err(_) => self.link.abort(),
+        });
+    }
+
+    fn receive(&mut self, bytes: &mut [u8], now: Micros) {
+        INFLATERS.with_borrow_mut(|inflaters| {
+            let mut input = Input::new(bytes);
+            while !self.deaf {
+                match self.receiver.next(&mut input, inflaters) {
+                    Ok(None) => break,
+                    // After our own close frame only the peer's is of interest.
+                    Ok(Some(WsEvent::Message(kind, payload))) if !self.link.is_closing() => {
+                        let profile = self.link.profile();
+                        profile.stats.messages_received.fetch_add(1, Relaxed);
+                        let nanos = now.0.saturating_mul(1000);
+                        if profile.rate.is_some_and(|rate| self.bucket.take(rate, nanos).is_err()) {
+                            self.link.disconnect(&Disconnect::RATE, now);
+                            continue;
+                        }
+                        self.link.active_at(now);
+                        self.handler.on_message(kind, payload, &self.link, now);
+                    }
+                    Ok(Some(WsEvent::Ping(payload))) => self.link.pong(payload),
+                    Ok(Some(WsEvent::Message(..) | WsEvent::Pong(_))) => {}
+                    Ok(Some(WsEvent::Close(close))) => {
+                        self.link.peer_closed(close.map(|(code, _)| code), now);
+                        self.deaf = true;
+                    }
+                    Err(violation) => {
+                        self.link.disconnect(violation, now);
+                        self.deaf = true;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// What a turn of the loop led to.
+enum Round {
+    /// Another turn may find more.
+    Progress,
+    /// Everybody who could wake the task knows it.
+    Idle,
+    /// The connection is over.
+    Over,
+}
+
+impl<H: Handler> Future for Driver<H> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        for _ in 0..ROUNDS_MAX {
+            match self.round(cx) {
+                Round::Progress => {}
+                Round::Idle => return Poll::Pending,
+                Round::Over => {
+                    let end = self.link.over();
+                    let link = Arc::clone(&self.link);
+                    self.handler.on_end(end, &link);
+                    return Poll::Ready(());
+                }
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}

@@ -1,0 +1,56 @@
+//! The endpoint families: pure handlers on one connection runtime. None of them knows another.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use wsproxy_conn::{End, Event, Link};
+use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
+
+use crate::bus::{BusError, Outcome, Publish, Receipt};
+
+pub mod echo;
+pub mod session;
+
+/// [`Event::tag`]: what became of a message that this connection published.
+pub const PUBLISHED: u8 = 0;
+
+/// The logic of one connection of an endpoint: it is told what happened and states consequences.
+pub trait Logic: Send + Unpin + 'static {
+    /// Messages may flow.
+    fn on_open(&mut self, actions: &mut dyn Actions);
+    /// A complete, valid data message from the client. Text is UTF-8.
+    fn on_message(&mut self, kind: Kind, payload: &[u8], actions: &mut dyn Actions);
+    /// Something from the hub or the bus.
+    fn on_event(&mut self, event: Event, actions: &mut dyn Actions);
+    /// The connection is over; `sent` counts messages and bytes that went to the client.
+    fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions);
+}
+
+/// The consequences that a [`Logic`] can state.
+pub trait Actions {
+    /// Sends a message to the client.
+    fn reply(&mut self, kind: Kind, payload: &[u8]);
+    /// Publishes on the bus; the outcome comes back as an event where the message asks for it.
+    ///
+    /// # Errors
+    /// It did not fit into the queue.
+    fn publish(&mut self, publish: Publish) -> Result<(), BusError>;
+    /// Ends the connection at once.
+    fn disconnect(&mut self, why: &'static Disconnect);
+    /// Ends the connection after all that waits for the client is written.
+    fn finish(&mut self, why: &'static Disconnect, code: u16, reason: &str);
+    /// Who wants to know what becomes of a message of this connection.
+    fn receipt(&self) -> Arc<dyn Receipt>;
+}
+
+impl Receipt for Link {
+    fn published(&self, outcome: Outcome) {
+        let number = match outcome {
+            Outcome::Received(receivers) if receivers > 0 => return,
+            Outcome::Kept => return,
+            Outcome::Received(_) => 0,
+            Outcome::Lost => 1,
+        };
+        self.notify(Event { tag: PUBLISHED, number, payload: Bytes::new() });
+    }
+}

@@ -1,0 +1,251 @@
+//! A client of a session: what its messages, its worker's commands and its end lead to.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use bytes::Bytes;
+use serde::Deserialize;
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+use wsproxy_conn::{
+    End, Event,
+    clock::{self, Micros},
+};
+use wsproxy_proto::{
+    disconnect::{self, Disconnect},
+    json,
+    names::{Id, Names},
+    ws::frame::Kind,
+};
+
+use crate::{
+    bus::{BusError, Publish, Unheard},
+    config::{NoReceiver, Sessions},
+    endpoint::{Actions, Logic, PUBLISHED},
+    telemetry::time,
+};
+
+/// [`Event::tag`]: a worker's command.
+pub const CONTROL: u8 = 1;
+
+/// Deepest nesting of a client's JSON. Python's parser gives up near 1,000, most workers' earlier.
+const JSON_DEPTH_MAX: usize = 128;
+
+/// What all sessions have in common.
+#[derive(Debug)]
+pub struct SessionEndpoint {
+    /// `[sessions]`
+    pub config: Sessions,
+    /// How channels are spelled.
+    pub names: Names,
+    /// Which instance this is.
+    pub server_id: Arc<str>,
+    /// What went wrong; the metrics read it.
+    pub counters: SessionCounters,
+}
+
+/// What sessions count beyond what every connection counts.
+#[derive(Debug, Default)]
+pub struct SessionCounters {
+    /// Messages from clients that were not JSON.
+    pub invalid: AtomicU64,
+    /// Messages from clients that no worker received.
+    pub unheard: AtomicU64,
+    /// Messages from clients that the bus did not take or lost.
+    pub lost: AtomicU64,
+    /// Commands from workers that made no sense.
+    pub bad_commands: AtomicU64,
+    /// Announcements of opened and closed sessions that the bus did not take.
+    pub unannounced: AtomicU64,
+}
+
+/// One client of a session.
+#[derive(Debug)]
+pub struct SessionLogic {
+    endpoint: Arc<SessionEndpoint>,
+    agent: Id,
+    session: Id,
+    connection: Uuid,
+    up: Arc<str>,
+    opened: Micros,
+    strikes: u32,
+    messages_in: u32,
+    bytes_in: u64,
+}
+
+impl SessionLogic {
+    /// A client that is about to be connected.
+    #[must_use]
+    pub fn new(endpoint: Arc<SessionEndpoint>, agent: Id, session: Id, connection: Uuid) -> Self {
+        let up = endpoint.names.session_up(&session).into();
+        let opened = clock::now();
+        Self {
+            endpoint,
+            agent,
+            session,
+            connection,
+            up,
+            opened,
+            strikes: 0,
+            messages_in: 0,
+            bytes_in: 0,
+        }
+    }
+
+    fn refuse(&mut self, code: &str, message: &str, actions: &mut dyn Actions) {
+        SessionCounters::add(&self.endpoint.counters.invalid);
+        self.strikes += 1;
+        debug!(session_id = %self.session, connection_id = %self.connection, code, message, "A client's message is invalid.");
+        if self.endpoint.config.strikes_max > 0 && self.strikes >= self.endpoint.config.strikes_max
+        {
+            actions.disconnect(&Disconnect::STRIKES);
+        } else {
+            error_message(code, message, actions);
+        }
+    }
+
+    fn unheard(&self) -> Unheard {
+        match self.endpoint.config.no_receiver {
+            NoReceiver::Ignore | NoReceiver::Error => Unheard::Gone,
+            NoReceiver::Queue => Unheard::Kept {
+                log: self.endpoint.names.session_up_log(&self.session).into(),
+                entries_max: self.endpoint.config.up_log_entries_max,
+                ttl: self.endpoint.config.up_log_ttl,
+            },
+        }
+    }
+
+    fn on_outcome(&self, lost: bool, actions: &mut dyn Actions) {
+        if lost {
+            SessionCounters::add(&self.endpoint.counters.lost);
+            let message = "The message may not have reached the worker.";
+            error_message("publish_lost", message, actions);
+        } else {
+            SessionCounters::add(&self.endpoint.counters.unheard);
+            if self.endpoint.config.no_receiver == NoReceiver::Error {
+                error_message("no_receiver", "No worker listens to this session.", actions);
+            }
+        }
+    }
+
+    fn on_command(&self, payload: &[u8], actions: &mut dyn Actions) {
+        let command = match serde_json::from_slice::<Command>(payload) {
+            Ok(command) => command,
+            Err(error) => return self.bad_command(&error.to_string()),
+        };
+        let Command::Close { code, reason, connection_id } = command;
+        if connection_id.is_some_and(|wanted| wanted != self.connection) {
+            return;
+        }
+        let code = code.unwrap_or(Disconnect::BACKEND.code);
+        if !disconnect::is_sendable(code) {
+            return self.bad_command(&format!("{code} is no close code"));
+        }
+        let reason = reason.as_deref().unwrap_or(Disconnect::BACKEND.reason);
+        actions.finish(&Disconnect::BACKEND, code, reason);
+    }
+
+    fn bad_command(&self, error: &str) {
+        SessionCounters::add(&self.endpoint.counters.bad_commands);
+        warn!(session_id = %self.session, connection_id = %self.connection, error, "A worker's command makes no sense.");
+    }
+
+    fn announce(&self, event: serde_json::Value, actions: &mut dyn Actions) {
+        let announcement = Publish {
+            channel: self.endpoint.names.agent_sessions(&self.agent).into(),
+            payload: Bytes::from(event.to_string()),
+            unheard: Unheard::Gone,
+            receipt: None,
+        };
+        if let Err(error) = actions.publish(announcement) {
+            SessionCounters::add(&self.endpoint.counters.unannounced);
+            warn!(session_id = %self.session, connection_id = %self.connection, %error, "An announcement is lost.");
+        }
+    }
+}
+
+impl Logic for SessionLogic {
+    fn on_open(&mut self, actions: &mut dyn Actions) {
+        info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent, "Connection opened.");
+        let event = serde_json::json!({
+            "event": "opened",
+            "agent_id": self.agent.as_str(),
+            "session_id": self.session.as_str(),
+            "connection_id": self.connection,
+            "server_id": &*self.endpoint.server_id,
+            "timestamp": time::rfc3339(),
+        });
+        self.announce(event, actions);
+    }
+
+    fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
+        self.messages_in += 1;
+        self.bytes_in += payload.len() as u64;
+        if let Err(error) = json::validate(payload, JSON_DEPTH_MAX) {
+            return self.refuse("invalid_json", &error.to_string(), actions);
+        }
+        let message = Publish {
+            channel: Arc::clone(&self.up),
+            payload: Bytes::copy_from_slice(payload),
+            unheard: self.unheard(),
+            receipt: Some(actions.receipt()),
+        };
+        match actions.publish(message) {
+            Ok(()) => {}
+            Err(BusError::Closed) => actions.disconnect(&Disconnect::RESTART),
+            Err(_) => self.on_outcome(true, actions),
+        }
+    }
+
+    fn on_event(&mut self, event: Event, actions: &mut dyn Actions) {
+        match event.tag {
+            PUBLISHED => self.on_outcome(event.number == 1, actions),
+            CONTROL => self.on_command(&event.payload, actions),
+            _ => {}
+        }
+    }
+
+    fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions) {
+        let duration = std::time::Duration::from(clock::now().since(self.opened));
+        info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
+            reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
+            messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
+        let event = serde_json::json!({
+            "event": "closed",
+            "agent_id": self.agent.as_str(),
+            "session_id": self.session.as_str(),
+            "connection_id": self.connection,
+            "server_id": &*self.endpoint.server_id,
+            "timestamp": time::rfc3339(),
+            "reason": end.why.label,
+            "code": end.code,
+            "duration_ms": duration.as_millis() as u64,
+            "messages_in": self.messages_in,
+            "messages_out": sent.0,
+            "bytes_in": self.bytes_in,
+            "bytes_out": sent.1,
+        });
+        self.announce(event, actions);
+    }
+}
+
+impl SessionCounters {
+    fn add(counter: &AtomicU64) {
+        counter.fetch_add(1, Relaxed);
+    }
+}
+
+/// What a worker may command on `session:{id}:control`.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+enum Command {
+    /// End the session's connections, or one of them.
+    Close { code: Option<u16>, reason: Option<String>, connection_id: Option<Uuid> },
+}
+
+fn error_message(code: &str, message: &str, actions: &mut dyn Actions) {
+    let body = serde_json::json!({ "type": "error", "code": code, "message": message });
+    actions.reply(Kind::Text, body.to_string().as_bytes());
+}

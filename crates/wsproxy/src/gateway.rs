@@ -1,0 +1,102 @@
+//! What every part of a running instance shares; made once by `server.rs`.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wsproxy_conn::{Profile, Runtime, clock::Micros};
+use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
+
+use crate::{
+    bus::Bus,
+    config::Config,
+    endpoint::session::SessionEndpoint,
+    http::admission::{Attempts, Places},
+    hub::Hub,
+    store::Store,
+    telemetry::metrics::Metrics,
+};
+
+/// A running instance.
+pub struct Gateway {
+    /// The configuration, validated.
+    pub config: Config,
+    /// Which instance this is.
+    pub server_id: Arc<str>,
+    /// How keys and channels are spelled.
+    pub names: Names,
+    /// Local fan-out.
+    pub hub: Arc<Hub>,
+    /// The transport below it, for its status only.
+    pub bus: Bus,
+    /// Keys that expire.
+    pub store: Store,
+    /// Timers and budget of all connections.
+    pub runtime: Arc<Runtime>,
+    /// The places for WebSocket connections.
+    pub places: Arc<Places>,
+    /// Attempts per client address.
+    pub attempts: Attempts,
+    /// `/{agent_id}/ws/{session_id}`
+    pub sessions: Arc<SessionEndpoint>,
+    /// What session connections have in common.
+    pub session_profile: Arc<Profile>,
+    /// What echo connections have in common.
+    pub echo_profile: Arc<Profile>,
+    /// Everything that is counted.
+    pub metrics: Metrics,
+    /// Tasks that must have ended before the process does.
+    pub tasks: TaskTracker,
+    /// Cancelled when HTTP followers must end.
+    pub followers_end: CancellationToken,
+    /// Whether the instance is ready for connections, as far as it is up to it.
+    pub draining: AtomicBool,
+    /// When it started.
+    pub started: Instant,
+}
+
+impl Gateway {
+    /// Whether no further connection is taken.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Relaxed)
+    }
+
+    /// Time since the start.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+/// What the connections of an endpoint have in common under this configuration.
+#[must_use]
+pub fn profile(config: &Config) -> Profile {
+    let limits = &config.limits;
+    let idle = config.heartbeat.idle_timeout;
+    Profile {
+        receive: Limits {
+            message_bytes_max: limits.max_message_bytes,
+            fragments_max: limits.max_fragments,
+        },
+        send_buffer_bytes: limits.send_buffer_bytes,
+        reply_bytes_max: REPLY_BYTES_MAX,
+        rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        heartbeat_interval: config.heartbeat.interval.into(),
+        heartbeat_timeout: config.heartbeat.timeout.into(),
+        idle_timeout: if idle.is_zero() { Micros::NEVER } else { idle.into() },
+        close_timeout: CLOSE_TIMEOUT,
+        compress_from_bytes: config.compression.threshold_bytes,
+        compress_level: config.compression.level,
+        stats: wsproxy_conn::Stats::default(),
+    }
+}
+
+/// A client that leaves so much unread which it caused itself is not read until it reads.
+const REPLY_BYTES_MAX: usize = 64 * 1024;
+
+/// How long a close handshake may take.
+const CLOSE_TIMEOUT: Micros = Micros(5_000_000);

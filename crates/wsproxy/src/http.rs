@@ -1,0 +1,17 @@
+//! Everything before `101`, and everything that is no WebSocket.
+
+pub mod address;
+pub mod admin;
+pub mod admission;
+pub mod api;
+pub mod credentials;
+pub mod follow;
+pub mod listener;
+pub mod origin;
+pub mod peer;
+pub mod rejection;
+pub mod routes;
+pub mod upgrade;
+
+/// A response body: a short text, or a stream that follows a topic.
+pub type Body = axum::body::Body;

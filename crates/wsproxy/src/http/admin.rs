@@ -1,0 +1,82 @@
+//! `/health`, `/ready`, `/metrics`: for load balancers, supervisors and scrapers.
+
+use std::sync::Arc;
+
+use axum::{Json, Router, extract::State, routing::get};
+use http::{HeaderMap, Response, StatusCode, header};
+use serde_json::json;
+
+use crate::{bus::Bus, gateway::Gateway, http::Body};
+
+/// The admin routes.
+pub fn router(gateway: Arc<Gateway>) -> Router {
+    Router::new()
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(gateway)
+}
+
+/// Is the process alive, and does it reach its bus?
+async fn health(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_json::Value>) {
+    let status = gateway.bus.status();
+    let healthy = status.connected && status.subscribed;
+    let body = json!({
+        "status": if healthy { "ok" } else { "degraded" },
+        "server_id": &*gateway.server_id,
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_seconds": gateway.uptime().as_secs(),
+        "bus": {
+            "kind": bus_kind(&gateway.bus),
+            "connected": status.connected,
+            "subscribed": status.subscribed,
+            "channels": status.channels,
+            "error": status.last_error,
+        },
+    });
+    (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
+}
+
+/// Should clients be sent here?
+async fn ready(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_json::Value>) {
+    let status = gateway.bus.status();
+    let reason = if gateway.is_draining() {
+        Some("draining")
+    } else if !status.connected || !status.subscribed {
+        Some("bus")
+    } else if gateway.places.taken() >= gateway.places.max() {
+        Some("full")
+    } else {
+        None
+    };
+    match reason {
+        None => (StatusCode::OK, Json(json!({ "ready": true }))),
+        Some(reason) => {
+            let body = json!({ "ready": false, "reason": reason });
+            (StatusCode::SERVICE_UNAVAILABLE, Json(body))
+        }
+    }
+}
+
+async fn metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response<Body> {
+    let wants_json = headers
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .is_some_and(|accept| accept.contains("application/json"));
+    let (kind, body) = if wants_json {
+        ("application/json", gateway.metrics.json())
+    } else {
+        ("application/openmetrics-text; version=1.0.0; charset=utf-8", gateway.metrics.text())
+    };
+    let mut response = Response::new(Body::from(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response
+}
+
+/// The name of a bus in health and info.
+pub const fn bus_kind(bus: &Bus) -> &'static str {
+    match bus {
+        Bus::Memory(_) => "memory",
+        Bus::Redis(_) => "redis",
+    }
+}

@@ -1,0 +1,121 @@
+//! A topic as server-sent events, for workers that follow it over HTTP.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderValue, Response, header};
+
+use crate::{
+    gateway::Gateway,
+    http::{Body, api, rejection::Rejection},
+    hub::{
+        Sink, Subscription,
+        tap::{Tap, TapMessage},
+    },
+};
+
+/// What may wait for a follower; beyond it the stream ends with an `overflow` event.
+const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// A comment is sent when nothing else was for this long, so that proxies keep the stream open.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Most entries of a log that are read at once.
+const LOG_ENTRIES: usize = 1000;
+
+/// Answers with a stream of `topic`'s messages, after those of `log`.
+///
+/// The topic is subscribed first, so nothing is missed in between; what was appended in that
+/// moment is in the log or in the stream, never in both.
+pub async fn follow(
+    gateway: &Arc<Gateway>,
+    topic: String,
+    log: Option<String>,
+) -> Result<Response<Body>, Rejection> {
+    let tap = Tap::new(FOLLOWER_BYTES_MAX);
+    let sink = Sink::Tap(Arc::clone(&tap));
+    let (subscription, kept) = api::within(gateway, async {
+        let subscription = gateway.hub.subscribe([(topic.into(), sink)]).await?;
+        let kept = match log {
+            Some(log) => gateway.store.read_log(&log, "", LOG_ENTRIES).await?,
+            None => Vec::new(),
+        };
+        Ok((subscription, kept))
+    })
+    .await?;
+    let kept = kept.into_iter().map(|entry| event(Some(&entry.id), &entry.data)).collect();
+    let gateway = Arc::clone(gateway);
+    let follower = Follower { gateway, tap, kept, over: false, _subscription: subscription };
+    let mut response = Response::new(Body::from_stream(stream::unfold(follower, Follower::next)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // nginx would hold the stream back in its buffer.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+struct Follower {
+    gateway: Arc<Gateway>,
+    tap: Arc<Tap>,
+    kept: VecDeque<Bytes>,
+    over: bool,
+    _subscription: Subscription,
+}
+
+impl Follower {
+    async fn next(mut self) -> Option<(Result<Bytes, std::convert::Infallible>, Self)> {
+        if let Some(kept) = self.kept.pop_front() {
+            return Some((Ok(kept), self));
+        }
+        if self.over {
+            return None;
+        }
+        let chunk = tokio::select! {
+            message = self.tap.next() => match message {
+                Some(TapMessage { payload, .. }) => event(None, &payload),
+                None => {
+                    self.over = true;
+                    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n")
+                }
+            },
+            () = tokio::time::sleep(KEEP_ALIVE) => Bytes::from_static(b":\n\n"),
+            () = self.gateway.followers_end.cancelled() => return None,
+        };
+        Some((Ok(chunk), self))
+    }
+}
+
+/// An event of a payload, in which every line gets its own `data:` as the format wants.
+fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
+    let text = String::from_utf8_lossy(payload);
+    let mut event = String::with_capacity(text.len() + 32);
+    if let Some(id) = id {
+        event.push_str("id: ");
+        event.push_str(id);
+        event.push('\n');
+    }
+    event.push_str("event: message\n");
+    for line in text.split(['\n', '\r']) {
+        event.push_str("data: ");
+        event.push_str(line);
+        event.push('\n');
+    }
+    event.push('\n');
+    Bytes::from(event)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_cannot_forge_an_event() {
+        let text = event(None, b"{\"a\":1}\n\nevent: message\ndata: forged");
+        let expected =
+            "event: message\ndata: {\"a\":1}\ndata: \ndata: event: message\ndata: data: forged\n\n";
+        assert_eq!(text, expected);
+        assert_eq!(event(Some("1-0"), b"1"), "id: 1-0\nevent: message\ndata: 1\n\n");
+    }
+}

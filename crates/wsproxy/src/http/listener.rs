@@ -1,0 +1,142 @@
+//! The accept loop: sockets in, requests out, and every way in which a stranger can waste our time bounded.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use http::Request;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::http::{admission::Places, routes::Routes};
+
+/// Connections that the kernel completes while we are busy.
+const BACKLOG: i32 = 4096;
+
+/// After an error that lasts (no descriptors left), the loop rests so long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The answer to those who come when even the places for refusing are taken.
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
+retry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
+{\"error\":{\"code\":\"full\",\"message\":\"The instance holds as many connections as it may.\",\"retryable\":true}}";
+
+/// Where a request came from, as an extension of the request.
+#[derive(Debug, Clone, Copy)]
+pub struct RemoteAddress(pub IpAddr);
+
+/// Listens on `address`.
+///
+/// # Errors
+/// The address is in use, or not ours.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::from(address))?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Accepts until `stop`. `sockets` bounds all connections of this listener, those that have not
+/// sent a request yet included.
+pub async fn run(
+    listener: TcpListener,
+    routes: Routes,
+    sockets: Arc<Places>,
+    stop: CancellationToken,
+) {
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, address)) => accept(stream, address, &routes, &sockets, &stop),
+            Err(error) if is_of_one_connection(&error) => {
+                debug!(%error, "A client left before it was accepted.");
+            }
+            Err(error) => {
+                routes.gateway().metrics.error("accept");
+                warn!(%error, "Accepting failed; trying again.");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn accept(
+    stream: TcpStream,
+    address: SocketAddr,
+    routes: &Routes,
+    sockets: &Arc<Places>,
+    stop: &CancellationToken,
+) {
+    let gateway = routes.gateway();
+    let Some(place) = sockets.take() else {
+        gateway.metrics.handshake("none", "full");
+        gateway.tasks.spawn(refuse(stream));
+        return;
+    };
+    // Hyper writes heads and bodies in one go; what follows an upgrade sets its own options.
+    let _ = stream.set_nodelay(true);
+    let place = Arc::new(place);
+    let (routes, stop, gateway) = (routes.clone(), stop.clone(), Arc::clone(gateway));
+    let tasks = gateway.tasks.clone();
+    tasks.spawn(async move {
+        let server = &gateway.config.server;
+        let mut builder = http1::Builder::new();
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(server.header_timeout)
+            .max_buf_size(server.header_bytes_max.max(8192))
+            .max_headers(128)
+            .half_close(false);
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(RemoteAddress(address.ip()));
+            // An upgraded socket keeps its place through this.
+            request.extensions_mut().insert(Arc::clone(&place));
+            routes.clone().serve(request)
+        });
+        let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        let mut connection = std::pin::pin!(connection);
+        let result = tokio::select! {
+            result = connection.as_mut() => result,
+            () = stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = result {
+            let kind = if error.is_timeout() { "slow_request" } else { "bad_request" };
+            gateway.metrics.error(kind);
+            debug!(%error, address = %address.ip(), kind, "A client's request failed.");
+        }
+    });
+}
+
+async fn refuse(mut stream: TcpStream) {
+    let write = stream.write_all(FULL);
+    let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
+}
+
+/// Errors of `accept` that concern one client and not the listener.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}

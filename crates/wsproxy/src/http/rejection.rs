@@ -1,0 +1,160 @@
+//! The one table of refusals: every way in which wsproxy says no before `101`.
+
+use std::time::Duration;
+
+use http::{HeaderValue, Response, StatusCode, header};
+use wsproxy_proto::ws::handshake::Refusal;
+
+use crate::{bus::BusError, http::Body, store::StoreError};
+
+/// A refusal: what the client is told. The cause inside, if any, goes to the log only.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{} {}: {message}", status.as_u16(), code)]
+pub struct Rejection {
+    /// The status of the response.
+    pub status: StatusCode,
+    /// `error.code`, and the metric label `outcome`.
+    pub code: &'static str,
+    /// `error.message`.
+    pub message: String,
+    /// `Retry-After`; with one, `error.retryable` is true.
+    pub retry_after: Option<Duration>,
+    /// What happened inside.
+    pub cause: Option<String>,
+}
+
+macro_rules! table {
+    ($($(#[$doc:meta])* $name:ident = $status:ident, $code:literal;)*) => {
+        impl Rejection {
+            $($(#[$doc])* #[must_use] pub fn $name(message: impl Into<String>) -> Self {
+                Self::new(StatusCode::$status, $code, message.into())
+            })*
+        }
+    };
+}
+
+table! {
+    /// The request cannot be understood.
+    bad_request = BAD_REQUEST, "bad_request";
+    /// An id in the path is none.
+    bad_id = BAD_REQUEST, "bad_id";
+    /// Credentials of several kinds that differ.
+    conflicting_credentials = BAD_REQUEST, "conflicting_credentials";
+    /// No credential.
+    missing_credentials = UNAUTHORIZED, "missing_credentials";
+    /// Something in the place of a credential that is none.
+    malformed_credentials = UNAUTHORIZED, "malformed_credentials";
+    /// Wrong, expired or used.
+    invalid_token = FORBIDDEN, "invalid_token";
+    /// A page of this origin may not connect.
+    origin_not_allowed = FORBIDDEN, "origin_not_allowed";
+    /// Nothing here.
+    not_found = NOT_FOUND, "not_found";
+    /// Something here, but not for this method.
+    method_not_allowed = METHOD_NOT_ALLOWED, "method_not_allowed";
+    /// The body is larger than the limit.
+    too_large = PAYLOAD_TOO_LARGE, "too_large";
+    /// A WebSocket lives here.
+    upgrade_required = UPGRADE_REQUIRED, "upgrade_required";
+    /// Attempts from this address above the rate.
+    rate_limited = TOO_MANY_REQUESTS, "rate_limited";
+    /// The instance holds as many connections as it may.
+    full = SERVICE_UNAVAILABLE, "full";
+    /// The instance is about to end.
+    draining = SERVICE_UNAVAILABLE, "draining";
+    /// The bus or the store cannot be reached.
+    bus_unavailable = SERVICE_UNAVAILABLE, "bus_unavailable";
+    /// The bus or the store did not answer in time.
+    deadline = GATEWAY_TIMEOUT, "deadline";
+    /// A fault of the gateway's own.
+    internal = INTERNAL_SERVER_ERROR, "internal";
+}
+
+impl Rejection {
+    fn new(status: StatusCode, code: &'static str, message: String) -> Self {
+        let retryable = matches!(
+            status,
+            StatusCode::SERVICE_UNAVAILABLE
+                | StatusCode::TOO_MANY_REQUESTS
+                | StatusCode::GATEWAY_TIMEOUT
+        );
+        let retry_after = retryable.then_some(Duration::from_secs(1));
+        Self { status, code, message, retry_after, cause: None }
+    }
+
+    /// With what happened inside, for the log.
+    #[must_use]
+    pub fn because(mut self, cause: impl ToString) -> Self {
+        self.cause = Some(cause.to_string());
+        self
+    }
+
+    /// With another time after which a retry can succeed.
+    #[must_use]
+    pub const fn after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    /// The response: contract section 8.
+    #[must_use]
+    pub fn response(&self) -> Response<Body> {
+        let body = serde_json::json!({ "error": {
+            "code": self.code,
+            "message": self.message,
+            "retryable": self.retry_after.is_some(),
+        }});
+        let mut response = Response::new(Body::from(body.to_string()));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(wait) = self.retry_after {
+            // Rounded up: earlier than that it would fail again.
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        match self.status {
+            StatusCode::UNAUTHORIZED => {
+                let challenge = HeaderValue::from_static("Bearer realm=\"wsproxy\"");
+                headers.insert(header::WWW_AUTHENTICATE, challenge);
+            }
+            StatusCode::UPGRADE_REQUIRED => {
+                headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+                headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+                headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+impl From<Refusal> for Rejection {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NotAnUpgrade => Self::upgrade_required("This is a WebSocket endpoint."),
+            Refusal::Version => Self::upgrade_required("Only WebSocket version 13 is spoken here."),
+            Refusal::Method => Self::method_not_allowed("A WebSocket handshake is a GET request."),
+            Refusal::Malformed(what) => Self::bad_request(what),
+        }
+    }
+}
+
+impl From<BusError> for Rejection {
+    fn from(error: BusError) -> Self {
+        match error {
+            BusError::Full => Self::bus_unavailable("The bus is overloaded.").because(error),
+            BusError::Closed => Self::draining("The instance is ending.").because(error),
+            BusError::Unreachable(_) | BusError::Refused(_) => {
+                Self::bus_unavailable("The bus cannot be used now.").because(error)
+            }
+        }
+    }
+}
+
+impl From<StoreError> for Rejection {
+    fn from(error: StoreError) -> Self {
+        Self::bus_unavailable("The store cannot be used now.").because(error)
+    }
+}

@@ -1,0 +1,101 @@
+//! Which request goes where.
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::Router;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use tower::ServiceExt;
+use tracing::debug;
+
+use crate::{
+    gateway::Gateway,
+    http::{Body, rejection::Rejection, upgrade},
+};
+
+/// What a listener serves.
+#[derive(Clone)]
+pub struct Routes {
+    gateway: Arc<Gateway>,
+    /// Whether WebSocket endpoints are among it.
+    data_plane: bool,
+    /// Admin routes, API and, where it runs, the demo.
+    rest: Router,
+}
+
+/// A WebSocket endpoint, by path.
+enum Endpoint<'a> {
+    Session(&'a str, &'a str),
+    Echo,
+}
+
+impl Routes {
+    /// WebSocket endpoints where `data_plane`, and `rest` for all else.
+    #[must_use]
+    pub const fn new(gateway: Arc<Gateway>, data_plane: bool, rest: Router) -> Self {
+        Self { gateway, data_plane, rest }
+    }
+
+    /// The instance.
+    #[must_use]
+    pub const fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// Never: a refusal is an answer.
+    pub async fn serve(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        let path = request.uri().path().to_owned();
+        let (label, answer) = match self.endpoint(&path) {
+            Some(Endpoint::Session(agent, session)) => {
+                ("sessions", upgrade::session(&self.gateway, request, (agent, session)).await)
+            }
+            Some(Endpoint::Echo) => ("echo", upgrade::echo(&self.gateway, request)),
+            None => return self.rest.oneshot(request.map(Body::new)).await,
+        };
+        Ok(match answer {
+            Ok(response) => {
+                self.gateway.metrics.handshake(label, "accepted");
+                response
+            }
+            Err(rejection) => {
+                self.gateway.metrics.handshake(label, rejection.code);
+                debug!(
+                    endpoint = label,
+                    path,
+                    status = rejection.status.as_u16(),
+                    code = rejection.code,
+                    error = rejection.cause,
+                    "Handshake refused."
+                );
+                let mut response = rejection.response();
+                if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
+                    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+                }
+                response
+            }
+        })
+    }
+
+    fn endpoint<'a>(&self, path: &'a str) -> Option<Endpoint<'a>> {
+        if !self.data_plane {
+            return None;
+        }
+        let endpoints = &self.gateway.config.endpoints;
+        let mut segments = path.strip_prefix('/')?.split('/');
+        match (segments.next()?, segments.next(), segments.next(), segments.next()) {
+            ("echo", None, None, None) if endpoints.echo => Some(Endpoint::Echo),
+            (agent, Some("ws"), Some(session), None) if endpoints.sessions => {
+                Some(Endpoint::Session(agent, session))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The answer to a path that nobody serves.
+pub async fn not_found() -> Response<Body> {
+    Rejection::not_found("Nothing is served at this path.").response()
+}

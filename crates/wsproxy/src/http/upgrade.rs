@@ -1,0 +1,264 @@
+//! From a request to a driven connection: one order, one deadline, one kind of refusal.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper_util::rt::TokioIo;
+use percent_encoding::percent_decode_str;
+use secrecy::ExposeSecret;
+use tokio::net::{TcpStream, UnixStream};
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+use wsproxy_conn::{Driver, Link, Profile, Socket, clock};
+use wsproxy_proto::{
+    disconnect::Disconnect,
+    names::Id,
+    ws::{
+        deflate::Params,
+        handshake::{self, Upgrade},
+        negotiation,
+    },
+};
+
+use crate::{
+    auth,
+    endpoint::{
+        Logic,
+        echo::Echo,
+        session::{CONTROL, SessionLogic},
+    },
+    gateway::Gateway,
+    http::{
+        Body, address, admission::Place, credentials, listener::RemoteAddress, origin, peer::Peer,
+        rejection::Rejection,
+    },
+    hub::{Sink, Subscription},
+    telemetry::metrics::Active,
+};
+
+/// A handshake that passed the limits, before its endpoint has looked at it.
+struct Handshake {
+    upgrade: Upgrade,
+    deflate: Option<(Params, String)>,
+    selects_protocol: bool,
+    on_upgrade: OnUpgrade,
+    place: Place,
+    link: Arc<Link>,
+    address: IpAddr,
+}
+
+/// Opens a client of a session: contract section 3. The answer is `101` or a refusal.
+pub async fn session(
+    gateway: &Arc<Gateway>,
+    request: Request<Incoming>,
+    (agent, session): (&str, &str),
+) -> Result<Response<Body>, Rejection> {
+    let agent = id("agent_id", agent)?;
+    let session = id("session_id", session)?;
+    let (headers, query) = (request.headers().clone(), request.uri().query().map(str::to_owned));
+    let handshake = begin(gateway, request, &gateway.session_profile)?;
+    let token = credentials::find(&headers, query.as_deref(), "token")?;
+    let token = token.expose_secret().as_bytes();
+    let key = gateway.names.session_auth(&session);
+    let opening = async {
+        let known = gateway.store.load(&key).await?;
+        let refused = || Rejection::invalid_token("The token is wrong, expired or used.");
+        if !known.is_some_and(|known| auth::equal(&known, token)) {
+            return Err(refused());
+        }
+        let subscription = gateway.hub.subscribe(sinks(gateway, &session, &handshake.link)).await?;
+        // Last, so that whatever fails before leaves the token for the next try.
+        if !gateway.store.take_if_equal(&key, token).await? {
+            return Err(refused());
+        }
+        Ok(subscription)
+    };
+    let subscription = deadline(gateway, opening).await.inspect_err(|rejection| {
+        info!(session_id = %session, agent_id = %agent, address = %handshake.address,
+            code = rejection.code, "Authentication failed.");
+    })?;
+    debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
+    let endpoint = Arc::clone(&gateway.sessions);
+    let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
+    Ok(accept(gateway, "sessions", handshake, Some(subscription), logic))
+}
+
+fn sinks(gateway: &Gateway, session: &Id, link: &Arc<Link>) -> [(Arc<str>, Sink); 2] {
+    let config = &gateway.config.sessions;
+    let client = Sink::Client {
+        link: Arc::clone(link),
+        frames: config.down_frames,
+        on_loss: config.on_bus_loss,
+    };
+    let handler = Sink::Handler { link: Arc::clone(link), tag: CONTROL };
+    [
+        (gateway.names.session_down(session).into(), client),
+        (gateway.names.session_control(session).into(), handler),
+    ]
+}
+
+/// Opens a connection to the echo, which needs no credentials.
+pub fn echo(
+    gateway: &Arc<Gateway>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Rejection> {
+    let handshake = begin(gateway, request, &gateway.echo_profile)?;
+    Ok(accept(gateway, "echo", handshake, None, Echo))
+}
+
+/// Limits, then the form of the request.
+fn begin(
+    gateway: &Gateway,
+    mut request: Request<Incoming>,
+    profile: &Arc<Profile>,
+) -> Result<Handshake, Rejection> {
+    let address = client_address(gateway, &request)?;
+    if gateway.is_draining() {
+        return Err(Rejection::draining("The instance is about to restart."));
+    }
+    let now = clock::now();
+    gateway.attempts.take(address, now.0.saturating_mul(1000)).map_err(too_often)?;
+    let place = gateway.places.take().ok_or_else(|| {
+        warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
+        Rejection::full("The instance holds as many connections as it may.")
+    })?;
+    let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
+    origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
+    let compression = &gateway.config.compression;
+    let policy =
+        negotiation::Policy { client_context_takeover: compression.client_context_takeover };
+    let deflate =
+        compression.enabled.then(|| negotiation::negotiate(request.headers(), policy)).flatten();
+    let window_bits = deflate.as_ref().map(|(params, _)| params.server_max_window_bits);
+    let (profile, runtime) = (Arc::clone(profile), Arc::clone(&gateway.runtime));
+    Ok(Handshake {
+        upgrade,
+        deflate,
+        selects_protocol: credentials::offers_protocol(request.headers()),
+        on_upgrade: hyper::upgrade::on(&mut request),
+        place,
+        link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, now),
+        address,
+    })
+}
+
+/// Where the client is, behind our own proxies.
+pub fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
+    let peer = request.extensions().get::<RemoteAddress>();
+    let peer = peer.ok_or_else(|| Rejection::internal("The peer's address is unknown."))?;
+    let trusted = &gateway.config.server.trusted_proxies;
+    Ok(address::client(peer.0, request.headers(), trusted))
+}
+
+fn too_often(wait: Duration) -> Rejection {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    Rejection::rate_limited(format!("Too many attempts. Try again in {seconds} seconds."))
+        .after(wait)
+}
+
+/// What lasts exactly as long as its connection.
+pub struct Held {
+    _subscription: Option<Subscription>,
+    _place: Place,
+    _active: Active,
+}
+
+/// The answer `101`, and the task that takes over behind it.
+fn accept<L: Logic>(
+    gateway: &Arc<Gateway>,
+    label: &'static str,
+    handshake: Handshake,
+    subscription: Option<Subscription>,
+    logic: L,
+) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    insert(headers, header::SEC_WEBSOCKET_ACCEPT, &handshake.upgrade.accept);
+    if handshake.selects_protocol {
+        insert(headers, header::SEC_WEBSOCKET_PROTOCOL, credentials::PROTOCOL);
+    }
+    let params = handshake.deflate.map(|(params, answer)| {
+        insert(headers, header::SEC_WEBSOCKET_EXTENSIONS, &answer);
+        params
+    });
+    let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
+    let owner = Arc::clone(gateway);
+    gateway.tasks.spawn(async move {
+        let upgraded = match on_upgrade.await {
+            Ok(upgraded) => upgraded,
+            Err(error) => {
+                debug!(connection_id = %link.id(), %error, "The client left during the handshake.");
+                return;
+            }
+        };
+        let Some((socket, leftover)) = socket_of(upgraded) else {
+            warn!(connection_id = %link.id(), "The connection is of an unknown kind.");
+            return;
+        };
+        if let Err(error) = socket.prepare(owner.config.heartbeat.timeout) {
+            debug!(connection_id = %link.id(), %error, "The client left during the handshake.");
+            return;
+        }
+        let held = Held {
+            _subscription: subscription,
+            _place: place,
+            _active: owner.metrics.opened(label),
+        };
+        let peer = Peer::open(&owner, label, &link, held, logic);
+        let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
+        if owner.is_draining() {
+            // The look around for connections to close may have been before this one came.
+            link.finish(&Disconnect::RESTART, clock::now());
+        }
+        // A task of its own: it is all that stays, and much smaller than this one.
+        owner.tasks.spawn(driver);
+    });
+    response
+}
+
+fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
+    match HeaderValue::from_str(value) {
+        Ok(value) => drop(headers.insert(name, value)),
+        Err(error) => warn!(%error, "A response header is malformed."),
+    }
+}
+
+/// The raw socket under hyper, and what hyper has read beyond the request head.
+fn socket_of(upgraded: hyper::upgrade::Upgraded) -> Option<(Socket, Bytes)> {
+    match upgraded.downcast::<TokioIo<TcpStream>>() {
+        Ok(parts) => Some((Socket::Tcp(parts.io.into_inner()), parts.read_buf)),
+        Err(upgraded) => {
+            let parts = upgraded.downcast::<TokioIo<UnixStream>>().ok()?;
+            Some((Socket::Unix(parts.io.into_inner()), parts.read_buf))
+        }
+    }
+}
+
+/// The one deadline of all bus and store work of a handshake.
+pub async fn deadline<T>(
+    gateway: &Gateway,
+    work: impl Future<Output = Result<T, Rejection>>,
+) -> Result<T, Rejection> {
+    let timeout = gateway.config.server.handshake_timeout;
+    match tokio::time::timeout(timeout, work).await {
+        Ok(result) => result,
+        // A bus that is known to be away is not slow: that is another status.
+        Err(_) if !gateway.bus.status().connected => {
+            Err(Rejection::bus_unavailable("The bus cannot be reached."))
+        }
+        Err(_) => Err(Rejection::deadline("The bus did not answer in time.")),
+    }
+}
+
+/// An id from the path.
+pub fn id(name: &str, raw: &str) -> Result<Id, Rejection> {
+    let text = percent_decode_str(raw)
+        .decode_utf8()
+        .map_err(|_| Rejection::bad_id(format!("{name} is not UTF-8.")))?;
+    Id::parse(&text).map_err(|error| Rejection::bad_id(format!("{name} {error}.")))
+}

@@ -1,0 +1,149 @@
+//! What the bus's reader runs: a round of messages into outboxes, then one write for each of them.
+
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use hashbrown::HashSet;
+use tracing::{debug, info, warn};
+use wsproxy_conn::{
+    Event, Link, Outgoing,
+    clock::{self, Micros},
+    link::Queued,
+};
+use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
+
+use crate::{
+    bus::Deliver,
+    config::{DownFrames, OnBusLoss},
+    hub::{Hub, HubCounters, Name, Sink},
+};
+
+/// Delivers for one bus reader.
+pub struct Delivery {
+    hub: Arc<Hub>,
+    /// Whose outbox has to be flushed at the end of the round.
+    dirty: Vec<Arc<Link>>,
+    /// When the first message of the round was read.
+    round: Option<Micros>,
+}
+
+impl Delivery {
+    /// For the reader of the bus that `hub` will be connected with.
+    #[must_use]
+    pub const fn new(hub: Arc<Hub>) -> Self {
+        Self { hub, dirty: Vec::new(), round: None }
+    }
+
+    fn push(&mut self, link: &Arc<Link>, frame: Bytes, since: Micros) {
+        if link.push(frame, since) == Queued::Flush {
+            self.dirty.push(Arc::clone(link));
+        }
+    }
+}
+
+impl Deliver for Delivery {
+    fn message(&mut self, channel: &[u8], payload: &[u8]) {
+        let since = *self.round.get_or_insert_with(clock::now);
+        let hub = Arc::clone(&self.hub);
+        let shard = hub.shard(channel).lock();
+        let Some(subscribers) = shard.get(&Name(channel)) else {
+            HubCounters::add(&hub.counters.unwanted, 1);
+            return;
+        };
+        let mut message = Fanout::new(payload);
+        for sink in subscribers.iter() {
+            match sink {
+                Sink::Client { link, frames, .. } => match message.frame(*frames, link) {
+                    Some(frame) => self.push(link, frame, since),
+                    None => {
+                        HubCounters::add(&hub.counters.unframeable, 1);
+                        debug!(connection_id = %link.id(), bytes = payload.len(),
+                            "A message is not UTF-8, and this endpoint sends text only.");
+                    }
+                },
+                Sink::Handler { link, tag } => {
+                    let payload = Bytes::copy_from_slice(payload);
+                    link.notify(Event { tag: *tag, number: 0, payload });
+                }
+                Sink::Tap(tap) => tap.push(channel, payload),
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        let now = self.round.take().unwrap_or_else(clock::now);
+        for link in self.dirty.drain(..) {
+            link.flush(now);
+        }
+        // After a fan-out to very many, the list would keep its size for ever.
+        self.dirty.shrink_to(1024);
+    }
+
+    fn lost(&mut self, cause: &str) {
+        warn!(error = cause, topics = self.hub.topics(), "The bus is lost.");
+    }
+
+    fn recovered(&mut self, gap: Duration) {
+        let gap_ms = u64::try_from(gap.as_millis()).unwrap_or(u64::MAX);
+        let notice = format!(r#"{{"type":"bus_recovered","gap_ms":{gap_ms}}}"#);
+        let now = clock::now();
+        let mut told = HashSet::new();
+        let hub = Arc::clone(&self.hub);
+        for shard in &hub.shards {
+            let mut outgoing = Outgoing::new(Kind::Text, notice.as_bytes());
+            for sink in shard.lock().values().flat_map(|subscribers| subscribers.iter()) {
+                let Sink::Client { link, on_loss, .. } = sink else { continue };
+                if !told.insert(link.id()) {
+                    continue;
+                }
+                match on_loss {
+                    OnBusLoss::Close => link.finish(&Disconnect::BUS_LOST, now),
+                    OnBusLoss::Notice => {
+                        let frame = outgoing.frame(link.window_bits(), link.profile());
+                        self.push(link, frame, now);
+                    }
+                }
+            }
+        }
+        self.flush();
+        hub.counters.bus_loss_notices.fetch_add(told.len() as u64, Relaxed);
+        info!(
+            gap_ms,
+            connections = told.len(),
+            "The bus is back; clients without history were told."
+        );
+    }
+}
+
+/// One message on its way to all sinks of its topic, encoded at most once for each kind of frame.
+struct Fanout<'a> {
+    payload: &'a [u8],
+    is_text: Option<bool>,
+    text: Outgoing<'a>,
+    binary: Outgoing<'a>,
+}
+
+impl<'a> Fanout<'a> {
+    const fn new(payload: &'a [u8]) -> Self {
+        let text = Outgoing::new(Kind::Text, payload);
+        Self { payload, is_text: None, text, binary: Outgoing::new(Kind::Binary, payload) }
+    }
+
+    /// `None` where the payload cannot be framed as wanted.
+    fn frame(&mut self, frames: DownFrames, link: &Link) -> Option<Bytes> {
+        let payload = self.payload;
+        let mut is_text =
+            || *self.is_text.get_or_insert_with(|| std::str::from_utf8(payload).is_ok());
+        let outgoing = match frames {
+            DownFrames::Binary => &mut self.binary,
+            DownFrames::Auto if is_text() => &mut self.text,
+            DownFrames::Auto => &mut self.binary,
+            DownFrames::Text if is_text() => &mut self.text,
+            DownFrames::Text => return None,
+        };
+        Some(outgoing.frame(link.window_bits(), link.profile()))
+    }
+}

@@ -1,0 +1,411 @@
+//! Everything that is counted, under the names of contract section 10.
+//!
+//! Hot counters live where they are counted; a collector reads them when somebody asks.
+
+use std::{
+    fmt::{self, Debug},
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet, text::encode},
+    metrics::{MetricType, counter::Counter, family::Family},
+    registry::{Registry, Unit},
+};
+use wsproxy_conn::{Profile, profile::LATENCY_BUCKETS};
+
+use crate::gateway::Gateway;
+
+/// The metrics of an instance.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    handshakes: Family<HandshakeLabels, Counter>,
+    disconnects: Family<DisconnectLabels, Counter>,
+    errors: Family<ErrorLabels, Counter>,
+    sessions: Connections,
+    echo: Connections,
+    source: Source,
+}
+
+/// The connections of one endpoint.
+#[derive(Debug, Clone, Default)]
+struct Connections {
+    opened: Arc<AtomicU64>,
+    active: Arc<AtomicI64>,
+}
+
+/// An open connection in the gauge; dropping it takes it out.
+#[derive(Debug)]
+pub struct Active(Arc<AtomicI64>);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HandshakeLabels {
+    endpoint: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DisconnectLabels {
+    endpoint: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ErrorLabels {
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndpointLabels {
+    endpoint: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabels {
+    kind: &'static str,
+}
+
+impl Metrics {
+    /// All metrics at zero; [`Self::connect`] gives them the instance they read from.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("wsproxy");
+        let (handshakes, disconnects, errors) = Default::default();
+        let metrics = Self {
+            handshakes,
+            disconnects,
+            errors,
+            sessions: Connections::default(),
+            echo: Connections::default(),
+            source: Source::default(),
+            registry: Registry::default(),
+        };
+        let help = "WebSocket handshakes by outcome: accepted, or the code of the refusal";
+        registry.register("handshakes", help, metrics.handshakes.clone());
+        let help = "Connections that ended, by reason";
+        registry.register("disconnects", help, metrics.disconnects.clone());
+        let help = "Errors by kind: requests, credentials, messages, the bus";
+        registry.register("errors", help, metrics.errors.clone());
+        registry.register_collector(Box::new(metrics.source.clone()));
+        Self { registry, ..metrics }
+    }
+
+    /// The instance to read from; it is not kept alive.
+    pub fn connect(&self, gateway: &Arc<Gateway>) {
+        // An instance is connected once, by whoever made it.
+        let _ = self.source.0.set(Arc::downgrade(gateway));
+    }
+
+    /// A handshake was answered.
+    pub fn handshake(&self, endpoint: &'static str, outcome: &'static str) {
+        self.handshakes.get_or_create(&HandshakeLabels { endpoint, outcome }).inc();
+        if !matches!(outcome, "accepted" | "draining") {
+            self.error("handshake");
+        }
+    }
+
+    /// A connection opened; it is active as long as the returned guard lives.
+    #[must_use]
+    pub fn opened(&self, endpoint: &'static str) -> Active {
+        let connections = if endpoint == "echo" { &self.echo } else { &self.sessions };
+        connections.opened.fetch_add(1, Relaxed);
+        connections.active.fetch_add(1, Relaxed);
+        Active(Arc::clone(&connections.active))
+    }
+
+    /// A connection ended.
+    pub fn ended(&self, endpoint: &'static str, reason: &'static str) {
+        self.disconnects.get_or_create(&DisconnectLabels { endpoint, reason }).inc();
+    }
+
+    /// Something went wrong.
+    pub fn error(&self, kind: &'static str) {
+        self.errors.get_or_create(&ErrorLabels { kind }).inc();
+    }
+
+    /// In the text format of OpenMetrics.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+
+    /// As JSON: `{"metrics":[{"name","labels":{},"value"}]}`, the samples of the text format.
+    #[must_use]
+    pub fn json(&self) -> String {
+        let text = self.text();
+        let samples: Vec<_> = text.lines().filter_map(sample).collect();
+        serde_json::json!({ "metrics": samples }).to_string()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One line of the text format, unless it is a comment. Our own label values hold no quotes.
+fn sample(line: &str) -> Option<serde_json::Value> {
+    let (series, value) = line.strip_prefix('#').is_none().then(|| line.rsplit_once(' '))??;
+    let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+    let labels: serde_json::Map<_, _> = labels
+        .trim_end_matches('}')
+        .split(',')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(name, value)| (name.to_owned(), value.trim_matches('"').into()))
+        .collect();
+    let value = value.parse::<f64>().ok()?;
+    Some(serde_json::json!({ "name": name, "labels": labels, "value": value }))
+}
+
+/// Where the collector reads.
+#[derive(Clone, Default)]
+struct Source(Arc<OnceLock<Weak<Gateway>>>);
+
+impl Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Source")
+    }
+}
+
+impl Collector for Source {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(gateway) = self.0.get().and_then(Weak::upgrade) else { return Ok(()) };
+        let mut scrape = Scrape { encoder, gateway: &gateway };
+        scrape.connections()?;
+        scrape.latency()?;
+        scrape.sessions()?;
+        scrape.bus()?;
+        scrape.process()
+    }
+}
+
+struct Scrape<'a, 'b> {
+    encoder: DescriptorEncoder<'a>,
+    gateway: &'b Gateway,
+}
+
+impl Scrape<'_, '_> {
+    fn connections(&mut self) -> fmt::Result {
+        let metrics = &self.gateway.metrics;
+        let active = |c: &Connections| c.active.load(Relaxed);
+        let values = [("sessions", active(&metrics.sessions)), ("echo", active(&metrics.echo))];
+        self.gauges("active_connections", "Open WebSocket connections", values)?;
+        let opened = |c: &Connections| c.opened.load(Relaxed);
+        let values = [("sessions", opened(&metrics.sessions)), ("echo", opened(&metrics.echo))];
+        self.counters("connections", "WebSocket connections that were opened", values)?;
+        let help =
+            "Data messages that arrived from clients, complete and valid as WebSocket messages";
+        self.per_profile("messages_received", help, |p| &p.stats.messages_received)?;
+        let help = "Data messages of which the last byte was handed to the kernel";
+        self.per_profile("messages_sent", help, |p| &p.stats.messages_sent)?;
+        let help = "Data messages that waited for a client when its connection ended";
+        self.per_profile("messages_discarded", help, |p| &p.stats.messages_discarded)?;
+        self.per_profile("bytes_received", "Bytes read from clients", |p| &p.stats.bytes_received)?;
+        self.per_profile("bytes_sent", "Bytes handed to the kernel", |p| &p.stats.bytes_sent)?;
+        let help = "Times that a client's socket took no more, so that messages had to wait for it";
+        self.per_profile("backpressure_events", help, |p| &p.stats.blocked)?;
+        let help = "Times that reading from a client paused, since the bus took no more";
+        self.per_profile("reads_paused", help, |p| &p.stats.reads_paused)?;
+        let used = self.gateway.runtime.budget.used();
+        let help = "Bytes that wait for clients whose sockets take no more";
+        self.gauge("buffer_utilization", help, Some(&Unit::Bytes), used as i64)?;
+        let help = "Connections that the instance may hold";
+        self.gauge("connections_max", help, None, self.gateway.places.max() as i64)
+    }
+
+    fn latency(&mut self) -> fmt::Result {
+        let help = "From the bus's message read to the last byte handed to the kernel";
+        let mut family = self.encoder.encode_descriptor(
+            "message_latency",
+            help,
+            Some(&Unit::Seconds),
+            MetricType::Histogram,
+        )?;
+        for (endpoint, profile) in profiles(self.gateway) {
+            let latency = &profile.stats.latency;
+            let bounds = LATENCY_BUCKETS.iter().map(|&micros| micros as f64 / 1e6);
+            let counts = latency.buckets.iter().map(|count| count.load(Relaxed));
+            let buckets: Vec<_> = bounds.chain([f64::MAX]).zip(counts).collect();
+            let count = buckets.iter().map(|(_, count)| count).sum();
+            let sum = latency.sum_micros.load(Relaxed) as f64 / 1e6;
+            family
+                .encode_family(&EndpointLabels { endpoint })?
+                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn sessions(&mut self) -> fmt::Result {
+        let counters = &self.gateway.sessions.counters;
+        let values = [
+            ("invalid", counters.invalid.load(Relaxed)),
+            ("bad_command", counters.bad_commands.load(Relaxed)),
+            ("unannounced", counters.unannounced.load(Relaxed)),
+            ("lost", counters.lost.load(Relaxed)),
+        ];
+        let help = "Session messages that met trouble: clients' that are no JSON, workers' commands \
+            that make no sense, announcements and clients' messages that the bus did not take";
+        let mut family =
+            self.encoder.encode_descriptor("message_errors", help, None, MetricType::Counter)?;
+        for (kind, value) in values {
+            family
+                .encode_family(&KindLabels { kind })?
+                .encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        }
+        let help = "Messages from clients that no worker received";
+        self.counter("messages_unheard", help, counters.unheard.load(Relaxed))?;
+        let hub = &self.gateway.hub.counters;
+        let help = "Messages that came for topics which nobody here wants any more";
+        self.counter("messages_unwanted", help, hub.unwanted.load(Relaxed))?;
+        let help = "Messages that are not UTF-8, for clients that get text only";
+        self.counter("messages_unframeable", help, hub.unframeable.load(Relaxed))?;
+        let help = "Connections that were told of a loss of the bus, or closed for it";
+        self.counter("bus_loss_notices", help, hub.bus_loss_notices.load(Relaxed))
+    }
+
+    fn bus(&mut self) -> fmt::Result {
+        let status = self.gateway.bus.status();
+        let help = "Channels subscribed on the bus";
+        self.gauge("redis_pubsub_channels_active", help, None, status.channels as i64)?;
+        self.gauge(
+            "bus_connected",
+            "Whether every link to the bus is up",
+            None,
+            status.connected.into(),
+        )?;
+        let help = "Whether every subscription is confirmed and the probe comes back";
+        self.gauge("bus_subscribed", help, None, status.subscribed.into())?;
+        let help = "Bytes that wait to be published";
+        self.gauge("bus_publish_queue", help, Some(&Unit::Bytes), status.queued_bytes as i64)?;
+        let counters = self.gateway.bus.counters();
+        for (name, help, counter) in [
+            ("bus_messages_received", "Messages read from the bus", &counters.messages_in),
+            ("bus_publishes", "Messages whose publishing the bus answered", &counters.published),
+            (
+                "bus_publishes_kept",
+                "Of these, kept in a log since nobody listened",
+                &counters.publish_kept,
+            ),
+            (
+                "bus_publishes_lost",
+                "Messages refused, or on their way when a link was lost",
+                &counters.publish_lost,
+            ),
+            (
+                "bus_publishes_refused_full",
+                "Messages that met a full queue",
+                &counters.publish_full,
+            ),
+            ("bus_links_lost", "Times that a link to the bus was lost", &counters.links_lost),
+            ("bus_connects", "Times that a link was made", &counters.connects),
+            ("bus_connects_failed", "Attempts to connect that failed", &counters.connects_failed),
+            ("bus_probe_failures", "Probes that did not come back", &counters.probe_failures),
+            ("bus_subscribe_errors", "Channels that the bus refused", &counters.subscribe_errors),
+            (
+                "bus_role_refused",
+                "Servers that were left since they were no master",
+                &counters.role_refused,
+            ),
+        ] {
+            self.counter(name, help, counter.value())?;
+        }
+        Ok(())
+    }
+
+    fn process(&mut self) -> fmt::Result {
+        let help = "Log lines that were dropped since standard error did not take them";
+        self.counter("log_lines_dropped", help, crate::telemetry::log::dropped_lines())?;
+        let uptime = self.gateway.uptime().as_secs();
+        self.gauge("uptime", "Time since the start", Some(&Unit::Seconds), uptime as i64)?;
+        let memory = resident_bytes().unwrap_or_default();
+        self.gauge("process_resident_memory", "Memory in use", Some(&Unit::Bytes), memory as i64)
+    }
+
+    fn gauges(&mut self, name: &str, help: &str, values: [(&'static str, i64); 2]) -> fmt::Result {
+        let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (endpoint, value) in values {
+            family.encode_family(&EndpointLabels { endpoint })?.encode_gauge(&value)?;
+        }
+        Ok(())
+    }
+
+    fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: [(&'static str, u64); 2],
+    ) -> fmt::Result {
+        let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (endpoint, value) in values {
+            family
+                .encode_family(&EndpointLabels { endpoint })?
+                .encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        }
+        Ok(())
+    }
+
+    fn per_profile(
+        &mut self,
+        name: &str,
+        help: &str,
+        counter: impl Fn(&Profile) -> &AtomicU64,
+    ) -> fmt::Result {
+        let values = profiles(self.gateway)
+            .map(|(endpoint, profile)| (endpoint, counter(profile).load(Relaxed)));
+        self.counters(name, help, values)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: i64) -> fmt::Result {
+        self.encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?.encode_gauge(&value)
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        self.encoder
+            .encode_descriptor(name, help, None, MetricType::Counter)?
+            .encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+}
+
+fn profiles(gateway: &Gateway) -> [(&'static str, &Profile); 2] {
+    [("sessions", &gateway.session_profile), ("echo", &gateway.echo_profile)]
+}
+
+/// Resident memory of this process; `None` where the system does not tell.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_form_holds_the_samples_of_the_text_form() {
+        let metrics = Metrics::new();
+        metrics.handshake("sessions", "full");
+        let json: serde_json::Value = serde_json::from_str(&metrics.json()).unwrap();
+        let found = json["metrics"].as_array().unwrap().iter().any(|sample| {
+            sample["name"] == "wsproxy_handshakes_total"
+                && sample["labels"]["outcome"] == "full"
+                && sample["value"] == 1.0
+        });
+        assert!(found, "{json}");
+    }
+}
