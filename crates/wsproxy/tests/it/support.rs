@@ -1,12 +1,15 @@
 //! What several tests need: servers, a network that fails, buses that are watched.
 
+// Not every test uses everything.
+#![allow(dead_code)]
+
 pub mod bus;
 pub mod fault_proxy;
 pub mod redis_server;
 
 use std::time::{Duration, Instant};
 
-/// Polls until `condition` holds; panics with `what` after ten seconds.
+/// Polls until `condition` holds; panics with `what` when patience ends.
 #[track_caller]
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) -> impl Future<Output = ()> {
     let caller = std::panic::Location::caller();
@@ -19,7 +22,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) -> impl Futur
     }
 }
 
-/// Waits for something that must come; panics after ten seconds.
+/// Waits for something that must come; panics when patience ends.
 #[track_caller]
 pub fn soon<T>(what: &str, future: impl Future<Output = T>) -> impl Future<Output = T> {
     let caller = std::panic::Location::caller();

@@ -2,6 +2,10 @@
 
 use std::{
     net::{Shutdown, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,7 +23,8 @@ use tokio_util::task::AbortOnDropHandle;
 /// Forwards connections to a target; dropping it cuts them all.
 pub struct FaultProxy {
     address: SocketAddr,
-    faults: watch::Sender<Faults>,
+    state: watch::Sender<State>,
+    target: Arc<AtomicU16>,
     _accepting: AbortOnDropHandle<()>,
 }
 
@@ -36,7 +41,12 @@ pub struct Faults {
     pub stall_down: bool,
     /// New connections are accepted and closed at once.
     pub refuse: bool,
-    /// Connections made before this number was raised are ended as [`Self::cut`] says.
+}
+
+#[derive(Clone, Copy, Default)]
+struct State {
+    faults: Faults,
+    /// Connections made before this number was raised are ended as `cut` says.
     generation: u64,
     cut: Cut,
 }
@@ -56,20 +66,22 @@ impl FaultProxy {
     pub async fn start(target_port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (faults, watched) = watch::channel(Faults::default());
-        let target = SocketAddr::from(([127, 0, 0, 1], target_port));
+        let (state, watched) = watch::channel(State::default());
+        let target = Arc::new(AtomicU16::new(target_port));
+        let target_port = target.clone();
         let accepting = async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                if watched.borrow().refuse {
+                if watched.borrow().faults.refuse {
                     continue;
                 }
+                let target = ([127, 0, 0, 1], target_port.load(Ordering::Relaxed)).into();
                 connections.spawn(forward(client, target, watched.clone()));
                 while connections.try_join_next().is_some() {}
             }
         };
         let accepting = AbortOnDropHandle::new(tokio::task::spawn(accepting));
-        Self { address, faults, _accepting: accepting }
+        Self { address, state, target, _accepting: accepting }
     }
 
     /// The port that clients connect to.
@@ -77,36 +89,39 @@ impl FaultProxy {
         self.address.port()
     }
 
+    /// Sends connections that are made from now on to another local port.
+    pub fn retarget(&self, port: u16) {
+        self.target.store(port, Ordering::Relaxed);
+    }
+
     /// Changes what is wrong, for open connections too.
     pub fn set(&self, faults: Faults) {
-        self.faults.send_modify(|now| {
-            *now = Faults { generation: now.generation, cut: now.cut, ..faults };
-        });
+        self.state.send_modify(|now| now.faults = faults);
     }
 
     /// Ends every open connection.
     pub fn cut(&self, cut: Cut) {
-        self.faults.send_modify(|now| {
+        self.state.send_modify(|now| {
             now.cut = cut;
             now.generation += 1;
         });
     }
 }
 
-async fn forward(mut client: TcpStream, target: SocketAddr, faults: watch::Receiver<Faults>) {
+async fn forward(mut client: TcpStream, target: SocketAddr, state: watch::Receiver<State>) {
     let Ok(mut target) = TcpStream::connect(target).await else { return };
     client.set_nodelay(true).unwrap();
     target.set_nodelay(true).unwrap();
-    let mut watched = faults.clone();
+    let mut watched = state.clone();
     let born = watched.borrow_and_update().generation;
     let cut = {
         let (client_reads, client_writes) = client.split();
         let (target_reads, target_writes) = target.split();
-        let up = pump(client_reads, target_writes, faults.clone(), true);
-        let down = pump(target_reads, client_writes, faults.clone(), false);
+        let up = pump(client_reads, target_writes, state.clone(), true);
+        let down = pump(target_reads, client_writes, state.clone(), false);
         tokio::select! {
             _ = async { tokio::join!(up, down) } => return,
-            now = watched.wait_for(|faults| faults.generation > born) => {
+            now = watched.wait_for(|state| state.generation > born) => {
                 let Ok(now) = now else { return };
                 now.cut
             }
@@ -116,7 +131,7 @@ async fn forward(mut client: TcpStream, target: SocketAddr, faults: watch::Recei
         Cut::Reset => SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap(),
         Cut::HalfClose => {
             let _ = SockRef::from(&client).shutdown(Shutdown::Write);
-            pump(client.split().0, target.split().1, faults, true).await;
+            pump(client.split().0, target.split().1, state, true).await;
         }
     }
 }
@@ -125,14 +140,14 @@ async fn forward(mut client: TcpStream, target: SocketAddr, faults: watch::Recei
 async fn pump(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
-    mut faults: watch::Receiver<Faults>,
+    mut state: watch::Receiver<State>,
     upward: bool,
 ) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
-        let now = *faults.borrow_and_update();
+        let now = state.borrow_and_update().faults;
         if if upward { now.stall_up } else { now.stall_down } {
-            match faults.changed().await {
+            match state.changed().await {
                 Ok(()) => continue,
                 Err(_) => return,
             }
@@ -140,7 +155,7 @@ async fn pump(
         let piece = if now.piece_bytes == 0 { buffer.len() } else { now.piece_bytes };
         let read = tokio::select! {
             read = from.read(&mut buffer[..piece]) => read,
-            changed = faults.changed() => match changed {
+            changed = state.changed() => match changed {
                 Ok(()) => continue,
                 Err(_) => return,
             },
