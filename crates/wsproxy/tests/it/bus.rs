@@ -148,7 +148,7 @@ async fn many_callers_are_confirmed_together(bus: TestBus) {
 async fn what_is_queued_at_shutdown_is_still_published(bus: TestBus) {
     bus.subscribe(&["a"]).await;
     bus.ready_if_redis().await;
-    let (receipt, mut outcomes) = Receipts::new();
+    let (receipt, mut outcomes) = Receipts::channel();
     for n in 0..100 {
         let publish =
             wsproxy::bus::Publish { receipt: Some(receipt.clone()), ..message("a", n.to_string()) };

@@ -29,7 +29,7 @@ async fn a_server_that_is_absent_at_start_is_waited_for() {
         let bus = bus.bus.clone();
         async move { bus.subscribe(vec!["a".into()]).await }
     });
-    let (receipt, mut outcomes) = Receipts::new();
+    let (receipt, mut outcomes) = Receipts::channel();
     let publish = wsproxy::bus::Publish { receipt: Some(receipt), ..message("nobody", "x") };
     assert!(bus.bus.publish(publish).is_ok());
     eventually("the trouble is told", || bus.bus.status().last_error.is_some()).await;
@@ -239,7 +239,7 @@ async fn a_stalled_network_is_noticed_in_either_direction() {
     .enumerate()
     {
         proxy.set(faults);
-        let (receipt, mut outcomes) = Receipts::new();
+        let (receipt, mut outcomes) = Receipts::channel();
         let publish = wsproxy::bus::Publish { receipt: Some(receipt), ..message("a", "x") };
         assert!(bus.bus.publish(publish).is_ok());
         eventually("the hub is told", || bus.seen.notes(|notes| notes.lost.len() == round + 1))
@@ -368,7 +368,7 @@ async fn as_many_arrive_as_the_server_says_it_delivered() {
     let channels: Vec<Arc<str>> = (0..100).map(|n| format!("c:{n}").into()).collect();
     bus.bus.subscribe(channels).await.unwrap();
     bus.seen.notes(|notes| notes.only_count = true);
-    let (receipt, mut outcomes) = Receipts::new();
+    let (receipt, mut outcomes) = Receipts::channel();
     for n in 0..20_000 {
         publisher.bus.publishable().await;
         let sent = message(&format!("c:{}", n % 110), vec![b'x'; 200]);

@@ -93,7 +93,7 @@ impl TestBus {
 
     /// Publishes and waits for what became of it.
     pub async fn outcome(&self, mut publish: Publish) -> Outcome {
-        let (receipt, mut outcomes) = Receipts::new();
+        let (receipt, mut outcomes) = Receipts::channel();
         publish.receipt = Some(receipt);
         assert!(self.bus.publish(publish).is_ok());
         soon("the outcome of a publish", outcomes.recv()).await.unwrap()
@@ -248,7 +248,7 @@ pub struct Receipts(mpsc::UnboundedSender<Outcome>);
 impl Receipts {
     /// A receipt for any number of publishes, and where their outcomes arrive.
     #[allow(clippy::disallowed_methods)]
-    pub fn new() -> (Arc<dyn Receipt>, mpsc::UnboundedReceiver<Outcome>) {
+    pub fn channel() -> (Arc<dyn Receipt>, mpsc::UnboundedReceiver<Outcome>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (Arc::new(Self(sender)), receiver)
     }

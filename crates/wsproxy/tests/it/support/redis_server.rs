@@ -45,7 +45,7 @@ pub enum Answer {
     /// Nothing.
     Null,
     /// Several.
-    Array(Vec<Answer>),
+    Array(Vec<Self>),
 }
 
 impl RedisServer {
