@@ -98,6 +98,7 @@ impl Bus {
     ///
     /// # Errors
     /// [`BusError::Full`] or [`BusError::Closed`], with the message, whose receipt is not called then.
+    #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
         match self {
             Self::Memory(bus) => bus.publish(publish),

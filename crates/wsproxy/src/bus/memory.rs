@@ -62,6 +62,7 @@ impl MemoryBus {
         }
     }
 
+    #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
         let bytes = publish.queued_bytes();
         self.0.queue.push(publish, bytes).map_err(|(back, publish)| match back {

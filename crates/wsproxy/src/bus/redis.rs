@@ -28,7 +28,7 @@ use crate::{
             reader::Reader,
             resp::Reply,
             subscriptions::Subscriptions,
-            supervisor::Role,
+            supervisor::Purpose,
         },
     },
     config,
@@ -70,7 +70,7 @@ struct Shared {
 /// How the links are.
 #[derive(Default)]
 struct Health {
-    /// Trouble of each link, by [`Role`]; `None` inside: it is being made for the first time.
+    /// Trouble of each link, by [`Purpose`]; `None` inside: it is being made for the first time.
     troubles: Mutex<[Trouble; 3]>,
     subscribed: AtomicBool,
 }
@@ -111,10 +111,10 @@ impl RedisBus {
         // The first subscription of every connection; nobody waits for it.
         drop(shared.subscriptions.want(vec![shared.probe_channel.clone()]));
         tasks.spawn(Reader::new(shared.clone(), deliver).run());
-        for (pipeline, role) in
-            [(&shared.publishes, Role::Publish), (&shared.commands, Role::Command)]
+        for (pipeline, purpose) in
+            [(&shared.publishes, Purpose::Publish), (&shared.commands, Purpose::Command)]
         {
-            tasks.spawn(Driver::new(shared.clone(), pipeline.clone(), role).run());
+            tasks.spawn(Driver::new(shared.clone(), pipeline.clone(), purpose).run());
         }
         Ok(Self(shared))
     }
@@ -134,6 +134,7 @@ impl RedisBus {
         self.0.subscriptions.unwant(channels);
     }
 
+    #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
         let bytes = publish.queued_bytes();
         let Err((back, request)) = self.0.publishes.queue.push(Request::Publish(publish), bytes)
@@ -205,16 +206,17 @@ impl RedisBus {
 }
 
 impl Health {
-    fn up(&self, role: Role) {
-        self.troubles.lock()[role as usize] = Trouble { up: true, fault: None };
+    fn up(&self, purpose: Purpose) {
+        self.troubles.lock()[purpose as usize] = Trouble { up: true, fault: None };
     }
 
-    fn down(&self, role: Role, fault: &Fault) {
-        self.troubles.lock()[role as usize] = Trouble { up: false, fault: Some(fault.to_string()) };
+    fn down(&self, purpose: Purpose, fault: &Fault) {
+        self.troubles.lock()[purpose as usize] =
+            Trouble { up: false, fault: Some(fault.to_string()) };
     }
 
-    fn is_up(&self, role: Role) -> bool {
-        self.troubles.lock()[role as usize].up
+    fn is_up(&self, purpose: Purpose) -> bool {
+        self.troubles.lock()[purpose as usize].up
     }
 
     fn subscribed(&self, is: bool) {

@@ -23,7 +23,7 @@ use crate::{
             fault::{Fault, tell},
             link::{Link, Progress},
             resp::{self, Reply, Value},
-            supervisor::{Complaints, Role, Supervisor},
+            supervisor::{Complaints, Purpose, Supervisor},
             watchdog::{Verdict, Watchdog},
         },
     },
@@ -72,6 +72,11 @@ impl Pipeline {
         self.nudged.notify_one();
     }
 
+    /// The message that overtakes the queue, if there is one.
+    pub(super) fn take_urgent(&self) -> Option<Publish> {
+        self.urgent.lock().take()
+    }
+
     /// The link, if there is one, is not to be trusted: it is made again.
     pub(super) fn condemn(&self) {
         self.condemned.notify_one();
@@ -82,7 +87,7 @@ impl Pipeline {
 pub(super) struct Driver {
     shared: Arc<Shared>,
     pipeline: Arc<Pipeline>,
-    role: Role,
+    purpose: Purpose,
     /// What is on its way, oldest first, with what it weighs.
     waiting: VecDeque<(Waiting, usize)>,
     waiting_bytes: usize,
@@ -93,11 +98,11 @@ pub(super) struct Driver {
 
 impl Driver {
     /// Runs nothing yet.
-    pub(super) fn new(shared: Arc<Shared>, pipeline: Arc<Pipeline>, role: Role) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, pipeline: Arc<Pipeline>, purpose: Purpose) -> Self {
         Self {
             shared,
             pipeline,
-            role,
+            purpose,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             batch: Vec::new(),
@@ -108,7 +113,7 @@ impl Driver {
 
     /// Serves the queue until shutdown, and then what is left in it, if there is a link.
     pub(super) async fn run(mut self) {
-        let mut supervisor = Supervisor::new(self.shared.clone(), self.role);
+        let mut supervisor = Supervisor::new(self.shared.clone(), self.purpose);
         while let Some(mut link) = supervisor.connect().await {
             let end = self.serve(&mut link).await;
             let cause = end.as_ref().map_or_else(String::new, Fault::to_string);
@@ -175,8 +180,7 @@ impl Driver {
 
     /// Spells what is queued, as much as may be on its way.
     fn fill(&mut self, link: &mut Link) {
-        let urgent = self.pipeline.urgent.lock().take();
-        if let Some(publish) = urgent {
+        if let Some(publish) = self.pipeline.take_urgent() {
             self.spell(Request::Publish(publish), &mut link.output);
         }
         while self.has_room(link) {

@@ -15,10 +15,10 @@ use crate::bus::{
         connect::check_role_answer,
         fault::{Fault, tell},
         link::{Link, Progress},
-        probe::{Finding, Probe},
+        probe::Probe,
         resp::{self, Push, Value},
         subscriptions::{CommandId, Settled},
-        supervisor::{Complaints, Role, Supervisor},
+        supervisor::{Complaints, Purpose, Supervisor},
         watchdog::{Verdict, Watchdog},
     },
 };
@@ -72,7 +72,7 @@ impl Reader {
 
     /// Reads until shutdown.
     pub(super) async fn run(mut self) {
-        let mut supervisor = Supervisor::new(self.shared.clone(), Role::Subscribe);
+        let mut supervisor = Supervisor::new(self.shared.clone(), Purpose::Subscribe);
         while let Some(mut link) = supervisor.connect().await {
             self.shared.subscriptions.connected();
             self.resubscription = Resubscription::Asking;
@@ -241,7 +241,7 @@ impl Reader {
             (Some(Asked::Watchdog), value) => {
                 watchdog.answered();
                 check_role_answer(&value)?;
-                if probe.fence_passed() { Err(Fault::Probe) } else { Ok(()) }
+                if probe.fence_was_passed() { Err(Fault::Probe) } else { Ok(()) }
             }
             (Some(Asked::Subscribe { id, channels, confirmed: 0 }), Value::Error(error)) => {
                 self.denied(id, channels, &tell(error), output);
@@ -271,7 +271,7 @@ impl Reader {
             return;
         }
         let resubscribing = match self.resubscription {
-            Resubscription::Until(last) => id <= last,
+            Resubscription::Until(last) => is_at_most(id, last),
             _ => false,
         };
         let half = channels.split_off(channels.len() / 2);
@@ -291,7 +291,7 @@ impl Reader {
     fn check_resubscription(&mut self) {
         let Resubscription::Until(last) = self.resubscription else { return };
         let open = self.asked.iter().any(|asked| match asked {
-            Asked::Subscribe { id, .. } => *id <= last,
+            Asked::Subscribe { id, .. } => is_at_most(*id, last),
             _ => false,
         });
         if open {
@@ -322,12 +322,12 @@ impl Reader {
                 resp::words(&mut link.output, &[b"ROLE"]);
                 self.asked.push_back(Asked::Watchdog);
                 let heard = self.shared.subscriptions.is_confirmed(probe.channel());
-                if heard && self.shared.health.is_up(Role::Publish) {
+                if heard && self.shared.health.is_up(Purpose::Publish) {
                     probe.send(&self.shared.publishes);
                 }
             }
         }
-        if probe.finding() == Finding::Unheard {
+        if probe.is_unheard() {
             return Err(Fault::Probe);
         }
         if now.duration_since(self.refused_retried) > REFUSED_RETRY {
@@ -342,6 +342,11 @@ impl Reader {
 struct Unflushed {
     messages: u64,
     bytes: usize,
+}
+
+/// Whether a command was given before another, or is that one; numbers wrap after some days.
+fn is_at_most(id: CommandId, last: CommandId) -> bool {
+    last.wrapping_sub(id) < CommandId::MAX / 2
 }
 
 fn spell(output: &mut BytesMut, command: &[u8], channels: &[Arc<str>]) {

@@ -159,9 +159,9 @@ pub(super) enum Value<'a> {
     /// Nothing.
     Null,
     /// Arrays, sets, and maps as keys and values in turn.
-    Array(Vec<Value<'a>>),
+    Array(Vec<Self>),
     /// What the server says unasked.
-    Push(Vec<Value<'a>>),
+    Push(Vec<Self>),
 }
 
 impl<'a> Value<'a> {
@@ -258,7 +258,7 @@ pub(crate) enum Reply {
     /// Nothing.
     Null,
     /// Several.
-    Array(Vec<Reply>),
+    Array(Vec<Self>),
     /// An error inside of an aggregate.
     Error,
 }

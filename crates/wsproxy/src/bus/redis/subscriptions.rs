@@ -22,7 +22,7 @@ pub(super) struct Subscriptions {
     changed: Notify,
 }
 
-/// A `SUBSCRIBE` command of one connection; later commands have larger numbers.
+/// A `SUBSCRIBE` command; later commands have larger numbers, modulo 2^32.
 pub(super) type CommandId = u32;
 
 /// A caller that waits for channels, and what it is to be told.
@@ -82,7 +82,7 @@ impl Subscriptions {
         let (sender, receiver) = oneshot::channel();
         let waiter =
             Arc::new(Waiter { missing: AtomicUsize::new(0), caller: Mutex::new(Some(sender)) });
-        let missing = {
+        let (missing, changed) = {
             let mut table = self.table.lock();
             if table.closed {
                 return Err(BusError::Closed);
@@ -90,9 +90,11 @@ impl Subscriptions {
             for channel in channels {
                 table.want(channel, &waiter);
             }
-            waiter.missing.load(Ordering::Relaxed)
+            (waiter.missing.load(Ordering::Relaxed), !table.dirty.is_empty())
         };
-        self.changed.notify_one();
+        if changed {
+            self.changed.notify_one();
+        }
         Ok((missing > 0).then_some(receiver))
     }
 
@@ -133,7 +135,11 @@ impl Subscriptions {
                     table.slots.remove(&channel);
                     changes.unsubscribe.push(channel);
                 }
-                (false, Stage::New | Stage::Refused) => drop(table.slots.remove(&channel)),
+                (false, Stage::New) => drop(table.slots.remove(&channel)),
+                (false, Stage::Refused) => {
+                    table.slots.remove(&channel);
+                    table.refused -= 1;
+                }
                 (true, _) => {}
             }
         }

@@ -8,7 +8,7 @@ use crate::bus::redis::{Shared, backoff::Backoff, fault::Fault, link::Link};
 
 /// One of the three links of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
+pub(super) enum Purpose {
     /// Carries subscriptions and what arrives on them.
     Subscribe,
     /// Carries what is published.
@@ -17,7 +17,7 @@ pub(super) enum Role {
     Command,
 }
 
-impl Role {
+impl Purpose {
     /// The name in logs and in the server's `CLIENT LIST`.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -31,7 +31,7 @@ impl Role {
 /// Makes one link again and again.
 pub(super) struct Supervisor {
     shared: Arc<Shared>,
-    role: Role,
+    purpose: Purpose,
     failures: u32,
     up_since: Option<Instant>,
     complaints: Complaints,
@@ -39,8 +39,8 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     /// Connects nothing yet.
-    pub(super) fn new(shared: Arc<Shared>, role: Role) -> Self {
-        Self { shared, role, failures: 0, up_since: None, complaints: Complaints::default() }
+    pub(super) fn new(shared: Arc<Shared>, purpose: Purpose) -> Self {
+        Self { shared, purpose, failures: 0, up_since: None, complaints: Complaints::default() }
     }
 
     /// Tries until there is a link; `None` at shutdown.
@@ -49,7 +49,7 @@ impl Supervisor {
         let attempts = async {
             loop {
                 tokio::time::sleep(self.delay()).await;
-                let name = format!("{}-{}", shared.client_name, self.role.name());
+                let name = format!("{}-{}", shared.client_name, self.purpose.name());
                 match shared.connector.connect(&name).await {
                     Ok(link) => break link,
                     Err(fault) => self.failed(&fault),
@@ -62,9 +62,9 @@ impl Supervisor {
         };
         self.up_since = Some(Instant::now());
         shared.counters.connects.add(1);
-        shared.health.up(self.role);
+        shared.health.up(self.purpose);
         let address = shared.connector.address();
-        tracing::info!(link = self.role.name(), %address, "Connected to Redis.");
+        tracing::info!(link = self.purpose.name(), %address, "Connected to Redis.");
         Some(link)
     }
 
@@ -74,12 +74,12 @@ impl Supervisor {
         if matches!(fault, Fault::Role(_)) {
             self.shared.counters.role_refused.add(1);
         }
-        self.shared.health.down(self.role, fault);
+        self.shared.health.down(self.purpose, fault);
         let stable = self.up_since.take().is_some_and(|since| since.elapsed() > STABLE);
         self.failures = if stable { 1 } else { self.failures.saturating_add(1) };
         if self.complaints.due() || stable {
             let address = self.shared.connector.address();
-            tracing::warn!(link = self.role.name(), %address, error = %fault, "Lost Redis.");
+            tracing::warn!(link = self.purpose.name(), %address, error = %fault, "Lost Redis.");
         }
     }
 
@@ -88,7 +88,7 @@ impl Supervisor {
         if matches!(fault, Fault::Role(_)) {
             self.shared.counters.role_refused.add(1);
         }
-        self.shared.health.down(self.role, fault);
+        self.shared.health.down(self.purpose, fault);
         self.failures = match fault.needs_a_person() {
             true => PATIENT_FAILURES.max(self.failures),
             false => self.failures.saturating_add(1),
@@ -97,7 +97,7 @@ impl Supervisor {
             let address = self.shared.connector.address();
             let attempts = self.failures;
             tracing::warn!(
-                link = self.role.name(), %address, attempts, error = %fault,
+                link = self.purpose.name(), %address, attempts, error = %fault,
                 "Cannot connect to Redis; it is tried again."
             );
         }

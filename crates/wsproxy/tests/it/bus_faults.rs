@@ -1,0 +1,481 @@
+//! What the bus on Redis does when servers and networks fail. Every fault here broke some client.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use tokio::{io::AsyncWriteExt, net::TcpListener, time::timeout};
+use wsproxy::{
+    bus::{BusError, Outcome},
+    config,
+    store::StoreError,
+};
+
+use crate::support::{
+    bus::{Receipts, TestBus, config, message},
+    eventually,
+    fault_proxy::{Cut, FaultProxy, Faults},
+    redis_server::{Answer, Options, RedisServer, free_port},
+    soon,
+};
+
+#[tokio::test]
+async fn a_server_that_is_absent_at_start_is_waited_for() {
+    let mut server = RedisServer::absent();
+    let bus = TestBus::on(&config(Some(&server.url())));
+    let subscribing = tokio::task::spawn({
+        let bus = bus.bus.clone();
+        async move { bus.subscribe(vec!["a".into()]).await }
+    });
+    let (receipt, mut outcomes) = Receipts::channel();
+    let publish = wsproxy::bus::Publish { receipt: Some(receipt), ..message("nobody", "x") };
+    assert!(bus.bus.publish(publish).is_ok());
+    eventually("the trouble is told", || bus.bus.status().last_error.is_some()).await;
+    assert!(!bus.bus.status().connected);
+    assert!(!subscribing.is_finished() && outcomes.try_recv().is_err());
+    let store = bus.store.clone();
+    let loading = tokio::task::spawn(async move { store.load("key").await });
+    tokio::task::yield_now().await;
+    server.restart();
+    soon("the subscription", subscribing).await.unwrap().unwrap();
+    assert_eq!(soon("the outcome", outcomes.recv()).await, Some(Outcome::Received(0)));
+    assert_eq!(soon("the value", loading).await.unwrap(), Ok(None));
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+    bus.ready().await;
+    assert_eq!(bus.bus.status().last_error, None);
+    bus.seen.notes(|notes| assert!(notes.lost.is_empty() && notes.recovered.is_empty()));
+}
+
+/// The answers of commands must stay with their callers while thousands of confirmations come in.
+#[tokio::test]
+async fn a_killed_server_comes_back_with_every_channel_and_no_answer_goes_astray() {
+    let mut bus = TestBus::redis();
+    let channels: Vec<Arc<str>> = (0..5000).map(|n| format!("session:{n}:down").into()).collect();
+    soon("5,000 channels", bus.bus.subscribe(channels.clone())).await.unwrap();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let readers: Vec<_> = (0..20)
+        .map(|n| {
+            let (store, stop) = (bus.store.clone(), stop.clone());
+            let key = format!("session:{n}:auth");
+            tokio::task::spawn(async move {
+                let mut answers = 0;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let saved = store.save(&key, key.as_bytes(), Duration::from_secs(60)).await;
+                    match store.load(&key).await {
+                        Ok(Some(value)) => assert_eq!(value, key),
+                        Ok(None) | Err(StoreError::Lost(_)) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                    assert!(matches!(saved, Ok(()) | Err(StoreError::Lost(_))), "{saved:?}");
+                    answers += 1;
+                }
+                answers
+            })
+        })
+        .collect();
+    bus.server().kill();
+    bus.broken().await;
+    // A subscription that somebody waits for across the outage is confirmed by the same recovery.
+    let late = bus.bus.clone();
+    let waiting = tokio::task::spawn(async move { late.subscribe(vec!["late".into()]).await });
+    bus.server().restart();
+    soon("the late channel", waiting).await.unwrap().unwrap();
+    bus.seen.wait_for_recoveries(1).await;
+    bus.ready().await;
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    for reader in readers {
+        assert!(soon("a reader", reader).await.unwrap() > 0);
+    }
+    for channel in channels.iter().step_by(50) {
+        assert_eq!(bus.outcome(message(channel, "x")).await, Outcome::Received(1));
+    }
+    bus.seen.wait_for(100).await;
+    let count = bus.server().call(&["PUBSUB", "NUMSUB", "session:4999:down"]);
+    assert_eq!(
+        count,
+        Answer::Array(vec![Answer::Text("session:4999:down".into()), Answer::Integer(1)])
+    );
+    assert_eq!(bus.bus.counters().subscribe_errors.value(), 0);
+}
+
+#[tokio::test]
+async fn a_stopped_server_bounds_its_callers_and_is_left() {
+    let mut bus = TestBus::redis();
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    bus.server().stop();
+    let start = Instant::now();
+    // Nothing is confirmed by a server that does not answer.
+    let early = timeout(Duration::from_millis(300), bus.bus.subscribe(vec!["b".into()])).await;
+    assert!(early.is_err());
+    let lost = soon("the command fails", bus.store.load("key")).await;
+    assert!(matches!(lost, Err(StoreError::Lost(_))), "{lost:?}");
+    bus.broken().await;
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    eventually("the hub is told", || bus.seen.notes(|notes| notes.lost.len() == 1)).await;
+    // The kernel accepts connections for a stopped server: that must not look like a recovery.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    bus.seen.notes(|notes| assert!(notes.recovered.is_empty()));
+    bus.server().cont();
+    bus.seen.wait_for_recoveries(1).await;
+    let gap = bus.seen.notes(|notes| notes.recovered[0]);
+    assert!((Duration::from_secs(2)..Duration::from_secs(30)).contains(&gap), "{gap:?}");
+    bus.subscribe(&["b"]).await;
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+    assert_eq!(bus.outcome(message("b", "x")).await, Outcome::Received(1));
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_told_without_telling_it_and_a_mended_one_works() {
+    let server =
+        RedisServer::start_with(Options { password: Some("right".into()), ..Options::default() });
+    let url = format!("redis://:sesame@127.0.0.1:{}", server.port());
+    let bus = TestBus::on(&config(Some(&url)));
+    eventually("the trouble is told", || bus.bus.status().last_error.is_some()).await;
+    let told = format!("{:?}", bus.bus.status());
+    assert!(told.contains("WRONGPASS") && !told.contains("sesame"), "{told}");
+    server.call(&["CONFIG", "SET", "requirepass", "sesame"]);
+    bus.ready().await;
+
+    let none = TestBus::on(&config(Some(&format!("redis://127.0.0.1:{}", server.port()))));
+    eventually("the trouble is told", || none.bus.status().last_error.is_some()).await;
+    let told = none.bus.status().last_error.unwrap();
+    assert!(told.contains("NOAUTH"), "{told}");
+}
+
+#[tokio::test]
+async fn a_server_without_hello_is_refused_without_quoting_the_password() {
+    let arguments = ["--rename-command", "HELLO", ""].map(String::from).to_vec();
+    let server = RedisServer::start_with(Options { arguments, ..Options::default() });
+    let url = format!("redis://user:sesame@127.0.0.1:{}", server.port());
+    let bus = TestBus::on(&config(Some(&url)));
+    eventually("the trouble is told", || bus.bus.status().last_error.is_some()).await;
+    let told = bus.bus.status().last_error.unwrap();
+    assert!(told.contains("Redis 6") && !told.contains("sesame"), "{told}");
+}
+
+#[tokio::test]
+async fn a_denied_channel_fails_its_caller_alone() {
+    let mut server = RedisServer::start();
+    let rules = |server: &RedisServer, channels: &str| {
+        server.call(&[
+            "ACL",
+            "SETUSER",
+            "gateway",
+            "on",
+            ">pw",
+            "~*",
+            "+@all",
+            "resetchannels",
+            channels,
+        ]);
+        server.call(&["ACL", "SETUSER", "gateway", "&wsproxy:probe:*"]);
+    };
+    rules(&server, "&session:*");
+    let url = format!("redis://gateway:pw@127.0.0.1:{}", server.port());
+    let bus = TestBus::on(&config(Some(&url)));
+    bus.ready().await;
+    let callers = (0..1500).map(|n| {
+        let denied = n % 700 == 3;
+        let channel = if denied { format!("other:{n}") } else { format!("session:{n}:down") };
+        let bus = bus.bus.clone();
+        async move { (denied, bus.subscribe(vec![channel.into()]).await) }
+    });
+    for (denied, result) in soon("all callers", futures_util::future::join_all(callers)).await {
+        match result {
+            Err(BusError::Refused(why)) if denied => assert!(why.contains("NOPERM"), "{why}"),
+            result => assert!(!denied && result.is_ok(), "{denied} {result:?}"),
+        }
+    }
+    assert_eq!(bus.bus.counters().subscribe_errors.value(), 3);
+    assert_eq!(bus.outcome(message("session:5:down", "x")).await, Outcome::Received(1));
+    // The denied are still wanted: they do not hold up a recovery, nor fail anybody else.
+    server.kill();
+    server.restart();
+    rules(&server, "&session:*");
+    bus.seen.wait_for_recoveries(1).await;
+    bus.ready().await;
+    assert_eq!(bus.outcome(message("session:1499:down", "x")).await, Outcome::Received(1));
+    // With the permission they work.
+    server.call(&["ACL", "SETUSER", "gateway", "allchannels"]);
+    bus.subscribe(&["other:3"]).await;
+    assert_eq!(bus.outcome(message("other:3", "x")).await, Outcome::Received(1));
+}
+
+#[tokio::test]
+async fn a_slow_network_in_small_pieces_only_slows() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let slow = Faults { delay: Duration::from_millis(20), ..Faults::default() };
+    proxy.set(slow);
+    let bus = TestBus::on(&config(Some(&server.url_on(proxy.port()))));
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    proxy.set(Faults { piece_bytes: 1, ..Faults::default() });
+    let payload = Bytes::from(vec![b'\n'; 3000]);
+    for _ in 0..5 {
+        assert_eq!(bus.outcome(message("a", payload.clone())).await, Outcome::Received(1));
+        assert_eq!(soon("a value", bus.store.load("key")).await, Ok(None));
+    }
+    bus.seen.wait_for(5).await;
+    assert!(bus.seen.payloads("a").iter().all(|got| *got == payload));
+    assert_eq!(bus.bus.counters().links_lost.value(), 0);
+}
+
+#[tokio::test]
+async fn a_stalled_network_is_noticed_in_either_direction() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let bus = TestBus::on(&config(Some(&server.url_on(proxy.port()))));
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    for (round, faults) in [
+        Faults { stall_up: true, ..Faults::default() },
+        Faults { stall_down: true, ..Faults::default() },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        proxy.set(faults);
+        let (receipt, mut outcomes) = Receipts::channel();
+        let publish = wsproxy::bus::Publish { receipt: Some(receipt), ..message("a", "x") };
+        assert!(bus.bus.publish(publish).is_ok());
+        eventually("the hub is told", || bus.seen.notes(|notes| notes.lost.len() == round + 1))
+            .await;
+        assert_eq!(soon("the outcome", outcomes.recv()).await, Some(Outcome::Lost));
+        proxy.set(Faults::default());
+        bus.seen.wait_for_recoveries(round + 1).await;
+        bus.ready().await;
+        assert_eq!(bus.outcome(message("a", "y")).await, Outcome::Received(1));
+    }
+}
+
+#[tokio::test]
+async fn cut_connections_are_made_again() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let bus = TestBus::on(&config(Some(&server.url_on(proxy.port()))));
+    bus.subscribe(&["a"]).await;
+    for (round, cut) in [Cut::Reset, Cut::HalfClose, Cut::Reset].into_iter().enumerate() {
+        bus.ready().await;
+        let connects = bus.bus.counters().connects.value();
+        proxy.cut(cut);
+        bus.seen.wait_for_recoveries(round + 1).await;
+        eventually("all links are new", || bus.bus.counters().connects.value() >= connects + 3)
+            .await;
+        assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+        soon("the store", bus.store.ping()).await.unwrap();
+    }
+    proxy.set(Faults { refuse: true, ..Faults::default() });
+    proxy.cut(Cut::Reset);
+    bus.broken().await;
+    eventually("attempts fail", || bus.bus.counters().connects_failed.value() > 5).await;
+    proxy.set(Faults::default());
+    bus.seen.wait_for_recoveries(4).await;
+}
+
+#[tokio::test]
+async fn killed_clients_come_back_each_on_its_own() {
+    let mut bus = TestBus::redis();
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    assert_eq!(bus.server().call(&["CLIENT", "KILL", "TYPE", "pubsub"]).integer(), 1);
+    bus.seen.wait_for_recoveries(1).await;
+    assert_eq!(bus.bus.counters().links_lost.value(), 1);
+    bus.ready().await;
+    // Publishing and commands: nothing is missed, hence the hub is not bothered.
+    assert_eq!(bus.server().call(&["CLIENT", "KILL", "TYPE", "normal"]).integer(), 2);
+    eventually("both links are lost", || bus.bus.counters().links_lost.value() == 3).await;
+    bus.ready().await;
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+    soon("the store", bus.store.ping()).await.unwrap();
+    bus.seen.notes(|notes| assert_eq!(notes.lost.len(), 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_is_too_slow_for_the_server_is_told_of_the_gap() {
+    let arguments = ["--client-output-buffer-limit", "pubsub 1mb 1mb 1"].map(String::from).to_vec();
+    let server = RedisServer::start_with(Options { arguments, ..Options::default() });
+    let bus = TestBus::on(&config(Some(&server.url())));
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    bus.seen.notes(|notes| (notes.only_count, notes.slowness) = (true, Duration::from_millis(10)));
+    let publisher = TestBus::on(&config(Some(&server.url())));
+    let payload = Bytes::from(vec![b'x'; 200_000]);
+    for _ in 0..150 {
+        publisher.bus.publishable().await;
+        publisher.publish("a", payload.clone());
+    }
+    bus.seen.wait_for_recoveries(1).await;
+    bus.seen.notes(|notes| notes.slowness = Duration::ZERO);
+    bus.ready().await;
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+}
+
+#[tokio::test]
+async fn a_master_that_became_a_replica_is_left_until_it_is_one_again() {
+    let mut bus = TestBus::redis();
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    bus.server().replica_of(free_port());
+    bus.broken().await;
+    eventually("the hub is told", || bus.seen.notes(|notes| notes.lost.len() == 1)).await;
+    eventually("the role is told", || {
+        bus.bus.status().last_error.is_some_and(|error| error.contains("no master"))
+    })
+    .await;
+    assert!(bus.bus.counters().role_refused.value() > 0);
+    bus.server().replica_of_no_one();
+    bus.seen.wait_for_recoveries(1).await;
+    bus.ready().await;
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+}
+
+#[tokio::test]
+async fn an_outage_fills_the_queue_and_its_end_empties_it_in_order() {
+    let mut server = RedisServer::start();
+    let config = config::Redis { publish_queue_bytes: 64 * 1024, ..config(Some(&server.url())) };
+    let bus = TestBus::on(&config);
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    server.kill();
+    bus.broken().await;
+    eventually("every link is missed", || bus.bus.counters().links_lost.value() == 3).await;
+    let mut accepted = 0;
+    while bus.bus.publish(message("a", format!("{accepted:0500}"))).is_ok() {
+        accepted += 1;
+    }
+    assert!((90..110).contains(&accepted), "{accepted}");
+    assert!(timeout(Duration::from_millis(50), bus.bus.publishable()).await.is_err());
+    server.restart();
+    soon("there is room again", bus.bus.publishable()).await;
+    bus.ready().await;
+    // The publishing link may be back before the subscribing one: ask the server, not the recorder.
+    eventually("the queue is empty", || bus.bus.status().queued_bytes == 0).await;
+    assert_eq!(bus.bus.counters().publish_lost.value(), 0);
+    eventually("all are answered", || bus.bus.counters().published.value() >= accepted).await;
+    let order = bus.seen.payloads("a");
+    assert!(order.is_sorted());
+}
+
+#[tokio::test]
+async fn as_many_arrive_as_the_server_says_it_delivered() {
+    let server = RedisServer::start();
+    let (bus, publisher) =
+        (TestBus::on(&config(Some(&server.url()))), TestBus::on(&config(Some(&server.url()))));
+    let channels: Vec<Arc<str>> = (0..100).map(|n| format!("c:{n}").into()).collect();
+    bus.bus.subscribe(channels).await.unwrap();
+    bus.seen.notes(|notes| notes.only_count = true);
+    let (receipt, mut outcomes) = Receipts::channel();
+    for n in 0..20_000 {
+        publisher.bus.publishable().await;
+        let sent = message(&format!("c:{}", n % 110), vec![b'x'; 200]);
+        let sent = wsproxy::bus::Publish { receipt: Some(receipt.clone()), ..sent };
+        assert!(publisher.bus.publish(sent).is_ok());
+    }
+    let mut received = 0;
+    for _ in 0..20_000 {
+        match soon("an outcome", outcomes.recv()).await.unwrap() {
+            Outcome::Received(count) => received += count as usize,
+            outcome => panic!("{outcome:?}"),
+        }
+    }
+    assert!((18_000..20_000).contains(&received), "{received}");
+    bus.seen.wait_for(received).await;
+}
+
+#[tokio::test]
+async fn links_that_end_at_different_servers_are_found_out() {
+    let (one, other) = (RedisServer::start(), RedisServer::start());
+    let proxy = FaultProxy::start(one.port()).await;
+    let bus = TestBus::on(&config(Some(&one.url_on(proxy.port()))));
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    proxy.retarget(other.port());
+    assert_eq!(one.call(&["CLIENT", "KILL", "TYPE", "normal"]).integer(), 2);
+    bus.seen.wait_for_recoveries(1).await;
+    assert!(bus.bus.counters().probe_failures.value() > 0);
+    bus.ready().await;
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+}
+
+#[tokio::test]
+async fn tls_is_spoken_to_servers_that_the_ca_file_vouches_for_only() {
+    let server = RedisServer::start_with(Options {
+        tls: true,
+        password: Some("pw".into()),
+        ..Options::default()
+    });
+    let stranger = TestBus::on(&config(Some(&server.url())));
+    let trusting = config::Redis { ca_file: Some(server.ca_file()), ..config(Some(&server.url())) };
+    let bus = TestBus::on(&trusting);
+    bus.subscribe(&["a"]).await;
+    let large = Bytes::from(vec![b'x'; 1_000_000]);
+    assert_eq!(bus.outcome(message("a", large)).await, Outcome::Received(1));
+    bus.seen.wait_for(1).await;
+    soon("the store", bus.store.ping()).await.unwrap();
+    eventually("the stranger is told", || stranger.bus.status().last_error.is_some()).await;
+    let told = stranger.bus.status().last_error.unwrap();
+    assert!(told.contains("certificate"), "{told}");
+}
+
+#[tokio::test]
+async fn a_unix_socket_with_a_database_works() {
+    let server = RedisServer::start();
+    let bus = TestBus::on(&config(Some(&format!("{}?db=3", server.unix_url()))));
+    bus.subscribe(&["a"]).await;
+    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+    bus.store.save("key", b"value", Duration::from_secs(60)).await.unwrap();
+    assert_eq!(server.call(&["EXISTS", "key"]).integer(), 0);
+    let keyspace = format!("{:?}", server.call(&["INFO", "keyspace"]));
+    assert!(keyspace.contains("db3:keys=1"), "{keyspace}");
+}
+
+#[tokio::test]
+async fn callers_that_gave_up_during_an_outage_leave_nothing_behind() {
+    let mut server = RedisServer::start();
+    let bus = TestBus::on(&config(Some(&server.url())));
+    bus.ready().await;
+    server.kill();
+    eventually("every link is missed", || bus.bus.counters().links_lost.value() == 3).await;
+    for n in 0..100 {
+        let channel: Arc<str> = format!("session:{n}:down").into();
+        let given_up = timeout(Duration::ZERO, bus.bus.subscribe(vec![channel.clone()])).await;
+        assert!(given_up.is_err());
+        bus.bus.unsubscribe(vec![channel]);
+    }
+    assert_eq!(bus.bus.status().channels, 0);
+    // A token must not be consumed for somebody who has left.
+    let taking = bus.store.take_if_equal("token", b"secret");
+    assert!(timeout(Duration::from_millis(20), taking).await.is_err());
+    let store = bus.store.clone();
+    let waiting = tokio::task::spawn(async move { store.load("token").await });
+    tokio::task::yield_now().await;
+    server.restart();
+    server.call(&["SET", "token", "secret"]);
+    let _ = soon("a later command", waiting).await;
+    assert_eq!(bus.store.take_if_equal("token", b"secret").await, Ok(true));
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_something_else_is_no_harm() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("redis://{}", listener.local_addr().unwrap());
+    let rude = tokio::task::spawn(async move {
+        let answers =
+            [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"*1000000000\r\n", b">3\r\n", b"+OK\r\n"];
+        for answer in answers.iter().cycle() {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.write_all(answer).await;
+        }
+    });
+    let bus = TestBus::on(&config(Some(&url)));
+    eventually("attempts fail", || bus.bus.counters().connects_failed.value() > 12).await;
+    assert!(!bus.bus.status().connected);
+    bus.shutdown.cancel();
+    bus.tasks.close();
+    soon("the tasks end", bus.tasks.wait()).await;
+    rude.abort();
+}

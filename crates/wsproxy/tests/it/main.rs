@@ -1,0 +1,9 @@
+//! Behaviour of the gateway with real parts: servers and networks that fail on purpose.
+
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::result_large_err)]
+
+mod bus;
+mod bus_cost;
+mod bus_faults;
+mod store;
+mod support;
