@@ -393,12 +393,38 @@ async fn links_that_end_at_different_servers_are_found_out() {
     let bus = TestBus::on(&config(Some(&one.url_on(proxy.port()))));
     bus.subscribe(&["a"]).await;
     bus.ready().await;
-    proxy.retarget(other.port());
-    assert_eq!(one.call(&["CLIENT", "KILL", "TYPE", "normal"]).integer(), 2);
-    bus.seen.wait_for_recoveries(1).await;
-    assert!(bus.bus.counters().probe_failures.value() > 0);
+    // The publishing link goes elsewhere, then the subscribing one does.
+    for (n, (from, to, kind)) in
+        [(&one, &other, "normal"), (&other, &one, "pubsub")].into_iter().enumerate()
+    {
+        let failures = bus.bus.counters().probe_failures.value();
+        proxy.retarget(to.port());
+        assert!(from.call(&["CLIENT", "KILL", "TYPE", kind]).integer() > 0);
+        eventually("it is found out", || bus.bus.counters().probe_failures.value() > failures)
+            .await;
+        eventually("all links end there", || {
+            let clients = format!("{:?}", to.call(&["CLIENT", "LIST"]));
+            clients.contains("server-publish") && clients.contains("server-subscribe")
+        })
+        .await;
+        bus.ready().await;
+        assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1), "{n}");
+    }
+}
+
+#[tokio::test]
+async fn recovery_is_told_when_the_last_channel_is_confirmed_and_not_before() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let bus = TestBus::on(&config(Some(&server.url_on(proxy.port()))));
+    bus.subscribe(&["a"]).await;
     bus.ready().await;
-    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+    // Greeting and subscribing take one round trip each.
+    proxy.set(Faults { delay: Duration::from_millis(100), ..Faults::default() });
+    server.call(&["CLIENT", "KILL", "TYPE", "pubsub"]);
+    bus.seen.wait_for_recoveries(1).await;
+    let gap = bus.seen.notes(|notes| notes.recovered[0]);
+    assert!(gap >= Duration::from_millis(400), "{gap:?}");
 }
 
 #[tokio::test]
