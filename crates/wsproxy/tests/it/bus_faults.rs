@@ -146,6 +146,82 @@ async fn a_wrong_password_is_told_without_telling_it_and_a_mended_one_works() {
 }
 
 #[tokio::test]
+async fn the_log_has_a_line_for_loss_and_recovery_and_never_the_password() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    // One thread runs this test, and so do all tasks of the bus.
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let password = Some("sesame".to_owned());
+    let mut server = RedisServer::start_with(Options { password, ..Options::default() });
+    let bus = TestBus::on(&config(Some(&server.url())));
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    server.kill();
+    eventually("attempts fail", || bus.bus.counters().connects_failed.value() > 9).await;
+    server.restart();
+    bus.seen.wait_for_recoveries(1).await;
+    server.call(&["CONFIG", "SET", "requirepass", "other"]);
+    server.call_as("other", &["CLIENT", "KILL", "TYPE", "pubsub"]);
+    eventually("the trouble is told", || bus.bus.status().last_error.is_some()).await;
+    let text = lines.text();
+    let count = |words: &str| text.lines().filter(|line| line.contains(words)).count();
+    assert_eq!(count("Every subscription is confirmed again"), 1, "{text}");
+    assert_eq!(count("Lost Redis. link=\"subscribe\""), 1, "{text}");
+    assert!(count("Cannot connect to Redis") <= 6, "{text}");
+    assert!(!text.contains("sesame"), "{text}");
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Lines {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_end_does_not_wait_for_a_server_that_is_stopped_or_absent() {
+    for stopped in [true, false] {
+        let mut bus = TestBus::redis();
+        bus.subscribe(&["a"]).await;
+        bus.ready().await;
+        if stopped {
+            bus.server().stop();
+        } else {
+            bus.server().kill();
+            eventually("every link is missed", || bus.bus.counters().links_lost.value() == 3).await;
+        }
+        let (receipt, mut outcomes) = Receipts::channel();
+        let publish = wsproxy::bus::Publish { receipt: Some(receipt), ..message("a", "x") };
+        assert!(bus.bus.publish(publish).is_ok());
+        bus.shutdown.cancel();
+        bus.tasks.close();
+        soon("the tasks end", bus.tasks.wait()).await;
+        assert_eq!(outcomes.recv().await, Some(Outcome::Lost));
+        let late = bus.bus.subscribe(vec!["b".into()]).await;
+        assert_eq!(late, Err(BusError::Closed));
+        assert_eq!(bus.store.load("key").await, Err(StoreError::Closed));
+    }
+}
+
+#[tokio::test]
 async fn a_server_without_hello_is_refused_without_quoting_the_password() {
     let arguments = ["--rename-command", "HELLO", ""].map(String::from).to_vec();
     let server = RedisServer::start_with(Options { arguments, ..Options::default() });

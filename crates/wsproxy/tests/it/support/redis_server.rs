@@ -199,10 +199,20 @@ impl RedisServer {
 
     /// The same; an answer may be an error.
     pub fn try_call(&self, words: &[&str]) -> std::io::Result<Answer> {
+        self.try_call_as(self.options.password.as_deref(), words)
+    }
+
+    /// Executes a command after its password was changed to this one.
+    #[track_caller]
+    pub fn call_as(&self, password: &str, words: &[&str]) -> Answer {
+        self.try_call_as(Some(password), words).unwrap()
+    }
+
+    fn try_call_as(&self, password: Option<&str>, words: &[&str]) -> std::io::Result<Answer> {
         let mut stream = UnixStream::connect(self.path("socket"))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         let mut reader = BufReader::new(stream.try_clone()?);
-        if let Some(password) = &self.options.password {
+        if let Some(password) = password {
             stream.write_all(&spell(&["AUTH", password]))?;
             read(&mut reader)?;
         }
