@@ -41,19 +41,23 @@ pub fn run(options: &Options) -> Result<Report> {
     let mut bench = Bench::start("sessions", common, layout)?;
     bench.open(Span::all(clients))?;
     let mut flow = Flow::new(0, clients, common.size, 0.0);
+    let ramp = options.rates.len() > 1;
     let mut highest = 0.0;
     let mut steps = Vec::new();
     for &rate in &options.rates {
         flow.set_rate(rate);
         bench.progress.phase(&format!("warm up at {rate}/s"));
         let warm = step(&mut bench, &mut flow, common.warmup)?;
-        bench.judge(&warm.tally, false);
+        if !ramp {
+            bench.judge(&warm.tally, false);
+        }
         bench.progress.phase(&format!("measure at {rate}/s"));
         let step = step(&mut bench, &mut flow, common.duration)?;
-        note(&mut bench, rate, &step, options.rates.len() > 1);
-        let p99_ms = step.tally.latency.value_at_quantile(0.99) as f64 / 1e6;
-        let whole = step.delivered == step.steady.published && step.steady.unsent == 0;
-        let held = whole && p99_ms < options.hold_p99_ms;
+        note(&mut bench, &step);
+        let held = is_held(&step, options.hold_p99_ms);
+        if !ramp {
+            judge(&mut bench, rate, &step);
+        }
         let mut figures = bench.report.figures.clone();
         figures.insert("rate_per_s".to_owned(), json!(rate));
         figures.insert("held".to_owned(), json!(held));
@@ -65,7 +69,9 @@ pub fn run(options: &Options) -> Result<Report> {
         }
     }
     bench.report.set("rates_per_s", options.rates.clone());
-    if options.rates.len() > 1 {
+    if ramp {
+        // A ramp is meant to find the rate that is too high, but not as its first.
+        bench.report.problem_if(highest == 0.0, || "not even the first rate was held".to_owned());
         bench.report.figure("highest_rate_held_per_s", highest);
         bench.report.figure("steps", steps);
     }
@@ -86,20 +92,30 @@ fn step(bench: &mut Bench, flow: &mut Flow, duration: Duration) -> Result<Step> 
     Ok(Step { steady, delivered, tally: bench.fleet.report()?, start })
 }
 
-fn note(bench: &mut Bench, rate: f64, step: &Step, one_of_several: bool) {
+fn note(bench: &mut Bench, step: &Step) {
     bench.note_cpu(&step.start, step.delivered, "delivery");
     let report = &mut bench.report;
     report.figure("published", step.steady.published);
+    report.figure("delivered", step.delivered);
+    report.figure("unsent", step.steady.unsent);
     report.ratio("deliveries_per_s", step.delivered as f64, report.seconds("measured_s"));
     report.ratio("publisher_late_max_ms", step.steady.late_ns_max as f64, 1e6);
     report.quantiles("latency", &step.tally.latency);
-    report.figure("unsent", step.steady.unsent);
-    // A ramp is meant to find the rate that is too high; a single rate is meant to be held.
-    report.problem_if(step.steady.unsent > 0 && !one_of_several, || {
+}
+
+fn judge(bench: &mut Bench, rate: f64, step: &Step) {
+    bench.report.problem_if(step.steady.unsent > 0, || {
         format!("{} messages could not be published at {rate}/s", step.steady.unsent)
     });
     bench.judge(&step.tally, false);
     bench.judge_deliveries(step.steady.published, step.delivered);
+}
+
+fn is_held(step: &Step, hold_p99_ms: f64) -> bool {
+    let p99_ms = step.tally.latency.value_at_quantile(0.99) as f64 / 1e6;
+    let whole = step.delivered == step.steady.published && step.steady.unsent == 0;
+    let undisturbed = step.tally.endings.is_empty() && step.tally.out_of_order == 0;
+    whole && undisturbed && p99_ms < hold_p99_ms
 }
 
 /// Messages that take longer than this after the last one was published count as lost.
