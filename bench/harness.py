@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-BENCH = TARGET / "release" / "wsproxy-bench"
+BENCH = Path(os.environ.get("BENCH_TOOL", TARGET / "release" / "wsproxy-bench"))
 GATEWAY = TARGET / "release" / "wsproxy"
 PEERS = ["axum", "node", "fastapi", "nchan"]
 

@@ -83,7 +83,7 @@ impl Bench {
             publisher,
             server: Processes::new(&common.pid),
             redis: Processes::new(&redis_pid),
-            own: Processes::new(&[std::process::id()]),
+            own: Processes::own(),
             progress: Progress::new("connect"),
             report,
         })

@@ -14,7 +14,7 @@ use crate::target::Kind;
 
 /// Puts load on a WebSocket gateway and measures what it costs.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, args_override_self = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

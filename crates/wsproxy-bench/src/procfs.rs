@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-/// The processes whose consumption is measured together: each given one and its descendants.
+/// The processes whose consumption is measured together.
 #[derive(Debug, Clone, Default)]
 pub struct Processes {
     roots: Vec<u32>,
+    alone: bool,
 }
 
 /// CPU time at one moment.
@@ -31,7 +32,13 @@ impl Processes {
     /// These processes and, whenever a sample is taken, what they have started.
     #[must_use]
     pub fn new(roots: &[u32]) -> Self {
-        Self { roots: roots.to_vec() }
+        Self { roots: roots.to_vec(), alone: false }
+    }
+
+    /// This process without its children, among whom may be the server.
+    #[must_use]
+    pub fn own() -> Self {
+        Self { roots: vec![std::process::id()], alone: true }
     }
 
     /// Whether there is nothing to measure.
@@ -73,7 +80,7 @@ impl Processes {
 
     fn all(&self) -> Vec<u32> {
         let mut found = self.roots.clone();
-        let mut at = 0;
+        let mut at = if self.alone { found.len() } else { 0 };
         while let Some(&pid) = found.get(at) {
             for thread in children_of(&format!("/proc/{pid}/task")) {
                 let path = format!("/proc/{pid}/task/{thread}/children");
@@ -147,7 +154,7 @@ mod tests {
 
     #[test]
     fn own_consumption_is_seen() {
-        let own = Processes::new(&[std::process::id()]);
+        let own = Processes::own();
         let before = own.cpu();
         let mut sum = 0u64;
         while own.cpu().since(&before) < 2_000_000 {

@@ -230,25 +230,44 @@ impl Worker {
                 Err(error) => return self.end(slot, describe(error)),
             }
         }
-        let ended = epoll::EventFlags::HUP | epoll::EventFlags::ERR;
-        if flags.intersects(epoll::EventFlags::IN | ended) {
-            self.read(slot, buffer);
+        let ended = epoll::EventFlags::HUP | epoll::EventFlags::ERR | epoll::EventFlags::RDHUP;
+        let last = flags.intersects(ended);
+        if !last && !flags.contains(epoll::EventFlags::IN) {
+            return;
+        }
+        // Edges come once: a full buffer means that there may be more, and an end shows only after the last
+        // byte. Otherwise a short read has taken everything, and one system call was enough.
+        while let Some(read) = self.read(slot, buffer) {
+            let same = self.clients[slot as usize].generation == generation;
+            if !same || (!last && read < buffer.len()) {
+                return;
+            }
         }
     }
 
-    fn read(&mut self, slot: u32, buffer: &mut [u8]) {
+    /// Takes what one system call gives; `None` when there is nothing more to come.
+    fn read(&mut self, slot: u32, buffer: &mut [u8]) -> Option<usize> {
         let client = &mut self.clients[slot as usize];
-        let Some(socket) = &client.socket else { return };
-        let read = match rustix::net::recv(socket, &mut *buffer, RecvFlags::empty()) {
-            Ok((_, 0)) => return self.end(slot, "closed without a word"),
-            Ok((_, read)) => read,
-            Err(Errno::AGAIN | Errno::INTR) => return,
-            Err(error) => return self.end(slot, describe(error)),
+        let socket = client.socket.as_ref()?;
+        let reason = match rustix::net::recv(socket, &mut *buffer, RecvFlags::empty()) {
+            Ok((_, read)) if read > 0 => {
+                match client.phase {
+                    Phase::Handshake => self.read_answer(slot, &buffer[..read]),
+                    _ => self.read_frames(slot, &buffer[..read]),
+                }
+                return Some(read);
+            }
+            Ok(_) => "closed without a word",
+            Err(Errno::AGAIN) => return None,
+            Err(error) => describe(error),
         };
-        if client.phase != Phase::Handshake {
-            return self.read_frames(slot, &buffer[..read]);
-        }
-        client.head.extend_from_slice(&buffer[..read]);
+        self.end(slot, reason);
+        None
+    }
+
+    fn read_answer(&mut self, slot: u32, input: &[u8]) {
+        let client = &mut self.clients[slot as usize];
+        client.head.extend_from_slice(input);
         match handshake::answer(&client.head) {
             Answer::Incomplete => {}
             Answer::Accepted(head) => {
@@ -453,9 +472,9 @@ fn token(slot: u32, client: &Client) -> epoll::EventData {
 }
 
 fn interest(client: &Client, all_sent: bool) -> epoll::EventFlags {
-    let mut flags = epoll::EventFlags::empty();
+    let mut flags = epoll::EventFlags::ET;
     if !client.stalled {
-        flags |= epoll::EventFlags::IN;
+        flags |= epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
     }
     if !all_sent {
         flags |= epoll::EventFlags::OUT;

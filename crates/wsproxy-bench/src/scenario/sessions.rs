@@ -1,4 +1,4 @@
-//! Many sessions with a channel each; messages are spread over them at one or several rates.
+//! Many sessions with a channel each; messages are spread over them at one or several rates, or in rounds.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::bench::{Bench, Layout, Moment};
 use crate::cli::Common;
 use crate::fleet::{Span, Tally};
-use crate::load::{self, Flow, Steady};
+use crate::load::{self, Flow, Rounds, Steady};
 use crate::report::Report;
 
 /// What to do.
@@ -23,6 +23,10 @@ pub struct Options {
     /// A rate counts as held when 99 % of its messages arrive within this many milliseconds.
     #[arg(long, default_value_t = 50.0)]
     hold_p99_ms: f64,
+    /// Messages published at once, to as many sessions in turn, the next ones when all have arrived; instead of
+    /// a rate.
+    #[arg(long)]
+    burst: Option<u64>,
 }
 
 /// What one rate gave.
@@ -41,6 +45,10 @@ pub fn run(options: &Options) -> Result<Report> {
     let mut bench = Bench::start("sessions", common, layout)?;
     bench.open(Span::all(clients))?;
     let mut flow = Flow::new(0, clients, common.size, 0.0);
+    if let Some(burst) = options.burst {
+        in_rounds(&mut bench, &mut flow, burst)?;
+        return Ok(bench.report);
+    }
     let ramp = options.rates.len() > 1;
     let mut highest = 0.0;
     let mut steps = Vec::new();
@@ -76,6 +84,29 @@ pub fn run(options: &Options) -> Result<Report> {
         bench.report.figure("steps", steps);
     }
     Ok(bench.report)
+}
+
+fn in_rounds(bench: &mut Bench, flow: &mut Flow, burst: u64) -> Result<()> {
+    let timeout = bench.common.timeout;
+    bench.report.set("burst", burst);
+    for (phase, duration) in [("warm up", bench.common.warmup), ("measure", bench.common.duration)]
+    {
+        bench.progress.phase(phase);
+        let start = bench.moment();
+        let published = flow.published();
+        let Bench { publisher, fleet, progress, .. } = bench;
+        let counters = fleet.counters();
+        let delivered = counters.delivered();
+        let plan = Rounds { burst, receivers: 1, duration, timeout };
+        load::rounds(publisher, counters, progress, flow, plan)?;
+        let delivered = counters.delivered() - delivered;
+        let published = flow.published() - published;
+        let steady = Steady { published, ..Steady::default() };
+        let step = Step { steady, delivered, tally: bench.fleet.report()?, start };
+        note(bench, &step);
+        judge(bench, 0.0, &step);
+    }
+    Ok(())
 }
 
 fn step(bench: &mut Bench, flow: &mut Flow, duration: Duration) -> Result<Step> {
