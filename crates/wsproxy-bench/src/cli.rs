@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::LimitServer;
@@ -131,12 +131,12 @@ pub fn run(cli: Cli) -> Result<bool> {
             Ok(true)
         }
         Command::Limit { what: LimitCommand::Scenario(mut scenario) } => {
-            // Many sessions come through Redis as they do for a real server; everything else goes to the
-            // bare loop directly.
-            let through_redis = matches!(
-                scenario,
-                Scenario::Sessions(_) | Scenario::Connect(_) | Scenario::Churn(_)
-            );
+            if matches!(scenario, Scenario::Echo(_)) {
+                bail!("the raw limit has no way up");
+            }
+            // Many sessions come through Redis as they do for a real server; what goes to everybody goes to
+            // the bare loop directly.
+            let through_redis = !matches!(scenario, Scenario::Fanout(_));
             let common = scenario.common_mut();
             let limit = LimitServer::start(through_redis.then_some(common.publish))?;
             common.server = limit.server;

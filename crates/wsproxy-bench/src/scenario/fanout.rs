@@ -57,6 +57,7 @@ pub fn run(options: &Options) -> Result<Report> {
     bench.report.quantiles("latency", &tally.latency);
     bench.judge(&tally, false);
     bench.judge_deliveries(published * receivers, delivered);
+    bench.judge_unheard();
     Ok(bench.report)
 }
 

@@ -50,6 +50,7 @@ pub fn run(options: &Options) -> Result<Report> {
     if options.burst_bytes > 0 {
         let delivered = burst(&mut bench, options.burst_bytes)?;
         bench.judge_deliveries(u64::from(clients), delivered);
+        bench.judge_unheard();
         let peak = bench.memory();
         let after = settle(&mut bench, "settle after the burst", options.settle);
         bench.report.figure("resident_at_burst_bytes", peak.resident);

@@ -140,6 +140,7 @@ fn judge(bench: &mut Bench, rate: f64, step: &Step) {
     });
     bench.judge(&step.tally, false);
     bench.judge_deliveries(step.steady.published, step.delivered);
+    bench.judge_unheard();
 }
 
 fn is_held(step: &Step, hold_p99_ms: f64) -> bool {
