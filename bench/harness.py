@@ -96,7 +96,7 @@ def gateway(redis: int):
         "PORT": str(port),
         "REDIS_URL": f"redis://127.0.0.1:{redis}",
         "WSPROXY_SERVER__BIND": "127.0.0.1",
-        "WSPROXY_LIMITS__MAX_CONNECTIONS": "19500",
+        "WSPROXY_LIMITS__MAX_CONNECTIONS": "19000",
         "LOG_LEVEL": "warn",
     }
     binary = Path(os.environ.get("BENCH_GATEWAY", GATEWAY))

@@ -1,5 +1,7 @@
 //! The client's side of WebSocket framing, reduced to what a load generator needs: it reads stamps and skips payloads.
 
+use wsproxy_proto::ws::frame::{CONTROL_BYTES_MAX, HEADER_BYTES_MAX, Header, Opcode, apply_mask};
+
 use crate::stamp::{STAMP_BYTES, Stamp};
 
 /// What arrived from the server.
@@ -23,14 +25,14 @@ pub enum Event {
 /// A server that breaks the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameError {
+    /// No frame at all: reserved bits, unknown opcodes, broken control frames.
+    Malformed,
     /// Servers must not mask.
     Masked,
-    /// No extension was negotiated, yet a reserved bit is set.
-    Reserved,
-    /// An opcode that does not exist, or a continuation of nothing.
-    Opcode,
-    /// A control frame that is fragmented or too long.
-    Control,
+    /// No compression was negotiated.
+    Compressed,
+    /// A continuation of nothing, or a new message inside another.
+    Order,
 }
 
 /// Reads server frames from a byte stream, however it is cut.
@@ -51,13 +53,6 @@ pub struct FrameReader {
 struct Partial {
     stamp: Option<Stamp>,
     bytes: u64,
-}
-
-struct Header {
-    opcode: u8,
-    fin: bool,
-    bytes: usize,
-    payload: u64,
 }
 
 impl Default for FrameReader {
@@ -115,14 +110,14 @@ impl FrameReader {
 
     /// The common case: header and stamp lie in the input, nothing is copied.
     fn take_whole(&mut self, input: &mut &[u8]) -> Result<Option<Step>, FrameError> {
-        let Some(header) = header(input)? else { return Ok(None) };
-        let wanted = header.bytes + header.wanted();
-        if header.opcode >= 8 || input.len() < wanted {
+        let Some((header, at)) = header(input)? else { return Ok(None) };
+        let wanted = at + wanted(&header);
+        if header.opcode.is_control() || input.len() < wanted {
             return Ok(None);
         }
         let (frame, rest) = input.split_at(wanted);
         *input = rest;
-        self.begin(&header, &frame[header.bytes..]).map(Some)
+        self.begin(&header, &frame[at..]).map(Some)
     }
 
     /// The header or the stamp is cut: collect it byte by byte.
@@ -130,12 +125,14 @@ impl FrameReader {
         loop {
             let held = usize::from(self.held_bytes);
             let wanted = match header(&self.held[..held])? {
-                Some(header) => {
-                    let wanted = header.bytes + header.wanted();
+                Some((header, at)) => {
+                    let wanted = at + wanted(&header);
                     if held >= wanted {
                         self.held_bytes = 0;
+                        self.control_at = at as u8;
+                        self.control_bytes = (wanted - at) as u8;
                         let payload = self.held;
-                        return self.begin(&header, &payload[header.bytes..wanted]);
+                        return self.begin(&header, &payload[at..wanted]);
                     }
                     wanted
                 }
@@ -152,30 +149,23 @@ impl FrameReader {
     }
 
     fn begin(&mut self, header: &Header, start: &[u8]) -> Result<Step, FrameError> {
-        match header.opcode {
-            0 => {
-                let message = self.message.as_mut().ok_or(FrameError::Opcode)?;
-                message.bytes += header.payload;
+        match (header.opcode, &mut self.message) {
+            (Opcode::Continuation, Some(message)) => message.bytes += header.length,
+            (Opcode::Text | Opcode::Binary, message @ None) => {
+                *message = Some(Partial { stamp: Stamp::read(start), bytes: header.length });
             }
-            1 | 2 if self.message.is_none() => {
-                self.message = Some(Partial { stamp: Stamp::read(start), bytes: header.payload });
+            (Opcode::Continuation | Opcode::Text | Opcode::Binary, _) => {
+                return Err(FrameError::Order);
             }
-            8..=10 => {
-                let at = header.bytes;
-                self.held[at..at + start.len()].copy_from_slice(start);
-                self.control_at = at as u8;
-                self.control_bytes = start.len() as u8;
-                return Ok(Step::Event(match header.opcode {
-                    8 if start.len() >= 2 => Event::Close(u16::from_be_bytes([start[0], start[1]])),
-                    8 => Event::Close(1005),
-                    9 => Event::Ping,
-                    _ => Event::Pong,
-                }));
+            (Opcode::Ping, _) => return Ok(Step::Event(Event::Ping)),
+            (Opcode::Pong, _) => return Ok(Step::Event(Event::Pong)),
+            (Opcode::Close, _) => {
+                let code = start.first_chunk().map_or(1005, |code| u16::from_be_bytes(*code));
+                return Ok(Step::Event(Event::Close(code)));
             }
-            _ => return Err(FrameError::Opcode),
         }
         self.fin = header.fin;
-        self.skip = header.payload - start.len() as u64;
+        self.skip = header.length - start.len() as u64;
         if self.skip > 0 {
             return Ok(Step::More);
         }
@@ -197,75 +187,45 @@ enum Step {
     Starved,
 }
 
-impl Header {
-    /// How much of the payload must lie together before the frame is looked at.
-    fn wanted(&self) -> usize {
-        let wanted = if self.opcode >= 8 { CONTROL_BYTES_MAX } else { STAMP_BYTES };
-        wanted.min(usize::try_from(self.payload).unwrap_or(usize::MAX))
-    }
+/// How much of the payload must lie together before the frame is looked at.
+fn wanted(header: &Header) -> usize {
+    let wanted = if header.opcode.is_control() { CONTROL_BYTES_MAX } else { STAMP_BYTES };
+    wanted.min(usize::try_from(header.length).unwrap_or(usize::MAX))
 }
 
-fn header(input: &[u8]) -> Result<Option<Header>, FrameError> {
-    let [first, second, rest @ ..] = input else { return Ok(None) };
-    if first & 0x70 != 0 {
-        return Err(FrameError::Reserved);
-    }
-    if second & 0x80 != 0 {
-        return Err(FrameError::Masked);
-    }
-    let (opcode, fin) = (first & 0x0f, first & 0x80 != 0);
-    let (bytes, payload) = match (second & 0x7f, rest) {
-        (126, [a, b, ..]) => (4, u64::from(u16::from_be_bytes([*a, *b]))),
-        (127, [a, b, c, d, e, f, g, h, ..]) => {
-            (10, u64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h]))
-        }
-        (126 | 127, _) => return Ok(None),
-        (short, _) => (2, u64::from(short)),
+fn header(input: &[u8]) -> Result<Option<(Header, usize)>, FrameError> {
+    let Some((header, at)) = Header::decode(input).map_err(|_| FrameError::Malformed)? else {
+        return Ok(None);
     };
-    if opcode >= 8 && (!fin || payload > CONTROL_BYTES_MAX as u64) {
-        return Err(FrameError::Control);
+    match header {
+        Header { mask: Some(_), .. } => Err(FrameError::Masked),
+        Header { compressed: true, .. } => Err(FrameError::Compressed),
+        _ => Ok(Some((header, at))),
     }
-    Ok(Some(Header { opcode, fin, bytes, payload }))
 }
 
 /// Appends a masked frame, as clients must send them.
-pub fn push_client_frame(opcode: u8, payload: &[u8], output: &mut Vec<u8>) {
-    push_header(opcode, 0x80, payload.len(), output);
-    output.extend_from_slice(&MASK);
-    output.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+pub fn push_client_frame(opcode: Opcode, payload: &[u8], output: &mut Vec<u8>) {
+    push_header(opcode, Some(MASK), payload, output);
+    let start = output.len();
+    output.extend_from_slice(payload);
+    apply_mask(&mut output[start..], MASK, 0);
 }
 
 /// Appends an unmasked frame, as servers send them.
-pub fn push_server_frame(opcode: u8, payload: &[u8], output: &mut Vec<u8>) {
-    push_header(opcode, 0, payload.len(), output);
+pub fn push_server_frame(opcode: Opcode, payload: &[u8], output: &mut Vec<u8>) {
+    push_header(opcode, None, payload, output);
     output.extend_from_slice(payload);
 }
 
-fn push_header(opcode: u8, mask_bit: u8, payload: usize, output: &mut Vec<u8>) {
-    output.push(0x80 | opcode);
-    match payload {
-        0..=125 => output.push(mask_bit | payload as u8),
-        126..=0xffff => {
-            output.push(mask_bit | 126);
-            output.extend_from_slice(&(payload as u16).to_be_bytes());
-        }
-        _ => {
-            output.push(mask_bit | 127);
-            output.extend_from_slice(&(payload as u64).to_be_bytes());
-        }
-    }
+fn push_header(opcode: Opcode, mask: Option<[u8; 4]>, payload: &[u8], output: &mut Vec<u8>) {
+    let length = payload.len() as u64;
+    Header { fin: true, compressed: false, opcode, mask, length }.encode(output);
 }
 
-/// Opcode of a text frame.
-pub const TEXT: u8 = 1;
-/// Opcode of a close frame.
-pub const CLOSE: u8 = 8;
-/// Opcode of a pong frame.
-pub const PONG: u8 = 10;
-
-const CONTROL_BYTES_MAX: usize = 125;
-const HELD_BYTES_MAX: usize = 10 + CONTROL_BYTES_MAX;
-/// Any key is legal; a fixed one saves a random number per frame and still makes the server unmask.
+const HELD_BYTES_MAX: usize = HEADER_BYTES_MAX + CONTROL_BYTES_MAX;
+/// Nothing here needs protection from what lies in between; a fixed key saves a random number per frame and
+/// still makes the server unmask.
 const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
 
 #[cfg(test)]
@@ -295,16 +255,16 @@ mod tests {
             let stamp = Stamp { sent_ns: 77 + number as u64, number: number as u32 };
             let mut payload = Vec::new();
             stamp.write(bytes, &mut payload);
-            push_server_frame(TEXT, &payload, &mut stream);
-            push_server_frame(9, b"are you there", &mut stream);
+            push_server_frame(Opcode::Text, &payload, &mut stream);
+            push_server_frame(Opcode::Ping, b"are you there", &mut stream);
             expected.push(Event::Message { stamp: Some(stamp), bytes: bytes as u64 });
             expected.push(Event::Ping);
         }
-        push_server_frame(TEXT, b"{}", &mut stream);
+        push_server_frame(Opcode::Text, b"{}", &mut stream);
         expected.push(Event::Message { stamp: None, bytes: 2 });
-        push_server_frame(TEXT, b"", &mut stream);
+        push_server_frame(Opcode::Text, b"", &mut stream);
         expected.push(Event::Message { stamp: None, bytes: 0 });
-        push_server_frame(CLOSE, &1012u16.to_be_bytes(), &mut stream);
+        push_server_frame(Opcode::Close, &1012u16.to_be_bytes(), &mut stream);
         expected.push(Event::Close(1012));
         for piece in [1, 2, 3, 7, 44, 64, 1_000, stream.len()] {
             assert_eq!(read_in_pieces(&stream, piece), expected, "pieces of {piece}");
@@ -318,7 +278,7 @@ mod tests {
         stamp.write(200, &mut payload);
         let mut stream = vec![0x01, 100];
         stream.extend_from_slice(&payload[..100]);
-        push_server_frame(9, b"are you there", &mut stream);
+        push_server_frame(Opcode::Ping, b"are you there", &mut stream);
         stream.extend_from_slice(&[0x80, 100]);
         stream.extend_from_slice(&payload[100..]);
         for piece in [1, 13, stream.len()] {
@@ -330,11 +290,11 @@ mod tests {
     #[test]
     fn broken_servers_are_noticed() {
         let cases: [(&[u8], FrameError); 5] = [
-            (&[0x81, 0x80], FrameError::Masked),
-            (&[0xc1, 0x00], FrameError::Reserved),
-            (&[0x80, 0x00], FrameError::Opcode),
-            (&[0x83, 0x00], FrameError::Opcode),
-            (&[0x09, 0x00], FrameError::Control),
+            (&[0x81, 0x80, 1, 2, 3, 4], FrameError::Masked),
+            (&[0xc1, 0x00], FrameError::Compressed),
+            (&[0x80, 0x00], FrameError::Order),
+            (&[0x83, 0x00], FrameError::Malformed),
+            (&[0x09, 0x00], FrameError::Malformed),
         ];
         for (bytes, error) in cases {
             assert_eq!(FrameReader::default().next(&mut &bytes[..]), Err(error));
@@ -344,7 +304,7 @@ mod tests {
     #[test]
     fn client_frames_are_masked() {
         let mut frame = Vec::new();
-        push_client_frame(TEXT, b"abc", &mut frame);
+        push_client_frame(Opcode::Text, b"abc", &mut frame);
         assert_eq!(&frame[..2], [0x81, 0x83]);
         let unmasked: Vec<u8> =
             frame[6..].iter().zip(frame[2..6].iter().cycle()).map(|(a, b)| a ^ b).collect();

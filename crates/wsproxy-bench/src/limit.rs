@@ -13,6 +13,8 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
+use wsproxy_proto::ws::frame::Opcode;
+
 use crate::frame;
 use crate::handshake::ACCEPT;
 use crate::resp;
@@ -149,7 +151,7 @@ impl Limit {
         };
         if socket.open {
             // A client only ever sends pongs and its farewell.
-            let farewell = buffer[0] == 0x80 | frame::CLOSE;
+            let farewell = buffer[0] == 0x80 | Opcode::Close as u8;
             return if farewell { self.close(slot) } else { Ok(()) };
         }
         socket.head.extend_from_slice(&buffer[..read]);
@@ -214,7 +216,7 @@ impl Limit {
             let mut reached = 0;
             if let [_, _, payload] = values[..] {
                 self.frame.clear();
-                frame::push_server_frame(frame::TEXT, payload.text(), &mut self.frame);
+                frame::push_server_frame(Opcode::Text, payload.text(), &mut self.frame);
                 for slot in 0..self.sockets.len() as u32 {
                     reached += u64::from(self.write(slot));
                 }
@@ -245,7 +247,7 @@ impl Limit {
             match kind.text() {
                 b"message" => {
                     self.frame.clear();
-                    frame::push_server_frame(frame::TEXT, payload.text(), &mut self.frame);
+                    frame::push_server_frame(Opcode::Text, payload.text(), &mut self.frame);
                     self.write(slot);
                 }
                 b"subscribe" => self.upgrade(slot)?,

@@ -16,6 +16,8 @@ pub struct Publisher {
     stream: TcpStream,
     target: Target,
     speech: Speech,
+    /// Names of the sessions' channels, made when first needed: making them costs more than sending.
+    channels: Vec<String>,
     output: Vec<u8>,
     input: Vec<u8>,
     /// Answers that have not come yet.
@@ -43,6 +45,7 @@ impl Publisher {
             stream,
             target: target.clone(),
             speech,
+            channels: Vec::new(),
             output: Vec::new(),
             input: Vec::new(),
             outstanding: 0,
@@ -56,8 +59,11 @@ impl Publisher {
         self.outstanding += 1;
         match self.speech {
             Speech::Redis => {
-                let channel = self.target.down(session);
-                let parts: [&[u8]; 3] = [b"PUBLISH", channel.as_bytes(), payload];
+                let known = self.channels.len() as u32;
+                let target = &self.target;
+                self.channels.extend((known..=session).map(|session| target.down(session)));
+                let channel = self.channels[session as usize].as_bytes();
+                let parts: [&[u8]; 3] = [b"PUBLISH", channel, payload];
                 resp::push_command(&parts, &mut self.output);
             }
             Speech::Http => {

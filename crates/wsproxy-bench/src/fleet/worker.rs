@@ -15,6 +15,8 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
 
+use wsproxy_proto::ws::frame::Opcode;
+
 use super::client::{Client, Phase};
 use super::counters::Round;
 use super::tally::Ending;
@@ -310,14 +312,14 @@ impl Worker {
                 Ok(Some(Event::Ping)) => {
                     let mut pong = Vec::with_capacity(132);
                     let payload = client.reader.control_payload();
-                    frame::push_client_frame(frame::PONG, payload, &mut pong);
+                    frame::push_client_frame(Opcode::Pong, payload, &mut pong);
                     self.tally.pings += 1;
                     self.send(slot, &pong);
                 }
                 Ok(Some(Event::Pong)) => {}
                 Ok(Some(Event::Close(code))) => {
                     let mut reply = Vec::new();
-                    frame::push_client_frame(frame::CLOSE, &code.to_be_bytes(), &mut reply);
+                    frame::push_client_frame(Opcode::Close, &code.to_be_bytes(), &mut reply);
                     let _ = client.send(&reply);
                     return self.lose(slot, code);
                 }
@@ -375,7 +377,7 @@ impl Worker {
                 Phase::Open => {
                     client.phase = Phase::Closing;
                     let mut close = Vec::new();
-                    frame::push_client_frame(frame::CLOSE, &1000u16.to_be_bytes(), &mut close);
+                    frame::push_client_frame(Opcode::Close, &1000u16.to_be_bytes(), &mut close);
                     self.send(slot, &close);
                 }
                 Phase::Handshake => self.fail(slot, "given up"),
@@ -434,7 +436,7 @@ impl Worker {
             sending.scratch.clear();
             sending.frame.clear();
             stamp.write(sending.plan.bytes, &mut sending.scratch);
-            frame::push_client_frame(frame::TEXT, &sending.scratch, &mut sending.frame);
+            frame::push_client_frame(Opcode::Text, &sending.scratch, &mut sending.frame);
             self.round.sent += 1;
             self.send(slot, &sending.frame);
         }
