@@ -2,6 +2,9 @@
 //!
 //! Nothing here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
 
+pub mod backoff;
 pub mod disconnect;
+pub mod json;
 pub mod names;
 pub mod rate;
+pub mod ws;
