@@ -6,8 +6,11 @@
 
 pub mod client;
 pub mod deflate;
+mod extension;
 pub mod frame;
 pub mod handshake;
 mod mask;
+mod negotiation;
+mod partial;
 pub mod receiver;
 mod utf8;

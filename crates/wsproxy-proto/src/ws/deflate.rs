@@ -1,84 +1,224 @@
-//! permessage-deflate (RFC 7692): negotiation, compression and bounded inflation; knows no frames.
+//! permessage-deflate (RFC 7692): compression and bounded inflation; knows no frames.
+//!
+//! Without context takeover a message needs no memory of the ones before it, so a worker thread
+//! has one inflater and few compressors for all of its connections, and a compressed message can
+//! be shared by all who receive it.
 
-use http::HeaderMap;
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
-/// What both ends agreed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Params {
-    /// The server starts each message with an empty window.
-    pub server_no_context_takeover: bool,
-    /// The client starts each message with an empty window.
-    pub client_no_context_takeover: bool,
-    /// Base-2 logarithm of the server's window.
-    pub server_max_window_bits: u8,
-    /// Base-2 logarithm of the client's window.
-    pub client_max_window_bits: u8,
-}
+pub use super::negotiation::{Params, Policy, negotiate};
+use crate::disconnect::Disconnect;
 
-/// What we, as server, allow and ask for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Policy {
-    /// Whether clients may keep their window between messages, which costs us an inflater
-    /// (up to 48 KiB) per connection; else we answer `client_no_context_takeover`.
-    pub client_context_takeover: bool,
-    /// Largest window that we compress with, 9 to 15.
-    pub server_window_bits: u8,
-    /// Largest window that we let clients use where they let us choose, 9 to 15.
-    pub client_window_bits: u8,
-}
+/// The end of a sync flush, which senders leave out (RFC 7692 section 7.2.1).
+const TAIL: [u8; 4] = [0, 0, 0xff, 0xff];
 
-impl Default for Policy {
-    fn default() -> Self {
-        Self { client_context_takeover: false, server_window_bits: 15, client_window_bits: 15 }
-    }
-}
+/// [`TAIL`], and an empty final block: a message that does not end with it was cut off.
+const TAIL_AND_END: [u8; 6] = [0, 0, 0xff, 0xff, 3, 0];
 
-/// Takes the first acceptable offer; with it the value of `Sec-WebSocket-Extensions` to answer.
-#[must_use]
-pub fn negotiate(headers: &HeaderMap, policy: &Policy) -> Option<(Params, String)> {
-    let _ = (headers, policy);
-    None
-}
+/// Most room for output that is kept between messages.
+const RETAINED_BYTES_MAX: usize = 64 << 10;
+
+/// About what an inflater with a full window occupies.
+pub(crate) const INFLATER_BYTES: usize = 48 << 10;
 
 /// Decompressor and room for output, one per worker thread.
 #[derive(Debug, Default)]
-pub struct Inflaters {}
+pub struct Inflaters {
+    /// For peers without context takeover; made when first needed.
+    shared: Option<Decompress>,
+    output: Vec<u8>,
+}
 
-/// Compressors without context takeover, one set per worker thread.
+impl Inflaters {
+    /// What was inflated or taken over last.
+    pub(crate) fn output(&self) -> &[u8] {
+        &self.output
+    }
+
+    /// Holds `payload` until the next call, in place of the connection.
+    pub(crate) fn take_over(&mut self, payload: Vec<u8>) {
+        self.output = payload;
+    }
+
+    /// Gives back the room that a big message needed.
+    #[inline]
+    pub(crate) fn trim(&mut self) {
+        if self.output.capacity() > RETAINED_BYTES_MAX {
+            self.output = Vec::new();
+        }
+    }
+
+    /// Inflates one whole message into the output; `own` is the connection's inflater where its
+    /// peer keeps the window between messages.
+    pub(crate) fn inflate(
+        &mut self,
+        own: Option<&mut Decompress>,
+        payload: &[u8],
+        bytes_max: usize,
+    ) -> Result<(), Disconnect> {
+        self.output.clear();
+        if payload.is_empty() {
+            // Against the letter of the RFC, but what it means is plain.
+            return Ok(());
+        }
+        let takeover = own.is_some();
+        let inflater = match own {
+            Some(inflater) => inflater,
+            None => {
+                let inflater = self.shared.get_or_insert_with(|| inflater(15));
+                inflater.reset(false);
+                inflater
+            }
+        };
+        let mut run = Run { inflater, output: &mut self.output, bytes_max };
+        if run.feed(payload)? == Status::StreamEnd {
+            return Ok(());
+        }
+        if takeover {
+            return run.feed(&TAIL).map(|_| ());
+        }
+        match run.feed(&TAIL_AND_END)? {
+            Status::StreamEnd => Ok(()),
+            _ => Err(Disconnect::BAD_DEFLATE),
+        }
+    }
+}
+
+/// An inflater for a peer's window of 2 to the power of `bits`.
+pub(crate) fn inflater(bits: u8) -> Decompress {
+    Decompress::new_with_window_bits(false, bits.clamp(9, 15))
+}
+
+/// Largest compressed message that may inflate to `bytes_max`: incompressible data grows, by up
+/// to an eighth when a fixed code is used.
+pub(crate) fn compressed_bytes_max(bytes_max: usize) -> usize {
+    bytes_max.saturating_add(bytes_max / 8).saturating_add(64)
+}
+
+/// The inflation of one message.
+struct Run<'r> {
+    inflater: &'r mut Decompress,
+    output: &'r mut Vec<u8>,
+    bytes_max: usize,
+}
+
+impl Run<'_> {
+    /// Inflates all of `input`. `StreamEnd` when it ended with the end of a final block.
+    fn feed(&mut self, mut input: &[u8]) -> Result<Status, Disconnect> {
+        loop {
+            self.make_room(input.len());
+            let before = self.inflater.total_in();
+            let status = self
+                .inflater
+                .decompress_vec(input, self.output, FlushDecompress::Sync)
+                .map_err(|_| Disconnect::BAD_DEFLATE)?;
+            input = &input[(self.inflater.total_in() - before) as usize..];
+            if self.output.len() > self.bytes_max {
+                return Err(Disconnect::TOO_BIG);
+            }
+            let full = self.output.len() == self.output.capacity();
+            match status {
+                // A final block ends the window, too, with every compressor that makes them.
+                Status::StreamEnd => {
+                    self.inflater.reset(false);
+                    if input.is_empty() {
+                        return Ok(Status::StreamEnd);
+                    }
+                }
+                _ if full => {}
+                _ if input.is_empty() => return Ok(Status::Ok),
+                // Room and input, but no way on.
+                _ => return Err(Disconnect::BAD_DEFLATE),
+            }
+        }
+    }
+
+    /// Grows the output step by step, so that a bomb is noticed before it has gone off.
+    fn make_room(&mut self, input: usize) {
+        let spare = self.output.capacity() - self.output.len();
+        if spare < 64 {
+            let step = self.output.len().max(2 * input).clamp(1024, 1 << 20);
+            let most = (self.bytes_max - self.output.len()).saturating_add(1);
+            self.output.reserve_exact(step.min(most).max(64));
+        }
+    }
+}
+
+/// Compressors without context takeover, one set per worker thread: at most one for each size of
+/// window, each of up to 320 KiB.
 #[derive(Debug)]
-pub struct Deflaters {}
+pub struct Deflaters {
+    level: Compression,
+    by_bits: [Option<Compress>; 7],
+    output: Vec<u8>,
+}
 
 impl Deflaters {
     /// `level` 1 (fast) to 9.
     #[must_use]
     pub fn new(level: u32) -> Self {
-        let _ = level;
-        Self {}
+        let level = Compression::new(level.clamp(1, 9));
+        Self { level, by_bits: Default::default(), output: Vec::new() }
     }
 
     /// `payload` compressed with an empty window, hence good for every connection that agreed on
-    /// at least `window_bits`; `None` if it did not get smaller.
+    /// at least `window_bits` (9 to 15); `None` if it did not get smaller.
     pub fn compress(&mut self, window_bits: u8, payload: &[u8]) -> Option<&[u8]> {
-        let _ = (window_bits, payload);
-        None
+        let bits = window_bits.clamp(9, 15);
+        let level = self.level;
+        let compressor = self.by_bits[usize::from(bits - 9)]
+            .get_or_insert_with(|| Compress::new_with_window_bits(level, false, bits));
+        compressor.reset();
+        self.output.clear();
+        if self.output.capacity() > RETAINED_BYTES_MAX {
+            self.output = Vec::new();
+        }
+        // What fills this room has not become smaller.
+        let room = payload.len() + TAIL.len();
+        self.output.reserve(room);
+        compressor.compress_vec(payload, &mut self.output, FlushCompress::Sync).ok()?;
+        let whole = compressor.total_in() == payload.len() as u64 && self.output.len() < room;
+        self.output.strip_suffix(&TAIL).filter(|small| whole && small.len() < payload.len())
     }
 }
 
 /// A compressor that belongs to one connection and may keep its window.
 #[derive(Debug)]
-pub struct Deflater {}
+pub struct Deflater {
+    compressor: Compress,
+    takeover: bool,
+    output: Vec<u8>,
+}
 
 impl Deflater {
-    /// `takeover`: whether the window is kept between messages.
+    /// `level` 1 to 9; `window_bits` 9 to 15; `takeover`: whether the window is kept between
+    /// messages.
     #[must_use]
     pub fn new(level: u32, window_bits: u8, takeover: bool) -> Self {
-        let _ = (level, window_bits, takeover);
-        Self {}
+        let level = Compression::new(level.clamp(1, 9));
+        let bits = window_bits.clamp(9, 15);
+        let compressor = Compress::new_with_window_bits(level, false, bits);
+        Self { compressor, takeover, output: Vec::new() }
     }
 
     /// `payload` compressed; must be sent, since the peer's window follows ours.
     pub fn compress(&mut self, payload: &[u8]) -> &[u8] {
-        let _ = payload;
-        &[]
+        if !self.takeover {
+            self.compressor.reset();
+        }
+        self.output.clear();
+        let mut rest = payload;
+        loop {
+            // More than a flush marker, so that none is written twice.
+            self.output.reserve(rest.len() / 2 + 64);
+            let before = self.compressor.total_in();
+            let done = self.compressor.compress_vec(rest, &mut self.output, FlushCompress::Sync);
+            rest = &rest[(self.compressor.total_in() - before) as usize..];
+            let flushed = rest.is_empty() && self.output.len() < self.output.capacity();
+            if flushed || done.is_err() {
+                break;
+            }
+        }
+        self.output.strip_suffix(&TAIL).unwrap_or(&self.output)
     }
 }
