@@ -1,4 +1,9 @@
 //! Validation of JSON (RFC 8259) without building anything; knows no schema.
+//!
+//! What passes here is read alike by every parser a worker may use: escaped surrogates come in
+//! pairs, nesting is bounded, and numbers follow the grammar, whose range it does not limit.
+
+mod strings;
 
 /// What is wrong, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -39,11 +44,288 @@ pub enum JsonErrorKind {
     NotUtf8,
 }
 
-/// Checks that `text` is exactly one JSON value of at most `depth_max` levels.
+/// Most levels that can be asked for: one bit of the stack each.
+pub const DEPTH_MAX: usize = 1024;
+
+/// Checks that `text` is exactly one JSON value of at most `depth_max` levels of arrays and
+/// objects (at most [`DEPTH_MAX`]; a scalar has none).
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn validate(text: &[u8], depth_max: usize) -> Result<(), JsonError> {
-    let _ = (text, depth_max);
-    Ok(())
+    if simdutf8::basic::from_utf8(text).is_err() {
+        let offset = simdutf8::compat::from_utf8(text).map_or_else(|e| e.valid_up_to(), str::len);
+        return Err(JsonError { offset, kind: JsonErrorKind::NotUtf8 });
+    }
+    let mut reader = Reader { text, at: 0 };
+    reader.document(depth_max.min(DEPTH_MAX))
+}
+
+/// A place in the text.
+struct Reader<'t> {
+    text: &'t [u8],
+    at: usize,
+}
+
+/// Which of the open containers are objects: a stack of bits.
+struct Levels {
+    bits: [u64; DEPTH_MAX / 64],
+    depth: usize,
+}
+
+impl Levels {
+    fn push(&mut self, object: bool) {
+        let (word, bit) = (self.depth / 64, self.depth % 64);
+        self.bits[word] = self.bits[word] & !(1 << bit) | u64::from(object) << bit;
+        self.depth += 1;
+    }
+
+    /// Closes the innermost container; whether the one around it is an object, if there is one.
+    fn pop(&mut self) -> Option<bool> {
+        self.depth -= 1;
+        let top = self.depth.checked_sub(1)?;
+        Some(self.bits[top / 64] >> (top % 64) & 1 == 1)
+    }
+}
+
+impl Reader<'_> {
+    fn document(&mut self, depth_max: usize) -> Result<(), JsonError> {
+        let mut levels = Levels { bits: [0; DEPTH_MAX / 64], depth: 0 };
+        // The container that we are in, if any: whether it is an object.
+        let mut inside: Option<bool> = None;
+        loop {
+            // Here a value begins.
+            match self.token()? {
+                b'"' => self.string()?,
+                open @ (b'[' | b'{') => {
+                    if levels.depth == depth_max {
+                        return Err(self.previous(JsonErrorKind::TooDeep));
+                    }
+                    let object = open == b'{';
+                    levels.push(object);
+                    inside = Some(object);
+                    if self.peek_token() == Some(open + 2) {
+                        self.at += 1;
+                        inside = levels.pop();
+                    } else {
+                        if object {
+                            self.key()?;
+                        }
+                        continue;
+                    }
+                }
+                b't' => self.word(b"rue")?,
+                b'f' => self.word(b"alse")?,
+                b'n' => self.word(b"ull")?,
+                first => self.number(first)?,
+            }
+            // Here one has ended.
+            loop {
+                let Some(object) = inside else { return self.end() };
+                match self.token()? {
+                    b',' => {
+                        if object {
+                            self.key()?;
+                        }
+                        break;
+                    }
+                    b'}' if object => inside = levels.pop(),
+                    b']' if !object => inside = levels.pop(),
+                    _ => return Err(self.previous(JsonErrorKind::Unexpected)),
+                }
+            }
+        }
+    }
+
+    /// A key and its colon.
+    fn key(&mut self) -> Result<(), JsonError> {
+        if self.token()? != b'"' {
+            return Err(self.previous(JsonErrorKind::Unexpected));
+        }
+        self.string()?;
+        if self.token()? != b':' {
+            return Err(self.previous(JsonErrorKind::Unexpected));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), JsonError> {
+        match self.peek_token() {
+            Some(_) => Err(self.here(JsonErrorKind::Trailing)),
+            None => Ok(()),
+        }
+    }
+
+    /// The next byte that is no white space.
+    #[inline]
+    fn peek_token(&mut self) -> Option<u8> {
+        while let Some(&byte) = self.text.get(self.at) {
+            if !matches!(byte, b' ' | b'\n' | b'\r' | b'\t') {
+                return Some(byte);
+            }
+            self.at += 1;
+        }
+        None
+    }
+
+    /// Uses up the next byte that is no white space.
+    #[inline]
+    fn token(&mut self) -> Result<u8, JsonError> {
+        let byte = self.peek_token().ok_or_else(|| self.here(JsonErrorKind::End))?;
+        self.at += 1;
+        Ok(byte)
+    }
+
+    fn peek(&self) -> Option<u8> {
+        self.text.get(self.at).copied()
+    }
+
+    fn word(&mut self, rest: &[u8]) -> Result<(), JsonError> {
+        for expected in rest {
+            if self.peek() != Some(*expected) {
+                return Err(self.here_or_end());
+            }
+            self.at += 1;
+        }
+        Ok(())
+    }
+
+    fn number(&mut self, first: u8) -> Result<(), JsonError> {
+        let mut first = first;
+        if first == b'-' {
+            first = self.peek().ok_or_else(|| self.here(JsonErrorKind::End))?;
+            self.at += 1;
+        }
+        match first {
+            b'0' => {}
+            b'1'..=b'9' => self.skip_digits(),
+            _ => return Err(self.previous(JsonErrorKind::Unexpected)),
+        }
+        if self.peek() == Some(b'.') {
+            self.at += 1;
+            self.digits()?;
+        }
+        if matches!(self.peek(), Some(b'e' | b'E')) {
+            self.at += 1;
+            if matches!(self.peek(), Some(b'+' | b'-')) {
+                self.at += 1;
+            }
+            self.digits()?;
+        }
+        Ok(())
+    }
+
+    fn skip_digits(&mut self) {
+        while self.peek().is_some_and(|byte| byte.is_ascii_digit()) {
+            self.at += 1;
+        }
+    }
+
+    /// At least one digit.
+    fn digits(&mut self) -> Result<(), JsonError> {
+        let from = self.at;
+        self.skip_digits();
+        if self.at == from { Err(self.here_or_end()) } else { Ok(()) }
+    }
+
+    /// The byte here is wrong.
+    fn here(&self, kind: JsonErrorKind) -> JsonError {
+        JsonError { offset: self.at, kind }
+    }
+
+    /// The byte used up last is wrong.
+    fn previous(&self, kind: JsonErrorKind) -> JsonError {
+        JsonError { offset: self.at - 1, kind }
+    }
+
+    fn here_or_end(&self) -> JsonError {
+        let end = self.at == self.text.len();
+        self.here(if end { JsonErrorKind::End } else { JsonErrorKind::Unexpected })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn fails(text: &[u8], offset: usize, kind: JsonErrorKind) {
+        assert_eq!(validate(text, 64), Err(JsonError { offset, kind }));
+    }
+
+    #[test]
+    fn every_kind_of_value() {
+        for good in [
+            "0",
+            "-0",
+            "-1.5e+10",
+            "1E400",
+            "10",
+            "true",
+            "false",
+            "null",
+            "\"\"",
+            "[]",
+            "{}",
+            " [ ] ",
+            "\t{ }\r\n",
+            "[1,2,[3,{}],\"a\"]",
+            r#"{"a":{"b":[{}, null]},"a":1}"#,
+            r#""\"\\\/\b\f\n\r\t\u00e4\ud83d\ude00""#,
+            "\"ä\u{10ffff}\u{7f}\"",
+        ] {
+            assert_eq!(validate(good.as_bytes(), 64), Ok(()), "{good}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_and_where() {
+        use JsonErrorKind::*;
+        fails(b"", 0, End);
+        fails(b"  ", 2, End);
+        fails(b"[", 1, End);
+        fails(b"{\"a\"", 4, End);
+        fails(b"{\"a\":", 5, End);
+        fails(b"tru", 3, End);
+        fails(b"trux", 3, Unexpected);
+        fails(b"-", 1, End);
+        fails(b"-x", 1, Unexpected);
+        fails(b"01", 1, Trailing);
+        fails(b"1.", 2, End);
+        fails(b"1.e5", 2, Unexpected);
+        fails(b"1e", 2, End);
+        fails(b".5", 0, Unexpected);
+        fails(b"+1", 0, Unexpected);
+        fails(b"NaN", 0, Unexpected);
+        fails(b"[1,]", 3, Unexpected);
+        fails(b"[,1]", 1, Unexpected);
+        fails(b"[1 2]", 3, Unexpected);
+        fails(b"[1}", 2, Unexpected);
+        fails(b"{1:2}", 1, Unexpected);
+        fails(b"{\"a\" 1}", 5, Unexpected);
+        fails(b"{\"a\":1,}", 7, Unexpected);
+        fails(b"{\"a\":1]", 6, Unexpected);
+        fails(b"1 1", 2, Trailing);
+        fails(b"{}}", 2, Trailing);
+        fails(b"\xef\xbb\xbf1", 0, Unexpected);
+        fails(b"\"\xff\"", 1, NotUtf8);
+        fails(b"[1]\x00", 3, Trailing);
+        fails(b"[1,\x0c1]", 3, Unexpected);
+    }
+
+    #[test]
+    fn depth_is_bounded_and_costs_no_stack() {
+        let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        assert_eq!(validate(nested(3).as_bytes(), 3), Ok(()));
+        let too_deep = JsonError { offset: 3, kind: JsonErrorKind::TooDeep };
+        assert_eq!(validate(nested(4).as_bytes(), 3), Err(too_deep));
+        assert_eq!(validate(b"1", 0), Ok(()));
+        assert!(validate(b"[]", 0).is_err());
+        assert_eq!(validate(nested(DEPTH_MAX).as_bytes(), usize::MAX), Ok(()));
+        assert!(validate(nested(1_000_000).as_bytes(), usize::MAX).is_err());
+        let mixed = "[{\"a\":".repeat(100) + "1" + &"}]".repeat(100);
+        assert_eq!(validate(mixed.as_bytes(), 200), Ok(()));
+        let crossed = "[{\"a\":".repeat(100) + "1" + &"]}".repeat(100);
+        assert!(validate(crossed.as_bytes(), 200).is_err());
+    }
 }

@@ -134,6 +134,54 @@ fn accept(asked: &Asked, policy: &Policy) -> Option<(Params, String)> {
     Some((params, answer))
 }
 
+/// The offer of a client: windows of 15 bits are no demand, and that we understand
+/// `client_max_window_bits` is always said.
+pub(crate) fn offer(params: &Params) -> String {
+    let mut offer = String::from(NAME);
+    if params.server_no_context_takeover {
+        offer.push_str("; server_no_context_takeover");
+    }
+    if params.client_no_context_takeover {
+        offer.push_str("; client_no_context_takeover");
+    }
+    if params.server_max_window_bits < 15 {
+        let _ = write!(offer, "; server_max_window_bits={}", params.server_max_window_bits);
+    }
+    offer.push_str("; client_max_window_bits");
+    if params.client_max_window_bits < 15 {
+        let _ = write!(offer, "={}", params.client_max_window_bits);
+    }
+    offer
+}
+
+/// What a client has agreed on with the server's `answer` to its offer; `None` where the answer
+/// does not fit the offer.
+pub(crate) fn confirm(answer: &Extension<'_>, offer: &Params) -> Option<Params> {
+    let answer = Asked::read(answer)?;
+    let server_bits = match answer.server_max_window_bits {
+        Some(bits) => bits,
+        None if offer.server_max_window_bits < 15 => return None,
+        None => 15,
+    };
+    // In an answer the value is required; and zlib has no compressor for windows of 256 bytes.
+    let client_bits = match answer.client_max_window_bits {
+        Some(bits) => bits.filter(|bits| *bits > 8)?,
+        None => offer.client_max_window_bits,
+    };
+    let too_large =
+        server_bits > offer.server_max_window_bits || client_bits > offer.client_max_window_bits;
+    if too_large || offer.server_no_context_takeover && !answer.server_no_context_takeover {
+        return None;
+    }
+    Some(Params {
+        server_no_context_takeover: answer.server_no_context_takeover,
+        client_no_context_takeover: answer.client_no_context_takeover
+            || offer.client_no_context_takeover,
+        server_max_window_bits: server_bits,
+        client_max_window_bits: client_bits,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
