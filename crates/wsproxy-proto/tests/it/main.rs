@@ -1,0 +1,9 @@
+//! The WebSocket core and the JSON validator from outside: rule by rule, at any split of the
+//! input, and against other implementations.
+
+mod deflate;
+// mod json;
+// mod oracle;
+mod rules;
+mod splits;
+mod support;
