@@ -2,8 +2,8 @@
 //! input, and against other implementations.
 
 mod deflate;
-// mod json;
-// mod oracle;
+mod json;
+mod oracle;
 mod rules;
 mod splits;
 mod support;
