@@ -83,8 +83,8 @@ fn special_bytes(word: u64) -> u64 {
     const LOW: u64 = u64::MAX / 255;
     const HIGH: u64 = LOW << 7;
     let below_space = word.wrapping_sub(LOW * 0x20);
-    let quote = (word ^ LOW * b'"' as u64).wrapping_sub(LOW);
-    let backslash = (word ^ LOW * b'\\' as u64).wrapping_sub(LOW);
+    let quote = (word ^ (LOW * b'"' as u64)).wrapping_sub(LOW);
+    let backslash = (word ^ (LOW * b'\\' as u64)).wrapping_sub(LOW);
     (below_space | quote | backslash) & !word & HIGH
 }
 
