@@ -13,4 +13,5 @@ mod mask;
 mod negotiation;
 mod partial;
 pub mod receiver;
+mod scratch;
 mod utf8;

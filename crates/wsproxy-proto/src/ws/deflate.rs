@@ -7,6 +7,7 @@
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
 pub use super::negotiation::{Params, Policy, negotiate};
+use super::scratch::Scratch;
 use crate::disconnect::Disconnect;
 
 /// The end of a sync flush, which senders leave out (RFC 7692 section 7.2.1).
@@ -15,8 +16,9 @@ const TAIL: [u8; 4] = [0, 0, 0xff, 0xff];
 /// [`TAIL`], and an empty final block: a message that does not end with it was cut off.
 const TAIL_AND_END: [u8; 6] = [0, 0, 0xff, 0xff, 3, 0];
 
-/// Most room for output that is kept between messages.
-const RETAINED_BYTES_MAX: usize = 64 << 10;
+/// Most final blocks in one message. One is what a sender may need; each makes us start the
+/// inflater anew, for as little as two bytes on the wire.
+const FINAL_BLOCKS_MAX: u32 = 64;
 
 /// About what an inflater with a full window occupies.
 pub(crate) const INFLATER_BYTES: usize = 48 << 10;
@@ -26,26 +28,24 @@ pub(crate) const INFLATER_BYTES: usize = 48 << 10;
 pub struct Inflaters {
     /// For peers without context takeover; made when first needed.
     shared: Option<Decompress>,
-    output: Vec<u8>,
+    output: Scratch,
 }
 
 impl Inflaters {
     /// What was inflated or taken over last.
     pub(crate) fn output(&self) -> &[u8] {
-        &self.output
+        self.output.filled()
     }
 
     /// Holds `payload` until the next call, in place of the connection.
     pub(crate) fn take_over(&mut self, payload: Vec<u8>) {
-        self.output = payload;
+        self.output.replace(payload);
     }
 
     /// Gives back the room that a big message needed.
     #[inline]
     pub(crate) fn trim(&mut self) {
-        if self.output.capacity() > RETAINED_BYTES_MAX {
-            self.output = Vec::new();
-        }
+        self.output.trim();
     }
 
     /// Inflates one whole message into the output; `own` is the connection's inflater where its
@@ -70,7 +70,7 @@ impl Inflaters {
                 inflater
             }
         };
-        let mut run = Run { inflater, output: &mut self.output, bytes_max };
+        let mut run = Run { inflater, output: &mut self.output, bytes_max, final_blocks: 0 };
         if run.feed(payload)? == Status::StreamEnd {
             return Ok(());
         }
@@ -98,8 +98,10 @@ pub(crate) fn compressed_bytes_max(bytes_max: usize) -> usize {
 /// The inflation of one message.
 struct Run<'r> {
     inflater: &'r mut Decompress,
-    output: &'r mut Vec<u8>,
+    output: &'r mut Scratch,
     bytes_max: usize,
+    /// Final blocks so far.
+    final_blocks: u32,
 }
 
 impl Run<'_> {
@@ -107,25 +109,32 @@ impl Run<'_> {
     fn feed(&mut self, mut input: &[u8]) -> Result<Status, Disconnect> {
         loop {
             self.make_room(input.len());
-            let before = self.inflater.total_in();
+            let (before_in, before_out) = (self.inflater.total_in(), self.inflater.total_out());
+            let spare = self.output.spare();
+            let room = spare.len();
             let status = self
                 .inflater
-                .decompress_vec(input, self.output, FlushDecompress::Sync)
+                .decompress(input, spare, FlushDecompress::Sync)
                 .map_err(|_| Disconnect::BAD_DEFLATE)?;
-            input = &input[(self.inflater.total_in() - before) as usize..];
-            if self.output.len() > self.bytes_max {
+            let produced = (self.inflater.total_out() - before_out) as usize;
+            input = &input[(self.inflater.total_in() - before_in) as usize..];
+            self.output.fill(produced);
+            if self.output.filled().len() > self.bytes_max {
                 return Err(Disconnect::TOO_BIG);
             }
-            let full = self.output.len() == self.output.capacity();
             match status {
                 // A final block ends the window, too, with every compressor that makes them.
                 Status::StreamEnd => {
+                    self.final_blocks += 1;
+                    if self.final_blocks > FINAL_BLOCKS_MAX {
+                        return Err(Disconnect::BAD_DEFLATE);
+                    }
                     self.inflater.reset(false);
                     if input.is_empty() {
                         return Ok(Status::StreamEnd);
                     }
                 }
-                _ if full => {}
+                _ if produced == room => {}
                 _ if input.is_empty() => return Ok(Status::Ok),
                 // Room and input, but no way on.
                 _ => return Err(Disconnect::BAD_DEFLATE),
@@ -135,11 +144,11 @@ impl Run<'_> {
 
     /// Grows the output step by step, so that a bomb is noticed before it has gone off.
     fn make_room(&mut self, input: usize) {
-        let spare = self.output.capacity() - self.output.len();
-        if spare < 64 {
-            let step = self.output.len().max(2 * input).clamp(1024, 1 << 20);
-            let most = (self.bytes_max - self.output.len()).saturating_add(1);
-            self.output.reserve_exact(step.min(most).max(64));
+        if self.output.spare().len() < 64 {
+            let filled = self.output.filled().len();
+            let step = filled.max(2 * input).clamp(1024, 1 << 20);
+            let most = (self.bytes_max - filled).saturating_add(1);
+            self.output.make_room(step.min(most).max(64));
         }
     }
 }
@@ -150,7 +159,7 @@ impl Run<'_> {
 pub struct Deflaters {
     level: Compression,
     by_bits: [Option<Compress>; 7],
-    output: Vec<u8>,
+    output: Scratch,
 }
 
 impl Deflaters {
@@ -158,7 +167,7 @@ impl Deflaters {
     #[must_use]
     pub fn new(level: u32) -> Self {
         let level = Compression::new(level.clamp(1, 9));
-        Self { level, by_bits: Default::default(), output: Vec::new() }
+        Self { level, by_bits: Default::default(), output: Scratch::default() }
     }
 
     /// `payload` compressed with an empty window, hence good for every connection that agreed on
@@ -169,16 +178,17 @@ impl Deflaters {
         let compressor = self.by_bits[usize::from(bits - 9)]
             .get_or_insert_with(|| Compress::new_with_window_bits(level, false, bits));
         compressor.reset();
-        self.output.clear();
-        if self.output.capacity() > RETAINED_BYTES_MAX {
-            self.output = Vec::new();
-        }
+        self.output.trim();
         // What fills this room has not become smaller.
         let room = payload.len() + TAIL.len();
-        self.output.reserve(room);
-        compressor.compress_vec(payload, &mut self.output, FlushCompress::Sync).ok()?;
-        let whole = compressor.total_in() == payload.len() as u64 && self.output.len() < room;
-        self.output.strip_suffix(&TAIL).filter(|small| whole && small.len() < payload.len())
+        self.output.make_room(room);
+        let spare = &mut self.output.spare()[..room];
+        compressor.compress(payload, spare, FlushCompress::Sync).ok()?;
+        let whole = compressor.total_in() == payload.len() as u64;
+        let length = compressor.total_out() as usize;
+        self.output.fill(length);
+        let small = self.output.filled().strip_suffix(&TAIL)?;
+        Some(small).filter(|small| whole && length < room && small.len() < payload.len())
     }
 }
 
@@ -187,7 +197,7 @@ impl Deflaters {
 pub struct Deflater {
     compressor: Compress,
     takeover: bool,
-    output: Vec<u8>,
+    output: Scratch,
 }
 
 impl Deflater {
@@ -198,7 +208,7 @@ impl Deflater {
         let level = Compression::new(level.clamp(1, 9));
         let bits = window_bits.clamp(9, 15);
         let compressor = Compress::new_with_window_bits(level, false, bits);
-        Self { compressor, takeover, output: Vec::new() }
+        Self { compressor, takeover, output: Scratch::default() }
     }
 
     /// `payload` compressed; must be sent, since the peer's window follows ours.
@@ -206,19 +216,23 @@ impl Deflater {
         if !self.takeover {
             self.compressor.reset();
         }
-        self.output.clear();
+        self.output.trim();
         let mut rest = payload;
         loop {
             // More than a flush marker, so that none is written twice.
-            self.output.reserve(rest.len() / 2 + 64);
-            let before = self.compressor.total_in();
-            let done = self.compressor.compress_vec(rest, &mut self.output, FlushCompress::Sync);
-            rest = &rest[(self.compressor.total_in() - before) as usize..];
-            let flushed = rest.is_empty() && self.output.len() < self.output.capacity();
-            if flushed || done.is_err() {
+            self.output.make_room(rest.len() / 2 + 64);
+            let (before_in, before_out) = (self.compressor.total_in(), self.compressor.total_out());
+            let spare = self.output.spare();
+            let room = spare.len();
+            let done = self.compressor.compress(rest, spare, FlushCompress::Sync);
+            let produced = (self.compressor.total_out() - before_out) as usize;
+            rest = &rest[(self.compressor.total_in() - before_in) as usize..];
+            self.output.fill(produced);
+            if done.is_err() || rest.is_empty() && produced < room {
                 break;
             }
         }
-        self.output.strip_suffix(&TAIL).unwrap_or(&self.output)
+        let output = self.output.filled();
+        output.strip_suffix(&TAIL).unwrap_or(output)
     }
 }

@@ -62,6 +62,17 @@ fn damage_is_told_from_data() {
 }
 
 #[test]
+fn final_blocks_are_bounded() {
+    for params in [NO_TAKEOVER, TAKEOVER] {
+        for end in [&b"\x03\x00"[..], b"\x01\x00\x00\xff\xff"] {
+            let some = [&end.repeat(7)[..], b"\x00"].concat();
+            assert_eq!(hear(params, &[&some, &some]).1, None);
+            assert_eq!(hear(params, &[&end.repeat(100_000)]).1, Some(Disconnect::BAD_DEFLATE));
+        }
+    }
+}
+
+#[test]
 fn inflated_text_must_be_utf8() {
     let mut deflater = Deflater::new(1, 15, false);
     let payload = deflater.compress(b"a\xe2\x82").to_vec();
