@@ -138,6 +138,7 @@ impl Reader<'_> {
     }
 
     /// A key and its colon.
+    #[inline]
     fn key(&mut self) -> Result<(), JsonError> {
         if self.token()? != b'"' {
             return Err(self.previous(JsonErrorKind::Unexpected));
@@ -176,6 +177,7 @@ impl Reader<'_> {
         Ok(byte)
     }
 
+    #[inline]
     fn peek(&self) -> Option<u8> {
         self.text.get(self.at).copied()
     }
@@ -190,6 +192,7 @@ impl Reader<'_> {
         Ok(())
     }
 
+    #[inline]
     fn number(&mut self, first: u8) -> Result<(), JsonError> {
         let mut first = first;
         if first == b'-' {
@@ -215,6 +218,7 @@ impl Reader<'_> {
         Ok(())
     }
 
+    #[inline]
     fn skip_digits(&mut self) {
         while self.peek().is_some_and(|byte| byte.is_ascii_digit()) {
             self.at += 1;

@@ -4,6 +4,7 @@ use super::{JsonError, JsonErrorKind, Reader};
 
 impl Reader<'_> {
     /// What follows an opening quote, up to and with the closing one.
+    #[inline]
     pub(super) fn string(&mut self) -> Result<(), JsonError> {
         loop {
             self.skip_plain();
@@ -36,6 +37,7 @@ impl Reader<'_> {
         }
     }
 
+    #[cold]
     fn escape(&mut self) -> Result<(), JsonError> {
         let from = self.at;
         self.at += 1;
