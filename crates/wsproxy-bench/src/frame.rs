@@ -1,6 +1,9 @@
 //! The client's side of WebSocket framing, reduced to what a load generator needs: it reads stamps and skips payloads.
 
-use wsproxy_proto::ws::frame::{CONTROL_BYTES_MAX, HEADER_BYTES_MAX, Header, Opcode, apply_mask};
+use wsproxy_proto::ws::{
+    frame::{CONTROL_BYTES_MAX, HEADER_BYTES_MAX, Header, Opcode, decode_header, encode_header},
+    mask,
+};
 
 use crate::stamp::{STAMP_BYTES, Stamp};
 
@@ -150,9 +153,9 @@ impl FrameReader {
 
     fn begin(&mut self, header: &Header, start: &[u8]) -> Result<Step, FrameError> {
         match (header.opcode, &mut self.message) {
-            (Opcode::Continuation, Some(message)) => message.bytes += header.length,
+            (Opcode::Continuation, Some(message)) => message.bytes += header.payload_len,
             (Opcode::Text | Opcode::Binary, message @ None) => {
-                *message = Some(Partial { stamp: Stamp::read(start), bytes: header.length });
+                *message = Some(Partial { stamp: Stamp::read(start), bytes: header.payload_len });
             }
             (Opcode::Continuation | Opcode::Text | Opcode::Binary, _) => {
                 return Err(FrameError::Order);
@@ -165,7 +168,7 @@ impl FrameReader {
             }
         }
         self.fin = header.fin;
-        self.skip = header.length - start.len() as u64;
+        self.skip = header.payload_len - start.len() as u64;
         if self.skip > 0 {
             return Ok(Step::More);
         }
@@ -190,11 +193,11 @@ enum Step {
 /// How much of the payload must lie together before the frame is looked at.
 fn wanted(header: &Header) -> usize {
     let wanted = if header.opcode.is_control() { CONTROL_BYTES_MAX } else { STAMP_BYTES };
-    wanted.min(usize::try_from(header.length).unwrap_or(usize::MAX))
+    wanted.min(usize::try_from(header.payload_len).unwrap_or(usize::MAX))
 }
 
 fn header(input: &[u8]) -> Result<Option<(Header, usize)>, FrameError> {
-    let Some((header, at)) = Header::decode(input).map_err(|_| FrameError::Malformed)? else {
+    let Some((header, at)) = decode_header(input).map_err(|_| FrameError::Malformed)? else {
         return Ok(None);
     };
     match header {
@@ -209,7 +212,7 @@ pub fn push_client_frame(opcode: Opcode, payload: &[u8], output: &mut Vec<u8>) {
     push_header(opcode, Some(MASK), payload, output);
     let start = output.len();
     output.extend_from_slice(payload);
-    apply_mask(&mut output[start..], MASK, 0);
+    mask::apply(&mut output[start..], MASK, 0);
 }
 
 /// Appends an unmasked frame, as servers send them.
@@ -219,8 +222,9 @@ pub fn push_server_frame(opcode: Opcode, payload: &[u8], output: &mut Vec<u8>) {
 }
 
 fn push_header(opcode: Opcode, mask: Option<[u8; 4]>, payload: &[u8], output: &mut Vec<u8>) {
-    let length = payload.len() as u64;
-    Header { fin: true, compressed: false, opcode, mask, length }.encode(output);
+    let payload_len = payload.len() as u64;
+    let header = Header { fin: true, compressed: false, opcode, mask, payload_len };
+    output.extend_from_slice(encode_header(&header).as_ref());
 }
 
 const HELD_BYTES_MAX: usize = HEADER_BYTES_MAX + CONTROL_BYTES_MAX;

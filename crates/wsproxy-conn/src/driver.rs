@@ -182,7 +182,7 @@ impl<H: Handler> Driver<H> {
                         self.deaf = true;
                     }
                     Err(violation) => {
-                        self.link.disconnect(violation, now);
+                        self.link.disconnect(violation.entry(), now);
                         self.deaf = true;
                     }
                 }

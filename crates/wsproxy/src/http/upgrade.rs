@@ -16,9 +16,8 @@ use wsproxy_proto::{
     disconnect::Disconnect,
     names::Id,
     ws::{
-        deflate::Params,
+        deflate::{self, Params},
         handshake::{self, Upgrade},
-        negotiation,
     },
 };
 
@@ -127,10 +126,12 @@ fn begin(
     let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
     let compression = &gateway.config.compression;
-    let policy =
-        negotiation::Policy { client_context_takeover: compression.client_context_takeover };
+    let policy = deflate::Policy {
+        client_context_takeover: compression.client_context_takeover,
+        ..deflate::Policy::default()
+    };
     let deflate =
-        compression.enabled.then(|| negotiation::negotiate(request.headers(), policy)).flatten();
+        compression.enabled.then(|| deflate::negotiate(request.headers(), &policy)).flatten();
     let window_bits = deflate.as_ref().map(|(params, _)| params.server_max_window_bits);
     let (profile, runtime) = (Arc::clone(profile), Arc::clone(&gateway.runtime));
     Ok(Handshake {
