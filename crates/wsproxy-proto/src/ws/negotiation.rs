@@ -268,4 +268,58 @@ mod tests {
         assert_eq!((params.server_max_window_bits, params.client_max_window_bits), (11, 10));
         assert!(answer.ends_with("; server_max_window_bits=11; client_max_window_bits=10"));
     }
+
+    fn confirmed(offer: &Params, answer: &str) -> Option<Params> {
+        confirm(&extension::parse(answer).next()?.ok()?, offer)
+    }
+
+    #[test]
+    fn an_answer_stays_within_the_offer() {
+        let any = Params {
+            server_no_context_takeover: false,
+            client_no_context_takeover: false,
+            server_max_window_bits: 15,
+            client_max_window_bits: 15,
+        };
+        let small = Params { server_max_window_bits: 11, client_max_window_bits: 10, ..any };
+        let none = Params { server_no_context_takeover: true, ..any };
+        assert_eq!(confirmed(&any, NAME), Some(any));
+        assert_eq!(confirmed(&none, NAME), None);
+        assert_eq!(confirmed(&small, NAME), None);
+        for (server, client) in [(11, 10), (9, 9), (8, 9)] {
+            let answer =
+                format!("{NAME}; server_max_window_bits={server}; client_max_window_bits={client}");
+            let params = confirmed(&small, &answer).unwrap();
+            assert_eq!(
+                (params.server_max_window_bits, params.client_max_window_bits),
+                (server, client)
+            );
+        }
+        for (server, client) in [(12, 10), (11, 11), (11, 8)] {
+            let answer =
+                format!("{NAME}; server_max_window_bits={server}; client_max_window_bits={client}");
+            assert_eq!(confirmed(&small, &answer), None, "{answer}");
+        }
+        let answer = format!("{NAME}; server_max_window_bits=11");
+        assert_eq!(
+            confirmed(&small, &answer).map(|params| params.client_max_window_bits),
+            Some(10)
+        );
+    }
+
+    #[test]
+    fn our_own_offers_and_answers_fit_together() {
+        for bits in 9..=15 {
+            for flags in 0..4 {
+                let wanted = Params {
+                    server_no_context_takeover: flags & 1 == 1,
+                    client_no_context_takeover: flags & 2 == 2,
+                    server_max_window_bits: bits,
+                    client_max_window_bits: 24 - bits,
+                };
+                let (params, answer) = negotiated(&Policy::default(), &[&offer(&wanted)]).unwrap();
+                assert_eq!(confirmed(&wanted, &answer), Some(params));
+            }
+        }
+    }
 }

@@ -55,3 +55,26 @@ impl Scratch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_room_is_kept_and_large_room_is_given_back() {
+        let mut scratch = Scratch::default();
+        scratch.make_room(RETAINED_BYTES_MAX);
+        scratch.fill(10);
+        scratch.make_room(100);
+        assert_eq!((scratch.filled().len(), scratch.spare().len()), (10, RETAINED_BYTES_MAX - 10));
+        scratch.trim();
+        assert_eq!((scratch.filled().len(), scratch.bytes.capacity()), (0, RETAINED_BYTES_MAX));
+        scratch.make_room(RETAINED_BYTES_MAX + 1);
+        scratch.trim();
+        assert_eq!(scratch.bytes.capacity(), 0);
+        scratch.replace(vec![1, 2, 3]);
+        scratch.make_room(2);
+        assert_eq!(scratch.spare().len(), 2);
+        assert_eq!(scratch.filled(), [1, 2, 3]);
+    }
+}

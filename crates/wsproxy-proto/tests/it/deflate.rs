@@ -54,7 +54,10 @@ fn empty_messages_and_final_blocks_without_the_extra_byte() {
 
 #[test]
 fn damage_is_told_from_data() {
-    for damaged in [&b"\xff\xff"[..], b"\x07", &HELLO[..4], &STORED[..7], b"\xf2\x48\xcd"] {
+    let short_block = b"\x00\x20\x00\xdf\xffabc";
+    for damaged in
+        [&b"\xff\xff"[..], b"\x07", &HELLO[..4], &STORED[..7], b"\xf2\x48\xcd", short_block]
+    {
         let (said, error) = hear(NO_TAKEOVER, &[damaged]);
         assert_eq!((said, error), (vec![], Some(Disconnect::BAD_DEFLATE)), "{damaged:x?}");
     }
