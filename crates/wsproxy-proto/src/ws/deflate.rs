@@ -179,17 +179,27 @@ impl Deflaters {
             .get_or_insert_with(|| Compress::new_with_window_bits(level, false, bits));
         compressor.reset();
         self.output.trim();
-        // What fills this room has not become smaller.
-        let room = payload.len() + TAIL.len();
-        self.output.make_room(room);
-        let spare = &mut self.output.spare()[..room];
-        compressor.compress(payload, spare, FlushCompress::Sync).ok()?;
-        let whole = compressor.total_in() == payload.len() as u64;
+        self.output.make_room(compressed_room(payload.len()));
+        let done = compressor.compress(payload, self.output.spare(), FlushCompress::Sync);
+        let whole = done.is_ok() && compressor.total_in() == payload.len() as u64;
         let length = compressor.total_out() as usize;
+        if !whole || length == self.output.spare().len() {
+            // A compressor that was stopped in the middle of a message is not used again.
+            self.by_bits[usize::from(bits - 9)] = None;
+            return None;
+        }
         self.output.fill(length);
-        let small = self.output.filled().strip_suffix(&TAIL)?;
-        Some(small).filter(|_| whole && length < room)
+        self.output.filled().strip_suffix(&TAIL).filter(|small| small.len() < payload.len())
     }
+}
+
+/// Room in which any message of `length` bytes can be compressed at once, whatever it holds: at
+/// level 1 a byte costs up to 9 bits.
+///
+/// zlib-rs 0.6.8 panics at that level ("must fit in remaining") some messages after a call that
+/// ran out of room and was followed by a reset or a further call, so no call may run out of room.
+const fn compressed_room(length: usize) -> usize {
+    length + length / 8 + 256
 }
 
 /// A compressor that belongs to one connection and may keep its window.
@@ -218,9 +228,9 @@ impl Deflater {
         }
         self.output.trim();
         let mut rest = payload;
+        // One turn, but for a compressor that wants several.
         loop {
-            // More than a flush marker, so that none is written twice.
-            self.output.make_room(rest.len() / 2 + 64);
+            self.output.make_room(compressed_room(rest.len()));
             let (before_in, before_out) = (self.compressor.total_in(), self.compressor.total_out());
             let spare = self.output.spare();
             let room = spare.len();

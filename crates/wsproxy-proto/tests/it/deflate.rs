@@ -142,6 +142,23 @@ fn what_does_not_get_smaller_is_not_compressed() {
     assert_eq!(deflaters.compress(15, &[b'a'; 1000]).unwrap().len(), small);
 }
 
+#[test]
+fn a_pool_survives_messages_whose_compressed_form_is_longer() {
+    let mut state = 1_u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    };
+    let (mut pool, mut own) = (Deflaters::new(1), Deflater::new(1, 15, true));
+    for length in [1024, 1024, 4096, 1500, 16_384, 100].repeat(100) {
+        // Bytes that cost 8 bits each, now and then 9: the output ends near the input's length.
+        let noise: Vec<u8> = (0..length).map(|_| random() % 146).collect();
+        assert_eq!(pool.compress(15, &noise), None);
+        own.compress(&noise);
+        assert!(pool.compress(15, &vec![7; length]).is_some());
+    }
+}
+
 fn params() -> impl Strategy<Value = Params> {
     (any::<bool>(), any::<bool>(), 9..=15_u8, 9..=15_u8).prop_map(|(server, client, s, c)| Params {
         server_no_context_takeover: server,
