@@ -232,10 +232,10 @@ fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
 /// The raw socket under hyper, and what hyper has read beyond the request head.
 fn socket_of(upgraded: hyper::upgrade::Upgraded) -> Option<(Socket, Bytes)> {
     match upgraded.downcast::<TokioIo<TcpStream>>() {
-        Ok(parts) => Some((Socket::Tcp(parts.io.into_inner()), parts.read_buf)),
+        Ok(parts) => Some((parts.io.into_inner().into(), parts.read_buf)),
         Err(upgraded) => {
             let parts = upgraded.downcast::<TokioIo<UnixStream>>().ok()?;
-            Some((Socket::Unix(parts.io.into_inner()), parts.read_buf))
+            Some((parts.io.into_inner().into(), parts.read_buf))
         }
     }
 }
