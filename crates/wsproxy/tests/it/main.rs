@@ -5,5 +5,7 @@
 mod bus;
 mod bus_cost;
 mod bus_faults;
+mod sessions;
 mod store;
 mod support;
+mod tokens;
