@@ -5,7 +5,12 @@
 mod bus;
 mod bus_cost;
 mod bus_faults;
+mod frames;
+mod handshake;
+mod heartbeat;
+mod limits;
 mod sessions;
+mod slow;
 mod store;
 mod support;
 mod tokens;
