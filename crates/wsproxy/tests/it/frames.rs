@@ -29,25 +29,25 @@ async fn frames_that_the_protocol_forbids_close_with_1002() {
     let mut other = instance.echo().await;
     let text = frame(0x81, b"x");
     let bad: Vec<Vec<u8>> = vec![
-        vec![0x81, 1, b'x'],                              // not masked
-        frame(0xc1, b"x"),                                // RSV1 without compression
-        frame(0xa1, b"x"),                                // RSV2
-        frame(0x91, b"x"),                                // RSV3
-        frame(0x83, b""),                                 // reserved data opcode
+        vec![0x81, 1, b'x'], // not masked
+        frame(0xc1, b"x"),   // RSV1 without compression
+        frame(0xa1, b"x"),   // RSV2
+        frame(0x91, b"x"),   // RSV3
+        frame(0x83, b""),    // reserved data opcode
         frame(0x87, b""),
-        frame(0x8b, b""),                                 // reserved control opcode
+        frame(0x8b, b""), // reserved control opcode
         frame(0x8f, b""),
-        frame(0x89, &[0; 126]),                           // control frame too long
+        frame(0x89, &[0; 126]), // control frame too long
         frame(0x88, &[3; 126]),
-        frame(0x09, b""),                                 // control frame in fragments
-        frame(0x80, b"x"),                                // continuation of nothing
+        frame(0x09, b""),  // control frame in fragments
+        frame(0x80, b"x"), // continuation of nothing
         frame(0x00, b"x"),
-        [frame(0x01, b"x"), text.clone()].concat(),       // a message inside another
-        vec![0x82, 0xfe, 0, 1, 0, 0, 0, 0, b'x'],         // length longer than needed
+        [frame(0x01, b"x"), text.clone()].concat(), // a message inside another
+        vec![0x82, 0xfe, 0, 1, 0, 0, 0, 0, b'x'],   // length longer than needed
         vec![0x82, 0xff, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, b'x'],
         vec![0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, b'x'],
-        frame(0x88, b"x"),                                // half a close code
-        frame(0x88, &1005_u16.to_be_bytes()),             // codes that are never sent
+        frame(0x88, b"x"),                    // half a close code
+        frame(0x88, &1005_u16.to_be_bytes()), // codes that are never sent
         frame(0x88, &999_u16.to_be_bytes()),
         frame(0x88, &5000_u16.to_be_bytes()),
     ];

@@ -43,7 +43,10 @@ async fn a_client_that_stops_reading_is_closed_and_others_are_not_disturbed() {
     let (code, reason) = loop {
         let frame = slow.next_frame().await.expect("a close frame");
         if frame.first == 0x88 {
-            break (u16::from_be_bytes([frame.payload[0], frame.payload[1]]), frame.payload[2..].to_vec());
+            break (
+                u16::from_be_bytes([frame.payload[0], frame.payload[1]]),
+                frame.payload[2..].to_vec(),
+            );
         }
         assert_eq!(frame.payload, payload.as_bytes());
         received += 1.0;
