@@ -478,14 +478,13 @@ impl Link {
     /// which alone can wait for a socket.
     fn write(&self, state: &mut State, now: Micros) {
         let Some(socket) = self.socket.get() else { return };
-        let mut sent_any = false;
+        let mut sent_messages = false;
         while !state.outbox.is_empty() && state.phase != Phase::Dead {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
             let filled = state.outbox.fill(&mut slices);
             match socket.try_write_vectored(&slices[..filled]) {
                 Ok(count) => {
-                    sent_any = true;
-                    self.wrote(state, count);
+                    sent_messages |= self.wrote(state, count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if !state.blocked {
@@ -502,7 +501,7 @@ impl Link {
         if state.outbox.is_empty() {
             state.blocked = false;
         }
-        if sent_any && self.profile.idle_timeout != Micros::NEVER {
+        if sent_messages && self.profile.idle_timeout != Micros::NEVER {
             self.active_at(now);
         }
         if state.blocked || state.accounted > 0 {
@@ -510,7 +509,8 @@ impl Link {
         }
     }
 
-    fn wrote(&self, state: &mut State, count: usize) {
+    /// Whether the last byte of a data message was among what was written.
+    fn wrote(&self, state: &mut State, count: usize) -> bool {
         let written = state.outbox.advance(count);
         let stats = &self.profile.stats;
         stats.bytes_sent.fetch_add(written.bytes as u64, Relaxed);
@@ -520,6 +520,7 @@ impl Link {
             state.messages_sent += u64::from(written.messages);
             stats.latency.record(clock::now().since(written.oldest), written.messages);
         }
+        written.messages > 0
     }
 
     fn account(&self, state: &mut State) {

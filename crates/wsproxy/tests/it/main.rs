@@ -5,6 +5,7 @@
 mod bus;
 mod bus_cost;
 mod bus_faults;
+mod bus_loss;
 mod frames;
 mod handshake;
 mod heartbeat;
@@ -14,3 +15,4 @@ mod slow;
 mod store;
 mod support;
 mod tokens;
+mod two_instances;

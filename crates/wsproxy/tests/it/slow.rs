@@ -87,7 +87,7 @@ async fn a_slow_client_that_never_comes_back_is_dropped_after_the_close_timeout(
 }
 
 /// Fills what the kernel holds between the two ends, then a lot more: nothing of it may pile up.
-async fn flood(instance: &TestInstance, mut raw: Raw, bytes: &[u8]) {
+async fn flood(instance: &TestInstance, raw: Raw, bytes: &[u8]) {
     let mut written = 0;
     let mut stuck = 0;
     while stuck < 50 {

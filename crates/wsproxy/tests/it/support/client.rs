@@ -82,6 +82,10 @@ impl Client {
 
     /// Reads up to the close frame: its code and reason. Data before it is an error.
     pub async fn closed(&mut self) -> (u16, String) {
+        soon("a close frame", self.read_closed()).await
+    }
+
+    async fn read_closed(&mut self) -> (u16, String) {
         loop {
             match self.next().await {
                 Message::Close(Some(CloseFrame { code, reason })) => {
