@@ -44,6 +44,8 @@ struct Handshake {
     selects_protocol: bool,
     on_upgrade: OnUpgrade,
     place: Place,
+    /// The place of its socket, which stays taken after the upgrade.
+    socket_place: Option<Arc<Place>>,
     link: Arc<Link>,
     address: IpAddr,
 }
@@ -140,6 +142,7 @@ fn begin(
         selects_protocol: credentials::offers_protocol(request.headers()),
         on_upgrade: hyper::upgrade::on(&mut request),
         place,
+        socket_place: request.extensions_mut().remove(),
         link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, now),
         address,
     })
@@ -163,6 +166,7 @@ fn too_often(wait: Duration) -> Rejection {
 pub struct Held {
     _subscription: Option<Subscription>,
     _place: Place,
+    _socket_place: Option<Arc<Place>>,
     _active: Active,
 }
 
@@ -188,6 +192,7 @@ fn accept<L: Logic>(
         params
     });
     let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
+    let socket_place = handshake.socket_place;
     let owner = Arc::clone(gateway);
     gateway.tasks.spawn(async move {
         let upgraded = match on_upgrade.await {
@@ -208,6 +213,7 @@ fn accept<L: Logic>(
         let held = Held {
             _subscription: subscription,
             _place: place,
+            _socket_place: socket_place,
             _active: owner.metrics.opened(label),
         };
         let peer = Peer::open(&owner, label, &link, held, logic);
