@@ -126,8 +126,13 @@ def test_the_served_document_describes_what_is_served(api_gateway, api):
         assert set(shape["required"]) <= set(body) <= set(shape["properties"]), path
 
 
-def test_the_documented_metrics_are_the_served_ones(api_gateway):
-    httpx.get(f"{api_gateway.http}/demo/ws/s-1")  # Counters with labels appear with their first value.
+@pytest.mark.asyncio
+async def test_the_documented_metrics_are_the_served_ones(api_gateway, api):
+    # Counters with labels appear with their first value: one refusal, one connection.
+    httpx.get(f"{api_gateway.http}/demo/ws/s-1")
+    async with open_session(api_gateway, make_token(api)):
+        pass
+    until("the end is counted", lambda: "wsproxy_disconnects_total{" in httpx.get(f"{api_gateway.http}/metrics").text)
     served = set()
     for line in httpx.get(f"{api_gateway.http}/metrics").text.splitlines():
         if found := re.match(r"# TYPE (\w+) (\w+)", line):
