@@ -193,11 +193,12 @@ impl Receiver {
     fn forget_delivered(&mut self) {
         let Some(progress) = &mut self.progress else { return };
         match progress.delivered.take() {
-            None => return,
+            None => {}
             Some(opcode) if opcode.is_control() => progress.control = Vec::new(),
             Some(_) => progress.message = None,
         }
-        if progress.message.is_none() && progress.frame.is_none() {
+        let idle = progress.message.is_none() && progress.frame.is_none();
+        if idle && progress.header_bytes == 0 {
             self.progress = None;
         }
     }
@@ -206,24 +207,24 @@ impl Receiver {
     fn find(&mut self, input: &mut Input<'_>) -> Result<Option<Found>, &'static Disconnect> {
         loop {
             if let Some((header, got)) = self.progress.as_ref().and_then(|p| p.frame) {
+                // A frame without payload is complete although there is nothing left to read.
+                if input.is_empty() && (got as u64) < header.length {
+                    return Ok(None);
+                }
                 if let Some(found) = self.continue_frame(header, got, input)? {
                     return Ok(Some(found));
                 }
-            } else {
-                let Some(header) = self.read_header(input)? else { return Ok(None) };
-                self.check(&header)?;
-                let length = header.length as usize;
-                let whole = length <= input.rest().len();
-                let in_message = self.progress.as_ref().is_some_and(|p| p.message.is_some());
-                if whole && (header.opcode.is_control() || (header.fin && !in_message)) {
-                    return Ok(Some(Found::Input(header, length)));
-                }
-                self.begin_frame(header);
+                continue;
             }
-            let frame_waits = self.progress.as_ref().is_some_and(|p| p.frame.is_some());
-            if input.is_empty() && frame_waits {
-                return Ok(None);
+            let Some(header) = self.read_header(input)? else { return Ok(None) };
+            self.check(&header)?;
+            let length = header.length as usize;
+            let in_message = self.progress.as_ref().is_some_and(|p| p.message.is_some());
+            let whole = length <= input.rest().len();
+            if whole && (header.opcode.is_control() || (header.fin && !in_message)) {
+                return Ok(Some(Found::Input(header, length)));
             }
+            self.begin_frame(header);
         }
     }
 
@@ -363,4 +364,87 @@ fn inflate<'r>(
         return Err(&Disconnect::NOT_UTF8);
     }
     Ok(Event::Message(kind, inflated))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ws::frame::client_frame;
+
+    const LIMITS: Limits = Limits { message_bytes_max: 1000, fragments_max: 8 };
+
+    /// What arrives when `bytes` come in pieces of `step`.
+    fn heard(bytes: &[u8], step: usize) -> Vec<String> {
+        let mut receiver = Receiver::new(Role::Server, LIMITS, None);
+        let mut inflaters = Inflaters::default();
+        let mut heard = Vec::new();
+        for piece in bytes.to_vec().chunks_mut(step) {
+            let mut input = Input::new(piece);
+            loop {
+                match receiver.next(&mut input, &mut inflaters) {
+                    Ok(None) => break,
+                    Ok(Some(event)) => heard.push(format!("{event:?}")),
+                    Err(violation) => {
+                        heard.push(violation.label.into());
+                        return heard;
+                    }
+                }
+            }
+        }
+        assert_eq!(receiver.heap_bytes(), 0, "nothing is kept once all is complete");
+        heard
+    }
+
+    fn fragment(opcode: Opcode, fin: bool, payload: &[u8]) -> Vec<u8> {
+        let mut frame = client_frame(opcode, payload, false, [9, 8, 7, 6]).to_vec();
+        if !fin {
+            frame[0] &= 0x7f;
+        }
+        frame
+    }
+
+    #[test]
+    fn every_way_to_cut_the_input_gives_the_same_events() {
+        let bytes = [
+            fragment(Opcode::Text, false, "aä".as_bytes()),
+            fragment(Opcode::Ping, true, b"p"),
+            fragment(Opcode::Continuation, false, b""),
+            fragment(Opcode::Ping, true, b""),
+            fragment(Opcode::Continuation, true, b""),
+            fragment(Opcode::Binary, true, &[7; 300]),
+            fragment(Opcode::Close, true, &[3, 232, b'x']),
+        ]
+        .concat();
+        let whole = heard(&bytes, bytes.len());
+        assert_eq!(whole.len(), 5);
+        for step in 1..bytes.len() {
+            assert_eq!(heard(&bytes, step), whole, "{step}");
+        }
+    }
+
+    #[test]
+    fn fragments_count_however_small_they_are() {
+        let mut bytes = fragment(Opcode::Binary, false, b"");
+        for _ in 0..10 {
+            bytes.extend(fragment(Opcode::Continuation, false, b""));
+        }
+        assert_eq!(heard(&bytes, bytes.len()), ["too_many_fragments"]);
+    }
+
+    #[test]
+    fn a_text_is_refused_as_soon_as_it_cannot_become_one() {
+        let bytes = fragment(Opcode::Text, false, b"ab\xf4\x90");
+        assert_eq!(heard(&bytes, 1), ["not_utf8"]);
+    }
+
+    #[test]
+    fn a_claimed_length_is_refused_before_its_bytes_come() {
+        let bytes = fragment(Opcode::Binary, true, &[0; 2000]);
+        assert_eq!(heard(&bytes[..8], 8), ["too_big"]);
+    }
+
+    #[test]
+    fn unmasked_frames_are_refused() {
+        assert_eq!(heard(&[0x81, 1, b'a'], 3), ["protocol_error"]);
+    }
 }
