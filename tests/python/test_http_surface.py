@@ -87,6 +87,17 @@ async def test_the_log_is_replayed_to_a_follower_that_comes_late(api_gateway, ap
             assert [(await asyncio.to_thread(upstream.next))[1] for _ in range(3)] == ["1", "2", "3"]
 
 
+def test_a_long_log_is_replayed_to_its_end(api, redis):
+    wanted = [str(number) for number in range(1_500)]
+    with redis.client.pipeline() as pipeline:
+        for number in wanted:
+            pipeline.xadd("session:s-1:up:log", {"data": number})
+        pipeline.execute()
+    with api.stream("GET", "sessions/s-1/upstream", params={"log": "true"}) as response:
+        upstream = Events(response)
+        assert [upstream.next()[1] for _ in wanted] == wanted
+
+
 def test_nobody_is_let_in_without_a_key(api_gateway, start_gateway):
     for gateway, key, expected in [
         (api_gateway, None, (401, "missing_credentials")),
