@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import signal
+import uuid
 
 import httpx
 import pytest
@@ -204,7 +205,7 @@ async def test_a_worker_ends_a_session_and_its_life_is_announced(gateway, sessio
         assert opened["event"] == "opened" and opened["session_id"] == "s-1" and opened["agent_id"] == "demo"
         await connection.send("12345")
         assert heard(up) == "12345"
-        other = json.dumps({"op": "close", "code": 4004, "connection_id": "another"})
+        other = json.dumps({"op": "close", "code": 4004, "connection_id": str(uuid.uuid4())})
         redis.client.publish("session:s-1:control", other)
         redis.client.publish("session:s-1:control", json.dumps({"op": "close", "code": 4010, "reason": "enough"}))
         assert await closing(connection) == (4010, "enough")

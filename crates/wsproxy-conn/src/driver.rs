@@ -223,10 +223,13 @@ impl<H: Handler> Driver<H> {
                     Ok(Some(WsEvent::Ping(payload))) => self.link.pong(payload, now),
                     Ok(Some(WsEvent::Message(..) | WsEvent::Pong(_))) => {}
                     Ok(Some(WsEvent::Close(close))) => {
+                        // What answers earlier messages of the same read still goes out.
+                        self.link.flush(now);
                         self.link.peer_closed(close.map(|(code, _)| code), now);
                         self.deaf = true;
                     }
                     Err(violation) => {
+                        self.link.flush(now);
                         self.link.disconnect(violation.entry(), now);
                         self.deaf = true;
                     }

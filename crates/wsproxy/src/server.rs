@@ -84,6 +84,7 @@ impl Instance {
     ///
     /// # Errors
     /// An address is taken, or the bus's URL cannot be used.
+    #[allow(clippy::unused_async, reason = "being async says that it needs a runtime")]
     pub async fn start(
         config: Config,
         extra: impl FnOnce(&Arc<Gateway>) -> Router,

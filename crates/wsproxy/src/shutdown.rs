@@ -136,6 +136,9 @@ impl Ending {
             for link in links.drain(links.len() - count..).rev() {
                 link.finish(&Disconnect::RESTART, now);
             }
+            if links.is_empty() {
+                break;
+            }
             if left > 1 {
                 sleep_until((start + spread * (batch + 1) / batches).min(deadline)).await;
             }

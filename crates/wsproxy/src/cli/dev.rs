@@ -3,11 +3,21 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::{serve, settings::Settings};
-use crate::config::Config;
+use crate::{
+    config::{Config, NoReceiver},
+    dev,
+};
 
 pub(super) fn run(settings: Settings) -> anyhow::Result<()> {
     let mut defaults = Config::default();
     // Nothing here is protected, so other machines cannot reach it unless they are meant to.
     defaults.server.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    serve::run(settings.load_over(defaults)?)
+    // Who writes a first worker wants to see at once that it is not heard.
+    defaults.sessions.no_receiver = NoReceiver::Error;
+    serve::run_with(settings.load_over(defaults)?, |config| {
+        dev::run(config, |text| {
+            // Who started it may have closed the terminal or the pipe.
+            let _ = super::print(text);
+        })
+    })
 }

@@ -4,13 +4,24 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::{config::load::Loaded, server, telemetry};
+use crate::{
+    config::{Config, load::Loaded},
+    server, telemetry,
+};
 
 /// Runs an instance until it has ended.
 ///
 /// # Errors
 /// Why it could not start, or did not end well.
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
+    run_with(loaded, server::run)
+}
+
+/// Logs and a runtime for `work`, which runs an instance until it has ended.
+pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
+    loaded: Loaded,
+    work: impl FnOnce(Config) -> F,
+) -> anyhow::Result<()> {
     let Loaded { config, ignored, .. } = loaded;
     let _logs = telemetry::log::start(&config.log)?;
     if !ignored.is_empty() {
@@ -26,7 +37,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
         builder.worker_threads(config.server.threads);
     }
     let runtime = builder.build().context("cannot start the runtime")?;
-    let result = runtime.block_on(server::run(config));
+    let result = runtime.block_on(work(config));
     // What is still running has had its time: the server waits for whatever matters.
     runtime.shutdown_timeout(LEFTOVER_GRACE);
     result

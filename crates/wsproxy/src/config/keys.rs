@@ -179,7 +179,7 @@ pub static KEYS: &[Key] = &[
 
     key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections"),
     key!(limits.max_message_bytes, Bytes(1, 16 << 20), "Largest message, before and after inflating; close code 1009 beyond it."),
-    key!(limits.max_fragments, Number(1, 65_536), "Most fragments of one message."),
+    key!(limits.max_fragments, Number(1, 131_072), "Most fragments of one message."),
     key!(limits.send_buffer_bytes, Bytes(1 << 10, 1 << 30), "Bound of what waits for one client; beyond it the connection is closed with 1008."),
     key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Bound of what waits for all clients; beyond it the worst offender is closed."),
     key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),

@@ -268,7 +268,7 @@ function shell() {
     [id ? "A further one-time token for this session" : "A session and its one-time token",
       id ? `T=$(curl -s -X POST ${http}/dev/session${body} | ${field("token")})`
         : `R=$(curl -s -X POST ${http}/dev/session); S=$(echo "$R" | ${field("session_id")}); T=$(echo "$R" | ${field("token")})`],
-    ["Connect with it, then type: {\"type\":\"prompt\",\"text\":\"hello\"}", `websocat -H "Authorization: Bearer $T" ${url}`],
+    ["Connect with it, then type: {\"type\":\"prompt\",\"text\":\"hello\"}", `npx -y wscat -H "Authorization: Bearer $T" -c ${url}`],
     ["Or with Python (pip install websockets)", `websockets "${url}?token=$T"`],
     ["Cut this session's connections", `curl -s -X POST ${http}/dev/cut -d '{"session_id":"${id ?? "'$S'"}"}'`],
     ["Watch the metrics", `curl -s ${http}/metrics | grep '^wsproxy_'`],

@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderValue, Response, header};
+use tracing::debug;
 
 use crate::{
     gateway::Gateway,
@@ -21,8 +22,8 @@ const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// A comment is sent when nothing else was for this long, so that proxies keep the stream open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Most entries of a log that are read at once.
-const LOG_ENTRIES: usize = 1000;
+/// Entries of a log that are read at once; further ones when these have been sent.
+const PAGE_ENTRIES: usize = 100;
 
 /// Answers with a stream of `topic`'s messages, after those of `log`.
 ///
@@ -35,18 +36,20 @@ pub async fn follow(
 ) -> Result<Response<Body>, Rejection> {
     let tap = Tap::new(FOLLOWER_BYTES_MAX);
     let sink = Sink::Tap(Arc::clone(&tap));
+    // Redis trims whole nodes, so there may be somewhat more than the configured number.
+    let left = gateway.config.sessions.up_log_entries_max.saturating_mul(2);
+    let mut log = log.map(|key| Log { key, after: String::new(), left });
     let (subscription, kept) = api::within(gateway, async {
         let subscription = gateway.hub.subscribe([(topic.into(), sink)]).await?;
-        let kept = match log {
-            Some(log) => gateway.store.read_log(&log, "", LOG_ENTRIES).await?,
-            None => Vec::new(),
+        let kept = match &mut log {
+            Some(log) => log.page(gateway).await?,
+            None => VecDeque::new(),
         };
         Ok((subscription, kept))
     })
     .await?;
-    let kept = kept.into_iter().map(|entry| event(Some(&entry.id), &entry.data)).collect();
     let gateway = Arc::clone(gateway);
-    let follower = Follower { gateway, tap, kept, over: false, _subscription: subscription };
+    let follower = Follower { gateway, tap, kept, log, over: false, _subscription: subscription };
     let mut response = Response::new(Body::from_stream(stream::unfold(follower, Follower::next)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -60,17 +63,29 @@ struct Follower {
     gateway: Arc<Gateway>,
     tap: Arc<Tap>,
     kept: VecDeque<Bytes>,
+    /// What is not read yet.
+    log: Option<Log>,
     over: bool,
     _subscription: Subscription,
 }
 
 impl Follower {
     async fn next(mut self) -> Option<(Result<Bytes, std::convert::Infallible>, Self)> {
-        if let Some(kept) = self.kept.pop_front() {
-            return Some((Ok(kept), self));
-        }
         if self.over {
             return None;
+        }
+        if let Some(log) = self.log.as_mut().filter(|_| self.kept.is_empty()) {
+            match api::within(&self.gateway, log.page(&self.gateway)).await {
+                Ok(page) if page.is_empty() => self.log = None,
+                Ok(page) => self.kept = page,
+                Err(error) => {
+                    debug!(%error, "A follower's log cannot be read on.");
+                    return None;
+                }
+            }
+        }
+        if let Some(kept) = self.kept.pop_front() {
+            return Some((Ok(kept), self));
         }
         let chunk = tokio::select! {
             message = self.tap.next() => match message {
@@ -87,6 +102,31 @@ impl Follower {
     }
 }
 
+/// A log that is being read from its start to its end.
+struct Log {
+    key: String,
+    /// The last entry that was read.
+    after: String,
+    /// Most entries that are still read.
+    left: u64,
+}
+
+impl Log {
+    /// The next entries as events; none at the end.
+    async fn page(&mut self, gateway: &Gateway) -> Result<VecDeque<Bytes>, Rejection> {
+        let count = PAGE_ENTRIES.min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if count == 0 {
+            return Ok(VecDeque::new());
+        }
+        let entries = gateway.store.read_log(&self.key, &self.after, count).await?;
+        self.left -= entries.len() as u64;
+        if let Some(last) = entries.last() {
+            self.after.clone_from(&last.id);
+        }
+        Ok(entries.iter().map(|entry| event(Some(&entry.id), &entry.data)).collect())
+    }
+}
+
 /// An event of a payload, in which every line gets its own `data:` as the format wants.
 fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
     let text = String::from_utf8_lossy(payload);
@@ -97,7 +137,8 @@ fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
         event.push('\n');
     }
     event.push_str("event: message\n");
-    for line in text.split(['\n', '\r']) {
+    // The format has three line breaks; of a payload with any of them each line is one of the event.
+    for line in text.replace("\r\n", "\n").split(['\n', '\r']) {
         event.push_str("data: ");
         event.push_str(line);
         event.push('\n');
@@ -116,6 +157,7 @@ mod tests {
         let expected =
             "event: message\ndata: {\"a\":1}\ndata: \ndata: event: message\ndata: data: forged\n\n";
         assert_eq!(text, expected);
+        assert_eq!(event(None, b"1\r\n2\r3"), "event: message\ndata: 1\ndata: 2\ndata: 3\n\n");
         assert_eq!(event(Some("1-0"), b"1"), "id: 1-0\nevent: message\ndata: 1\n\n");
     }
 }

@@ -38,8 +38,6 @@ table! {
     bad_request = BAD_REQUEST, "bad_request";
     /// An id in the path is none.
     bad_id = BAD_REQUEST, "bad_id";
-    /// Credentials of several kinds that differ.
-    conflicting_credentials = BAD_REQUEST, "conflicting_credentials";
     /// No credential.
     missing_credentials = UNAUTHORIZED, "missing_credentials";
     /// Something in the place of a credential that is none.

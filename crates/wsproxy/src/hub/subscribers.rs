@@ -13,6 +13,7 @@ const INDEXED_FROM: usize = 64;
 pub struct Subscribers {
     sinks: SmallVec<[Sink; 1]>,
     /// Where each sink is, once there are many.
+    #[allow(clippy::type_complexity, reason = "it is spelled once")]
     index: Option<Box<HashMap<(usize, u8), usize, foldhash::fast::RandomState>>>,
 }
 

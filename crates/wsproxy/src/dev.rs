@@ -1,0 +1,129 @@
+//! `wsproxy dev`: a gateway for somebody who tries it out, with a page, a demo worker and a proof that it works.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::{Context, anyhow};
+use tokio::time::timeout;
+use tracing::warn;
+
+use crate::{
+    auth,
+    config::Config,
+    dev::worker::Worker,
+    gateway::Gateway,
+    http::{api, rejection::Rejection},
+    server::Instance,
+    shutdown::Signals,
+};
+use wsproxy_proto::names::Id;
+
+mod page;
+mod probe;
+mod worker;
+
+/// Whose sessions the demo worker takes.
+const AGENT: &str = "demo";
+
+/// After this the proof is given up; the gateway goes on, since a Redis may come later.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs the instance until a signal tells it to end. `tell` prints for the person who started it.
+///
+/// # Errors
+/// Why it could not start.
+pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> {
+    if config.admin.port.take().is_some() {
+        warn!("admin.port is ignored: the page needs everything on one port.");
+    }
+    let signals = Signals::new().context("cannot listen to signals")?;
+    let mut started = None;
+    let instance = Instance::start(config, |gateway| {
+        let worker = started.insert(Worker::start(gateway));
+        page::router(Arc::clone(worker))
+    })
+    .await?;
+    let worker = started.context("the instance has no routes")?;
+    let address = reachable(instance.address());
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tell(&welcome(address));
+    tokio::select! {
+        () = signals.wait() => {}
+        proof = prove(&worker, address) => {
+            tell(&proof);
+            signals.wait().await;
+        }
+    }
+    instance.drain(signals).await;
+    Ok(())
+}
+
+/// A session of the demo's with a fresh one-time token. The worker listens before anybody can use it.
+async fn open_session(worker: &Arc<Worker>, session: &Id) -> Result<String, Rejection> {
+    let gateway: &Gateway = worker.gateway();
+    let key = gateway.names.session_auth(session);
+    api::within(gateway, async {
+        worker.adopt(session).await?;
+        Ok(auth::issue(&gateway.store, &key, gateway.config.sessions.token_ttl).await?)
+    })
+    .await
+}
+
+/// Sends a message to the demo worker and back, as any client would, and says how that went.
+async fn prove(worker: &Arc<Worker>, address: SocketAddr) -> String {
+    let session = page::new_session();
+    let proof = async {
+        let token = open_session(worker, &session).await?;
+        probe::round_trip(address, &format!("/{AGENT}/ws/{session}"), &token).await
+    };
+    let proof = timeout(PROOF_TIMEOUT, proof).await.unwrap_or_else(|_| Err(anyhow!("timeout")));
+    match proof {
+        Ok(took) => {
+            let ms = took.as_secs_f64() * 1000.0;
+            format!("message through: client -> worker -> client in {ms:.1} ms\n")
+        }
+        Err(error) => format!("message through: FAILED: {error:#}\n"),
+    }
+}
+
+/// Where this machine reaches a listener that may be bound to all addresses.
+fn reachable(mut address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(match address {
+            SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    address
+}
+
+fn welcome(address: SocketAddr) -> String {
+    format!(
+        r#"
+wsproxy dev: gateway, bus and demo worker in one process. It gives a token to whoever asks: not for production.
+
+Open   http://{address}/
+
+Or paste this into a shell (curl, and npx of Node.js):
+
+  R=$(curl -s -X POST http://{address}/dev/session)
+  field() {{ echo "$R" | sed "s/.*\"$1\":\"\([^\"]*\)\".*/\1/"; }}
+  npx -y wscat -c "ws://{address}/{AGENT}/ws/$(field session_id)" -H "Authorization: Bearer $(field token)" \
+    -w 6 -x '{{"type":"prompt","text":"hello"}}'
+
+"#
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_printed_can_be_reached() {
+        let of = |text: &str| reachable(text.parse().unwrap()).to_string();
+        assert_eq!(of("0.0.0.0:80"), "127.0.0.1:80");
+        assert_eq!(of("[::]:80"), "[::1]:80");
+        assert_eq!(of("192.0.2.1:80"), "192.0.2.1:80");
+        assert!(welcome(reachable("[::]:80".parse().unwrap())).contains("http://[::1]:80/\n"));
+    }
+}

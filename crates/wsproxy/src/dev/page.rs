@@ -1,0 +1,194 @@
+//! The routes of the development page: its files, tokens for whoever asks, and a cut for connections.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, Request, State, rejection::BytesRejection},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
+    header::{self, HOST, ORIGIN},
+    uri::Authority,
+};
+use serde::Deserialize;
+use serde_json::json;
+use uuid::Uuid;
+use wsproxy_proto::names::Id;
+
+use super::{AGENT, open_session, worker::Worker};
+use crate::http::{rejection::Rejection, upgrade};
+
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+                      img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// Largest body of a request to `/dev/…`.
+const BODY_BYTES_MAX: usize = 4096;
+
+/// `/` and `/dev/…`.
+pub(super) fn router(worker: Arc<Worker>) -> Router {
+    let bind = worker.gateway().config.server.bind;
+    let guard = middleware::from_fn(move |request, next| guard(bind, request, next));
+    Router::new()
+        .route("/", get(async || file("text/html", include_str!("page.html"))))
+        .route("/dev/page.js", get(async || file("text/javascript", include_str!("page.js"))))
+        .route("/dev/page.css", get(async || file("text/css", include_str!("page.css"))))
+        .route("/favicon.ico", get(async || StatusCode::NO_CONTENT))
+        .route("/dev/session", post(session))
+        .route("/dev/cut", post(cut))
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(guard)
+        .with_state(worker)
+}
+
+/// A name for a session that nobody can guess.
+pub(super) fn new_session() -> Id {
+    let id = Uuid::new_v4().to_string();
+    Id::parse(&id).unwrap_or_else(|error| unreachable!("a UUID {error}"))
+}
+
+/// Lets only pages of this gateway talk to it. A foreign page can lead its own host name to this
+/// machine (DNS rebinding), but then the browser still sends that name.
+async fn guard(bind: IpAddr, request: Request, next: Next) -> Response {
+    let mut response = if is_own_page(request.headers(), bind) {
+        next.run(request).await
+    } else {
+        Rejection::origin_not_allowed("Only pages of this gateway, by its address, may do this.")
+            .response()
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-store"),
+        (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+fn is_own_page(headers: &HeaderMap, bind: IpAddr) -> bool {
+    let mut hosts = headers.get_all(HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
+    let Some(authority) = authority(host) else { return false };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let known = match host.parse::<IpAddr>() {
+        // An address is not a name that somebody could lead elsewhere.
+        Ok(address) => address.is_loopback() || address == bind || bind.is_unspecified(),
+        Err(_) => host.eq_ignore_ascii_case("localhost"),
+    };
+    let origin = headers.get(ORIGIN).map(|origin| {
+        let origin = origin.to_str().unwrap_or_default();
+        origin.split_once("://").and_then(|(_, rest)| rest.parse::<Authority>().ok())
+    });
+    known && origin.is_none_or(|origin| origin == Some(authority))
+}
+
+fn authority(value: &HeaderValue) -> Option<Authority> {
+    value.to_str().ok()?.parse().ok()
+}
+
+fn file(kind: &str, text: &'static str) -> Response {
+    ([(header::CONTENT_TYPE, format!("{kind}; charset=utf-8"))], text).into_response()
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionRequest {
+    session_id: Option<String>,
+}
+
+/// Where a real application has its login.
+async fn session(
+    State(worker): State<Arc<Worker>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let session = match parse::<SessionRequest>(body)?.session_id {
+        Some(id) => upgrade::id("session_id", &id)?,
+        None => new_session(),
+    };
+    let token = open_session(&worker, &session).await?;
+    let body = json!({ "agent_id": AGENT, "session_id": session.as_str(), "token": token });
+    Ok((StatusCode::CREATED, Json(body)).into_response())
+}
+
+/// Drops the session's TCP connections without a word, as a lost network does.
+async fn cut(
+    State(worker): State<Arc<Worker>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let id = parse::<SessionRequest>(body)?.session_id;
+    let id = id.ok_or_else(|| Rejection::bad_request("session_id is missing."))?;
+    let wanted = worker.connections(&upgrade::id("session_id", &id)?);
+    let links = worker.gateway().runtime.links();
+    let cut = links.iter().filter(|link| wanted.contains(&link.id()));
+    let count = cut.inspect(|link| link.abort()).count();
+    Ok(Json(json!({ "cut": count })).into_response())
+}
+
+fn parse<T: Default + for<'a> Deserialize<'a>>(
+    body: Result<Bytes, BytesRejection>,
+) -> Result<T, Rejection> {
+    let body = body.map_err(|error| match error.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Rejection::too_large("The body is too large."),
+        _ => Rejection::bad_request(error.body_text()),
+    })?;
+    if body.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(&body).map_err(|error| Rejection::bad_request(error.to_string()))
+}
+
+async fn method_not_allowed() -> Rejection {
+    Rejection::method_not_allowed("This path has other methods.")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    fn passes(host: &str, origin: Option<&str>, bind: IpAddr) -> bool {
+        let mut headers = HeaderMap::new();
+        headers.insert(HOST, host.parse().unwrap());
+        if let Some(origin) = origin {
+            headers.insert(ORIGIN, origin.parse().unwrap());
+        }
+        is_own_page(&headers, bind)
+    }
+
+    #[test]
+    fn a_name_that_leads_here_is_not_this_page() {
+        let local = Ipv4Addr::LOCALHOST.into();
+        for host in ["localhost:8080", "LOCALHOST", "127.0.0.1:8080", "[::1]:8080"] {
+            assert!(passes(host, None, local), "{host}");
+        }
+        for host in ["evil.example", "evil.example:8080", "localhost.evil.example", "", "192.0.2.1"]
+        {
+            assert!(!passes(host, None, local), "{host}");
+        }
+        assert!(passes("192.0.2.1:80", None, "192.0.2.1".parse().unwrap()));
+        assert!(passes("192.0.2.1:80", None, Ipv6Addr::UNSPECIFIED.into()));
+        assert!(!passes("evil.example", None, Ipv6Addr::UNSPECIFIED.into()));
+        assert!(!is_own_page(&HeaderMap::new(), local));
+    }
+
+    #[test]
+    fn a_foreign_page_cannot_ask() {
+        let local = Ipv4Addr::LOCALHOST.into();
+        assert!(passes("localhost:8080", Some("http://localhost:8080"), local));
+        for origin in
+            ["http://evil.example", "null", "http://localhost:9090", "http://127.0.0.1:8080"]
+        {
+            assert!(!passes("localhost:8080", Some(origin), local), "{origin}");
+        }
+    }
+}

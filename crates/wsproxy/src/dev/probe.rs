@@ -1,0 +1,89 @@
+//! A client of one message, which proves that the gateway works: connects, asks, hears, leaves.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use wsproxy_proto::ws::{
+    frame::{Header, Opcode, client_frame, close_payload},
+    handshake,
+};
+
+/// Longest answer to the handshake, and longest message, that is read.
+const BYTES_MAX: usize = 16 * 1024;
+
+/// Sends `ping` to the session's worker and returns how long its `pong` took.
+pub(super) async fn round_trip(
+    address: SocketAddr,
+    path: &str,
+    token: &str,
+) -> anyhow::Result<Duration> {
+    let mut stream = TcpStream::connect(address).await.context("cannot connect")?;
+    stream.set_nodelay(true)?;
+    let key = BASE64_STANDARD.encode(rand::random::<[u8; 16]>());
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await?;
+    let mut received = Vec::new();
+    let head = loop {
+        if let Some(end) = received.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+            break received.drain(..end + 4).collect::<Vec<u8>>();
+        }
+        read(&mut stream, &mut received).await?;
+    };
+    let head = String::from_utf8_lossy(&head);
+    let status = head.lines().next().unwrap_or_default();
+    ensure!(status.starts_with("HTTP/1.1 101"), "the handshake was answered with {status}");
+    ensure!(head.contains(&handshake::accept(&key)), "the handshake was answered wrongly");
+
+    let asked = Instant::now();
+    send(&mut stream, Opcode::Text, br#"{"type":"ping"}"#).await?;
+    let answer = message(&mut stream, &mut received).await?;
+    let took = asked.elapsed();
+    ensure!(answer == br#"{"type":"pong"}"#, "the answer is {}", String::from_utf8_lossy(&answer));
+    send(&mut stream, Opcode::Close, close_payload(1000, "").as_ref()).await?;
+    // The gateway answers the close frame and ends the connection.
+    while stream.read_buf(&mut received).await? > 0 {
+        ensure!(received.len() <= BYTES_MAX, "the gateway does not stop sending");
+    }
+    Ok(took)
+}
+
+async fn send(stream: &mut TcpStream, opcode: Opcode, payload: &[u8]) -> anyhow::Result<()> {
+    let frame = client_frame(opcode, payload, false, rand::random());
+    Ok(stream.write_all(&frame).await?)
+}
+
+/// The next frame, which is a whole message: nothing here is large enough to be in fragments.
+async fn message(stream: &mut TcpStream, received: &mut Vec<u8>) -> anyhow::Result<Vec<u8>> {
+    loop {
+        if let Some((header, at)) =
+            Header::decode(received).map_err(|why| anyhow::anyhow!(why.reason))?
+        {
+            let end = at + usize::try_from(header.length)?;
+            if received.len() >= end {
+                ensure!(header.opcode == Opcode::Text, "a {:?} frame came", header.opcode);
+                let frame: Vec<u8> = received.drain(..end).collect();
+                return Ok(frame[at..].to_vec());
+            }
+        }
+        read(stream, received).await?;
+    }
+}
+
+async fn read(stream: &mut TcpStream, received: &mut Vec<u8>) -> anyhow::Result<()> {
+    ensure!(received.len() < BYTES_MAX, "the answer is too long");
+    if stream.read_buf(received).await? == 0 {
+        bail!("the gateway closed the connection");
+    }
+    Ok(())
+}

@@ -1,0 +1,264 @@
+//! The demo worker: answers prompts the way a language model does, with nothing but what any worker has on the bus.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use hashbrown::HashMap;
+use parking_lot::Mutex;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::{debug, warn};
+use uuid::Uuid;
+use wsproxy_proto::names::Id;
+
+use super::AGENT;
+use crate::{
+    bus::{BusError, Publish, Unheard},
+    gateway::Gateway,
+    http::rejection::Rejection,
+    hub::{Sink, Subscription, tap::Tap},
+};
+
+/// Most sessions at a time; each has a task.
+const SESSIONS_MAX: usize = 1000;
+
+/// What may wait for a session's task; a client that sends more without reading loses its worker.
+const PROMPTS_BYTES_MAX: usize = 256 * 1024;
+
+/// What may wait of announcements.
+const ANNOUNCEMENTS_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// A session without a client is kept so long, for one that comes back.
+const LINGER: Duration = Duration::from_secs(60);
+
+/// The pace of a language model.
+const TOKEN_EVERY: Duration = Duration::from_millis(33);
+
+/// Longest piece of a prompt that is quoted.
+const QUOTED_CHARS_MAX: usize = 80;
+
+/// Answers the sessions of agent `demo` that are connected to this instance.
+///
+/// Invariant: at most [`SESSIONS_MAX`] tasks, one for each known session.
+pub(super) struct Worker {
+    gateway: Arc<Gateway>,
+    sessions: Mutex<HashMap<Id, Known>>,
+}
+
+/// What is known of a session.
+struct Known {
+    /// Its connections, as the gateway announced them.
+    connections: Vec<Uuid>,
+    /// When it was last asked for or left.
+    seen: Instant,
+}
+
+/// The announcement of an opened or closed connection.
+#[derive(Deserialize)]
+struct Announcement {
+    event: String,
+    session_id: String,
+    connection_id: Uuid,
+    server_id: String,
+}
+
+impl Worker {
+    /// Starts the worker; it ends with the instance.
+    pub(super) fn start(gateway: &Arc<Gateway>) -> Arc<Self> {
+        let worker = Arc::new(Self { gateway: Arc::clone(gateway), sessions: Mutex::default() });
+        worker.spawn(Arc::clone(&worker).follow_announcements());
+        worker
+    }
+
+    /// The instance.
+    pub(super) const fn gateway(&self) -> &Arc<Gateway> {
+        &self.gateway
+    }
+
+    /// The connections of a session.
+    pub(super) fn connections(&self, session: &Id) -> Vec<Uuid> {
+        let sessions = self.sessions.lock();
+        sessions.get(session).map(|known| known.connections.clone()).unwrap_or_default()
+    }
+
+    /// Takes a session. When this has returned, whatever a client sends is heard.
+    ///
+    /// # Errors
+    /// There are too many sessions, or the bus refused.
+    pub(super) async fn adopt(self: &Arc<Self>, session: &Id) -> Result<(), Rejection> {
+        if let Some(known) = self.sessions.lock().get_mut(session) {
+            known.seen = Instant::now();
+            return Ok(());
+        }
+        let (tap, subscription) =
+            self.tap(self.gateway.names.session_up(session), PROMPTS_BYTES_MAX).await?;
+        let mut sessions = self.sessions.lock();
+        if sessions.contains_key(session) {
+            return Ok(()); // Somebody else was faster.
+        }
+        if sessions.len() >= SESSIONS_MAX {
+            return Err(Rejection::full("The demo worker has as many sessions as it takes."));
+        }
+        sessions.insert(session.clone(), Known { connections: Vec::new(), seen: Instant::now() });
+        drop(sessions);
+        self.spawn(Arc::clone(self).serve(session.clone(), tap, subscription));
+        Ok(())
+    }
+
+    fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
+        let end = self.gateway.followers_end.clone();
+        self.gateway.tasks.spawn(async move {
+            end.run_until_cancelled(work).await;
+        });
+    }
+
+    async fn tap(
+        &self,
+        channel: String,
+        limit: usize,
+    ) -> Result<(Arc<Tap>, Subscription), BusError> {
+        let tap = Tap::new(limit);
+        let sink = Sink::Tap(Arc::clone(&tap));
+        let subscription = self.gateway.hub.subscribe([(channel.into(), sink)]).await?;
+        Ok((tap, subscription))
+    }
+
+    async fn follow_announcements(self: Arc<Self>) {
+        let Ok(agent) = Id::parse(AGENT) else { return };
+        let channel = self.gateway.names.agent_sessions(&agent);
+        loop {
+            let (tap, _subscription) =
+                match self.tap(channel.clone(), ANNOUNCEMENTS_BYTES_MAX).await {
+                    Ok(tapped) => tapped,
+                    Err(error) => return warn!(%error, "The demo worker cannot follow sessions."),
+                };
+            while let Some(message) = tap.next().await {
+                match serde_json::from_slice(&message.payload) {
+                    Ok(announcement) => self.hear(announcement).await,
+                    Err(error) => debug!(%error, "An announcement makes no sense."),
+                }
+            }
+            warn!("The demo worker was too slow for the announcements.");
+        }
+    }
+
+    async fn hear(self: &Arc<Self>, announcement: Announcement) {
+        let Announcement { event, session_id, connection_id, server_id } = announcement;
+        // The worker of another instance has those of its own.
+        if server_id != *self.gateway.server_id {
+            return;
+        }
+        let Ok(session) = Id::parse(&session_id) else { return };
+        let opened = event == "opened";
+        if opened && let Err(error) = self.adopt(&session).await {
+            return warn!(%session, %error, "The demo worker cannot take a session.");
+        }
+        if let Some(known) = self.sessions.lock().get_mut(&session) {
+            known.seen = Instant::now();
+            if opened {
+                known.connections.push(connection_id);
+            } else {
+                known.connections.retain(|id| *id != connection_id);
+            }
+        }
+    }
+
+    /// Answers one message after the other, whether or not a client is there.
+    async fn serve(self: Arc<Self>, session: Id, tap: Arc<Tap>, _subscription: Subscription) {
+        loop {
+            let Ok(message) = tokio::time::timeout(LINGER, tap.next()).await else {
+                if self.is_abandoned(&session) {
+                    return;
+                }
+                continue;
+            };
+            let Some(message) = message else {
+                self.sessions.lock().remove(&session);
+                return warn!(%session, "A client sent more than the demo worker keeps.");
+            };
+            // The gateway lets only JSON through, but any JSON.
+            let message: Value = serde_json::from_slice(&message.payload).unwrap_or_default();
+            match message["type"].as_str() {
+                Some("prompt") => {
+                    self.answer(&session, message["text"].as_str().unwrap_or_default()).await;
+                }
+                Some("ping") => self.say(&session, json!({ "type": "pong" })).await,
+                _ => {
+                    let help = r#"The demo worker takes {"type":"prompt","text":"…"}."#;
+                    let body = json!({ "type": "error", "code": "unknown_type", "message": help });
+                    self.say(&session, body).await;
+                }
+            }
+        }
+    }
+
+    /// Whether nobody has been there for [`LINGER`]; the session is forgotten then.
+    fn is_abandoned(&self, session: &Id) -> bool {
+        let links = self.gateway.runtime.links();
+        let mut sessions = self.sessions.lock();
+        let Some(known) = sessions.get_mut(session) else { return true };
+        // The announcement of an end can be lost.
+        known.connections.retain(|id| links.iter().any(|link| link.id() == *id));
+        let abandoned = known.connections.is_empty() && known.seen.elapsed() >= LINGER;
+        if abandoned {
+            sessions.remove(session);
+        }
+        abandoned
+    }
+
+    async fn answer(&self, session: &Id, prompt: &str) {
+        let mut ticks = interval(TOKEN_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for token in answer_to(prompt).split_inclusive(' ') {
+            ticks.tick().await;
+            self.say(session, json!({ "type": "token", "text": token })).await;
+        }
+        self.say(session, json!({ "type": "done" })).await;
+    }
+
+    async fn say(&self, session: &Id, message: Value) {
+        let publish = Publish {
+            channel: self.gateway.names.session_down(session).into(),
+            payload: Bytes::from(message.to_string()),
+            unheard: Unheard::Gone,
+            receipt: None,
+        };
+        self.gateway.bus.publishable().await;
+        if let Err(error) = self.gateway.hub.publish(publish) {
+            debug!(%session, %error, "The bus did not take a message.");
+        }
+    }
+}
+
+fn answer_to(prompt: &str) -> String {
+    let quoted: String = prompt.chars().take(QUOTED_CHARS_MAX).collect();
+    let rest = if quoted.len() < prompt.len() { "…" } else { "" };
+    format!("You said “{quoted}{rest}”. {ANSWER}")
+}
+
+/// Long enough that a person can cut the connection in the middle of it.
+const ANSWER: &str = "I am the demo worker, and I hold no socket. The gateway has your WebSocket; \
+    I only subscribe to what your session sends and publish what it should get, one word at a time. \
+    So you can cut the connection now, and I will not notice: I keep talking, because the bus takes \
+    my words whether or not you are there. Your page asks for a fresh token, opens a second \
+    connection to the same session, and hears the rest of this sentence. What I said while you were \
+    away is gone, since a session has no history yet; your page marks the gap. In production I would \
+    be a few lines of Python beside a model, and there would be many of me, restarted and deployed \
+    while nobody loses a connection. That is all there is to it: tokens in, tokens out, and the \
+    sockets are somebody else's worry.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_takes_at_least_four_seconds_and_never_quotes_much() {
+        let words = answer_to("").split_inclusive(' ').count() as u32;
+        assert!(TOKEN_EVERY * words >= Duration::from_secs(4), "{words}");
+        assert!(answer_to(&"ä".repeat(5000)).chars().count() < ANSWER.chars().count() + 120);
+    }
+}
