@@ -330,11 +330,11 @@ impl Link {
 
     pub(crate) fn pong(&self, payload: &[u8], now: Micros) {
         let mut state = self.state.lock();
-        if state.phase != Phase::Open {
-            return;
-        }
         if state.outbox.control_frames() >= PONGS_MAX && !state.blocked {
             self.write(&mut state, now);
+        }
+        if state.phase != Phase::Open {
+            return;
         }
         let pong = server_frame(Opcode::Pong, payload, false);
         let pong = if state.blocked { state.outbox.replace_pong(pong) } else { Err(pong) };
