@@ -40,11 +40,13 @@ async fn a_drain_flushes_closes_announces_and_leaves_nothing(backend: Backend) {
     slow.open("slow", &instance.token("slow").await).await;
     let payload = "x".repeat(64 * 1024);
     let mut published = 0;
+    let mut delivered = instance.follow("session:slow:down").await;
     while instance.gateway().runtime.budget.used() < 1 << 20 {
         instance.publish("session:slow:down", payload.clone());
+        delivered.next().await;
         published += 1;
-        tokio::task::yield_now().await;
     }
+    drop(delivered);
     let gateway = instance.gateway().clone();
     let reading = async {
         for client in &mut clients {
