@@ -240,7 +240,7 @@ impl Scrape<'_, '_> {
             let latency = &profile.stats.latency;
             let bounds = LATENCY_BUCKETS.iter().map(|&micros| micros as f64 / 1e6);
             let counts = latency.buckets.iter().map(|count| count.load(Relaxed));
-            let buckets: Vec<_> = bounds.chain([f64::MAX]).zip(counts).collect();
+            let buckets: Vec<_> = bounds.chain([f64::INFINITY]).zip(counts).collect();
             let count = buckets.iter().map(|(_, count)| count).sum();
             let sum = latency.sum_micros.load(Relaxed) as f64 / 1e6;
             family
