@@ -20,12 +20,15 @@ use wsproxy_proto::{
 
 use crate::{
     clock::{self, Micros},
-    link::{Event, Link, Phase},
+    link::{Event, Events, Link, Phase},
     socket::Socket,
 };
 
 /// Bytes taken from a socket at once.
 const READ_BYTES: usize = 64 * 1024;
+
+/// Messages after which the handler is shown its events, though more was read.
+const MESSAGES_MAX: usize = 256;
 
 /// Rounds after which a busy connection lets others run.
 const ROUNDS_MAX: usize = 8;
@@ -53,9 +56,10 @@ pub trait Handler: Send + Unpin + 'static {
 pub struct End {
     /// The entry of the table.
     pub why: &'static Disconnect,
-    /// The close code on the wire; 1005 where the peer gave none, 1006 where there was no close frame.
+    /// The code of the first close frame, even if it waited in vain to be written; 1005 where the
+    /// peer gave none, 1006 where there was no close frame.
     pub code: u16,
-    /// Whether the peer closed.
+    /// Whether the peer closed first.
     pub by_peer: bool,
 }
 
@@ -70,8 +74,12 @@ pub struct Driver<H: Handler> {
     bucket: Bucket,
     /// What still comes from the peer is read and thrown away.
     deaf: bool,
+    /// Nothing more comes from the peer at all.
+    ended_reading: bool,
     /// We have said all we had to say, and told the kernel.
     finished_writing: bool,
+    /// The peer is not read, since the bus takes no more or the peer does not read either.
+    paused: bool,
 }
 
 impl<H: Handler> Driver<H> {
@@ -88,9 +96,19 @@ impl<H: Handler> Driver<H> {
         let receiver = Receiver::new(Role::Server, link.profile().receive, deflate);
         link.attach(socket, now);
         let bucket = Bucket::default();
-        let mut driver =
-            Self { link, handler, receiver, bucket, deaf: false, finished_writing: false };
+        let mut driver = Self {
+            link,
+            handler,
+            receiver,
+            bucket,
+            deaf: false,
+            ended_reading: false,
+            finished_writing: false,
+            paused: false,
+        };
         if !leftover.is_empty() {
+            let received = &driver.link.profile().stats.bytes_received;
+            received.fetch_add(leftover.len() as u64, Relaxed);
             driver.receive(&mut leftover.to_vec(), now);
             driver.link.flush(now);
         }
@@ -102,9 +120,7 @@ impl<H: Handler> Driver<H> {
         let now = clock::now();
         let look = self.link.look(cx.waker());
         if let Some(events) = look.events {
-            for event in *events {
-                self.handler.on_event(event, &self.link, now);
-            }
+            self.handle(*events, now);
             self.link.flush(now);
         }
         let link = Arc::clone(&self.link);
@@ -124,8 +140,8 @@ impl<H: Handler> Driver<H> {
             socket.finish_writing();
             self.finished_writing = true;
         }
-        if self.may_read(look.phase, look.reply_bytes, cx) && socket.poll_read_ready(cx).is_ready()
-        {
+        let may_read = self.may_read(look.phase, look.reply_bytes, now, cx);
+        if may_read && socket.poll_read_ready(cx).is_ready() {
             self.read(socket, now);
             progress = true;
         }
@@ -133,19 +149,40 @@ impl<H: Handler> Driver<H> {
     }
 
     /// Back pressure: a client is not read while the bus takes nothing more, nor while it
-    /// leaves unread what its own messages caused.
-    fn may_read(&mut self, phase: Phase, reply_bytes: usize, cx: &mut Context<'_>) -> bool {
+    /// leaves unread what its own messages caused. The former is not its fault, the latter is:
+    /// if it lasts, the client counts as dead.
+    fn may_read(
+        &mut self,
+        phase: Phase,
+        reply_bytes: usize,
+        now: Micros,
+        cx: &mut Context<'_>,
+    ) -> bool {
         if phase != Phase::Open {
-            return true;
+            return !self.ended_reading;
         }
         let bus_ready = self.handler.poll_ready(cx).is_ready();
-        self.link.set_paused(!bus_ready);
-        bus_ready && reply_bytes <= self.link.profile().reply_bytes_max
+        self.link.set_paused(!bus_ready, now);
+        let may_read = bus_ready && reply_bytes <= self.link.profile().reply_bytes_max;
+        if !may_read && !self.paused {
+            self.link.profile().stats.reads_paused.fetch_add(1, Relaxed);
+        }
+        self.paused = !may_read;
+        may_read
+    }
+
+    fn handle(&mut self, events: Events, now: Micros) {
+        for event in events.queue {
+            self.handler.on_event(event, &self.link, now);
+        }
     }
 
     fn read(&mut self, socket: &Socket, now: Micros) {
         READ_BUFFER.with_borrow_mut(|buffer| match socket.try_read(buffer) {
-            Ok(0) => self.link.abort(),
+            Ok(0) => {
+                self.ended_reading = true;
+                self.link.peer_left();
+            }
             Ok(count) => {
                 self.link.heard_at(now);
                 self.link.profile().stats.bytes_received.fetch_add(count as u64, Relaxed);
@@ -160,11 +197,19 @@ impl<H: Handler> Driver<H> {
     fn receive(&mut self, bytes: &mut [u8], now: Micros) {
         INFLATERS.with_borrow_mut(|inflaters| {
             let mut input = Input::new(bytes);
+            let mut messages = 0_usize;
             while !self.deaf {
+                if messages >= MESSAGES_MAX {
+                    // What they led to must not pile up behind them.
+                    messages = 0;
+                    let events = self.link.take_events();
+                    events.into_iter().for_each(|events| self.handle(*events, now));
+                }
                 match self.receiver.next(&mut input, inflaters) {
                     Ok(None) => break,
                     // After our own close frame only the peer's is of interest.
                     Ok(Some(WsEvent::Message(kind, payload))) if !self.link.is_closing() => {
+                        messages += 1;
                         let profile = self.link.profile();
                         profile.stats.messages_received.fetch_add(1, Relaxed);
                         let nanos = now.0.saturating_mul(1000);
@@ -175,7 +220,7 @@ impl<H: Handler> Driver<H> {
                         self.link.active_at(now);
                         self.handler.on_message(kind, payload, &self.link, now);
                     }
-                    Ok(Some(WsEvent::Ping(payload))) => self.link.pong(payload),
+                    Ok(Some(WsEvent::Ping(payload))) => self.link.pong(payload, now),
                     Ok(Some(WsEvent::Message(..) | WsEvent::Pong(_))) => {}
                     Ok(Some(WsEvent::Close(close))) => {
                         // What answers earlier messages of the same read still goes out.
@@ -185,12 +230,23 @@ impl<H: Handler> Driver<H> {
                     }
                     Err(violation) => {
                         self.link.flush(now);
-                        self.link.disconnect(violation, now);
+                        self.link.disconnect(violation.entry(), now);
                         self.deaf = true;
                     }
                 }
             }
         });
+    }
+}
+
+impl<H: Handler> Drop for Driver<H> {
+    fn drop(&mut self) {
+        // Whoever else has the link must not take a connection without a task for a living one.
+        self.link.over();
+        // Nor must the peer wait for it to let go of the link, and with it of the socket.
+        if let Some(socket) = self.link.socket() {
+            socket.shut_down();
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! How everybody but its own task reaches a connection: queue, flush, disconnect, look at the time.
+//! How everybody but its own task reaches a connection: queue, flush, notify.
 
 use std::{
     collections::VecDeque,
@@ -15,17 +15,21 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 use wsproxy_proto::{
     disconnect::Disconnect,
-    ws::frame::{Opcode, close_payload, server_frame},
+    ws::frame::{Opcode, server_frame},
 };
 
 use crate::{
     clock::{self, Micros},
-    driver::End,
     outbox::{Outbox, SLICES_MAX},
     profile::Profile,
     runtime::Runtime,
     socket::Socket,
 };
+
+mod ending;
+mod silence;
+
+use ending::Ending;
 
 /// So many bytes are written although the round is not over, so that rounds of any size fit
 /// into any send buffer as long as the client reads.
@@ -33,6 +37,13 @@ const EARLY_FLUSH_BYTES: usize = 256 * 1024;
 
 /// Most events that may wait for a connection's task.
 const EVENTS_MAX: usize = 1024;
+
+/// Most bytes that may wait in them.
+const EVENT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Pongs up to this number are kept for one write; then they are written, and while that is
+/// impossible only the newest ping is answered.
+const PONGS_MAX: usize = 64;
 
 /// Something that another task wants a connection's handler to look at.
 #[derive(Debug, Clone)]
@@ -62,25 +73,30 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 struct State {
     outbox: Outbox,
+    /// How it ends, once that is known.
+    ending: Option<Box<Ending>>,
+    events: Option<Box<Events>>,
+    waker: Option<Waker>,
+    /// Bytes that the process's budget knows of.
+    accounted: u32,
+    messages_sent: u64,
+    bytes_sent: u64,
+    /// The tick at which the wheel looks next; 0 where it does not.
+    scheduled: u32,
     phase: Phase,
     /// The socket took no more; the connection's task will flush.
     blocked: bool,
     /// Frames were queued since the last flush, and somebody is going to flush.
     dirty: bool,
-    /// Why it ends, once that is known.
-    ending: Option<&'static Disconnect>,
-    /// The code that went over the wire, in whichever direction came first.
-    close_code: u16,
     /// The peer's close frame came.
     peer_closed: bool,
-    /// When the close handshake must be over.
-    close_by: Micros,
-    events: Option<Box<VecDeque<Event>>>,
-    waker: Option<Waker>,
-    /// Bytes that the process's budget knows of.
-    accounted: usize,
-    messages_sent: u64,
-    bytes_sent: u64,
+}
+
+/// What waits for a connection's handler.
+#[derive(Debug, Default)]
+pub(crate) struct Events {
+    pub(crate) queue: VecDeque<Event>,
+    bytes: usize,
 }
 
 /// A connection as seen by the hub, the timers and the API.
@@ -96,8 +112,6 @@ pub struct Link {
     heard: AtomicU64,
     /// When the last data message came or went.
     active: AtomicU64,
-    /// The tick at which the wheel looks next.
-    scheduled: AtomicU64,
     /// Until the bus takes messages again the client is not read, and so cannot be heard.
     paused: AtomicBool,
     /// Copy of the phase that can be read without the lock.
@@ -113,7 +127,7 @@ pub(crate) struct Look {
     pub(crate) drained: bool,
     pub(crate) peer_closed: bool,
     pub(crate) reply_bytes: usize,
-    pub(crate) events: Option<Box<VecDeque<Event>>>,
+    pub(crate) events: Option<Box<Events>>,
 }
 
 /// What became of a frame that was to be queued.
@@ -145,7 +159,6 @@ impl Link {
             state: Mutex::new(State::new()),
             heard: AtomicU64::new(now.0),
             active: AtomicU64::new(now.0),
-            scheduled: AtomicU64::new(0),
             paused: false.into(),
             closing: false.into(),
             profile,
@@ -177,6 +190,12 @@ impl Link {
         self.state.lock().outbox.bytes()
     }
 
+    /// Those of them that the process's budget knows of, and that a disconnect would free.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        let state = self.state.lock();
+        if state.accounted > 0 { state.outbox.untouched_bytes() } else { 0 }
+    }
+
     /// When the last bytes came from the client.
     #[must_use]
     pub fn heard(&self) -> Micros {
@@ -204,18 +223,22 @@ impl Link {
 
     fn push_data(&self, frame: Bytes, since: Micros, reply: bool) -> Queued {
         let mut state = self.state.lock();
-        if matches!(state.phase, Phase::Closing | Phase::Dead) {
+        if state.is_ending() {
+            self.profile.stats.messages_discarded.fetch_add(1, Relaxed);
             return Queued::Ending;
         }
+        let bytes_max = self.profile.send_buffer_bytes;
         state.outbox.push(frame, since, reply);
-        if state.outbox.bytes() > EARLY_FLUSH_BYTES && !state.blocked {
+        if state.outbox.bytes() > EARLY_FLUSH_BYTES.min(bytes_max) && !state.blocked {
             self.write(&mut state, clock::now());
         }
         if state.blocked {
             self.account(&mut state);
         }
-        if state.outbox.bytes() > self.profile.send_buffer_bytes {
+        if state.outbox.bytes() > bytes_max {
             self.end(&mut state, &Disconnect::SLOW, None, clock::now());
+        }
+        if state.is_ending() {
             return Queued::Ending;
         }
         if state.blocked || state.dirty || state.phase == Phase::Corked {
@@ -234,31 +257,6 @@ impl Link {
         }
     }
 
-    /// Ends the connection: what waits for it is dropped, the close frame goes out at once.
-    pub fn disconnect(&self, why: &'static Disconnect, now: Micros) {
-        self.end(&mut self.state.lock(), why, None, now);
-    }
-
-    /// The same with a code and a reason of the backend's own.
-    pub fn disconnect_with(&self, why: &'static Disconnect, code: u16, reason: &str, now: Micros) {
-        self.end(&mut self.state.lock(), why, Some((code, reason)), now);
-    }
-
-    /// Ends the connection after all that waits for it has been written.
-    pub fn finish(&self, why: &'static Disconnect, now: Micros) {
-        self.finish_with(why, why.code, why.reason, now);
-    }
-
-    /// The same with a code and a reason of the backend's own.
-    pub fn finish_with(&self, why: &'static Disconnect, code: u16, reason: &str, now: Micros) {
-        let mut state = self.state.lock();
-        if self.start_closing(&mut state, why, code, now) {
-            let frame = server_frame(Opcode::Close, close_payload(code, reason).as_ref(), false);
-            state.outbox.push(frame, Micros::NEVER, false);
-            self.write(&mut state, now);
-        }
-    }
-
     /// Gives the connection's handler something to look at. A handler that does not keep up
     /// with what is addressed to it ends its connection.
     pub fn notify(&self, event: Event) {
@@ -267,11 +265,13 @@ impl Link {
             return;
         }
         let events = state.events.get_or_insert_default();
-        if events.len() >= EVENTS_MAX {
+        events.bytes += event.payload.len();
+        if events.queue.len() >= EVENTS_MAX || events.bytes > EVENT_BYTES_MAX {
+            state.events = None;
             self.end(&mut state, &Disconnect::SLOW, None, clock::now());
             return;
         }
-        events.push_back(event);
+        events.queue.push_back(event);
         state.wake();
     }
 
@@ -286,8 +286,9 @@ impl Link {
         self.heard.store(now.0, Relaxed);
         self.active.store(now.0, Relaxed);
         self.write(&mut state, now);
-        drop(state);
-        self.schedule(self.next_deadline(now));
+        if state.phase == Phase::Open {
+            self.schedule(&mut state, self.next_deadline(now));
+        }
     }
 
     pub(crate) fn socket(&self) -> Option<&Socket> {
@@ -316,6 +317,10 @@ impl Link {
         }
     }
 
+    pub(crate) fn take_events(&self) -> Option<Box<Events>> {
+        self.state.lock().events.take()
+    }
+
     /// The socket takes bytes again.
     pub(crate) fn unblock(&self, now: Micros) {
         let mut state = self.state.lock();
@@ -323,41 +328,19 @@ impl Link {
         self.write(&mut state, now);
     }
 
-    /// The task is done: nothing can be queued from now on.
-    pub(crate) fn over(&self) -> End {
+    pub(crate) fn pong(&self, payload: &[u8], now: Micros) {
         let mut state = self.state.lock();
-        self.die(&mut state);
-        End {
-            why: state.ending.unwrap_or(&Disconnect::GONE),
-            code: state.close_code,
-            by_peer: state.peer_closed,
-        }
-    }
-
-    pub(crate) fn pong(&self, payload: &[u8]) {
-        let mut state = self.state.lock();
-        if state.phase == Phase::Open {
-            state.outbox.push_control(server_frame(Opcode::Pong, payload, false));
-        }
-    }
-
-    /// The peer's close frame came: it is answered with its own code, and what waits is dropped.
-    pub(crate) fn peer_closed(&self, code: Option<u16>, now: Micros) {
-        let mut state = self.state.lock();
-        state.peer_closed = true;
-        if matches!(state.phase, Phase::Closing | Phase::Dead) {
+        if state.phase != Phase::Open {
             return;
         }
-        // A close frame without a code is answered with 1000: an empty answer would say less.
-        let answer = code.unwrap_or(Disconnect::NORMAL.code);
-        self.end(&mut state, &Disconnect::NORMAL, Some((answer, "")), now);
-        state.close_code = code.unwrap_or(1005);
-    }
-
-    /// Ends the connection without a word: the socket failed, the peer left, or time is over.
-    pub fn abort(&self) {
-        let mut state = self.state.lock();
-        self.die(&mut state);
+        if state.outbox.control_frames() >= PONGS_MAX && !state.blocked {
+            self.write(&mut state, now);
+        }
+        let pong = server_frame(Opcode::Pong, payload, false);
+        let pong = if state.blocked { state.outbox.replace_pong(pong) } else { Err(pong) };
+        if let Err(pong) = pong {
+            state.outbox.push_control(pong);
+        }
     }
 
     pub(crate) fn heard_at(&self, now: Micros) {
@@ -368,149 +351,47 @@ impl Link {
         self.active.store(now.0, Relaxed);
     }
 
-    pub(crate) fn set_paused(&self, paused: bool) {
-        if self.paused.swap(paused, Relaxed) != paused && paused {
-            self.profile.stats.reads_paused.fetch_add(1, Relaxed);
+    /// Until `false` is told the client is not read for a reason that is not its own.
+    pub(crate) fn set_paused(&self, paused: bool, now: Micros) {
+        if self.paused.load(Relaxed) != paused {
+            if !paused {
+                // What it sent meanwhile is unread, not unsent: its silence begins now.
+                self.heard_at(now);
+                self.active_at(now);
+            }
+            self.paused.store(paused, Relaxed);
         }
-    }
-
-    /// Called by the wheel. `tick` is the one under which the link was inserted.
-    pub(crate) fn on_tick(&self, tick: u64, now: Micros, grace_until: Micros) {
-        if self.scheduled.load(Relaxed) != tick {
-            return; // it was pulled forward since
-        }
-        let mut state = self.state.lock();
-        match state.phase {
-            Phase::Dead => return,
-            Phase::Closing if now >= state.close_by => return self.die(&mut state),
-            Phase::Closing => return self.schedule(state.close_by),
-            Phase::Corked | Phase::Open => self.check_silence(&mut state, now, grace_until),
-        }
-        if state.phase == Phase::Open || state.phase == Phase::Corked {
-            self.schedule(self.next_deadline(now).max(grace_until));
-        }
-    }
-
-    fn check_silence(&self, state: &mut State, now: Micros, grace_until: Micros) {
-        let paused = self.paused.load(Relaxed);
-        let silence = now.since(self.heard());
-        let idle = now.since(Micros(self.active.load(Relaxed)));
-        if silence >= self.profile.heartbeat_timeout && !paused && now >= grace_until {
-            self.end(state, &Disconnect::HEARTBEAT, None, now);
-        } else if idle >= self.profile.idle_timeout {
-            self.end(state, &Disconnect::IDLE, None, now);
-        } else if silence >= self.profile.heartbeat_interval && !state.outbox.has_control() {
-            state.outbox.push_control(server_frame(Opcode::Ping, &[], false));
-            self.write(state, now);
-        }
-    }
-
-    /// When the next ping, the end of the peer's silence or of its idleness is due.
-    fn next_deadline(&self, now: Micros) -> Micros {
-        let (heard, interval) = (self.heard(), self.profile.heartbeat_interval);
-        let pings = now.since(heard).0.checked_div(interval.0).unwrap_or(0) + 1;
-        let ping = heard.after(Micros(interval.0.saturating_mul(pings)));
-        let silence = heard.after(self.profile.heartbeat_timeout);
-        let idle = Micros(self.active.load(Relaxed)).after(self.profile.idle_timeout);
-        ping.min(silence).min(idle).max(now)
-    }
-
-    fn schedule(&self, at: Micros) {
-        let tick = self.runtime.wheel.insert(self.me.clone(), at);
-        self.scheduled.store(tick, Relaxed);
-    }
-
-    fn end(
-        &self,
-        state: &mut State,
-        why: &'static Disconnect,
-        told: Option<(u16, &str)>,
-        now: Micros,
-    ) {
-        let (code, reason) = told.unwrap_or((why.code, why.reason));
-        if !self.start_closing(state, why, code, now) {
-            return;
-        }
-        let lost = state.outbox.discard() as u64;
-        self.profile.stats.messages_discarded.fetch_add(lost, Relaxed);
-        let payload = close_payload(code, reason);
-        state.outbox.push_control(server_frame(Opcode::Close, payload.as_ref(), false));
-        self.write(state, now);
-        self.account(state);
-    }
-
-    /// Whether this is the first ending.
-    fn start_closing(
-        &self,
-        state: &mut State,
-        why: &'static Disconnect,
-        code: u16,
-        now: Micros,
-    ) -> bool {
-        if matches!(state.phase, Phase::Closing | Phase::Dead) {
-            return false;
-        }
-        state.phase = Phase::Closing;
-        self.closing.store(true, Relaxed);
-        state.ending = Some(why);
-        state.close_code = code;
-        state.close_by = now.after(self.profile.close_timeout);
-        self.schedule(state.close_by);
-        state.wake();
-        true
-    }
-
-    fn die(&self, state: &mut State) {
-        state.phase = Phase::Dead;
-        self.closing.store(true, Relaxed);
-        if state.ending.is_none() {
-            state.ending = Some(&Disconnect::GONE);
-            state.close_code = Disconnect::GONE.code;
-        }
-        let lost = state.outbox.discard() as u64;
-        self.profile.stats.messages_discarded.fetch_add(lost, Relaxed);
-        state.outbox = Outbox::default();
-        self.account(state);
-        state.wake();
     }
 
     /// Writes until nothing is left or the socket takes no more; the latter wakes the task,
     /// which alone can wait for a socket.
     fn write(&self, state: &mut State, now: Micros) {
         let Some(socket) = self.socket.get() else { return };
-        let mut sent_any = false;
-        while !state.outbox.is_empty() && state.phase != Phase::Dead {
+        let mut blocked = false;
+        while !state.outbox.is_empty() && !blocked {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
             let filled = state.outbox.fill(&mut slices);
             match socket.try_write_vectored(&slices[..filled]) {
-                Ok(count) => {
-                    sent_any = true;
-                    self.wrote(state, count);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if !state.blocked {
-                        state.blocked = true;
-                        self.profile.stats.blocked.fetch_add(1, Relaxed);
-                        state.wake();
-                    }
-                    break;
-                }
+                Ok(0) => self.die(state),
+                Ok(count) => self.wrote(state, count, now),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => blocked = true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => self.die(state),
             }
         }
-        if state.outbox.is_empty() {
-            state.blocked = false;
-        }
-        if sent_any && self.profile.idle_timeout != Micros::NEVER {
-            self.active_at(now);
+        if blocked != state.blocked {
+            state.blocked = blocked;
+            self.profile.stats.blocked.fetch_add(blocked.into(), Relaxed);
+            // It has to wait for the socket; or somebody else has written what it waited for,
+            // and it may go on reading.
+            state.wake();
         }
         if state.blocked || state.accounted > 0 {
             self.account(state);
         }
     }
 
-    fn wrote(&self, state: &mut State, count: usize) {
+    fn wrote(&self, state: &mut State, count: usize, now: Micros) {
         let written = state.outbox.advance(count);
         let stats = &self.profile.stats;
         stats.bytes_sent.fetch_add(written.bytes as u64, Relaxed);
@@ -519,21 +400,22 @@ impl Link {
             stats.messages_sent.fetch_add(u64::from(written.messages), Relaxed);
             state.messages_sent += u64::from(written.messages);
             stats.latency.record(clock::now().since(written.oldest), written.messages);
+            self.active_at(now);
         }
     }
 
     fn account(&self, state: &mut State) {
         let bytes = state.outbox.bytes();
-        if bytes != state.accounted {
-            self.runtime.budget.change(state.accounted, bytes);
-            state.accounted = bytes;
+        if bytes != state.accounted as usize {
+            self.runtime.budget.change(state.accounted as usize, bytes);
+            state.accounted = bytes as u32;
         }
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.runtime.budget.change(self.state.get_mut().accounted, 0);
+        self.runtime.budget.change(self.state.get_mut().accounted as usize, 0);
     }
 }
 
@@ -541,19 +423,22 @@ impl State {
     const fn new() -> Self {
         Self {
             outbox: Outbox::EMPTY,
-            phase: Phase::Corked,
-            blocked: false,
-            dirty: false,
             ending: None,
-            close_code: 0,
-            peer_closed: false,
-            close_by: Micros::NEVER,
             events: None,
             waker: None,
             accounted: 0,
             messages_sent: 0,
             bytes_sent: 0,
+            scheduled: 0,
+            phase: Phase::Corked,
+            blocked: false,
+            dirty: false,
+            peer_closed: false,
         }
+    }
+
+    const fn is_ending(&self) -> bool {
+        matches!(self.phase, Phase::Closing | Phase::Dead)
     }
 
     fn wake(&self) {

@@ -50,7 +50,7 @@ pub struct Stats {
     pub messages_sent: AtomicU64,
     /// Bytes handed to the kernel.
     pub bytes_sent: AtomicU64,
-    /// Messages that waited for a client when its connection ended.
+    /// Messages that waited for a client when its connection ended, or came for it afterwards.
     pub messages_discarded: AtomicU64,
     /// Times that a client's socket took no more.
     pub blocked: AtomicU64,

@@ -1,10 +1,11 @@
 //! What all connections of a process share: the timer wheel and the budget.
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
+use parking_lot::Mutex;
 use wsproxy_proto::disconnect::Disconnect;
 
 use crate::{
@@ -30,6 +31,8 @@ pub struct Runtime {
     last_tick: AtomicU64,
     /// Nobody is declared dead before this time.
     grace_until: AtomicU64,
+    /// Held while connections are between two slots of the wheel, where nobody else would find them.
+    turning: Mutex<()>,
 }
 
 impl Runtime {
@@ -41,6 +44,7 @@ impl Runtime {
             budget: Budget::new(send_buffers_total_bytes),
             last_tick: AtomicU64::new(now.0),
             grace_until: AtomicU64::new(0),
+            turning: Mutex::default(),
         })
     }
 
@@ -52,27 +56,34 @@ impl Runtime {
             self.grace_until.store(now.after(GRACE).0, Relaxed);
         }
         let grace_until = Micros(self.grace_until.load(Relaxed));
+        let turning = self.turning.lock();
         for (tick, links) in self.wheel.due(now) {
-            for link in links.iter().filter_map(std::sync::Weak::upgrade) {
+            for link in links.iter().filter_map(Weak::upgrade) {
                 link.on_tick(tick, now, grace_until);
             }
         }
+        drop(turning);
         if self.budget.is_exceeded() {
             self.relieve(now);
         }
     }
 
-    /// Every connection.
+    /// Every connection that has a socket.
     #[must_use]
     pub fn links(&self) -> Vec<Arc<Link>> {
+        let _turning = self.turning.lock();
         self.wheel.links()
     }
 
+    /// Ends connections, the worst first, until what waits fits again. Those that would free
+    /// nothing are left alone.
     fn relieve(&self, now: Micros) {
-        let mut links = self.links();
-        links.sort_unstable_by_key(|link| link.queued_bytes());
+        // The figures change while we sort: each is asked for once.
+        let links = self.links().into_iter().map(|link| (link.waiting_bytes(), link));
+        let mut links: Vec<_> = links.filter(|(bytes, _)| *bytes > 0).collect();
+        links.sort_unstable_by_key(|(bytes, _)| *bytes);
         while self.budget.is_exceeded() {
-            let Some(worst) = links.pop() else { break };
+            let Some((_, worst)) = links.pop() else { break };
             worst.disconnect(&Disconnect::SLOW, now);
         }
     }

@@ -14,8 +14,20 @@ use tokio::net::{TcpStream, UnixStream};
 pub enum Socket {
     /// TCP, from a client or a proxy.
     Tcp(TcpStream),
-    /// A unix socket, from a proxy on the same machine.
-    Unix(UnixStream),
+    /// A unix socket, from a proxy on the same machine. Boxed, so that the others are smaller.
+    Unix(Box<UnixStream>),
+}
+
+impl From<TcpStream> for Socket {
+    fn from(stream: TcpStream) -> Self {
+        Self::Tcp(stream)
+    }
+}
+
+impl From<UnixStream> for Socket {
+    fn from(stream: UnixStream) -> Self {
+        Self::Unix(Box::new(stream))
+    }
 }
 
 impl Socket {
@@ -69,6 +81,12 @@ impl Socket {
         let _ = self.with_ref(|socket| socket.shutdown(Shutdown::Write));
     }
 
+    /// Ends both directions.
+    pub fn shut_down(&self) {
+        // As above.
+        let _ = self.with_ref(|socket| socket.shutdown(Shutdown::Both));
+    }
+
     /// Options of a socket that carries messages: no Nagle delay, and an upper bound for how
     /// long written bytes may stay unacknowledged, which finds peers that vanished.
     ///
@@ -87,7 +105,7 @@ impl Socket {
     fn with_ref<T>(&self, f: impl FnOnce(socket2::SockRef<'_>) -> T) -> T {
         match self {
             Self::Tcp(stream) => f(socket2::SockRef::from(stream)),
-            Self::Unix(stream) => f(socket2::SockRef::from(stream)),
+            Self::Unix(stream) => f(socket2::SockRef::from(&**stream)),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Weak,
-    atomic::{AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicU32, Ordering::Relaxed},
 };
 
 use parking_lot::Mutex;
@@ -13,17 +13,18 @@ use crate::{clock::Micros, link::Link};
 pub const TICK: Micros = Micros(100_000);
 
 /// Deadlines beyond so many ticks are looked at once a turn.
-const SLOTS: u64 = 512;
+const SLOTS: u32 = 512;
 
 /// Connections by the tick at which to look at them again.
 ///
-/// Every connection is in exactly one slot as long as it lives, which makes the wheel the list
-/// of all connections too. A connection that ended leaves its few hundred bytes until its slot is due.
+/// Every connection is in exactly one slot as long as it lives, but for the moment in which it is
+/// looked at, which makes the wheel the list of all connections too.
+/// Locks: a link's state may be locked when a slot is, never the other way round.
 #[derive(Debug)]
 pub struct Wheel {
     slots: Box<[Mutex<Vec<Weak<Link>>>]>,
     /// The tick that was last handled.
-    ticked: AtomicU64,
+    ticked: AtomicU32,
 }
 
 impl Wheel {
@@ -32,22 +33,38 @@ impl Wheel {
     pub fn new(now: Micros) -> Self {
         Self {
             slots: (0..SLOTS).map(|_| Mutex::default()).collect(),
-            ticked: AtomicU64::new(now.0 / TICK.0),
+            ticked: AtomicU32::new(tick_of(now)),
         }
     }
 
     /// Puts a connection where it is looked at soon after `at`. Returns the tick.
-    pub(crate) fn insert(&self, link: Weak<Link>, at: Micros) -> u64 {
-        let ticked = self.ticked.load(Relaxed);
-        let tick = (at.0 / TICK.0 + 1).clamp(ticked + 1, ticked + SLOTS - 1);
-        self.slots[Self::slot(tick)].lock().push(link);
-        tick
+    pub(crate) fn insert(&self, link: Weak<Link>, at: Micros) -> u32 {
+        loop {
+            let ticked = self.ticked.load(Relaxed);
+            let tick = tick_of(at).saturating_add(1).clamp(ticked + 1, ticked + SLOTS - 1);
+            let mut slot = self.slots[Self::slot(tick)].lock();
+            // The slot may have been taken while we came for it. `due` says how far it is before
+            // it takes a slot, so under the slot's lock that cannot be missed.
+            if self.ticked.load(Relaxed) < tick {
+                slot.push(link);
+                return tick;
+            }
+        }
     }
 
-    /// Everything that became due by `now`, with the tick under which it was inserted.
-    pub(crate) fn due(&self, now: Micros) -> Vec<(u64, Vec<Weak<Link>>)> {
+    /// Takes a connection out of the slot of `tick`, if it is still there.
+    pub(crate) fn remove(&self, link: &Weak<Link>, tick: u32) {
+        let mut slot = self.slots[Self::slot(tick)].lock();
+        // Most that leave early came late.
+        if let Some(at) = slot.iter().rposition(|other| other.ptr_eq(link)) {
+            slot.swap_remove(at);
+        }
+    }
+
+    /// Everything that became due by `now`, with the tick at which it was, or a later one.
+    pub(crate) fn due(&self, now: Micros) -> Vec<(u32, Vec<Weak<Link>>)> {
         let from = self.ticked.load(Relaxed) + 1;
-        let to = now.0 / TICK.0;
+        let to = tick_of(now);
         if to < from {
             return Vec::new();
         }
@@ -65,13 +82,18 @@ impl Wheel {
         for slot in &self.slots {
             links.extend(slot.lock().iter().filter_map(Weak::upgrade));
         }
-        // One that was pulled forward stands in two slots.
+        // One that was moved meanwhile may have been met twice.
         links.sort_unstable_by_key(|link| std::sync::Arc::as_ptr(link) as usize);
         links.dedup_by(|a, b| std::sync::Arc::ptr_eq(a, b));
         links
     }
 
-    fn slot(tick: u64) -> usize {
-        usize::try_from(tick % SLOTS).unwrap_or(0)
+    const fn slot(tick: u32) -> usize {
+        (tick % SLOTS) as usize
     }
+}
+
+/// Enough for thirteen years.
+fn tick_of(time: Micros) -> u32 {
+    u32::try_from(time.0 / TICK.0).unwrap_or(u32::MAX)
 }

@@ -66,6 +66,14 @@ table! {
     GONE = 1006, "", "gone", true;
 }
 
+impl Disconnect {
+    /// This entry as it stands in the table, for whoever keeps it as long as a connection.
+    #[must_use]
+    pub fn entry(self) -> &'static Self {
+        Self::ALL.iter().find(|entry| **entry == self).unwrap_or(&Self::INTERNAL)
+    }
+}
+
 /// Whether a peer may send `code` in a close frame (RFC 6455 section 7.4).
 #[must_use]
 pub const fn is_sendable(code: u16) -> bool {

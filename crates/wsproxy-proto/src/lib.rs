@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
 
+pub mod backoff;
 pub mod disconnect;
 pub mod json;
 pub mod names;

@@ -1,8 +1,17 @@
-//! RFC 6455 and RFC 7692 without IO and without a clock.
+//! WebSocket (RFC 6455) with permessage-deflate (RFC 7692) in both roles; knows no socket.
+//!
+//! Bytes from the peer go through a [`receiver::Receiver`], which hands out whole messages and
+//! control frames. What is sent is built by the functions of [`frame`], one contiguous frame
+//! at a time, so that a server may share one frame among all who get the same message.
 
+pub mod client;
 pub mod deflate;
+mod extension;
 pub mod frame;
 pub mod handshake;
-pub mod negotiation;
+pub mod mask;
+mod negotiation;
+mod partial;
 pub mod receiver;
-pub mod utf8;
+mod scratch;
+mod utf8;

@@ -80,7 +80,8 @@ pub fn profile(config: &Config) -> Profile {
     Profile {
         receive: Limits {
             message_bytes_max: limits.max_message_bytes,
-            fragments_max: limits.max_fragments,
+            // The first frame is a fragment too, and the codec counts those behind it.
+            fragments_max: limits.max_fragments.saturating_sub(1),
         },
         send_buffer_bytes: limits.send_buffer_bytes,
         reply_bytes_max: REPLY_BYTES_MAX,

@@ -1,249 +1,248 @@
-//! Message compression, RFC 7692 section 7.2: pools of working memory lent to messages.
+//! permessage-deflate (RFC 7692): compression and bounded inflation; knows no frames.
+//!
+//! Without context takeover a message needs no memory of the ones before it, so a worker thread
+//! has one inflater and few compressors for all of its connections, and a compressed message can
+//! be shared by all who receive it.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
+pub use super::negotiation::{Params, Policy, negotiate};
+use super::scratch::Scratch;
 use crate::disconnect::Disconnect;
 
-/// What a compressed message lacks at its end (section 7.2.1).
+/// The end of a sync flush, which senders leave out (RFC 7692 section 7.2.1).
 const TAIL: [u8; 4] = [0, 0, 0xff, 0xff];
 
-/// Memory that a pool keeps for the next message; what a larger one took is given back.
-const KEPT_BYTES: usize = 256 * 1024;
+/// [`TAIL`], and an empty final block: a message that does not end with it was cut off.
+const TAIL_AND_END: [u8; 6] = [0, 0, 0xff, 0xff, 3, 0];
 
-/// Output grows by at least this much.
-const STEP_BYTES: usize = 8 * 1024;
+/// Most final blocks in one message. One is what a sender may need; each makes us start the
+/// inflater anew, for as little as two bytes on the wire.
+const FINAL_BLOCKS_MAX: u32 = 64;
 
-/// What both ends agreed on (section 7.1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Params {
-    /// The server compresses every message for itself.
-    pub server_no_context_takeover: bool,
-    /// The client compresses every message for itself.
-    pub client_no_context_takeover: bool,
-    /// Window of what the server sends: 9 to 15 bits.
-    pub server_max_window_bits: u8,
-    /// Window of what the client sends: 8 to 15 bits.
-    pub client_max_window_bits: u8,
-}
+/// About what an inflater with a full window occupies.
+pub(crate) const INFLATER_BYTES: usize = 48 << 10;
 
-/// Decompression for all connections of a thread whose messages stand for themselves.
+/// Decompressor and room for output, one per worker thread.
 #[derive(Debug, Default)]
 pub struct Inflaters {
-    shared: Option<Inflater>,
-    out: Vec<u8>,
+    /// For peers without context takeover; made when first needed.
+    shared: Option<Decompress>,
+    output: Scratch,
 }
 
 impl Inflaters {
-    /// Inflates a whole message, by `own` where the peer keeps its context.
-    /// Never holds more than `limit` bytes of it.
-    ///
-    /// # Errors
-    /// It is damaged, or larger than `limit`.
-    pub fn inflate(
+    /// What was inflated or taken over last.
+    pub(crate) fn output(&self) -> &[u8] {
+        self.output.filled()
+    }
+
+    /// Holds `payload` until the next call, in place of the connection.
+    pub(crate) fn take_over(&mut self, payload: Vec<u8>) {
+        self.output.replace(payload);
+    }
+
+    /// Gives back the room that a big message needed.
+    #[inline]
+    pub(crate) fn trim(&mut self) {
+        self.output.trim();
+    }
+
+    /// Inflates one whole message into the output; `own` is the connection's inflater where its
+    /// peer keeps the window between messages.
+    pub(crate) fn inflate(
         &mut self,
-        own: Option<&mut Inflater>,
-        message: &[u8],
-        limit: usize,
-    ) -> Result<(), &'static Disconnect> {
-        self.out.clear();
-        self.out.shrink_to(KEPT_BYTES);
-        match own {
-            Some(inflater) => inflater.inflate(message, limit, &mut self.out),
+        own: Option<&mut Decompress>,
+        payload: &[u8],
+        bytes_max: usize,
+    ) -> Result<(), Disconnect> {
+        self.output.clear();
+        if payload.is_empty() {
+            // Against the letter of the RFC, but what it means is plain.
+            return Ok(());
+        }
+        let takeover = own.is_some();
+        let inflater = match own {
+            Some(inflater) => inflater,
             None => {
-                let shared = self.shared.get_or_insert_default();
-                shared.0.reset(false);
-                shared.inflate(message, limit, &mut self.out)
+                let inflater = self.shared.get_or_insert_with(|| inflater(15));
+                inflater.reset(false);
+                inflater
             }
+        };
+        let mut run = Run { inflater, output: &mut self.output, bytes_max, final_blocks: 0 };
+        if run.feed(payload)? == Status::StreamEnd {
+            return Ok(());
+        }
+        if takeover {
+            return run.feed(&TAIL).map(|_| ());
+        }
+        match run.feed(&TAIL_AND_END)? {
+            Status::StreamEnd => Ok(()),
+            _ => Err(Disconnect::BAD_DEFLATE),
         }
     }
-
-    /// What the last message inflated to.
-    #[must_use]
-    pub fn inflated(&self) -> &[u8] {
-        &self.out
-    }
 }
 
-/// Decompression with a context of its own.
-#[derive(Debug)]
-pub struct Inflater(Decompress);
-
-impl Default for Inflater {
-    fn default() -> Self {
-        // The largest window reads what was compressed with any.
-        Self(Decompress::new(false))
-    }
+/// An inflater for a peer's window of 2 to the power of `bits`.
+pub(crate) fn inflater(bits: u8) -> Decompress {
+    Decompress::new_with_window_bits(false, bits.clamp(9, 15))
 }
 
-impl Inflater {
-    fn inflate(
-        &mut self,
-        message: &[u8],
-        limit: usize,
-        out: &mut Vec<u8>,
-    ) -> Result<(), &'static Disconnect> {
-        self.feed(message, limit, out)?;
-        self.feed(&TAIL, limit, out)
-    }
+/// Largest compressed message that may inflate to `bytes_max`: incompressible data grows, by up
+/// to an eighth when a fixed code is used.
+pub(crate) fn compressed_bytes_max(bytes_max: usize) -> usize {
+    bytes_max.saturating_add(bytes_max / 8).saturating_add(64)
+}
 
-    fn feed(
-        &mut self,
-        mut input: &[u8],
-        limit: usize,
-        out: &mut Vec<u8>,
-    ) -> Result<(), &'static Disconnect> {
+/// The inflation of one message.
+struct Run<'r> {
+    inflater: &'r mut Decompress,
+    output: &'r mut Scratch,
+    bytes_max: usize,
+    /// Final blocks so far.
+    final_blocks: u32,
+}
+
+impl Run<'_> {
+    /// Inflates all of `input`. `StreamEnd` when it ended with the end of a final block.
+    fn feed(&mut self, mut input: &[u8]) -> Result<Status, Disconnect> {
         loop {
-            if out.len() == out.capacity() {
-                // One byte beyond the limit tells a message of its size from a larger one.
-                let room = (limit + 1).saturating_sub(out.len());
-                out.reserve(room.min(out.len().max(STEP_BYTES)));
-            }
-            let before = (self.0.total_in(), out.len());
+            self.make_room(input.len());
+            let (before_in, before_out) = (self.inflater.total_in(), self.inflater.total_out());
+            let spare = self.output.spare();
+            let room = spare.len();
             let status = self
-                .0
-                .decompress_vec(input, out, FlushDecompress::Sync)
-                .map_err(|_| &Disconnect::BAD_DEFLATE)?;
-            input = &input[(self.0.total_in() - before.0) as usize..];
-            if out.len() > limit {
-                return Err(&Disconnect::TOO_BIG);
+                .inflater
+                .decompress(input, spare, FlushDecompress::Sync)
+                .map_err(|_| Disconnect::BAD_DEFLATE)?;
+            let produced = (self.inflater.total_out() - before_out) as usize;
+            input = &input[(self.inflater.total_in() - before_in) as usize..];
+            self.output.fill(produced);
+            if self.output.filled().len() > self.bytes_max {
+                return Err(Disconnect::TOO_BIG);
             }
-            if status == Status::StreamEnd {
-                // A block with BFINAL ends a stream; what follows is a new one (section 7.2.3.5).
-                self.0.reset(false);
-            } else if input.is_empty() && out.len() < out.capacity() {
-                return Ok(());
-            } else if out.len() == before.1 && out.len() < out.capacity() {
-                return Err(&Disconnect::BAD_DEFLATE);
+            match status {
+                // A final block ends the window, too, with every compressor that makes them.
+                Status::StreamEnd => {
+                    self.final_blocks += 1;
+                    if self.final_blocks > FINAL_BLOCKS_MAX {
+                        return Err(Disconnect::BAD_DEFLATE);
+                    }
+                    self.inflater.reset(false);
+                    if input.is_empty() {
+                        return Ok(Status::StreamEnd);
+                    }
+                }
+                _ if produced == room => {}
+                _ if input.is_empty() => return Ok(Status::Ok),
+                // Room and input, but no way on.
+                _ => return Err(Disconnect::BAD_DEFLATE),
             }
-            if input.is_empty() && status == Status::StreamEnd {
-                return Ok(());
-            }
+        }
+    }
+
+    /// Grows the output step by step, so that a bomb is noticed before it has gone off.
+    fn make_room(&mut self, input: usize) {
+        if self.output.spare().len() < 64 {
+            let filled = self.output.filled().len();
+            let step = filled.max(2 * input).clamp(1024, 1 << 20);
+            let most = (self.bytes_max - filled).saturating_add(1);
+            self.output.make_room(step.min(most).max(64));
         }
     }
 }
 
-/// Compression for all connections of a thread; every message stands for itself, so that any
-/// number of clients can share it.
+/// Compressors without context takeover, one set per worker thread: at most one for each size of
+/// window, each of up to 320 KiB.
 #[derive(Debug)]
 pub struct Deflaters {
-    level: u32,
-    /// By window bits.
-    by_bits: [Option<Box<Deflater>>; 16],
-    out: Vec<u8>,
+    level: Compression,
+    by_bits: [Option<Compress>; 7],
+    output: Scratch,
 }
 
 impl Deflaters {
-    /// `level`: 1 (fast) to 9 (small).
+    /// `level` 1 (fast) to 9.
     #[must_use]
     pub fn new(level: u32) -> Self {
-        Self { level, by_bits: [const { None }; 16], out: Vec::new() }
+        let level = Compression::new(level.clamp(1, 9));
+        Self { level, by_bits: Default::default(), output: Scratch::default() }
     }
 
-    /// Compresses a message; `None` where that does not make it smaller.
-    pub fn compress(&mut self, window_bits: u8, message: &[u8]) -> Option<&[u8]> {
+    /// `payload` compressed with an empty window, hence good for every connection that agreed on
+    /// at least `window_bits` (9 to 15); `None` if it did not get smaller.
+    pub fn compress(&mut self, window_bits: u8, payload: &[u8]) -> Option<&[u8]> {
         let bits = window_bits.clamp(9, 15);
-        let deflater = self.by_bits[usize::from(bits)]
-            .get_or_insert_with(|| Box::new(Deflater::new(self.level, bits)));
-        deflater.0.reset();
-        self.out.shrink_to(KEPT_BYTES);
-        deflater.compress(message, &mut self.out);
-        (self.out.len() < message.len()).then_some(&self.out)
+        let level = self.level;
+        let compressor = self.by_bits[usize::from(bits - 9)]
+            .get_or_insert_with(|| Compress::new_with_window_bits(level, false, bits));
+        compressor.reset();
+        self.output.trim();
+        self.output.make_room(compressed_room(payload.len()));
+        let done = compressor.compress(payload, self.output.spare(), FlushCompress::Sync);
+        let whole = done.is_ok() && compressor.total_in() == payload.len() as u64;
+        let length = compressor.total_out() as usize;
+        if !whole || length == self.output.spare().len() {
+            // A compressor that was stopped in the middle of a message is not used again.
+            self.by_bits[usize::from(bits - 9)] = None;
+            return None;
+        }
+        self.output.fill(length);
+        self.output.filled().strip_suffix(&TAIL).filter(|small| small.len() < payload.len())
     }
 }
 
-/// Compression with a context of its own, for an end that keeps it between messages.
+/// Room in which any message of `length` bytes can be compressed at once, whatever it holds: at
+/// level 1 a byte costs up to 9 bits.
+///
+/// zlib-rs 0.6.8 panics at that level ("must fit in remaining") some messages after a call that
+/// ran out of room and was followed by a reset or a further call, so no call may run out of room.
+const fn compressed_room(length: usize) -> usize {
+    length + length / 8 + 256
+}
+
+/// A compressor that belongs to one connection and may keep its window.
 #[derive(Debug)]
-pub struct Deflater(Compress);
+pub struct Deflater {
+    compressor: Compress,
+    takeover: bool,
+    output: Scratch,
+}
 
 impl Deflater {
-    /// `level`: 1 (fast) to 9 (small); `window_bits`: 9 to 15.
+    /// `level` 1 to 9; `window_bits` 9 to 15; `takeover`: whether the window is kept between
+    /// messages.
     #[must_use]
-    pub fn new(level: u32, window_bits: u8) -> Self {
-        let level = Compression::new(level);
-        Self(Compress::new_with_window_bits(level, false, window_bits.clamp(9, 15)))
+    pub fn new(level: u32, window_bits: u8, takeover: bool) -> Self {
+        let level = Compression::new(level.clamp(1, 9));
+        let bits = window_bits.clamp(9, 15);
+        let compressor = Compress::new_with_window_bits(level, false, bits);
+        Self { compressor, takeover, output: Scratch::default() }
     }
 
-    /// Replaces `out` by the compressed message, without the tail.
-    pub fn compress(&mut self, message: &[u8], out: &mut Vec<u8>) {
-        out.clear();
-        let start = self.0.total_in();
+    /// `payload` compressed; must be sent, since the peer's window follows ours.
+    pub fn compress(&mut self, payload: &[u8]) -> &[u8] {
+        if !self.takeover {
+            self.compressor.reset();
+        }
+        self.output.trim();
+        let mut rest = payload;
+        // One turn, but for a compressor that wants several.
         loop {
-            out.reserve(message.len() / 2 + 64);
-            let input = &message[(self.0.total_in() - start) as usize..];
-            // Compressing fails only where the stream was finished, which it never is.
-            let _ = self.0.compress_vec(input, out, FlushCompress::Sync);
-            let consumed = (self.0.total_in() - start) as usize == message.len();
-            if consumed && out.len() < out.capacity() {
+            self.output.make_room(compressed_room(rest.len()));
+            let (before_in, before_out) = (self.compressor.total_in(), self.compressor.total_out());
+            let spare = self.output.spare();
+            let room = spare.len();
+            let done = self.compressor.compress(rest, spare, FlushCompress::Sync);
+            let produced = (self.compressor.total_out() - before_out) as usize;
+            rest = &rest[(self.compressor.total_in() - before_in) as usize..];
+            self.output.fill(produced);
+            if done.is_err() || rest.is_empty() && produced < room {
                 break;
             }
         }
-        if out.ends_with(&TAIL) {
-            out.truncate(out.len() - TAIL.len());
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn inflate(message: &[u8], limit: usize) -> Result<Vec<u8>, &'static Disconnect> {
-        let mut pool = Inflaters::default();
-        pool.inflate(None, message, limit)?;
-        Ok(pool.inflated().to_vec())
-    }
-
-    #[test]
-    fn messages_come_back_through_every_window() {
-        let text: Vec<u8> =
-            (0..100_000_u32).flat_map(|i| (i / 7).to_string().into_bytes()).collect();
-        for bits in 9..=15 {
-            for level in [1, 6, 9] {
-                let mut pool = Deflaters::new(level);
-                for message in [&text[..], &text[..2000], b"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"] {
-                    let compressed = pool.compress(bits, message).unwrap().to_vec();
-                    assert_eq!(inflate(&compressed, message.len()).unwrap(), message);
-                    assert_eq!(inflate(&compressed, message.len() - 1), Err(&Disconnect::TOO_BIG));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_examples_of_the_rfc_inflate() {
-        let hello = b"Hello";
-        for message in [
-            &[0xf2, 0x48, 0xcd, 0xc9, 0xc9, 0x07, 0x00][..],
-            &[0x00, 0x05, 0x00, 0xfa, 0xff, 0x48, 0x65, 0x6c, 0x6c, 0x6f, 0x00],
-            &[0xf3, 0x48, 0xcd, 0xc9, 0xc9, 0x07, 0x00, 0x00],
-            &[0xf2, 0x48, 0x05, 0x00, 0x00, 0x00, 0xff, 0xff, 0xca, 0xc9, 0xc9, 0x07, 0x00],
-        ] {
-            assert_eq!(inflate(message, 100).unwrap(), hello, "{message:x?}");
-        }
-        assert_eq!(inflate(&[0], 100).unwrap(), b"");
-    }
-
-    #[test]
-    fn a_context_that_is_kept_is_used() {
-        let (mut deflater, mut inflater) = (Deflater::new(6, 15), Inflater::default());
-        let mut pool = Inflaters::default();
-        let (mut first, mut second) = (Vec::new(), Vec::new());
-        deflater.compress(b"Hello, hello, is there anybody", &mut first);
-        deflater.compress(b"Hello, hello, is there anybody", &mut second);
-        assert!(second.len() < first.len() / 2);
-        for message in [first, second] {
-            pool.inflate(Some(&mut inflater), &message, 100).unwrap();
-            assert_eq!(pool.inflated(), b"Hello, hello, is there anybody");
-        }
-    }
-
-    #[test]
-    fn bombs_and_garbage_are_refused_without_growing() {
-        let mut pool = Deflaters::new(9);
-        let bomb = pool.compress(15, &vec![0; 50_000_000]).unwrap().to_vec();
-        let mut inflaters = Inflaters::default();
-        assert_eq!(inflaters.inflate(None, &bomb, 100_000), Err(&Disconnect::TOO_BIG));
-        assert!(inflaters.out.capacity() < 400_000);
-        assert_eq!(inflate(&[0xff; 20], 100), Err(&Disconnect::BAD_DEFLATE));
+        let output = self.output.filled();
+        output.strip_suffix(&TAIL).unwrap_or(output)
     }
 }

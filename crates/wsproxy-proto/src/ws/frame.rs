@@ -1,25 +1,20 @@
-//! The frame, RFC 6455 section 5: its header both ways, its mask, and whole frames ready to send.
+//! One frame: its header on the wire, and whole frames to send; knows nothing of messages.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 
+use super::mask;
 use crate::disconnect::Disconnect;
 
-/// Longest payload of a control frame (section 5.5).
-pub const CONTROL_BYTES_MAX: usize = 125;
-
-/// Longest header: 2 bytes, 8 of length, 4 of mask.
-pub const HEADER_BYTES_MAX: usize = 14;
-
-/// Which end of the connection we are.
+/// Which end of a connection we are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Masks what it sends, and gets frames without a mask.
+    /// We dialled: what we send is masked.
     Client,
-    /// Sends without a mask, and gets masked frames.
+    /// We were dialled: what arrives is masked.
     Server,
 }
 
-/// The kind of a data message.
+/// What a data message carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// UTF-8.
@@ -28,26 +23,25 @@ pub enum Kind {
     Binary,
 }
 
-/// What a frame is (section 5.2).
+/// The frame types of RFC 6455 section 5.2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
 pub enum Opcode {
     /// A further fragment of a message.
     Continuation = 0,
-    /// A text message, or its first fragment.
+    /// Text, or its first fragment.
     Text = 1,
-    /// A binary message, or its first fragment.
+    /// Binary data, or its first fragment.
     Binary = 2,
-    /// The close handshake.
+    /// The end of what the sender sends.
     Close = 8,
-    /// A question.
+    /// Asks for a pong with the same payload.
     Ping = 9,
-    /// Its answer.
+    /// The answer to a ping.
     Pong = 10,
 }
 
 impl Opcode {
-    /// Whether frames of this opcode may stand between the fragments of a message.
+    /// Whether this is close, ping or pong.
     #[must_use]
     pub const fn is_control(self) -> bool {
         self as u8 >= 8
@@ -75,207 +69,155 @@ impl From<Kind> for Opcode {
     }
 }
 
-/// A frame's header.
+/// Everything of a frame but its payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// Whether it is the last fragment.
+    /// Whether this is the last fragment.
     pub fin: bool,
-    /// RSV1: the message is compressed (RFC 7692 section 6).
+    /// RSV1: the message is compressed.
     pub compressed: bool,
-    /// What it is.
+    /// What the frame is.
     pub opcode: Opcode,
-    /// What the payload is masked with.
+    /// The masking key, where the payload is masked.
     pub mask: Option<[u8; 4]>,
-    /// Bytes of payload.
-    pub length: u64,
+    /// Bytes of payload that follow the header.
+    pub payload_len: u64,
 }
 
-impl Header {
-    /// Reads a header. `Ok(None)`: `bytes` do not hold all of it. Else the header and its length.
-    ///
-    /// # Errors
-    /// Reserved bits or opcodes, a length that is not the shortest, a control frame that is
-    /// fragmented, compressed or too long.
-    pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, &'static Disconnect> {
-        let [first, second, ..] = *bytes else { return Ok(None) };
-        let protocol = &Disconnect::PROTOCOL;
-        let opcode = Opcode::from_bits(first & 0x0f).ok_or(protocol)?;
-        let (fin, compressed) = (first & 0x80 != 0, first & 0x40 != 0);
-        let short = second & 0x7f;
-        if first & 0x30 != 0 || (opcode.is_control() && (!fin || compressed || short > 125)) {
-            return Err(protocol);
-        }
-        let (length, mut at) = match short {
-            126 => match bytes.get(2..4) {
-                Some(&[a, b]) => (u64::from(u16::from_be_bytes([a, b])), 4),
-                _ => return Ok(None),
-            },
-            127 => match bytes.get(2..10).and_then(|bytes| bytes.try_into().ok()) {
-                Some(bytes) => (u64::from_be_bytes(bytes), 10),
-                None => return Ok(None),
-            },
-            short => (u64::from(short), 2),
-        };
-        let shortest = match short {
-            126 => length > 125,
-            127 => length > 0xffff && length >> 63 == 0,
-            _ => true,
-        };
-        if !shortest {
-            return Err(protocol);
-        }
-        let mut mask = None;
-        if second & 0x80 != 0 {
-            let Some(&[a, b, c, d]) = bytes.get(at..at + 4) else { return Ok(None) };
-            mask = Some([a, b, c, d]);
-            at += 4;
-        }
-        Ok(Some((Self { fin, compressed, opcode, mask, length }, at)))
-    }
+/// Longest header on the wire.
+pub const HEADER_BYTES_MAX: usize = 14;
 
-    /// Appends the header.
-    pub fn encode(&self, out: &mut impl BufMut) {
-        let flags = u8::from(self.fin) << 7 | u8::from(self.compressed) << 6;
-        out.put_u8(flags | self.opcode as u8);
-        let masked = if self.mask.is_some() { 0x80 } else { 0 };
-        match self.length {
-            length @ 0..=125 => out.put_u8(masked | length as u8),
-            length @ 126..=0xffff => {
-                out.put_u8(masked | 126);
-                out.put_u16(length as u16);
-            }
-            length => {
-                out.put_u8(masked | 127);
-                out.put_u64(length);
-            }
-        }
-        if let Some(mask) = self.mask {
-            out.put_slice(&mask);
-        }
+/// Longest payload of a control frame.
+pub const CONTROL_BYTES_MAX: usize = 125;
+
+/// A header as it goes over the wire.
+#[derive(Debug, Clone, Copy)]
+pub struct EncodedHeader {
+    bytes: [u8; HEADER_BYTES_MAX],
+    len: u8,
+}
+
+impl AsRef<[u8]> for EncodedHeader {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
     }
 }
 
-/// A whole message, or control frame, from a server: header and payload in one piece, for any
-/// number of clients to share.
+/// Spells `header` for the wire.
+#[must_use]
+pub fn encode_header(header: &Header) -> EncodedHeader {
+    let mut bytes = [0; HEADER_BYTES_MAX];
+    bytes[0] = u8::from(header.fin) << 7 | u8::from(header.compressed) << 6 | header.opcode as u8;
+    let masked = u8::from(header.mask.is_some()) << 7;
+    let mut len = 2;
+    match header.payload_len {
+        short @ 0..=125 => bytes[1] = masked | short as u8,
+        medium @ 126..=0xffff => {
+            bytes[1] = masked | 126;
+            bytes[2..4].copy_from_slice(&(medium as u16).to_be_bytes());
+            len = 4;
+        }
+        long => {
+            bytes[1] = masked | 127;
+            bytes[2..10].copy_from_slice(&long.to_be_bytes());
+            len = 10;
+        }
+    }
+    if let Some(mask) = header.mask {
+        bytes[len..len + 4].copy_from_slice(&mask);
+        len += 4;
+    }
+    EncodedHeader { bytes, len: len as u8 }
+}
+
+/// Reads a header at the start of `bytes`: it and its length, or `None` where it is incomplete.
+///
+/// # Errors
+/// Whatever is wrong in every context: reserved bits and opcodes, control frames that are
+/// fragmented, compressed or long, lengths that are not minimal. Two bytes are enough for most.
+#[inline]
+pub fn decode_header(bytes: &[u8]) -> Result<Option<(Header, usize)>, Disconnect> {
+    let [first, second, rest @ ..] = bytes else { return Ok(None) };
+    let Some(opcode) = Opcode::from_bits(first & 0x0f) else { return Err(Disconnect::PROTOCOL) };
+    let (fin, compressed) = (first & 0x80 != 0, first & 0x40 != 0);
+    let short = second & 0x7f;
+    let bad_control = opcode.is_control() && (!fin || usize::from(short) > CONTROL_BYTES_MAX);
+    // RSV1 belongs to the first frame of a data message only.
+    let bad_compressed = compressed && !matches!(opcode, Opcode::Text | Opcode::Binary);
+    if first & 0x30 != 0 || bad_control || bad_compressed {
+        return Err(Disconnect::PROTOCOL);
+    }
+    let (payload_len, rest) = match short {
+        126 => {
+            let Some((length, rest)) = rest.split_first_chunk::<2>() else { return Ok(None) };
+            (minimal(u64::from(u16::from_be_bytes(*length)), 126)?, rest)
+        }
+        127 => {
+            let Some((length, rest)) = rest.split_first_chunk::<8>() else { return Ok(None) };
+            (minimal(u64::from_be_bytes(*length), 0x1_0000)?, rest)
+        }
+        short => (u64::from(short), rest),
+    };
+    let (mask, rest) = if second & 0x80 == 0 {
+        (None, rest)
+    } else {
+        let Some((mask, rest)) = rest.split_first_chunk::<4>() else { return Ok(None) };
+        (Some(*mask), rest)
+    };
+    let header = Header { fin, compressed, opcode, mask, payload_len };
+    Ok(Some((header, bytes.len() - rest.len())))
+}
+
+/// `length`, provided that no shorter spelling exists and the highest bit is clear.
+fn minimal(length: u64, least: u64) -> Result<u64, Disconnect> {
+    if length < least || length > i64::MAX as u64 { Err(Disconnect::PROTOCOL) } else { Ok(length) }
+}
+
+/// One whole FIN frame of a server: header and payload contiguous and unmasked, so that all
+/// subscribers can share it. `compressed` says that `payload` already is.
 #[must_use]
 pub fn server_frame(opcode: Opcode, payload: &[u8], compressed: bool) -> Bytes {
-    let length = payload.len() as u64;
-    let header = Header { fin: true, compressed, opcode, mask: None, length };
-    let mut frame = BytesMut::with_capacity(payload.len() + HEADER_BYTES_MAX - 4);
-    header.encode(&mut frame);
-    frame.put_slice(payload);
-    frame.freeze()
+    whole_frame(opcode, payload, compressed, None).into()
 }
 
-/// The same from a client; `mask` must be unpredictable, and new for every frame.
+/// One whole FIN frame of a client; `mask` is the caller's randomness.
 #[must_use]
 pub fn client_frame(opcode: Opcode, payload: &[u8], compressed: bool, mask: [u8; 4]) -> Bytes {
-    let length = payload.len() as u64;
-    let header = Header { fin: true, compressed, opcode, mask: Some(mask), length };
-    let mut frame = BytesMut::with_capacity(payload.len() + HEADER_BYTES_MAX);
-    header.encode(&mut frame);
-    let start = frame.len();
-    frame.put_slice(payload);
-    apply_mask(&mut frame[start..], mask, 0);
-    frame.freeze()
+    whole_frame(opcode, payload, compressed, Some(mask)).into()
 }
 
-/// Masks or unmasks `bytes`, of which the first is byte `offset` of the payload (section 5.3).
-pub fn apply_mask(bytes: &mut [u8], mask: [u8; 4], offset: usize) {
-    let mut mask = mask;
-    mask.rotate_left(offset % 4);
-    let wide = u64::from_ne_bytes([
-        mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3],
-    ]);
-    let (chunks, rest) = bytes.as_chunks_mut::<8>();
-    for chunk in chunks {
-        *chunk = (u64::from_ne_bytes(*chunk) ^ wide).to_ne_bytes();
+fn whole_frame(opcode: Opcode, payload: &[u8], compressed: bool, mask: Option<[u8; 4]>) -> Vec<u8> {
+    let payload_len = payload.len() as u64;
+    let header = encode_header(&Header { fin: true, compressed, opcode, mask, payload_len });
+    let header = header.as_ref();
+    let mut frame = Vec::with_capacity(header.len() + payload.len());
+    frame.extend_from_slice(header);
+    frame.extend_from_slice(payload);
+    if let Some(mask) = mask {
+        mask::apply(&mut frame[header.len()..], mask, 0);
     }
-    for (byte, mask) in rest.iter_mut().zip(mask.iter().cycle()) {
-        *byte ^= mask;
-    }
+    frame
 }
 
-/// The payload of a close frame (section 5.5.1).
+/// The payload of a close frame.
 #[derive(Debug, Clone, Copy)]
 pub struct ClosePayload {
     bytes: [u8; CONTROL_BYTES_MAX],
-    length: usize,
+    len: u8,
 }
 
 impl AsRef<[u8]> for ClosePayload {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes[..self.length]
+        &self.bytes[..usize::from(self.len)]
     }
 }
 
-/// A code and a reason, which is cut at a character to what fits.
+/// Spells `code` and as many whole characters of `reason` as fit a close frame.
 #[must_use]
 pub fn close_payload(code: u16, reason: &str) -> ClosePayload {
     let reason = &reason.as_bytes()[..reason.floor_char_boundary(CONTROL_BYTES_MAX - 2)];
     let mut bytes = [0; CONTROL_BYTES_MAX];
     bytes[..2].copy_from_slice(&code.to_be_bytes());
     bytes[2..2 + reason.len()].copy_from_slice(reason);
-    ClosePayload { bytes, length: 2 + reason.len() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_of_every_length_come_back() {
-        for length in [0, 1, 125, 126, 0xffff, 0x10000, u64::MAX >> 1] {
-            for mask in [None, Some([1, 2, 3, 4])] {
-                let header =
-                    Header { fin: true, compressed: true, opcode: Opcode::Text, mask, length };
-                let mut bytes = Vec::new();
-                header.encode(&mut bytes);
-                for cut in 0..bytes.len() {
-                    assert_eq!(Header::decode(&bytes[..cut]), Ok(None));
-                }
-                assert_eq!(Header::decode(&bytes), Ok(Some((header, bytes.len()))));
-            }
-        }
-    }
-
-    #[test]
-    fn what_the_rfc_forbids_in_a_header_is_refused() {
-        for bad in [
-            &[0xa1, 0][..],
-            &[0x91, 0],
-            &[0x83, 0],
-            &[0x8b, 0],
-            &[0x09, 0],
-            &[0xc9, 0],
-            &[0x89, 126, 0, 126],
-            &[0x81, 126, 0, 125],
-            &[0x81, 127, 0, 0, 0, 0, 0, 0, 0xff, 0xff],
-            &[0x81, 127, 0x80, 0, 0, 0, 0, 0, 0, 0],
-        ] {
-            assert_eq!(Header::decode(bad), Err(&Disconnect::PROTOCOL), "{bad:x?}");
-        }
-    }
-
-    #[test]
-    fn masking_in_parts_is_masking_at_once() {
-        let whole: Vec<u8> = (0..100).collect();
-        let mask = [1, 2, 3, 4];
-        let mut at_once = whole.clone();
-        apply_mask(&mut at_once, mask, 0);
-        for cut in 0..whole.len() {
-            let mut parts = whole.clone();
-            let (a, b) = parts.split_at_mut(cut);
-            apply_mask(a, mask, 0);
-            apply_mask(b, mask, cut);
-            assert_eq!(parts, at_once);
-        }
-    }
-
-    #[test]
-    fn a_long_reason_is_cut_at_a_character() {
-        let payload = close_payload(4004, &"ä".repeat(100));
-        assert_eq!(payload.as_ref().len(), 2 + 122);
-        assert!(std::str::from_utf8(&payload.as_ref()[2..]).is_ok());
-    }
+    ClosePayload { bytes, len: 2 + reason.len() as u8 }
 }

@@ -1,138 +1,198 @@
-//! The opening handshake as a server sees it, RFC 6455 section 4.2; knows headers, no HTTP server.
+//! The server's side of the opening handshake (RFC 6455 section 4.2); knows no sockets.
 
-use base64::{Engine, prelude::BASE64_STANDARD};
-use http::{HeaderMap, Method, Version, header};
-use sha1_smol::Sha1;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::header::{
+    CONNECTION, HeaderName, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION,
+    UPGRADE,
+};
+use http::{HeaderMap, Method, Version};
 
-/// What is appended to the client's key (section 1.3).
-const GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
-
-/// A request for an upgrade that is well formed.
+/// A request that may be answered with `101`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upgrade {
-    /// The value of `Sec-WebSocket-Accept`.
+    /// Value of `Sec-WebSocket-Accept`.
     pub accept: String,
 }
 
-/// Why a request is no upgrade.
+/// Why a request is no opening handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// It does not ask for one.
+    /// `426` with `Upgrade: websocket`.
     NotAnUpgrade,
-    /// Another version of the protocol.
+    /// `426` with `Sec-WebSocket-Version: 13`.
     Version,
-    /// Another method than GET.
+    /// `405` with `Allow: GET`.
     Method,
-    /// It asks for one in a way that the RFC forbids.
+    /// `400`; says what is wrong.
     Malformed(&'static str),
 }
 
-/// Checks a request (section 4.2.1).
+/// Checks the opening handshake of a client.
 ///
 /// # Errors
-/// The first rule that it breaks.
+/// How to refuse it.
 pub fn read_upgrade(
     method: &Method,
     version: Version,
     headers: &HeaderMap,
 ) -> Result<Upgrade, Refusal> {
-    if !has_token(headers, header::UPGRADE, "websocket") {
-        return Err(Refusal::NotAnUpgrade);
-    }
     if method != Method::GET {
         return Err(Refusal::Method);
     }
-    if version != Version::HTTP_11 {
-        return Err(Refusal::Malformed("A WebSocket needs HTTP/1.1."));
+    let asked =
+        lists_token(headers, &CONNECTION, "upgrade") && lists_token(headers, &UPGRADE, "websocket");
+    if version != Version::HTTP_11 || !asked {
+        return Err(Refusal::NotAnUpgrade);
     }
-    if !has_token(headers, header::CONNECTION, "upgrade") {
-        return Err(Refusal::Malformed("The Connection header does not say Upgrade."));
-    }
-    if single(headers, header::SEC_WEBSOCKET_VERSION) != Some("13") {
+    if only(headers, &SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
         return Err(Refusal::Version);
     }
-    let key = single(headers, header::SEC_WEBSOCKET_KEY)
-        .filter(|key| BASE64_STANDARD.decode(key).is_ok_and(|bytes| bytes.len() == 16))
-        .ok_or(Refusal::Malformed("Sec-WebSocket-Key must be one value of 16 bytes in base64."))?;
-    if headers.contains_key(header::CONTENT_LENGTH)
-        && single(headers, header::CONTENT_LENGTH) != Some("0")
-        || headers.contains_key(header::TRANSFER_ENCODING)
-    {
-        return Err(Refusal::Malformed("A WebSocket handshake has no body."));
+    let key = only(headers, &SEC_WEBSOCKET_KEY)
+        .ok_or(Refusal::Malformed("Sec-WebSocket-Key must be given exactly once"))?;
+    if !is_key(key) {
+        return Err(Refusal::Malformed("Sec-WebSocket-Key must be 16 bytes in base64"));
     }
     Ok(Upgrade { accept: accept(key) })
 }
 
-/// The value of `Sec-WebSocket-Accept` for a key.
-#[must_use]
-pub fn accept(key: &str) -> String {
-    let mut hash = Sha1::new();
-    hash.update(key.as_bytes());
-    hash.update(GUID.as_bytes());
-    BASE64_STANDARD.encode(hash.digest().bytes())
-}
-
-/// The subprotocols that the client offers, in its order.
+/// The subprotocols that a client offers, in its order of preference.
 pub fn subprotocols(headers: &HeaderMap) -> impl Iterator<Item = &str> {
-    tokens(headers, header::SEC_WEBSOCKET_PROTOCOL)
+    tokens(headers, &SEC_WEBSOCKET_PROTOCOL)
 }
 
-fn has_token(headers: &HeaderMap, name: header::HeaderName, token: &str) -> bool {
+/// `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key`.
+pub(crate) fn accept(key: &str) -> String {
+    let mut sha1 = sha1_smol::Sha1::new();
+    sha1.update(key.as_bytes());
+    sha1.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+    STANDARD.encode(sha1.digest().bytes())
+}
+
+/// Whether one of the comma-separated elements of any `name` header is `token`, in any case.
+pub(crate) fn lists_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
     tokens(headers, name).any(|found| found.eq_ignore_ascii_case(token))
 }
 
-fn tokens(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
-    let lines = headers.get_all(name).into_iter();
-    lines
-        .filter_map(|line| line.to_str().ok())
-        .flat_map(|line| line.split(','))
+/// The value of a header that is given exactly once.
+pub(crate) fn only<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next()?.to_str().ok()?.trim();
+    values.next().is_none().then_some(value)
+}
+
+fn tokens<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h str> {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
         .map(str::trim)
         .filter(|token| !token.is_empty())
 }
 
-fn single(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
-    let mut values = headers.get_all(name).into_iter();
-    let value = values.next()?.to_str().ok()?.trim();
-    values.next().is_none().then_some(value)
+fn is_key(key: &str) -> bool {
+    // 18 bytes are what 24 characters can hold at most.
+    let mut bytes = [0; 18];
+    key.len() == 24 && matches!(STANDARD.decode_slice(key, &mut bytes), Ok(16))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn request(change: impl Fn(&mut HeaderMap)) -> Result<Upgrade, Refusal> {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::UPGRADE, "WebSocket".parse().unwrap());
-        headers.insert(header::CONNECTION, "keep-alive, Upgrade".parse().unwrap());
-        headers.insert(header::SEC_WEBSOCKET_VERSION, "13".parse().unwrap());
-        headers.insert(header::SEC_WEBSOCKET_KEY, "dGhlIHNhbXBsZSBub25jZQ==".parse().unwrap());
-        change(&mut headers);
-        read_upgrade(&Method::GET, Version::HTTP_11, &headers)
-    }
+    const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 
-    #[test]
-    fn the_example_of_the_rfc_is_accepted() {
-        let accept = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=".to_owned();
-        assert_eq!(request(|_| ()), Ok(Upgrade { accept }));
-    }
-
-    #[test]
-    fn malformed_requests_are_refused() {
-        let without =
-            |name: header::HeaderName| request(move |headers| drop(headers.remove(&name)));
-        assert_eq!(without(header::UPGRADE), Err(Refusal::NotAnUpgrade));
-        assert!(matches!(without(header::CONNECTION), Err(Refusal::Malformed(_))));
-        assert_eq!(without(header::SEC_WEBSOCKET_VERSION), Err(Refusal::Version));
-        assert!(matches!(without(header::SEC_WEBSOCKET_KEY), Err(Refusal::Malformed(_))));
-        let key = |key: &'static str| {
-            request(move |headers| {
-                headers.append(header::SEC_WEBSOCKET_KEY, key.parse().unwrap());
+    fn headers(list: &[(&'static str, &str)]) -> HeaderMap {
+        list.iter()
+            .map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()))
+            .fold(HeaderMap::new(), |mut map, (name, value)| {
+                map.append(name, value);
+                map
             })
-        };
-        assert!(matches!(key("dGhlIHNhbXBsZSBub25jZQ=="), Err(Refusal::Malformed(_))));
-        let body = |headers: &mut HeaderMap| {
-            headers.insert(header::CONTENT_LENGTH, "5".parse().unwrap());
-        };
-        assert!(matches!(request(body), Err(Refusal::Malformed(_))));
+    }
+
+    fn read(list: &[(&'static str, &str)]) -> Result<Upgrade, Refusal> {
+        read_upgrade(&Method::GET, Version::HTTP_11, &headers(list))
+    }
+
+    const GOOD: [(&str, &str); 4] = [
+        ("connection", "keep-alive, Upgrade"),
+        ("upgrade", "WebSocket"),
+        ("sec-websocket-version", "13"),
+        ("sec-websocket-key", KEY),
+    ];
+
+    /// The good request with the headers called `name` replaced by `values`.
+    fn with(name: &'static str, values: &[&str]) -> Result<Upgrade, Refusal> {
+        let mut list: Vec<_> = GOOD.into_iter().filter(|header| header.0 != name).collect();
+        list.extend(values.iter().map(|value| (name, *value)));
+        let list: Vec<(&'static str, &str)> = list;
+        read(&list)
+    }
+
+    #[test]
+    fn the_example_of_the_rfc() {
+        let upgrade = read(&GOOD).unwrap();
+        assert_eq!(upgrade.accept, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
+
+    #[test]
+    fn upgrade_may_be_asked_for_in_any_header_instance() {
+        assert!(with("connection", &["keep-alive", "UPGRADE"]).is_ok());
+        assert!(with("upgrade", &["h2c, websocket"]).is_ok());
+        for name in ["connection", "upgrade"] {
+            for values in [&[][..], &["close"], &["websockets upgrades"], &["\u{e4}"]] {
+                assert_eq!(with(name, values), Err(Refusal::NotAnUpgrade), "{name} {values:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn another_version_is_told_ours() {
+        for values in [&[][..], &["8"], &["013"], &["13", "13"], &["13, 8"], &[""]] {
+            assert_eq!(with("sec-websocket-version", values), Err(Refusal::Version), "{values:?}");
+        }
+        assert!(with("sec-websocket-version", &[" 13 "]).is_ok());
+    }
+
+    #[test]
+    fn a_key_is_sixteen_bytes_once() {
+        let long = format!("{KEY}{KEY}");
+        let cases: [&[&str]; 8] = [
+            &[],
+            &[KEY, KEY],
+            &[""],
+            &["dGhlIHNhbXBsZSBub25jZQ"],
+            &["dGhlIHNhbXBsZSBub25jZXh4"],
+            &["dGhlIHNhbXBsZSBub25jZR=="],
+            &["dGhlIHNhbXBsZSBub25j*Q=="],
+            &[&long],
+        ];
+        for values in cases {
+            let result = with("sec-websocket-key", values);
+            assert!(matches!(result, Err(Refusal::Malformed(_))), "{values:?}");
+        }
+    }
+
+    #[test]
+    fn method_and_version_of_http() {
+        let all = headers(&GOOD);
+        for method in [Method::POST, Method::HEAD, Method::CONNECT] {
+            let result = read_upgrade(&method, Version::HTTP_11, &all);
+            assert_eq!(result, Err(Refusal::Method));
+        }
+        for version in [Version::HTTP_10, Version::HTTP_2] {
+            let result = read_upgrade(&Method::GET, version, &all);
+            assert_eq!(result, Err(Refusal::NotAnUpgrade));
+        }
+    }
+
+    #[test]
+    fn subprotocols_of_all_instances_in_order() {
+        let name = "sec-websocket-protocol";
+        let map = headers(&[(name, " a ,b,, "), (name, "bearer.x=y"), (name, "\u{e4}")]);
+        assert_eq!(subprotocols(&map).collect::<Vec<_>>(), ["a", "b", "bearer.x=y"]);
+        assert_eq!(subprotocols(&HeaderMap::new()).count(), 0);
     }
 }

@@ -1,37 +1,38 @@
-//! Bytes from the peer into messages: fragments, masks, control frames in between, limits.
+//! What arrives: from bytes in any pieces to whole messages; knows nothing of sending.
 
-use crate::{
-    disconnect::{Disconnect, is_sendable},
-    ws::{
-        deflate::{Inflater, Inflaters, Params},
-        frame::{CONTROL_BYTES_MAX, HEADER_BYTES_MAX, Header, Kind, Opcode, Role, apply_mask},
-        utf8::Utf8,
-    },
-};
+use std::ops::Range;
 
-/// Bounds of one message.
+use flate2::Decompress;
+
+use super::deflate::{self, Inflaters, Params};
+use super::frame::{self, Header, Kind, Opcode, Role};
+use super::partial::{Message, OpenFrame, Partial};
+use super::{mask, utf8};
+use crate::disconnect::{Disconnect, is_sendable};
+
+/// What a peer may make us keep and work on for one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Largest message in bytes, compressed and inflated.
+    /// Largest message, before and after inflating.
     pub message_bytes_max: usize,
-    /// Most fragments, however small.
+    /// Most continuation frames of one message, empty ones included.
     pub fragments_max: u32,
 }
 
-/// What the peer said.
-#[derive(Debug, PartialEq, Eq)]
+/// One thing that the peer said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event<'r> {
-    /// A whole message. Text is UTF-8.
+    /// A whole message; text is valid UTF-8.
     Message(Kind, &'r [u8]),
-    /// Wants to be answered with the same payload.
+    /// To be answered with a pong of the same payload.
     Ping(&'r [u8]),
-    /// An answer, or a sign of life.
+    /// The answer to a ping, or unasked.
     Pong(&'r [u8]),
-    /// The close handshake: code and reason, where there is one. Nothing comes after it.
+    /// The last thing the peer says: code and reason where it gave them.
     Close(Option<(u16, &'r str)>),
 }
 
-/// Bytes that were read. They are unmasked in place.
+/// Bytes just read, which the receiver uses up and unmasks in place.
 #[derive(Debug)]
 pub struct Input<'a> {
     bytes: &'a mut [u8],
@@ -39,15 +40,15 @@ pub struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    /// Takes over what was read.
+    /// All of `bytes` is still to be looked at.
     #[must_use]
-    pub const fn new(bytes: &'a mut [u8]) -> Self {
+    pub fn new(bytes: &'a mut [u8]) -> Self {
         Self { bytes, at: 0 }
     }
 
-    /// Whether all of it is used up.
+    /// Whether all bytes are used up.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.at == self.bytes.len()
     }
 
@@ -55,396 +56,333 @@ impl<'a> Input<'a> {
         &self.bytes[self.at..]
     }
 
-    /// Takes up to `count` bytes.
-    fn take(&mut self, count: usize) -> &mut [u8] {
-        let end = self.at + count.min(self.bytes.len() - self.at);
-        let taken = &mut self.bytes[self.at..end];
-        self.at = end;
-        taken
+    /// Uses up the next `length` bytes.
+    fn take(&mut self, length: usize) -> Range<usize> {
+        let from = self.at;
+        self.at += length;
+        from..self.at
     }
 }
 
-/// The receiving half of a connection. Small: what a frame in progress needs is on the heap, and
-/// only as long as it is in progress.
+/// The receiving half of one connection.
+///
+/// Invariant: holds heap memory only while a frame or message is incomplete (no more than twice
+/// the bytes that came of it), and for the peer's window where context takeover was agreed on.
 #[derive(Debug)]
 pub struct Receiver {
-    limits: Limits,
+    partial: Option<Box<Partial>>,
+    /// Used only with context takeover, from the first compressed message on.
+    inflater: Option<Box<Decompress>>,
+    message_bytes_max: usize,
+    fragments_max: u32,
+    deflate: Option<Params>,
     role: Role,
-    /// Whether compression was negotiated.
-    inflates: bool,
-    /// The peer's context, where it keeps one.
-    inflater: Option<Box<Inflater>>,
-    progress: Option<Box<Progress>>,
+    /// The peer has closed or broken the rules: what still arrives means nothing.
+    ended: bool,
 }
 
-/// A frame or a message of which a part has come.
-#[derive(Debug, Default)]
-struct Progress {
-    /// The beginning of a header.
-    header: [u8; HEADER_BYTES_MAX],
-    header_bytes: usize,
-    /// The frame of which the header has come, and how much of its payload.
-    frame: Option<(Header, usize)>,
-    /// The payload of a control frame.
-    control: Vec<u8>,
-    message: Option<Message>,
-    /// The event that was handed out refers to this; it goes when the next one is asked for.
-    delivered: Option<Opcode>,
-}
-
-/// A data message of which a part has come.
-#[derive(Debug)]
-struct Message {
-    kind: Kind,
-    compressed: bool,
-    fragments: u32,
-    bytes: Vec<u8>,
-    utf8: Utf8,
-}
-
-/// Where the next event's bytes are.
-enum Found {
-    Input(Header, usize),
-    Control(Opcode),
-    Message,
+/// Where the payload of an event lies.
+enum Place {
+    Input(Range<usize>),
+    /// The output of the inflaters, which also takes over what was put together here, so that
+    /// nothing stays with the connection.
+    Output,
 }
 
 impl Receiver {
-    /// For our `role`; `deflate` is what was negotiated.
+    /// `role` is ours; `deflate` is what was negotiated.
     #[must_use]
     pub fn new(role: Role, limits: Limits, deflate: Option<Params>) -> Self {
-        let keeps_context = deflate.is_some_and(|params| match role {
-            Role::Server => !params.client_no_context_takeover,
-            Role::Client => !params.server_no_context_takeover,
-        });
         Self {
-            limits,
+            partial: None,
+            inflater: None,
+            message_bytes_max: limits.message_bytes_max,
+            fragments_max: limits.fragments_max,
+            deflate,
             role,
-            inflates: deflate.is_some(),
-            inflater: keeps_context.then(Box::default),
-            progress: None,
+            ended: false,
         }
     }
 
-    /// Bytes on the heap for what is in progress.
-    #[must_use]
-    pub fn heap_bytes(&self) -> usize {
-        let progress = self.progress.as_ref();
-        progress.map_or(0, |progress| {
-            let message = progress.message.as_ref().map_or(0, |message| message.bytes.capacity());
-            size_of::<Progress>() + progress.control.capacity() + message
-        })
-    }
-
-    /// The next event; `None` when the input is used up. Whatever is incomplete is kept.
+    /// The next event in `input`; `None` when it is used up. Bytes of an incomplete frame or
+    /// message are kept inside.
     ///
     /// # Errors
-    /// The peer broke a rule; nothing after that has a meaning.
+    /// How the connection is to be ended. What arrives afterwards, or after the peer's close,
+    /// is ignored.
+    #[inline]
     pub fn next<'r>(
         &'r mut self,
         input: &'r mut Input<'_>,
         inflaters: &'r mut Inflaters,
-    ) -> Result<Option<Event<'r>>, &'static Disconnect> {
-        self.forget_delivered();
-        match self.find(input)? {
-            None => Ok(None),
-            Some(Found::Input(header, length)) => {
-                let payload = input.take(length);
-                if let Some(mask) = header.mask {
-                    apply_mask(payload, mask, 0);
-                }
-                let kind = match header.opcode {
-                    Opcode::Text => Kind::Text,
-                    Opcode::Binary | Opcode::Continuation => Kind::Binary,
-                    control => return control_event(control, payload).map(Some),
-                };
-                if header.compressed {
-                    let own = self.inflater.as_deref_mut();
-                    return inflate(own, inflaters, kind, payload, self.limits).map(Some);
-                }
-                if kind == Kind::Text && simdutf8::basic::from_utf8(payload).is_err() {
-                    return Err(&Disconnect::NOT_UTF8);
-                }
-                Ok(Some(Event::Message(kind, payload)))
-            }
-            Some(Found::Control(opcode)) => {
-                let Some(progress) = &mut self.progress else { return Ok(None) };
-                progress.delivered = Some(opcode);
-                control_event(opcode, &progress.control).map(Some)
-            }
-            Some(Found::Message) => {
-                let Some(progress) = &mut self.progress else { return Ok(None) };
-                progress.delivered = Some(Opcode::Continuation);
-                let Some(message) = &progress.message else { return Ok(None) };
-                if message.compressed {
-                    let own = self.inflater.as_deref_mut();
-                    let (kind, bytes) = (message.kind, &message.bytes);
-                    return inflate(own, inflaters, kind, bytes, self.limits).map(Some);
-                }
-                if message.kind == Kind::Text && !message.utf8.is_complete() {
-                    return Err(&Disconnect::NOT_UTF8);
-                }
-                Ok(Some(Event::Message(message.kind, &message.bytes)))
-            }
+    ) -> Result<Option<Event<'r>>, Disconnect> {
+        inflaters.trim();
+        if self.ended {
+            input.at = input.bytes.len();
         }
+        if input.is_empty() {
+            return Ok(None);
+        }
+        let (opcode, place) = match self.advance(input, inflaters) {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(None),
+            Err(disconnect) => {
+                self.end();
+                return Err(disconnect);
+            }
+        };
+        let payload = match place {
+            Place::Input(range) => &input.bytes[range],
+            Place::Output => inflaters.output(),
+        };
+        Ok(Some(match opcode {
+            Opcode::Text => Event::Message(Kind::Text, payload),
+            Opcode::Binary | Opcode::Continuation => Event::Message(Kind::Binary, payload),
+            Opcode::Ping => Event::Ping(payload),
+            Opcode::Pong => Event::Pong(payload),
+            Opcode::Close => {
+                self.end();
+                Event::Close(read_close(payload)?)
+            }
+        }))
     }
 
-    /// Frees what the last event referred to.
-    fn forget_delivered(&mut self) {
-        let Some(progress) = &mut self.progress else { return };
-        match progress.delivered.take() {
-            None => {}
-            Some(opcode) if opcode.is_control() => progress.control = Vec::new(),
-            Some(_) => progress.message = None,
-        }
-        let idle = progress.message.is_none() && progress.frame.is_none();
-        if idle && progress.header_bytes == 0 {
-            self.progress = None;
-        }
+    /// Bytes that this connection holds on the heap now.
+    #[must_use]
+    pub fn heap_bytes(&self) -> usize {
+        let partial = self.partial.as_ref().map_or(0, |partial| partial.heap_bytes());
+        let inflater = self.inflater.as_ref().map_or(0, |_| deflate::INFLATER_BYTES);
+        partial + inflater
     }
 
-    /// Goes on until an event is complete or the input is used up.
-    fn find(&mut self, input: &mut Input<'_>) -> Result<Option<Found>, &'static Disconnect> {
-        loop {
-            if let Some((header, got)) = self.progress.as_ref().and_then(|p| p.frame) {
-                // A frame without payload is complete although there is nothing left to read.
-                if input.is_empty() && (got as u64) < header.length {
-                    return Ok(None);
-                }
-                if let Some(found) = self.continue_frame(header, got, input)? {
-                    return Ok(Some(found));
-                }
-                continue;
-            }
-            let Some(header) = self.read_header(input)? else { return Ok(None) };
-            self.check(&header)?;
-            let length = header.length as usize;
-            let in_message = self.progress.as_ref().is_some_and(|p| p.message.is_some());
-            let whole = length <= input.rest().len();
-            if whole && (header.opcode.is_control() || (header.fin && !in_message)) {
-                return Ok(Some(Found::Input(header, length)));
-            }
-            self.begin_frame(header);
-        }
+    fn end(&mut self) {
+        self.ended = true;
+        self.partial = None;
+        self.inflater = None;
     }
 
-    /// The next header; `None` where it is incomplete, and then kept.
-    fn read_header(
+    /// Goes on to the end of the next message or control frame.
+    fn advance(
         &mut self,
         input: &mut Input<'_>,
-    ) -> Result<Option<Header>, &'static Disconnect> {
-        let kept = self.progress.as_ref().map_or(0, |progress| progress.header_bytes);
-        if kept == 0 {
-            if let Some((header, length)) = Header::decode(input.rest())? {
-                input.take(length);
-                return Ok(Some(header));
+        inflaters: &mut Inflaters,
+    ) -> Result<Option<(Opcode, Place)>, Disconnect> {
+        loop {
+            let mid_frame = self.partial.as_ref().is_some_and(|partial| partial.frame.is_some());
+            if !mid_frame {
+                let Some(header) = self.read_header(input)? else { return Ok(None) };
+                self.check(&header)?;
+                let mask = header.mask.unwrap_or_default();
+                // Safe on 32 bits, too: `check` compared it with limits of type `usize`.
+                let length = header.payload_len as usize;
+                let alone = header.opcode.is_control()
+                    || header.fin && header.opcode != Opcode::Continuation;
+                if alone && length <= input.rest().len() {
+                    let range = input.take(length);
+                    mask::apply(&mut input.bytes[range.clone()], mask, 0);
+                    return self.whole(&header, range, input, inflaters).map(Some);
+                }
+                self.open(&header, length, mask)?;
+            }
+            if let Some(opcode) = self.absorb(input)? {
+                return self.finish(opcode, inflaters).map(Some);
             }
             if input.is_empty() {
                 return Ok(None);
             }
         }
-        let progress = self.progress.get_or_insert_default();
-        while !input.is_empty() {
-            progress.header[progress.header_bytes] = input.take(1)[0];
-            progress.header_bytes += 1;
-            if let Some((header, _)) = Header::decode(&progress.header[..progress.header_bytes])? {
-                progress.header_bytes = 0;
-                return Ok(Some(header));
-            }
-        }
-        Ok(None)
     }
 
-    /// What a header may not say here and now.
-    fn check(&self, header: &Header) -> Result<(), &'static Disconnect> {
-        let must_mask = self.role == Role::Server;
-        if header.mask.is_some() != must_mask {
-            return Err(&Disconnect::PROTOCOL);
+    /// A header from `input` and what was kept of it; `None` where it is still incomplete.
+    #[inline]
+    fn read_header(&mut self, input: &mut Input<'_>) -> Result<Option<Header>, Disconnect> {
+        let partial = match &mut self.partial {
+            Some(partial) if !partial.header().is_empty() => partial,
+            _ => match frame::decode_header(input.rest())? {
+                Some((header, length)) => {
+                    input.take(length);
+                    return Ok(Some(header));
+                }
+                None => {
+                    if !input.is_empty() {
+                        let rest = input.take(input.rest().len());
+                        self.partial.get_or_insert_default().keep_header(&input.bytes[rest]);
+                    }
+                    return Ok(None);
+                }
+            },
+        };
+        let kept = partial.header().len();
+        let added = partial.keep_header(input.rest());
+        let decoded = frame::decode_header(partial.header())?;
+        let Some((header, length)) = decoded else {
+            input.take(added);
+            return Ok(None);
+        };
+        partial.forget_header();
+        input.take(length - kept);
+        self.give_back();
+        Ok(Some(header))
+    }
+
+    /// Judges `header` by what came before it and by the limits.
+    #[inline]
+    fn check(&self, header: &Header) -> Result<(), Disconnect> {
+        let unnegotiated = header.compressed && self.deflate.is_none();
+        if header.mask.is_some() != (self.role == Role::Server) || unnegotiated {
+            return Err(Disconnect::PROTOCOL);
         }
         if header.opcode.is_control() {
             return Ok(());
         }
-        let message = self.progress.as_ref().and_then(|progress| progress.message.as_ref());
-        let continues = header.opcode == Opcode::Continuation;
-        if continues != message.is_some() || (header.compressed && (continues || !self.inflates)) {
-            return Err(&Disconnect::PROTOCOL);
+        let (message, size) = match &self.partial {
+            Some(partial) => (partial.message, partial.data.len()),
+            None => (None, 0),
+        };
+        if message.is_some() != (header.opcode == Opcode::Continuation) {
+            return Err(Disconnect::PROTOCOL);
         }
-        let (fragments, bytes) = message.map_or((0, 0), |m| (m.fragments, m.bytes.len()));
-        if fragments >= self.limits.fragments_max {
-            return Err(&Disconnect::TOO_MANY_FRAGMENTS);
+        if message.is_some_and(|message| message.continuations >= self.fragments_max) {
+            return Err(Disconnect::TOO_MANY_FRAGMENTS);
         }
-        let bytes = (bytes as u64).saturating_add(header.length);
-        if bytes > self.limits.message_bytes_max as u64 {
-            return Err(&Disconnect::TOO_BIG);
+        let compressed = message.map_or(header.compressed, |message| message.compressed);
+        let max = if compressed {
+            deflate::compressed_bytes_max(self.message_bytes_max)
+        } else {
+            self.message_bytes_max
+        };
+        // No overflow: what is kept was within the limit.
+        if header.payload_len > (max - size) as u64 {
+            return Err(Disconnect::TOO_BIG);
         }
         Ok(())
     }
 
-    fn begin_frame(&mut self, header: Header) {
-        let progress = self.progress.get_or_insert_default();
-        progress.frame = Some((header, 0));
-        match header.opcode {
-            Opcode::Text | Opcode::Binary => {
-                let text = header.opcode == Opcode::Text;
-                progress.message = Some(Message {
-                    kind: if text { Kind::Text } else { Kind::Binary },
-                    compressed: header.compressed,
-                    fragments: 1,
-                    bytes: Vec::new(),
-                    utf8: Utf8::default(),
-                });
-            }
-            Opcode::Continuation => {
-                if let Some(message) = &mut progress.message {
-                    message.fragments += 1;
-                }
-            }
-            _ => progress.control.reserve_exact(CONTROL_BYTES_MAX),
-        }
-    }
-
-    fn continue_frame(
+    /// A control frame, or a message of one frame, that lies whole and unmasked in `input`.
+    #[inline]
+    fn whole(
         &mut self,
-        header: Header,
-        got: usize,
-        input: &mut Input<'_>,
-    ) -> Result<Option<Found>, &'static Disconnect> {
-        let Some(progress) = &mut self.progress else { return Ok(None) };
-        let length = header.length as usize;
-        let part = input.take(length - got);
-        if let Some(mask) = header.mask {
-            apply_mask(part, mask, got);
-        }
-        let got = got + part.len();
-        progress.frame = (got < length).then_some((header, got));
-        if header.opcode.is_control() {
-            progress.control.extend_from_slice(part);
-            return Ok((got == length).then_some(Found::Control(header.opcode)));
-        }
-        let Some(message) = &mut progress.message else { return Ok(None) };
-        let checked = message.kind == Kind::Text && !message.compressed;
-        if checked && !message.utf8.feed(part) {
-            return Err(&Disconnect::NOT_UTF8);
-        }
-        message.bytes.extend_from_slice(part);
-        Ok((got == length && header.fin).then_some(Found::Message))
-    }
-}
-
-fn control_event(opcode: Opcode, payload: &[u8]) -> Result<Event<'_>, &'static Disconnect> {
-    match opcode {
-        Opcode::Ping => return Ok(Event::Ping(payload)),
-        Opcode::Pong => return Ok(Event::Pong(payload)),
-        _ => {}
-    }
-    match payload {
-        [] => Ok(Event::Close(None)),
-        [_] => Err(&Disconnect::PROTOCOL),
-        [a, b, reason @ ..] => {
-            let code = u16::from_be_bytes([*a, *b]);
-            let reason = std::str::from_utf8(reason).map_err(|_| &Disconnect::NOT_UTF8)?;
-            if !is_sendable(code) {
-                return Err(&Disconnect::PROTOCOL);
+        header: &Header,
+        range: Range<usize>,
+        input: &Input<'_>,
+        inflaters: &mut Inflaters,
+    ) -> Result<(Opcode, Place), Disconnect> {
+        let payload = &input.bytes[range.clone()];
+        if header.compressed {
+            self.inflate(payload, inflaters)?;
+            if header.opcode == Opcode::Text && !utf8::is_valid(inflaters.output()) {
+                return Err(Disconnect::NOT_UTF8);
             }
-            Ok(Event::Close(Some((code, reason))))
+            return Ok((header.opcode, Place::Output));
         }
+        if header.opcode == Opcode::Text && !utf8::is_valid(payload) {
+            return Err(Disconnect::NOT_UTF8);
+        }
+        Ok((header.opcode, Place::Input(range)))
     }
-}
 
-fn inflate<'r>(
-    own: Option<&mut Inflater>,
-    inflaters: &'r mut Inflaters,
-    kind: Kind,
-    message: &[u8],
-    limits: Limits,
-) -> Result<Event<'r>, &'static Disconnect> {
-    inflaters.inflate(own, message, limits.message_bytes_max)?;
-    let inflated = inflaters.inflated();
-    if kind == Kind::Text && simdutf8::basic::from_utf8(inflated).is_err() {
-        return Err(&Disconnect::NOT_UTF8);
-    }
-    Ok(Event::Message(kind, inflated))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ws::frame::client_frame;
-
-    const LIMITS: Limits = Limits { message_bytes_max: 1000, fragments_max: 8 };
-
-    /// What arrives when `bytes` come in pieces of `step`.
-    fn heard(bytes: &[u8], step: usize) -> Vec<String> {
-        let mut receiver = Receiver::new(Role::Server, LIMITS, None);
-        let mut inflaters = Inflaters::default();
-        let mut heard = Vec::new();
-        for piece in bytes.to_vec().chunks_mut(step) {
-            let mut input = Input::new(piece);
-            loop {
-                match receiver.next(&mut input, &mut inflaters) {
-                    Ok(None) => break,
-                    Ok(Some(event)) => heard.push(format!("{event:?}")),
-                    Err(violation) => {
-                        heard.push(violation.label.into());
-                        return heard;
-                    }
+    /// Starts to collect a frame whose payload is not all here, or is a fragment.
+    fn open(&mut self, header: &Header, length: usize, mask: [u8; 4]) -> Result<(), Disconnect> {
+        let partial = self.partial.get_or_insert_default();
+        let control = header.opcode.is_control().then_some(header.opcode);
+        if control.is_none() {
+            match &mut partial.message {
+                Some(message) => message.continuations += 1,
+                None => {
+                    let text = header.opcode == Opcode::Text;
+                    partial.message = Some(Message {
+                        kind: if text { Kind::Text } else { Kind::Binary },
+                        compressed: header.compressed,
+                        continuations: 0,
+                    });
                 }
             }
         }
-        assert_eq!(receiver.heap_bytes(), 0, "nothing is kept once all is complete");
-        heard
+        partial.frame =
+            Some(OpenFrame { control, fin: header.fin, mask, phase: 0, remaining: length });
+        Ok(())
     }
 
-    fn fragment(opcode: Opcode, fin: bool, payload: &[u8]) -> Vec<u8> {
-        let mut frame = client_frame(opcode, payload, false, [9, 8, 7, 6]).to_vec();
-        if !fin {
-            frame[0] &= 0x7f;
+    /// Moves payload of the open frame out of `input`; the opcode when a control frame or
+    /// message is complete thereby.
+    fn absorb(&mut self, input: &mut Input<'_>) -> Result<Option<Opcode>, Disconnect> {
+        let Some(partial) = &mut self.partial else { return Ok(None) };
+        let Some(frame) = &mut partial.frame else { return Ok(None) };
+        let length = frame.remaining.min(input.rest().len());
+        let range = input.take(length);
+        let chunk = &mut input.bytes[range];
+        mask::apply(chunk, frame.mask, usize::from(frame.phase));
+        frame.phase = (usize::from(frame.phase) + length) as u8 % 4;
+        frame.remaining -= length;
+        let (control, fin, remaining) = (frame.control, frame.fin, frame.remaining);
+        if remaining == 0 {
+            partial.frame = None;
         }
-        frame
+        if let Some(opcode) = control {
+            partial.control.extend_from_slice(chunk);
+            return Ok((remaining == 0).then_some(opcode));
+        }
+        partial.append(chunk, fin.then_some(remaining))?;
+        let complete = remaining == 0 && fin;
+        Ok(partial.message.filter(|_| complete).map(|message| message.kind.into()))
     }
 
-    #[test]
-    fn every_way_to_cut_the_input_gives_the_same_events() {
-        let bytes = [
-            fragment(Opcode::Text, false, "aä".as_bytes()),
-            fragment(Opcode::Ping, true, b"p"),
-            fragment(Opcode::Continuation, false, b""),
-            fragment(Opcode::Ping, true, b""),
-            fragment(Opcode::Continuation, true, b""),
-            fragment(Opcode::Binary, true, &[7; 300]),
-            fragment(Opcode::Close, true, &[3, 232, b'x']),
-        ]
-        .concat();
-        let whole = heard(&bytes, bytes.len());
-        assert_eq!(whole.len(), 5);
-        for step in 1..bytes.len() {
-            assert_eq!(heard(&bytes, step), whole, "{step}");
+    /// Hands over what was collected, so that the connection keeps nothing of it.
+    fn finish(
+        &mut self,
+        opcode: Opcode,
+        inflaters: &mut Inflaters,
+    ) -> Result<(Opcode, Place), Disconnect> {
+        let Some(partial) = &mut self.partial else { return Ok((opcode, Place::Output)) };
+        if opcode.is_control() {
+            inflaters.take_over(std::mem::take(&mut partial.control));
+        } else {
+            let (data, compressed) = partial.close_message()?;
+            if compressed {
+                self.inflate(&data, inflaters)?;
+                if opcode == Opcode::Text && !utf8::is_valid(inflaters.output()) {
+                    return Err(Disconnect::NOT_UTF8);
+                }
+            } else {
+                inflaters.take_over(data);
+            }
+        }
+        self.give_back();
+        Ok((opcode, Place::Output))
+    }
+
+    fn give_back(&mut self) {
+        if self.partial.as_ref().is_some_and(|partial| partial.is_idle()) {
+            self.partial = None;
         }
     }
 
-    #[test]
-    fn fragments_count_however_small_they_are() {
-        let mut bytes = fragment(Opcode::Binary, false, b"");
-        for _ in 0..10 {
-            bytes.extend(fragment(Opcode::Continuation, false, b""));
-        }
-        assert_eq!(heard(&bytes, bytes.len()), ["too_many_fragments"]);
+    /// Inflates one message into the output of `inflaters`.
+    fn inflate(&mut self, payload: &[u8], inflaters: &mut Inflaters) -> Result<(), Disconnect> {
+        let (takeover, bits) = match (self.deflate, self.role) {
+            (Some(params), Role::Server) => {
+                (!params.client_no_context_takeover, params.client_max_window_bits)
+            }
+            (Some(params), Role::Client) => {
+                (!params.server_no_context_takeover, params.server_max_window_bits)
+            }
+            (None, _) => return Err(Disconnect::PROTOCOL),
+        };
+        let own = takeover
+            .then(|| &mut **self.inflater.get_or_insert_with(|| Box::new(deflate::inflater(bits))));
+        inflaters.inflate(own, payload, self.message_bytes_max)
     }
+}
 
-    #[test]
-    fn a_text_is_refused_as_soon_as_it_cannot_become_one() {
-        let bytes = fragment(Opcode::Text, false, b"ab\xf4\x90");
-        assert_eq!(heard(&bytes, 1), ["not_utf8"]);
+/// Code and reason of a close frame (RFC 6455 section 5.5.1).
+fn read_close(payload: &[u8]) -> Result<Option<(u16, &str)>, Disconnect> {
+    let Some((code, reason)) = payload.split_first_chunk::<2>() else {
+        return if payload.is_empty() { Ok(None) } else { Err(Disconnect::PROTOCOL) };
+    };
+    let code = u16::from_be_bytes(*code);
+    if !is_sendable(code) {
+        return Err(Disconnect::PROTOCOL);
     }
-
-    #[test]
-    fn a_claimed_length_is_refused_before_its_bytes_come() {
-        let bytes = fragment(Opcode::Binary, true, &[0; 2000]);
-        assert_eq!(heard(&bytes[..8], 8), ["too_big"]);
-    }
-
-    #[test]
-    fn unmasked_frames_are_refused() {
-        assert_eq!(heard(&[0x81, 1, b'a'], 3), ["protocol_error"]);
-    }
+    let reason = std::str::from_utf8(reason).map_err(|_| Disconnect::NOT_UTF8)?;
+    Ok(Some((code, reason)))
 }

@@ -104,7 +104,7 @@ fn accept(
             .half_close(false);
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(RemoteAddress(address.ip()));
-            // An upgraded socket keeps its place through this.
+            // An upgraded socket keeps its place by taking this along.
             request.extensions_mut().insert(Arc::clone(&place));
             routes.clone().serve(request)
         });

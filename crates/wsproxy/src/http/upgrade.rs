@@ -16,9 +16,8 @@ use wsproxy_proto::{
     disconnect::Disconnect,
     names::Id,
     ws::{
-        deflate::Params,
+        deflate::{self, Params},
         handshake::{self, Upgrade},
-        negotiation,
     },
 };
 
@@ -45,6 +44,8 @@ struct Handshake {
     selects_protocol: bool,
     on_upgrade: OnUpgrade,
     place: Place,
+    /// The place of its socket, which stays taken after the upgrade.
+    socket_place: Option<Arc<Place>>,
     link: Arc<Link>,
     address: IpAddr,
 }
@@ -127,10 +128,12 @@ fn begin(
     let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
     let compression = &gateway.config.compression;
-    let policy =
-        negotiation::Policy { client_context_takeover: compression.client_context_takeover };
+    let policy = deflate::Policy {
+        client_context_takeover: compression.client_context_takeover,
+        ..deflate::Policy::default()
+    };
     let deflate =
-        compression.enabled.then(|| negotiation::negotiate(request.headers(), policy)).flatten();
+        compression.enabled.then(|| deflate::negotiate(request.headers(), &policy)).flatten();
     let window_bits = deflate.as_ref().map(|(params, _)| params.server_max_window_bits);
     let (profile, runtime) = (Arc::clone(profile), Arc::clone(&gateway.runtime));
     Ok(Handshake {
@@ -139,6 +142,7 @@ fn begin(
         selects_protocol: credentials::offers_protocol(request.headers()),
         on_upgrade: hyper::upgrade::on(&mut request),
         place,
+        socket_place: request.extensions_mut().remove(),
         link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, now),
         address,
     })
@@ -162,6 +166,7 @@ fn too_often(wait: Duration) -> Rejection {
 pub struct Held {
     _subscription: Option<Subscription>,
     _place: Place,
+    _socket_place: Option<Arc<Place>>,
     _active: Active,
 }
 
@@ -187,6 +192,7 @@ fn accept<L: Logic>(
         params
     });
     let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
+    let socket_place = handshake.socket_place;
     let owner = Arc::clone(gateway);
     gateway.tasks.spawn(async move {
         let upgraded = match on_upgrade.await {
@@ -207,6 +213,7 @@ fn accept<L: Logic>(
         let held = Held {
             _subscription: subscription,
             _place: place,
+            _socket_place: socket_place,
             _active: owner.metrics.opened(label),
         };
         let peer = Peer::open(&owner, label, &link, held, logic);
@@ -231,10 +238,10 @@ fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
 /// The raw socket under hyper, and what hyper has read beyond the request head.
 fn socket_of(upgraded: hyper::upgrade::Upgraded) -> Option<(Socket, Bytes)> {
     match upgraded.downcast::<TokioIo<TcpStream>>() {
-        Ok(parts) => Some((Socket::Tcp(parts.io.into_inner()), parts.read_buf)),
+        Ok(parts) => Some((parts.io.into_inner().into(), parts.read_buf)),
         Err(upgraded) => {
             let parts = upgraded.downcast::<TokioIo<UnixStream>>().ok()?;
-            Some((Socket::Unix(parts.io.into_inner()), parts.read_buf))
+            Some((parts.io.into_inner().into(), parts.read_buf))
         }
     }
 }

@@ -146,6 +146,82 @@ async fn a_wrong_password_is_told_without_telling_it_and_a_mended_one_works() {
 }
 
 #[tokio::test]
+async fn the_log_has_a_line_for_loss_and_recovery_and_never_the_password() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    // One thread runs this test, and so do all tasks of the bus.
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let password = Some("sesame".to_owned());
+    let mut server = RedisServer::start_with(Options { password, ..Options::default() });
+    let bus = TestBus::on(&config(Some(&server.url())));
+    bus.subscribe(&["a"]).await;
+    bus.ready().await;
+    server.kill();
+    eventually("attempts fail", || bus.bus.counters().connects_failed.value() > 9).await;
+    server.restart();
+    bus.seen.wait_for_recoveries(1).await;
+    server.call(&["CONFIG", "SET", "requirepass", "other"]);
+    server.call_as("other", &["CLIENT", "KILL", "TYPE", "pubsub"]);
+    eventually("the trouble is told", || bus.bus.status().last_error.is_some()).await;
+    let text = lines.text();
+    let count = |words: &str| text.lines().filter(|line| line.contains(words)).count();
+    assert_eq!(count("Every subscription is confirmed again"), 1, "{text}");
+    assert_eq!(count("Lost Redis. link=\"subscribe\""), 1, "{text}");
+    assert!(count("Cannot connect to Redis") <= 6, "{text}");
+    assert!(!text.contains("sesame"), "{text}");
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Lines {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_end_does_not_wait_for_a_server_that_is_stopped_or_absent() {
+    for stopped in [true, false] {
+        let mut bus = TestBus::redis();
+        bus.subscribe(&["a"]).await;
+        bus.ready().await;
+        if stopped {
+            bus.server().stop();
+        } else {
+            bus.server().kill();
+            eventually("every link is missed", || bus.bus.counters().links_lost.value() == 3).await;
+        }
+        let (receipt, mut outcomes) = Receipts::channel();
+        let publish = wsproxy::bus::Publish { receipt: Some(receipt), ..message("a", "x") };
+        assert!(bus.bus.publish(publish).is_ok());
+        bus.shutdown.cancel();
+        bus.tasks.close();
+        soon("the tasks end", bus.tasks.wait()).await;
+        assert_eq!(outcomes.recv().await, Some(Outcome::Lost));
+        let late = bus.bus.subscribe(vec!["b".into()]).await;
+        assert_eq!(late, Err(BusError::Closed));
+        assert_eq!(bus.store.load("key").await, Err(StoreError::Closed));
+    }
+}
+
+#[tokio::test]
 async fn a_server_without_hello_is_refused_without_quoting_the_password() {
     let arguments = ["--rename-command", "HELLO", ""].map(String::from).to_vec();
     let server = RedisServer::start_with(Options { arguments, ..Options::default() });
@@ -355,7 +431,7 @@ async fn an_outage_fills_the_queue_and_its_end_empties_it_in_order() {
     // The publishing link may be back before the subscribing one: ask the server, not the recorder.
     eventually("the queue is empty", || bus.bus.status().queued_bytes == 0).await;
     assert_eq!(bus.bus.counters().publish_lost.value(), 0);
-    eventually("all are answered", || bus.bus.counters().published.value() >= accepted).await;
+    eventually("all are answered", || bus.bus.counters().published.value() == accepted).await;
     let order = bus.seen.payloads("a");
     assert!(order.is_sorted());
 }
@@ -393,12 +469,38 @@ async fn links_that_end_at_different_servers_are_found_out() {
     let bus = TestBus::on(&config(Some(&one.url_on(proxy.port()))));
     bus.subscribe(&["a"]).await;
     bus.ready().await;
-    proxy.retarget(other.port());
-    assert_eq!(one.call(&["CLIENT", "KILL", "TYPE", "normal"]).integer(), 2);
-    bus.seen.wait_for_recoveries(1).await;
-    assert!(bus.bus.counters().probe_failures.value() > 0);
+    // The publishing link goes elsewhere, then the subscribing one does.
+    for (n, (from, to, kind)) in
+        [(&one, &other, "normal"), (&other, &one, "pubsub")].into_iter().enumerate()
+    {
+        let failures = bus.bus.counters().probe_failures.value();
+        proxy.retarget(to.port());
+        assert!(from.call(&["CLIENT", "KILL", "TYPE", kind]).integer() > 0);
+        eventually("it is found out", || bus.bus.counters().probe_failures.value() > failures)
+            .await;
+        eventually("all links end there", || {
+            let clients = format!("{:?}", to.call(&["CLIENT", "LIST"]));
+            clients.contains("server-publish") && clients.contains("server-subscribe")
+        })
+        .await;
+        bus.ready().await;
+        assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1), "{n}");
+    }
+}
+
+#[tokio::test]
+async fn recovery_is_told_when_the_last_channel_is_confirmed_and_not_before() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let bus = TestBus::on(&config(Some(&server.url_on(proxy.port()))));
+    bus.subscribe(&["a"]).await;
     bus.ready().await;
-    assert_eq!(bus.outcome(message("a", "x")).await, Outcome::Received(1));
+    // Greeting and subscribing take one round trip each.
+    proxy.set(Faults { delay: Duration::from_millis(100), ..Faults::default() });
+    server.call(&["CLIENT", "KILL", "TYPE", "pubsub"]);
+    bus.seen.wait_for_recoveries(1).await;
+    let gap = bus.seen.notes(|notes| notes.recovered[0]);
+    assert!(gap >= Duration::from_millis(400), "{gap:?}");
 }
 
 #[tokio::test]

@@ -5,5 +5,14 @@
 mod bus;
 mod bus_cost;
 mod bus_faults;
+mod bus_loss;
+mod frames;
+mod handshake;
+mod heartbeat;
+mod limits;
+mod sessions;
+mod slow;
 mod store;
 mod support;
+mod tokens;
+mod two_instances;

@@ -3,8 +3,13 @@
 // Not every test uses everything.
 #![allow(dead_code)]
 
+pub mod binary;
 pub mod bus;
+pub mod client;
 pub mod fault_proxy;
+pub mod gateway;
+pub mod http;
+pub mod raw;
 pub mod redis_server;
 
 use std::time::{Duration, Instant};

@@ -51,6 +51,8 @@ pub(super) enum Request {
 /// Who is told about the next reply.
 enum Waiting {
     Publish(Option<Arc<dyn Receipt>>),
+    /// The same for a message of our own, which is not counted.
+    Urgent(Option<Arc<dyn Receipt>>),
     Command(oneshot::Sender<Result<Reply, StoreError>>),
     Watchdog,
 }
@@ -168,7 +170,8 @@ impl Driver {
     }
 
     fn is_done(&self, link: &Link) -> bool {
-        let only_questions = self.waiting.iter().all(|(who, _)| matches!(who, Waiting::Watchdog));
+        let own = |(who, _): &_| matches!(who, Waiting::Watchdog | Waiting::Urgent(_));
+        let only_questions = self.waiting.iter().all(own);
         only_questions && link.output.is_empty() && self.pipeline.queue.is_empty()
     }
 
@@ -181,7 +184,8 @@ impl Driver {
     /// Spells what is queued, as much as may be on its way.
     fn fill(&mut self, link: &mut Link) {
         if let Some(publish) = self.pipeline.take_urgent() {
-            self.spell(Request::Publish(publish), &mut link.output);
+            spell_publish(&publish, &mut link.output);
+            self.waiting.push_back((Waiting::Urgent(publish.receipt), 0));
         }
         while self.has_room(link) {
             let mut batch = std::mem::take(&mut self.batch);
@@ -239,7 +243,17 @@ impl Driver {
                 _ => None,
             };
             match waiting {
-                Waiting::Publish(receipt) => self.published(receipt, &value),
+                Waiting::Publish(receipt) => {
+                    let outcome = self.published(&value);
+                    if let Some(receipt) = receipt {
+                        receipt.published(outcome);
+                    }
+                }
+                Waiting::Urgent(receipt) => {
+                    if let Some(receipt) = receipt {
+                        receipt.published(self.outcome(&value));
+                    }
+                }
                 Waiting::Command(caller) => drop(caller.send(reply(&value))),
                 Waiting::Watchdog => {
                     watchdog.answered();
@@ -256,14 +270,24 @@ impl Driver {
         Ok(())
     }
 
-    fn published(&mut self, receipt: Option<Arc<dyn Receipt>>, value: &Value<'_>) {
+    fn published(&mut self, value: &Value<'_>) -> Outcome {
+        let outcome = self.outcome(value);
         let counters = &self.shared.counters;
-        let outcome = match value {
-            Value::Integer(count @ 0..) => Outcome::Received(count.unsigned_abs()),
-            Value::Integer(_) => {
+        match outcome {
+            Outcome::Received(_) => counters.published.add(1),
+            Outcome::Kept => {
+                counters.published.add(1);
                 counters.publish_kept.add(1);
-                Outcome::Kept
             }
+            Outcome::Lost => counters.publish_lost.add(1),
+        }
+        outcome
+    }
+
+    fn outcome(&mut self, value: &Value<'_>) -> Outcome {
+        match value {
+            Value::Integer(count @ 0..) => Outcome::Received(count.unsigned_abs()),
+            Value::Integer(_) => Outcome::Kept,
             refused => {
                 if self.complaints.due() {
                     let error = match refused {
@@ -274,13 +298,6 @@ impl Driver {
                 }
                 Outcome::Lost
             }
-        };
-        match outcome {
-            Outcome::Lost => counters.publish_lost.add(1),
-            _ => counters.published.add(1),
-        }
-        if let Some(receipt) = receipt {
-            receipt.published(outcome);
         }
     }
 
@@ -291,6 +308,11 @@ impl Driver {
             match waiting {
                 Waiting::Publish(receipt) => {
                     lost += 1;
+                    if let Some(receipt) = receipt {
+                        receipt.published(Outcome::Lost);
+                    }
+                }
+                Waiting::Urgent(receipt) => {
                     if let Some(receipt) = receipt {
                         receipt.published(Outcome::Lost);
                     }

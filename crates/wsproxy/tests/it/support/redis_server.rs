@@ -1,12 +1,14 @@
 //! A redis-server process of a test's own, which can be killed, stopped, restarted and asked.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{BufRead, BufReader, Write},
     net::TcpListener,
     os::unix::net::UnixStream,
     path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -197,10 +199,20 @@ impl RedisServer {
 
     /// The same; an answer may be an error.
     pub fn try_call(&self, words: &[&str]) -> std::io::Result<Answer> {
+        self.try_call_as(self.options.password.as_deref(), words)
+    }
+
+    /// Executes a command after its password was changed to this one.
+    #[track_caller]
+    pub fn call_as(&self, password: &str, words: &[&str]) -> Answer {
+        self.try_call_as(Some(password), words).unwrap()
+    }
+
+    fn try_call_as(&self, password: Option<&str>, words: &[&str]) -> std::io::Result<Answer> {
         let mut stream = UnixStream::connect(self.path("socket"))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         let mut reader = BufReader::new(stream.try_clone()?);
-        if let Some(password) = &self.options.password {
+        if let Some(password) = password {
             stream.write_all(&spell(&["AUTH", password]))?;
             read(&mut reader)?;
         }
@@ -234,9 +246,18 @@ impl Answer {
     }
 }
 
-/// A port that nobody listens on now.
+/// A port that nobody listens on now. It lies below those that the kernel gives to outgoing
+/// connections, so that nobody takes it while a server is down, and it is handed out only once.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut taken = TAKEN.lock().unwrap();
+    loop {
+        let port = rand::random_range(15_000..32_000);
+        if !taken.contains(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            taken.insert(port);
+            return port;
+        }
+    }
 }
 
 fn spell(words: &[&str]) -> Vec<u8> {

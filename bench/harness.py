@@ -1,0 +1,179 @@
+"""Starts and ends what a benchmark needs: a private Redis, the gateway, the peers, the load generator."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+BENCH = Path(os.environ.get("BENCH_TOOL", TARGET / "release" / "wsproxy-bench"))
+GATEWAY = TARGET / "release" / "wsproxy"
+PEERS = ["axum", "node", "fastapi", "nchan"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def process(command: list, **options):
+    """A child that is ended, by its own handle, however the block is left."""
+    child = subprocess.Popen([str(part) for part in command], **options)
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(timeout=40)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        child.wait()
+
+
+def wait_until(what: str, ready, child: subprocess.Popen, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if child.poll() is not None:
+            raise RuntimeError(f"{what} ended with {child.returncode} before it was ready")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{what} was not ready after {seconds} s")
+        time.sleep(0.02)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
+@contextlib.contextmanager
+def redis_server():
+    """Gives the port of a Redis that keeps nothing."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="bench-redis-") as folder:
+        command = ["redis-server", "--port", port, "--bind", "127.0.0.1", "--dir", folder]
+        command += ["--save", "", "--appendonly", "no", "--tcp-backlog", "4096"]
+        with process(command, stdout=subprocess.DEVNULL) as child:
+            wait_until("redis-server", lambda: listens(port), child)
+            yield port
+
+
+class Server:
+    """What a load is put on: how the load generator names it."""
+
+    def __init__(self, target: str, port: int, pid: int, publish: int):
+        self.arguments = ["--target", target, "--server", f"127.0.0.1:{port}"]
+        self.arguments += ["--publish", f"127.0.0.1:{publish}", "--pid", str(pid)]
+
+
+@contextlib.contextmanager
+def gateway(redis: int):
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PORT": str(port),
+        "REDIS_URL": f"redis://127.0.0.1:{redis}",
+        "WSPROXY_SERVER__BIND": "127.0.0.1",
+        "WSPROXY_LIMITS__MAX_CONNECTIONS": "19000",
+        "LOG_LEVEL": "warn",
+    }
+    binary = Path(os.environ.get("BENCH_GATEWAY", GATEWAY))
+    with process([binary, "serve"], env=environment, stdout=sys.stderr) as child:
+        wait_until("wsproxy", lambda: answers(f"http://127.0.0.1:{port}/ready"), child)
+        yield Server("wsproxy", port, child.pid, redis)
+
+
+@contextlib.contextmanager
+def peer(name: str, redis: int):
+    port = free_port()
+    command = [HERE / "peers" / name / "start", port, f"redis://127.0.0.1:{redis}"]
+    with process(command, stdout=subprocess.DEVNULL) as child:
+        wait_until(name, lambda: answers(f"http://127.0.0.1:{port}/health"), child)
+        nchan = name == "nchan"
+        yield Server("nchan" if nchan else "plain", port, child.pid, port if nchan else redis)
+
+
+def server(name: str, redis: int):
+    return gateway(redis) if name == "wsproxy" else peer(name, redis)
+
+
+def load(name: str, arguments: list, redis: int) -> dict:
+    """Runs one scenario once against a fresh server, and gives the load generator's report."""
+    scenario = [str(argument) for argument in arguments]
+    if name == "limit":
+        return generate(["limit", *scenario, "--publish", f"127.0.0.1:{redis}"])
+    with server(name, redis) as target:
+        return generate([*scenario, *target.arguments])
+
+
+def generate(arguments: list) -> dict:
+    done = subprocess.run([BENCH, *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    try:
+        return json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return {"figures": {}, "problems": [f"no result, exit code {done.returncode}"]}
+
+
+def missing(name: str) -> str | None:
+    """Why a server cannot be measured here."""
+    needs = {
+        "wsproxy": Path(os.environ.get("BENCH_GATEWAY", GATEWAY)),
+        "axum": HERE / "env/axum/release/bench-peer-axum",
+        "node": HERE / "env/node/node_modules/ws",
+        "fastapi": HERE / "env/venv/bin/python",
+        "nchan": Path("/usr/lib/nginx/modules/ngx_nchan_module.so"),
+    }
+    path = needs.get(name)
+    return f"{name}: there is no {path.name}" if path and not path.exists() else None
+
+
+def output_of(*command: str) -> str:
+    if not shutil.which(command[0]) and not Path(command[0]).exists():
+        return "absent"
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    return lines[0] if lines else "?"
+
+
+def conditions() -> dict:
+    """What a reader must know to compare with figures of another machine."""
+    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+    somaxconn = Path("/proc/sys/net/core/somaxconn")
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "cores": os.cpu_count(),
+        "cpu": model.group(1) if model else platform.machine(),
+        "memory_gb": round(int(memory.group(1)) / 1e6, 1) if memory else None,
+        "kernel": platform.release(),
+        "load_before": os.getloadavg()[0],
+        "somaxconn": somaxconn.read_text().strip() if somaxconn.exists() else None,
+        "redis": output_of("redis-server", "--version"),
+        "rustc": output_of("rustc", "--version"),
+        "python": platform.python_version(),
+        "node": output_of("node", "--version"),
+        "nginx": output_of("nginx", "-v"),
+    }

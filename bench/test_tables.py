@@ -1,0 +1,35 @@
+"""Medians, ratios and verdicts of the results' page. Run with `python3 -m unittest discover bench`."""
+
+import unittest
+
+import tables
+
+
+class Tables(unittest.TestCase):
+    def test_median_ignores_runs_without_a_result(self):
+        self.assertEqual(tables.median([3, None, 1, 2]), 2)
+        self.assertIsNone(tables.median([None]))
+
+    def test_verdict_follows_the_direction_of_the_figure(self):
+        low = {"bar": 2048, "aim": 1280}
+        self.assertEqual(tables.verdict(1000, low), "aim reached")
+        self.assertEqual(tables.verdict(2048, low), "bar reached")
+        self.assertEqual(tables.verdict(2049, low), "**missed**")
+        high = {"bar": 5000, "aim": 10000, "higher_is_better": True}
+        self.assertEqual(tables.verdict(4999, high), "**missed**")
+        self.assertEqual(tables.verdict(10000, high), "aim reached")
+        self.assertEqual(tables.verdict(1, {}), "")
+
+    def test_peers_are_related_to_the_gateway(self):
+        figure = {"title": "cpu", "unit": "us", "values": {"wsproxy": [2.0, 4.0], "node": [6.0]}, "marks": {}}
+        text = tables.peers_table({"servers": ["wsproxy", "node"], "figures": [figure]})
+        self.assertIn("| cpu | 3 us | 6 us (2.00x) |", text)
+
+    def test_figures_show_the_spread_of_runs(self):
+        figure = {"title": "p99", "unit": "ms", "values": [1.5, 2.5, 1.75], "bar": 5, "aim": 2}
+        text = tables.figures_table({"figures": [figure]})
+        self.assertIn("| p99 | 1.75 ms (1.5 to 2.5) |  | <= 5 | <= 2 | aim reached |", text)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,249 @@
+//! Many clients on few threads, each thread one epoll loop; knows sockets and frames, not what is measured with them.
+
+mod client;
+mod counters;
+mod tally;
+mod worker;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+
+pub use counters::Counters;
+pub use tally::Tally;
+
+use crate::clock::{now_ns, ns};
+use crate::target::Target;
+
+/// How the clients of a fleet reach the server.
+#[derive(Debug, Clone)]
+pub struct FleetConfig {
+    /// Where the server listens.
+    pub server: SocketAddr,
+    /// What each client asks for.
+    pub target: Target,
+    /// How many threads share the clients.
+    pub threads: u32,
+    /// How many source addresses, from 127.0.0.1 up; each gives some 28,000 ports.
+    pub sources: u32,
+    /// How many clients there are.
+    pub clients: u32,
+    /// Of these the first so many are measured; the others only take part.
+    pub measured: u32,
+    /// After this a handshake counts as failed.
+    pub handshake_timeout: Duration,
+}
+
+/// A range of clients; client `n` belongs to thread `n % threads`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The first client.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// How fast a range of clients connects.
+#[derive(Debug, Clone, Copy)]
+pub struct Opening {
+    /// Who connects.
+    pub span: Span,
+    /// At most this many handshakes at once and thread.
+    pub in_flight: u32,
+    /// Connections per second of the whole fleet; `None`: as fast as `in_flight` allows.
+    pub rate: Option<f64>,
+}
+
+/// A steady stream of messages from clients.
+#[derive(Debug, Clone, Copy)]
+pub struct Echo {
+    /// Who sends, in turn.
+    pub span: Span,
+    /// Messages per second of the whole fleet.
+    pub rate: f64,
+    /// Payload bytes.
+    pub bytes: usize,
+    /// How often due messages are sent; its schedule is what latency is measured from.
+    pub tick: Duration,
+    /// When to begin, in monotonic nanoseconds.
+    pub start_ns: u64,
+    /// When to end.
+    pub end_ns: u64,
+}
+
+pub(crate) enum Command {
+    Open(Opening),
+    Close { span: Span, abort: bool },
+    Stall(Span),
+    Resume(Span),
+    Echo(Echo),
+    Report(SyncSender<Tally>),
+    Stop,
+}
+
+/// The clients. Dropping this closes all of them and ends the threads.
+#[derive(Debug)]
+pub struct Fleet {
+    workers: Vec<Handle>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    commands: SyncSender<Command>,
+    wake: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Fleet {
+    /// Starts the threads; no client connects yet.
+    pub fn start(config: &FleetConfig) -> Result<Self> {
+        let counters = Arc::new(Counters::default());
+        let mut workers = Vec::new();
+        for index in 0..config.threads {
+            let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+            let (commands, queue): (_, Receiver<Command>) = sync_channel(COMMANDS_MAX);
+            let worker = worker::Worker::new(index, config, &counters, &wake, queue)?;
+            let thread = std::thread::Builder::new()
+                .name(format!("clients-{index}"))
+                .spawn(move || worker.run())?;
+            workers.push(Handle { commands, wake, thread: Some(thread) });
+        }
+        Ok(Self { workers, counters })
+    }
+
+    /// What has happened so far, over all threads.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Connects a range of clients; returns at once.
+    pub fn open(&self, opening: Opening) -> Result<()> {
+        self.command(|| Command::Open(opening))
+    }
+
+    /// Connects a range of clients and waits until each has succeeded or failed.
+    pub fn open_and_wait(
+        &self,
+        opening: Opening,
+        timeout: Duration,
+        mut waiting: impl FnMut(&Counters),
+    ) -> Result<()> {
+        let wanted = self.counters.settled() + u64::from(opening.span.count);
+        self.open(opening)?;
+        self.wait(timeout, |c| c.settled() >= wanted, &mut waiting)
+            .with_context(|| format!("{} clients did not all connect", opening.span.count))
+    }
+
+    /// Closes a range of clients, politely or by closing the socket.
+    pub fn close(&self, span: Span, abort: bool) -> Result<()> {
+        self.command(|| Command::Close { span, abort })
+    }
+
+    /// Lets a range of clients stop reading.
+    pub fn stall(&self, span: Span) -> Result<()> {
+        self.command(|| Command::Stall(span))
+    }
+
+    /// Lets stalled clients read again.
+    pub fn resume(&self, span: Span) -> Result<()> {
+        self.command(|| Command::Resume(span))
+    }
+
+    /// Starts a stream of messages from clients; returns at once.
+    pub fn echo(&self, echo: Echo) -> Result<()> {
+        self.command(|| Command::Echo(echo))
+    }
+
+    /// What was measured since the last report, over all threads.
+    pub fn report(&self) -> Result<Tally> {
+        let mut total = Tally::default();
+        for worker in &self.workers {
+            let (answer, report) = sync_channel(1);
+            worker.send(Command::Report(answer))?;
+            total.add(&report.recv_timeout(REPORT_TIMEOUT).context("client thread is gone")?);
+        }
+        Ok(total)
+    }
+
+    /// Waits until `done`; an error when the time is over first.
+    pub fn wait(
+        &self,
+        timeout: Duration,
+        mut done: impl FnMut(&Counters) -> bool,
+        waiting: &mut impl FnMut(&Counters),
+    ) -> Result<()> {
+        let deadline = now_ns().saturating_add(ns(timeout));
+        while !done(&self.counters) {
+            if now_ns() >= deadline {
+                bail!("timed out after {timeout:?}");
+            }
+            waiting(&self.counters);
+            std::thread::sleep(WAIT_STEP);
+        }
+        Ok(())
+    }
+
+    fn command(&self, command: impl Fn() -> Command) -> Result<()> {
+        self.workers.iter().try_for_each(|worker| worker.send(command()))
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            let _ = worker.send(Command::Stop);
+            if let Some(thread) = worker.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Handle {
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands.send(command).ok().context("client thread is gone")?;
+        rustix::io::write(&*self.wake, &1u64.to_ne_bytes()).map_err(io::Error::from)?;
+        Ok(())
+    }
+}
+
+impl Span {
+    /// Everybody of a fleet of `clients`.
+    #[must_use]
+    pub fn all(clients: u32) -> Self {
+        Self { first: 0, count: clients }
+    }
+
+    /// The clients of this range that belong to thread `index` of `threads`.
+    pub(crate) fn of_thread(self, index: u32, threads: u32) -> impl Iterator<Item = u32> {
+        let offset = (index + threads - self.first % threads) % threads;
+        (self.first + offset..self.first + self.count).step_by(threads as usize)
+    }
+}
+
+const COMMANDS_MAX: usize = 64;
+const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
+const WAIT_STEP: Duration = Duration::from_millis(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_client_of_a_range_belongs_to_exactly_one_thread() {
+        let span = Span { first: 5, count: 17 };
+        let mut all: Vec<u32> = (0..3).flat_map(|index| span.of_thread(index, 3)).collect();
+        all.sort_unstable();
+        assert_eq!(all, (5..22).collect::<Vec<_>>());
+        assert!(span.of_thread(2, 3).all(|client| client % 3 == 2));
+    }
+}

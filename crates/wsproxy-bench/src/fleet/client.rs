@@ -1,0 +1,105 @@
+//! One client: its socket, how far its handshake is and what it expects; knows no epoll.
+
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
+
+use crate::frame::FrameReader;
+
+/// How far a client is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    Idle,
+    Handshake,
+    Open,
+    Closing,
+}
+
+/// One client of a fleet; its slot is used again when it reconnects.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) socket: Option<OwnedFd>,
+    pub(super) phase: Phase,
+    /// Distinguishes this connection from earlier ones of the slot, whose events may still be queued.
+    pub(super) generation: u32,
+    pub(super) reader: FrameReader,
+    /// The answer's head while it is incomplete.
+    pub(super) head: Vec<u8>,
+    /// What the socket did not take yet.
+    pub(super) unsent: Vec<u8>,
+    pub(super) expected: Option<u32>,
+    pub(super) sent: u32,
+    pub(super) started_ns: u64,
+    pub(super) stalled: bool,
+}
+
+impl Client {
+    pub(super) fn new() -> Self {
+        Self {
+            socket: None,
+            phase: Phase::Idle,
+            generation: 0,
+            reader: FrameReader::default(),
+            head: Vec::new(),
+            unsent: Vec::new(),
+            expected: None,
+            sent: 0,
+            started_ns: 0,
+            stalled: false,
+        }
+    }
+
+    /// Starts to connect from `source`; on loopback the connection usually stands when this returns.
+    pub(super) fn connect(&mut self, server: SocketAddr, source: Ipv4Addr) -> Result<(), Errno> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+        rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
+        rustix::net::bind(&socket, &SocketAddr::V4(SocketAddrV4::new(source, 0)))?;
+        match rustix::net::connect(&socket, &server) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        self.socket = Some(socket);
+        self.phase = Phase::Handshake;
+        self.reader = FrameReader::default();
+        self.head.clear();
+        self.unsent.clear();
+        self.expected = None;
+        self.stalled = false;
+        Ok(())
+    }
+
+    /// Sends as much as the socket takes and keeps the rest; true when all of it went.
+    pub(super) fn send(&mut self, bytes: &[u8]) -> Result<bool, Errno> {
+        let Some(socket) = &self.socket else { return Ok(true) };
+        if !self.unsent.is_empty() {
+            self.unsent.extend_from_slice(bytes);
+            return Ok(false);
+        }
+        let sent = match rustix::net::send(socket, bytes, SendFlags::NOSIGNAL) {
+            Ok(sent) => sent,
+            Err(Errno::AGAIN | Errno::NOTCONN) => 0,
+            Err(error) => return Err(error),
+        };
+        self.unsent.extend_from_slice(&bytes[sent..]);
+        Ok(self.unsent.is_empty())
+    }
+
+    /// Sends what was left over; true when nothing is left.
+    pub(super) fn flush(&mut self) -> Result<bool, Errno> {
+        let unsent = std::mem::take(&mut self.unsent);
+        self.send(&unsent)
+    }
+
+    /// Forgets the connection; its events of this round no longer count.
+    pub(super) fn reset(&mut self) {
+        self.socket = None;
+        self.phase = Phase::Idle;
+        self.generation = self.generation.wrapping_add(1);
+        self.head = Vec::new();
+        self.unsent = Vec::new();
+    }
+}

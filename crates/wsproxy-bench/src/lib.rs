@@ -1,0 +1,21 @@
+//! The load generator: many clients on few threads, scenarios around them, and the raw limit to compare with.
+//!
+//! It knows servers only from outside: sockets, Redis' protocol and `/proc`.
+
+pub mod bench;
+pub mod cli;
+pub mod clock;
+pub mod echo_worker;
+pub mod fleet;
+pub mod frame;
+pub mod handshake;
+pub mod limit;
+pub mod load;
+pub mod procfs;
+pub mod progress;
+pub mod publisher;
+pub mod report;
+pub mod resp;
+pub mod scenario;
+pub mod stamp;
+pub mod target;

@@ -1,0 +1,178 @@
+//! CPU time and memory of other processes, from `/proc`; knows nothing of what they do.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+/// The processes whose consumption is measured together.
+#[derive(Debug, Clone, Default)]
+pub struct Processes {
+    roots: Vec<u32>,
+    alone: bool,
+}
+
+/// CPU time at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct CpuSample {
+    /// Nanoseconds on a CPU, per thread.
+    threads: BTreeMap<u32, u64>,
+    /// The same for whole processes, in the coarse unit of the kernel's ticks.
+    ticks: u64,
+}
+
+/// Memory at one moment, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// All resident pages.
+    pub resident: u64,
+    /// Those that belong to the process alone: heap and stacks.
+    pub anonymous: u64,
+}
+
+impl Processes {
+    /// These processes and, whenever a sample is taken, what they have started.
+    #[must_use]
+    pub fn new(roots: &[u32]) -> Self {
+        Self { roots: roots.to_vec(), alone: false }
+    }
+
+    /// This process without its children, among whom may be the server.
+    #[must_use]
+    pub fn own() -> Self {
+        Self { roots: vec![std::process::id()], alone: true }
+    }
+
+    /// Whether there is nothing to measure.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.roots.is_empty()
+    }
+
+    /// CPU time until now.
+    #[must_use]
+    pub fn cpu(&self) -> CpuSample {
+        let mut sample = CpuSample::default();
+        for pid in self.all() {
+            sample.ticks += stat_ticks(pid).unwrap_or(0);
+            for thread in children_of(&format!("/proc/{pid}/task")) {
+                let path = format!("/proc/{pid}/task/{thread}/schedstat");
+                let spent = fs::read_to_string(path)
+                    .ok()
+                    .and_then(|text| text.split(' ').next().and_then(|first| first.parse().ok()));
+                if let Some(spent) = spent {
+                    sample.threads.insert(thread, spent);
+                }
+            }
+        }
+        sample
+    }
+
+    /// Memory now.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        let mut total = Memory::default();
+        for pid in self.all() {
+            let memory = memory_of(pid).unwrap_or_default();
+            total.resident += memory.resident;
+            total.anonymous += memory.anonymous;
+        }
+        total
+    }
+
+    fn all(&self) -> Vec<u32> {
+        let mut found = self.roots.clone();
+        let mut at = if self.alone { found.len() } else { 0 };
+        while let Some(&pid) = found.get(at) {
+            for thread in children_of(&format!("/proc/{pid}/task")) {
+                let path = format!("/proc/{pid}/task/{thread}/children");
+                let children = fs::read_to_string(path).unwrap_or_default();
+                for child in children.split_whitespace().filter_map(|child| child.parse().ok()) {
+                    if !found.contains(&child) {
+                        found.push(child);
+                    }
+                }
+            }
+            at += 1;
+        }
+        found
+    }
+}
+
+impl CpuSample {
+    /// CPU nanoseconds spent since an earlier sample.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> u64 {
+        let vanished = earlier.threads.keys().any(|thread| !self.threads.contains_key(thread));
+        if vanished || self.threads.is_empty() {
+            // A thread that ended took its precise figure with it; the process' ticks still have it.
+            return self.ticks.saturating_sub(earlier.ticks) * NS_PER_TICK;
+        }
+        let spent = |(thread, now): (&u32, &u64)| {
+            now.saturating_sub(earlier.threads.get(thread).copied().unwrap_or(0))
+        };
+        self.threads.iter().map(spent).sum()
+    }
+}
+
+/// Whether a process has ended; one that only waits to be collected has.
+#[must_use]
+pub fn has_ended(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| rest.starts_with(['Z', 'X'])))
+        .unwrap_or(true)
+}
+
+fn children_of(directory: &str) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn stat_ticks(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ').skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(user + system)
+}
+
+fn memory_of(pid: u32) -> Option<Memory> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let field = |name: &str| -> Option<u64> {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+    };
+    Some(Memory { resident: field("Rss:")?, anonymous: field("Anonymous:")? })
+}
+
+/// The kernel reports 100 ticks per second to user space on every architecture that we run on.
+const NS_PER_TICK: u64 = 10_000_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_consumption_is_seen() {
+        let own = Processes::own();
+        let before = own.cpu();
+        let mut sum = 0u64;
+        while own.cpu().since(&before) < 2_000_000 {
+            sum = sum.wrapping_add((0..10_000u64).sum());
+        }
+        assert!(sum > 0);
+        let memory = own.memory();
+        assert!(memory.resident > 100_000 && memory.anonymous <= memory.resident, "{memory:?}");
+        assert!(!has_ended(std::process::id()));
+        assert!(has_ended(u32::MAX));
+    }
+
+    #[test]
+    fn ticks_stand_in_when_a_thread_has_vanished() {
+        let earlier = CpuSample { threads: [(1, 5), (2, 7)].into(), ticks: 3 };
+        let both = CpuSample { threads: [(1, 15), (2, 7), (3, 4)].into(), ticks: 5 };
+        assert_eq!(both.since(&earlier), 14);
+        let one = CpuSample { threads: [(1, 15)].into(), ticks: 5 };
+        assert_eq!(one.since(&earlier), 2 * NS_PER_TICK);
+    }
+}

@@ -1,0 +1,233 @@
+//! Sends messages into a server from behind: pipelined to Redis (or what speaks like it), or as HTTP posts.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::net::RecvFlags;
+
+use crate::resp::{self, Value};
+use crate::target::{Kind, Target};
+
+/// A connection over which messages are published, many at a time without waiting for answers.
+#[derive(Debug)]
+pub struct Publisher {
+    stream: TcpStream,
+    target: Target,
+    speech: Speech,
+    /// Names of the sessions' channels, made when first needed: making them costs more than sending.
+    channels: Vec<String>,
+    output: Vec<u8>,
+    input: Vec<u8>,
+    /// Answers that have not come yet.
+    outstanding: u64,
+    /// Messages that reached no subscriber, by the server's own account.
+    unheard: u64,
+    refused: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Speech {
+    Redis,
+    Http,
+}
+
+impl Publisher {
+    /// Connects to where the target's messages are published.
+    pub fn connect(address: SocketAddr, target: &Target) -> Result<Self> {
+        let stream = TcpStream::connect(address)
+            .with_context(|| format!("no connection to the publishing side at {address}"))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let speech = if target.kind() == Kind::Nchan { Speech::Http } else { Speech::Redis };
+        Ok(Self {
+            stream,
+            target: target.clone(),
+            speech,
+            channels: Vec::new(),
+            output: Vec::new(),
+            input: Vec::new(),
+            outstanding: 0,
+            unheard: 0,
+            refused: 0,
+        })
+    }
+
+    /// Adds a message to a session to what the next flush sends.
+    pub fn publish(&mut self, session: u32, payload: &[u8]) {
+        self.outstanding += 1;
+        match self.speech {
+            Speech::Redis => {
+                let known = self.channels.len() as u32;
+                let target = &self.target;
+                self.channels.extend((known..=session).map(|session| target.down(session)));
+                let channel = self.channels[session as usize].as_bytes();
+                let parts: [&[u8]; 3] = [b"PUBLISH", channel, payload];
+                resp::push_command(&parts, &mut self.output);
+            }
+            Speech::Http => {
+                let path = self.target.publish_path(session);
+                let length = payload.len();
+                let _ = write!(
+                    self.output,
+                    "POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {length}\r\n\r\n"
+                );
+                self.output.extend_from_slice(payload);
+            }
+        }
+    }
+
+    /// Adds the tokens of these sessions, and sends them a few thousand at a time.
+    pub fn set_tokens(&mut self, sessions: impl Iterator<Item = u32>) -> Result<()> {
+        if !self.target.needs_token() {
+            return Ok(());
+        }
+        for session in sessions {
+            let (key, token) = (self.target.token_key(session), self.target.token(session));
+            let parts: [&[u8]; 5] =
+                [b"SET", key.as_bytes(), token.as_bytes(), b"EX", TOKEN_SECONDS];
+            resp::push_command(&parts, &mut self.output);
+            self.outstanding += 1;
+            if self.output.len() > CHUNK_BYTES {
+                self.settle()?;
+            }
+        }
+        self.settle()
+    }
+
+    /// Sends what was added, and takes the answers that are there already.
+    pub fn flush(&mut self) -> Result<()> {
+        if !self.output.is_empty() {
+            self.stream.write_all(&self.output).context("the publishing side went away")?;
+            self.output.clear();
+        }
+        self.take_answers(RecvFlags::DONTWAIT)?;
+        while self.outstanding > OUTSTANDING_MAX {
+            self.take_answers(RecvFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Sends what was added and waits for every answer.
+    pub fn settle(&mut self) -> Result<()> {
+        self.flush()?;
+        while self.outstanding > 0 {
+            self.take_answers(RecvFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Messages that reached no subscriber so far, by the server's own account.
+    #[must_use]
+    pub fn unheard(&self) -> u64 {
+        self.unheard
+    }
+
+    /// Commands that were refused so far.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// The process behind a Redis connection; `None` where the server does not say.
+    pub fn server_pid(&mut self) -> Option<u32> {
+        if self.speech != Speech::Redis || self.target.kind() == Kind::Raw {
+            return None;
+        }
+        self.settle().ok()?;
+        resp::push_command(&[b"INFO", b"server"], &mut self.output);
+        self.stream.write_all(&self.output).ok()?;
+        self.output.clear();
+        let mut input = Vec::new();
+        while resp::read(&input, &mut Vec::new()).ok()?.is_none() {
+            let mut chunk = [0u8; 4096];
+            let read = self.stream.read(&mut chunk).ok().filter(|read| *read > 0)?;
+            input.extend_from_slice(&chunk[..read]);
+        }
+        let mut values = Vec::new();
+        resp::read(&input, &mut values).ok()??;
+        let text = std::str::from_utf8(values.first()?.text()).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("process_id:"))?;
+        line.trim().parse().ok()
+    }
+
+    fn take_answers(&mut self, flags: RecvFlags) -> Result<()> {
+        let mut chunk = [0u8; 16 * 1024];
+        while self.outstanding > 0 {
+            match rustix::net::recv(&self.stream, &mut chunk[..], flags) {
+                Ok((_, 0)) => bail!("the publishing side closed its connection"),
+                Ok((_, read)) => self.input.extend_from_slice(&chunk[..read]),
+                Err(error) => match std::io::Error::from(error).kind() {
+                    ErrorKind::Interrupted => continue,
+                    ErrorKind::WouldBlock if flags.contains(RecvFlags::DONTWAIT) => return Ok(()),
+                    kind => bail!("no answers from the publishing side: {kind}"),
+                },
+            }
+            match self.speech {
+                Speech::Redis => self.read_replies()?,
+                Speech::Http => self.read_responses()?,
+            }
+            if !flags.contains(RecvFlags::DONTWAIT) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn read_replies(&mut self) -> Result<()> {
+        let mut at = 0;
+        let mut values = Vec::new();
+        loop {
+            let used = resp::read(&self.input[at..], &mut values).map_err(|_| {
+                anyhow::anyhow!("the publishing side does not speak Redis' protocol")
+            })?;
+            let Some(used) = used else { break };
+            at += used;
+            self.outstanding = self.outstanding.saturating_sub(1);
+            match values.first() {
+                Some(Value::Integer(0)) => self.unheard += 1,
+                Some(Value::Error(_)) => self.refused += 1,
+                _ => {}
+            }
+        }
+        self.input.drain(..at);
+        Ok(())
+    }
+
+    fn read_responses(&mut self) -> Result<()> {
+        let mut at = 0;
+        while let Some(end) = find(&self.input[at..], b"\r\n\r\n") {
+            let head = std::str::from_utf8(&self.input[at..at + end]).context("not HTTP")?;
+            let status = head.split(' ').nth(1).and_then(|status| status.parse::<u16>().ok());
+            let body = head.lines().find_map(|line| {
+                let (name, value) = line.split_once(':')?;
+                name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+            });
+            let whole = end + 4 + body.unwrap_or(0usize);
+            if self.input.len() < at + whole {
+                break;
+            }
+            at += whole;
+            self.outstanding = self.outstanding.saturating_sub(1);
+            match status {
+                Some(201) => {}
+                // Nchan stored the message, but nobody was subscribed.
+                Some(202) => self.unheard += 1,
+                _ => self.refused += 1,
+            }
+        }
+        self.input.drain(..at);
+        Ok(())
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+const TOKEN_SECONDS: &[u8] = b"600";
+const CHUNK_BYTES: usize = 256 * 1024;
+/// Beyond this the publisher waits: the server is not keeping up, and the schedule shows it as latency.
+const OUTSTANDING_MAX: u64 = 50_000;

@@ -1,0 +1,10 @@
+//! The scenarios: each sets up clients, puts one kind of load on the server and says what it found.
+
+pub mod churn;
+pub mod connect;
+pub mod drain;
+pub mod echo;
+pub mod fanout;
+pub mod idle;
+pub mod sessions;
+pub mod slow;

@@ -1,0 +1,64 @@
+//! Complete handshakes as fast as the server takes them, or at a rate: credentials, subscription, upgrade.
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::bench::{Bench, Layout};
+use crate::cli::Common;
+use crate::fleet::{Opening, Span};
+use crate::report::Report;
+
+/// What to do.
+#[derive(Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Connections per second on a schedule, instead of as fast as possible.
+    #[arg(long)]
+    rate: Option<f64>,
+}
+
+/// Runs it.
+pub fn run(options: &Options) -> Result<Report> {
+    let common = &options.common;
+    let clients = common.connections;
+    let layout = Layout { clients, measured: clients, shared: false };
+    let mut bench = Bench::start("connect", common, layout)?;
+
+    let some = Span { first: 0, count: clients.min(WARM_UP_CLIENTS) };
+    bench.open(some)?;
+    bench.close(some)?;
+    let warm = bench.fleet.report()?;
+    bench.judge(&warm, false);
+
+    let all = Span::all(clients);
+    let target = bench.target.clone();
+    bench.publisher.set_tokens((0..clients).map(|client| target.session_of(client)))?;
+    bench.progress.phase("measure");
+    let start = bench.moment();
+    let opening = Opening { span: all, in_flight: common.in_flight, rate: options.rate };
+    let Bench { fleet, progress, .. } = &mut bench;
+    let waited =
+        fleet.open_and_wait(opening, common.timeout * 4, |counters| progress.tick(counters));
+    bench.note_cpu(&start, u64::from(clients), "handshake");
+    let opened = bench.fleet.counters().open_now();
+    let tally = bench.fleet.report()?;
+    let report = &mut bench.report;
+    report.set("in_flight", common.in_flight * common.threads);
+    if let Some(rate) = options.rate {
+        report.set("rate_per_s", rate);
+    }
+    report.figure("opened", opened);
+    report.ratio("handshakes_per_s", opened as f64, report.seconds("measured_s"));
+    report.quantiles("handshake", &tally.handshake);
+    report.problem_if(waited.is_err(), || "not every handshake ended in time".to_owned());
+    report.problem_if(opened < u64::from(clients), || {
+        format!("{} clients are not connected", u64::from(clients) - opened)
+    });
+    bench.judge(&tally, false);
+    bench.close(all)?;
+    Ok(bench.report)
+}
+
+/// Enough to have every code path and every pool of the server in use once.
+const WARM_UP_CLIENTS: u32 = 500;

@@ -1,0 +1,153 @@
+//! How a scenario reaches a server: paths, credentials and channels; knows no sockets.
+
+use std::net::SocketAddr;
+
+use clap::ValueEnum;
+use wsproxy_proto::names::{Id, Names};
+
+use crate::handshake;
+
+/// Which kind of server is at the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// The gateway's session endpoint: one-time tokens, `session:{id}:down` and `:up` on Redis.
+    Wsproxy,
+    /// A server without credentials that relays the same channels at a path of its own.
+    Plain,
+    /// nginx with Nchan: subscribers are WebSockets, publishing is an HTTP POST.
+    Nchan,
+    /// The raw limit of this tool.
+    Raw,
+}
+
+/// Everything that names a session to the server and on the bus.
+#[derive(Debug, Clone)]
+pub struct Target {
+    kind: Kind,
+    path: String,
+    run: String,
+    agent: String,
+    shared: bool,
+    names: Names,
+}
+
+impl Target {
+    /// `path` has `{id}` and `{agent}` in it, and is empty for the kind's own. `run` keeps one run's ids
+    /// apart from another's. With `shared`, all clients belong to one session.
+    #[must_use]
+    pub fn new(kind: Kind, path: &str, run: &str, shared: bool) -> Self {
+        let path = match (path, kind) {
+            ("", Kind::Wsproxy) => "/{agent}/ws/{id}",
+            ("", Kind::Nchan) => "/sub/{id}",
+            ("", Kind::Plain | Kind::Raw) => "/ws/{id}",
+            (path, _) => path,
+        };
+        Self {
+            kind,
+            path: path.to_owned(),
+            run: run.to_owned(),
+            agent: "bench".to_owned(),
+            shared,
+            names: Names::default(),
+        }
+    }
+
+    /// Which kind of server this is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Whether all clients belong to one session.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// Whether handshakes need a token that was set before.
+    #[must_use]
+    pub fn needs_token(&self) -> bool {
+        self.kind == Kind::Wsproxy
+    }
+
+    /// The session that a client belongs to.
+    #[must_use]
+    pub fn session_of(&self, client: u32) -> u32 {
+        if self.shared { 0 } else { client }
+    }
+
+    /// The id of a session.
+    #[must_use]
+    pub fn session_id(&self, session: u32) -> String {
+        format!("{}-{session}", self.run)
+    }
+
+    /// The bytes of a client's handshake.
+    #[must_use]
+    pub fn request(&self, server: &SocketAddr, client: u32) -> Vec<u8> {
+        let session = self.session_of(client);
+        let id = self.session_id(session);
+        let path = self.path.replace("{id}", &id).replace("{agent}", &self.agent);
+        let token = self.needs_token().then(|| self.token(session));
+        handshake::request(&server.to_string(), &path, token.as_deref())
+    }
+
+    /// The token of a session.
+    #[must_use]
+    pub fn token(&self, session: u32) -> String {
+        format!("token-{}-{session}", self.run)
+    }
+
+    /// The key that holds a session's token.
+    #[must_use]
+    pub fn token_key(&self, session: u32) -> String {
+        self.named(session, Names::session_auth)
+    }
+
+    /// The channel to a session's clients.
+    #[must_use]
+    pub fn down(&self, session: u32) -> String {
+        self.named(session, Names::session_down)
+    }
+
+    /// A pattern that matches the channels from all clients of this run.
+    #[must_use]
+    pub fn up_pattern(&self) -> String {
+        format!("session:{}-*:up", self.run)
+    }
+
+    /// Where a message is posted to, for servers that are published to over HTTP.
+    #[must_use]
+    pub fn publish_path(&self, session: u32) -> String {
+        format!("/pub/{}", self.session_id(session))
+    }
+
+    fn named(&self, session: u32, name: impl Fn(&Names, &Id) -> String) -> String {
+        let id = self.session_id(session);
+        Id::parse(&id).map_or_else(|_| id, |id| name(&self.names, &id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_differ_in_path_and_credential() {
+        let server: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let text = |kind| {
+            String::from_utf8(Target::new(kind, "", "r1", false).request(&server, 7)).unwrap()
+        };
+        assert!(text(Kind::Wsproxy).starts_with("GET /bench/ws/r1-7 HTTP/1.1\r\n"));
+        assert!(text(Kind::Wsproxy).contains("\r\nAuthorization: Bearer token-r1-7\r\n"));
+        assert!(text(Kind::Nchan).starts_with("GET /sub/r1-7 "));
+        assert!(!text(Kind::Plain).contains("Authorization"));
+    }
+
+    #[test]
+    fn clients_of_a_shared_target_have_one_session() {
+        let target = Target::new(Kind::Plain, "/x/{id}", "r1", true);
+        assert_eq!(target.session_of(9), 0);
+        assert_eq!(target.down(0), "session:r1-0:down");
+    }
+}

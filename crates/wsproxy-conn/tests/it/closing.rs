@@ -1,0 +1,180 @@
+//! Ends: the close handshake from both sides, violations, deadlines, and peers that just leave.
+
+use std::{sync::Arc, sync::atomic::Ordering::SeqCst};
+
+use tokio::io::AsyncWriteExt;
+use wsproxy_conn::{clock, link::Queued};
+use wsproxy_proto::{
+    disconnect::Disconnect,
+    ws::frame::{Opcode, client_frame},
+};
+
+use crate::support::{Connection, Process, close_code, profile, settle, text, until};
+
+#[tokio::test]
+async fn a_disconnect_is_a_close_frame_its_answer_and_the_end_of_the_stream() {
+    let process = Process::new();
+    let mut connection = Connection::new(&process, profile());
+    connection.link.disconnect_with(&Disconnect::BACKEND, 4100, "go", clock::now());
+    let heard = connection.hears(1).await;
+    assert_eq!((close_code(&heard[0]), &heard[0].1[2..]), (4100, &b"go"[..]));
+    // What it says before its answer is heard by nobody.
+    connection.says(Opcode::Text, b"late").await;
+    connection.says(Opcode::Ping, b"late").await;
+    connection.says(Opcode::Close, &4100_u16.to_be_bytes()).await;
+    assert_eq!(connection.ends().await, ("backend", 4100, false));
+    assert!(connection.hears_all().await.is_empty());
+    assert!(connection.seen.messages.lock().is_empty());
+}
+
+#[tokio::test]
+async fn a_peer_that_closes_gets_its_own_code_back() {
+    for (payload, answer, code) in [
+        (&4321_u16.to_be_bytes()[..], 4321, 4321),
+        (&[0x03, 0xe9, b'x'], 1001, 1001),
+        (&[], 1000, 1005),
+    ] {
+        let mut connection = Connection::new(&Process::new(), profile());
+        let mut bytes = client_frame(Opcode::Close, payload, false, [9; 4]).to_vec();
+        bytes.extend_from_slice(&client_frame(Opcode::Text, b"behind it", false, [9; 4]));
+        connection.peer.write_all(&bytes).await.unwrap();
+        let heard = connection.hears_all().await;
+        assert_eq!((heard.len(), close_code(&heard[0])), (1, answer));
+        assert_eq!(connection.ends().await, ("normal", code, true));
+        assert!(connection.seen.messages.lock().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_violation_is_told_then_the_stream_ends_and_the_rest_is_thrown_away() {
+    let mut connection = Connection::new(&Process::new(), profile());
+    connection.says(Opcode::Text, b"good").await;
+    connection.peer.write_all(&[0x83, 0x80, 0, 0, 0, 0]).await.unwrap();
+    connection.says(Opcode::Text, b"bad").await;
+    let heard = connection.hears_all().await;
+    assert_eq!((heard.len(), close_code(&heard[0])), (1, 1002));
+    let frame = client_frame(Opcode::Text, &[b'x'; 1000], false, [1; 4]);
+    for _ in 0..100 {
+        connection.peer.write_all(&frame).await.unwrap();
+    }
+    assert!(!connection.task.is_finished());
+    connection.peer.shutdown().await.unwrap();
+    assert_eq!(connection.ends().await, ("protocol_error", 1002, false));
+    assert_eq!(connection.seen.messages.lock().len(), 1);
+}
+
+#[tokio::test]
+async fn finishing_writes_what_waits_first_even_to_a_peer_that_has_no_more_to_say() {
+    for says_close in [true, false] {
+        let mut connection = Connection::new(&Process::new(), profile());
+        let pushed = connection.clog(100_000) as usize;
+        connection.link.finish(&Disconnect::RESTART, clock::now());
+        assert_eq!(connection.link.push(text("late"), clock::now()), Queued::Ending);
+        if says_close {
+            connection.says(Opcode::Close, &1000_u16.to_be_bytes()).await;
+        }
+        connection.peer.shutdown().await.unwrap();
+        settle().await;
+        let heard = connection.hears_all().await;
+        assert_eq!(heard.len(), pushed + 1);
+        assert_eq!(close_code(&heard[pushed]), 1012);
+        assert_eq!(connection.ends().await, ("restart", 1012, false));
+        assert_eq!(connection.link.profile().stats.messages_discarded.load(SeqCst), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_disconnect_cuts_finishing_short_and_no_frame_in_two() {
+    let mut connection = Connection::new(&Process::new(), profile());
+    let pushed = connection.clog(100_000);
+    connection.link.finish(&Disconnect::RESTART, clock::now());
+    connection.link.disconnect(&Disconnect::SLOW, clock::now());
+    assert!(connection.link.queued_bytes() < 2000);
+    connection.link.disconnect(&Disconnect::INTERNAL, clock::now());
+    let stats = &Arc::clone(connection.link.profile()).stats;
+    let lost = stats.messages_discarded.load(SeqCst);
+    let heard = connection.hears((pushed - lost) as usize + 1).await;
+    assert_eq!(close_code(heard.last().unwrap()), 1008);
+    connection.says(Opcode::Close, &1008_u16.to_be_bytes()).await;
+    assert_eq!(connection.ends().await, ("slow_consumer", 1008, false));
+    assert_eq!(stats.messages_sent.load(SeqCst) + stats.messages_discarded.load(SeqCst), pushed);
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_a_close_frame_has_five_seconds() {
+    let mut process = Process::new();
+    let mut connection = Connection::new(&process, profile());
+    let pushed = connection.clog(100_000);
+    connection.link.disconnect(&Disconnect::BACKEND, process.now);
+    assert!(connection.link.queued_bytes() < 2000);
+    process.pass(4900);
+    settle().await;
+    assert!(!connection.task.is_finished());
+    process.pass(200);
+    assert_eq!(connection.ends().await, ("backend", 4004, false));
+    assert_eq!((process.runtime.budget.used(), connection.link.queued_bytes()), (0, 0));
+    // The message of which a part was written is as lost as the others.
+    let stats = &connection.link.profile().stats;
+    assert_eq!(stats.messages_sent.load(SeqCst) + stats.messages_discarded.load(SeqCst), pushed);
+}
+
+#[tokio::test]
+async fn a_message_of_which_only_a_part_left_is_lost_but_not_sent() {
+    let mut connection = Connection::new(&Process::new(), profile());
+    connection.link.push(text(&"x".repeat(1 << 20)), clock::now());
+    connection.link.flush(clock::now());
+    connection.link.push(text("behind it"), clock::now());
+    assert!(connection.link.sent().1 > 0);
+    connection.link.abort();
+    connection.ends().await;
+    assert_eq!(connection.link.sent().0, 0);
+    assert_eq!(connection.link.profile().stats.messages_discarded.load(SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_peer_that_leaves_without_a_word_is_gone() {
+    let mut connection = Connection::new(&Process::new(), profile());
+    connection.peer.shutdown().await.unwrap();
+    assert_eq!(connection.ends().await, ("gone", 1006, false));
+    assert_eq!(connection.link.push(text("late"), clock::now()), Queued::Ending);
+}
+
+#[tokio::test]
+async fn an_aborted_connection_ends_without_a_word_and_leaves_the_wheel() {
+    let process = Process::new();
+    let mut connection = Connection::new(&process, profile());
+    connection.clog(100_000);
+    assert_eq!(process.runtime.links().len(), 1);
+    connection.link.abort();
+    assert_eq!(connection.ends().await, ("gone", 1006, false));
+    assert!(process.runtime.links().is_empty());
+    // Only its own reference to itself is left.
+    assert_eq!((Arc::weak_count(&connection.link), Arc::strong_count(&connection.link)), (1, 1));
+}
+
+#[tokio::test]
+async fn a_connection_whose_task_is_dropped_is_over() {
+    let process = Process::new();
+    let connection = Connection::new(&process, profile());
+    let pushed = connection.clog(100_000);
+    connection.task.abort();
+    until("the task ends", || connection.task.is_finished()).await;
+    assert_eq!(connection.link.push(text("late"), clock::now()), Queued::Ending);
+    assert_eq!(process.runtime.budget.used(), 0);
+    assert!(process.runtime.links().is_empty());
+    let stats = &connection.link.profile().stats;
+    let counted = stats.messages_sent.load(SeqCst) + stats.messages_discarded.load(SeqCst);
+    assert_eq!(counted, pushed + 1);
+}
+
+#[tokio::test]
+async fn a_handshake_that_is_ended_before_its_answer_is_answered_and_closed() {
+    let process = Process::new();
+    let (profile, runtime) = (Arc::new(profile()), Arc::clone(&process.runtime));
+    let link = wsproxy_conn::Link::new(uuid::Uuid::new_v4(), None, profile, runtime, clock::now());
+    link.push(text("first"), clock::now());
+    link.finish(&Disconnect::RESTART, clock::now());
+    let mut connection = Connection::over(link, &[]);
+    let heard = connection.hears(2).await;
+    assert_eq!(close_code(&heard[1]), 1012);
+}

@@ -1,0 +1,39 @@
+//! The seeds of the fuzz targets, and inputs that once failed, as plain tests.
+
+use std::fs;
+use std::path::Path;
+
+use crate::bodies;
+
+fn run(target: &str, body: fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
+    let mut inputs = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let bytes = fs::read(entry.unwrap().path()).unwrap();
+        body(&bytes);
+        // Every prefix is an input, too.
+        (0..bytes.len().min(300)).for_each(|end| body(&bytes[..end]));
+        inputs += 1;
+    }
+    assert!(inputs > 0, "no seeds for {target}");
+}
+
+#[test]
+fn receiver_seeds() {
+    run("receiver", bodies::receiver);
+}
+
+#[test]
+fn deflate_seeds() {
+    run("deflate", bodies::deflate);
+}
+
+#[test]
+fn handshake_seeds() {
+    run("handshake", bodies::handshake);
+}
+
+#[test]
+fn json_seeds() {
+    run("json", bodies::json);
+}

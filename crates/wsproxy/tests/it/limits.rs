@@ -1,0 +1,278 @@
+//! Limits before and after `101`: who meets one is told, and frees what it had.
+
+use std::time::Duration;
+
+use tokio_tungstenite::tungstenite::Message;
+
+use crate::support::{
+    binary::Binary,
+    client::Client,
+    eventually,
+    gateway::{TestInstance, bearer},
+    raw::Raw,
+};
+
+#[tokio::test]
+async fn a_full_instance_refuses_and_has_room_again_afterwards() {
+    let instance = TestInstance::with(|config| config.limits.max_connections = 2).await;
+    let mut first = instance.client("a").await;
+    let second = instance.client("b").await;
+    let token = instance.token("c").await;
+    instance.refused("c", &token).await.assert_refused(503, "full");
+    instance.refused("c", &token).await.assert_refused(503, "full");
+    assert_eq!(instance.refusals("full"), 2.0);
+    let ready = instance.get("/ready").await;
+    assert_eq!((ready.status, ready.json()["reason"].as_str()), (503, Some("full")));
+    instance.assert_serves(&mut first, "a").await;
+    second.close().await;
+    eventually("a place is free", || instance.gateway().places.taken() == 1).await;
+    let third = instance.connect("c", &token).await.unwrap();
+    drop((first, third));
+    instance.wait_empty().await;
+    assert_eq!(instance.get("/ready").await.status, 200);
+}
+
+#[tokio::test]
+async fn refused_handshakes_leave_no_place_behind() {
+    let instance = TestInstance::with(|config| config.limits.max_connections = 1).await;
+    for _ in 0..20 {
+        instance.refused("s", "wrong").await.assert_refused(403, "invalid_token");
+        instance.handshake("/agent/ws/s", &[]).await.assert_refused(401, "missing_credentials");
+    }
+    instance.client("s").await.close().await;
+    instance.wait_empty().await;
+}
+
+#[tokio::test]
+async fn too_many_attempts_of_an_address_are_told_when_to_come_back() {
+    let instance = TestInstance::with(|config| {
+        config.rate_limit.max_requests = 3;
+        config.rate_limit.window = Duration::from_secs(90);
+    })
+    .await;
+    let mut client = instance.client("s").await;
+    instance.refused("s", "wrong").await.assert_refused(403, "invalid_token");
+    instance.refused("s", "wrong").await.assert_refused(403, "invalid_token");
+    let token = instance.token("s").await;
+    let response = instance.refused("s", &token).await;
+    response.assert_refused(429, "rate_limited");
+    let seconds: u32 = response.header("retry-after").parse().unwrap();
+    assert!((1..=30).contains(&seconds), "{seconds}");
+    let text = format!("Try again in {seconds} seconds");
+    assert!(response.body.contains(&text), "{response:?}");
+    assert_eq!(instance.refusals("rate_limited"), 1.0);
+    assert!(instance.has_token("s").await);
+    // Whoever is connected already, and whoever asks for something else, is not affected.
+    instance.assert_serves(&mut client, "s").await;
+    assert_eq!(instance.get("/health").await.status, 200);
+}
+
+#[tokio::test]
+async fn addresses_behind_trusted_proxies_are_counted_each() {
+    let limited = async |trusted: &[&str]| {
+        let trusted = trusted.iter().map(|net| net.parse().unwrap()).collect();
+        TestInstance::with(|config| {
+            config.rate_limit.max_requests = 1;
+            config.server.trusted_proxies = trusted;
+        })
+        .await
+    };
+    let attempt = async |instance: &TestInstance, name: &str, value: &str| {
+        instance.handshake("/agent/ws/s", &[(name, value)]).await.status
+    };
+    let instance = limited(&["127.0.0.0/8"]).await;
+    for (name, value, status) in [
+        ("x-forwarded-for", "192.0.2.1", 401),
+        ("x-forwarded-for", "192.0.2.1", 429),
+        ("x-forwarded-for", "192.0.2.2", 401),
+        // What a client wrote itself, left of what the proxy saw, changes nothing.
+        ("x-forwarded-for", "198.51.100.7, 192.0.2.1", 429),
+        ("forwarded", "for=192.0.2.1;proto=https", 429),
+        ("forwarded", "for=\"[2001:db8::1]\"", 401),
+        ("forwarded", "for=\"[2001:db8::2]\"", 429),
+    ] {
+        assert_eq!(attempt(&instance, name, value).await, status, "{name}: {value}");
+    }
+    let instance = limited(&[]).await;
+    assert_eq!(attempt(&instance, "x-forwarded-for", "192.0.2.1").await, 401);
+    assert_eq!(attempt(&instance, "x-forwarded-for", "192.0.2.2").await, 429);
+}
+
+#[tokio::test]
+async fn a_client_that_sends_too_often_is_closed() {
+    let instance = TestInstance::with(|config| {
+        config.limits.messages_per_second = 1;
+        config.limits.message_burst = 5;
+    })
+    .await;
+    let mut other = instance.client("other").await;
+    let mut worker = instance.follow("session:s:up").await;
+    let mut client = instance.client("s").await;
+    for n in 0..5 {
+        client.send(n.to_string()).await;
+        assert_eq!(worker.next().await, n.to_string());
+    }
+    let burst = (0..5).fold(Vec::new(), |mut bytes, _| {
+        bytes.extend(crate::support::raw::frame(0x81, b"6"));
+        bytes
+    });
+    tokio::io::AsyncWriteExt::write_all(client.stream.get_mut(), &burst).await.unwrap();
+    assert_eq!(client.closed().await, (1008, "too many messages".into()));
+    instance.wait_ended("sessions", "rate_limited").await;
+    instance.assert_serves(&mut other, "other").await;
+}
+
+#[tokio::test]
+async fn pings_do_not_count_as_messages() {
+    let instance = TestInstance::with(|config| {
+        config.limits.messages_per_second = 1;
+        config.limits.message_burst = 1;
+    })
+    .await;
+    let mut client = instance.echo().await;
+    for n in 0..50_u8 {
+        client.send_message(Message::Ping(vec![n].into())).await;
+        assert_eq!(client.next().await, Message::Pong(vec![n].into()));
+    }
+    client.send("still here").await;
+    assert_eq!(client.text().await, "still here");
+}
+
+#[tokio::test]
+async fn messages_up_to_the_limit_pass_and_larger_ones_close() {
+    let instance = TestInstance::with(|config| config.limits.max_message_bytes = 1000).await;
+    let mut other = instance.echo().await;
+    let mut client = instance.echo().await;
+    client.send("x".repeat(1000)).await;
+    assert_eq!(client.text().await.len(), 1000);
+    client.send("x".repeat(1001)).await;
+    assert_eq!(client.closed().await, (1009, "message too big".into()));
+    instance.wait_ended("echo", "too_big").await;
+    // A header that promises too much is enough, of one frame or of all fragments together.
+    for frames in [
+        &[0x82, 0xff, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 1, 2, 3, 4][..],
+        &[&crate::support::raw::frame(0x02, &[b'x'; 600])[..], &[0x80, 0xfe, 2, 0, 1, 2, 3, 4]]
+            .concat(),
+    ] {
+        let mut raw = Raw::connect(instance.address()).await;
+        raw.upgrade("/echo", "").await;
+        raw.write(frames).await;
+        assert_eq!(raw.close_frame().await.0, 1009);
+        raw.end().await;
+    }
+    eventually("all are counted", || instance.ended("echo", "too_big") == 3.0).await;
+    other.send("undisturbed").await;
+    assert_eq!(other.text().await, "undisturbed");
+}
+
+#[tokio::test]
+async fn endless_fragments_are_closed_however_small_they_are() {
+    let instance = TestInstance::with(|config| config.limits.max_fragments = 100).await;
+    let mut other = instance.echo().await;
+    for fragment in [&b""[..], b"x"] {
+        let mut raw = Raw::connect(instance.address()).await;
+        raw.upgrade("/echo", "").await;
+        raw.frame(0x01, fragment).await;
+        for _ in 0..99 {
+            raw.frame(0x00, fragment).await;
+        }
+        // A ping in between is answered: so far everything is well.
+        raw.frame(0x89, b"?").await;
+        assert_eq!(raw.next_frame().await.unwrap().first, 0x8a);
+        raw.frame(0x00, fragment).await;
+        assert_eq!(raw.close_frame().await, (1009, "too many fragments".into()));
+        raw.end().await;
+    }
+    eventually("both are counted", || instance.ended("echo", "too_many_fragments") == 2.0).await;
+    let mut raw = Raw::connect(instance.address()).await;
+    raw.upgrade("/echo", "").await;
+    raw.frame(0x01, b"0").await;
+    for _ in 0..98 {
+        raw.frame(0x00, b"x").await;
+    }
+    raw.frame(0x80, b"1").await;
+    assert_eq!(raw.text().await.len(), 100);
+    other.send("undisturbed").await;
+    assert_eq!(other.text().await, "undisturbed");
+}
+
+/// Limits can be as high as conformance suites want them.
+#[tokio::test]
+async fn limits_can_be_raised_to_16_mib_and_65536_fragments() {
+    let instance = TestInstance::with(|config| {
+        config.limits.max_message_bytes = 16 << 20;
+        config.limits.max_fragments = 65_536;
+        config.limits.send_buffer_bytes = 64 << 20;
+    })
+    .await;
+    let mut client = instance.echo().await;
+    let large = Message::binary(vec![7; 16 << 20]);
+    client.send_message(large.clone()).await;
+    assert!(client.next().await == large);
+    let mut raw = Raw::connect(instance.address()).await;
+    raw.upgrade("/echo", "").await;
+    let mut frames = crate::support::raw::frame(0x02, b"x");
+    for n in 2..=65_536 {
+        let first = if n == 65_536 { 0x80 } else { 0x00 };
+        frames.extend(crate::support::raw::frame(first, b"x"));
+    }
+    raw.write(&frames).await;
+    assert_eq!(raw.next_frame().await.unwrap().payload.len(), 65_536);
+}
+
+#[tokio::test]
+async fn sockets_beyond_the_places_are_refused_without_a_request() {
+    let binary = Binary::start_with_files(840, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
+    assert_eq!(binary.metric("wsproxy_connections_max").await, 72.0);
+    let mut clients = Vec::new();
+    for _ in 0..72 {
+        clients.push(Client::connect(binary.address, "/echo", &[]).await.unwrap());
+    }
+    let refused = Client::connect(binary.address, "/echo", &[]).await.err().unwrap();
+    assert_eq!(refused.as_u16(), 503);
+    let mut silent = Vec::new();
+    for _ in 0..512 {
+        silent.push(Raw::connect(binary.address).await);
+    }
+    let mut one_more = Raw::connect(binary.address).await;
+    one_more.response().await.assert_refused(503, "full");
+    one_more.end().await;
+    clients[0].send("undisturbed").await;
+    assert_eq!(clients[0].text().await, "undisturbed");
+    drop(silent);
+    assert_recovers(&binary, clients).await;
+    let refused = "wsproxy_handshakes_total{endpoint=\"none\",outcome=\"full\"}";
+    assert!(binary.metric(refused).await >= 1.0);
+}
+
+#[tokio::test]
+async fn without_descriptors_the_instance_lives_on_and_recovers() {
+    let binary = Binary::start_with_files(100, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
+    let mut clients = Vec::new();
+    for _ in 0..16 {
+        clients.push(Client::connect(binary.address, "/echo", &[]).await.unwrap());
+    }
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(Raw::connect(binary.address).await);
+    }
+    binary.line("Accepting failed; trying again.").await;
+    clients[0].send("undisturbed").await;
+    assert_eq!(clients[0].text().await, "undisturbed");
+    drop(silent);
+    assert_recovers(&binary, clients).await;
+    assert!(binary.metric("wsproxy_errors_total{kind=\"accept\"}").await >= 1.0);
+}
+
+/// All but one client leave; a new one comes, and descriptors come back.
+async fn assert_recovers(binary: &Binary, mut clients: Vec<Client>) {
+    clients.drain(1..).for_each(drop);
+    let token = binary.token("s").await;
+    let path = "/agent/ws/s";
+    Client::connect(binary.address, path, &bearer(&token)).await.unwrap().close().await;
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", binary.pid())).unwrap().count();
+    eventually("descriptors are given back", || descriptors() < 40).await;
+    clients[0].send("still").await;
+    assert_eq!(clients[0].text().await, "still");
+    assert!(!binary.log().contains("panicked"));
+}

@@ -1,0 +1,136 @@
+//! The program itself: signals, exit codes, logs, descriptors.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex},
+    thread::JoinHandle,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{eventually, gateway::API_KEY, http};
+
+/// A running `wsproxy serve`; dropping it kills it.
+pub struct Binary {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+    reader: Option<JoinHandle<()>>,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl Binary {
+    /// Starts it on a free port with further variables of the environment, at log level debug.
+    pub async fn start(environment: &[(&str, &str)]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
+        Self::start_command(command, environment).await
+    }
+
+    /// The same under a limit of open files.
+    pub async fn start_with_files(files: u32, environment: &[(&str, &str)]) -> Self {
+        let mut command = Command::new("sh");
+        let program = env!("CARGO_BIN_EXE_wsproxy");
+        command.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\""), program]);
+        Self::start_command(command, environment).await
+    }
+
+    async fn start_command(mut command: Command, environment: &[(&str, &str)]) -> Self {
+        command.arg("serve").env_clear();
+        command.env("PATH", "/usr/bin:/bin");
+        command.envs([
+            ("PORT", "0"),
+            ("WSPROXY_SERVER__BIND", "127.0.0.1"),
+            ("WSPROXY_SERVER__THREADS", "1"),
+            ("WSPROXY_SERVER__DRAIN_SPREAD", "0s"),
+            ("WSPROXY_API__KEYS", API_KEY),
+            ("LOG_LEVEL", "debug"),
+        ]);
+        command.envs(environment.iter().copied());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let lines = Arc::clone(&log);
+        let reader = std::thread::spawn(move || {
+            stderr.lines().map_while(Result::ok).for_each(|line| lines.lock().unwrap().push(line));
+        });
+        let address = ([127, 0, 0, 1], 0).into();
+        let mut binary = Self { child, log, reader: Some(reader), address };
+        let line = binary.line("Listening.").await;
+        binary.address = line["address"].as_str().unwrap().parse().unwrap();
+        binary
+    }
+
+    /// Waits for a log line with this message.
+    pub async fn line(&self, message: &str) -> serde_json::Value {
+        let mut found = None;
+        eventually(message, || {
+            found = self.lines(message).into_iter().next();
+            found.is_some()
+        })
+        .await;
+        found.unwrap()
+    }
+
+    /// The log lines so far with this message.
+    pub fn lines(&self, message: &str) -> Vec<serde_json::Value> {
+        let log = self.log.lock().unwrap();
+        let lines = log.iter().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter(|line| line["message"] == message).collect()
+    }
+
+    /// Everything that was logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().join("\n")
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.child.id().cast_signed()).unwrap(), signal).unwrap();
+    }
+
+    /// Waits for its end; the log is complete then.
+    pub async fn exited(&mut self) -> ExitStatus {
+        let mut status = None;
+        eventually("the program ends", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        })
+        .await;
+        self.reader.take().unwrap().join().unwrap();
+        status.unwrap()
+    }
+
+    /// A request of a worker, with its key.
+    pub async fn api(&self, method: &str, path: &str, body: &str) -> http::Response {
+        let key = format!("Bearer {API_KEY}");
+        let headers = [("authorization", key.as_str())];
+        http::request(self.address, method, path, &headers, body.as_bytes()).await
+    }
+
+    /// A token for a session, made by its API.
+    pub async fn token(&self, session: &str) -> String {
+        let path = format!("/api/v1/sessions/{session}/token");
+        self.api("POST", &path, "").await.json()["token"].as_str().unwrap().to_owned()
+    }
+
+    /// The value of a series of `/metrics`.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let response = http::request(self.address, "GET", "/metrics", &[], b"").await;
+        http::metric(&response.body, series)
+    }
+}
+
+impl Drop for Binary {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,97 @@
+//! Requests over a connection of their own, and answers as they are on the wire.
+
+use std::{collections::HashMap, net::SocketAddr};
+
+use super::raw::{Raw, UPGRADE};
+
+/// An answer.
+#[derive(Debug, Clone)]
+pub struct Response {
+    /// The status.
+    pub status: u16,
+    /// The headers, names in lower case; of repeated ones the last.
+    pub headers: HashMap<String, String>,
+    /// The body.
+    pub body: String,
+}
+
+impl Response {
+    /// The first response in `bytes`, once it is complete, and its length. One without
+    /// `Content-Length` has no body.
+    pub fn parse(bytes: &[u8]) -> Option<(Self, usize)> {
+        let head = bytes.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
+        let text = std::str::from_utf8(&bytes[..head]).unwrap();
+        let mut lines = text.trim_end().split("\r\n");
+        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let headers: HashMap<_, _> = lines
+            .map(|line| line.split_once(':').unwrap())
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+            .collect();
+        let length = headers.get("content-length").map_or(0, |length| length.parse().unwrap());
+        let body = bytes.get(head..head + length)?;
+        let body = String::from_utf8(body.to_vec()).unwrap();
+        Some((Self { status, headers, body }, head + length))
+    }
+
+    /// A header; empty where it is not there.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
+
+    /// The body as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    /// Asserts that it is a refusal in the shape of the contract: status and `error.code`.
+    #[track_caller]
+    pub fn assert_refused(&self, status: u16, code: &str) {
+        assert_eq!(self.status, status, "{self:?}");
+        assert_eq!(self.header("content-type"), "application/json");
+        let body = self.json();
+        assert_eq!(body["error"]["code"], code);
+        assert!(body["error"]["message"].as_str().unwrap().len() > 5);
+        let retryable = body["error"]["retryable"].as_bool().unwrap();
+        assert_eq!(retryable, matches!(status, 429 | 503 | 504));
+        assert_eq!(retryable, self.header("retry-after").parse::<u32>().is_ok_and(|s| s >= 1));
+        assert_eq!(status == 401, self.header("www-authenticate").starts_with("Bearer"));
+        assert_eq!(status == 426, self.header("sec-websocket-version") == "13");
+        assert_eq!(status == 405, self.headers.contains_key("allow"));
+    }
+}
+
+/// Sends a request and reads the answer.
+pub async fn request(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> Response {
+    let mut raw = Raw::connect(address).await;
+    let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\n");
+    for (name, value) in headers {
+        head += &format!("{name}: {value}\r\n");
+    }
+    head += &format!("Content-Length: {}\r\n\r\n", body.len());
+    raw.write(&[head.as_bytes(), body].concat()).await;
+    raw.response().await
+}
+
+/// Asks for an upgrade that is refused, and reads the answer.
+pub async fn handshake(address: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Response {
+    let mut raw = Raw::connect(address).await;
+    let mut head = format!("GET {path} HTTP/1.1\r\n{UPGRADE}");
+    for (name, value) in headers {
+        head += &format!("{name}: {value}\r\n");
+    }
+    raw.write(format!("{head}\r\n").as_bytes()).await;
+    raw.response().await
+}
+
+/// The value of a series in the text of `/metrics`; 0 where it is not there.
+pub fn metric(text: &str, series: &str) -> f64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value.map_or(0.0, |value| value.parse().unwrap())
+}
