@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering::SeqCst};
 use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 use wsproxy_conn::{Link, Profile, clock, link::Queued};
-use wsproxy_proto::ws::frame::{Header, Kind, Opcode, client_frame};
+use wsproxy_proto::ws::frame::{Header, Kind, Opcode, client_frame, encode_header};
 
 use crate::support::{Connection, PATIENCE, Process, profile, text, until};
 
@@ -74,9 +74,9 @@ async fn a_message_in_fragments_and_single_bytes_is_one_message() {
         (Opcode::Continuation, false, b""),
         (Opcode::Continuation, true, b"and another"),
     ] {
-        let length = payload.len() as u64;
-        let header = Header { fin, compressed: false, opcode, mask: Some([0; 4]), length };
-        header.encode(&mut bytes);
+        let payload_len = payload.len() as u64;
+        let header = Header { fin, compressed: false, opcode, mask: Some([0; 4]), payload_len };
+        bytes.extend_from_slice(encode_header(&header).as_ref());
         bytes.extend_from_slice(payload);
     }
     for byte in bytes {

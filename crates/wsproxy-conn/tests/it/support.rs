@@ -22,7 +22,7 @@ use wsproxy_conn::{
     clock::{self, Micros},
 };
 use wsproxy_proto::ws::{
-    frame::{Header, Kind, Opcode, client_frame, server_frame},
+    frame::{Kind, Opcode, client_frame, decode_header, server_frame},
     receiver::Limits,
 };
 
@@ -251,8 +251,8 @@ pub(crate) fn close_code(frame: &(Opcode, Vec<u8>)) -> u16 {
 /// The whole frames, and how many bytes follow them.
 pub(crate) fn frames(mut bytes: &[u8]) -> (Vec<(Opcode, Vec<u8>)>, usize) {
     let mut frames = Vec::new();
-    while let Some((header, length)) = Header::decode(bytes).unwrap() {
-        let end = length + header.length as usize;
+    while let Some((header, length)) = decode_header(bytes).unwrap() {
+        let end = length + header.payload_len as usize;
         if bytes.len() < end {
             break;
         }

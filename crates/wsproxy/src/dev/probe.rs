@@ -6,14 +6,14 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use base64::{Engine, prelude::BASE64_STANDARD};
+use http::{HeaderValue, header};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 use wsproxy_proto::ws::{
-    frame::{Header, Opcode, client_frame, close_payload},
-    handshake,
+    client::{ClientRequest, Response, read_response},
+    frame::{Opcode, client_frame, close_payload, decode_header},
 };
 
 /// Longest answer to the handshake, and longest message, that is read.
@@ -27,23 +27,20 @@ pub(super) async fn round_trip(
 ) -> anyhow::Result<Duration> {
     let mut stream = TcpStream::connect(address).await.context("cannot connect")?;
     stream.set_nodelay(true)?;
-    let key = BASE64_STANDARD.encode(rand::random::<[u8; 16]>());
-    let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {token}\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).await?;
+    let host = HeaderValue::from_str(&address.to_string())?;
+    let bearer = HeaderValue::from_str(&format!("Bearer {token}"))?;
+    let request = ClientRequest::new(host, path.parse()?, rand::random())
+        .header(header::AUTHORIZATION, bearer);
+    stream.write_all(&request.build()).await?;
     let mut received = Vec::new();
     let head = loop {
-        if let Some(end) = received.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-            break received.drain(..end + 4).collect::<Vec<u8>>();
+        match read_response(&received, &request)? {
+            Response::Incomplete => read(&mut stream, &mut received).await?,
+            Response::Refused { status, .. } => bail!("the handshake was answered with {status}"),
+            Response::Accepted { consumed, .. } => break consumed,
         }
-        read(&mut stream, &mut received).await?;
     };
-    let head = String::from_utf8_lossy(&head);
-    let status = head.lines().next().unwrap_or_default();
-    ensure!(status.starts_with("HTTP/1.1 101"), "the handshake was answered with {status}");
-    ensure!(head.contains(&handshake::accept(&key)), "the handshake was answered wrongly");
+    received.drain(..head);
 
     let asked = Instant::now();
     send(&mut stream, Opcode::Text, br#"{"type":"ping"}"#).await?;
@@ -67,9 +64,9 @@ async fn send(stream: &mut TcpStream, opcode: Opcode, payload: &[u8]) -> anyhow:
 async fn message(stream: &mut TcpStream, received: &mut Vec<u8>) -> anyhow::Result<Vec<u8>> {
     loop {
         if let Some((header, at)) =
-            Header::decode(received).map_err(|why| anyhow::anyhow!(why.reason))?
+            decode_header(received).map_err(|why| anyhow::anyhow!(why.reason))?
         {
-            let end = at + usize::try_from(header.length)?;
+            let end = at + usize::try_from(header.payload_len)?;
             if received.len() >= end {
                 ensure!(header.opcode == Opcode::Text, "a {:?} frame came", header.opcode);
                 let frame: Vec<u8> = received.drain(..end).collect();
