@@ -1,0 +1,99 @@
+//! `wsproxy dev` as somebody meets it who has just built the program.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{self, Receiver},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// The running program and what it prints, line by line.
+struct Dev {
+    child: Child,
+    lines: Receiver<String>,
+    address: String,
+}
+
+impl Dev {
+    fn start() -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
+        command.args(["dev", "--port", "0"]).env_clear().stdin(Stdio::null());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            out.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
+        });
+        let mut dev = Self { child, lines, address: String::new() };
+        let open = dev.line("Open ");
+        dev.address = open.split("http://").nth(1).unwrap().trim_end_matches('/').to_owned();
+        dev
+    }
+
+    /// The next line that begins like this.
+    fn line(&self, start: &str) -> String {
+        loop {
+            let line = self.lines.recv_timeout(DEADLINE).unwrap();
+            if line.starts_with(start) {
+                return line;
+            }
+        }
+    }
+
+    /// Status and body of a request.
+    fn ask(&self, method: &str, path: &str, host: &str, body: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let length = body.len();
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        // Already ended where the test has waited for it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_message_goes_through_and_a_signal_ends_it() {
+    let mut dev = Dev::start();
+    let proof = dev.line("message through:");
+    assert!(proof.starts_with("message through: client -> worker -> client in "), "{proof}");
+    let pid = Pid::from_raw(dev.child.id().cast_signed()).unwrap();
+    kill_process(pid, Signal::TERM).unwrap();
+    assert_eq!(dev.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn only_pages_of_this_machine_get_a_token() {
+    let dev = Dev::start();
+    let (status, body) = dev.ask("POST", "/dev/session", &dev.address, "");
+    assert_eq!(status, 201);
+    let session: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert!(session["agent_id"] == "demo" && session["token"].as_str().unwrap().len() > 40);
+    for path in ["/", "/dev/page.js", "/dev/page.css"] {
+        assert_eq!(dev.ask("GET", path, "localhost", "").0, 200, "{path}");
+        assert_eq!(dev.ask("GET", path, "evil.example", "").0, 403, "{path}");
+    }
+    assert_eq!(dev.ask("POST", "/dev/session", "evil.example", "").0, 403);
+    assert_eq!(dev.ask("POST", "/dev/session", "localhost", r#"{"session_id":"a b"}"#).0, 400);
+    assert_eq!(dev.ask("POST", "/dev/session", "localhost", "{").0, 400);
+    assert_eq!(dev.ask("GET", "/dev/session", "localhost", "").0, 405);
+    assert_eq!(dev.ask("GET", "/favicon.ico", "localhost", "").0, 204);
+    let nobody = dev.ask("POST", "/dev/cut", "localhost", r#"{"session_id":"nobody"}"#);
+    assert_eq!(nobody, (200, r#"{"cut":0}"#.to_owned()));
+    assert_eq!(dev.ask("POST", "/dev/cut", "localhost", "").0, 400);
+}
