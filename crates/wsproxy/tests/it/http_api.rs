@@ -126,6 +126,20 @@ async fn a_follower_that_does_not_read_is_told_that_it_missed_something() {
 }
 
 #[tokio::test]
+async fn a_stream_without_events_is_kept_open_by_comments() {
+    let instance = TestInstance::with(|_| ()).await;
+    let mut stream = Stream::open(&instance, "/api/v1/sessions/s/upstream").await;
+    for _ in 0..2 {
+        tokio::time::pause();
+        tokio::time::advance(std::time::Duration::from_secs(16)).await;
+        tokio::time::resume();
+        instance.publish("session:s:up", "1");
+        stream.expect(":\n\n").await;
+    }
+    stream.expect("data: 1\n\n").await;
+}
+
+#[tokio::test]
 async fn a_follower_that_leaves_is_forgotten_and_one_that_stays_ends_with_the_instance() {
     let instance = TestInstance::with(|_| ()).await;
     let gone = Stream::open(&instance, "/api/v1/sessions/gone/upstream").await;

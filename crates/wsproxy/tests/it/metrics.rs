@@ -202,3 +202,24 @@ async fn faults_are_logged_once() {
         assert_eq!(lines.count(), 1, "{reason}");
     }
 }
+
+#[tokio::test]
+async fn a_slow_consumer_is_one_log_line() {
+    let mut binary = Binary::start(&[("WSPROXY_LIMITS__SEND_BUFFER_BYTES", "2000000")]).await;
+    let mut slow = Raw::narrow(binary.address).await;
+    slow.open("s", &binary.token("s").await).await;
+    let body = "x".repeat(200_000);
+    let closed = "wsproxy_disconnects_total{endpoint=\"sessions\",reason=\"slow_consumer\"}";
+    let publishing = async {
+        while binary.metric(closed).await == 0.0 {
+            binary.api("POST", "/api/v1/sessions/s/messages", &body).await;
+        }
+    };
+    soon("it is closed", publishing).await;
+    binary.signal(rustix::process::Signal::TERM);
+    assert_eq!(binary.exited().await.code(), Some(0));
+    let lines = binary.lines("Connection closed.");
+    assert_eq!(lines.len(), 1);
+    assert_eq!((&lines[0]["reason"], &lines[0]["code"]), (&"slow_consumer".into(), &1008.into()));
+    assert_eq!(lines[0]["session_id"], "s");
+}
