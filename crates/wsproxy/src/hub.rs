@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use hashbrown::{Equivalent, HashMap, hash_map::Entry};
+use hashbrown::{Equivalent, HashMap};
 use parking_lot::Mutex;
 use tracing::warn;
 use wsproxy_conn::Link;
@@ -53,13 +53,17 @@ pub enum Sink {
     Tap(Arc<Tap>),
 }
 
+/// Where a sink delivers to: the address of an object that the sink keeps alive, and one of its inlets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place(usize, u8);
+
 impl Sink {
     /// Two sinks are one where they would deliver to the same place.
-    fn place(&self) -> (usize, u8) {
+    fn place(&self) -> Place {
         match self {
-            Self::Client { link, .. } => (Arc::as_ptr(link) as usize, u8::MAX),
-            Self::Handler { link, tag } => (Arc::as_ptr(link) as usize, *tag),
-            Self::Tap(tap) => (Arc::as_ptr(tap) as usize, u8::MAX),
+            Self::Client { link, .. } => Place(Arc::as_ptr(link) as usize, u8::MAX),
+            Self::Handler { link, tag } => Place(Arc::as_ptr(link) as usize, *tag),
+            Self::Tap(tap) => Place(Arc::as_ptr(tap) as usize, u8::MAX),
         }
     }
 }
@@ -151,15 +155,10 @@ impl Hub {
 
     fn add(&self, topic: Arc<str>, sink: Sink) {
         let mut shard = self.shard(topic.as_bytes()).lock();
-        match shard.entry(Topic(topic)) {
-            Entry::Occupied(mut entry) => entry.get_mut().add(sink),
-            Entry::Vacant(entry) => {
-                entry.insert(Subscribers::one(sink));
-            }
-        }
+        shard.entry(Topic(topic)).or_insert(Subscribers::None).add(sink);
     }
 
-    fn remove(&self, topic: &Arc<str>, place: (usize, u8)) {
+    fn remove(&self, topic: &Arc<str>, place: Place) {
         let mut shard = self.shard(topic.as_bytes()).lock();
         let Some(subscribers) = shard.get_mut(&Name(topic.as_bytes())) else { return };
         let removed = subscribers.remove(place);
@@ -184,7 +183,7 @@ impl Hub {
 /// Sinks that receive their topics' messages; dropping it removes them.
 pub struct Subscription {
     hub: Arc<Hub>,
-    sinks: Vec<(Arc<str>, (usize, u8))>,
+    sinks: Vec<(Arc<str>, Place)>,
 }
 
 impl Drop for Subscription {

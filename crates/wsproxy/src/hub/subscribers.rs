@@ -1,78 +1,77 @@
-//! The sinks of one topic: small for one, fast to leave for thousands.
+//! The sinks of one topic: as small as can be for one, fast to join and to leave for thousands.
 
 use hashbrown::HashMap;
-use smallvec::SmallVec;
 
-use crate::hub::Sink;
-
-/// From so many on, leaving looks the place up instead of searching it.
-const INDEXED_FROM: usize = 64;
+use crate::hub::{Place, Sink};
 
 /// The sinks of one topic, without order.
+///
+/// Almost every session has one connection, so that one sink must cost no more than itself.
 #[derive(Debug)]
-pub struct Subscribers {
-    sinks: SmallVec<[Sink; 1]>,
-    /// Where each sink is, once there are many.
-    #[allow(clippy::type_complexity, reason = "it is spelled once")]
-    index: Option<Box<HashMap<(usize, u8), usize, foldhash::fast::RandomState>>>,
+pub enum Subscribers {
+    /// Nobody: the topic is about to be forgotten.
+    None,
+    /// One.
+    One(Sink),
+    /// Several, by where they deliver to.
+    Many(Box<HashMap<Place, Sink, foldhash::fast::RandomState>>),
 }
 
 impl Subscribers {
-    /// The first one.
-    #[must_use]
-    pub fn one(sink: Sink) -> Self {
-        Self { sinks: SmallVec::from_buf([sink]), index: None }
-    }
-
-    /// Adds a sink; one that is there already is replaced.
+    /// Adds a sink; one that delivers to the same place is replaced.
     pub fn add(&mut self, sink: Sink) {
-        let place = sink.place();
-        if let Some(at) = self.position(place) {
-            self.sinks[at] = sink;
-            return;
-        }
-        self.sinks.push(sink);
-        if let Some(index) = &mut self.index {
-            index.insert(place, self.sinks.len() - 1);
-        } else if self.sinks.len() >= INDEXED_FROM {
-            let places = self.sinks.iter().enumerate().map(|(at, sink)| (sink.place(), at));
-            self.index = Some(Box::new(places.collect()));
+        match self {
+            Self::Many(sinks) => {
+                sinks.insert(sink.place(), sink);
+            }
+            Self::One(first) if first.place() != sink.place() => {
+                let mut sinks = Box::new(HashMap::default());
+                sinks.insert(sink.place(), sink);
+                if let Self::One(first) = std::mem::replace(self, Self::None) {
+                    sinks.insert(first.place(), first);
+                }
+                *self = Self::Many(sinks);
+            }
+            Self::None | Self::One(_) => *self = Self::One(sink),
         }
     }
 
     /// Removes and returns a sink.
-    pub fn remove(&mut self, place: (usize, u8)) -> Option<Sink> {
-        let at = self.position(place)?;
-        let removed = self.sinks.swap_remove(at);
-        if let Some(index) = &mut self.index {
-            index.remove(&place);
-            if let Some(moved) = self.sinks.get(at) {
-                index.insert(moved.place(), at);
+    pub fn remove(&mut self, place: Place) -> Option<Sink> {
+        let removed = match self {
+            Self::Many(sinks) => {
+                let removed = sinks.remove(&place);
+                if sinks.len() < sinks.capacity() / 4 {
+                    sinks.shrink_to_fit();
+                }
+                removed
             }
+            Self::One(sink) if sink.place() == place => match std::mem::replace(self, Self::None) {
+                Self::One(sink) => Some(sink),
+                _ => None,
+            },
+            Self::None | Self::One(_) => None,
+        };
+        if matches!(self, Self::Many(sinks) if sinks.is_empty()) {
+            *self = Self::None;
         }
-        if self.sinks.len() < INDEXED_FROM / 2 && self.index.is_some() {
-            self.index = None;
-            self.sinks.shrink_to_fit();
-        }
-        Some(removed)
+        removed
     }
 
     /// Whether nobody is left.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.sinks.is_empty()
+    pub const fn is_empty(&self) -> bool {
+        matches!(self, Self::None)
     }
 
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = &Sink> {
-        self.sinks.iter()
-    }
-
-    fn position(&self, place: (usize, u8)) -> Option<usize> {
-        match &self.index {
-            Some(index) => index.get(&place).copied(),
-            None => self.sinks.iter().position(|sink| sink.place() == place),
-        }
+        let (one, many) = match self {
+            Self::None => (None, None),
+            Self::One(sink) => (Some(sink), None),
+            Self::Many(sinks) => (None, Some(sinks.values())),
+        };
+        one.into_iter().chain(many.into_iter().flatten())
     }
 }
 
@@ -86,7 +85,8 @@ mod tests {
     #[test]
     fn any_order_of_joining_and_leaving_keeps_exactly_those_who_stay() {
         let taps: Vec<_> = (0..500).map(|_| Tap::new(1)).collect();
-        let mut subscribers = Subscribers::one(Sink::Tap(Arc::clone(&taps[0])));
+        let mut subscribers = Subscribers::None;
+        assert_eq!(size_of::<Subscribers>(), 16, "there is one for every session");
         for tap in &taps {
             subscribers.add(Sink::Tap(Arc::clone(tap)));
         }
@@ -99,6 +99,6 @@ mod tests {
         for tap in taps.iter().skip(1).step_by(2) {
             assert!(subscribers.remove(Sink::Tap(Arc::clone(tap)).place()).is_some());
         }
-        assert!(subscribers.is_empty() && subscribers.index.is_none());
+        assert!(subscribers.is_empty());
     }
 }
