@@ -41,7 +41,7 @@ async fn assert_degraded(instance: &TestInstance) {
 async fn absent_at_start_is_503_until_it_comes() {
     let mut server = RedisServer::absent();
     let mut config = config(Some(&server.url()));
-    config.server.handshake_timeout = Duration::from_millis(300);
+    config.server.handshake_timeout = Duration::from_secs(1);
     let instance = TestInstance::start_unready(config).await;
     assert_degraded(&instance).await;
     instance.refused("s", "x").await.assert_refused(503, "bus_unavailable");
@@ -161,7 +161,9 @@ async fn a_client_that_sends_while_the_bus_is_away_is_told_what_is_lost() {
 async fn a_stopped_redis_is_504_or_503_by_the_deadline_and_all_recovers() {
     let server = RedisServer::start();
     let mut config = config(Some(&server.url()));
-    config.server.handshake_timeout = Duration::from_millis(300);
+    config.server.handshake_timeout = Duration::from_secs(1);
+    config.redis.response_timeout = Duration::from_secs(4);
+    config.redis.probe_interval = Duration::from_secs(4);
     let instance = TestInstance::start(config).await;
     let token = instance.token("s").await;
     let mut client = instance.client("a").await;
