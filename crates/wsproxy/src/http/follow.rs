@@ -12,7 +12,7 @@ use crate::{
     http::{Body, api, rejection::Rejection},
     hub::{
         Sink, Subscription,
-        tap::{Tap, TapMessage},
+        tap::{Tap, TapEntry},
     },
 };
 
@@ -88,8 +88,9 @@ impl Follower {
             return Some((Ok(kept), self));
         }
         let chunk = tokio::select! {
-            message = self.tap.next() => match message {
-                Some(TapMessage { payload, .. }) => event(None, &payload),
+            entry = self.tap.next_entry() => match entry {
+                Some(TapEntry::Message(message)) => event(None, &message.payload),
+                Some(TapEntry::Gap(gap)) => gap_event(gap),
                 None => {
                     self.over = true;
                     Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n")
@@ -125,6 +126,11 @@ impl Log {
         }
         Ok(entries.iter().map(|entry| event(Some(&entry.id), &entry.data)).collect())
     }
+}
+
+/// Tells that messages may be missing here, as clients of sessions are told.
+fn gap_event(gap: Duration) -> Bytes {
+    Bytes::from(format!("event: bus_recovered\ndata: {{\"gap_ms\":{}}}\n\n", gap.as_millis()))
 }
 
 /// An event of a payload, in which every line gets its own `data:` as the format wants.

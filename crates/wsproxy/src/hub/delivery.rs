@@ -95,7 +95,14 @@ impl Deliver for Delivery {
         for shard in &hub.shards {
             let mut outgoing = Outgoing::new(Kind::Text, notice.as_bytes());
             for sink in shard.lock().values().flat_map(|subscribers| subscribers.iter()) {
-                let Sink::Client { link, on_loss, .. } = sink else { continue };
+                let (link, on_loss) = match sink {
+                    Sink::Client { link, on_loss, .. } => (link, on_loss),
+                    Sink::Handler { .. } => continue,
+                    Sink::Tap(tap) => {
+                        tap.interrupt(gap);
+                        continue;
+                    }
+                };
                 if !told.insert(link.id()) {
                     continue;
                 }

@@ -1,6 +1,6 @@
 //! A topic's messages for somebody in this process who is no connection: an HTTP follower, the demo worker.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -19,9 +19,18 @@ pub struct Tap {
 
 #[derive(Debug, Default)]
 struct State {
-    messages: VecDeque<TapMessage>,
+    entries: VecDeque<TapEntry>,
     bytes: usize,
     overflowed: bool,
+}
+
+/// What a follower finds in its tap, in the order in which it happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TapEntry {
+    /// A message.
+    Message(TapMessage),
+    /// The bus was away for so long: messages may be missing here.
+    Gap(Duration),
 }
 
 /// A message as it came from the bus.
@@ -41,18 +50,29 @@ impl Tap {
     }
 
     pub(crate) fn push(&self, topic: &[u8], payload: &[u8]) {
+        self.queue(topic.len() + payload.len(), || {
+            TapEntry::Message(TapMessage {
+                topic: Bytes::copy_from_slice(topic),
+                payload: Bytes::copy_from_slice(payload),
+            })
+        });
+    }
+
+    /// The bus is back after so long.
+    pub(crate) fn interrupt(&self, gap: Duration) {
+        self.queue(GAP_BYTES, || TapEntry::Gap(gap));
+    }
+
+    fn queue(&self, bytes: usize, entry: impl FnOnce() -> TapEntry) {
         let mut state = self.state.lock();
         if state.overflowed {
             return;
         }
-        state.bytes += topic.len() + payload.len();
+        state.bytes += bytes;
         if state.bytes > self.limit {
             state.overflowed = true;
         } else {
-            state.messages.push_back(TapMessage {
-                topic: Bytes::copy_from_slice(topic),
-                payload: Bytes::copy_from_slice(payload),
-            });
+            state.entries.push_back(entry());
         }
         drop(state);
         self.notify.notify_one();
@@ -61,11 +81,21 @@ impl Tap {
     /// The next message; `None` when the tap overflowed and all that fitted was taken.
     pub async fn next(&self) -> Option<TapMessage> {
         loop {
+            match self.next_entry().await? {
+                TapEntry::Message(message) => return Some(message),
+                TapEntry::Gap(_) => {}
+            }
+        }
+    }
+
+    /// The next message or gap; `None` as in [`Self::next`].
+    pub async fn next_entry(&self) -> Option<TapEntry> {
+        loop {
             {
                 let mut state = self.state.lock();
-                if let Some(message) = state.messages.pop_front() {
-                    state.bytes -= message.topic.len() + message.payload.len();
-                    return Some(message);
+                if let Some(entry) = state.entries.pop_front() {
+                    state.bytes -= entry.bytes();
+                    return Some(entry);
                 }
                 if state.overflowed {
                     return None;
@@ -75,6 +105,18 @@ impl Tap {
         }
     }
 }
+
+impl TapEntry {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Message(message) => message.topic.len() + message.payload.len(),
+            Self::Gap(_) => GAP_BYTES,
+        }
+    }
+}
+
+/// What a gap counts against the limit.
+const GAP_BYTES: usize = 16;
 
 #[cfg(test)]
 mod tests {

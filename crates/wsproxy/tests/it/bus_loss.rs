@@ -10,7 +10,7 @@ use crate::support::{
     eventually,
     fault_proxy::{FaultProxy, Faults},
     gateway::{TestInstance, bearer, config},
-    http,
+    http::{self, Stream},
     redis_server::{Options, RedisServer},
     soon,
 };
@@ -41,7 +41,7 @@ async fn assert_degraded(instance: &TestInstance) {
 async fn absent_at_start_is_503_until_it_comes() {
     let mut server = RedisServer::absent();
     let mut config = config(Some(&server.url()));
-    config.server.handshake_timeout = Duration::from_millis(300);
+    config.server.handshake_timeout = Duration::from_secs(1);
     let instance = TestInstance::start_unready(config).await;
     assert_degraded(&instance).await;
     instance.refused("s", "x").await.assert_refused(503, "bus_unavailable");
@@ -136,11 +136,14 @@ async fn a_client_that_sends_while_the_bus_is_away_is_told_what_is_lost() {
     let lost = || instance.metric("wsproxy_bus_publish_queue_bytes") == 0.0;
     eventually("the queue is empty", lost).await;
     assert_eq!(instance.ended("sessions", "gone"), 0.0);
-    // Whatever was lost was told, and nothing else but the notice comes before what follows.
+    // Whatever was lost is told, and nothing else but the notice comes before what follows.
+    let mut worker = instance.follow("session:s:up").await;
+    client.send("\"last\"").await;
+    while worker.next().await != "\"last\"" {}
     instance.publish("session:s:down", "\"end\"");
-    let mut told = 0.0;
-    let mut notices = 0;
-    loop {
+    let lost = || instance.metric("wsproxy_message_errors_total{kind=\"lost\"}");
+    let (mut told, mut notices, mut ended) = (0.0, 0, false);
+    while !ended || told < lost() {
         let message = client.json().await;
         match message["type"].as_str() {
             Some("error") => {
@@ -148,18 +151,19 @@ async fn a_client_that_sends_while_the_bus_is_away_is_told_what_is_lost() {
                 told += 1.0;
             }
             Some("bus_recovered") => notices += 1,
-            _ => break,
+            _ => ended = true,
         }
     }
-    assert_eq!(notices, 1);
-    assert_eq!(instance.metric("wsproxy_message_errors_total{kind=\"lost\"}"), told);
+    assert_eq!((told, notices), (lost(), 1));
 }
 
 #[tokio::test]
 async fn a_stopped_redis_is_504_or_503_by_the_deadline_and_all_recovers() {
     let server = RedisServer::start();
     let mut config = config(Some(&server.url()));
-    config.server.handshake_timeout = Duration::from_millis(300);
+    config.server.handshake_timeout = Duration::from_secs(1);
+    config.redis.response_timeout = Duration::from_secs(4);
+    config.redis.probe_interval = Duration::from_secs(4);
     let instance = TestInstance::start(config).await;
     let token = instance.token("s").await;
     let mut client = instance.client("a").await;
@@ -277,4 +281,21 @@ async fn a_loss_and_a_recovery_are_one_log_line_each() {
     assert_eq!((lost.len(), &lost[0]["level"]), (1, &"WARN".into()));
     let back = binary.lines("The bus is back; clients without history were told.");
     assert_eq!((back.len(), &back[0]["connections"]), (1, &1.into()));
+}
+
+#[tokio::test]
+async fn a_worker_that_follows_over_http_is_told_of_the_gap() {
+    let mut server = RedisServer::start();
+    let instance = TestInstance::start(config(Some(&server.url()))).await;
+    let mut stream = Stream::open(&instance, "/api/v1/sessions/s/upstream").await;
+    let mut client = instance.client("s").await;
+    client.send("\"before\"").await;
+    stream.expect("data: \"before\"\n\n").await;
+    server.kill();
+    lost(&instance).await;
+    server.restart();
+    stream.expect("event: bus_recovered\ndata: {\"gap_ms\":").await;
+    client.send("\"after\"").await;
+    stream.expect("data: \"after\"\n\n").await;
+    assert_eq!(stream.seen.matches("bus_recovered").count(), 1);
 }

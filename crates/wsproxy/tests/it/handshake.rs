@@ -123,7 +123,7 @@ async fn heads_that_are_too_large_or_no_http_are_refused_and_counted() {
 #[tokio::test]
 async fn a_client_that_dawdles_over_its_head_is_closed() {
     let instance = TestInstance::with(|config| {
-        config.server.header_timeout = Duration::from_millis(300);
+        config.server.header_timeout = Duration::from_millis(1500);
     })
     .await;
     let mut other = instance.client("other").await;

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::support::{
     eventually,
     gateway::{API_KEY, Backend, TestInstance, over_both},
-    http,
+    http::{self, Stream},
     raw::Raw,
     soon,
 };
@@ -54,37 +54,6 @@ async fn upstream_is_followed_after_what_was_kept(backend: Backend) {
     client.send("\"live\"").await;
     upstream.expect("event: message\ndata: \"live\"\n\n").await;
     assert_eq!(upstream.seen.matches("kept").count(), 2);
-}
-
-/// A stream of server-sent events.
-struct Stream {
-    raw: Raw,
-    seen: String,
-}
-
-impl Stream {
-    async fn open(instance: &TestInstance, path: &str) -> Self {
-        let mut raw = Raw::connect(instance.admin_address()).await;
-        let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\n");
-        raw.write(format!("{head}\r\n").as_bytes()).await;
-        let response = raw.response().await;
-        assert_eq!(response.status, 200, "{response:?}");
-        assert_eq!(response.header("content-type"), "text/event-stream");
-        assert_eq!(response.header("cache-control"), "no-store");
-        assert_eq!(response.header("x-accel-buffering"), "no");
-        Self { raw, seen: String::new() }
-    }
-
-    /// Waits until an event has come.
-    async fn expect(&mut self, event: &str) {
-        loop {
-            self.seen = String::from_utf8_lossy(self.raw.rest()).into_owned();
-            if self.seen.contains(event) {
-                return;
-            }
-            assert!(self.raw.read().await > 0, "{event:?} did not come: {:?}", self.seen);
-        }
-    }
 }
 
 #[tokio::test]

@@ -113,7 +113,7 @@ async fn a_client_that_sends_too_often_is_closed() {
         client.send(n.to_string()).await;
         assert_eq!(worker.next().await, n.to_string());
     }
-    let burst = (0..5).fold(Vec::new(), |mut bytes, _| {
+    let burst = (0..50).fold(Vec::new(), |mut bytes, _| {
         bytes.extend(crate::support::raw::frame(0x81, b"6"));
         bytes
     });

@@ -179,7 +179,7 @@ async fn a_token_survives_a_bus_that_does_not_answer_in_time() {
     let server = RedisServer::start();
     let proxy = FaultProxy::start(server.port()).await;
     let mut config = crate::support::gateway::config(Some(&server.url_on(proxy.port())));
-    config.server.handshake_timeout = Duration::from_millis(300);
+    config.server.handshake_timeout = Duration::from_millis(1500);
     config.redis.response_timeout = Duration::from_secs(20);
     config.redis.probe_interval = Duration::from_secs(60);
     let instance = TestInstance::start(config).await;

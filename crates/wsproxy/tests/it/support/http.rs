@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, net::SocketAddr};
 
-use super::raw::{Raw, UPGRADE};
+use super::{
+    gateway::{API_KEY, TestInstance},
+    raw::{Raw, UPGRADE},
+};
 
 /// An answer.
 #[derive(Debug, Clone)]
@@ -58,6 +61,40 @@ impl Response {
         assert_eq!(status == 401, self.header("www-authenticate").starts_with("Bearer"));
         assert_eq!(status == 426, self.header("sec-websocket-version") == "13");
         assert_eq!(status == 405, self.headers.contains_key("allow"));
+    }
+}
+
+/// A stream of server-sent events.
+pub struct Stream {
+    /// Its connection.
+    pub raw: Raw,
+    /// All that came so far.
+    pub seen: String,
+}
+
+impl Stream {
+    /// Follows a path with the key of the tests.
+    pub async fn open(instance: &TestInstance, path: &str) -> Self {
+        let mut raw = Raw::connect(instance.admin_address()).await;
+        let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\n");
+        raw.write(format!("{head}\r\n").as_bytes()).await;
+        let response = raw.response().await;
+        assert_eq!(response.status, 200, "{response:?}");
+        assert_eq!(response.header("content-type"), "text/event-stream");
+        assert_eq!(response.header("cache-control"), "no-store");
+        assert_eq!(response.header("x-accel-buffering"), "no");
+        Self { raw, seen: String::new() }
+    }
+
+    /// Waits until an event has come.
+    pub async fn expect(&mut self, event: &str) {
+        loop {
+            self.seen = String::from_utf8_lossy(self.raw.rest()).into_owned();
+            if self.seen.contains(event) {
+                return;
+            }
+            assert!(self.raw.read().await > 0, "{event:?} did not come: {:?}", self.seen);
+        }
     }
 }
 
