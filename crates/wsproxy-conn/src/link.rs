@@ -41,8 +41,7 @@ const EVENTS_MAX: usize = 1024;
 /// Most bytes that may wait in them.
 const EVENT_BYTES_MAX: usize = 1024 * 1024;
 
-/// Pongs up to this number are kept for one write; then they are written, and while that is
-/// impossible only the newest ping is answered.
+/// Pongs up to this number are kept for one write.
 const PONGS_MAX: usize = 64;
 
 /// Something that another task wants a connection's handler to look at.
@@ -330,14 +329,16 @@ impl Link {
 
     pub(crate) fn pong(&self, payload: &[u8], now: Micros) {
         let mut state = self.state.lock();
-        if state.phase != Phase::Open {
-            return;
-        }
         if state.outbox.control_frames() >= PONGS_MAX && !state.blocked {
             self.write(&mut state, now);
         }
+        if state.phase != Phase::Open {
+            return;
+        }
         let pong = server_frame(Opcode::Pong, payload, false);
-        let pong = if state.blocked { state.outbox.replace_pong(pong) } else { Err(pong) };
+        // Reading pauses now, but what was read with this ping may hold thousands more.
+        let is_full = state.blocked && state.outbox.reply_bytes() > self.profile.reply_bytes_max;
+        let pong = if is_full { state.outbox.replace_pong(pong) } else { Err(pong) };
         if let Err(pong) = pong {
             state.outbox.push_control(pong);
         }

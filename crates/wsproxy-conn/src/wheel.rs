@@ -15,10 +15,13 @@ pub const TICK: Micros = Micros(100_000);
 /// Deadlines beyond so many ticks are looked at once a turn.
 const SLOTS: u32 = 512;
 
+/// A connection is searched among so many: when very many end together, that must stay cheap.
+const SEARCHED_MAX: usize = 4096;
+
 /// Connections by the tick at which to look at them again.
 ///
-/// Every connection is in exactly one slot as long as it lives, but for the moment in which it is
-/// looked at, which makes the wheel the list of all connections too.
+/// Every connection is in a slot as long as it lives, but for the moment in which it is looked at,
+/// which makes the wheel the list of all connections too.
 /// Locks: a link's state may be locked when a slot is, never the other way round.
 #[derive(Debug)]
 pub struct Wheel {
@@ -52,12 +55,13 @@ impl Wheel {
         }
     }
 
-    /// Takes a connection out of the slot of `tick`, if it is still there.
+    /// Takes a connection out of the slot of `tick`, if it is among the last there. Otherwise its
+    /// memory is free when the slot is due, and whoever is looked at too early takes no notice.
     pub(crate) fn remove(&self, link: &Weak<Link>, tick: u32) {
         let mut slot = self.slots[Self::slot(tick)].lock();
-        // Most that leave early came late.
-        if let Some(at) = slot.iter().rposition(|other| other.ptr_eq(link)) {
-            slot.swap_remove(at);
+        let from = slot.len().saturating_sub(SEARCHED_MAX);
+        if let Some(at) = slot[from..].iter().position(|other| other.ptr_eq(link)) {
+            slot.swap_remove(from + at);
         }
     }
 

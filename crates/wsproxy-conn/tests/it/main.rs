@@ -10,3 +10,4 @@ mod pressure;
 mod rounds;
 mod stress;
 mod support;
+mod tcp;

@@ -16,7 +16,7 @@ fn connections_stay_small() {
 #[tokio::test]
 #[ignore = "a measurement, alone in its process"]
 async fn idle_connections_cost_little() {
-    const COUNT: usize = 5000;
+    const COUNT: usize = 4000;
     let process = Process::new();
     let profile = std::sync::Arc::new(profile());
     let mut connections = Vec::with_capacity(2 * COUNT);

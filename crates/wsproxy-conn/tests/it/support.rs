@@ -101,7 +101,7 @@ impl Seen {
     }
 }
 
-pub(crate) struct Recorder(Arc<Seen>);
+pub(crate) struct Recorder(pub(crate) Arc<Seen>);
 
 impl Handler for Recorder {
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {

@@ -6,7 +6,11 @@ use axum::{Json, Router, extract::State, routing::get};
 use http::{HeaderMap, Response, StatusCode, header};
 use serde_json::json;
 
-use crate::{bus::Bus, gateway::Gateway, http::Body};
+use crate::{
+    bus::Bus,
+    gateway::Gateway,
+    http::{Body, api},
+};
 
 /// The admin routes.
 pub fn router(gateway: Arc<Gateway>) -> Router {
@@ -14,6 +18,7 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
+        .method_not_allowed_fallback(api::method_not_allowed)
         .with_state(gateway)
 }
 

@@ -15,7 +15,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::json;
 use tokio::sync::oneshot;
 use uuid::Uuid;
-use wsproxy_proto::disconnect;
+use wsproxy_proto::{disconnect, names::Id};
 
 use crate::{
     auth,
@@ -82,6 +82,23 @@ impl FromRequestParts<Arc<Gateway>> for Worker {
     }
 }
 
+/// The id in the path of a route that has one.
+struct PathId(Id);
+
+impl FromRequestParts<Arc<Gateway>> for PathId {
+    type Rejection = Rejection;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        gateway: &Arc<Gateway>,
+    ) -> Result<Self, Rejection> {
+        let path = Path::<String>::from_request_parts(parts, gateway).await;
+        let Path(text) = path.map_err(|_| Rejection::bad_id("The id in the path is not UTF-8."))?;
+        let id = Id::parse(&text);
+        id.map(Self).map_err(|error| Rejection::bad_id(format!("The id in the path {error}.")))
+    }
+}
+
 impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
         self.response()
@@ -97,10 +114,9 @@ struct TokenRequest {
 async fn create_token(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    Path(session): Path<String>,
+    PathId(session): PathId,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let session = upgrade::id("session_id", &session)?;
     let request: TokenRequest = optional_json(body)?;
     let ttl = match request.ttl_seconds {
         None => gateway.config.sessions.token_ttl,
@@ -122,10 +138,9 @@ async fn create_token(
 async fn publish_message(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    Path(session): Path<String>,
+    PathId(session): PathId,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let session = upgrade::id("session_id", &session)?;
     let payload = read(body)?;
     publish(&gateway, gateway.names.session_down(&session), payload).await
 }
@@ -141,10 +156,9 @@ struct CloseRequest {
 async fn close_session(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    Path(session): Path<String>,
+    PathId(session): PathId,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let session = upgrade::id("session_id", &session)?;
     let request: CloseRequest = optional_json(body)?;
     if let Some(code) = request.code
         && !disconnect::is_sendable(code)
@@ -170,10 +184,9 @@ struct FollowQuery {
 async fn follow_upstream(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    Path(session): Path<String>,
+    PathId(session): PathId,
     query: Result<Query<FollowQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<http::Response<Body>, Rejection> {
-    let session = upgrade::id("session_id", &session)?;
     let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
     let log = query.log.then(|| gateway.names.session_up_log(&session));
     follow::follow(&gateway, gateway.names.session_up(&session), log).await
@@ -182,9 +195,8 @@ async fn follow_upstream(
 async fn follow_sessions(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    Path(agent): Path<String>,
+    PathId(agent): PathId,
 ) -> Result<http::Response<Body>, Rejection> {
-    let agent = upgrade::id("agent_id", &agent)?;
     follow::follow(&gateway, gateway.names.agent_sessions(&agent), None).await
 }
 
@@ -207,7 +219,8 @@ async fn openapi() -> ([(header::HeaderName, &'static str); 1], &'static str) {
     ([(header::CONTENT_TYPE, "application/json")], OPENAPI)
 }
 
-async fn method_not_allowed() -> Rejection {
+/// The answer to a method that a path does not have.
+pub(crate) async fn method_not_allowed() -> Rejection {
     Rejection::method_not_allowed("This path has other methods.")
 }
 

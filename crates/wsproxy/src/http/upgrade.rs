@@ -4,7 +4,10 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::{
+    body::{Body as _, Incoming},
+    upgrade::OnUpgrade,
+};
 use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret;
@@ -126,6 +129,10 @@ fn begin(
         Rejection::full("The instance holds as many connections as it may.")
     })?;
     let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
+    if !request.body().is_end_stream() {
+        // Its bytes would be taken for frames, and a proxy in front may see them otherwise.
+        return Err(Rejection::bad_request("A WebSocket handshake has no body."));
+    }
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
     let compression = &gateway.config.compression;
     let policy = deflate::Policy {

@@ -213,13 +213,13 @@ impl Scrape<'_, '_> {
         self.per_profile("messages_received", help, |p| &p.stats.messages_received)?;
         let help = "Data messages of which the last byte was handed to the kernel";
         self.per_profile("messages_sent", help, |p| &p.stats.messages_sent)?;
-        let help = "Data messages that waited for a client when its connection ended";
+        let help = "Data messages that waited for a client when its connection ended, or came afterwards";
         self.per_profile("messages_discarded", help, |p| &p.stats.messages_discarded)?;
         self.per_profile("bytes_received", "Bytes read from clients", |p| &p.stats.bytes_received)?;
         self.per_profile("bytes_sent", "Bytes handed to the kernel", |p| &p.stats.bytes_sent)?;
         let help = "Times that a client's socket took no more, so that messages had to wait for it";
         self.per_profile("backpressure_events", help, |p| &p.stats.blocked)?;
-        let help = "Times that reading from a client paused, since the bus took no more";
+        let help = "Times that reading from a client paused, since the bus or the client itself took no more";
         self.per_profile("reads_paused", help, |p| &p.stats.reads_paused)?;
         let used = self.gateway.runtime.budget.used();
         let help = "Bytes that wait for clients whose sockets take no more";
@@ -240,7 +240,7 @@ impl Scrape<'_, '_> {
             let latency = &profile.stats.latency;
             let bounds = LATENCY_BUCKETS.iter().map(|&micros| micros as f64 / 1e6);
             let counts = latency.buckets.iter().map(|count| count.load(Relaxed));
-            let buckets: Vec<_> = bounds.chain([f64::MAX]).zip(counts).collect();
+            let buckets: Vec<_> = bounds.chain([f64::INFINITY]).zip(counts).collect();
             let count = buckets.iter().map(|(_, count)| count).sum();
             let sum = latency.sum_micros.load(Relaxed) as f64 / 1e6;
             family

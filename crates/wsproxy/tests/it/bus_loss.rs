@@ -5,11 +5,14 @@ use std::time::Duration;
 use wsproxy::config::OnBusLoss;
 
 use crate::support::{
+    binary::Binary,
     client::Client,
     eventually,
     fault_proxy::{FaultProxy, Faults},
-    gateway::{TestInstance, config},
+    gateway::{TestInstance, bearer, config},
+    http,
     redis_server::{Options, RedisServer},
+    soon,
 };
 
 /// Waits until the loss is noticed.
@@ -208,4 +211,70 @@ async fn a_slow_redis_makes_handshakes_slow_and_changes_nothing_else() {
     proxy.set(Faults::default());
     assert_eq!(instance.metric("wsproxy_bus_links_lost_total"), 0.0);
     assert_eq!(instance.metric("wsproxy_bus_loss_notices_total"), 0.0);
+}
+
+#[tokio::test]
+async fn a_password_that_becomes_right_is_enough() {
+    let password = Some("first".to_owned());
+    let server = RedisServer::start_with(Options { password, ..Options::default() });
+    let url = server.url().replace("first", "second");
+    let instance = TestInstance::start_unready(config(Some(&url))).await;
+    eventually("it is noticed", || instance.gateway().bus.status().last_error.is_some()).await;
+    server.call(&["CONFIG", "SET", "requirepass", "second"]);
+    instance.ready().await;
+    let mut client = instance.client("s").await;
+    instance.assert_serves(&mut client, "s").await;
+}
+
+#[tokio::test]
+async fn a_channel_that_redis_denies_is_503_and_burns_no_token() {
+    let server = RedisServer::start();
+    let instance = TestInstance::start(config(Some(&server.url()))).await;
+    let mut other = instance.client("allowed").await;
+    let token = instance.token("denied").await;
+    server.call(&[
+        "ACL",
+        "SETUSER",
+        "default",
+        "resetchannels",
+        "&wsproxy:*",
+        "&session:allowed:*",
+        "&agent:*",
+    ]);
+    instance.refused("denied", &token).await.assert_refused(503, "bus_unavailable");
+    assert!(instance.has_token("denied").await);
+    assert!(instance.metric("wsproxy_bus_subscribe_errors_total") >= 1.0);
+    server.call(&["ACL", "SETUSER", "default", "allchannels"]);
+    assert!(instance.connect("denied", &token).await.is_ok());
+    // Redis itself cuts connections whose channels are taken away, which a client may be told.
+    instance.publish("session:allowed:down", "\"end\"");
+    while other.text().await != "\"end\"" {}
+}
+
+#[tokio::test]
+async fn a_loss_and_a_recovery_are_one_log_line_each() {
+    let mut server = RedisServer::start();
+    let mut binary = Binary::start(&[
+        ("REDIS_URL", &server.url()),
+        ("LOG_LEVEL", "info"),
+        ("WSPROXY_REDIS__PROBE_INTERVAL", "200ms"),
+    ])
+    .await;
+    let status = async || http::request(binary.address, "GET", "/ready", &[], b"").await.status;
+    soon("it is ready", async { while status().await != 200 {} }).await;
+    let token = binary.token("s").await;
+    let path = "/agent/ws/s";
+    let mut client = Client::connect(binary.address, path, &bearer(&token)).await.unwrap();
+    server.kill();
+    soon("the loss is noticed", async { while status().await != 503 {} }).await;
+    server.restart();
+    assert_eq!(client.json().await["type"], "bus_recovered");
+    soon("it is ready", async { while status().await != 200 {} }).await;
+    client.close().await;
+    binary.signal(rustix::process::Signal::TERM);
+    assert_eq!(binary.exited().await.code(), Some(0));
+    let lost = binary.lines("The bus is lost.");
+    assert_eq!((lost.len(), &lost[0]["level"]), (1, &"WARN".into()));
+    let back = binary.lines("The bus is back; clients without history were told.");
+    assert_eq!((back.len(), &back[0]["connections"]), (1, &1.into()));
 }

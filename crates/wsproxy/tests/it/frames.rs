@@ -235,3 +235,62 @@ async fn a_fan_out_is_right_for_clients_with_any_window_and_with_none() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_client_may_keep_its_context_where_that_is_allowed() {
+    let instance = TestInstance::with(|config| {
+        config.compression.client_context_takeover = true;
+    })
+    .await;
+    let mut raw = Raw::connect(instance.address()).await;
+    let answer = raw.upgrade("/echo", DEFLATE).await;
+    assert_eq!(
+        answer.header("sec-websocket-extensions"),
+        "permessage-deflate; server_no_context_takeover"
+    );
+    let mut compress = Compress::new(Compression::best(), false);
+    let mut sizes = Vec::new();
+    for _ in 0..3 {
+        let text = b"the same words again, and again, and again: 0123456789";
+        let mut payload = Vec::with_capacity(4096);
+        compress.compress_vec(text, &mut payload, FlushCompress::Sync).unwrap();
+        payload.truncate(payload.len() - 4);
+        sizes.push(payload.len());
+        raw.frame(0xc1, &payload).await;
+        assert_eq!(raw.text().await.as_bytes(), text);
+    }
+    assert!(sizes[1] < sizes[0] / 2, "the second needs the first: {sizes:?}");
+}
+
+/// Whatever strangers write, before or after `101`: the instance serves on, and nothing is left.
+#[tokio::test]
+async fn noise_harms_nobody() {
+    let instance = TestInstance::with(|_| ()).await;
+    let mut other = instance.echo().await;
+    let mut state = 88_172_645_463_325_252_u64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for n in 0..200 {
+        let mut raw = Raw::connect(instance.address()).await;
+        if n % 4 != 0 {
+            raw.upgrade("/echo", if n % 2 == 0 { DEFLATE } else { "" }).await;
+        }
+        let mut noise: Vec<u8> = (0..random() % 3000).map(|_| random() as u8).collect();
+        if n % 3 == 0 {
+            // The beginning of something sensible.
+            noise = [frame(0x01 | (random() as u8 & 0xc0), &noise), noise].concat();
+        }
+        // It may be refused at any byte.
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut raw.socket, &noise).await;
+        raw.reset();
+    }
+    other.send("undisturbed").await;
+    assert_eq!(other.text().await, "undisturbed");
+    other.close().await;
+    instance.wait_empty().await;
+    eventually("no task is left", || instance.gateway().tasks.len() == 1).await;
+}

@@ -57,13 +57,14 @@ async fn keys_that_are_none_methods_bodies_and_old_http_are_refused() {
         format!("GET {PATH} HTTP/1.1\r\n{UPGRADE}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n");
     send(&instance, &head).await.assert_refused(400, "bad_request");
     let head = format!("GET {PATH} HTTP/1.0\r\n{UPGRADE}\r\n");
-    send(&instance, &head).await.assert_refused(400, "bad_request");
+    send(&instance, &head).await.assert_refused(426, "upgrade_required");
     for method in ["POST", "PUT", "DELETE", "OPTIONS"] {
         let response = send(&instance, &format!("{method} {PATH} HTTP/1.1\r\n{UPGRADE}\r\n")).await;
         response.assert_refused(405, "method_not_allowed");
         assert_eq!(response.header("allow"), "GET");
     }
-    assert_eq!(instance.refusals("bad_request"), 9.0);
+    assert_eq!(instance.refusals("bad_request"), 8.0);
+    assert_eq!(instance.refusals("upgrade_required"), 1.0);
     assert_eq!(instance.refusals("method_not_allowed"), 4.0);
     instance.wait_empty().await;
 }
@@ -73,12 +74,9 @@ async fn ids_hold_safe_characters_only() {
     let instance = TestInstance::with(|_| ()).await;
     let long = "x".repeat(129);
     for bad in [
-        "", "%20", "a%2Fb", "a:b", "a%3Ab", "%00", "%0d%0a", "%ff", "%C3%A4", "a*", "a%", "a?",
-        "[a]", &long,
+        "", "%20", "a%2Fb", "a:b", "a%3Ab", "%00", "%0d%0a", "%ff", "%C3%A4", "a*", "a%", "[a]",
+        &long,
     ] {
-        if bad.contains('?') {
-            continue;
-        }
         for path in [format!("/agent/ws/{bad}"), format!("/{bad}/ws/s")] {
             let response = instance.handshake(&path, &[("authorization", "Bearer x")]).await;
             response.assert_refused(400, "bad_id");

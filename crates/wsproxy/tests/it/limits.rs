@@ -10,6 +10,7 @@ use crate::support::{
     eventually,
     gateway::{TestInstance, bearer},
     raw::Raw,
+    soon,
 };
 
 #[tokio::test]
@@ -267,6 +268,8 @@ async fn without_descriptors_the_instance_lives_on_and_recovers() {
 /// All but one client leave; a new one comes, and descriptors come back.
 async fn assert_recovers(binary: &Binary, mut clients: Vec<Client>) {
     clients.drain(1..).for_each(drop);
+    let active = "wsproxy_active_connections{endpoint=\"echo\"}";
+    soon("their places are free", async { while binary.metric(active).await != 1.0 {} }).await;
     let token = binary.token("s").await;
     let path = "/agent/ws/s";
     Client::connect(binary.address, path, &bearer(&token)).await.unwrap().close().await;

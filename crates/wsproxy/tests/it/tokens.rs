@@ -152,7 +152,7 @@ async fn a_token_survives_a_handshake_that_failed_for_another_reason() {
     let credential = format!("Authorization: Bearer {token}");
     for (change, status) in [
         ("Upgrade: websocket", 426),
-        ("Connection: Upgrade", 400),
+        ("Connection: Upgrade", 426),
         ("Sec-WebSocket-Version: 13", 426),
         ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", 400),
     ] {

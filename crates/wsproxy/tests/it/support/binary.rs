@@ -77,7 +77,10 @@ impl Binary {
     /// The log lines so far with this message.
     pub fn lines(&self, message: &str) -> Vec<serde_json::Value> {
         let log = self.log.lock().unwrap();
-        let lines = log.iter().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let lines = log.iter().map(|line| {
+            serde_json::from_str::<serde_json::Value>(line)
+                .unwrap_or_else(|_| panic!("no JSON: {line}"))
+        });
         lines.filter(|line| line["message"] == message).collect()
     }
 
