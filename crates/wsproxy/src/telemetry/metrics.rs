@@ -213,7 +213,8 @@ impl Scrape<'_, '_> {
         self.per_profile("messages_received", help, |p| &p.stats.messages_received)?;
         let help = "Data messages of which the last byte was handed to the kernel";
         self.per_profile("messages_sent", help, |p| &p.stats.messages_sent)?;
-        let help = "Data messages that waited for a client when its connection ended, or came afterwards";
+        let help =
+            "Data messages that waited for a client when its connection ended, or came afterwards";
         self.per_profile("messages_discarded", help, |p| &p.stats.messages_discarded)?;
         self.per_profile("bytes_received", "Bytes read from clients", |p| &p.stats.bytes_received)?;
         self.per_profile("bytes_sent", "Bytes handed to the kernel", |p| &p.stats.bytes_sent)?;
