@@ -13,11 +13,16 @@ const binary = process.env.WSPROXY_BIN ?? `${root}/target/debug/wsproxy`;
 let gateway, output = "", browser, origin;
 
 async function freePort() {
-  const server = createServer().listen(0, "127.0.0.1");
-  await new Promise((resolve) => server.once("listening", resolve));
-  const { port } = server.address();
-  await new Promise((resolve) => server.close(resolve));
-  return port;
+  // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile.
+  for (;;) {
+    const server = createServer().listen(10_000 + Math.floor(Math.random() * 20_000), "127.0.0.1");
+    const port = await new Promise((resolve) => {
+      server.once("listening", () => resolve(server.address().port)).once("error", () => resolve(0));
+    });
+    if (port === 0) continue;
+    await new Promise((resolve) => server.close(resolve));
+    return port;
+  }
 }
 
 async function until(what, condition, ms = 20_000) {

@@ -81,7 +81,7 @@ pub fn profile(config: &Config) -> Profile {
         receive: Limits {
             message_bytes_max: limits.max_message_bytes,
             // The first frame is a fragment too, and the codec counts those behind it.
-            fragments_max: limits.max_fragments.saturating_sub(1),
+            fragments_max: limits.max_fragments,
         },
         send_buffer_bytes: limits.send_buffer_bytes,
         reply_bytes_max: REPLY_BYTES_MAX,

@@ -9,7 +9,7 @@ use std::{
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::Mutex,
-    time::{Instant, sleep, sleep_until, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -23,6 +23,9 @@ const BATCHES_PER_SECOND: u32 = 20;
 
 /// At the end of its time whatever still runs gets so long to notice.
 const LAST_GRACE: Duration = Duration::from_millis(500);
+
+/// Signals within so long of the first are the same one.
+const SAME_SIGNAL: Duration = Duration::from_millis(300);
 
 /// Exit code after a second signal: as if the first had killed the process.
 const EXIT_HURRIED: i32 = 130;
@@ -61,6 +64,9 @@ pub trait Hurry {
 
 impl Hurry for Signals {
     async fn hurry(&self) {
+        // Some supervisors signal the process and its group: that is one wish, not two.
+        sleep(SAME_SIGNAL).await;
+        let _ = timeout(Duration::ZERO, self.wait()).await;
         self.wait().await;
         warn!("A second signal: ending at once.");
         telemetry::log::flush();

@@ -39,8 +39,8 @@ pub(crate) struct OpenFrame {
 pub(crate) struct Message {
     pub(crate) kind: Kind,
     pub(crate) compressed: bool,
-    /// Frames after the first, so far.
-    pub(crate) continuations: u32,
+    /// Frames so far.
+    pub(crate) fragments: u32,
 }
 
 impl Partial {

@@ -15,7 +15,7 @@ use crate::disconnect::{Disconnect, is_sendable};
 pub struct Limits {
     /// Largest message, before and after inflating.
     pub message_bytes_max: usize,
-    /// Most continuation frames of one message, empty ones included.
+    /// Most frames of one message, empty ones included.
     pub fragments_max: u32,
 }
 
@@ -242,7 +242,7 @@ impl Receiver {
         if message.is_some() != (header.opcode == Opcode::Continuation) {
             return Err(Disconnect::PROTOCOL);
         }
-        if message.is_some_and(|message| message.continuations >= self.fragments_max) {
+        if message.map_or(0, |message| message.fragments) >= self.fragments_max {
             return Err(Disconnect::TOO_MANY_FRAGMENTS);
         }
         let compressed = message.map_or(header.compressed, |message| message.compressed);
@@ -286,17 +286,12 @@ impl Receiver {
         let partial = self.partial.get_or_insert_default();
         let control = header.opcode.is_control().then_some(header.opcode);
         if control.is_none() {
-            match &mut partial.message {
-                Some(message) => message.continuations += 1,
-                None => {
-                    let text = header.opcode == Opcode::Text;
-                    partial.message = Some(Message {
-                        kind: if text { Kind::Text } else { Kind::Binary },
-                        compressed: header.compressed,
-                        continuations: 0,
-                    });
-                }
-            }
+            let message = partial.message.get_or_insert(Message {
+                kind: if header.opcode == Opcode::Text { Kind::Text } else { Kind::Binary },
+                compressed: header.compressed,
+                fragments: 0,
+            });
+            message.fragments += 1;
         }
         partial.frame =
             Some(OpenFrame { control, fin: header.fin, mask, phase: 0, remaining: length });

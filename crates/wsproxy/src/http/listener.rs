@@ -4,7 +4,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::Request;
@@ -25,6 +25,9 @@ const BACKLOG: i32 = 4096;
 
 /// After an error that lasts (no descriptors left), the loop rests so long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// An error that lasts is logged again after so long; the counter has every one.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 
 /// The answer to those who come when even the places for refusing are taken.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
@@ -56,6 +59,7 @@ pub async fn run(
     sockets: Arc<Places>,
     stop: CancellationToken,
 ) {
+    let mut warned = None;
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -68,7 +72,10 @@ pub async fn run(
             }
             Err(error) => {
                 routes.gateway().metrics.error("accept");
-                warn!(%error, "Accepting failed; trying again.");
+                if warned.is_none_or(|at: Instant| at.elapsed() > WARN_EVERY) {
+                    warned = Some(Instant::now());
+                    warn!(%error, "Accepting failed; trying again.");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

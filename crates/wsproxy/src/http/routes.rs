@@ -6,7 +6,7 @@ use axum::Router;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
-use tracing::debug;
+use tracing::info;
 
 use crate::{
     gateway::Gateway,
@@ -22,6 +22,9 @@ pub struct Routes {
     /// Admin routes, API and, where it runs, the demo.
     rest: Router,
 }
+
+/// So much of a refused path goes to the log.
+const LOGGED_PATH_BYTES_MAX: usize = 256;
 
 /// A WebSocket endpoint, by path.
 enum Endpoint<'a> {
@@ -48,6 +51,7 @@ impl Routes {
     /// Never: a refusal is an answer.
     pub async fn serve(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let path = request.uri().path().to_owned();
+        let address = upgrade::client_address(&self.gateway, &request).ok();
         let (label, answer) = match self.endpoint(&path) {
             Some(Endpoint::Session(agent, session)) => {
                 ("sessions", upgrade::session(&self.gateway, request, (agent, session)).await)
@@ -62,9 +66,10 @@ impl Routes {
             }
             Err(rejection) => {
                 self.gateway.metrics.handshake(label, rejection.code);
-                debug!(
+                info!(
                     endpoint = label,
-                    path,
+                    path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
+                    address = address.map(tracing::field::display),
                     status = rejection.status.as_u16(),
                     code = rejection.code,
                     error = rejection.cause,

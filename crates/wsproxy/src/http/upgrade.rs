@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret;
 use tokio::net::{TcpStream, UnixStream};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 use uuid::Uuid;
 use wsproxy_conn::{Driver, Link, Profile, Socket, clock};
 use wsproxy_proto::{
@@ -50,7 +50,6 @@ struct Handshake {
     /// The place of its socket, which stays taken after the upgrade.
     socket_place: Option<Arc<Place>>,
     link: Arc<Link>,
-    address: IpAddr,
 }
 
 /// Opens a client of a session: contract section 3. The answer is `101` or a refusal.
@@ -68,25 +67,36 @@ pub async fn session(
     let key = gateway.names.session_auth(&session);
     let opening = async {
         let known = gateway.store.load(&key).await?;
-        let refused = || Rejection::invalid_token("The token is wrong, expired or used.");
         if !known.is_some_and(|known| auth::equal(&known, token)) {
-            return Err(refused());
+            return Err(wrong_token());
         }
-        let subscription = gateway.hub.subscribe(sinks(gateway, &session, &handshake.link)).await?;
-        // Last, so that whatever fails before leaves the token for the next try.
-        if !gateway.store.take_if_equal(&key, token).await? {
-            return Err(refused());
-        }
-        Ok(subscription)
+        Ok(gateway.hub.subscribe(sinks(gateway, &session, &handshake.link)).await?)
     };
-    let subscription = deadline(gateway, opening).await.inspect_err(|rejection| {
-        info!(session_id = %session, agent_id = %agent, address = %handshake.address,
-            code = rejection.code, "Authentication failed.");
-    })?;
+    let subscription = deadline(gateway, opening).await?;
+    // Last, so that whatever fails before leaves the token for the next try.
+    if !consume(gateway, &key, token).await? {
+        return Err(wrong_token());
+    }
     debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
     Ok(accept(gateway, "sessions", handshake, Some(subscription), logic))
+}
+
+fn wrong_token() -> Rejection {
+    Rejection::invalid_token("The token is wrong, expired or used.")
+}
+
+/// Uses up a token; `false` where another handshake was faster.
+///
+/// Outside the handshake's deadline: given up after it was sent, the token could be gone without
+/// a connection. A store that does not answer at all is found by its own watchdog.
+async fn consume(gateway: &Gateway, key: &str, token: &[u8]) -> Result<bool, Rejection> {
+    let answer = gateway.store.take_if_equal(key, token);
+    match tokio::time::timeout(gateway.config.redis.response_timeout, answer).await {
+        Ok(taken) => Ok(taken?),
+        Err(_) => Err(Rejection::deadline("The store did not answer in time.")),
+    }
 }
 
 fn sinks(gateway: &Gateway, session: &Id, link: &Arc<Link>) -> [(Arc<str>, Sink); 2] {
@@ -151,7 +161,6 @@ fn begin(
         place,
         socket_place: request.extensions_mut().remove(),
         link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, now),
-        address,
     })
 }
 

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::{
     binary::Binary,
@@ -178,10 +178,24 @@ async fn a_second_signal_ends_at_once() {
     let mut binary = Binary::start(&[("WSPROXY_SERVER__DRAIN_DELAY", "20s")]).await;
     binary.signal(Signal::TERM);
     binary.line("Draining.").await;
-    let start = Instant::now();
+    // `timeout` and the like signal the process and its group: that is still the first wish.
     binary.signal(Signal::TERM);
+    let start = Instant::now();
+    // Whoever means it says it again.
+    let pid = Pid::from_raw(binary.pid().cast_signed()).unwrap();
+    let insistent = tokio::spawn(async move {
+        let mut again = tokio::time::interval(Duration::from_millis(50));
+        while start.elapsed() < Duration::from_secs(10) {
+            again.tick().await;
+            if kill_process(pid, Signal::TERM).is_err() {
+                break;
+            }
+        }
+    });
     let status = binary.exited().await;
+    insistent.abort();
     assert_eq!((status.code(), status.signal()), (Some(130), None));
+    assert!(start.elapsed() > Duration::from_millis(200), "one wish is not two");
     assert!(start.elapsed() < Duration::from_secs(10));
     assert_eq!(binary.lines("A second signal: ending at once.").len(), 1);
 }

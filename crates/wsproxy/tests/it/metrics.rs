@@ -160,7 +160,7 @@ async fn neither_metrics_nor_logs_tell_tokens_keys_or_passwords() {
         (&opened["session_id"], &opened["level"]),
         (&"session-in-use".into(), &"INFO".into())
     );
-    let failed = &binary.lines("Authentication failed.")[0];
+    let failed = &binary.lines("Handshake refused.")[0];
     assert_eq!(failed["code"], "invalid_token");
     let closed = binary.lines("Connection closed.");
     assert_eq!(closed.len(), 3);
