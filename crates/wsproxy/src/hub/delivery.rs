@@ -1,9 +1,6 @@
 //! What the bus's reader runs: a round of messages into outboxes, then one write for each of them.
 
-use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use hashbrown::HashSet;
@@ -18,7 +15,7 @@ use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
 use crate::{
     bus::Deliver,
     config::{DownFrames, OnBusLoss},
-    hub::{Hub, HubCounters, Name, Sink},
+    hub::{Hub, Name, Sink},
 };
 
 /// Delivers for one bus reader.
@@ -50,7 +47,7 @@ impl Deliver for Delivery {
         let hub = Arc::clone(&self.hub);
         let shard = hub.shard(channel).lock();
         let Some(subscribers) = shard.get(&Name(channel)) else {
-            HubCounters::add(&hub.counters.unwanted, 1);
+            hub.counters.unwanted.add(1);
             return;
         };
         let mut message = Fanout::new(payload);
@@ -59,7 +56,7 @@ impl Deliver for Delivery {
                 Sink::Client { link, frames, .. } => match message.frame(*frames, link) {
                     Some(frame) => self.push(link, frame, since),
                     None => {
-                        HubCounters::add(&hub.counters.unframeable, 1);
+                        hub.counters.unframeable.add(1);
                         debug!(connection_id = %link.id(), bytes = payload.len(),
                             "A message is not UTF-8, and this endpoint sends text only.");
                     }
@@ -116,7 +113,7 @@ impl Deliver for Delivery {
             }
         }
         self.flush();
-        hub.counters.bus_loss_notices.fetch_add(told.len() as u64, Relaxed);
+        hub.counters.bus_loss_notices.add(told.len() as u64);
         info!(
             gap_ms,
             connections = told.len(),
