@@ -11,7 +11,7 @@ use crate::{
     config::Config,
     dev::worker::Worker,
     gateway::Gateway,
-    http::{api, rejection::Rejection},
+    http::{rejection::Rejection, upgrade},
     server::Instance,
     shutdown::Signals,
 };
@@ -61,7 +61,7 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
 async fn open_session(worker: &Arc<Worker>, session: &Id) -> Result<String, Rejection> {
     let gateway: &Gateway = worker.gateway();
     let key = gateway.names.session_auth(session);
-    api::within(gateway, async {
+    upgrade::deadline(gateway, async {
         worker.adopt(session).await?;
         Ok(auth::issue(&gateway.store, &key, gateway.config.sessions.token_ttl).await?)
     })

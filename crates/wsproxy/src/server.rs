@@ -84,7 +84,7 @@ impl Instance {
     ///
     /// # Errors
     /// An address is taken, or the bus's URL cannot be used.
-    #[allow(clippy::unused_async, reason = "being async says that it needs a runtime")]
+    #[expect(clippy::unused_async, reason = "being async says that it needs a runtime")]
     pub async fn start(
         config: Config,
         extra: impl FnOnce(&Arc<Gateway>) -> Router,
@@ -118,7 +118,7 @@ impl Instance {
         }
         background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
         info!(%address, %admin_address, server_id = &*gateway.server_id,
-            bus = admin::bus_kind(&gateway.bus), connections_max = gateway.places.max(),
+            bus = gateway.bus.kind(), connections_max = gateway.places.max(),
             "Listening.");
         Ok(Self { gateway, address, admin_address, accepting, background, background_end })
     }
