@@ -39,6 +39,7 @@ impl From<Micros> for Duration {
 
 /// The present. Costs a clock read (some 20 ns): once per round, not once per message.
 #[must_use]
+#[expect(clippy::disallowed_methods, reason = "this is the one place that reads the clock")]
 pub fn now() -> Micros {
     static START: OnceLock<Instant> = OnceLock::new();
     // One second is added so that "long ago" can be told from "at the start".

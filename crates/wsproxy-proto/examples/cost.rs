@@ -1,5 +1,7 @@
 //! What the core costs per message, without any IO: `cargo run --release --example cost`.
 
+#![expect(clippy::disallowed_methods, reason = "this measures time, and is no part of the core")]
+
 use std::hint::black_box;
 use std::time::Instant;
 

@@ -1,12 +1,9 @@
 //! The transport between instances and workers: what carries messages, not who wants them.
 //!
-//! The hub above is known only through [`Deliver`]; which backend runs is decided in `server.rs`.
+//! The hub above is known only through [`Deliver`]; which backend runs is decided by whoever starts it.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -19,6 +16,7 @@ use crate::{
     bus::{memory::MemoryBus, redis::RedisBus},
     config,
     store::Store,
+    telemetry::counter::Counter,
 };
 
 pub mod memory;
@@ -120,6 +118,15 @@ impl Bus {
         std::future::poll_fn(|cx| self.poll_publishable(cx)).await;
     }
 
+    /// The name of the backend, in answers and logs.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Memory(_) => "memory",
+            Self::Redis(_) => "redis",
+        }
+    }
+
     /// How the bus is.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -179,23 +186,6 @@ pub struct BusCounters {
     pub subscribe_errors: Counter,
     /// Servers that were left or refused because they were no master.
     pub role_refused: Counter,
-}
-
-/// A number that only grows.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Adds `n`.
-    pub fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
-    }
-
-    /// The sum so far.
-    #[must_use]
-    pub fn value(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// What the bus tells the hub. Called from the one task that reads the bus, so it must never block.

@@ -111,7 +111,7 @@ fn completions(shell: Shell) -> String {
 
 /// Writes to standard error, which may be stuck: that must not keep an instance from ending.
 fn complain(text: String) {
-    let (done, wait) = mpsc::channel();
+    let (done, wait) = mpsc::sync_channel(1);
     std::thread::spawn(move || {
         let _ = std::io::stderr().write_all(text.as_bytes());
         let _ = done.send(());

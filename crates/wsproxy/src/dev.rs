@@ -11,7 +11,7 @@ use crate::{
     config::Config,
     dev::worker::Worker,
     gateway::Gateway,
-    http::{api, rejection::Rejection},
+    http::{listener, rejection::Rejection, upgrade},
     server::Instance,
     shutdown::Signals,
 };
@@ -43,7 +43,7 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     })
     .await?;
     let worker = started.context("the instance has no routes")?;
-    let address = reachable(instance.address());
+    let address = listener::reachable(instance.address());
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tell(&welcome(address));
     tokio::select! {
@@ -61,7 +61,7 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
 async fn open_session(worker: &Arc<Worker>, session: &Id) -> Result<String, Rejection> {
     let gateway: &Gateway = worker.gateway();
     let key = gateway.names.session_auth(session);
-    api::within(gateway, async {
+    upgrade::deadline(gateway, async {
         worker.adopt(session).await?;
         Ok(auth::issue(&gateway.store, &key, gateway.config.sessions.token_ttl).await?)
     })
@@ -83,17 +83,6 @@ async fn prove(worker: &Arc<Worker>, address: SocketAddr) -> String {
         }
         Err(error) => format!("message through: FAILED: {error:#}\n"),
     }
-}
-
-/// Where this machine reaches a listener that may be bound to all addresses.
-fn reachable(mut address: SocketAddr) -> SocketAddr {
-    if address.ip().is_unspecified() {
-        address.set_ip(match address {
-            SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
-            SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
-        });
-    }
-    address
 }
 
 fn welcome(address: SocketAddr) -> String {
@@ -120,10 +109,7 @@ mod tests {
 
     #[test]
     fn what_is_printed_can_be_reached() {
-        let of = |text: &str| reachable(text.parse().unwrap()).to_string();
-        assert_eq!(of("0.0.0.0:80"), "127.0.0.1:80");
-        assert_eq!(of("[::]:80"), "[::1]:80");
-        assert_eq!(of("192.0.2.1:80"), "192.0.2.1:80");
-        assert!(welcome(reachable("[::]:80".parse().unwrap())).contains("http://[::1]:80/\n"));
+        let any = "[::]:80".parse().unwrap();
+        assert!(welcome(listener::reachable(any)).contains("http://[::1]:80/\n"));
     }
 }

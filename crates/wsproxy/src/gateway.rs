@@ -54,7 +54,7 @@ pub struct Gateway {
     pub tasks: TaskTracker,
     /// Cancelled when HTTP followers must end.
     pub followers_end: CancellationToken,
-    /// Whether the instance is ready for connections, as far as it is up to it.
+    /// Whether it is ending, and takes no further connection.
     pub draining: AtomicBool,
     /// When it started.
     pub started: Instant,

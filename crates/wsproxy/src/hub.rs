@@ -4,10 +4,7 @@
 
 use std::{
     hash::{Hash, Hasher},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, OnceLock},
 };
 
 use hashbrown::{Equivalent, HashMap};
@@ -17,18 +14,17 @@ use wsproxy_conn::Link;
 
 use crate::{
     bus::{Bus, BusError, Publish},
+    config::{DownFrames, OnBusLoss},
     hub::{subscribers::Subscribers, tap::Tap},
+    telemetry::counter::Counter,
 };
 
 pub mod delivery;
-pub mod subscribers;
+mod subscribers;
 pub mod tap;
 
 /// More shards mean that fewer openings wait while a round is delivered.
 const SHARDS: usize = 64;
-
-/// How messages from the bus are framed for a client.
-pub use crate::config::{DownFrames, OnBusLoss};
 
 /// Where the messages of a topic go.
 #[derive(Debug, Clone)]
@@ -55,7 +51,7 @@ pub enum Sink {
 
 /// Where a sink delivers to: the address of an object that the sink keeps alive, and one of its inlets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Place(usize, u8);
+struct Place(usize, u8);
 
 impl Sink {
     /// Two sinks are one where they would deliver to the same place.
@@ -71,7 +67,8 @@ impl Sink {
 /// The topics of this instance.
 ///
 /// Invariant: a topic is in the map if and only if somebody here wants it, and exactly then the
-/// bus has been told to subscribe. Both change under the lock of the topic's shard.
+/// bus is told to subscribe. It is told of a new topic after the topic is in the map, and of an
+/// unwanted one under the lock of its shard, so never of both in the wrong order.
 pub struct Hub {
     shards: [Mutex<Topics>; SHARDS],
     hasher: foldhash::fast::RandomState,
@@ -86,11 +83,11 @@ type Topics = HashMap<Topic, Subscribers, foldhash::fast::RandomState>;
 #[derive(Debug, Default)]
 pub struct HubCounters {
     /// Messages that came for topics which nobody here wants any more.
-    pub unwanted: AtomicU64,
+    pub unwanted: Counter,
     /// Messages which an endpoint's framing cannot carry.
-    pub unframeable: AtomicU64,
+    pub unframeable: Counter,
     /// Connections that were told of a loss of the bus, or closed for it.
-    pub bus_loss_notices: AtomicU64,
+    pub bus_loss_notices: Counter,
 }
 
 impl Hub {
@@ -194,14 +191,6 @@ impl Drop for Subscription {
     }
 }
 
-impl Subscription {
-    /// The topics, in the order in which they were asked for.
-    #[must_use]
-    pub fn topic(&self, index: usize) -> Option<&Arc<str>> {
-        self.sinks.get(index).map(|(topic, _)| topic)
-    }
-}
-
 /// A topic as a key, which bytes from the bus can look up.
 #[derive(PartialEq, Eq)]
 struct Topic(Arc<str>);
@@ -224,11 +213,5 @@ impl Hash for Name<'_> {
 impl Equivalent<Topic> for Name<'_> {
     fn equivalent(&self, key: &Topic) -> bool {
         key.0.as_bytes() == self.0
-    }
-}
-
-impl HubCounters {
-    pub(crate) fn add(counter: &AtomicU64, n: u64) {
-        counter.fetch_add(n, Relaxed);
     }
 }

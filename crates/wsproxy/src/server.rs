@@ -59,19 +59,8 @@ pub struct Instance {
 /// # Errors
 /// Why it could not start.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    run_with(config, |_| Router::new()).await
-}
-
-/// The same with further routes beside the admin routes.
-///
-/// # Errors
-/// Why it could not start.
-pub async fn run_with(
-    config: Config,
-    routes: impl FnOnce(&Arc<Gateway>) -> Router,
-) -> anyhow::Result<()> {
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
-    let instance = Instance::start(config, routes).await?;
+    let instance = Instance::start(config, |_| Router::new()).await?;
     // Without a supervisor that wants to know there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     signals.wait().await;
@@ -80,11 +69,12 @@ pub async fn run_with(
 }
 
 impl Instance {
-    /// Binds, connects the bus in the background and accepts connections.
+    /// Binds, connects the bus in the background and accepts connections. What `extra` makes is
+    /// served beside the admin routes.
     ///
     /// # Errors
     /// An address is taken, or the bus's URL cannot be used.
-    #[allow(clippy::unused_async, reason = "being async says that it needs a runtime")]
+    #[expect(clippy::unused_async, reason = "being async says that it needs a runtime")]
     pub async fn start(
         config: Config,
         extra: impl FnOnce(&Arc<Gateway>) -> Router,
@@ -118,7 +108,7 @@ impl Instance {
         }
         background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
         info!(%address, %admin_address, server_id = &*gateway.server_id,
-            bus = admin::bus_kind(&gateway.bus), connections_max = gateway.places.max(),
+            bus = gateway.bus.kind(), connections_max = gateway.places.max(),
             "Listening.");
         Ok(Self { gateway, address, admin_address, accepting, background, background_end })
     }

@@ -26,7 +26,7 @@ impl Dev {
         command.args(["dev", "--port", "0"]).env_clear().stdin(Stdio::null());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
-        let (sender, lines) = mpsc::channel();
+        let (sender, lines) = mpsc::sync_channel(64);
         std::thread::spawn(move || {
             out.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
         });

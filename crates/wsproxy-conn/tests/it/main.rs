@@ -1,6 +1,7 @@
 //! Connections over real sockets, with a time that the tests advance themselves.
 
 #![allow(clippy::unwrap_used)]
+#![expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
 mod budget;
 mod closing;

@@ -36,7 +36,6 @@ use crate::{
 };
 
 mod address;
-mod backoff;
 mod connect;
 mod fault;
 mod link;

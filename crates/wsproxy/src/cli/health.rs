@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs},
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail};
 
 use super::settings::Settings;
-use crate::config::Config;
+use crate::{config::Config, http::listener};
 
 /// Arguments of the command.
 #[derive(clap::Args)]
@@ -38,13 +38,9 @@ pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn url_of(config: &Config) -> String {
-    let ip = match config.admin.bind.unwrap_or(config.server.bind) {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    let address = SocketAddr::new(ip, config.admin.port.unwrap_or(config.server.port));
-    format!("http://{address}/health")
+    let ip = config.admin.bind.unwrap_or(config.server.bind);
+    let port = config.admin.port.unwrap_or(config.server.port);
+    format!("http://{}/health", listener::reachable(SocketAddr::new(ip, port)))
 }
 
 fn ask(url: &str) -> anyhow::Result<()> {
@@ -83,7 +79,7 @@ const TIMEOUT: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 
     use super::*;
 

@@ -13,6 +13,7 @@ pub struct Environment(BTreeMap<OsString, OsString>);
 impl Environment {
     /// Those of this process.
     #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "this is the one place that reads it")]
     pub fn of_process() -> Self {
         Self(std::env::vars_os().collect())
     }

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
 use super::{AGENT, open_session, worker::Worker};
-use crate::http::{rejection::Rejection, upgrade};
+use crate::http::{api, rejection::Rejection, upgrade};
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -40,7 +40,7 @@ pub(super) fn router(worker: Arc<Worker>) -> Router {
         .route("/favicon.ico", get(async || StatusCode::NO_CONTENT))
         .route("/dev/session", post(session))
         .route("/dev/cut", post(cut))
-        .method_not_allowed_fallback(method_not_allowed)
+        .method_not_allowed_fallback(api::method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(guard)
         .with_state(worker)
@@ -110,7 +110,7 @@ async fn session(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let session = match parse::<SessionRequest>(body)?.session_id {
+    let session = match api::optional_json::<SessionRequest>(body)?.session_id {
         Some(id) => upgrade::id("session_id", &id)?,
         None => new_session(),
     };
@@ -124,30 +124,13 @@ async fn cut(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let id = parse::<SessionRequest>(body)?.session_id;
+    let id = api::optional_json::<SessionRequest>(body)?.session_id;
     let id = id.ok_or_else(|| Rejection::bad_request("session_id is missing."))?;
     let wanted = worker.connections(&upgrade::id("session_id", &id)?);
     let links = worker.gateway().runtime.links();
     let cut = links.iter().filter(|link| wanted.contains(&link.id()));
     let count = cut.inspect(|link| link.abort()).count();
     Ok(Json(json!({ "cut": count })).into_response())
-}
-
-fn parse<T: Default + for<'a> Deserialize<'a>>(
-    body: Result<Bytes, BytesRejection>,
-) -> Result<T, Rejection> {
-    let body = body.map_err(|error| match error.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Rejection::too_large("The body is too large."),
-        _ => Rejection::bad_request(error.body_text()),
-    })?;
-    if body.is_empty() {
-        return Ok(T::default());
-    }
-    serde_json::from_slice(&body).map_err(|error| Rejection::bad_request(error.to_string()))
-}
-
-async fn method_not_allowed() -> Rejection {
-    Rejection::method_not_allowed("This path has other methods.")
 }
 
 #[cfg(test)]

@@ -1,9 +1,6 @@
 //! A client of a session: what its messages, its worker's commands and its end lead to.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -24,7 +21,7 @@ use crate::{
     bus::{BusError, Publish, Unheard},
     config::{NoReceiver, Sessions},
     endpoint::{Actions, Logic, PUBLISHED},
-    telemetry::time,
+    telemetry::{counter::Counter, time},
 };
 
 /// [`Event::tag`]: a worker's command.
@@ -50,15 +47,15 @@ pub struct SessionEndpoint {
 #[derive(Debug, Default)]
 pub struct SessionCounters {
     /// Messages from clients that were not JSON.
-    pub invalid: AtomicU64,
+    pub invalid: Counter,
     /// Messages from clients that no worker received.
-    pub unheard: AtomicU64,
+    pub unheard: Counter,
     /// Messages from clients that the bus did not take or lost.
-    pub lost: AtomicU64,
+    pub lost: Counter,
     /// Commands from workers that made no sense.
-    pub bad_commands: AtomicU64,
+    pub bad_commands: Counter,
     /// Announcements of opened and closed sessions that the bus did not take.
-    pub unannounced: AtomicU64,
+    pub unannounced: Counter,
 }
 
 /// One client of a session.
@@ -95,7 +92,7 @@ impl SessionLogic {
     }
 
     fn refuse(&mut self, code: &str, message: &str, actions: &mut dyn Actions) {
-        SessionCounters::add(&self.endpoint.counters.invalid);
+        self.endpoint.counters.invalid.add(1);
         self.strikes += 1;
         debug!(session_id = %self.session, connection_id = %self.connection, code, message, "A client's message is invalid.");
         if self.endpoint.config.strikes_max > 0 && self.strikes >= self.endpoint.config.strikes_max
@@ -119,11 +116,11 @@ impl SessionLogic {
 
     fn on_outcome(&self, lost: bool, actions: &mut dyn Actions) {
         if lost {
-            SessionCounters::add(&self.endpoint.counters.lost);
+            self.endpoint.counters.lost.add(1);
             let message = "The message may not have reached the worker.";
             error_message("publish_lost", message, actions);
         } else {
-            SessionCounters::add(&self.endpoint.counters.unheard);
+            self.endpoint.counters.unheard.add(1);
             if self.endpoint.config.no_receiver == NoReceiver::Error {
                 error_message("no_receiver", "No worker listens to this session.", actions);
             }
@@ -148,7 +145,7 @@ impl SessionLogic {
     }
 
     fn bad_command(&self, error: &str) {
-        SessionCounters::add(&self.endpoint.counters.bad_commands);
+        self.endpoint.counters.bad_commands.add(1);
         warn!(session_id = %self.session, connection_id = %self.connection, error, "A worker's command makes no sense.");
     }
 
@@ -160,7 +157,7 @@ impl SessionLogic {
             receipt: None,
         };
         if let Err(error) = actions.publish(announcement) {
-            SessionCounters::add(&self.endpoint.counters.unannounced);
+            self.endpoint.counters.unannounced.add(1);
             warn!(session_id = %self.session, connection_id = %self.connection, %error, "An announcement is lost.");
         }
     }
@@ -228,12 +225,6 @@ impl Logic for SessionLogic {
             "bytes_out": sent.1,
         });
         self.announce(event, actions);
-    }
-}
-
-impl SessionCounters {
-    fn add(counter: &AtomicU64) {
-        counter.fetch_add(1, Relaxed);
     }
 }
 

@@ -7,7 +7,6 @@ use http::{HeaderMap, Response, StatusCode, header};
 use serde_json::json;
 
 use crate::{
-    bus::Bus,
     gateway::Gateway,
     http::{Body, api},
 };
@@ -32,7 +31,7 @@ async fn health(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": gateway.uptime().as_secs(),
         "bus": {
-            "kind": bus_kind(&gateway.bus),
+            "kind": gateway.bus.kind(),
             "connected": status.connected,
             "subscribed": status.subscribed,
             "channels": status.channels,
@@ -76,12 +75,4 @@ async fn metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Res
     let mut response = Response::new(Body::from(body));
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
     response
-}
-
-/// The name of a bus in health and info.
-pub const fn bus_kind(bus: &Bus) -> &'static str {
-    match bus {
-        Bus::Memory(_) => "memory",
-        Bus::Redis(_) => "redis",
-    }
 }

@@ -64,7 +64,7 @@ impl Drop for Place {
 
 /// Attempts per address and window.
 ///
-/// Invariant: remembers at most [`ADDRESSES_MAX`] addresses. When they are full of active ones, a
+/// Invariant: remembers at most `ADDRESSES_MAX` addresses. When they are full of active ones, a
 /// further address is let through uncounted: shutting everybody out would be the attacker's aim.
 #[derive(Debug)]
 pub struct Attempts {

@@ -21,7 +21,7 @@ use crate::{
     auth,
     bus::{Outcome, Publish, Receipt, Unheard},
     gateway::Gateway,
-    http::{Body, admin, credentials, follow, rejection::Rejection, upgrade},
+    http::{Body, credentials, follow, rejection::Rejection, upgrade},
 };
 
 /// The description of these routes, which a test compares with them.
@@ -129,7 +129,8 @@ async fn create_token(
     };
     let key = gateway.names.session_auth(&session);
     let token =
-        within(&gateway, async { Ok(auth::issue(&gateway.store, &key, ttl).await?) }).await?;
+        upgrade::deadline(&gateway, async { Ok(auth::issue(&gateway.store, &key, ttl).await?) })
+            .await?;
     let body =
         json!({ "session_id": session.as_str(), "token": token, "expires_in": ttl.as_secs() });
     Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
@@ -208,7 +209,7 @@ async fn info(_worker: Worker, State(gateway): State<Arc<Gateway>>) -> Json<serd
         "uptime_seconds": gateway.uptime().as_secs(),
         "connections": { "active": gateway.places.taken(), "max": gateway.places.max() },
         "bus": {
-            "kind": admin::bus_kind(&gateway.bus),
+            "kind": gateway.bus.kind(),
             "connected": status.connected,
             "channels": status.channels,
         },
@@ -238,7 +239,7 @@ async fn publish(
         unheard: Unheard::Gone,
         receipt: Some(receipt),
     };
-    let outcome = within(gateway, async {
+    let outcome = upgrade::deadline(gateway, async {
         gateway.bus.publishable().await;
         gateway.hub.publish(message)?;
         receiver.await.map_err(|_| Rejection::bus_unavailable("The bus was lost."))
@@ -264,14 +265,6 @@ impl Receipt for Waiter {
     }
 }
 
-/// The same deadline as for a handshake.
-pub(crate) async fn within<T>(
-    gateway: &Gateway,
-    work: impl Future<Output = Result<T, Rejection>>,
-) -> Result<T, Rejection> {
-    upgrade::deadline(gateway, work).await
-}
-
 fn read(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
     body.map_err(|error| match error.status() {
         StatusCode::PAYLOAD_TOO_LARGE => Rejection::too_large("The body is too large."),
@@ -279,7 +272,8 @@ fn read(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
     })
 }
 
-fn optional_json<T: DeserializeOwned + Default>(
+/// The JSON of a body; the default where there is none.
+pub(crate) fn optional_json<T: DeserializeOwned + Default>(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<T, Rejection> {
     let body = read(body)?;

@@ -9,7 +9,7 @@ use tracing::debug;
 
 use crate::{
     gateway::Gateway,
-    http::{Body, api, rejection::Rejection},
+    http::{Body, rejection::Rejection, upgrade},
     hub::{
         Sink, Subscription,
         tap::{Tap, TapEntry},
@@ -39,7 +39,7 @@ pub async fn follow(
     // Redis trims whole nodes, so there may be somewhat more than the configured number.
     let left = gateway.config.sessions.up_log_entries_max.saturating_mul(2);
     let mut log = log.map(|key| Log { key, after: String::new(), left });
-    let (subscription, kept) = api::within(gateway, async {
+    let (subscription, kept) = upgrade::deadline(gateway, async {
         let subscription = gateway.hub.subscribe([(topic.into(), sink)]).await?;
         let kept = match &mut log {
             Some(log) => log.page(gateway).await?,
@@ -75,7 +75,7 @@ impl Follower {
             return None;
         }
         if let Some(log) = self.log.as_mut().filter(|_| self.kept.is_empty()) {
-            match api::within(&self.gateway, log.page(&self.gateway)).await {
+            match upgrade::deadline(&self.gateway, log.page(&self.gateway)).await {
                 Ok(page) if page.is_empty() => self.log = None,
                 Ok(page) => self.kept = page,
                 Err(error) => {

@@ -19,7 +19,7 @@ use crate::{
     hub::Hub,
 };
 
-/// A logic on its connection: states become deeds here.
+/// The handler that every endpoint's connections have; only the logic differs.
 pub struct Peer<L: Logic> {
     gateway: Arc<Gateway>,
     /// The endpoint's name in metrics.

@@ -80,6 +80,14 @@ impl Rejection {
         Self { status, code, message, retry_after, cause: None }
     }
 
+    /// Attempts from this address above the rate; one can succeed after `wait`.
+    #[must_use]
+    pub fn too_often(wait: Duration) -> Self {
+        let seconds = retry_seconds(wait);
+        Self::rate_limited(format!("Too many attempts. Try again in {seconds} seconds."))
+            .after(wait)
+    }
+
     /// With what happened inside, for the log.
     #[must_use]
     pub fn because(mut self, cause: impl ToString) -> Self {
@@ -108,9 +116,7 @@ impl Rejection {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(wait) = self.retry_after {
-            // Rounded up: earlier than that it would fail again.
-            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_seconds(wait)));
         }
         match self.status {
             StatusCode::UNAUTHORIZED => {
@@ -126,6 +132,11 @@ impl Rejection {
         }
         response
     }
+}
+
+/// A wait as a client is told it: rounded up, since earlier than that it would fail again.
+fn retry_seconds(wait: Duration) -> u64 {
+    (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
 
 impl From<Refusal> for Rejection {

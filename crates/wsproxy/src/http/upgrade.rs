@@ -1,6 +1,6 @@
 //! From a request to a driven connection: one order, one deadline, one kind of refusal.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
@@ -55,14 +55,14 @@ struct Handshake {
 /// Opens a client of a session: contract section 3. The answer is `101` or a refusal.
 pub async fn session(
     gateway: &Arc<Gateway>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
     (agent, session): (&str, &str),
 ) -> Result<Response<Body>, Rejection> {
     let agent = id("agent_id", agent)?;
     let session = id("session_id", session)?;
-    let (headers, query) = (request.headers().clone(), request.uri().query().map(str::to_owned));
-    let handshake = begin(gateway, request, &gateway.session_profile)?;
-    let token = credentials::find(&headers, query.as_deref(), "token")?;
+    let handshake = begin(gateway, &mut request, &gateway.session_profile)?;
+    let token = credentials::find(request.headers(), request.uri().query(), "token")?;
+    drop(request);
     let token = token.expose_secret().as_bytes();
     let key = gateway.names.session_auth(&session);
     let opening = async {
@@ -116,24 +116,24 @@ fn sinks(gateway: &Gateway, session: &Id, link: &Arc<Link>) -> [(Arc<str>, Sink)
 /// Opens a connection to the echo, which needs no credentials.
 pub fn echo(
     gateway: &Arc<Gateway>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
-    let handshake = begin(gateway, request, &gateway.echo_profile)?;
+    let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
     Ok(accept(gateway, "echo", handshake, None, Echo))
 }
 
 /// Limits, then the form of the request.
 fn begin(
     gateway: &Gateway,
-    mut request: Request<Incoming>,
+    request: &mut Request<Incoming>,
     profile: &Arc<Profile>,
 ) -> Result<Handshake, Rejection> {
-    let address = client_address(gateway, &request)?;
+    let address = client_address(gateway, request)?;
     if gateway.is_draining() {
         return Err(Rejection::draining("The instance is about to restart."));
     }
     let now = clock::now();
-    gateway.attempts.take(address, now.0.saturating_mul(1000)).map_err(too_often)?;
+    gateway.attempts.take(address, now.0.saturating_mul(1000)).map_err(Rejection::too_often)?;
     let place = gateway.places.take().ok_or_else(|| {
         warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
         Rejection::full("The instance holds as many connections as it may.")
@@ -157,7 +157,7 @@ fn begin(
         upgrade,
         deflate,
         selects_protocol: credentials::offers_protocol(request.headers()),
-        on_upgrade: hyper::upgrade::on(&mut request),
+        on_upgrade: hyper::upgrade::on(&mut *request),
         place,
         socket_place: request.extensions_mut().remove(),
         link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, now),
@@ -165,17 +165,11 @@ fn begin(
 }
 
 /// Where the client is, behind our own proxies.
-pub fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
+fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
     let peer = request.extensions().get::<RemoteAddress>();
     let peer = peer.ok_or_else(|| Rejection::internal("The peer's address is unknown."))?;
     let trusted = &gateway.config.server.trusted_proxies;
     Ok(address::client(peer.0, request.headers(), trusted))
-}
-
-fn too_often(wait: Duration) -> Rejection {
-    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-    Rejection::rate_limited(format!("Too many attempts. Try again in {seconds} seconds."))
-        .after(wait)
 }
 
 /// What lasts exactly as long as its connection.

@@ -1,9 +1,6 @@
 //! What the bus's reader runs: a round of messages into outboxes, then one write for each of them.
 
-use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use hashbrown::HashSet;
@@ -18,7 +15,7 @@ use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
 use crate::{
     bus::Deliver,
     config::{DownFrames, OnBusLoss},
-    hub::{Hub, HubCounters, Name, Sink},
+    hub::{Hub, Name, Sink},
 };
 
 /// Delivers for one bus reader.
@@ -36,30 +33,24 @@ impl Delivery {
     pub const fn new(hub: Arc<Hub>) -> Self {
         Self { hub, dirty: Vec::new(), round: None }
     }
-
-    fn push(&mut self, link: &Arc<Link>, frame: Bytes, since: Micros) {
-        if link.push(frame, since) == Queued::Flush {
-            self.dirty.push(Arc::clone(link));
-        }
-    }
 }
 
 impl Deliver for Delivery {
     fn message(&mut self, channel: &[u8], payload: &[u8]) {
-        let since = *self.round.get_or_insert_with(clock::now);
-        let hub = Arc::clone(&self.hub);
+        let Self { hub, dirty, round } = self;
+        let since = *round.get_or_insert_with(clock::now);
         let shard = hub.shard(channel).lock();
         let Some(subscribers) = shard.get(&Name(channel)) else {
-            HubCounters::add(&hub.counters.unwanted, 1);
+            hub.counters.unwanted.add(1);
             return;
         };
         let mut message = Fanout::new(payload);
         for sink in subscribers.iter() {
             match sink {
                 Sink::Client { link, frames, .. } => match message.frame(*frames, link) {
-                    Some(frame) => self.push(link, frame, since),
+                    Some(frame) => push(link, frame, since, dirty),
                     None => {
-                        HubCounters::add(&hub.counters.unframeable, 1);
+                        hub.counters.unframeable.add(1);
                         debug!(connection_id = %link.id(), bytes = payload.len(),
                             "A message is not UTF-8, and this endpoint sends text only.");
                     }
@@ -91,7 +82,7 @@ impl Deliver for Delivery {
         let notice = format!(r#"{{"type":"bus_recovered","gap_ms":{gap_ms}}}"#);
         let now = clock::now();
         let mut told = HashSet::new();
-        let hub = Arc::clone(&self.hub);
+        let Self { hub, dirty, .. } = self;
         for shard in &hub.shards {
             let mut outgoing = Outgoing::new(Kind::Text, notice.as_bytes());
             for sink in shard.lock().values().flat_map(|subscribers| subscribers.iter()) {
@@ -110,18 +101,25 @@ impl Deliver for Delivery {
                     OnBusLoss::Close => link.finish(&Disconnect::BUS_LOST, now),
                     OnBusLoss::Notice => {
                         let frame = outgoing.frame(link.window_bits(), link.profile());
-                        self.push(link, frame, now);
+                        push(link, frame, now, dirty);
                     }
                 }
             }
         }
+        hub.counters.bus_loss_notices.add(told.len() as u64);
         self.flush();
-        hub.counters.bus_loss_notices.fetch_add(told.len() as u64, Relaxed);
         info!(
             gap_ms,
             connections = told.len(),
             "The bus is back; clients without history were told."
         );
+    }
+}
+
+/// Queues a frame, and remembers whom to flush.
+fn push(link: &Arc<Link>, frame: Bytes, since: Micros, dirty: &mut Vec<Arc<Link>>) {
+    if link.push(frame, since) == Queued::Flush {
+        dirty.push(Arc::clone(link));
     }
 }
 

@@ -8,7 +8,7 @@ use crate::hub::{Place, Sink};
 ///
 /// Almost every session has one connection, so that one sink must cost no more than itself.
 #[derive(Debug)]
-pub enum Subscribers {
+pub(super) enum Subscribers {
     /// Nobody: the topic is about to be forgotten.
     None,
     /// One.
@@ -19,7 +19,7 @@ pub enum Subscribers {
 
 impl Subscribers {
     /// Adds a sink; one that delivers to the same place is replaced.
-    pub fn add(&mut self, sink: Sink) {
+    pub(super) fn add(&mut self, sink: Sink) {
         match self {
             Self::Many(sinks) => {
                 sinks.insert(sink.place(), sink);
@@ -37,7 +37,7 @@ impl Subscribers {
     }
 
     /// Removes and returns a sink.
-    pub fn remove(&mut self, place: Place) -> Option<Sink> {
+    pub(super) fn remove(&mut self, place: Place) -> Option<Sink> {
         let removed = match self {
             Self::Many(sinks) => {
                 let removed = sinks.remove(&place);
@@ -59,13 +59,12 @@ impl Subscribers {
     }
 
     /// Whether nobody is left.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
+    pub(super) const fn is_empty(&self) -> bool {
         matches!(self, Self::None)
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Sink> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Sink> {
         let (one, many) = match self {
             Self::None => (None, None),
             Self::One(sink) => (Some(sink), None),

@@ -254,10 +254,10 @@ impl Scrape<'_, '_> {
     fn sessions(&mut self) -> fmt::Result {
         let counters = &self.gateway.sessions.counters;
         let values = [
-            ("invalid", counters.invalid.load(Relaxed)),
-            ("bad_command", counters.bad_commands.load(Relaxed)),
-            ("unannounced", counters.unannounced.load(Relaxed)),
-            ("lost", counters.lost.load(Relaxed)),
+            ("invalid", counters.invalid.value()),
+            ("bad_command", counters.bad_commands.value()),
+            ("unannounced", counters.unannounced.value()),
+            ("lost", counters.lost.value()),
         ];
         let help = "Session messages that met trouble: clients' that are no JSON, workers' commands \
             that make no sense, announcements and clients' messages that the bus did not take";
@@ -269,14 +269,14 @@ impl Scrape<'_, '_> {
                 .encode_counter::<NoLabelSet, _, u64>(&value, None)?;
         }
         let help = "Messages from clients that no worker received";
-        self.counter("messages_unheard", help, counters.unheard.load(Relaxed))?;
+        self.counter("messages_unheard", help, counters.unheard.value())?;
         let hub = &self.gateway.hub.counters;
         let help = "Messages that came for topics which nobody here wants any more";
-        self.counter("messages_unwanted", help, hub.unwanted.load(Relaxed))?;
+        self.counter("messages_unwanted", help, hub.unwanted.value())?;
         let help = "Messages that are not UTF-8, for clients that get text only";
-        self.counter("messages_unframeable", help, hub.unframeable.load(Relaxed))?;
+        self.counter("messages_unframeable", help, hub.unframeable.value())?;
         let help = "Connections that were told of a loss of the bus, or closed for it";
-        self.counter("bus_loss_notices", help, hub.bus_loss_notices.load(Relaxed))
+        self.counter("bus_loss_notices", help, hub.bus_loss_notices.value())
     }
 
     fn bus(&mut self) -> fmt::Result {

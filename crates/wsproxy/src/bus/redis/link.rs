@@ -155,6 +155,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    #[expect(clippy::disallowed_methods, reason = "the test waits for its task")]
     async fn frames_larger_than_the_buffer_arrive_and_memory_comes_back() {
         let (mut server, client) = tokio::io::duplex(100_000);
         let mut link = Link::new(Box::new(client));

@@ -3,8 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::Instant;
+use wsproxy_proto::backoff::Backoff;
 
-use crate::bus::redis::{Shared, backoff::Backoff, fault::Fault, link::Link};
+use crate::bus::redis::{Shared, fault::Fault, link::Link};
 
 /// One of the three links of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,9 +105,9 @@ impl Supervisor {
     }
 
     fn delay(&self) -> Duration {
-        match self.failures {
-            0 => Duration::ZERO,
-            failures => BACKOFF.delay(failures, rand::random()),
+        match self.failures.checked_sub(1) {
+            None => Duration::ZERO,
+            Some(attempt) => BACKOFF.delay(attempt, rand::random()),
         }
     }
 }

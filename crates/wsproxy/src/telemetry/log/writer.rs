@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_stuck_output_stops_nobody_and_what_it_costs_is_counted() {
-        let (go, stuck) = mpsc::channel();
+        let (go, stuck) = mpsc::sync_channel(1);
         let seen = Arc::new(Mutex::new(Vec::new()));
         let writer = Writer::start(Stuck { go: stuck, seen: Arc::clone(&seen) }).unwrap();
         let line = [b'x'; 1024];
