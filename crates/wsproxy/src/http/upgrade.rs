@@ -165,7 +165,7 @@ fn begin(
 }
 
 /// Where the client is, behind our own proxies.
-fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
+pub fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
     let peer = request.extensions().get::<RemoteAddress>();
     let peer = peer.ok_or_else(|| Rejection::internal("The peer's address is unknown."))?;
     let trusted = &gateway.config.server.trusted_proxies;
