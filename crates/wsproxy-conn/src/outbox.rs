@@ -169,6 +169,15 @@ impl Outbox {
         self.more.as_ref().map_or(0, |more| more.control.len())
     }
 
+    /// The one data frame that waits, where there is nothing else: most rounds leave just that.
+    #[must_use]
+    pub fn only(&self) -> Option<&[u8]> {
+        match (&self.first, &self.more) {
+            (Some(entry), None) => Some(&entry.frame),
+            _ => None,
+        }
+    }
+
     /// What to write next, in order. Returns how many slices were filled.
     pub fn fill<'a>(&'a self, slices: &mut [IoSlice<'a>; SLICES_MAX]) -> usize {
         let (cut, first) = match self.cut() {
