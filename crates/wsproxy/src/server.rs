@@ -33,8 +33,8 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Descriptors that are no client's: listeners, the bus, logs, requests that are not upgraded.
-const DESCRIPTORS_RESERVED: usize = 768;
+/// Descriptors that are no connection's: sockets to spare on both ports, listeners, the bus, logs.
+const DESCRIPTORS_RESERVED: usize = SOCKETS_SPARE + SOCKETS_SPARE / 2 + 64;
 
 /// Sockets beyond the allowed connections, for those that are being refused or ask for `/health`.
 const SOCKETS_SPARE: usize = 512;

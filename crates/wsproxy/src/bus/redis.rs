@@ -219,7 +219,16 @@ impl Health {
     }
 
     fn subscribed(&self, is: bool) {
+        if is {
+            self.troubles.lock()[Purpose::Subscribe as usize].fault = None;
+        }
         self.subscribed.store(is, Ordering::Release);
+    }
+
+    /// The link is up, but of no use.
+    fn denied(&self, why: &str) {
+        self.subscribed.store(false, Ordering::Release);
+        self.troubles.lock()[Purpose::Subscribe as usize].fault = Some(why.to_owned());
     }
 
     fn report(&self) -> (bool, Option<String>) {

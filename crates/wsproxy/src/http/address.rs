@@ -9,21 +9,38 @@ use ipnet::IpNet;
 ///
 /// `Forwarded` (RFC 7239) and `X-Forwarded-For` are read from the right, and only as long as the
 /// hop that wrote them is trusted: what stands further left anybody could have written.
+///
+/// A proxy that writes one of the two hands the other on as the client sent it. So where both are
+/// there and tell different stories, one is forged, and neither is believed.
 #[must_use]
 pub fn client(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |address: IpAddr| trusted.iter().any(|net| net.contains(&address));
-    let mut nearest = peer.to_canonical();
+    let nearest = peer.to_canonical();
     if !is_trusted(nearest) {
         return nearest;
     }
-    let hops = if headers.contains_key(header::FORWARDED) {
-        values(headers, header::FORWARDED.as_str()).map(forwarded_for).collect::<Vec<_>>()
-    } else {
-        values(headers, "x-forwarded-for").map(parse).collect()
-    };
-    for hop in hops.into_iter().rev() {
+    let forwarded = values(headers, header::FORWARDED.as_str()).map(forwarded_for);
+    let legacy = values(headers, "x-forwarded-for").map(parse);
+    let stories = [forwarded.collect::<Vec<_>>(), legacy.collect()];
+    let mut told = stories.iter().filter(|hops| !hops.is_empty());
+    let first = told.next().map(|hops| walk(nearest, hops, is_trusted));
+    let second = told.next().map(|hops| walk(nearest, hops, is_trusted));
+    match (first, second) {
+        (Some(one), Some(other)) if one != other => nearest,
+        (Some(one), _) => one,
+        (None, _) => nearest,
+    }
+}
+
+/// The nearest address of a chain that is not trusted, or where it cannot be read on.
+fn walk(
+    mut nearest: IpAddr,
+    hops: &[Option<IpAddr>],
+    is_trusted: impl Fn(IpAddr) -> bool,
+) -> IpAddr {
+    for hop in hops.iter().rev() {
         // A hop that cannot be read ends the chain: whoever wrote it is the nearest known.
-        let Some(address) = hop else { break };
+        let Some(address) = *hop else { break };
         nearest = address;
         if !is_trusted(address) {
             break;
@@ -74,6 +91,21 @@ mod tests {
         assert_eq!(seen("10.0.0.1", xff, "1.1.1.1:5000"), "1.1.1.1");
         assert_eq!(seen("10.0.0.1", xff, "1.1.1.1, garbage"), "10.0.0.1");
         assert_eq!(seen("::ffff:10.0.0.1", xff, "2001:db8::1"), "2001:db8::1");
+    }
+
+    #[test]
+    fn of_two_stories_that_differ_neither_is_believed() {
+        let seen = |forwarded: &'static str, legacy: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::FORWARDED, forwarded.parse().unwrap());
+            headers.insert("x-forwarded-for", legacy.parse().unwrap());
+            let trusted = ["10.0.0.0/8".parse().unwrap()];
+            client("10.0.0.1".parse().unwrap(), &headers, &trusted).to_string()
+        };
+        assert_eq!(seen("for=1.1.1.1", "6.6.6.6, 1.1.1.1"), "1.1.1.1");
+        // Whichever of them the proxy wrote, the client wrote the other.
+        assert_eq!(seen("for=6.6.6.6", "1.1.1.1"), "10.0.0.1");
+        assert_eq!(seen("garbage", "1.1.1.1"), "10.0.0.1");
     }
 
     #[test]

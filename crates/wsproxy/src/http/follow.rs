@@ -22,7 +22,7 @@ const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// A comment is sent when nothing else was for this long, so that proxies keep the stream open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Entries of a log that are read at once; further ones when these have been sent.
+/// Most entries of a log that are read at once; further ones when these have been sent.
 const PAGE_ENTRIES: usize = 100;
 
 /// Answers with a stream of `topic`'s messages, after those of `log`.
@@ -115,7 +115,8 @@ struct Log {
 impl Log {
     /// The next entries as events; none at the end.
     async fn page(&mut self, gateway: &Gateway) -> Result<VecDeque<Bytes>, Rejection> {
-        let count = PAGE_ENTRIES.min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let count = page_entries(gateway.config.limits.max_message_bytes);
+        let count = count.min(usize::try_from(self.left).unwrap_or(usize::MAX));
         if count == 0 {
             return Ok(VecDeque::new());
         }
@@ -131,6 +132,11 @@ impl Log {
 /// Tells that messages may be missing here, as clients of sessions are told.
 fn gap_event(gap: Duration) -> Bytes {
     Bytes::from(format!("event: bus_recovered\ndata: {{\"gap_ms\":{}}}\n\n", gap.as_millis()))
+}
+
+/// Clients choose how large entries are: a page is no more than what may wait anyway, or one entry.
+fn page_entries(entry_bytes_max: usize) -> usize {
+    (FOLLOWER_BYTES_MAX / entry_bytes_max.max(1)).clamp(1, PAGE_ENTRIES)
 }
 
 /// An event of a payload, in which every line gets its own `data:` as the format wants.
@@ -156,6 +162,11 @@ fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_entries_of_a_page_fit_into_what_may_wait() {
+        assert_eq!([1, 1 << 20, 16 << 20].map(page_entries), [PAGE_ENTRIES, 4, 1]);
+    }
 
     #[test]
     fn a_payload_cannot_forge_an_event() {

@@ -108,6 +108,10 @@ fn accept(
     };
     // Hyper writes heads and bodies in one go; what follows an upgrade sets its own options.
     let _ = stream.set_nodelay(true);
+    // Who asks and never reads the answers would hold a place for ever: hyper waits to write.
+    #[cfg(target_os = "linux")]
+    let _ = socket2::SockRef::from(&stream)
+        .set_tcp_user_timeout(Some(gateway.config.server.header_timeout));
     let place = Arc::new(place);
     let (routes, stop, gateway) = (routes.clone(), stop.clone(), Arc::clone(gateway));
     let tasks = gateway.tasks.clone();

@@ -143,6 +143,9 @@ fn begin(
         // Its bytes would be taken for frames, and a proxy in front may see them otherwise.
         return Err(Rejection::bad_request("A WebSocket handshake has no body."));
     }
+    if request.headers().get_all(header::HOST).iter().count() > 1 {
+        return Err(Rejection::bad_request("There is more than one Host header."));
+    }
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
     let compression = &gateway.config.compression;
     let policy = deflate::Policy {

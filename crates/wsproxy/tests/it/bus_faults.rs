@@ -246,8 +246,8 @@ async fn a_denied_channel_fails_its_caller_alone() {
             "+@all",
             "resetchannels",
             channels,
+            "&wsproxy:probe:*",
         ]);
-        server.call(&["ACL", "SETUSER", "gateway", "&wsproxy:probe:*"]);
     };
     rules(&server, "&session:*");
     let url = format!("redis://gateway:pw@127.0.0.1:{}", server.port());

@@ -223,7 +223,7 @@ async fn limits_can_be_raised_to_16_mib_and_65536_fragments() {
 
 #[tokio::test]
 async fn sockets_beyond_the_places_are_refused_without_a_request() {
-    let binary = Binary::start_with_files(840, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
+    let binary = Binary::start_with_files(904, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
     assert_eq!(binary.metric("wsproxy_connections_max").await, 72.0);
     let mut clients = Vec::new();
     for _ in 0..72 {

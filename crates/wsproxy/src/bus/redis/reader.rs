@@ -217,6 +217,11 @@ impl Reader {
         }
         if let Some(id) = id {
             self.shared.subscriptions.confirmed(channel, id, &mut self.settled);
+            if **channel == *self.shared.probe_channel
+                && self.resubscription == Resubscription::Done
+            {
+                self.shared.health.subscribed(true);
+            }
         }
         *confirmed += 1;
         if *confirmed == channels.len() {
@@ -264,6 +269,9 @@ impl Reader {
         if let [channel] = channels.as_slice() {
             if self.shared.subscriptions.refused(channel, id, why, &mut self.settled) {
                 self.shared.counters.subscribe_errors.add(1);
+                if **channel == *self.shared.probe_channel {
+                    self.shared.health.denied(why);
+                }
                 if self.refusals.due() {
                     tracing::warn!(%channel, error = why, "Redis refused a subscription.");
                 }
@@ -298,7 +306,9 @@ impl Reader {
             return;
         }
         self.resubscription = Resubscription::Done;
-        self.shared.health.subscribed(true);
+        // A server that denies us our own channel most likely denies those of sessions as well.
+        let heard = self.shared.subscriptions.is_confirmed(&self.shared.probe_channel);
+        self.shared.health.subscribed(heard);
         if let Some(since) = self.outage.take() {
             let gap = since.elapsed();
             let channels = self.shared.subscriptions.len();
