@@ -50,6 +50,8 @@ table! {
     not_found = NOT_FOUND, "not_found";
     /// Something here, but not for this method.
     method_not_allowed = METHOD_NOT_ALLOWED, "method_not_allowed";
+    /// The request did not arrive whole in time.
+    request_timeout = REQUEST_TIMEOUT, "request_timeout";
     /// The body is larger than the limit.
     too_large = PAYLOAD_TOO_LARGE, "too_large";
     /// A WebSocket lives here.

@@ -57,7 +57,7 @@ impl Routes {
                 ("sessions", upgrade::session(&self.gateway, request, (agent, session)).await)
             }
             Some(Endpoint::Echo) => ("echo", upgrade::echo(&self.gateway, request)),
-            None => return self.rest.oneshot(request.map(Body::new)).await,
+            None => return self.serve_rest(request.map(Body::new)).await,
         };
         Ok(match answer {
             Ok(response) => {
@@ -81,6 +81,17 @@ impl Routes {
                 }
                 response
             }
+        })
+    }
+
+    /// A body that drips in must not hold its socket for ever. The stream of an answer may.
+    async fn serve_rest(self, request: Request<Body>) -> Result<Response<Body>, Infallible> {
+        let server = &self.gateway.config.server;
+        let limit = server.header_timeout + server.handshake_timeout;
+        let answer = tokio::time::timeout(limit, self.rest.oneshot(request)).await;
+        answer.unwrap_or_else(|_| {
+            self.gateway.metrics.error("slow_request");
+            Ok(Rejection::request_timeout("The request did not arrive in time.").response())
         })
     }
 

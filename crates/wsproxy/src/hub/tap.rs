@@ -50,7 +50,7 @@ impl Tap {
     }
 
     pub(crate) fn push(&self, topic: &[u8], payload: &[u8]) {
-        self.queue(topic.len() + payload.len(), || {
+        self.queue(ENTRY_BYTES + topic.len() + payload.len(), || {
             TapEntry::Message(TapMessage {
                 topic: Bytes::copy_from_slice(topic),
                 payload: Bytes::copy_from_slice(payload),
@@ -60,7 +60,7 @@ impl Tap {
 
     /// The bus is back after so long.
     pub(crate) fn interrupt(&self, gap: Duration) {
-        self.queue(GAP_BYTES, || TapEntry::Gap(gap));
+        self.queue(ENTRY_BYTES, || TapEntry::Gap(gap));
     }
 
     fn queue(&self, bytes: usize, entry: impl FnOnce() -> TapEntry) {
@@ -109,14 +109,14 @@ impl Tap {
 impl TapEntry {
     fn bytes(&self) -> usize {
         match self {
-            Self::Message(message) => message.topic.len() + message.payload.len(),
-            Self::Gap(_) => GAP_BYTES,
+            Self::Message(message) => ENTRY_BYTES + message.topic.len() + message.payload.len(),
+            Self::Gap(_) => ENTRY_BYTES,
         }
     }
 }
 
-/// What a gap counts against the limit.
-const GAP_BYTES: usize = 16;
+/// What an entry counts against the limit beside its bytes: empty messages need memory too.
+const ENTRY_BYTES: usize = 96;
 
 #[cfg(test)]
 mod tests {
@@ -124,7 +124,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_follower_that_is_too_slow_is_told() {
-        let tap = Tap::new(10);
+        let tap = Tap::new(2 * ENTRY_BYTES + 10);
         tap.push(b"t", b"1234");
         tap.push(b"t", b"123456789");
         tap.push(b"t", b"x");

@@ -7,7 +7,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::support::{
     eventually,
-    gateway::{TestInstance, config},
+    gateway::{API_KEY, TestInstance, config},
     raw::{Raw, UPGRADE},
     redis_server::RedisServer,
     soon,
@@ -25,6 +25,25 @@ async fn a_client_that_never_reads_its_answers_loses_its_socket() {
         while raw.socket.write_all(requests.as_bytes()).await.is_ok() {}
     };
     soon("the end of the connection", end).await;
+    instance.drain().await;
+}
+
+#[tokio::test]
+async fn a_body_that_never_comes_is_not_waited_for() {
+    let instance = TestInstance::with(|config| {
+        config.server.header_timeout = Duration::from_millis(500);
+        config.server.handshake_timeout = Duration::from_millis(500);
+    })
+    .await;
+    let mut raw = Raw::connect(instance.address()).await;
+    let head = format!(
+        "POST /api/v1/sessions/s/messages HTTP/1.1\r\nHost: x\r\n\
+         Authorization: Bearer {API_KEY}\r\nContent-Length: 99\r\n\r\n{{"
+    );
+    raw.write(head.as_bytes()).await;
+    raw.response().await.assert_refused(408, "request_timeout");
+    raw.end().await;
+    assert_eq!(instance.metric("wsproxy_errors_total{kind=\"slow_request\"}"), 1.0);
     instance.drain().await;
 }
 
