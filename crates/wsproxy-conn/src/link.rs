@@ -215,6 +215,15 @@ impl Link {
         self.push_data(frame, since, false)
     }
 
+    /// Queues a data frame which was read from the bus at `since`, and writes what is queued.
+    pub fn push_and_flush(&self, frame: Bytes, since: Micros) {
+        let mut state = self.state.lock();
+        if self.enqueue(&mut state, frame, since, false) && !state.blocked {
+            state.dirty = false;
+            self.write(&mut state, since);
+        }
+    }
+
     /// Queues a data frame that answers the client's own message; the driver flushes it.
     pub fn reply(&self, frame: Bytes, now: Micros) {
         let _ = self.push_data(frame, now, true);
@@ -222,22 +231,7 @@ impl Link {
 
     fn push_data(&self, frame: Bytes, since: Micros, reply: bool) -> Queued {
         let mut state = self.state.lock();
-        if state.is_ending() {
-            self.profile.stats.messages_discarded.fetch_add(1, Relaxed);
-            return Queued::Ending;
-        }
-        let bytes_max = self.profile.send_buffer_bytes;
-        state.outbox.push(frame, since, reply);
-        if state.outbox.bytes() > EARLY_FLUSH_BYTES.min(bytes_max) && !state.blocked {
-            self.write(&mut state, clock::now());
-        }
-        if state.blocked {
-            self.account(&mut state);
-        }
-        if state.outbox.bytes() > bytes_max {
-            self.end(&mut state, &Disconnect::SLOW, None, clock::now());
-        }
-        if state.is_ending() {
+        if !self.enqueue(&mut state, frame, since, reply) {
             return Queued::Ending;
         }
         if state.blocked || state.dirty || state.phase == Phase::Corked {
@@ -245,6 +239,26 @@ impl Link {
         }
         state.dirty = true;
         Queued::Flush
+    }
+
+    /// Queues a frame within the bounds; `false` where the connection is ending, or does now.
+    fn enqueue(&self, state: &mut State, frame: Bytes, since: Micros, reply: bool) -> bool {
+        if state.is_ending() {
+            self.profile.stats.messages_discarded.fetch_add(1, Relaxed);
+            return false;
+        }
+        let bytes_max = self.profile.send_buffer_bytes;
+        state.outbox.push(frame, since, reply);
+        if state.outbox.bytes() > EARLY_FLUSH_BYTES.min(bytes_max) && !state.blocked {
+            self.write(state, clock::now());
+        }
+        if state.blocked {
+            self.account(state);
+        }
+        if state.outbox.bytes() > bytes_max {
+            self.end(state, &Disconnect::SLOW, None, clock::now());
+        }
+        !state.is_ending()
     }
 
     /// Writes what is queued, as much as the socket takes, without waiting.

@@ -190,8 +190,9 @@ pub struct BusCounters {
 
 /// What the bus tells the hub. Called from the one task that reads the bus, so it must never block.
 pub trait Deliver: Send + 'static {
-    /// A message that was read. Fill outboxes; do not write to sockets yet.
-    fn message(&mut self, channel: &[u8], payload: &[u8]);
+    /// A message that was read. Fill outboxes; do not write to sockets yet, unless it is the
+    /// `last` that was there to read.
+    fn message(&mut self, channel: &[u8], payload: &[u8], last: bool);
     /// Everything that was there to read has been delivered: write what was filled.
     fn flush(&mut self);
     /// The bus was lost: messages from now on may be missed.

@@ -114,8 +114,10 @@ impl Shared {
                 }
                 continue;
             }
+            let mut left = round.len();
             for publish in round.drain(..) {
-                let outcome = self.deliver(&publish, &mut *deliver);
+                left -= 1;
+                let outcome = self.deliver(&publish, left == 0, &mut *deliver);
                 if let Some(receipt) = publish.receipt {
                     receipt.published(outcome);
                 }
@@ -125,12 +127,12 @@ impl Shared {
         }
     }
 
-    fn deliver(&self, publish: &Publish, deliver: &mut dyn Deliver) -> Outcome {
+    fn deliver(&self, publish: &Publish, last: bool, deliver: &mut dyn Deliver) -> Outcome {
         let heard = self.subscribed.lock().contains(&publish.channel);
         if heard {
             self.counters.messages_in.add(1);
             self.counters.published.add(1);
-            deliver.message(publish.channel.as_bytes(), &publish.payload);
+            deliver.message(publish.channel.as_bytes(), &publish.payload, last);
             return Outcome::Received(1);
         }
         let Unheard::Kept { log, entries_max, ttl } = &publish.unheard else {

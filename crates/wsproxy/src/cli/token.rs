@@ -69,7 +69,7 @@ pub async fn save_token(config: &Config, session: &Id, ttl: Duration) -> anyhow:
 struct Nobody;
 
 impl Deliver for Nobody {
-    fn message(&mut self, _channel: &[u8], _payload: &[u8]) {}
+    fn message(&mut self, _channel: &[u8], _payload: &[u8], _last: bool) {}
     fn flush(&mut self) {}
     fn lost(&mut self, _cause: &str) {}
     fn recovered(&mut self, _gap: Duration) {}

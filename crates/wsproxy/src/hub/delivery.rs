@@ -23,6 +23,8 @@ pub struct Delivery {
     hub: Arc<Hub>,
     /// Whose outbox has to be flushed at the end of the round.
     dirty: Vec<Arc<Link>>,
+    /// Who gets the last message of the round; empty between messages.
+    at_once: Vec<(Arc<Link>, DownFrames)>,
     /// When the first message of the round was read.
     round: Option<Micros>,
 }
@@ -31,13 +33,13 @@ impl Delivery {
     /// For the reader of the bus that `hub` will be connected with.
     #[must_use]
     pub const fn new(hub: Arc<Hub>) -> Self {
-        Self { hub, dirty: Vec::new(), round: None }
+        Self { hub, dirty: Vec::new(), at_once: Vec::new(), round: None }
     }
 }
 
 impl Deliver for Delivery {
-    fn message(&mut self, channel: &[u8], payload: &[u8]) {
-        let Self { hub, dirty, round } = self;
+    fn message(&mut self, channel: &[u8], payload: &[u8], last: bool) {
+        let Self { hub, dirty, at_once, round } = self;
         let since = *round.get_or_insert_with(clock::now);
         let shard = hub.shard(channel).lock();
         let Some(subscribers) = shard.get(&Name(channel)) else {
@@ -47,14 +49,14 @@ impl Deliver for Delivery {
         let mut message = Fanout::new(payload);
         for sink in subscribers.iter() {
             match sink {
-                Sink::Client { link, frames, .. } => match message.frame(*frames, link) {
-                    Some(frame) => push(link, frame, since, dirty),
-                    None => {
-                        hub.counters.unframeable.add(1);
-                        debug!(connection_id = %link.id(), bytes = payload.len(),
-                            "A message is not UTF-8, and this endpoint sends text only.");
+                Sink::Client { link, frames, .. } if last => {
+                    at_once.push((Arc::clone(link), *frames));
+                }
+                Sink::Client { link, frames, .. } => {
+                    if let Some(frame) = message.frame(*frames, link, hub) {
+                        push(link, frame, since, dirty);
                     }
-                },
+                }
                 Sink::Handler { link, tag } => {
                     let payload = Bytes::copy_from_slice(payload);
                     link.notify(Event { tag: *tag, number: 0, payload });
@@ -62,6 +64,15 @@ impl Deliver for Delivery {
                 Sink::Tap(tap) => tap.push(channel, payload),
             }
         }
+        drop(shard);
+        // Nothing can join the last message of a round in one write, so each link is touched only
+        // once for it: with thousands, that spares loading all of them into the cache again.
+        for (link, frames) in at_once.drain(..) {
+            if let Some(frame) = message.frame(frames, &link, hub) {
+                link.push_and_flush(frame, since);
+            }
+        }
+        at_once.shrink_to(LIST_KEPT);
     }
 
     fn flush(&mut self) {
@@ -69,8 +80,7 @@ impl Deliver for Delivery {
         for link in self.dirty.drain(..) {
             link.flush(now);
         }
-        // After a fan-out to very many, the list would keep its size for ever.
-        self.dirty.shrink_to(1024);
+        self.dirty.shrink_to(LIST_KEPT);
     }
 
     fn lost(&mut self, cause: &str) {
@@ -123,6 +133,9 @@ fn push(link: &Arc<Link>, frame: Bytes, since: Micros, dirty: &mut Vec<Arc<Link>
     }
 }
 
+/// So many places of a list stay for the next round; what a larger fan-out took is given back.
+const LIST_KEPT: usize = 16 * 1024;
+
 /// One message on its way to all sinks of its topic, encoded at most once for each kind of frame.
 struct Fanout<'a> {
     payload: &'a [u8],
@@ -137,8 +150,8 @@ impl<'a> Fanout<'a> {
         Self { payload, is_text: None, text, binary: Outgoing::new(Kind::Binary, payload) }
     }
 
-    /// `None` where the payload cannot be framed as wanted.
-    fn frame(&mut self, frames: DownFrames, link: &Link) -> Option<Bytes> {
+    /// `None` where the payload cannot be framed as wanted, which is counted.
+    fn frame(&mut self, frames: DownFrames, link: &Link, hub: &Hub) -> Option<Bytes> {
         let payload = self.payload;
         let mut is_text =
             || *self.is_text.get_or_insert_with(|| std::str::from_utf8(payload).is_ok());
@@ -147,7 +160,12 @@ impl<'a> Fanout<'a> {
             DownFrames::Auto if is_text() => &mut self.text,
             DownFrames::Auto => &mut self.binary,
             DownFrames::Text if is_text() => &mut self.text,
-            DownFrames::Text => return None,
+            DownFrames::Text => {
+                hub.counters.unframeable.add(1);
+                debug!(connection_id = %link.id(), bytes = payload.len(),
+                    "A message is not UTF-8, and this endpoint sends text only.");
+                return None;
+            }
         };
         Some(outgoing.frame(link.window_bits(), link.profile()))
     }

@@ -106,12 +106,17 @@ pub(super) struct Input {
 impl Input {
     /// The next whole frame.
     pub(super) fn next(&mut self) -> Result<Option<&[u8]>, Broken> {
+        Ok(self.next_and_last()?.map(|(frame, _)| frame))
+    }
+
+    /// The same, and whether nothing is left behind it.
+    pub(super) fn next_and_last(&mut self) -> Result<Option<(&[u8], bool)>, Broken> {
         let Some(length) = self.scanner.scan(&self.buffer[self.start..self.end])? else {
             return Ok(None);
         };
         let from = self.start;
         self.start += length;
-        Ok(Some(&self.buffer[from..self.start]))
+        Ok(Some((&self.buffer[from..self.start], self.start == self.end)))
     }
 
     fn poll_fill(

@@ -155,7 +155,7 @@ impl Reader {
         let mut unflushed = Unflushed::default();
         let Link { input, output, .. } = link;
         let result = loop {
-            let frame = match input.next() {
+            let (frame, last) = match input.next_and_last() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break Ok(()),
                 Err(broken) => break Err(broken.into()),
@@ -163,7 +163,7 @@ impl Reader {
             let taken = match Push::parse(frame) {
                 Ok(Some(push)) if push.kind == b"message" => {
                     if !probe.returned(push.channel, push.payload) {
-                        self.deliver.message(push.channel, push.payload);
+                        self.deliver.message(push.channel, push.payload, last);
                         unflushed.messages += 1;
                         unflushed.bytes += push.payload.len();
                     }

@@ -214,7 +214,7 @@ impl Recorder {
 }
 
 impl Deliver for Recorder {
-    fn message(&mut self, channel: &[u8], payload: &[u8]) {
+    fn message(&mut self, channel: &[u8], payload: &[u8], _last: bool) {
         let slowness = self.notes(|notes| {
             notes.count += 1;
             notes.unflushed += 1;
