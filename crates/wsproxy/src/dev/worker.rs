@@ -137,7 +137,7 @@ impl Worker {
                     Err(error) => return warn!(%error, "The demo worker cannot follow sessions."),
                 };
             while let Some(message) = tap.next().await {
-                match serde_json::from_slice(&message.payload) {
+                match serde_json::from_slice(&message) {
                     Ok(announcement) => self.hear(announcement).await,
                     Err(error) => debug!(%error, "An announcement makes no sense."),
                 }
@@ -181,7 +181,7 @@ impl Worker {
                 return warn!(%session, "A client sent more than the demo worker keeps.");
             };
             // The gateway lets only JSON through, but any JSON.
-            let message: Value = serde_json::from_slice(&message.payload).unwrap_or_default();
+            let message: Value = serde_json::from_slice(&message).unwrap_or_default();
             match message["type"].as_str() {
                 Some("prompt") => {
                     self.answer(&session, message["text"].as_str().unwrap_or_default()).await;

@@ -89,7 +89,7 @@ impl Follower {
         }
         let chunk = tokio::select! {
             entry = self.tap.next_entry() => match entry {
-                Some(TapEntry::Message(message)) => event(None, &message.payload),
+                Some(TapEntry::Message(payload)) => event(None, &payload),
                 Some(TapEntry::Gap(gap)) => gap_event(gap),
                 None => {
                     self.over = true;

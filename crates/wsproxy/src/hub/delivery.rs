@@ -61,7 +61,7 @@ impl Deliver for Delivery {
                     let payload = Bytes::copy_from_slice(payload);
                     link.notify(Event { tag: *tag, number: 0, payload });
                 }
-                Sink::Tap(tap) => tap.push(channel, payload),
+                Sink::Tap(tap) => tap.push(payload),
             }
         }
         drop(shard);

@@ -27,19 +27,10 @@ struct State {
 /// What a follower finds in its tap, in the order in which it happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TapEntry {
-    /// A message.
-    Message(TapMessage),
+    /// A message's payload.
+    Message(Bytes),
     /// The bus was away for so long: messages may be missing here.
     Gap(Duration),
-}
-
-/// A message as it came from the bus.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TapMessage {
-    /// The channel.
-    pub topic: Bytes,
-    /// The payload.
-    pub payload: Bytes,
 }
 
 impl Tap {
@@ -49,12 +40,9 @@ impl Tap {
         Arc::new(Self { limit, state: Mutex::default(), notify: Notify::new() })
     }
 
-    pub(crate) fn push(&self, topic: &[u8], payload: &[u8]) {
-        self.queue(ENTRY_BYTES + topic.len() + payload.len(), || {
-            TapEntry::Message(TapMessage {
-                topic: Bytes::copy_from_slice(topic),
-                payload: Bytes::copy_from_slice(payload),
-            })
+    pub(crate) fn push(&self, payload: &[u8]) {
+        self.queue(ENTRY_BYTES + payload.len(), || {
+            TapEntry::Message(Bytes::copy_from_slice(payload))
         });
     }
 
@@ -79,7 +67,7 @@ impl Tap {
     }
 
     /// The next message; `None` when the tap overflowed and all that fitted was taken.
-    pub async fn next(&self) -> Option<TapMessage> {
+    pub async fn next(&self) -> Option<Bytes> {
         loop {
             match self.next_entry().await? {
                 TapEntry::Message(message) => return Some(message),
@@ -109,7 +97,7 @@ impl Tap {
 impl TapEntry {
     fn bytes(&self) -> usize {
         match self {
-            Self::Message(message) => ENTRY_BYTES + message.topic.len() + message.payload.len(),
+            Self::Message(payload) => ENTRY_BYTES + payload.len(),
             Self::Gap(_) => ENTRY_BYTES,
         }
     }
@@ -125,10 +113,10 @@ mod tests {
     #[tokio::test]
     async fn a_follower_that_is_too_slow_is_told() {
         let tap = Tap::new(2 * ENTRY_BYTES + 10);
-        tap.push(b"t", b"1234");
-        tap.push(b"t", b"123456789");
-        tap.push(b"t", b"x");
-        assert_eq!(tap.next().await.map(|m| m.payload), Some(Bytes::from_static(b"1234")));
+        tap.push(b"1234");
+        tap.push(b"123456789");
+        tap.push(b"x");
+        assert_eq!(tap.next().await, Some(Bytes::from_static(b"1234")));
         assert_eq!(tap.next().await, None);
     }
 }

@@ -7,22 +7,11 @@ use wsproxy::bus::{BusError, Outcome};
 
 use crate::support::{
     PATIENCE,
-    bus::{Receipts, TestBus, config, kept_message, message},
+    bus::{Receipts, TestBus, config, contract, kept_message, message},
     eventually,
     redis_server::RedisServer,
     soon,
 };
-
-macro_rules! contract {
-    ($($name:ident),* $(,)?) => {
-        mod memory {
-            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::memory()).await; })*
-        }
-        mod redis {
-            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::redis()).await; })*
-        }
-    };
-}
 
 contract!(
     a_message_reaches_a_subscriber_and_the_receipt_counts_it,

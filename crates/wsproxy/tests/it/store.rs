@@ -9,20 +9,9 @@ use wsproxy::{
 
 use crate::support::{
     PATIENCE,
-    bus::{TestBus, kept_message},
+    bus::{TestBus, contract, kept_message},
     soon,
 };
-
-macro_rules! contract {
-    ($($name:ident),* $(,)?) => {
-        mod memory {
-            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::memory()).await; })*
-        }
-        mod redis {
-            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::redis()).await; })*
-        }
-    };
-}
 
 contract!(
     values_are_saved_loaded_and_removed,

@@ -259,3 +259,16 @@ impl Receipt for Receipts {
         let _ = self.0.send(outcome);
     }
 }
+
+/// Runs each test, a function of a [`TestBus`] with what hangs on it, over both backends.
+macro_rules! contract {
+    ($($name:ident),* $(,)?) => {
+        mod memory {
+            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::memory()).await; })*
+        }
+        mod redis {
+            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::redis()).await; })*
+        }
+    };
+}
+pub(crate) use contract;

@@ -251,7 +251,7 @@ impl Follower {
     /// The next message.
     pub async fn next(&mut self) -> String {
         let message = soon("a message", self.tap.next()).await.expect("no overflow");
-        String::from_utf8(message.payload.to_vec()).unwrap()
+        String::from_utf8(message.to_vec()).unwrap()
     }
 
     /// The next message, as JSON.
