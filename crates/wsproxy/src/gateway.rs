@@ -46,6 +46,8 @@ pub struct Gateway {
     pub sessions: Arc<SessionEndpoint>,
     /// What session connections have in common.
     pub session_profile: Arc<Profile>,
+    /// What event connections have in common.
+    pub event_profile: Arc<Profile>,
     /// What echo connections have in common.
     pub echo_profile: Arc<Profile>,
     /// Everything that is counted.

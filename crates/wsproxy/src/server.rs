@@ -182,6 +182,7 @@ fn compose(
             counters: SessionCounters::default(),
         }),
         session_profile: Arc::new(gateway::profile(&config)),
+        event_profile: Arc::new(gateway::profile(&config)),
         echo_profile: Arc::new(gateway::profile(&config)),
         names,
         metrics: Metrics::new(),

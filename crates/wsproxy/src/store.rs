@@ -2,8 +2,15 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use std::sync::Arc;
 
+use bytes::Bytes;
+use wsproxy_proto::{
+    history::{After, Position, Snapshot},
+    names::Id,
+};
+
+use crate::bus::HistoryLimits;
 use crate::store::{memory::MemoryStore, redis::RedisStore};
 
 pub mod memory;
@@ -28,6 +35,77 @@ pub struct LogEntry {
     pub id: String,
     /// What was appended.
     pub data: Bytes,
+}
+
+/// What [`Store::snapshot`] reads.
+#[derive(Debug, Clone)]
+pub struct SnapshotOf {
+    /// Keys of the logs.
+    pub logs: Vec<Arc<str>>,
+    /// Key of the epoch.
+    pub epoch: Arc<str>,
+    /// The entries behind this are wanted; `None`: none.
+    pub after: Option<After>,
+    /// At most so many entries of each log; further ones with the next call.
+    pub entries_max: usize,
+    /// The session whose token streams are wanted too.
+    pub streams_of: Option<Id>,
+}
+
+/// A token stream as it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamState {
+    /// Its id.
+    pub stream: Box<str>,
+    /// `open`, or the outcome: `finish`, `error`, `cancelled`.
+    pub state: Box<str>,
+    /// Number of the last append.
+    pub seq: u64,
+    /// All text so far.
+    pub text: Bytes,
+    /// JSON that the worker gave when it opened the stream; empty: none.
+    pub meta: Bytes,
+    /// JSON of the error; empty: none.
+    pub error: Bytes,
+}
+
+/// What is done with a token stream.
+#[derive(Debug, Clone)]
+pub struct StreamCommand {
+    /// The session.
+    pub session: Id,
+    /// The stream.
+    pub stream: Id,
+    /// What to do.
+    pub op: StreamOp,
+    /// Bounds of the session's log; the state lives as long.
+    pub limits: HistoryLimits,
+}
+
+/// What is done with a token stream.
+#[derive(Debug, Clone)]
+pub enum StreamOp {
+    /// Begins it, with JSON that belongs to it (or nothing) and the length of its lease.
+    Open { meta: Bytes, lease: Duration },
+    /// Appends text; `seq`: the number that this append must get.
+    Append { text: Bytes, seq: Option<u64>, lease: Duration },
+    /// Only renews the lease.
+    Renew { lease: Duration },
+    /// Ends it: `finish`, `error` or `cancelled`, with JSON of the error (or nothing).
+    End { outcome: StreamOutcome, error: Bytes },
+    /// Ends it as `worker_lost` if its lease has run out.
+    Lost,
+}
+
+/// How a token stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamOutcome {
+    /// It is complete.
+    Finish,
+    /// It failed.
+    Error,
+    /// It was stopped.
+    Cancelled,
 }
 
 /// Why the store did not do what was asked.
@@ -89,6 +167,43 @@ impl Store {
         match self {
             Self::Memory(store) => store.take_if_equal(key, expected),
             Self::Redis(store) => store.take_if_equal(key, expected).await,
+        }
+    }
+
+    /// Logs, and a session's token streams, as they stand at one moment.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn snapshot(
+        &self,
+        of: SnapshotOf,
+    ) -> Result<(Snapshot, Vec<StreamState>), StoreError> {
+        match self {
+            Self::Memory(store) => store.snapshot(&of),
+            Self::Redis(store) => store.snapshot(&of).await,
+        }
+    }
+
+    /// Changes a token stream and publishes the change to the session's clients, atomically. Answers the
+    /// number of its last append and the position of the message.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] with `NOSTREAM`, `EXISTS`, `ENDED …`, `TOOLARGE` or `SEQ`; see there.
+    pub async fn stream(&self, command: StreamCommand) -> Result<(u64, Position), StoreError> {
+        match self {
+            Self::Memory(store) => store.stream(&command),
+            Self::Redis(store) => store.stream(&command).await,
+        }
+    }
+
+    /// Open token streams whose lease has run out, at most `count`.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn lapsed_streams(&self, count: usize) -> Result<Vec<(Id, Id)>, StoreError> {
+        match self {
+            Self::Memory(store) => store.lapsed_streams(count),
+            Self::Redis(store) => store.lapsed_streams(count).await,
         }
     }
 

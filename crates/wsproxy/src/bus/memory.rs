@@ -11,7 +11,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     bus::{
-        BusCounters, BusError, Deliver, Outcome, Publish, Status, Unheard,
+        BusCounters, BusError, Deliver, Keep, Outcome, Publish, Status,
         queue::{Back, Queue},
     },
     config,
@@ -135,7 +135,7 @@ impl Shared {
             deliver.message(publish.channel.as_bytes(), &publish.payload, last);
             return Outcome::Received(1);
         }
-        let Unheard::Kept { log, entries_max, ttl } = &publish.unheard else {
+        let Keep::Unheard { log, entries_max, ttl } = &publish.keep else {
             self.counters.published.add(1);
             return Outcome::Received(0);
         };

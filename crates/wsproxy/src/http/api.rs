@@ -19,7 +19,7 @@ use wsproxy_proto::{disconnect, names::Id};
 
 use crate::{
     auth,
-    bus::{Outcome, Publish, Receipt, Unheard},
+    bus::{Keep, Outcome, Publish, Receipt},
     gateway::Gateway,
     http::{Body, credentials, follow, rejection::Rejection, upgrade},
 };
@@ -233,12 +233,8 @@ async fn publish(
 ) -> Result<Response, Rejection> {
     let (sender, receiver) = oneshot::channel();
     let receipt = Arc::new(Waiter(parking_lot::Mutex::new(Some(sender))));
-    let message = Publish {
-        channel: channel.into(),
-        payload,
-        unheard: Unheard::Gone,
-        receipt: Some(receipt),
-    };
+    let message =
+        Publish { channel: channel.into(), payload, keep: Keep::Nothing, receipt: Some(receipt) };
     let outcome = upgrade::deadline(gateway, async {
         gateway.bus.publishable().await;
         gateway.hub.publish(message)?;
@@ -246,6 +242,10 @@ async fn publish(
     });
     match outcome.await? {
         Outcome::Received(receivers) => Ok(Json(json!({ "receivers": receivers })).into_response()),
+        Outcome::Stored { receivers, id, duplicate } => {
+            let body = json!({ "receivers": receivers, "event_id": id.to_string(), "duplicate": duplicate });
+            Ok(Json(body).into_response())
+        }
         Outcome::Kept => Ok(Json(json!({ "receivers": 0 })).into_response()),
         Outcome::Lost => {
             Err(Rejection::bus_unavailable("The bus was lost; the message may not have arrived."))

@@ -17,13 +17,14 @@ use crate::{
     gateway::Gateway,
     http::upgrade::Held,
     hub::Hub,
+    telemetry::metrics::Endpoint,
 };
 
 /// The handler that every endpoint's connections have; only the logic differs.
 pub struct Peer<L: Logic> {
     gateway: Arc<Gateway>,
     /// The endpoint's name in metrics.
-    label: &'static str,
+    label: Endpoint,
     /// Subscriptions, the place among the allowed connections, the gauge.
     _held: Held,
     logic: L,
@@ -33,7 +34,7 @@ impl<L: Logic> Peer<L> {
     /// Puts a logic on a connection that is about to be driven.
     pub fn open(
         gateway: &Arc<Gateway>,
-        label: &'static str,
+        label: Endpoint,
         link: &Arc<Link>,
         held: Held,
         mut logic: L,

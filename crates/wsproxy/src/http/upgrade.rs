@@ -37,7 +37,7 @@ use crate::{
         rejection::Rejection,
     },
     hub::{Sink, Subscription},
-    telemetry::metrics::Active,
+    telemetry::metrics::{Active, Endpoint},
 };
 
 /// A handshake that passed the limits, before its endpoint has looked at it.
@@ -80,7 +80,7 @@ pub async fn session(
     debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
-    Ok(accept(gateway, "sessions", handshake, Some(subscription), logic))
+    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(subscription), logic))
 }
 
 fn wrong_token() -> Rejection {
@@ -119,7 +119,7 @@ pub fn echo(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
     let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
-    Ok(accept(gateway, "echo", handshake, None, Echo))
+    Ok(accept(gateway, Endpoint::Echo, handshake, None, Echo))
 }
 
 /// Limits, then the form of the request.
@@ -186,7 +186,7 @@ pub struct Held {
 /// The answer `101`, and the task that takes over behind it.
 fn accept<L: Logic>(
     gateway: &Arc<Gateway>,
-    label: &'static str,
+    label: Endpoint,
     handshake: Handshake,
     subscription: Option<Subscription>,
     logic: L,

@@ -85,6 +85,28 @@ impl MemoryStore {
         }
     }
 
+    pub(super) fn snapshot(
+        &self,
+        _of: &crate::store::SnapshotOf,
+    ) -> Result<(wsproxy_proto::history::Snapshot, Vec<crate::store::StreamState>), StoreError>
+    {
+        Err(StoreError::Refused("not yet".into()))
+    }
+
+    pub(super) fn stream(
+        &self,
+        _command: &crate::store::StreamCommand,
+    ) -> Result<(u64, wsproxy_proto::history::Position), StoreError> {
+        Err(StoreError::Refused("not yet".into()))
+    }
+
+    pub(super) fn lapsed_streams(
+        &self,
+        _count: usize,
+    ) -> Result<Vec<(wsproxy_proto::names::Id, wsproxy_proto::names::Id)>, StoreError> {
+        Err(StoreError::Refused("not yet".into()))
+    }
+
     pub(super) fn read_log(
         &self,
         key: &str,

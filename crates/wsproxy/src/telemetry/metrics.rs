@@ -20,6 +20,32 @@ use wsproxy_conn::{Profile, profile::LATENCY_BUCKETS};
 
 use crate::gateway::Gateway;
 
+/// An endpoint family, as a label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/{agent_id}/ws/{session_id}`
+    Sessions,
+    /// `/ws`
+    Events,
+    /// `/echo`
+    Echo,
+}
+
+impl Endpoint {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Sessions, Self::Events, Self::Echo];
+
+    /// The value of the label `endpoint`.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Sessions => "sessions",
+            Self::Events => "events",
+            Self::Echo => "echo",
+        }
+    }
+}
+
 /// The metrics of an instance.
 #[derive(Debug)]
 pub struct Metrics {
@@ -27,8 +53,8 @@ pub struct Metrics {
     handshakes: Family<HandshakeLabels, Counter>,
     disconnects: Family<DisconnectLabels, Counter>,
     errors: Family<ErrorLabels, Counter>,
-    sessions: Connections,
-    echo: Connections,
+    /// By [`Endpoint`].
+    connections: [Connections; Endpoint::ALL.len()],
     source: Source,
 }
 
@@ -86,8 +112,7 @@ impl Metrics {
             handshakes,
             disconnects,
             errors,
-            sessions: Connections::default(),
-            echo: Connections::default(),
+            connections: Default::default(),
             source: Source::default(),
             registry: Registry::default(),
         };
@@ -108,7 +133,8 @@ impl Metrics {
     }
 
     /// A handshake was answered.
-    pub fn handshake(&self, endpoint: &'static str, outcome: &'static str) {
+    pub fn handshake(&self, endpoint: Option<Endpoint>, outcome: &'static str) {
+        let endpoint = endpoint.map_or("none", Endpoint::label);
         self.handshakes.get_or_create(&HandshakeLabels { endpoint, outcome }).inc();
         if !matches!(outcome, "accepted" | "draining") {
             self.error("handshake");
@@ -117,15 +143,16 @@ impl Metrics {
 
     /// A connection opened; it is active as long as the returned guard lives.
     #[must_use]
-    pub fn opened(&self, endpoint: &'static str) -> Active {
-        let connections = if endpoint == "echo" { &self.echo } else { &self.sessions };
+    pub fn opened(&self, endpoint: Endpoint) -> Active {
+        let connections = &self.connections[endpoint as usize];
         connections.opened.fetch_add(1, Relaxed);
         connections.active.fetch_add(1, Relaxed);
         Active(Arc::clone(&connections.active))
     }
 
     /// A connection ended.
-    pub fn ended(&self, endpoint: &'static str, reason: &'static str) {
+    pub fn ended(&self, endpoint: Endpoint, reason: &'static str) {
+        let endpoint = endpoint.label();
         self.disconnects.get_or_create(&DisconnectLabels { endpoint, reason }).inc();
     }
 
@@ -202,11 +229,10 @@ struct Scrape<'a, 'b> {
 impl Scrape<'_, '_> {
     fn connections(&mut self) -> fmt::Result {
         let metrics = &self.gateway.metrics;
-        let active = |c: &Connections| c.active.load(Relaxed);
-        let values = [("sessions", active(&metrics.sessions)), ("echo", active(&metrics.echo))];
+        let of = |endpoint: Endpoint| &metrics.connections[endpoint as usize];
+        let values = Endpoint::ALL.map(|e| (e.label(), of(e).active.load(Relaxed)));
         self.gauges("active_connections", "Open WebSocket connections", values)?;
-        let opened = |c: &Connections| c.opened.load(Relaxed);
-        let values = [("sessions", opened(&metrics.sessions)), ("echo", opened(&metrics.echo))];
+        let values = Endpoint::ALL.map(|e| (e.label(), of(e).opened.load(Relaxed)));
         self.counters("connections", "WebSocket connections that were opened", values)?;
         let help =
             "Data messages that arrived from clients, complete and valid as WebSocket messages";
@@ -337,7 +363,7 @@ impl Scrape<'_, '_> {
         self.gauge("process_resident_memory", "Memory in use", Some(&Unit::Bytes), memory as i64)
     }
 
-    fn gauges(&mut self, name: &str, help: &str, values: [(&'static str, i64); 2]) -> fmt::Result {
+    fn gauges(&mut self, name: &str, help: &str, values: [(&'static str, i64); 3]) -> fmt::Result {
         let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (endpoint, value) in values {
             family.encode_family(&EndpointLabels { endpoint })?.encode_gauge(&value)?;
@@ -349,7 +375,7 @@ impl Scrape<'_, '_> {
         &mut self,
         name: &str,
         help: &str,
-        values: [(&'static str, u64); 2],
+        values: [(&'static str, u64); 3],
     ) -> fmt::Result {
         let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (endpoint, value) in values {
@@ -382,8 +408,12 @@ impl Scrape<'_, '_> {
     }
 }
 
-fn profiles(gateway: &Gateway) -> [(&'static str, &Profile); 2] {
-    [("sessions", &gateway.session_profile), ("echo", &gateway.echo_profile)]
+fn profiles(gateway: &Gateway) -> [(&'static str, &Profile); 3] {
+    [
+        (Endpoint::Sessions.label(), &gateway.session_profile),
+        (Endpoint::Events.label(), &gateway.event_profile),
+        (Endpoint::Echo.label(), &gateway.echo_profile),
+    ]
 }
 
 /// Resident memory of this process; `None` where the system does not tell.
@@ -400,7 +430,7 @@ mod tests {
     #[test]
     fn the_json_form_holds_the_samples_of_the_text_form() {
         let metrics = Metrics::new();
-        metrics.handshake("sessions", "full");
+        metrics.handshake(Some(Endpoint::Sessions), "full");
         let json: serde_json::Value = serde_json::from_str(&metrics.json()).unwrap();
         let found = json["metrics"].as_array().unwrap().iter().any(|sample| {
             sample["name"] == "wsproxy_handshakes_total"

@@ -15,7 +15,7 @@ use tokio::{
 
 use crate::{
     bus::{
-        Outcome, Publish, Receipt, Unheard,
+        Keep, Outcome, Publish, Receipt,
         queue::Queue,
         redis::{
             Shared,
@@ -275,6 +275,10 @@ impl Driver {
         let counters = &self.shared.counters;
         match outcome {
             Outcome::Received(_) => counters.published.add(1),
+            Outcome::Stored { .. } => {
+                counters.published.add(1);
+                counters.publish_stored.add(1);
+            }
             Outcome::Kept => {
                 counters.published.add(1);
                 counters.publish_kept.add(1);
@@ -358,13 +362,14 @@ impl Driver {
 }
 
 fn spell_publish(publish: &Publish, out: &mut BytesMut) {
-    match &publish.unheard {
-        Unheard::Gone => {
+    match &publish.keep {
+        Keep::Nothing => {
             out.extend_from_slice(b"*3\r\n$7\r\nPUBLISH\r\n");
             resp::word(out, publish.channel.as_bytes());
             resp::word(out, &publish.payload);
         }
-        Unheard::Kept { log, entries_max, ttl } => {
+        Keep::History(_) => resp::words(out, &[b"PING"]),
+        Keep::Unheard { log, entries_max, ttl } => {
             resp::command(out, 8);
             resp::word(out, b"EVAL");
             resp::word(out, PUBLISH_OR_KEEP.as_bytes());

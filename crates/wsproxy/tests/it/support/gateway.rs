@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use wsproxy::{
     auth,
-    bus::{Publish, Unheard},
+    bus::{Keep, Publish},
     config::Config,
     gateway::Gateway,
     hub::{Sink, Subscription, tap::Tap},
@@ -184,7 +184,7 @@ impl TestInstance {
     pub fn publish(&self, topic: &str, payload: impl Into<Bytes>) {
         let channel = topic.into();
         let payload = payload.into();
-        let publish = Publish { channel, payload, unheard: Unheard::Gone, receipt: None };
+        let publish = Publish { channel, payload, keep: Keep::Nothing, receipt: None };
         self.gateway().hub.publish(publish).unwrap();
     }
 
