@@ -9,11 +9,15 @@ use std::fmt;
 use bytes::Bytes;
 
 pub mod envelope;
+pub mod fence;
 pub mod position;
+pub mod reader;
 pub mod rule;
 
 pub use envelope::Envelope;
+pub use fence::Fence;
 pub use position::Position;
+pub use reader::Reader;
 
 /// What a client or a reader wants to continue behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +102,14 @@ pub struct Log {
     pub entries: Vec<Entry>,
     /// Whether these are all; otherwise further ones follow behind the last of them.
     pub complete: bool,
+}
+
+impl Log {
+    /// Whether the entries follow each other without a hole.
+    #[must_use]
+    pub fn is_chain(&self) -> bool {
+        self.entries.windows(2).all(|pair| pair[1].prev == pair[0].id)
+    }
 }
 
 /// All logs of one reader at one moment, read atomically.
