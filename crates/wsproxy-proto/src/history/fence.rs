@@ -26,20 +26,22 @@ impl<M> Fence<M> {
         Self { bytes_max, state: State::Holding { held: Vec::new(), bytes: 0 } }
     }
 
-    /// A live message, of a history where it has an id. Given back where it is to be delivered now.
-    pub fn offer(&mut self, id: Option<Position>, bytes: usize, message: M) -> Option<M> {
+    /// A live message, of a history where it has an id. `true` where it is to be delivered now; where it has
+    /// to wait, `message` makes what is kept of it, and how many bytes that is.
+    pub fn offer(&mut self, id: Option<Position>, message: impl FnOnce() -> (M, usize)) -> bool {
         match &mut self.state {
             State::Holding { held, bytes: waiting } => {
+                let (message, bytes) = message();
                 *waiting += bytes + MESSAGE_BYTES;
                 if *waiting > self.bytes_max {
                     self.state = State::Overflowed;
                 } else {
                     held.push((id, message));
                 }
-                None
+                false
             }
-            State::Overflowed => None,
-            State::Open { seen } => is_new(id, *seen).then_some(message),
+            State::Overflowed => false,
+            State::Open { seen } => is_new(id, *seen),
         }
     }
 
