@@ -52,6 +52,8 @@ table! {
     method_not_allowed = METHOD_NOT_ALLOWED, "method_not_allowed";
     /// The request did not arrive whole in time.
     request_timeout = REQUEST_TIMEOUT, "request_timeout";
+    /// What is there does not fit to what was asked.
+    conflict = CONFLICT, "conflict";
     /// The body is larger than the limit.
     too_large = PAYLOAD_TOO_LARGE, "too_large";
     /// A WebSocket lives here.
@@ -104,15 +106,20 @@ impl Rejection {
         self
     }
 
-    /// The response: contract section 8.
+    /// The body of the response: contract section 8.
     #[must_use]
-    pub fn response(&self) -> Response<Body> {
-        let body = serde_json::json!({ "error": {
+    pub fn body(&self) -> serde_json::Value {
+        serde_json::json!({ "error": {
             "code": self.code,
             "message": self.message,
             "retryable": self.retry_after.is_some(),
-        }});
-        let mut response = Response::new(Body::from(body.to_string()));
+        }})
+    }
+
+    /// The response.
+    #[must_use]
+    pub fn response(&self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
