@@ -47,7 +47,12 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
         let readable = file.as_ref().is_none_or(|path| std::fs::read(path).is_ok());
         rule(readable, key, "a file that can be read", None);
     }
-    check_jwt(&config.jwt, rule);
+    let Jwt { secret_key, public_key_file, jwks_url, .. } = &config.jwt;
+    let verifies = secret_key.is_some() || public_key_file.is_some() || jwks_url.is_some();
+    let allowed =
+        "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
+    rule(!config.endpoints.events || verifies, "endpoints.events", allowed, None);
+    check_jwt(&config.jwt, config.endpoints.events, rule);
     broken
 }
 
@@ -55,6 +60,7 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
 /// algorithm uses may be there: existing deployments share it with other services.
 fn check_jwt(
     jwt: &Jwt,
+    in_use: bool,
     mut rule: impl FnMut(bool, &'static str, &'static str, Option<&'static str>),
 ) {
     let (secret, file, url) = (&jwt.secret_key, &jwt.public_key_file, &jwt.jwks_url);
@@ -72,7 +78,8 @@ fn check_jwt(
 
     let length = secret.as_ref().map_or(usize::MAX, |secret| secret.expose_secret().len());
     let allowed = "at least 16 bytes long, better 32, to be used with";
-    rule(!shares || length >= SECRET_BYTES_MIN, "jwt.secret_key", allowed, other);
+    // Deployments without events may have one for other services, of whatever length.
+    rule(!shares || !in_use || length >= SECRET_BYTES_MIN, "jwt.secret_key", allowed, other);
 
     let public = file.is_some() || url.is_some();
     let allowed = "those of public keys (RS256, ES256, EdDSA, …), since HS… need";

@@ -143,7 +143,8 @@ fn every_rule_between_keys_is_checked() {
         ("[redis]\nca_file = '/does/not/exist'", "redis.ca_file"),
         ("[jwt]\nca_file = '/does/not/exist'", "jwt.ca_file"),
         ("[jwt]\nalgorithms = []", "jwt.algorithms"),
-        ("[jwt]\nsecret_key = '0123456789abcde'", "jwt.secret_key"),
+        ("[endpoints]\nevents = true", "endpoints.events"),
+        ("[endpoints]\nevents = true\n[jwt]\nsecret_key = '0123456789abcde'", "jwt.secret_key"),
         ("[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['RS256']", "jwt.algorithms"),
         ("[jwt]\njwks_url = 'https://a/'", "jwt.algorithms"),
         ("[jwt]\njwks_url = 'https://a/'\nsecret_key = '0123456789abcdef'", "jwt.jwks_url"),
@@ -162,11 +163,12 @@ fn a_secret_may_be_there_for_others() {
         "[jwt]\nsecret_key = 'x'\nalgorithms = ['RS256']\njwks_url = 'https://a/'",
         "[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['HS256', 'ES256']\njwks_url = 'http://a/'",
         "[jwt]\nalgorithms = ['EdDSA']",
+        "[jwt]\nsecret_key = 'x'",
     ] {
         assert!(load_file(text).is_ok(), "{text}");
     }
     assert_eq!(
-        problem(load_env([("SECRET_KEY", "short")])),
+        problem(load_env([("SECRET_KEY", "short"), ("WSPROXY_ENDPOINTS__EVENTS", "true")])),
         "env SECRET_KEY: jwt.secret_key = \"***\": must be at least 16 bytes long, better 32, \
          to be used with jwt.algorithms = [\"HS256\"] (default)"
     );
