@@ -204,3 +204,6 @@ const TOKEN_BYTES_MAX: usize = 8 * 1024;
 
 /// Shorter secrets than the hash are guessed more easily than the hash is broken: RFC 7518, 3.2.
 const SECRET_BYTES_GOOD: usize = 32;
+
+#[cfg(test)]
+mod tests;

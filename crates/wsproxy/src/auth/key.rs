@@ -151,3 +151,6 @@ fn rsa_bits(key: &DecodingKey) -> usize {
     let first = modulus.get(zeros).map_or(0, |byte| byte.leading_zeros() as usize);
     (modulus.len() - zeros) * 8 - first
 }
+
+#[cfg(test)]
+mod tests;
