@@ -184,6 +184,13 @@ fn what_is_no_token_is_malformed() {
     assert_eq!(verifier.verify_now(&token, NOW), Err(JwtError::Signature));
 }
 
+/// Handshakes run on any thread.
+#[test]
+fn verification_may_move_between_threads() {
+    fn is_send<T: Send>(_: &T) {}
+    is_send(&verifier(&config(&[Algorithm::HS256])).verify("", NOW));
+}
+
 #[test]
 fn claims_that_come_twice_are_refused() {
     let verifier = verifier(&config(&[Algorithm::HS256]));
