@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderValue, Response, StatusCode, header};
 use wsproxy_proto::ws::handshake::Refusal;
 
-use crate::{bus::BusError, http::Body, store::StoreError};
+use crate::{auth::jwt::JwtError, bus::BusError, http::Body, store::StoreError};
 
 /// A refusal: what the client is told. The cause inside, if any, goes to the log only.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,6 +66,8 @@ table! {
     draining = SERVICE_UNAVAILABLE, "draining";
     /// The bus or the store cannot be reached.
     bus_unavailable = SERVICE_UNAVAILABLE, "bus_unavailable";
+    /// Whoever issues tokens cannot be reached, so that none can be checked.
+    issuer_unavailable = SERVICE_UNAVAILABLE, "issuer_unavailable";
     /// The bus or the store did not answer in time.
     deadline = GATEWAY_TIMEOUT, "deadline";
     /// A fault of the gateway's own.
@@ -174,5 +176,16 @@ impl From<BusError> for Rejection {
 impl From<StoreError> for Rejection {
     fn from(error: StoreError) -> Self {
         Self::bus_unavailable("The store cannot be used now.").because(error)
+    }
+}
+
+impl From<JwtError> for Rejection {
+    fn from(error: JwtError) -> Self {
+        let make = match error {
+            JwtError::Malformed => Self::malformed_credentials,
+            JwtError::Unavailable => Self::issuer_unavailable,
+            _ => Self::invalid_token,
+        };
+        make(error.to_string())
     }
 }
