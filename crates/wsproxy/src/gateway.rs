@@ -17,7 +17,7 @@ use crate::{
     config::Config,
     endpoint::session::SessionEndpoint,
     http::admission::{Attempts, Places},
-    hub::Hub,
+    hub::{Histories, Hub},
     store::Store,
     telemetry::metrics::Metrics,
 };
@@ -44,6 +44,10 @@ pub struct Gateway {
     pub attempts: Attempts,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
+    /// The histories of sessions, where they have any.
+    pub session_histories: Option<Arc<Histories>>,
+    /// The histories of events, where they have any.
+    pub event_histories: Option<Arc<Histories>>,
     /// What session connections have in common.
     pub session_profile: Arc<Profile>,
     /// What event connections have in common.

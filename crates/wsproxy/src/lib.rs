@@ -12,4 +12,5 @@ pub mod hub;
 pub mod server;
 pub mod shutdown;
 pub mod store;
+pub mod streams;
 pub mod telemetry;

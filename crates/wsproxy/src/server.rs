@@ -28,8 +28,8 @@ use crate::{
         api, listener,
         routes::{self, Routes},
     },
-    hub::{Hub, delivery::Delivery},
-    shutdown,
+    hub::{Histories, Hub, delivery::Delivery, healer},
+    shutdown, streams,
     telemetry::metrics::Metrics,
 };
 
@@ -106,6 +106,11 @@ impl Instance {
             // Health and metrics answer as long as anything runs.
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
+        let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
+        background.spawn(healer::run(hub, store, background_end.clone()));
+        if gateway.session_histories.is_some() {
+            background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
+        }
         background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
         info!(%address, %admin_address, server_id = &*gateway.server_id,
             bus = gateway.bus.kind(), connections_max = gateway.places.max(),
@@ -167,7 +172,22 @@ fn compose(
         Bus::memory(&config.redis, delivery, tasks, end)
     };
     hub.connect(bus.clone());
+    let histories = |on: bool, capture, clock: Option<String>| {
+        on.then(|| Histories {
+            limits: config.history.limits(),
+            epoch: names.epoch().into(),
+            clock: clock.map(Into::into),
+            capture,
+        })
+        .map(Arc::new)
+    };
     let gateway = Arc::new(Gateway {
+        session_histories: histories(config.sessions.history, config.sessions.capture, None),
+        event_histories: histories(
+            config.events.history,
+            config.events.capture,
+            Some(names.events_clock()),
+        ),
         server_id: Arc::clone(&server_id),
         hub,
         store: bus.store(),

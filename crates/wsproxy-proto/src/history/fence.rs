@@ -26,36 +26,45 @@ impl<M> Fence<M> {
         Self { bytes_max, state: State::Holding { held: Vec::new(), bytes: 0 } }
     }
 
-    /// A live message, of a history where it has an id. Given back where it is to be delivered now.
-    pub fn offer(&mut self, id: Option<Position>, bytes: usize, message: M) -> Option<M> {
+    /// A live message, of a history where it has an id. `true` where it is to be delivered now; where it has
+    /// to wait, `message` makes what is kept of it, and how many bytes that is.
+    pub fn offer(&mut self, id: Option<Position>, message: impl FnOnce() -> (M, usize)) -> bool {
         match &mut self.state {
             State::Holding { held, bytes: waiting } => {
+                let (message, bytes) = message();
                 *waiting += bytes + MESSAGE_BYTES;
                 if *waiting > self.bytes_max {
                     self.state = State::Overflowed;
                 } else {
                     held.push((id, message));
                 }
-                None
+                false
             }
-            State::Overflowed => None,
-            State::Open { seen } => is_new(id, *seen).then_some(message),
+            State::Overflowed => false,
+            State::Open { seen } => is_new(id, *seen),
         }
     }
 
     /// Opens: the client has everything up to `seen`. Answers what waited and is not part of that.
     ///
     /// # Errors
-    /// [`Lost::Overflow`] where more came than could wait; it is open nevertheless.
+    /// [`Lost::Overflow`] where more came than could wait; it stays closed until [`Self::reopen`].
     pub fn release(&mut self, seen: Position) -> Result<Vec<M>, Lost> {
+        if matches!(self.state, State::Overflowed) {
+            return Err(Lost::Overflow);
+        }
         match std::mem::replace(&mut self.state, State::Open { seen }) {
             State::Holding { held, .. } => {
                 let is_new = |(id, message)| is_new(id, seen).then_some(message);
                 Ok(held.into_iter().filter_map(is_new).collect())
             }
-            State::Overflowed => Err(Lost::Overflow),
-            State::Open { .. } => Ok(Vec::new()),
+            State::Overflowed | State::Open { .. } => Ok(Vec::new()),
         }
+    }
+
+    /// Opens although something is missing: the client is told to begin anew at `seen`.
+    pub fn reopen(&mut self, seen: Position) {
+        self.state = State::Open { seen };
     }
 
     /// Whether it is of no more use to the messages of a log whose reader has come to `position`.

@@ -30,26 +30,22 @@ struct Hole<M> {
     overflowed: bool,
 }
 
-/// A message that came over the channel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Live<M> {
-    /// Its id.
-    pub id: Position,
-    /// The id of the entry before it.
-    pub prev: Position,
-    /// What it weighs while it waits, in bytes.
-    pub bytes: usize,
-    /// The message.
-    pub message: M,
+/// A message that came over the channel and waits.
+#[derive(Debug)]
+struct Live<M> {
+    id: Position,
+    prev: Position,
+    bytes: usize,
+    message: M,
 }
 
 /// What is to be done with a live message.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Verdict<M> {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
     /// Everybody gets it.
-    Deliver(M),
+    Deliver,
     /// Whoever came while the log was read may need it; everybody else has it.
-    Duplicate(M),
+    Duplicate,
     /// It waits until the hole before it is filled.
     Held,
     /// The same, and the hole is new: the log has to be read.
@@ -87,21 +83,31 @@ impl<M> Reader<M> {
         self.position
     }
 
-    /// Judges a message that came over the channel at `now`.
-    pub fn accept(&mut self, live: Live<M>, now: u64) -> Verdict<M> {
+    /// Judges a message that came over the channel at `now`. Where it has to wait, `message` makes what is
+    /// kept of it, and how many bytes that is.
+    pub fn accept(
+        &mut self,
+        (id, prev): (Position, Position),
+        now: u64,
+        message: impl FnOnce() -> (M, usize),
+    ) -> Verdict {
+        let live = || {
+            let (message, bytes) = message();
+            Live { id, prev, bytes, message }
+        };
         if let Some(hole) = &mut self.hole {
-            hole.hold(live);
+            hole.hold(live());
             return Verdict::Held;
         }
-        match rule::step(self.position, live.id, live.prev) {
+        match rule::step(self.position, id, prev) {
             rule::Step::Next => {
-                self.position = Some(live.id);
-                Verdict::Deliver(live.message)
+                self.position = Some(id);
+                Verdict::Deliver
             }
-            rule::Step::Duplicate => Verdict::Duplicate(live.message),
+            rule::Step::Duplicate => Verdict::Duplicate,
             rule::Step::Gap => {
                 let mut hole = Hole::new(now);
-                hole.hold(live);
+                hole.hold(live());
                 self.hole = Some(Box::new(hole));
                 Verdict::Hole
             }
