@@ -13,6 +13,7 @@ mod frames;
 mod handshake;
 mod heartbeat;
 mod history;
+mod history_faults;
 mod http_api;
 mod jwt;
 mod limits;
