@@ -248,7 +248,7 @@ impl Store {
     /// `TOOLARGE` (the text), `BADJSON`, or `ALIVE` for [`StreamOp::Lost`] while the lease runs.
     pub async fn stream(&self, command: StreamCommand) -> Result<(u64, Position), StoreError> {
         match self {
-            Self::Memory(store) => store.stream(&command),
+            Self::Memory(store) => store.stream(command).await,
             Self::Redis(store) => store.stream(&command).await,
         }
     }

@@ -7,15 +7,20 @@ use std::{
 
 use hashbrown::HashSet;
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wsproxy_proto::{
+    history::{Envelope, Position},
+    names::Names,
+};
 
 use crate::{
     bus::{
-        BusCounters, BusError, Deliver, Keep, Outcome, Publish, Status,
+        BusCounters, BusError, Deliver, History, Keep, Outcome, Publish, Status,
         queue::{Back, Queue},
     },
     config,
-    store::memory::MemoryStore,
+    store::{StoreError, StreamCommand, memory::MemoryStore},
 };
 
 /// Channels and messages inside this process. Clones share one bus.
@@ -23,10 +28,18 @@ use crate::{
 pub struct MemoryBus(Arc<Shared>);
 
 struct Shared {
-    queue: Queue<Publish>,
+    queue: Arc<Queue<Request>>,
     subscribed: Mutex<HashSet<Arc<str>>>,
     store: MemoryStore,
     counters: BusCounters,
+}
+
+/// What the one reader is asked to do.
+pub(crate) enum Request {
+    /// To deliver a message.
+    Publish(Publish),
+    /// To change a token stream and deliver what that comes to.
+    Stream(Box<StreamCommand>, oneshot::Sender<Result<(u64, Position), StoreError>>),
 }
 
 impl MemoryBus {
@@ -36,10 +49,11 @@ impl MemoryBus {
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
+        let queue = Arc::new(Queue::new(config.publish_queue_bytes));
         let shared = Arc::new(Shared {
-            queue: Queue::new(config.publish_queue_bytes),
+            store: MemoryStore::new(Names::new(&config.channel_prefix), queue.clone()),
+            queue,
             subscribed: Mutex::default(),
-            store: MemoryStore::default(),
             counters: BusCounters::default(),
         });
         tasks.spawn(shared.clone().read(deliver, shutdown));
@@ -65,13 +79,20 @@ impl MemoryBus {
     #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
         let bytes = publish.queued_bytes();
-        self.0.queue.push(publish, bytes).map_err(|(back, publish)| match back {
+        let Err((back, request)) = self.0.queue.push(Request::Publish(publish), bytes) else {
+            return Ok(());
+        };
+        let error = match back {
             Back::Full => {
                 self.0.counters.publish_full.add(1);
-                (BusError::Full, publish)
+                BusError::Full
             }
-            Back::Closed => (BusError::Closed, publish),
-        })
+            Back::Closed => BusError::Closed,
+        };
+        match request {
+            Request::Publish(publish) => Err((error, publish)),
+            Request::Stream(..) => unreachable!("a queue gives back what was pushed"),
+        }
     }
 
     pub(super) fn poll_publishable(&self, cx: &mut Context<'_>) -> Poll<()> {
@@ -115,11 +136,20 @@ impl Shared {
                 continue;
             }
             let mut left = round.len();
-            for publish in round.drain(..) {
+            for request in round.drain(..) {
                 left -= 1;
-                let outcome = self.deliver(&publish, left == 0, &mut *deliver);
-                if let Some(receipt) = publish.receipt {
-                    receipt.published(outcome);
+                match request {
+                    Request::Publish(publish) => {
+                        let outcome = self.deliver(&publish, left == 0, &mut *deliver);
+                        if let Some(receipt) = publish.receipt {
+                            receipt.published(outcome);
+                        }
+                    }
+                    // Whoever gave up must not be served.
+                    Request::Stream(_, caller) if caller.is_closed() => {}
+                    Request::Stream(command, caller) => {
+                        drop(caller.send(self.change(&command, &mut *deliver)));
+                    }
                 }
             }
             deliver.flush();
@@ -127,12 +157,25 @@ impl Shared {
         }
     }
 
+    fn change(
+        &self,
+        command: &StreamCommand,
+        deliver: &mut dyn Deliver,
+    ) -> Result<(u64, Position), StoreError> {
+        let changed = self.store.change(command)?;
+        let channel = self.store.names().session_down(&command.session);
+        for message in &changed.messages {
+            self.hand_over(&channel, message, false, deliver);
+        }
+        Ok(changed.answer)
+    }
+
     fn deliver(&self, publish: &Publish, last: bool, deliver: &mut dyn Deliver) -> Outcome {
-        let heard = self.subscribed.lock().contains(&publish.channel);
-        if heard {
-            self.counters.messages_in.add(1);
+        if let Keep::History(history) = &publish.keep {
+            return self.append(publish, history, last, deliver);
+        }
+        if self.hand_over(&publish.channel, &publish.payload, last, deliver) {
             self.counters.published.add(1);
-            deliver.message(publish.channel.as_bytes(), &publish.payload, last);
             return Outcome::Received(1);
         }
         let Keep::Unheard { log, entries_max, ttl } = &publish.keep else {
@@ -151,6 +194,49 @@ impl Shared {
                 Outcome::Lost
             }
         }
+    }
+
+    fn append(
+        &self,
+        publish: &Publish,
+        history: &History,
+        last: bool,
+        deliver: &mut dyn Deliver,
+    ) -> Outcome {
+        let appended = match self.store.append_history(history, publish.payload.clone()) {
+            Ok(appended) => appended,
+            Err(error) => {
+                self.counters.publish_lost.add(1);
+                tracing::debug!(%error, "A message could not be kept in its history.");
+                return Outcome::Lost;
+            }
+        };
+        self.counters.published.add(1);
+        self.counters.publish_stored.add(1);
+        let id = appended.id;
+        let Some(prev) = appended.prev else {
+            return Outcome::Stored { receivers: 0, id, duplicate: true };
+        };
+        let event_id = history.event_id.as_deref();
+        let message = Envelope { id, prev, event_id, payload: &publish.payload }.encode();
+        let heard = self.hand_over(&publish.channel, &message, last, deliver);
+        Outcome::Stored { receivers: heard.into(), id, duplicate: false }
+    }
+
+    /// Says whether anybody wants it.
+    fn hand_over(
+        &self,
+        channel: &str,
+        payload: &[u8],
+        last: bool,
+        deliver: &mut dyn Deliver,
+    ) -> bool {
+        let heard = self.subscribed.lock().contains(channel);
+        if heard {
+            self.counters.messages_in.add(1);
+            deliver.message(channel.as_bytes(), payload, last);
+        }
+        heard
     }
 }
 

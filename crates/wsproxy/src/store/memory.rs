@@ -10,26 +10,44 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tokio::time::Instant;
+use wsproxy_proto::{history::Position, names::Names};
 
-use crate::store::{LogEntry, StoreError};
+use crate::{
+    bus::{memory::Request, queue::Queue},
+    store::{
+        LogEntry, StoreError,
+        memory::{history::HistoryLog, stream::TokenStream},
+    },
+};
+
+mod history;
+mod stream;
 
 /// Keys and logs of this process. Clones share one state.
 ///
 /// Invariant: never holds more than `BYTES_MAX`, estimated; what does not fit is refused, since to evict
 /// somebody's token silently would be worse.
-#[derive(Clone, Default)]
-pub struct MemoryStore(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub struct MemoryStore {
+    state: Arc<Mutex<State>>,
+    names: Names,
+    /// The bus's queue: what publishes is done where messages are delivered.
+    requests: Arc<Queue<Request>>,
+}
 
-#[derive(Default)]
 struct State {
-    entries: HashMap<Arc<str>, Entry>,
+    entries: HashMap<Arc<str>, Held>,
     /// The same keys by their end, so that expired ones are found without a search.
     by_expiry: BTreeSet<(Instant, Arc<str>)>,
     bytes: usize,
     last_position: Position,
+    /// When this process began, by the clock that positions have.
+    epoch_ms: u64,
+    /// Open token streams by the end of their lease, with session and id.
+    leases: BTreeSet<(Instant, Arc<str>, Arc<str>)>,
 }
 
-struct Entry {
+struct Held {
     value: Value,
     bytes: usize,
     expires: Instant,
@@ -38,73 +56,56 @@ struct Entry {
 enum Value {
     Plain(Bytes),
     Log(VecDeque<(Position, Bytes)>),
-}
-
-/// A position in a log, spelled as in a Redis stream.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Position {
-    milliseconds: u64,
-    sequence: u64,
+    History(HistoryLog),
+    Stream(TokenStream),
+    /// Ids of a session's token streams, in the order in which they were opened.
+    Index(Vec<Arc<str>>),
 }
 
 impl MemoryStore {
+    /// An empty one beside the bus with this queue.
+    pub(crate) fn new(names: Names, requests: Arc<Queue<Request>>) -> Self {
+        let state = State {
+            entries: HashMap::new(),
+            by_expiry: BTreeSet::new(),
+            bytes: 0,
+            last_position: Position::START,
+            epoch_ms: wall_clock_ms(),
+            leases: BTreeSet::new(),
+        };
+        Self { state: Arc::new(Mutex::new(state)), names, requests }
+    }
+
+    /// How keys and channels are spelled.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
+    }
+
     pub(super) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
-        match self.0.lock().live(key) {
+        match self.state.lock().live(key) {
             None => Ok(None),
             Some(Value::Plain(value)) => Ok(Some(value.clone())),
-            Some(Value::Log(_)) => Err(wrong_kind()),
+            Some(_) => Err(wrong_kind()),
         }
     }
 
     pub(super) fn save(&self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
-        let mut state = self.0.lock();
-        let now = state.purge();
-        let bytes = key.len() + value.len() + ENTRY_BYTES;
-        let replaced = state.entries.get(key).map_or(0, |entry| entry.bytes);
-        if state.bytes - replaced + bytes > BYTES_MAX {
-            return Err(StoreError::Full);
-        }
-        let value = Value::Plain(Bytes::copy_from_slice(value));
-        state.remove(key);
-        state.insert(key.into(), Entry { value, bytes, expires: expiry(now, ttl) });
-        Ok(())
+        self.state.lock().save(key, value, ttl)
     }
 
     pub(super) fn remove(&self, key: &str) -> Result<bool, StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.purge();
         Ok(state.remove(key).is_some())
     }
 
     pub(super) fn take_if_equal(&self, key: &str, expected: &[u8]) -> Result<bool, StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         match state.live(key) {
             Some(Value::Plain(value)) if value == expected => Ok(state.remove(key).is_some()),
-            Some(Value::Log(_)) => Err(wrong_kind()),
-            _ => Ok(false),
+            Some(Value::Plain(_)) | None => Ok(false),
+            Some(_) => Err(wrong_kind()),
         }
-    }
-
-    pub(super) fn snapshot(
-        &self,
-        _of: &crate::store::SnapshotOf,
-    ) -> Result<(wsproxy_proto::history::Snapshot, Vec<crate::store::StreamState>), StoreError>
-    {
-        Err(StoreError::Refused("not yet".into()))
-    }
-
-    pub(super) fn stream(
-        &self,
-        _command: &crate::store::StreamCommand,
-    ) -> Result<(u64, wsproxy_proto::history::Position), StoreError> {
-        Err(StoreError::Refused("not yet".into()))
-    }
-
-    pub(super) fn lapsed_streams(
-        &self,
-        _count: usize,
-    ) -> Result<Vec<(wsproxy_proto::names::Id, wsproxy_proto::names::Id)>, StoreError> {
-        Err(StoreError::Refused("not yet".into()))
     }
 
     pub(super) fn read_log(
@@ -114,21 +115,21 @@ impl MemoryStore {
         count: usize,
     ) -> Result<Vec<LogEntry>, StoreError> {
         let after = match after {
-            "" => Position::default(),
-            text => Position::parse(text)
+            "" => Position::START,
+            text => position(text)
                 .ok_or_else(|| StoreError::Refused("not a position in a log".into()))?,
         };
-        match self.0.lock().live(key) {
+        match self.state.lock().live(key) {
             None => Ok(Vec::new()),
-            Some(Value::Plain(_)) => Err(wrong_kind()),
             Some(Value::Log(log)) => {
                 let from = log.partition_point(|(position, _)| *position <= after);
                 let entry = |(position, data): &(Position, Bytes)| LogEntry {
-                    id: format!("{}-{}", position.milliseconds, position.sequence),
+                    id: position.to_string(),
                     data: data.clone(),
                 };
                 Ok(log.range(from..).take(count).map(entry).collect())
             }
+            Some(_) => Err(wrong_kind()),
         }
     }
 
@@ -140,9 +141,9 @@ impl MemoryStore {
         entries_max: u64,
         ttl: Duration,
     ) -> Result<(), StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let now = state.purge();
-        if matches!(state.live(key), Some(Value::Plain(_))) {
+        if !matches!(state.live(key), Some(Value::Log(_)) | None) {
             return Err(wrong_kind());
         }
         if state.bytes + key.len() + data.len() + 2 * ENTRY_BYTES > BYTES_MAX {
@@ -151,7 +152,7 @@ impl MemoryStore {
         let position = state.next_position();
         let (key, mut entry) = state.remove(key).unwrap_or_else(|| {
             let bytes = key.len() + ENTRY_BYTES;
-            (key.into(), Entry { value: Value::Log(VecDeque::new()), bytes, expires: now })
+            (key.into(), Held { value: Value::Log(VecDeque::new()), bytes, expires: now })
         });
         if let Value::Log(log) = &mut entry.value {
             entry.bytes += data.len() + ENTRY_BYTES;
@@ -170,7 +171,25 @@ impl MemoryStore {
 impl State {
     fn live(&mut self, key: &str) -> Option<&Value> {
         self.purge();
+        self.held(key)
+    }
+
+    /// The same, after a purge.
+    fn held(&self, key: &str) -> Option<&Value> {
         self.entries.get(key).map(|entry| &entry.value)
+    }
+
+    fn save(&mut self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
+        let now = self.purge();
+        let bytes = key.len() + value.len() + ENTRY_BYTES;
+        let replaced = self.entries.get(key).map_or(0, |entry| entry.bytes);
+        if self.bytes - replaced + bytes > BYTES_MAX {
+            return Err(StoreError::Full);
+        }
+        let value = Value::Plain(Bytes::copy_from_slice(value));
+        self.remove(key);
+        self.insert(key.into(), Held { value, bytes, expires: expiry(now, ttl) });
+        Ok(())
     }
 
     /// Removes what has expired; every operation begins with it.
@@ -186,23 +205,27 @@ impl State {
         now
     }
 
-    fn remove(&mut self, key: &str) -> Option<(Arc<str>, Entry)> {
+    fn remove(&mut self, key: &str) -> Option<(Arc<str>, Held)> {
         let (key, entry) = self.entries.remove_entry(key)?;
         self.by_expiry.remove(&(entry.expires, key.clone()));
         self.bytes -= entry.bytes;
         Some((key, entry))
     }
 
-    fn insert(&mut self, key: Arc<str>, entry: Entry) {
+    fn insert(&mut self, key: Arc<str>, entry: Held) {
         self.bytes += entry.bytes;
         self.by_expiry.insert((entry.expires, key.clone()));
         self.entries.insert(key, entry);
     }
 
+    /// The clock that positions have.
+    fn now_ms(&self) -> u64 {
+        wall_clock_ms().max(self.last_position.milliseconds)
+    }
+
     /// Positions only grow, even where the wall clock steps back.
     fn next_position(&mut self) -> Position {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let milliseconds = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let milliseconds = wall_clock_ms();
         self.last_position = if milliseconds > self.last_position.milliseconds {
             Position { milliseconds, sequence: 0 }
         } else {
@@ -212,11 +235,15 @@ impl State {
     }
 }
 
-impl Position {
-    fn parse(text: &str) -> Option<Self> {
-        let (milliseconds, sequence) = text.split_once('-').unwrap_or((text, "0"));
-        Some(Self { milliseconds: milliseconds.parse().ok()?, sequence: sequence.parse().ok()? })
-    }
+/// As Redis reads one: the number may be missing.
+fn position(text: &str) -> Option<Position> {
+    let (milliseconds, sequence) = text.split_once('-').unwrap_or((text, "0"));
+    Some(Position { milliseconds: milliseconds.parse().ok()?, sequence: sequence.parse().ok()? })
+}
+
+fn wall_clock_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn expiry(now: Instant, ttl: Duration) -> Instant {
@@ -239,6 +266,12 @@ const TTL_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Default for MemoryStore {
+        fn default() -> Self {
+            Self::new(Names::new(""), Arc::new(Queue::new(1024)))
+        }
+    }
 
     #[test]
     fn a_full_store_refuses_and_takes_again_after_expiry_or_removal() {
@@ -263,7 +296,7 @@ mod tests {
         store.append("log", "entry".into(), 10, Duration::from_secs(5)).unwrap();
         tokio::time::advance(Duration::from_secs(6)).await;
         assert_eq!(store.load("key"), Ok(None));
-        let state = store.0.lock();
+        let state = store.state.lock();
         assert_eq!((state.bytes, state.entries.len(), state.by_expiry.len()), (0, 0, 0));
     }
 
@@ -275,6 +308,6 @@ mod tests {
         }
         assert_eq!(store.read_log("log", "", 100).unwrap().len(), 10);
         assert_eq!(store.remove("log"), Ok(true));
-        assert_eq!(store.0.lock().bytes, 0);
+        assert_eq!(store.state.lock().bytes, 0);
     }
 }
