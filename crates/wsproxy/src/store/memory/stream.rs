@@ -44,13 +44,7 @@ impl MemoryStore {
         &self,
         command: StreamCommand,
     ) -> Result<(u64, Position), StoreError> {
-        let bytes = ENTRY_BYTES
-            + match &command.op {
-                StreamOp::Open { meta: bytes, .. }
-                | StreamOp::Append { text: bytes, .. }
-                | StreamOp::End { error: bytes, .. } => bytes.len(),
-                StreamOp::Renew { .. } | StreamOp::Lost => 0,
-            };
+        let bytes = ENTRY_BYTES + command.op.bytes();
         let (caller, answer) = oneshot::channel();
         let request = Request::Stream(Box::new(command), caller);
         self.requests.push(request, bytes).map_err(|(back, _)| match back {
