@@ -115,7 +115,7 @@ async fn a_stream_is_opened_appended_to_and_finished(bus: TestBus) {
         meta: r#"{"model":"m"}"#.into(),
         error: Bytes::new(),
     };
-    assert_eq!(bus.snapshot().await.1, [open.clone()]);
+    assert_eq!(bus.snapshot().await.1, std::slice::from_ref(&open));
     assert_eq!(bus.stream("a", end(StreamOutcome::Finish, "")).await.unwrap().0, 2);
     assert_eq!(bus.snapshot().await.1, [StreamState { state: "finish".into(), ..open }]);
 }
