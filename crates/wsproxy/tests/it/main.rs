@@ -25,5 +25,6 @@ mod slow;
 mod store;
 mod streams;
 mod support;
+mod token_streams;
 mod tokens;
 mod two_instances;
