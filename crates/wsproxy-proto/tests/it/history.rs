@@ -122,18 +122,24 @@ impl World {
             }
             Step::Deliver(i, times) => {
                 let Self { redis, now, .. } = self;
-                (0..times).for_each(|_| drop(self.instances[i].deliver(redis, *now)));
+                for _ in 0..times {
+                    self.instances[i].deliver(redis, *now);
+                }
             }
             Step::Cut(i, kept) => self.instances[i].cut(self.now, kept),
             Step::Lose(i) => self.instances[i].lose_link(self.now),
             Step::Link(i) => self.instances[i].link(),
             Step::Heal(i, times) => {
-                (0..times).for_each(|_| drop(self.instances[i].heal(&mut self.redis, self.now)));
+                for _ in 0..times {
+                    self.instances[i].heal(&mut self.redis, self.now);
+                }
             }
             Step::Open(client, i, wish) => self.open(client, i, wish),
             Step::Replay(client, times) => {
                 let Some((i, place)) = self.find(client) else { return };
-                (0..times).for_each(|_| drop(self.instances[i].replay(place, &mut self.redis)));
+                for _ in 0..times {
+                    self.instances[i].replay(place, &mut self.redis);
+                }
             }
             Step::Close(client) => {
                 let Some((i, place)) = self.find(client) else { return };

@@ -250,7 +250,9 @@ impl Instance {
         logs: Vec<usize>,
         after: Option<Position>,
     ) {
-        logs.iter().for_each(|log| drop(self.readers[*log].get_or_insert_default()));
+        for log in &logs {
+            self.readers[*log].get_or_insert_default();
+        }
         let fence = Fence::new(self.bounds.fence_bytes);
         let replay = Some(Replay::default());
         self.clients.push(Client { id, logs, view, after, fence, passed: Vec::new(), replay });
