@@ -117,10 +117,10 @@ impl Replay {
         if bytes > self.gate.target.buffer_bytes() {
             found.lose(Lost::Overflow);
         }
-        self.release(&found, wish.after.as_ref(), hello);
-        self.hub.count(found.outcome);
-        debug!(outcome = ?found.outcome, "A client's history was read.");
-        Ok(found.outcome)
+        let outcome = self.release(&found, wish.after.as_ref(), hello);
+        self.hub.count(outcome);
+        debug!(?outcome, "A client's history was read.");
+        Ok(outcome)
     }
 
     async fn read(&self, store: &Store, wish: &Wish) -> Result<Found, StoreError> {
@@ -177,7 +177,7 @@ impl Replay {
         found: &Found,
         after: Option<&After>,
         hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
-    ) {
+    ) -> Outcome {
         let seen = found.last.position();
         let mut round = Round::default();
         let mut fence = self.gate.fence.lock();
@@ -185,7 +185,8 @@ impl Replay {
             Ok(held) => held,
             Err(lost) => {
                 drop(fence);
-                return self.release_overflowed(lost, hello);
+                self.release_overflowed(lost, hello);
+                return Outcome::Lost(lost);
             }
         };
         let mut told = Telling { replay: self, round: &mut round };
@@ -219,6 +220,7 @@ impl Replay {
         }
         drop(fence);
         round.flush(clock::now());
+        found.outcome
     }
 
     /// More came than could wait: the client begins anew where its topics are now.
@@ -227,7 +229,6 @@ impl Replay {
         lost: Lost,
         hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
     ) {
-        self.hub.counters.history_lost[lost as usize].add(1);
         // With all shards locked nothing can come between the position and the opening at it.
         let shards = self.hub.lock_all();
         let position = self.topics.iter().filter_map(|topic| {
