@@ -113,6 +113,7 @@ export class TokenStream extends Emitter<TokenStreamEvents> implements AsyncIter
 
   /** Takes a message of this stream. */
   take(message: JsonObject): void {
+    this.#abandoned = false;
     const before = this.#text;
     const state = this.#state;
     switch (message["type"]) {
