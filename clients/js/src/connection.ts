@@ -8,6 +8,7 @@ import {
   type Connected,
   type HistoryLost,
   isBehind,
+  isEventId,
   isGatewayError,
   type JsonObject,
   number,
@@ -212,8 +213,9 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   /** Takes what the gateway itself says; false where `message` is no such thing. `id` is that beside the message. */
   protected notice(message: JsonObject, id: string | undefined): boolean {
     // What has an id of its own beside it was published by a worker, whatever its type.
-    if (id !== undefined && id !== message["event_id"] && id !== message["last_event_id"]) return false;
-    const eventId = text(message["event_id"]);
+    if (id && id !== message["event_id"] && id !== message["last_event_id"]) return false;
+    // Empty, where there is no history.
+    const eventId = text(message["event_id"]) || undefined;
     switch (message["type"]) {
       case "opened":
       case "connected":
@@ -249,15 +251,15 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   }
 
   /** Takes a message that is no one's but the library's; it has been counted as received. */
-  protected consume(_message: JsonObject): boolean {
+  protected consume(_message: JsonObject, _eventId: string | undefined): boolean {
     return false;
   }
 
   /** All handlers have run: `ok` unless one of them threw, or there is none. */
   protected handled(_received: Received<M>, _ok: boolean): void {}
 
-  /** A message came that came before. */
-  protected duplicate(_eventId: string, _message: unknown): void {}
+  /** A message came that came before; its own id, or its position. */
+  protected duplicate(_eventId: string): void {}
 
   /** The transport is open no longer, or never was. */
   protected ended(): void {}
@@ -277,9 +279,9 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     if (what === "online" && this.#position !== "") this.#try();
   }
 
-  /** Lets the message with this id come again. */
-  protected forget(eventId: string): void {
-    this.#seen.delete(eventId);
+  /** Lets the message with these ids come again. */
+  protected forget(...ids: string[]): void {
+    for (const id of ids) this.#seen.delete(id);
   }
 
   /** Ends the present connection as if `end` had come from the other side. */
@@ -363,7 +365,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const url = new URL(grant.url);
     this.#asked = this.#position;
     if (this.#options.resume ?? true) url.searchParams.set("last_event_id", this.#asked);
-    this.#carry(turn, { url, token: grant.token, envelope: this.#options.envelope ?? false });
+    this.#carry(turn, { url, token: grant.token, envelope: this.#options.envelope ?? true });
   }
 
   #carry(turn: number, target: Target): void {
@@ -419,14 +421,17 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#heardAt = Date.now();
     const data = parse(body);
     if (isObject(data) && this.notice(data, id)) return;
-    const eventId = id ?? (isObject(data) ? text(data["event_id"]) : undefined);
-    if (eventId) {
-      if (this.#seen.has(eventId)) return this.duplicate(eventId, data);
-      this.#seen.add(eventId);
-      // A message that is sent again because nobody acknowledged it must not take the position back.
-      if (!isBehind(eventId, this.#position)) this.#position = eventId;
+    const own = isObject(data) ? text(data["event_id"]) || undefined : undefined;
+    const eventId = id || own;
+    if (eventId !== undefined) {
+      const ids = [eventId, own ?? eventId];
+      if (ids.some((id) => this.#seen.has(id))) return this.duplicate(own ?? eventId);
+      for (const id of ids) this.#seen.add(id);
     }
-    if (isObject(data) && this.consume(data)) return;
+    const position = id ?? own;
+    // A message that is sent again because nobody acknowledged it must not take the position back.
+    if (position && isEventId(position) && !isBehind(position, this.#position)) this.#position = position;
+    if (isObject(data) && this.consume(data, eventId)) return;
 
     const received: Received<M> = { data: data as M, eventId, raw: body };
     const heard = this.hears("message");

@@ -14,7 +14,7 @@ export type EventMessage<T extends EventMap> = {
   [K in keyof T & string]: {
     /** What it is about. */
     type: K;
-    /** Its id: the position in the history, or what the worker gave. */
+    /** Its id: what the worker gave, else its position in the history. */
     event_id: string;
     /** When it was published. */
     timestamp: string;
@@ -67,7 +67,7 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
     this.#acked = new Recent(options.dedupMax ?? 2048);
   }
 
-  /** Acknowledges a message; only needed with `autoAck: false`. */
+  /** Acknowledges the message with this `event_id`; only needed with `autoAck: false`. */
   ack(eventId: string): void {
     this.#acked.add(eventId);
     // Over server-sent events nothing can be acknowledged; the message comes again over the next WebSocket, or not at all.
@@ -123,18 +123,22 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
     return super.notice(message, id);
   }
 
-  protected override handled(received: Received<EventMessage<T>>, ok: boolean): void {
-    const { eventId, data } = received;
-    if (!eventId || (data as { ack?: unknown } | null)?.ack !== true) return;
-    // What could not be handled may come again.
-    if (!ok) this.forget(eventId);
-    else if (this.#options.autoAck ?? true) this.ack(ackId(data, eventId));
+  protected override consume(message: JsonObject, eventId: string | undefined): boolean {
+    // The envelope keeps the position out of the message; here it is the id of one that has none.
+    if (eventId !== undefined) message["event_id"] ??= eventId;
+    return false;
   }
 
-  protected override duplicate(eventId: string, message: unknown): void {
+  protected override handled({ eventId, data }: Received<EventMessage<T>>, ok: boolean): void {
+    if (!eventId || (data as { ack?: unknown } | null)?.ack !== true) return;
+    // What could not be handled may come again.
+    if (!ok) this.forget(eventId, data.event_id);
+    else if (this.#options.autoAck ?? true) this.ack(data.event_id);
+  }
+
+  protected override duplicate(eventId: string): void {
     // The acknowledgement was lost, or is on its way.
-    const id = ackId(message, eventId);
-    if (this.#acked.has(id)) this.ack(id);
+    if (this.#acked.has(eventId)) this.ack(eventId);
   }
 
   protected override ended(): void {
@@ -194,11 +198,6 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
       this.#refreshIn(REFRESH_RETRY_MS);
     }
   }
-}
-
-/** The id by which a message is acknowledged: its own, which with the envelope need not be its position. */
-function ackId(message: unknown, eventId: string): string {
-  return text((message as JsonObject)["event_id"]) ?? eventId;
 }
 
 /**

@@ -101,6 +101,11 @@ export function isGatewayError(message: JsonObject): boolean {
   return GATEWAY_CODES.includes(text(message["code"]) ?? "");
 }
 
+/** Whether the gateway takes `id` as something to resume after. */
+export function isEventId(id: string): boolean {
+  return !/[\s\p{Cc}]/u.test(id) && new TextEncoder().encode(id).length <= 128;
+}
+
 /**
  * Whether the position `next` is behind `last`. Positions are `ms-seq`; ids that workers gave have no order, so the one that
  * came later counts as the later one.

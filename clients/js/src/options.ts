@@ -25,8 +25,8 @@ export interface ConnectionOptions {
   /** Whether to ask for positions and to resume after a lost connection. Default true. */
   resume?: boolean;
   /**
-   * Whether to offer the subprotocol `wsproxy.id.v1`, which carries event ids beside messages instead of in them, so that messages
-   * that are no JSON objects resume too. Default: true for sessions, false for events.
+   * Whether to offer the subprotocol `wsproxy.id.v1`, which carries positions beside messages instead of in them, so that messages
+   * of every kind resume. Without it, JSON objects alone do. Default true.
    */
   envelope?: boolean;
   /** `auto` falls back to server-sent events where WebSockets fail. Default `auto`. */

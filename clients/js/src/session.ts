@@ -42,7 +42,7 @@ export class Session<M = unknown> extends Connection<M> {
 
   /** Begins to connect; see {@link connectSession}. */
   constructor(options: SessionOptions) {
-    super({ envelope: true, ...options });
+    super(options);
     this.#options = options;
     this.on("state", ({ state }) => {
       if (state === "closed") for (const stream of this.#streams.values()) stream.abandon();
@@ -83,6 +83,12 @@ export class Session<M = unknown> extends Connection<M> {
       url.pathname = `${url.pathname.replace(/\/$/, "")}/${encodeURIComponent(agent)}/ws/${encodeURIComponent(session)}`;
     }
     return { token, url };
+  }
+
+  protected override notice(message: JsonObject, id: string | undefined): boolean {
+    // The gateway's own, and with the position at which several of them stand.
+    if (message["type"] === "stream_snapshot") return this.consume(message);
+    return super.notice(message, id);
   }
 
   protected override consume(message: JsonObject): boolean {

@@ -37,7 +37,7 @@ export function openSse(
       if (abort.signal.aborted) return;
       if (type === "close") return end(parseClose(data));
       if (data === undefined) return id ? events.position(id) : undefined;
-      events.frame(id ? { body: data, id } : { body: data });
+      events.frame({ body: data, id: id ?? "" });
     });
     const decoder = new TextDecoder();
     const reader = response.body.getReader();

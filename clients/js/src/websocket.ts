@@ -32,7 +32,7 @@ export function unwrap(body: string | Uint8Array): Frame {
   if (end < 0 || end > ID_MAX) return { body };
   const id = text ? body.slice(0, end) : new TextDecoder().decode(body.subarray(0, end));
   const payload = text ? body.slice(end + 1) : body.subarray(end + 1);
-  return id ? { id, body: payload } : { body: payload };
+  return { id, body: payload };
 }
 
 /** Opens a WebSocket. */

@@ -119,3 +119,13 @@ test("with the envelope a message is acknowledged by its own id and resumed by i
   expect(await peer.said.next()).toEqual({ type: "ack", event_id: "order-1" });
   expect(events.lastEventId).toBe("7-0");
 });
+
+test("with the envelope a message without an id of its own has its position as id", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const [events, peer] = await open();
+  const ids: string[] = [];
+  events.on("message", ({ data }) => ids.push(data.event_id));
+  peer.sayRaw(`7-0\n${JSON.stringify({ type: "task", data: { id: 1 }, ack: true })}`);
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "7-0" });
+  expect(ids).toEqual(["7-0"]);
+});

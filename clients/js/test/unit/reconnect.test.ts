@@ -278,7 +278,7 @@ test("a token is kept over reconnects, and asked for again when it is to blame",
     await turn(1000);
   }
   expect(reasons).toEqual(["initial", "expired", "rejected", "failed"]);
-  expect(FakeSocket.last.protocols[1]).toBe("bearer.token4");
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token4");
 });
 
 test("an expired token is replaced at once", async () => {
@@ -286,7 +286,7 @@ test("an expired token is replaced at once", async () => {
   FakeSocket.last.open().end(4401);
   await turn(0);
   expect(FakeSocket.all.length).toBe(2);
-  expect(FakeSocket.last.protocols[1]).toBe("bearer.token2");
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token2");
 });
 
 test("a token is refreshed in place before it expires, and the new one is kept", async () => {
@@ -304,7 +304,7 @@ test("a token is refreshed in place before it expires, and the new one is kept",
   expect(refreshed).toEqual([{ expiresAt: now + 1200 }]);
   socket.end();
   await turn(1000);
-  expect(FakeSocket.last.protocols[1]).toBe("bearer.token2");
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token2");
   FakeSocket.last.open().say({ ...welcome, expires_at: now + 1200 });
   await turn(600_000);
   expect(FakeSocket.last.sent).toEqual([{ type: "refresh", token: "token3" }]);

@@ -52,7 +52,7 @@ test("tokens go plainly where the header allows it, else in base64url", () => {
 
 test("the envelope carries an id or none, around text and bytes", () => {
   expect(unwrap("5-1\nhello\nworld")).toEqual({ id: "5-1", body: "hello\nworld" });
-  expect(unwrap("\n{}")).toEqual({ body: "{}" });
+  expect(unwrap("\n{}")).toEqual({ id: "", body: "{}" });
   expect(unwrap(Uint8Array.of(53, 45, 49, 10, 0, 255))).toEqual({ id: "5-1", body: Uint8Array.of(0, 255) });
   expect(unwrap('{"type":"opened"}')).toEqual({ body: '{"type":"opened"}' });
   expect(unwrap(`${"x".repeat(200)}\n`)).toEqual({ body: `${"x".repeat(200)}\n` });

@@ -102,6 +102,40 @@ test("with the envelope, text and bytes of any kind resume, and the worker's own
   expect(session.lastEventId).toBe("4-0");
 });
 
+test("only what is held takes the position on: a plain publish has an id of its own but no history", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const session = open<unknown>();
+  const first = await gateway.peers.next();
+  first.sayRaw('5-0\n{"a":1}');
+  first.sayRaw('\n{"event_id":"uuid-1","a":2}');
+  first.sayRaw('\n{"event_id":"uuid-1","a":2}');
+  first.sayRaw('\n{"a":3}');
+  expect((await messages(session, 3)).map(({ eventId }) => eventId)).toEqual(["5-0", "uuid-1", undefined]);
+  expect(session.lastEventId).toBe("5-0");
+
+  // Without the envelope nobody can tell; but what the gateway would refuse is no position.
+  gateway.protocol = "wsproxy.v1";
+  first.drop();
+  const second = await gateway.peers.next();
+  second.say({ event_id: "order-1" }, { event_id: "not a position" }, { event_id: "x".repeat(129) }, { event_id: "" });
+  await messages(session, 4);
+  expect(session.lastEventId).toBe("order-1");
+});
+
+test("snapshots stand at the position of the loss, all of them", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const session = open<unknown>({ lastEventId: "7-0" });
+  const peer = await gateway.peers.next();
+  const say = (message: unknown): void => peer.sayRaw(`9-0\n${JSON.stringify(message)}`);
+  say({ type: "opened", connection_id: "c", event_id: "9-0" });
+  say({ type: "error", code: "history_lost", reason: "trimmed", message: "", event_id: "9-0" });
+  for (const stream of ["a", "b"]) say({ type: "stream_snapshot", stream, state: "open", seq: 2, text: `of ${stream}` });
+  peer.sayRaw("9-1\nlive");
+  await messages(session, 1);
+  expect(session.streams.map(({ text }) => text)).toEqual(["of a", "of b"]);
+  expect(session.lastEventId).toBe("9-1");
+});
+
 test("what is sent while away arrives in order at the next connection", async () => {
   const session = open();
   const first = await gateway.peers.next();
