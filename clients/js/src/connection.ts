@@ -369,15 +369,12 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   }
 
   #carry(turn: number, target: Target): void {
-    const mine = <A extends unknown[]>(then: (...a: A) => void) => (...a: A): void => {
-      if (turn === this.#turn) then(...a);
-    };
     const events: TransportEvents = {
-      opened: mine(() => this.#opened()),
-      frame: mine((frame) => this.#frame(frame)),
-      alive: mine(() => void (this.#heardAt = Date.now())),
-      position: mine((id) => this.#adopt(id)),
-      ended: mine((end) => this.#ended(turn, end)),
+      opened: () => this.#opened(),
+      frame: (frame) => this.#frame(frame),
+      alive: () => void (this.#heardAt = Date.now()),
+      position: (id) => this.#adopt(id),
+      ended: (end) => this.#ended(turn, end),
     };
     const { sseTokenIn = "header" } = this.#options;
     const Socket = this.#socket;

@@ -138,12 +138,12 @@ export class TokenStream extends Emitter<TokenStreamEvents> implements AsyncIter
 
   #append(seq: number, text: string): void {
     if (this.#state === "unknown") this.#state = "open";
-    if (seq <= this.#seq) return;
     if (this.#early.size < EARLY_MAX) this.#early.set(seq, text);
     this.#last = Math.max(this.#last, seq);
     this.#join();
   }
 
+  /** Takes from what came early what fits now, and drops what is part of the text already. */
   #join(): void {
     for (const seq of this.#early.keys()) if (seq <= this.#seq) this.#early.delete(seq);
     for (let next = this.#early.get(this.#seq + 1); next !== undefined; next = this.#early.get(this.#seq + 1)) {

@@ -188,6 +188,17 @@ test("what is sent without a connection is kept, within a bound, and goes first"
   FakeSocket.last.open();
   connection.send(4);
   expect(FakeSocket.last.sent).toEqual([1, 2, "on open", 4]);
+
+  // Sent once; and what waits for a connection that is closed instead is dropped.
+  FakeSocket.last.end();
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual(["on open"]);
+  FakeSocket.last.end();
+  connection.send(5);
+  connection.close();
+  connection.connect();
+  await turn();
+  expect(FakeSocket.last.open().sent).toEqual(["on open"]);
 });
 
 test("the network's return and a look at the page end the wait at once", async () => {
@@ -196,12 +207,15 @@ test("the network's return and a look at the page end the wait at once", async (
   vi.stubGlobal("removeEventListener", page.removeEventListener.bind(page));
   const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
   vi.stubGlobal("document", document);
-  const connection = await session({ backoff: { baseMs: 20_000 } });
+  const connection = await session({ backoff: { baseMs: 2_000 } });
   FakeSocket.last.end();
   page.dispatchEvent(new Event("online"));
   await turn();
   expect(FakeSocket.all.length).toBe(2);
+  // What failed before says nothing of another network.
+  const waiting = connection.once("state");
   FakeSocket.last.end();
+  expect((await waiting).delayMs).toBe(1000);
   document.dispatchEvent(new Event("visibilitychange"));
   await turn();
   expect(FakeSocket.all.length).toBe(3);
@@ -243,11 +257,11 @@ test("pings are answered, and a silent gateway is left", async () => {
   const connection = await events();
   FakeSocket.last.open();
   FakeSocket.last.say({ ...welcome, heartbeat: { interval: 10, timeout: 20 } });
-  for (let round = 0; round < 5; round += 1) {
+  for (let round = 0; round < 2; round += 1) {
     await turn(10_000);
     FakeSocket.last.say({ type: "ping", timestamp: new Date().toISOString() });
   }
-  expect(FakeSocket.last.sent).toEqual(Array(5).fill({ type: "pong" }));
+  expect(FakeSocket.last.sent).toEqual([{ type: "pong" }, { type: "pong" }]);
   expect(connection.state).toBe("open");
   await turn(24_999);
   expect(connection.state).toBe("open");
@@ -321,6 +335,44 @@ test("a refused refresh is tried again with another token", async () => {
   await turn(10_000);
   expect(socket.sent).toEqual([{ type: "refresh", token: "token2" }, { type: "refresh", token: "token3" }]);
   expect(problems).toEqual(["invalid_token"]);
+});
+
+test("a token that is about to expire opens nothing", async () => {
+  await events({ silenceMs: 1e9, refreshBeforeMs: 0 });
+  FakeSocket.last.open().say({ ...welcome, expires_at: Date.now() / 1000 + 60 });
+  await turn(55_000);
+  FakeSocket.last.end();
+  await turn(500);
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token2");
+});
+
+test("a refresh ends with its connection", async () => {
+  let give: (token: string) => void = () => undefined;
+  let asked = 0;
+  await events({
+    silenceMs: 1e9, backoff: { baseMs: 100_000, maxMs: 100_000 }, refreshBeforeMs: 3000_000,
+    getToken: () => {
+      asked += 1;
+      return asked === 1 ? "first" : new Promise((resolve) => (give = resolve));
+    },
+  });
+  const first = FakeSocket.last.open();
+  first.say({ ...welcome, expires_at: Date.now() / 1000 + 3600 });
+  await turn(600_000);
+  expect(asked).toBe(2);
+  first.end();
+  await turn(50_000);
+  const second = FakeSocket.last.open();
+  expect(second).not.toBe(first);
+  give("late");
+  await turn();
+  expect([first.sent, second.sent]).toEqual([[], []]);
+
+  // Nor is one asked for while there is no connection.
+  second.say({ ...welcome, expires_at: Date.now() / 1000 + 3020 });
+  second.end();
+  await turn(40_000);
+  expect([asked, FakeSocket.all.length]).toEqual([2, 2]);
 });
 
 test("a clock that is hours off neither floods with refreshes nor misses the expiry", async () => {

@@ -244,3 +244,41 @@ test("a stream that is asked for before it exists waits, and ends its loop with 
   await loop;
   await expect(finished).rejects.toThrow(/closed/);
 });
+
+test("after close() and connect() a stream goes on", async () => {
+  const session = open();
+  await gateway.peers.next();
+  const stream = session.stream("a");
+  session.close();
+  await expect(stream.finished()).rejects.toThrow(/closed/);
+  session.connect();
+  const peer = await gateway.peers.next();
+  peer.say({ type: "stream_open", stream: "a" });
+  while (stream.state === "unknown") await stream.once("update");
+  const finished = stream.finished();
+  peer.say({ type: "stream_end", stream: "a", outcome: "finish", seq: 0 });
+  expect((await finished).state).toBe("finish");
+});
+
+test("streams that have ended are forgotten, those that go on are not", async () => {
+  const session = open<unknown>();
+  const peer = await gateway.peers.next();
+  peer.say({ type: "stream_open", stream: "goes on" });
+  for (let n = 0; n < 200; n += 1) {
+    peer.say({ type: "stream_snapshot", stream: `s-${n}`, state: "finish", seq: 0, text: "" });
+  }
+  peer.say("last");
+  await messages(session, 1);
+  const ids = session.streams.map(({ id }) => id);
+  expect([ids.length, ids[0], ids.at(-1)]).toEqual([64, "goes on", "s-199"]);
+});
+
+test("a loop that is too slow gets an error instead of a gap", async () => {
+  const session = open<unknown>();
+  session.on("error", () => undefined);
+  const loop = session[Symbol.asyncIterator]();
+  const peer = await gateway.peers.next();
+  for (let n = 0; n < 10_001; n += 1) peer.say(n);
+  await messages(session, 10_001);
+  await expect(loop.next()).rejects.toThrow(/too slow/);
+});

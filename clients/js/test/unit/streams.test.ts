@@ -94,6 +94,19 @@ test("a loop sees the newest text and ends with the stream", async () => {
   expect((await stream.finished()).state).toBe("finish");
 });
 
+test("a handler that is added while handlers are called begins with the next event", () => {
+  const stream = new TokenStream("a", () => undefined);
+  let calls = 0;
+  stream.on("update", () => {
+    if (calls === 0) stream.on("update", () => (calls += 10));
+    calls += 1;
+  });
+  stream.take(open);
+  expect(calls).toBe(1);
+  stream.take(append(1));
+  expect(calls).toBe(12);
+});
+
 test("only a stream that has not ended is stopped", () => {
   const asked: string[] = [];
   const stream = new TokenStream("a", (id) => asked.push(id));
