@@ -94,6 +94,8 @@ export class Session<M = unknown> extends Connection<M> {
   protected override consume(message: JsonObject): boolean {
     const id = text(message["stream"]);
     if (id === undefined || !/^stream_(open|append|end|snapshot)$/.test(String(message["type"]))) return false;
+    // A worker may use a name again when the old stream is held no longer.
+    if (message["type"] === "stream_open" && this.#streams.get(id)?.ended) this.#streams.delete(id);
     const stream = this.stream(id);
     const fresh = stream.state === "unknown";
     // The handler comes first, so that what it attaches to the stream hears of this very message.

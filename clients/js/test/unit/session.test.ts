@@ -282,3 +282,20 @@ test("a loop that is too slow gets an error instead of a gap", async () => {
   await messages(session, 10_001);
   await expect(loop.next()).rejects.toThrow(/too slow/);
 });
+
+test("a name that is used again is another stream", async () => {
+  const session = open<unknown>();
+  const heard: string[] = [];
+  session.onStream(async (stream) => heard.push((await stream.finished()).text));
+  const peer = await gateway.peers.next();
+  for (const text of ["one", "two"]) {
+    peer.say(
+      { type: "stream_open", stream: "a" },
+      { type: "stream_append", stream: "a", seq: 1, text },
+      { type: "stream_end", stream: "a", outcome: "finish", seq: 1 },
+    );
+  }
+  peer.say("last");
+  await messages(session, 1);
+  expect([heard, session.stream("a").text]).toEqual([["one", "two"], "two"]);
+});
