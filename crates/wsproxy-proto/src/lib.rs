@@ -4,6 +4,7 @@
 
 pub mod backoff;
 pub mod disconnect;
+pub mod history;
 pub mod json;
 pub mod names;
 pub mod rate;

@@ -62,6 +62,72 @@ impl Names {
         format!("{}wsproxy:probe:{server}", self.prefix)
     }
 
+    /// The log of a channel's history.
+    #[must_use]
+    pub fn log(channel: &str) -> String {
+        format!("{channel}:log")
+    }
+
+    /// Key of the time at which this store was first seen.
+    #[must_use]
+    pub fn epoch(&self) -> String {
+        format!("{}wsproxy:epoch", self.prefix)
+    }
+
+    /// Key or channel of a token stream: its state, or its text where `what` is `:text`.
+    #[must_use]
+    pub fn stream(&self, session: &Id, stream: &Id, what: &str) -> String {
+        self.session(session, &format!("stream:{stream}{what}"))
+    }
+
+    /// What the keys of a session's token streams begin with; the id follows.
+    #[must_use]
+    pub fn stream_prefix(&self, session: &Id) -> String {
+        self.session(session, "stream:")
+    }
+
+    /// Index of a session's token streams.
+    #[must_use]
+    pub fn session_streams(&self, session: &Id) -> String {
+        self.session(session, "streams")
+    }
+
+    /// Leases of all open token streams.
+    #[must_use]
+    pub fn stream_leases(&self) -> String {
+        format!("{}streams:leases", self.prefix)
+    }
+
+    /// Channel to every client of the event endpoint.
+    #[must_use]
+    pub fn events_broadcast(&self) -> String {
+        self.events("broadcast")
+    }
+
+    /// Channel to all connections of a user.
+    #[must_use]
+    pub fn events_user(&self, user: &Id) -> String {
+        self.events(&format!("user:{user}"))
+    }
+
+    /// Channel to one connection; its id is a UUID.
+    #[must_use]
+    pub fn events_connection(&self, connection: &str) -> String {
+        self.events(&format!("connection:{connection}"))
+    }
+
+    /// A key or channel of the event endpoint.
+    #[must_use]
+    pub fn events(&self, what: &str) -> String {
+        format!("{}ws:{what}", self.prefix)
+    }
+
+    /// Key of the last event id that was given out on any channel of the event endpoint.
+    #[must_use]
+    pub fn events_clock(&self) -> String {
+        self.events("clock")
+    }
+
     fn session(&self, session: &Id, what: &str) -> String {
         format!("{}session:{session}:{what}", self.prefix)
     }

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_proto::names::Names;
+use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
     bus::{memory::MemoryBus, redis::RedisBus},
@@ -170,6 +170,8 @@ pub struct BusCounters {
     pub published: Counter,
     /// Of these, messages that nobody received and that were kept in a log.
     pub publish_kept: Counter,
+    /// Of these, messages that are in a history now.
+    pub publish_stored: Counter,
     /// Messages that were refused or on their way when the link was lost.
     pub publish_lost: Counter,
     /// Messages that met a full queue.
@@ -195,8 +197,8 @@ pub trait Deliver: Send + 'static {
     fn message(&mut self, channel: &[u8], payload: &[u8], last: bool);
     /// Everything that was there to read has been delivered: write what was filled.
     fn flush(&mut self);
-    /// The bus was lost: messages from now on may be missed.
-    fn lost(&mut self, cause: &str);
+    /// A link was lost, again or for the first time: since `silence` ago messages may have been missed.
+    fn lost(&mut self, cause: &str, silence: Duration);
     /// Every subscription is confirmed again. `gap` is how long messages may have been missed.
     fn recovered(&mut self, gap: Duration);
 }
@@ -207,8 +209,8 @@ pub struct Publish {
     pub channel: Arc<str>,
     /// The payload, verbatim.
     pub payload: Bytes,
-    /// What happens where nobody listens.
-    pub unheard: Unheard,
+    /// What is kept of it.
+    pub keep: Keep,
     /// Told what became of it, where somebody wants to know.
     pub receipt: Option<Arc<dyn Receipt>>,
 }
@@ -216,17 +218,22 @@ pub struct Publish {
 impl Publish {
     /// What it weighs in a bounded queue.
     pub(crate) fn queued_bytes(&self) -> usize {
-        self.channel.len() + self.payload.len() + QUEUED_OVERHEAD_BYTES
+        let keep = match &self.keep {
+            Keep::History(_) => 2 * QUEUED_OVERHEAD_BYTES,
+            Keep::Nothing | Keep::Unheard { .. } => 0,
+        };
+        self.channel.len() + self.payload.len() + keep + QUEUED_OVERHEAD_BYTES
     }
 }
 
-/// What happens to a message that reached no subscriber.
+/// What is kept of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unheard {
-    /// It is gone; the receipt says so.
-    Gone,
-    /// It is appended to a bounded, expiring stream under the field `data`, atomically with the publish.
-    Kept {
+pub enum Keep {
+    /// Nothing: where nobody listens it is gone, and the receipt says so.
+    Nothing,
+    /// Where it reached no subscriber it is appended to a bounded, expiring stream under the field
+    /// `data`, atomically with the publish.
+    Unheard {
         /// Key of the stream.
         log: Arc<str>,
         /// Most entries kept (approximately: Redis trims whole nodes).
@@ -234,6 +241,34 @@ pub enum Unheard {
         /// The stream expires this long after its last entry.
         ttl: Duration,
     },
+    /// It is appended to the history of its channel and published in an envelope, atomically.
+    History(Box<History>),
+}
+
+/// Where and how a message is kept in the history of its channel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// Key of the log.
+    pub log: Arc<str>,
+    /// Key of the clock that gives the ids, for logs which share one order; `None`: the log's own.
+    pub clock: Option<Arc<str>>,
+    /// The id that the worker gave it, which the payload carries.
+    pub event_id: Option<Box<str>>,
+    /// A key that is set with it for so long; where it is set already nothing is published again.
+    pub dedup: Option<(Arc<str>, Duration)>,
+    /// Bounds of the log.
+    pub limits: HistoryLimits,
+}
+
+/// Bounds of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HistoryLimits {
+    /// Most entries.
+    pub entries_max: u64,
+    /// Most bytes of data, except for a newest entry that alone is larger.
+    pub bytes_max: u64,
+    /// Entries are removed, and logs expire, this long after the (last) entry.
+    pub ttl: Duration,
 }
 
 /// What became of a published message.
@@ -243,6 +278,15 @@ pub enum Outcome {
     Received(u64),
     /// Nobody listened, and it was kept in the log.
     Kept,
+    /// It is in the history of its channel.
+    Stored {
+        /// So many subscribers received it.
+        receivers: u64,
+        /// Its id there.
+        id: Position,
+        /// It was there already, and was not published again.
+        duplicate: bool,
+    },
     /// The bus refused it or was lost while it was on its way; it may or may not have arrived.
     Lost,
 }

@@ -12,6 +12,7 @@ mod rule;
 use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
+use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
 
 /// Everything an operator can set. One field per section of the file.
@@ -37,6 +38,14 @@ pub struct Config {
     pub endpoints: Endpoints,
     /// `[sessions]`
     pub sessions: Sessions,
+    /// `[events]`
+    pub events: Events,
+    /// `[history]`
+    pub history: History,
+    /// `[sse]`
+    pub sse: Sse,
+    /// `[jwt]`
+    pub jwt: Jwt,
     /// `[api]`
     pub api: Api,
 }
@@ -175,6 +184,8 @@ pub enum LogFormat {
 pub struct Endpoints {
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: bool,
+    /// `/ws`
+    pub events: bool,
     /// `/echo`: answers every message with itself; for conformance suites.
     pub echo: bool,
 }
@@ -196,6 +207,88 @@ pub struct Sessions {
     pub on_bus_loss: OnBusLoss,
     /// How long a token lives which the API or `wsproxy token` made.
     pub token_ttl: Duration,
+    /// Clients can resume what workers publish with history.
+    pub history: bool,
+    /// Plain publishes of JSON with an `event_id` are taken into the history.
+    pub capture: bool,
+    /// Whether JSON objects of the history carry their id.
+    pub event_ids: EventIds,
+    /// What a token is good for that comes with a request for an event stream.
+    pub sse_token: SseToken,
+}
+
+/// Whether JSON objects of the history carry their id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventIds {
+    /// As their first member, `event_id`.
+    Json,
+    /// They are sent as they are; ids are only in the envelope of the subprotocol.
+    None,
+}
+
+/// What a token is good for that comes with a request for an event stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SseToken {
+    /// Any number of requests until it expires, since an `EventSource` reconnects with the same URL.
+    Reusable,
+    /// One request.
+    Once,
+}
+
+/// `[history]`: bounds of the logs; workers that publish by script must give the same.
+#[derive(Debug, Clone)]
+pub struct History {
+    /// Most entries of a log.
+    pub entries_max: u64,
+    /// Most bytes of a log.
+    pub bytes_max: usize,
+    /// How long an entry is held, and a log after its last entry.
+    pub ttl: Duration,
+}
+
+impl History {
+    /// As the bus wants them.
+    #[must_use]
+    pub const fn limits(&self) -> crate::bus::HistoryLimits {
+        let Self { entries_max, bytes_max, ttl } = *self;
+        crate::bus::HistoryLimits { entries_max, bytes_max: bytes_max as u64, ttl }
+    }
+}
+
+/// `[events]`
+#[derive(Debug, Clone)]
+pub struct Events {
+    /// Clients can resume; what workers publish with history is delivered without a gap.
+    pub history: bool,
+    /// Plain publishes with an `event_id` are taken into the history.
+    pub capture: bool,
+    /// Invalid messages after which a connection is closed; 0: never.
+    pub strikes_max: u32,
+    /// What clients are told after a loss of the bus where a channel has no history.
+    pub on_bus_loss: OnBusLoss,
+    /// A message that wants an `ack` is sent again after this time.
+    pub ack_interval: Duration,
+    /// How often it is sent before it is reported.
+    pub ack_tries: u32,
+    /// Most messages of a connection that wait for an `ack`.
+    pub ack_queue: usize,
+    /// How long the registry keeps what nobody refreshes.
+    pub registry_ttl: Duration,
+    /// How long a revocation is remembered; at least as long as tokens live.
+    pub revocation_ttl: Duration,
+}
+
+/// `[sse]`: server-sent events at the URLs of sessions and events.
+#[derive(Debug, Clone)]
+pub struct Sse {
+    /// Answer `Accept: text/event-stream`.
+    pub enabled: bool,
+    /// A comment is sent when nothing else was for this long.
+    pub keep_alive: Duration,
+    /// What the client is told to wait before it reconnects.
+    pub retry: Duration,
+    /// Compress where the client accepts gzip.
+    pub compression: bool,
 }
 
 /// What a client's message meets when no worker listens.
@@ -227,6 +320,35 @@ pub enum OnBusLoss {
     Notice,
     /// Close code 1012, so that they reconnect.
     Close,
+}
+
+/// `[jwt]`: whose tokens are believed. Without any key none is.
+#[derive(Debug, Clone)]
+pub struct Jwt {
+    /// The secret that the HS algorithms share with whoever issues tokens.
+    pub secret_key: Option<SecretString>,
+    /// The algorithms that are accepted; a token's header chooses among those of one key only.
+    pub algorithms: Vec<Algorithm>,
+    /// The issuer's public key, as PEM.
+    pub public_key_file: Option<std::path::PathBuf>,
+    /// Where the issuer publishes its public keys.
+    pub jwks_url: Option<String>,
+    /// How often they are fetched; a token with an unknown key has them fetched at once.
+    pub jwks_refresh: Duration,
+    /// Time for one fetch.
+    pub jwks_timeout: Duration,
+    /// File with further CA certificates (PEM) for `jwks_url`.
+    pub ca_file: Option<std::path::PathBuf>,
+    /// Who tokens must be for. Empty: they must not be for anybody in particular.
+    pub audience: Vec<String>,
+    /// Who must have issued tokens; `None`: anybody who has the key.
+    pub issuer: Option<String>,
+    /// By how much clocks may differ.
+    pub leeway: Duration,
+    /// The claim that names the user.
+    pub user_claim: String,
+    /// Refuse tokens that never expire.
+    pub require_exp: bool,
 }
 
 /// `[api]`: HTTP for workers without Redis.
@@ -313,7 +435,7 @@ impl Default for Log {
 
 impl Default for Endpoints {
     fn default() -> Self {
-        Self { sessions: true, echo: false }
+        Self { sessions: true, events: false, echo: false }
     }
 }
 
@@ -327,6 +449,62 @@ impl Default for Sessions {
             down_frames: DownFrames::Auto,
             on_bus_loss: OnBusLoss::Notice,
             token_ttl: Duration::from_secs(60),
+            history: false,
+            capture: false,
+            event_ids: EventIds::Json,
+            sse_token: SseToken::Reusable,
+        }
+    }
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self { entries_max: 1000, bytes_max: 1024 * 1024, ttl: Duration::from_secs(3600) }
+    }
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            history: true,
+            capture: false,
+            strikes_max: 10,
+            on_bus_loss: OnBusLoss::Notice,
+            ack_interval: Duration::from_secs(5),
+            ack_tries: 3,
+            ack_queue: 1000,
+            registry_ttl: Duration::from_secs(3600),
+            revocation_ttl: Duration::from_secs(24 * 3600),
+        }
+    }
+}
+
+impl Default for Sse {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            keep_alive: Duration::from_secs(15),
+            retry: Duration::from_secs(1),
+            compression: true,
+        }
+    }
+}
+
+impl Default for Jwt {
+    fn default() -> Self {
+        Self {
+            secret_key: None,
+            algorithms: vec![Algorithm::HS256],
+            public_key_file: None,
+            jwks_url: None,
+            jwks_refresh: Duration::from_secs(600),
+            jwks_timeout: Duration::from_secs(3),
+            ca_file: None,
+            audience: Vec::new(),
+            issuer: None,
+            leeway: Duration::from_secs(5),
+            user_claim: "sub".into(),
+            require_exp: true,
         }
     }
 }

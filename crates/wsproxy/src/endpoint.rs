@@ -47,7 +47,7 @@ impl Receipt for Link {
     fn published(&self, outcome: Outcome) {
         let number = match outcome {
             Outcome::Received(receivers) if receivers > 0 => return,
-            Outcome::Kept => return,
+            Outcome::Kept | Outcome::Stored { .. } => return,
             Outcome::Received(_) => 0,
             Outcome::Lost => 1,
         };

@@ -1,10 +1,17 @@
 //! Keyed state that expires; knows keys and bytes, not what they mean.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use wsproxy_proto::{
+    history::{After, Position, Snapshot},
+    names::Id,
+};
 
-use crate::store::{memory::MemoryStore, redis::RedisStore};
+use crate::{
+    bus::HistoryLimits,
+    store::{memory::MemoryStore, redis::RedisStore},
+};
 
 pub mod memory;
 pub mod redis;
@@ -28,6 +35,145 @@ pub struct LogEntry {
     pub id: String,
     /// What was appended.
     pub data: Bytes,
+}
+
+/// What [`Store::snapshot`] reads.
+#[derive(Debug, Clone)]
+pub struct SnapshotOf {
+    /// Keys of the logs.
+    pub logs: Vec<Arc<str>>,
+    /// Key of the epoch.
+    pub epoch: Arc<str>,
+    /// The entries behind this are wanted; `None`: none.
+    pub after: Option<After>,
+    /// At most so many entries of each log; further ones with the next call.
+    pub entries_max: usize,
+    /// The session whose token streams are wanted too.
+    pub streams_of: Option<Id>,
+}
+
+/// A token stream as it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamState {
+    /// Its id.
+    pub stream: Box<str>,
+    /// `open`, or the outcome: `finish`, `error`, `cancelled`.
+    pub state: Box<str>,
+    /// Number of the last append.
+    pub seq: u64,
+    /// All text so far.
+    pub text: Bytes,
+    /// The JSON object that the worker gave when it opened the stream.
+    pub meta: Bytes,
+    /// JSON of the error; empty: none.
+    pub error: Bytes,
+}
+
+/// What is done with a token stream.
+#[derive(Debug, Clone)]
+pub struct StreamCommand {
+    /// The session.
+    pub session: Id,
+    /// The stream.
+    pub stream: Id,
+    /// What to do.
+    pub op: StreamOp,
+    /// Bounds of the session's log; the state lives as long.
+    pub limits: HistoryLimits,
+}
+
+/// What is done with a token stream.
+#[derive(Debug, Clone)]
+pub enum StreamOp {
+    /// Begins it.
+    Open {
+        /// A JSON object that belongs to it; empty: `{}`.
+        meta: Bytes,
+        /// How long its worker may be silent.
+        lease: Duration,
+    },
+    /// Appends text.
+    Append {
+        /// The text, UTF-8.
+        text: Bytes,
+        /// The number that this append must get; one that it has got already is not appended again.
+        seq: Option<u64>,
+        /// How long the worker may be silent from now on.
+        lease: Duration,
+    },
+    /// Only renews the lease.
+    Renew {
+        /// How long the worker may be silent from now on.
+        lease: Duration,
+    },
+    /// Ends it.
+    End {
+        /// How.
+        outcome: StreamOutcome,
+        /// A JSON object; empty: none.
+        error: Bytes,
+    },
+    /// Ends it as `worker_lost` if its lease has run out.
+    Lost,
+}
+
+impl StreamOp {
+    /// What it weighs in a bounded queue.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Open { meta, .. } => meta.len(),
+            Self::Append { text, .. } => text.len(),
+            Self::End { error, .. } => error.len(),
+            Self::Renew { .. } | Self::Lost => 0,
+        }
+    }
+}
+
+/// How a token stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamOutcome {
+    /// It is complete.
+    Finish,
+    /// It failed.
+    Error,
+    /// It was stopped.
+    Cancelled,
+}
+
+impl StreamOp {
+    /// Its name in the script.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Open { .. } => "open",
+            Self::Append { .. } => "append",
+            Self::Renew { .. } => "renew",
+            Self::End { .. } => "end",
+            Self::Lost => "lost",
+        }
+    }
+
+    /// How long the worker may be silent from now on.
+    pub(crate) const fn lease(&self) -> Option<Duration> {
+        match self {
+            Self::Open { lease, .. } | Self::Append { lease, .. } | Self::Renew { lease } => {
+                Some(*lease)
+            }
+            Self::End { .. } | Self::Lost => None,
+        }
+    }
+}
+
+impl StreamOutcome {
+    /// As workers and clients spell it.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Finish => "finish",
+            Self::Error => "error",
+            Self::Cancelled => "cancelled",
+        }
+    }
 }
 
 /// Why the store did not do what was asked.
@@ -92,6 +238,45 @@ impl Store {
         }
     }
 
+    /// Logs, and a session's token streams, as they stand at one moment.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn snapshot(
+        &self,
+        of: SnapshotOf,
+    ) -> Result<(Snapshot, Vec<StreamState>), StoreError> {
+        match self {
+            Self::Memory(store) => store.snapshot(&of),
+            Self::Redis(store) => store.snapshot(&of).await,
+        }
+    }
+
+    /// Changes a token stream and publishes the change to the session's clients, atomically. Answers the
+    /// number of its last append and the position of the message. What has taken effect already may be said
+    /// again.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`], beginning with: `NOSTREAM`, `EXISTS`, `ENDED <outcome>`, `SEQ <last seq>`,
+    /// `TOOLARGE` (the text), `BADJSON`, or `ALIVE` for [`StreamOp::Lost`] while the lease runs.
+    pub async fn stream(&self, command: StreamCommand) -> Result<(u64, Position), StoreError> {
+        match self {
+            Self::Memory(store) => store.stream(command).await,
+            Self::Redis(store) => store.stream(&command).await,
+        }
+    }
+
+    /// Open token streams whose lease has run out, at most `count`.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn lapsed_streams(&self, count: usize) -> Result<Vec<(Id, Id)>, StoreError> {
+        match self {
+            Self::Memory(store) => store.lapsed_streams(count),
+            Self::Redis(store) => store.lapsed_streams(count).await,
+        }
+    }
+
     /// At most `count` entries of a log after the id `after`; from its start where that is empty.
     ///
     /// # Errors
@@ -119,3 +304,12 @@ impl Store {
         }
     }
 }
+
+/// Most bytes of one log that one snapshot reads, except for one entry that alone is larger.
+const PAGE_BYTES_MAX: usize = 1024 * 1024;
+
+/// So many entries of a log are searched for an event id.
+const SCAN_MAX: usize = 4096;
+
+/// Most text of token streams that one snapshot reads: the newest streams, and at least one.
+const STREAMS_BYTES_MAX: usize = 8 * 1024 * 1024;

@@ -3,7 +3,7 @@
 //! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
 
 use super::{
-    Config, DownFrames, LogFormat, NoReceiver, OnBusLoss,
+    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss, SseToken,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
@@ -142,13 +142,22 @@ pub static SECTIONS: &[(&str, &str)] = &[
     ("log", "What is logged, to standard error."),
     ("endpoints", "Which endpoint families are served."),
     ("sessions", "The session endpoint, /{agent_id}/ws/{session_id}."),
+    ("events", "The event endpoint, /ws."),
+    (
+        "history",
+        "Bounds of each channel's history. Workers that publish by script must give the same.",
+    ),
+    ("sse", "Server-sent events, at the URLs of sessions and events."),
+    (
+        "jwt",
+        "Whose JSON Web Tokens are believed: those signed with a shared secret, or with a private key whose public half is in a file or published as a JWKS.",
+    ),
     ("api", "HTTP for workers without Redis, below /api/v1."),
 ];
 
 /// Variables of older gateways that belong to endpoints which this version does not have. A
 /// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
-pub static IGNORED: &[&str] =
-    &["DATABASE_URL", "SECRET_KEY", "ALGORITHM", "MESSAGE_QUEUE_SIZE", "MESSAGE_RETRY_INTERVAL"];
+pub static IGNORED: &[&str] = &["DATABASE_URL"];
 
 /// Every key, by section.
 #[rustfmt::skip]
@@ -201,8 +210,8 @@ pub static KEYS: &[Key] = &[
     key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "How lines look; auto: pretty on a terminal, else JSON.").flag("log-format"),
 
     key!(endpoints.sessions, Switch, "/{agent_id}/ws/{session_id}"),
+    key!(endpoints.events, Switch, "/ws; needs a key in [jwt]."),
     key!(endpoints.echo, Switch, "/echo: answers every message with itself; for conformance suites."),
-    absent("events"),
     absent("rooms"),
     absent("agents"),
     absent("tunnel"),
@@ -214,6 +223,43 @@ pub static KEYS: &[Key] = &[
     key!(sessions.down_frames, OneOf(&[("auto", DownFrames::Auto), ("text", DownFrames::Text), ("binary", DownFrames::Binary)]), "How messages from workers are framed; auto: text where they are UTF-8, else binary."),
     key!(sessions.on_bus_loss, OneOf(&[("notice", OnBusLoss::Notice), ("close", OnBusLoss::Close)]), "What clients are told after a loss of the bus: one bus_recovered message, or close code 1012."),
     key!(sessions.token_ttl, Time(1_000, DAY), "How long a token lives which the API or `wsproxy token` made."),
+
+    key!(sessions.history, Switch, "Clients can resume what workers publish with history, over instances and restarts."),
+    key!(sessions.capture, Switch, "Take plain publishes of JSON with an event_id into the history too."),
+    key!(sessions.event_ids, OneOf(&[("json", EventIds::Json), ("none", EventIds::None)]), "Whether JSON objects of the history carry their id as first member event_id; without it only the subprotocol wsproxy.id.v1 tells ids."),
+    key!(sessions.sse_token, OneOf(&[("reusable", SseToken::Reusable), ("once", SseToken::Once)]), "What a token is good for that comes with a request for server-sent events: any number of them until it expires, since an EventSource reconnects with the same URL, or one."),
+
+    key!(events.history, Switch, "Clients can resume, over instances and restarts."),
+    key!(events.capture, Switch, "Take plain publishes with an event_id into the history too."),
+    key!(events.strikes_max, Number(0, 1_000_000), "Invalid messages after which a connection is closed; 0: never."),
+    key!(events.on_bus_loss, OneOf(&[("notice", OnBusLoss::Notice), ("close", OnBusLoss::Close)]), "What clients are told after a loss of the bus where there is no history: one bus_recovered message, or close code 1012."),
+    key!(events.ack_interval, Time(100, HOUR), "A message that wants an ack is sent again after this time.").alias("MESSAGE_RETRY_INTERVAL"),
+    key!(events.ack_tries, Number(1, 100), "How often it is sent before it is reported."),
+    key!(events.ack_queue, Number(1, 100_000), "Most messages of a connection that wait for an ack.").alias("MESSAGE_QUEUE_SIZE"),
+    key!(events.registry_ttl, Time(10_000, 30 * DAY), "How long the registry keeps what nobody refreshes."),
+    key!(events.revocation_ttl, Time(1_000, 400 * DAY), "How long a revocation is remembered; at least as long as tokens live."),
+
+    key!(history.entries_max, Number(1, 1_000_000), "Most entries of a log."),
+    key!(history.bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of a log."),
+    key!(history.ttl, Time(1_000, 30 * DAY), "How long an entry is held, and a log after its last entry."),
+
+    key!(sse.enabled, Switch, "Answer Accept: text/event-stream."),
+    key!(sse.keep_alive, Time(100, HOUR), "A comment is sent when nothing else was for this long, so that proxies keep the stream open."),
+    key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects."),
+    key!(sse.compression, Switch, "Compress where the client accepts gzip."),
+
+    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones.").alias("SECRET_KEY").secret(),
+    key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "The algorithms that are accepted. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
+    key!(jwt.public_key_file, Optional(File), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
+    key!(jwt.jwks_url, Optional(rule::JWKS_URL), "Where the issuer publishes its public keys."),
+    key!(jwt.jwks_refresh, Time(10_000, 7 * DAY), "How often they are fetched. A token signed with an unknown key has them fetched at once, every 10 seconds at most."),
+    key!(jwt.jwks_timeout, Time(100, 60_000), "Time for one fetch. While the issuer cannot be reached the keys that are known stay in use."),
+    key!(jwt.ca_file, Optional(File), "Further CA certificates (PEM) for jwt.jwks_url."),
+    key!(jwt.audience, List(rule::CLAIM), "Tokens must be for one of these (aud). Empty: tokens that are for somebody in particular are refused."),
+    key!(jwt.issuer, Optional(rule::CLAIM), "Tokens must be issued by this one (iss). Not set: by anybody who has the key."),
+    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours."),
+    key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=, or an integer."),
+    key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
 
     key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
 ];

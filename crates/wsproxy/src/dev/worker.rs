@@ -17,7 +17,7 @@ use wsproxy_proto::names::Id;
 
 use super::AGENT;
 use crate::{
-    bus::{BusError, Publish, Unheard},
+    bus::{BusError, Keep, Publish},
     gateway::Gateway,
     http::rejection::Rejection,
     hub::{Sink, Subscription, tap::Tap},
@@ -224,7 +224,7 @@ impl Worker {
         let publish = Publish {
             channel: self.gateway.names.session_down(session).into(),
             payload: Bytes::from(message.to_string()),
-            unheard: Unheard::Gone,
+            keep: Keep::Nothing,
             receipt: None,
         };
         self.gateway.bus.publishable().await;

@@ -18,7 +18,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::{BusError, Publish, Unheard},
+    bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
     endpoint::{Actions, Logic, PUBLISHED},
     telemetry::{counter::Counter, time},
@@ -103,10 +103,10 @@ impl SessionLogic {
         }
     }
 
-    fn unheard(&self) -> Unheard {
+    fn keep(&self) -> Keep {
         match self.endpoint.config.no_receiver {
-            NoReceiver::Ignore | NoReceiver::Error => Unheard::Gone,
-            NoReceiver::Queue => Unheard::Kept {
+            NoReceiver::Ignore | NoReceiver::Error => Keep::Nothing,
+            NoReceiver::Queue => Keep::Unheard {
                 log: self.endpoint.names.session_up_log(&self.session).into(),
                 entries_max: self.endpoint.config.up_log_entries_max,
                 ttl: self.endpoint.config.up_log_ttl,
@@ -153,7 +153,7 @@ impl SessionLogic {
         let announcement = Publish {
             channel: self.endpoint.names.agent_sessions(&self.agent).into(),
             payload: Bytes::from(event.to_string()),
-            unheard: Unheard::Gone,
+            keep: Keep::Nothing,
             receipt: None,
         };
         if let Err(error) = actions.publish(announcement) {
@@ -186,7 +186,7 @@ impl Logic for SessionLogic {
         let message = Publish {
             channel: Arc::clone(&self.up),
             payload: Bytes::copy_from_slice(payload),
-            unheard: self.unheard(),
+            keep: self.keep(),
             receipt: Some(actions.receipt()),
         };
         match actions.publish(message) {

@@ -102,7 +102,7 @@ fn accept(
 ) {
     let gateway = routes.gateway();
     let Some(place) = sockets.take() else {
-        gateway.metrics.handshake("none", "full");
+        gateway.metrics.handshake(None, "full");
         gateway.tasks.spawn(refuse(stream));
         return;
     };

@@ -11,6 +11,7 @@ use tracing::info;
 use crate::{
     gateway::Gateway,
     http::{Body, rejection::Rejection, upgrade},
+    telemetry::metrics::Endpoint,
 };
 
 /// What a listener serves.
@@ -27,7 +28,7 @@ pub struct Routes {
 const LOGGED_PATH_BYTES_MAX: usize = 256;
 
 /// A WebSocket endpoint, by path.
-enum Endpoint<'a> {
+enum Target<'a> {
     Session(&'a str, &'a str),
     Echo,
 }
@@ -52,22 +53,23 @@ impl Routes {
     pub async fn serve(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let path = request.uri().path().to_owned();
         let address = upgrade::client_address(&self.gateway, &request).ok();
-        let (label, answer) = match self.endpoint(&path) {
-            Some(Endpoint::Session(agent, session)) => {
-                ("sessions", upgrade::session(&self.gateway, request, (agent, session)).await)
-            }
-            Some(Endpoint::Echo) => ("echo", upgrade::echo(&self.gateway, request)),
+        let (endpoint, answer) = match self.target(&path) {
+            Some(Target::Session(agent, session)) => (
+                Endpoint::Sessions,
+                upgrade::session(&self.gateway, request, (agent, session)).await,
+            ),
+            Some(Target::Echo) => (Endpoint::Echo, upgrade::echo(&self.gateway, request)),
             None => return self.serve_rest(request.map(Body::new)).await,
         };
         Ok(match answer {
             Ok(response) => {
-                self.gateway.metrics.handshake(label, "accepted");
+                self.gateway.metrics.handshake(Some(endpoint), "accepted");
                 response
             }
             Err(rejection) => {
-                self.gateway.metrics.handshake(label, rejection.code);
+                self.gateway.metrics.handshake(Some(endpoint), rejection.code);
                 info!(
-                    endpoint = label,
+                    endpoint = endpoint.label(),
                     path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
                     address = address.map(tracing::field::display),
                     status = rejection.status.as_u16(),
@@ -95,16 +97,16 @@ impl Routes {
         })
     }
 
-    fn endpoint<'a>(&self, path: &'a str) -> Option<Endpoint<'a>> {
+    fn target<'a>(&self, path: &'a str) -> Option<Target<'a>> {
         if !self.data_plane {
             return None;
         }
         let endpoints = &self.gateway.config.endpoints;
         let mut segments = path.strip_prefix('/')?.split('/');
         match (segments.next()?, segments.next(), segments.next(), segments.next()) {
-            ("echo", None, None, None) if endpoints.echo => Some(Endpoint::Echo),
+            ("echo", None, None, None) if endpoints.echo => Some(Target::Echo),
             (agent, Some("ws"), Some(session), None) if endpoints.sessions => {
-                Some(Endpoint::Session(agent, session))
+                Some(Target::Session(agent, session))
             }
             _ => None,
         }

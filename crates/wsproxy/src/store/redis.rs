@@ -1,4 +1,4 @@
-//! The store on Redis: five commands; knows no connection.
+//! The store on Redis: a few commands; knows no connection.
 
 use std::time::Duration;
 
@@ -8,6 +8,8 @@ use crate::{
     bus::redis::{RedisBus, milliseconds, resp::Reply},
     store::{LogEntry, StoreError},
 };
+
+mod history;
 
 /// Commands on a connection beside the bus's. Clones share it.
 #[derive(Clone)]

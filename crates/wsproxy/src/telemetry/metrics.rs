@@ -17,8 +17,39 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use wsproxy_conn::{Profile, profile::LATENCY_BUCKETS};
+use wsproxy_proto::history::Lost;
 
-use crate::gateway::Gateway;
+use crate::{
+    auth::jwt::{JwksCounters, JwtVerifier},
+    gateway::Gateway,
+    telemetry::counter,
+};
+
+/// An endpoint family, as a label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/{agent_id}/ws/{session_id}`
+    Sessions,
+    /// `/ws`
+    Events,
+    /// `/echo`
+    Echo,
+}
+
+impl Endpoint {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Sessions, Self::Events, Self::Echo];
+
+    /// The value of the label `endpoint`.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Sessions => "sessions",
+            Self::Events => "events",
+            Self::Echo => "echo",
+        }
+    }
+}
 
 /// The metrics of an instance.
 #[derive(Debug)]
@@ -27,8 +58,8 @@ pub struct Metrics {
     handshakes: Family<HandshakeLabels, Counter>,
     disconnects: Family<DisconnectLabels, Counter>,
     errors: Family<ErrorLabels, Counter>,
-    sessions: Connections,
-    echo: Connections,
+    /// By [`Endpoint`].
+    connections: [Connections; Endpoint::ALL.len()],
     source: Source,
 }
 
@@ -72,6 +103,11 @@ struct EndpointLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabels {
     kind: &'static str,
 }
@@ -86,8 +122,7 @@ impl Metrics {
             handshakes,
             disconnects,
             errors,
-            sessions: Connections::default(),
-            echo: Connections::default(),
+            connections: Default::default(),
             source: Source::default(),
             registry: Registry::default(),
         };
@@ -108,7 +143,8 @@ impl Metrics {
     }
 
     /// A handshake was answered.
-    pub fn handshake(&self, endpoint: &'static str, outcome: &'static str) {
+    pub fn handshake(&self, endpoint: Option<Endpoint>, outcome: &'static str) {
+        let endpoint = endpoint.map_or("none", Endpoint::label);
         self.handshakes.get_or_create(&HandshakeLabels { endpoint, outcome }).inc();
         if !matches!(outcome, "accepted" | "draining") {
             self.error("handshake");
@@ -117,15 +153,16 @@ impl Metrics {
 
     /// A connection opened; it is active as long as the returned guard lives.
     #[must_use]
-    pub fn opened(&self, endpoint: &'static str) -> Active {
-        let connections = if endpoint == "echo" { &self.echo } else { &self.sessions };
+    pub fn opened(&self, endpoint: Endpoint) -> Active {
+        let connections = &self.connections[endpoint as usize];
         connections.opened.fetch_add(1, Relaxed);
         connections.active.fetch_add(1, Relaxed);
         Active(Arc::clone(&connections.active))
     }
 
     /// A connection ended.
-    pub fn ended(&self, endpoint: &'static str, reason: &'static str) {
+    pub fn ended(&self, endpoint: Endpoint, reason: &'static str) {
+        let endpoint = endpoint.label();
         self.disconnects.get_or_create(&DisconnectLabels { endpoint, reason }).inc();
     }
 
@@ -189,7 +226,9 @@ impl Collector for Source {
         scrape.connections()?;
         scrape.latency()?;
         scrape.sessions()?;
+        scrape.histories()?;
         scrape.bus()?;
+        scrape.keys()?;
         scrape.process()
     }
 }
@@ -202,11 +241,10 @@ struct Scrape<'a, 'b> {
 impl Scrape<'_, '_> {
     fn connections(&mut self) -> fmt::Result {
         let metrics = &self.gateway.metrics;
-        let active = |c: &Connections| c.active.load(Relaxed);
-        let values = [("sessions", active(&metrics.sessions)), ("echo", active(&metrics.echo))];
+        let of = |endpoint: Endpoint| &metrics.connections[endpoint as usize];
+        let values = Endpoint::ALL.map(|e| (e.label(), of(e).active.load(Relaxed)));
         self.gauges("active_connections", "Open WebSocket connections", values)?;
-        let opened = |c: &Connections| c.opened.load(Relaxed);
-        let values = [("sessions", opened(&metrics.sessions)), ("echo", opened(&metrics.echo))];
+        let values = Endpoint::ALL.map(|e| (e.label(), of(e).opened.load(Relaxed)));
         self.counters("connections", "WebSocket connections that were opened", values)?;
         let help =
             "Data messages that arrived from clients, complete and valid as WebSocket messages";
@@ -279,6 +317,45 @@ impl Scrape<'_, '_> {
         self.counter("bus_loss_notices", help, hub.bus_loss_notices.value())
     }
 
+    fn histories(&mut self) -> fmt::Result {
+        let hub = &self.gateway.hub.counters;
+        for (name, help, counter) in [
+            ("resumed", "Clients that resumed and have missed nothing", &hub.resumed),
+            ("replayed_messages", "Messages that these had missed and got", &hub.replayed),
+            (
+                "history_duplicates",
+                "Messages that came again and were not delivered again",
+                &hub.duplicates,
+            ),
+            (
+                "histories_healed",
+                "Histories that were read again after a loss and are whole",
+                &hub.healed,
+            ),
+            ("healed_messages", "Messages found there that had been missed", &hub.healed_messages),
+            ("captured_messages", "Plain messages that were taken into a history", &hub.captured),
+            (
+                "uncaptured_messages",
+                "Plain messages that should have been, but have no id or met a full queue",
+                &hub.uncaptured,
+            ),
+        ] {
+            self.counter(name, help, counter.value())?;
+        }
+        let help = "Clients that were told that something is missing, by reason";
+        let mut family =
+            self.encoder.encode_descriptor("history_lost", help, None, MetricType::Counter)?;
+        for lost in Lost::ALL {
+            family
+                .encode_family(&ReasonLabels { reason: lost.label() })?
+                .encode_counter::<NoLabelSet, _, u64>(
+                    &hub.history_lost[lost as usize].value(),
+                    None,
+                )?;
+        }
+        Ok(())
+    }
+
     fn bus(&mut self) -> fmt::Result {
         let status = self.gateway.bus.status();
         let help = "Channels subscribed on the bus";
@@ -297,6 +374,11 @@ impl Scrape<'_, '_> {
         for (name, help, counter) in [
             ("bus_messages_received", "Messages read from the bus", &counters.messages_in),
             ("bus_publishes", "Messages whose publishing the bus answered", &counters.published),
+            (
+                "bus_publishes_stored",
+                "Of these, messages that are in a history",
+                &counters.publish_stored,
+            ),
             (
                 "bus_publishes_kept",
                 "Of these, kept in a log since nobody listened",
@@ -328,6 +410,17 @@ impl Scrape<'_, '_> {
         Ok(())
     }
 
+    fn keys(&mut self) -> fmt::Result {
+        let counters = self.gateway.jwt.as_ref().and_then(JwtVerifier::jwks_counters);
+        let value = |counter: fn(&JwksCounters) -> &counter::Counter| {
+            counters.map_or(0, |c| counter(c).value())
+        };
+        let help = "Times that the keys which the issuer of tokens publishes were fetched";
+        self.counter("jwks_fetches", help, value(|counters| &counters.fetches))?;
+        let help = "Of these, those that brought no keys: the known ones stay in use";
+        self.counter("jwks_fetch_failures", help, value(|counters| &counters.failures))
+    }
+
     fn process(&mut self) -> fmt::Result {
         let help = "Log lines that were dropped since standard error did not take them";
         self.counter("log_lines_dropped", help, crate::telemetry::log::dropped_lines())?;
@@ -337,7 +430,7 @@ impl Scrape<'_, '_> {
         self.gauge("process_resident_memory", "Memory in use", Some(&Unit::Bytes), memory as i64)
     }
 
-    fn gauges(&mut self, name: &str, help: &str, values: [(&'static str, i64); 2]) -> fmt::Result {
+    fn gauges(&mut self, name: &str, help: &str, values: [(&'static str, i64); 3]) -> fmt::Result {
         let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (endpoint, value) in values {
             family.encode_family(&EndpointLabels { endpoint })?.encode_gauge(&value)?;
@@ -349,7 +442,7 @@ impl Scrape<'_, '_> {
         &mut self,
         name: &str,
         help: &str,
-        values: [(&'static str, u64); 2],
+        values: [(&'static str, u64); 3],
     ) -> fmt::Result {
         let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (endpoint, value) in values {
@@ -382,8 +475,12 @@ impl Scrape<'_, '_> {
     }
 }
 
-fn profiles(gateway: &Gateway) -> [(&'static str, &Profile); 2] {
-    [("sessions", &gateway.session_profile), ("echo", &gateway.echo_profile)]
+fn profiles(gateway: &Gateway) -> [(&'static str, &Profile); 3] {
+    [
+        (Endpoint::Sessions.label(), &gateway.session_profile),
+        (Endpoint::Events.label(), &gateway.event_profile),
+        (Endpoint::Echo.label(), &gateway.echo_profile),
+    ]
 }
 
 /// Resident memory of this process; `None` where the system does not tell.
@@ -400,7 +497,7 @@ mod tests {
     #[test]
     fn the_json_form_holds_the_samples_of_the_text_form() {
         let metrics = Metrics::new();
-        metrics.handshake("sessions", "full");
+        metrics.handshake(Some(Endpoint::Sessions), "full");
         let json: serde_json::Value = serde_json::from_str(&metrics.json()).unwrap();
         let found = json["metrics"].as_array().unwrap().iter().any(|sample| {
             sample["name"] == "wsproxy_handshakes_total"

@@ -11,7 +11,7 @@ use std::sync::{
 
 use bytes::Bytes;
 
-use crate::bus::{Outcome, Publish, Receipt, Unheard, redis::pipeline::Pipeline};
+use crate::bus::{Keep, Outcome, Publish, Receipt, redis::pipeline::Pipeline};
 
 /// The probe of one connection.
 pub(super) struct Probe {
@@ -54,7 +54,7 @@ impl Probe {
         publishes.publish_urgently(Publish {
             channel: self.channel.clone(),
             payload: payload.clone(),
-            unheard: Unheard::Gone,
+            keep: Keep::Nothing,
             receipt: Some(answer.clone()),
         });
         self.sent = Some(Sent { payload, answer, fenced: false, fences_passed: 0, unheard: false });
@@ -99,7 +99,7 @@ impl Receipt for Answer {
     fn published(&self, outcome: Outcome) {
         let answer = match outcome {
             Outcome::Received(count) => i64::try_from(count).unwrap_or(i64::MAX),
-            Outcome::Kept | Outcome::Lost => LOST,
+            Outcome::Kept | Outcome::Stored { .. } | Outcome::Lost => LOST,
         };
         self.0.store(answer, Ordering::Release);
     }

@@ -10,7 +10,7 @@ use secrecy::SecretString;
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy::{
-    bus::{Bus, Deliver, Outcome, Publish, Receipt, Unheard},
+    bus::{Bus, Deliver, Keep, Outcome, Publish, Receipt},
     config,
     store::Store,
 };
@@ -133,18 +133,13 @@ pub fn config(url: Option<&str>) -> config::Redis {
 
 /// A message that is gone if nobody listens.
 pub fn message(channel: &str, payload: impl Into<Bytes>) -> Publish {
-    Publish {
-        channel: channel.into(),
-        payload: payload.into(),
-        unheard: Unheard::Gone,
-        receipt: None,
-    }
+    Publish { channel: channel.into(), payload: payload.into(), keep: Keep::Nothing, receipt: None }
 }
 
 /// A message that is kept in a log if nobody listens.
 pub fn kept_message(channel: &str, payload: impl Into<Bytes>, log: &str, max: u64) -> Publish {
-    let unheard = Unheard::Kept { log: log.into(), entries_max: max, ttl: Duration::from_secs(60) };
-    Publish { unheard, ..message(channel, payload) }
+    let keep = Keep::Unheard { log: log.into(), entries_max: max, ttl: Duration::from_secs(60) };
+    Publish { keep, ..message(channel, payload) }
 }
 
 /// Takes notes of everything that a bus delivers. Clones share them.
@@ -233,7 +228,7 @@ impl Deliver for Recorder {
         self.notes(|notes| notes.unflushed = 0);
     }
 
-    fn lost(&mut self, cause: &str) {
+    fn lost(&mut self, cause: &str, _silence: Duration) {
         self.notes(|notes| notes.lost.push(cause.into()));
     }
 
