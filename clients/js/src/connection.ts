@@ -458,8 +458,10 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
   #ended(turn: number, end: End): void {
     if (turn !== this.#turn) return;
+    // A gateway need not serve server-sent events, and what it says of them says nothing of the WebSocket that comes next.
+    const isOffer = this.#transport?.kind === "sse" && (this.#options.transport ?? "auto") === "auto" && this.#socket;
     this.#count(end);
-    const advice = advise(end);
+    const advice = isOffer && end.status && end.status !== 403 && advise(end) === "stop" ? "retry" : advise(end);
     if (advice === "stop") return this.#finish(end);
     if (advice === "credentials") this.#reason = end.status ? "rejected" : "expired";
     else if (end.opened) this.#reason = "reconnect";

@@ -206,7 +206,7 @@ test("stop() reaches the worker, and a worker that died is reported", async () =
   const up = await fetch(`${gateway.url}/api/v1/sessions/${id}/upstream`, { headers: { Authorization: "Bearer key-of-the-tests-0123456789" } });
   const reader = up.body?.getReader();
   const opened = session.once("stream");
-  await gateway.api(`sessions/${id}/streams/a`, { op: "open", lease_ms: 500 });
+  await gateway.api(`sessions/${id}/streams/a`, { op: "open", lease_ms: 1000 });
   const stream = await opened;
   stream.stop();
   let heard = "";

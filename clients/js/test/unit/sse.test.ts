@@ -120,7 +120,7 @@ test("where WebSockets fail, server-sent events take over after three", async ()
   expect(gateway.refused).toBe(3);
   // Refused as well: perhaps WebSockets work by now.
   gateway.refuse = 0;
-  again.response.writeHead(404).end();
+  again.response.writeHead(426).end('{"error":{"code":"upgrade_required","retryable":false}}');
   await gateway.peers.next();
 });
 
@@ -129,6 +129,13 @@ test("a refused credential is no reason to leave WebSockets", async () => {
   const { changes } = session({ backoff: { baseMs: 1, maxMs: 2 } });
   for (let n = 0; n < 12; n += 1) await changes.next();
   expect([gateway.refused > 3, gateway.listeners.size]).toEqual([true, 0]);
+});
+
+test("a gateway without server-sent events ends those who want nothing else", async () => {
+  const { changes } = session({ transport: "sse" });
+  await changes.next();
+  (await gateway.listeners.next()).response.writeHead(426).end('{"error":{"code":"upgrade_required","retryable":false}}');
+  expect(await changes.next()).toMatchObject({ state: "closed", status: 426, reason: "upgrade_required" });
 });
 
 test("what answers with a page instead of events is not taken for them", async () => {
