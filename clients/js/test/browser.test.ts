@@ -89,8 +89,9 @@ test("a session in a browser goes over cuts without gap or duplicate, and shows 
       getTicket: async ({ signal }) => (await fetch("/tickets/b-1", { signal })).text(),
     });
     session.on("message", ({ data }) => heard.push(data.n));
+    window.connected = session.once("connected").then(() => true);
   `);
-  await page.evaluate("session.opened()");
+  await page.evaluate("connected");
   for (let n = 0; n < 100; n += 1) {
     await publish("b-1", { n });
     if (n % 30 === 15) cable.cut();
