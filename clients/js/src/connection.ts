@@ -62,7 +62,7 @@ export type TypeOf<M> = M extends { type: infer T extends string } ? T : string;
 /** Those messages of `M` which have the type `T`. */
 export type OfType<M, T> = M extends { type: infer U } ? (T extends U ? M : never) : never;
 
-/** A connection that lived less than this and broke may never have worked, as behind a proxy that accepts and then drops. */
+/** What broke before this without a message may never have worked, as behind a proxy that accepts and then drops. */
 const BRIEF_MS = 5_000;
 /** After this long on server-sent events the next try is a WebSocket again. */
 const SSE_STAY_MS = 60_000;
@@ -98,6 +98,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #transport: Transport | undefined;
   #openedAt = 0;
   #heardAt = 0;
+  #hasHeard = false;
   #timers: Record<"try" | "stable" | "silence", ReturnType<typeof setTimeout> | undefined> = {
     try: undefined,
     stable: undefined,
@@ -400,6 +401,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #opened(): void {
     clearTimeout(this.#timers.try);
     this.#openedAt = this.#heardAt = Date.now();
+    this.#hasHeard = false;
     this.#timers.stable = setTimeout(() => (this.#attempt = 0), this.#options.backoff?.stableMs ?? 10_000);
     this.listen();
     this.#reason = "reconnect";
@@ -416,6 +418,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
   #frame({ body, id }: Frame): void {
     this.#heardAt = Date.now();
+    this.#hasHeard = true;
     const data = parse(body);
     if (isObject(data) && this.notice(data, id)) return;
     const own = isObject(data) ? text(data["event_id"]) || undefined : undefined;
@@ -485,7 +488,8 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     if (this.#transport?.kind === "websocket") {
       // These answers come from the gateway: WebSockets get through.
       if ([401, 403, 429, 503].includes(end.status ?? 0)) return;
-      this.#failures = !end.opened || (end.code === 1006 && lived < BRIEF_MS) ? this.#failures + 1 : 0;
+      const isBrief = end.code === 1006 && lived < BRIEF_MS && !this.#hasHeard;
+      this.#failures = !end.opened || isBrief ? this.#failures + 1 : 0;
     } else if (this.#transport && (!end.opened || lived > SSE_STAY_MS)) {
       this.#failures = Math.min(this.#failures, sseAfter - 1);
     }

@@ -124,6 +124,18 @@ test("where WebSockets fail, server-sent events take over after three", async ()
   await gateway.peers.next();
 });
 
+test("a WebSocket that opens and breaks before anything came has failed as well; one that has carried something has not", async () => {
+  const { made } = session();
+  for (let n = 0; n < 5; n += 1) {
+    const peer = await gateway.peers.next();
+    peer.say("works");
+    await made.once("message");
+    peer.drop();
+  }
+  for (let n = 0; n < 3; n += 1) (await gateway.peers.next()).drop();
+  answer(await gateway.listeners.next());
+});
+
 test("a refused credential is no reason to leave WebSockets", async () => {
   gateway.refuse = 403;
   const { changes } = session({ backoff: { baseMs: 1, maxMs: 2 } });
