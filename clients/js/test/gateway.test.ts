@@ -7,7 +7,7 @@ import {
   type StateChange,
 } from "../src/index.ts";
 import { Inbox, messages } from "./support/gateway-double.ts";
-import { Cable, Gateway, jwt, Redis, until } from "./support/machines.ts";
+import { Cable, Gateway, jwt, Redis, stopAll, until } from "./support/machines.ts";
 
 let redis: Redis;
 let gateway: Gateway;
@@ -25,6 +25,7 @@ afterAll(async () => {
   await cable?.end();
   await gateway?.stop();
   await redis?.end();
+  stopAll();
 });
 
 afterEach(() => {

@@ -56,6 +56,17 @@ export async function until(what: string, condition: () => unknown, ms = 20_000)
   throw new Error(`${what} did not happen within ${ms} ms: ${last ?? ""}`);
 }
 
+// No process outlives the tests, however they end.
+const running: Set<ChildProcess> = new Set();
+process.on("exit", () => {
+  for (const child of running) child.kill("SIGKILL");
+});
+
+/** Stops whatever a test that failed has left. */
+export function stopAll(): void {
+  for (const child of running) child.kill("SIGKILL");
+}
+
 class Machine {
   output = "";
   protected child: ChildProcess | undefined;
@@ -66,6 +77,8 @@ class Machine {
     const child = spawn(command, args, { env: { PATH, HOME, ...env }, stdio: ["ignore", "pipe", "pipe"] });
     child.on("error", (error) => (this.output += String(error)));
     for (const stream of [child.stdout, child.stderr]) stream?.on("data", (data) => (this.output += data));
+    running.add(child);
+    child.once("exit", () => running.delete(child));
     this.child = child;
   }
 
