@@ -7,7 +7,7 @@ export interface WebSocketLike {
   binaryType: string;
   readonly protocol: string;
   addEventListener(type: string, listener: (event: any) => void): void;
-  send(data: string | Uint8Array<ArrayBuffer>): void;
+  send(data: any): void;
   close(code?: number, reason?: string): void;
 }
 
@@ -68,7 +68,7 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
   });
   return {
     kind: "websocket",
-    send: (data) => socket.send(data as string | Uint8Array<ArrayBuffer>),
+    send: (data) => socket.send(data),
     close(code, reason) {
       over = true;
       try {
