@@ -154,20 +154,14 @@ export class TokenStream extends Emitter<TokenStreamEvents> implements AsyncIter
   }
 
   #snapshot(message: JsonObject): void {
-    const seq = number(message["seq"]) ?? 0;
     if (message["meta"] !== undefined) this.#meta = message["meta"];
-    // What is known already may be newer than the snapshot.
-    if (seq >= this.#seq) {
-      this.#text = text(message["text"]) ?? "";
-      this.#seq = seq;
-      this.#join();
-    }
-    if (message["state"] === "open") {
-      if (this.#state === "unknown") this.#state = "open";
-    } else {
-      this.#last = Math.max(this.#last, seq);
-      this.#end(message["state"], message["error"]);
-    }
+    // It replaces everything, be it older: then Redis was rolled back, and the worker goes on from there.
+    this.#text = text(message["text"]) ?? "";
+    this.#seq = this.#last = number(message["seq"]) ?? 0;
+    this.#early.clear();
+    this.#state = "open";
+    if (message["state"] === "open") this.#told = false;
+    else this.#end(message["state"], message["error"]);
   }
 
   #end(outcome: unknown, error: unknown): void {

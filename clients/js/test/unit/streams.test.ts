@@ -37,14 +37,26 @@ test("every order of appends, with a duplicate of each, gives the same text", ()
   }
 });
 
-test("a snapshot at any place in the replay of a history gives the same text", () => {
+test("whatever came before a snapshot, and from wherever the stream goes on behind it, the text is the same", () => {
   const replay = [open, ...PIECES.map((_, at) => append(at + 1)), end];
-  for (let at = 0; at <= replay.length; at += 1) {
+  for (let known = 0; known <= replay.length; known += 1) {
     for (let seq = 0; seq <= PIECES.length; seq += 1) {
-      const stream = merged(...replay.slice(0, at), snapshot(seq), ...replay.slice(at));
-      expect([at, seq, stream.text, stream.state, stream.incomplete]).toEqual([at, seq, WHOLE, "finish", false]);
+      for (let from = 0; from <= seq; from += 1) {
+        const stream = merged(...replay.slice(0, known), snapshot(seq), ...replay.slice(from + 1));
+        expect([known, seq, from, stream.text, stream.state, stream.incomplete]).toEqual([known, seq, from, WHOLE, "finish", false]);
+      }
     }
   }
+});
+
+test("after a rollback the stream goes on from the older snapshot, with another text and another end", async () => {
+  const stream = merged(open, append(1), append(2), { ...end, seq: 2 });
+  const ended = stream.once("end");
+  stream.take(snapshot(1));
+  expect([stream.text, stream.state]).toEqual(["The ", "open"]);
+  stream.take({ ...append(2), text: "slow" });
+  stream.take({ ...end, seq: 2, outcome: "cancelled" });
+  expect(await ended).toEqual({ outcome: "cancelled", text: "The slow" });
 });
 
 test("a snapshot of a stream that has ended is all there is to know", () => {
