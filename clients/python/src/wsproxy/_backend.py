@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -63,7 +63,7 @@ class StreamCall:
     stream: str
     op: Literal["open", "append", "renew", "end"]
     lease: float
-    meta: Any = None
+    meta: Mapping[str, Any] | None = None
     text: str = ""
     seq: int | None = None
     outcome: Outcome = "finish"

@@ -78,7 +78,7 @@ class Listener:
             connection.socket_timeout = None
             try:
                 async with asyncio.timeout(_DEAD_AFTER):
-                    await connection.connect()
+                    await connection.connect()  # type: ignore[no-untyped-call]
                 backoff.reset()
                 await self._serve(connection)
             except exceptions.AuthenticationError as error:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -15,9 +15,8 @@ from ._backend import Backend, StreamCall, StreamReply, retrying
 from ._feeds import Consumer
 from .errors import (
     InvalidRequest,
-    StreamConflict,
     StreamEnded,
-    StreamExists,
+    StreamError,
     StreamNotFound,
     Unavailable,
     WsproxyError,
@@ -38,7 +37,7 @@ _GOODBYE_SECONDS = 5.0
 class StreamOptions:
     """How a stream behaves; :meth:`wsproxy.Worker.stream` explains each."""
 
-    meta: Any
+    meta: Mapping[str, Any] | None
     lease: float
     flush_interval: float
     watch_stop: bool
@@ -134,6 +133,10 @@ class TokenStream:
                 self._waiting = [rest] if rest else []
                 try:
                     await self._send(part)
+                except StreamError as error:
+                    # The stream is no longer this worker's, and what was not sent never will be.
+                    self._failure, self._waiting = error, []
+                    raise
                 except BaseException:
                     # Whether or not it arrived, the number tells when it is sent again.
                     self._waiting.insert(0, part)
@@ -188,7 +191,7 @@ class TokenStream:
             if error is None:
                 if not (self._left or self._outcome):
                     await self._end("cancelled" if self.stopped.is_set() else "finish")
-                elif self._left:
+                elif self._left and not isinstance(self._failure, StreamError):
                     await self.flush()
             else:
                 await self._say_goodbye(error, by_stop)
@@ -199,7 +202,7 @@ class TokenStream:
     async def _say_goodbye(self, error: BaseException, by_stop: bool) -> None:
         """Tells the clients of an end by exception, which must not be hidden by another one."""
         cancelled = isinstance(error, asyncio.CancelledError | GeneratorExit)
-        if self._outcome or isinstance(error, StreamEnded | StreamConflict | StreamNotFound):
+        if self._outcome or isinstance(error, StreamError):
             return
         leave = self._left or (cancelled and not by_stop and self._options.on_cancel == "leave")
 
@@ -236,19 +239,9 @@ class TokenStream:
     async def _send(self, text: str) -> None:
         call = self._call("append", text=text, seq=self._seq + 1)
 
-        async def attempt(number: int) -> StreamReply:
-            try:
-                return await self._backend.stream(call)
-            except StreamConflict:
-                # The answer to an attempt before may have been lost: then the number is ours.
-                if number > 0:
-                    reply = await self._backend.stream(self._call("renew"))
-                    if reply.seq == call.seq:
-                        return reply
-                raise
-
         try:
-            reply = await self._retrying(attempt)
+            # One whose answer was lost may be said again: the number and the text tell.
+            reply = await self._retrying(lambda _: self._backend.stream(call))
         except StreamNotFound:
             await self._restore()
             reply = await self._retrying(lambda _: self._backend.stream(self._call("append", text=text)))
@@ -263,14 +256,8 @@ class TokenStream:
             call = self._call("append", text=text[start : start + _CHARACTERS_PER_APPEND], seq=self._seq + 1)
             self._seq = (await self._retrying(lambda _, call=call: self._backend.stream(call))).seq
 
-    async def _open(self, attempt: int) -> StreamReply:
-        try:
-            return await self._backend.stream(self._call("open"))
-        except StreamExists:
-            # The answer to an attempt before may have been lost.
-            if attempt == 0:
-                raise
-            return StreamReply(0, None)
+    async def _open(self, _attempt: int) -> StreamReply:
+        return await self._backend.stream(self._call("open"))
 
     async def _adopt(self) -> None:
         state = await self._backend.stream_state(self._session, self._id)

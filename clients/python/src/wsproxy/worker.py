@@ -170,7 +170,7 @@ class Worker:
         session: str,
         stream_id: str | None = None,
         *,
-        meta: Any = None,
+        meta: Mapping[str, Any] | None = None,
         lease: float = 15.0,
         flush_interval: float = 0.0,
         watch_stop: bool = True,
@@ -189,7 +189,7 @@ class Worker:
                         break
                     await stream.append(token)
 
-        - ``meta``: any JSON, given to the clients with the stream.
+        - ``meta``: a JSON object, given to the clients with the stream.
         - ``lease``: seconds after which a worker that died is noticed; renewed three times in that time.
         - ``flush_interval``: text is collected for so many seconds and sent as one message; 0 sends each.
         - ``watch_stop``: follow the session for a client's ``stream_stop``. As long as it runs, the gateway takes
