@@ -164,9 +164,7 @@ class TokenStream:
             # Before the stream is there, so that no stop can come too early.
             self._consumer = self._backend.follow_upstream(self._session, False)
         try:
-            if self._options.adopt:
-                await self._adopt()
-            else:
+            if not (self._options.adopt and await self._adopt()):
                 await self._retrying(self._open)
         except BaseException:
             self._close()
@@ -259,14 +257,15 @@ class TokenStream:
     async def _open(self, _attempt: int) -> StreamReply:
         return await self._backend.stream(self._call("open"))
 
-    async def _adopt(self) -> None:
+    async def _adopt(self) -> bool:
         state = await self._backend.stream_state(self._session, self._id)
         if state is None:
-            raise StreamNotFound("There is no such stream to adopt.")
+            return False
         if state.state != "open":
             raise StreamEnded("The stream has ended already.", state.state)
         self._seq, self._text = state.seq, [state.text]
         await self._retrying(lambda _: self._backend.stream(self._call("renew")))
+        return True
 
     async def _renew(self) -> None:
         while True:

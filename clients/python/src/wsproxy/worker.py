@@ -198,8 +198,8 @@ class Worker:
         - ``cancel_on_stop``: a stop cancels what the block awaits, which then ends as ``cancelled`` without an error.
         - ``on_cancel="leave"``: a block that is cancelled from outside (a worker that shuts down) leaves the stream
           open, so that another worker can go on with it within the lease.
-        - ``adopt``: do not open, but go on with an open stream: ``text`` and ``seq`` say where it stands. Over HTTP
-          this needs a gateway that shows streams.
+        - ``adopt``: where the stream is open already, go on with it: ``text`` and ``seq`` say where it stands. One
+          that has ended raises :class:`~wsproxy.StreamEnded`. Over HTTP this needs a gateway that shows streams.
         """
         _check_id("session", session)
         if stream_id is not None:
