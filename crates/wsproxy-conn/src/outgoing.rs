@@ -1,6 +1,6 @@
 //! A message that is encoded once for all who get it; knows no connection but its compression.
 
-use std::cell::RefCell;
+use std::{borrow::Cow, cell::RefCell};
 
 use bytes::Bytes;
 use wsproxy_proto::ws::{
@@ -20,7 +20,7 @@ thread_local! {
 /// size that was negotiated; everybody else shares the bytes.
 pub struct Outgoing<'a> {
     kind: Kind,
-    payload: &'a [u8],
+    payload: Cow<'a, [u8]>,
     plain: Option<Bytes>,
     /// By window bits; `None` where compressing did not make it smaller.
     deflated: Vec<(u8, Option<Bytes>)>,
@@ -29,19 +29,19 @@ pub struct Outgoing<'a> {
 impl<'a> Outgoing<'a> {
     /// `payload` must be UTF-8 where `kind` is text.
     #[must_use]
-    pub const fn new(kind: Kind, payload: &'a [u8]) -> Self {
-        Self { kind, payload, plain: None, deflated: Vec::new() }
+    pub fn new(kind: Kind, payload: impl Into<Cow<'a, [u8]>>) -> Self {
+        Self { kind, payload: payload.into(), plain: None, deflated: Vec::new() }
     }
 
     /// Bytes of the message.
     #[must_use]
-    pub const fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.payload.len()
     }
 
     /// Whether the message has no bytes.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.payload.is_empty()
     }
 
@@ -52,7 +52,7 @@ impl<'a> Outgoing<'a> {
         {
             let known = self.deflated.iter().position(|(known, _)| *known == bits);
             let at = known.unwrap_or_else(|| {
-                let frame = compress(self.kind, self.payload, bits, profile.compress_level);
+                let frame = compress(self.kind, &self.payload, bits, profile.compress_level);
                 self.deflated.push((bits, frame));
                 self.deflated.len() - 1
             });
@@ -60,7 +60,7 @@ impl<'a> Outgoing<'a> {
                 return frame.clone();
             }
         }
-        let (kind, payload) = (self.kind, self.payload);
+        let (kind, payload) = (self.kind, &self.payload);
         self.plain.get_or_insert_with(|| server_frame(opcode(kind), payload, false)).clone()
     }
 }

@@ -13,11 +13,12 @@ use wsproxy_conn::{Profile, Runtime, clock::Micros};
 use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
 
 use crate::{
+    auth::jwt::JwtVerifier,
     bus::Bus,
     config::Config,
     endpoint::session::SessionEndpoint,
     http::admission::{Attempts, Places},
-    hub::Hub,
+    hub::{Histories, Hub},
     store::Store,
     telemetry::metrics::Metrics,
 };
@@ -42,8 +43,14 @@ pub struct Gateway {
     pub places: Arc<Places>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
+    pub jwt: Option<JwtVerifier>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
+    /// The histories of sessions, where they have any.
+    pub session_histories: Option<Arc<Histories>>,
+    /// The histories of events, where they have any.
+    pub event_histories: Option<Arc<Histories>>,
     /// What session connections have in common.
     pub session_profile: Arc<Profile>,
     /// What event connections have in common.

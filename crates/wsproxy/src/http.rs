@@ -10,6 +10,7 @@ pub mod listener;
 pub mod origin;
 pub mod peer;
 pub mod rejection;
+pub mod resume;
 pub mod routes;
 pub mod upgrade;
 

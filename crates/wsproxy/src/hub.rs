@@ -4,22 +4,40 @@
 
 use std::{
     hash::{Hash, Hasher},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering::Acquire},
+    },
 };
 
 use hashbrown::{Equivalent, HashMap};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::Notify;
 use tracing::warn;
-use wsproxy_conn::Link;
+use wsproxy_conn::{Link, clock};
+use wsproxy_proto::{
+    history::{Lost, Position, Reader},
+    names::Names,
+};
 
 use crate::{
-    bus::{Bus, BusError, Publish},
+    bus::{Bus, BusError, HistoryLimits, Publish},
     config::{DownFrames, OnBusLoss},
-    hub::{subscribers::Subscribers, tap::Tap},
+    hub::{
+        message::Stored,
+        replay::{Gate, Replay},
+        subscribers::Subscribers,
+        tap::Tap,
+    },
     telemetry::counter::Counter,
 };
 
+mod audience;
 pub mod delivery;
+pub mod healer;
+pub mod message;
+pub mod notice;
+pub mod replay;
 mod subscribers;
 pub mod tap;
 
@@ -33,11 +51,20 @@ pub enum Sink {
     Client {
         /// Its connection.
         link: Arc<Link>,
-        /// As text or binary.
-        frames: DownFrames,
+        /// What its messages look like.
+        form: Form,
         /// What the client is told after a loss of the bus.
         on_loss: OnBusLoss,
     },
+    /// To a client, as server-sent events.
+    EventStream {
+        /// What is to be written.
+        tap: Arc<Tap>,
+        /// What the client is told after a loss of the bus.
+        on_loss: OnBusLoss,
+    },
+    /// To a client that does not know yet what it has missed.
+    Gated(Arc<Gate>),
     /// To a connection's handler, as an event with this tag.
     Handler {
         /// The connection.
@@ -47,6 +74,54 @@ pub enum Sink {
     },
     /// To somebody in this process who is no connection.
     Tap(Arc<Tap>),
+}
+
+/// What a client's messages look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Form {
+    /// As text or binary.
+    pub frames: DownFrames,
+    /// Where their ids are.
+    pub ids: Ids,
+}
+
+/// Where the id of a message is that belongs to a history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ids {
+    /// Nowhere: the payload is sent as it is.
+    Hidden,
+    /// In JSON objects, as their first member `event_id`.
+    Json,
+    /// In a line before every payload.
+    Envelope,
+}
+
+/// What the channels of an endpoint have in common whose messages are kept.
+#[derive(Debug)]
+pub struct Histories {
+    /// Bounds of their logs.
+    pub limits: HistoryLimits,
+    /// Key of the time at which the store was first seen.
+    pub epoch: Arc<str>,
+    /// Key of the clock that gives the ids, where all logs share one order.
+    pub clock: Option<Arc<str>>,
+    /// Plain messages with an `event_id` are taken into the history.
+    pub capture: bool,
+}
+
+/// A topic's log, and how far this instance has read it.
+struct Track {
+    log: Arc<str>,
+    histories: Arc<Histories>,
+    reader: Reader<Stored>,
+}
+
+/// What the hub knows of a topic.
+#[derive(Default)]
+struct State {
+    subscribers: Subscribers,
+    /// Where its messages are kept.
+    track: Option<Box<Track>>,
 }
 
 /// Where a sink delivers to: the address of an object that the sink keeps alive, and one of its inlets.
@@ -59,7 +134,10 @@ impl Sink {
         match self {
             Self::Client { link, .. } => Place(Arc::as_ptr(link) as usize, u8::MAX),
             Self::Handler { link, tag } => Place(Arc::as_ptr(link) as usize, *tag),
-            Self::Tap(tap) => Place(Arc::as_ptr(tap) as usize, u8::MAX),
+            Self::Gated(gate) => gate.target.place(),
+            Self::EventStream { tap, .. } | Self::Tap(tap) => {
+                Place(Arc::as_ptr(tap) as usize, u8::MAX)
+            }
         }
     }
 }
@@ -73,11 +151,15 @@ pub struct Hub {
     shards: [Mutex<Topics>; SHARDS],
     hasher: foldhash::fast::RandomState,
     bus: OnceLock<Bus>,
+    /// Counts losses of the bus; odd while it is lost.
+    outages: AtomicU64,
+    /// Told when a log has to be read.
+    holes: Notify,
     /// What deliveries came to; the metrics read it.
     pub counters: HubCounters,
 }
 
-type Topics = HashMap<Topic, Subscribers, foldhash::fast::RandomState>;
+type Topics = HashMap<Topic, State, foldhash::fast::RandomState>;
 
 /// What the hub counts.
 #[derive(Debug, Default)]
@@ -88,6 +170,22 @@ pub struct HubCounters {
     pub unframeable: Counter,
     /// Connections that were told of a loss of the bus, or closed for it.
     pub bus_loss_notices: Counter,
+    /// Clients that resumed and got everything they had missed.
+    pub resumed: Counter,
+    /// Messages that these had missed.
+    pub replayed: Counter,
+    /// Clients that were told of a lost history, by [`Lost`].
+    pub history_lost: [Counter; Lost::ALL.len()],
+    /// Messages of a history that came again and were not delivered again.
+    pub duplicates: Counter,
+    /// Logs that were read again since something was missing, and messages found there.
+    pub healed: Counter,
+    /// Messages found there.
+    pub healed_messages: Counter,
+    /// Plain messages that were taken into a history.
+    pub captured: Counter,
+    /// Plain messages of topics with a history that could not be.
+    pub uncaptured: Counter,
 }
 
 impl Hub {
@@ -98,6 +196,8 @@ impl Hub {
             shards: std::array::from_fn(|_| Mutex::default()),
             hasher: foldhash::fast::RandomState::default(),
             bus: OnceLock::new(),
+            outages: AtomicU64::new(0),
+            holes: Notify::new(),
             counters: HubCounters::default(),
         })
     }
@@ -122,12 +222,56 @@ impl Hub {
         let mut subscription = Subscription { hub: Arc::clone(self), sinks: Vec::new() };
         for (topic, sink) in wanted {
             subscription.sinks.push((Arc::clone(&topic), sink.place()));
-            self.add(topic, sink);
+            self.add(topic, sink, None);
         }
         subscription.sinks.shrink_to_fit();
         let topics = subscription.sinks.iter().map(|(topic, _)| Arc::clone(topic)).collect();
         bus.subscribe(topics).await?;
         Ok(subscription)
+    }
+
+    /// Adds a client to topics with histories, and further sinks to plain ones, and resolves when the bus has
+    /// confirmed all of them. Messages for the client wait until the returned replay has run.
+    ///
+    /// # Errors
+    /// As [`Self::subscribe`].
+    pub async fn hold(
+        self: &Arc<Self>,
+        client: Sink,
+        topics: Vec<Arc<str>>,
+        histories: Arc<Histories>,
+        further: impl IntoIterator<Item = (Arc<str>, Sink)>,
+    ) -> Result<(Subscription, Replay), BusError> {
+        let bus = self.bus.get().ok_or(BusError::Closed)?;
+        let mut subscription = Subscription { hub: Arc::clone(self), sinks: Vec::new() };
+        let gate = Gate::new(client);
+        for topic in &topics {
+            let sink = Sink::Gated(Arc::clone(&gate));
+            subscription.sinks.push((Arc::clone(topic), sink.place()));
+            self.add(Arc::clone(topic), sink, Some(&histories));
+        }
+        for (topic, sink) in further {
+            subscription.sinks.push((Arc::clone(&topic), sink.place()));
+            self.add(topic, sink, None);
+        }
+        subscription.sinks.shrink_to_fit();
+        let all = subscription.sinks.iter().map(|(topic, _)| Arc::clone(topic)).collect();
+        bus.subscribe(all).await?;
+        Ok((subscription, Replay::new(Arc::clone(self), gate, topics, histories)))
+    }
+
+    /// Tells a client without history what there is to tell.
+    pub fn greet(&self, client: &Sink, hello: Option<String>, lost: Option<Lost>) {
+        let mut round = audience::Round::default();
+        let lost = lost.inspect(|lost| self.counters.history_lost[*lost as usize].add(1));
+        let lost = lost.map(|lost| notice::history_lost(lost, Position::START));
+        for notice in [hello, lost].into_iter().flatten() {
+            let mut fanout = message::Fanout::new(message::Message::plain(notice.as_bytes()));
+            if let Some(bytes) = fanout.encode(client, self) {
+                round.send(client, bytes, clock::now());
+            }
+        }
+        round.flush(clock::now());
     }
 
     /// Puts a message into the queue of the bus.
@@ -150,16 +294,25 @@ impl Hub {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    fn add(&self, topic: Arc<str>, sink: Sink) {
+    fn add(&self, topic: Arc<str>, sink: Sink, histories: Option<&Arc<Histories>>) {
         let mut shard = self.shard(topic.as_bytes()).lock();
-        shard.entry(Topic(topic)).or_insert(Subscribers::None).add(sink);
+        let track = histories.map(|histories| Track {
+            log: Names::log(&topic).into(),
+            histories: Arc::clone(histories),
+            reader: Reader::default(),
+        });
+        let state = shard.entry(Topic(topic)).or_default();
+        state.subscribers.add(sink);
+        if state.track.is_none() {
+            state.track = track.map(Box::new);
+        }
     }
 
     fn remove(&self, topic: &Arc<str>, place: Place) {
         let mut shard = self.shard(topic.as_bytes()).lock();
-        let Some(subscribers) = shard.get_mut(&Name(topic.as_bytes())) else { return };
-        let removed = subscribers.remove(place);
-        if subscribers.is_empty() {
+        let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
+        let removed = state.subscribers.remove(place);
+        if state.subscribers.is_empty() {
             shard.remove(&Name(topic.as_bytes()));
             if let Some(bus) = self.bus.get() {
                 bus.unsubscribe(vec![Arc::clone(topic)]);
@@ -170,10 +323,50 @@ impl Hub {
         drop(removed);
     }
 
+    /// A client of this topic has read it up to here.
+    fn begin(&self, topic: &str, position: Position) {
+        let mut shard = self.shard(topic.as_bytes()).lock();
+        let track = shard.get_mut(&Name(topic.as_bytes())).and_then(|state| state.track.as_mut());
+        if let Some(track) = track {
+            track.reader.begin(position);
+            if track.reader.has_hole() {
+                self.holes.notify_one();
+            }
+        }
+    }
+
+    fn lock_all(&self) -> Vec<MutexGuard<'_, Topics>> {
+        self.shards.iter().map(|shard| shard.lock()).collect()
+    }
+
+    /// How often the bus was lost and found; odd while it is lost.
+    fn outage(&self) -> u64 {
+        self.outages.load(Acquire)
+    }
+
+    fn is_linked(&self) -> bool {
+        self.outage().is_multiple_of(2)
+    }
+
+    fn count(&self, outcome: replay::Outcome) {
+        match outcome {
+            replay::Outcome::Fresh => {}
+            replay::Outcome::Resumed(count) => {
+                self.counters.resumed.add(1);
+                self.counters.replayed.add(count as u64);
+            }
+            replay::Outcome::Lost(lost) => self.counters.history_lost[lost as usize].add(1),
+        }
+    }
+
     fn shard(&self, topic: &[u8]) -> &Mutex<Topics> {
+        &self.shards[self.shard_number(topic)]
+    }
+
+    fn shard_number(&self, topic: &[u8]) -> usize {
         let hash = std::hash::BuildHasher::hash_one(&self.hasher, Name(topic));
         // The map uses the top and the bottom bits of its own hash; any others will do here.
-        &self.shards[(hash >> 20) as usize % SHARDS]
+        (hash >> 20) as usize % SHARDS
     }
 }
 

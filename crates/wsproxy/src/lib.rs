@@ -12,4 +12,6 @@ pub mod hub;
 pub mod server;
 pub mod shutdown;
 pub mod store;
+pub mod streams;
 pub mod telemetry;
+mod tls;

@@ -17,6 +17,7 @@ use wsproxy_conn::{Runtime, clock};
 use wsproxy_proto::names::Names;
 
 use crate::{
+    auth::jwt::JwtVerifier,
     bus::Bus,
     cli::exit::Failure,
     config::Config,
@@ -28,8 +29,8 @@ use crate::{
         api, listener,
         routes::{self, Routes},
     },
-    hub::{Hub, delivery::Delivery},
-    shutdown,
+    hub::{Histories, Hub, delivery::Delivery, healer},
+    shutdown, streams,
     telemetry::metrics::Metrics,
 };
 
@@ -106,6 +107,11 @@ impl Instance {
             // Health and metrics answer as long as anything runs.
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
+        let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
+        background.spawn(healer::run(hub, store, background_end.clone()));
+        if gateway.session_histories.is_some() {
+            background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
+        }
         background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
         info!(%address, %admin_address, server_id = &*gateway.server_id,
             bus = gateway.bus.kind(), connections_max = gateway.places.max(),
@@ -160,6 +166,8 @@ fn compose(
     let hub = Hub::new();
     let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
     let (tasks, end) = (background, background_end.clone());
+    let jwt = config.endpoints.events.then(|| JwtVerifier::new(&config.jwt, tasks, end.clone()));
+    let jwt = jwt.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
     let bus = if config.redis.url.is_some() {
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
@@ -167,7 +175,22 @@ fn compose(
         Bus::memory(&config.redis, delivery, tasks, end)
     };
     hub.connect(bus.clone());
+    let histories = |on: bool, capture, clock: Option<String>| {
+        on.then(|| Histories {
+            limits: config.history.limits(),
+            epoch: names.epoch().into(),
+            clock: clock.map(Into::into),
+            capture,
+        })
+        .map(Arc::new)
+    };
     let gateway = Arc::new(Gateway {
+        session_histories: histories(config.sessions.history, config.sessions.capture, None),
+        event_histories: histories(
+            config.events.history,
+            config.events.capture,
+            Some(names.events_clock()),
+        ),
         server_id: Arc::clone(&server_id),
         hub,
         store: bus.store(),
@@ -175,6 +198,7 @@ fn compose(
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        jwt,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
             names: names.clone(),

@@ -85,20 +85,65 @@ pub struct StreamCommand {
 /// What is done with a token stream.
 #[derive(Debug, Clone)]
 pub enum StreamOp {
-    /// Begins it, with JSON that belongs to it (or nothing) and the length of its lease.
-    Open { meta: Bytes, lease: Duration },
-    /// Appends text; `seq`: the number that this append must get.
-    Append { text: Bytes, seq: Option<u64>, lease: Duration },
+    /// Begins it.
+    Open {
+        /// JSON that belongs to it, or nothing.
+        meta: Bytes,
+        /// How long its worker may be silent.
+        lease: Duration,
+    },
+    /// Appends text.
+    Append {
+        /// UTF-8.
+        text: Bytes,
+        /// The number that this append must get; `None`: the next one.
+        seq: Option<u64>,
+        /// How long its worker may be silent.
+        lease: Duration,
+    },
     /// Only renews the lease.
-    Renew { lease: Duration },
-    /// Ends it: `finish`, `error` or `cancelled`, with JSON of the error (or nothing).
-    End { outcome: StreamOutcome, error: Bytes },
+    Renew {
+        /// How long its worker may be silent.
+        lease: Duration,
+    },
+    /// Ends it.
+    End {
+        /// How.
+        outcome: StreamOutcome,
+        /// JSON of the error, or nothing.
+        error: Bytes,
+    },
     /// Ends it as `worker_lost` if its lease has run out.
     Lost,
 }
 
+impl StreamOp {
+    /// What it weighs in a bounded queue.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Open { meta, .. } => meta.len(),
+            Self::Append { text, .. } => text.len(),
+            Self::End { error, .. } => error.len(),
+            Self::Renew { .. } | Self::Lost => 0,
+        }
+    }
+}
+
+impl StreamOutcome {
+    /// As clients and the store see it.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Finish => "finish",
+            Self::Error => "error",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
 /// How a token stream ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum StreamOutcome {
     /// It is complete.
     Finish,
@@ -191,7 +236,7 @@ impl Store {
     /// [`StoreError::Refused`] with `NOSTREAM`, `EXISTS`, `ENDED …`, `TOOLARGE` or `SEQ`; see there.
     pub async fn stream(&self, command: StreamCommand) -> Result<(u64, Position), StoreError> {
         match self {
-            Self::Memory(store) => store.stream(&command),
+            Self::Memory(store) => store.stream(command).await,
             Self::Redis(store) => store.stream(&command).await,
         }
     }

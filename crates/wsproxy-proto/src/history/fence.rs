@@ -48,16 +48,23 @@ impl<M> Fence<M> {
     /// Opens: the client has everything up to `seen`. Answers what waited and is not part of that.
     ///
     /// # Errors
-    /// [`Lost::Overflow`] where more came than could wait; it is open nevertheless.
+    /// [`Lost::Overflow`] where more came than could wait; it stays closed until [`Self::reopen`].
     pub fn release(&mut self, seen: Position) -> Result<Vec<M>, Lost> {
+        if matches!(self.state, State::Overflowed) {
+            return Err(Lost::Overflow);
+        }
         match std::mem::replace(&mut self.state, State::Open { seen }) {
             State::Holding { held, .. } => {
                 let is_new = |(id, message)| is_new(id, seen).then_some(message);
                 Ok(held.into_iter().filter_map(is_new).collect())
             }
-            State::Overflowed => Err(Lost::Overflow),
-            State::Open { .. } => Ok(Vec::new()),
+            State::Overflowed | State::Open { .. } => Ok(Vec::new()),
         }
+    }
+
+    /// Opens although something is missing: the client is told to begin anew at `seen`.
+    pub fn reopen(&mut self, seen: Position) {
+        self.state = State::Open { seen };
     }
 
     /// Whether it is of no more use to the messages of a log whose reader has come to `position`.

@@ -71,11 +71,11 @@ struct Nobody;
 impl Deliver for Nobody {
     fn message(&mut self, _channel: &[u8], _payload: &[u8], _last: bool) {}
     fn flush(&mut self) {}
-    fn lost(&mut self, _cause: &str) {}
+    fn lost(&mut self, _cause: &str, _silence: Duration) {}
     fn recovered(&mut self, _gap: Duration) {}
 }
 
-fn ttl(text: &str) -> Result<Duration, String> {
+pub(super) fn ttl(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().map(Duration::from_secs);
     let time = seconds.or_else(|_| humantime::parse_duration(text)).ok();
     let range = Duration::from_secs(1)..=Duration::from_secs(86_400);

@@ -10,8 +10,12 @@ use crate::http::rejection::Rejection;
 /// The subprotocol that a server selects when a credential came as one.
 pub const PROTOCOL: &str = "wsproxy.v1";
 
-/// Longest credential, in bytes.
-const BYTES_MAX: usize = 4096;
+/// The subprotocol in which every message down begins with a line that holds its event id; it is selected
+/// rather than [`PROTOCOL`].
+pub const ENVELOPE_PROTOCOL: &str = "wsproxy.id.v1";
+
+/// Longest credential, in bytes: tokens that list what a user may do are long.
+const BYTES_MAX: usize = 8192;
 
 /// The credential of a handshake: contract section 2.3.
 ///
@@ -39,10 +43,11 @@ pub fn find(
     }
 }
 
-/// Whether the client offered [`PROTOCOL`], which is then selected.
+/// Which of our subprotocols is selected, if the client offered one.
 #[must_use]
-pub fn offers_protocol(headers: &HeaderMap) -> bool {
-    subprotocols(headers).any(|offered| offered == PROTOCOL)
+pub fn select_protocol(headers: &HeaderMap) -> Option<&'static str> {
+    let offered = |protocol: &&str| subprotocols(headers).any(|offered| offered == *protocol);
+    [ENVELOPE_PROTOCOL, PROTOCOL].into_iter().find(offered)
 }
 
 /// The token of an `Authorization: Bearer` header; `None` where there is no such header.
@@ -78,7 +83,7 @@ fn from_subprotocols(headers: &HeaderMap) -> Result<Option<String>, Rejection> {
             return Err(malformed());
         }
     }
-    if found.is_some() && !offers_protocol(headers) {
+    if found.is_some() && select_protocol(headers).is_none() {
         // Without it the answer could select nothing, and a browser would fail the connection.
         return Err(Rejection::malformed_credentials(
             "A token in a subprotocol needs wsproxy.v1 offered beside it.",

@@ -91,6 +91,7 @@ impl Follower {
             entry = self.tap.next_entry() => match entry {
                 Some(TapEntry::Message(payload)) => event(None, &payload),
                 Some(TapEntry::Gap(gap)) => gap_event(gap),
+                Some(TapEntry::End(_)) => return None,
                 None => {
                     self.over = true;
                     Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n")

@@ -5,11 +5,13 @@ use std::{
     task::{Context, Poll},
 };
 
+use serde::Deserialize;
+use tokio::sync::oneshot;
 use wsproxy_conn::{
     End, Event, Handler, Link, Outgoing,
     clock::{self, Micros},
 };
-use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
+use wsproxy_proto::{disconnect::Disconnect, history::After, ws::frame::Kind};
 
 use crate::{
     bus::{BusError, Publish, Receipt},
@@ -27,7 +29,16 @@ pub struct Peer<L: Logic> {
     label: Endpoint,
     /// Subscriptions, the place among the allowed connections, the gauge.
     _held: Held,
+    /// Told by the client's first message what it wants to resume from.
+    awaits: Option<oneshot::Sender<Option<After>>>,
     logic: L,
+}
+
+/// The first message of a client that said it would resume with it.
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum First {
+    Resume { last_event_id: String },
 }
 
 impl<L: Logic> Peer<L> {
@@ -37,10 +48,11 @@ impl<L: Logic> Peer<L> {
         label: Endpoint,
         link: &Arc<Link>,
         held: Held,
+        awaits: Option<oneshot::Sender<Option<After>>>,
         mut logic: L,
     ) -> Self {
         logic.on_open(&mut Deeds { hub: &gateway.hub, link, now: clock::now() });
-        Self { gateway: Arc::clone(gateway), label, _held: held, logic }
+        Self { gateway: Arc::clone(gateway), label, _held: held, awaits, logic }
     }
 }
 
@@ -50,6 +62,15 @@ impl<L: Logic> Handler for Peer<L> {
     }
 
     fn on_message(&mut self, kind: Kind, payload: &[u8], link: &Arc<Link>, now: Micros) {
+        if let Some(awaits) = self.awaits.take() {
+            let first = serde_json::from_slice(payload).ok();
+            let after = first.map(|First::Resume { last_event_id }| After::parse(&last_event_id));
+            if let Some(Ok(after)) = after {
+                // Nobody listens any more where the time for it is over.
+                let _ = awaits.send(after);
+                return;
+            }
+        }
         self.logic.on_message(kind, payload, &mut Deeds { hub: &self.gateway.hub, link, now });
     }
 

@@ -26,6 +26,7 @@ use wsproxy_proto::{
 
 use crate::{
     auth,
+    config::EventIds,
     endpoint::{
         Logic,
         echo::Echo,
@@ -33,10 +34,16 @@ use crate::{
     },
     gateway::Gateway,
     http::{
-        Body, address, admission::Place, credentials, listener::RemoteAddress, origin, peer::Peer,
+        Body, address,
+        admission::Place,
+        credentials,
+        listener::RemoteAddress,
+        origin,
+        peer::Peer,
         rejection::Rejection,
+        resume::{self, Opened, Resume, Wanted},
     },
-    hub::{Sink, Subscription},
+    hub::{Form, Ids, Sink, Subscription},
     telemetry::metrics::{Active, Endpoint},
 };
 
@@ -44,12 +51,23 @@ use crate::{
 struct Handshake {
     upgrade: Upgrade,
     deflate: Option<(Params, String)>,
-    selects_protocol: bool,
+    protocol: Option<&'static str>,
     on_upgrade: OnUpgrade,
     place: Place,
     /// The place of its socket, which stays taken after the upgrade.
     socket_place: Option<Arc<Place>>,
     link: Arc<Link>,
+}
+
+impl Handshake {
+    /// Where the client finds the ids of messages.
+    fn ids(&self, config: EventIds) -> Ids {
+        match config {
+            _ if self.protocol == Some(credentials::ENVELOPE_PROTOCOL) => Ids::Envelope,
+            EventIds::Json => Ids::Json,
+            EventIds::None => Ids::Hidden,
+        }
+    }
 }
 
 /// Opens a client of a session: contract section 3. The answer is `101` or a refusal.
@@ -62,6 +80,7 @@ pub async fn session(
     let session = id("session_id", session)?;
     let handshake = begin(gateway, &mut request, &gateway.session_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
+    let resume = Resume::read(request.headers(), request.uri().query())?;
     drop(request);
     let token = token.expose_secret().as_bytes();
     let key = gateway.names.session_auth(&session);
@@ -70,9 +89,17 @@ pub async fn session(
         if !known.is_some_and(|known| auth::equal(&known, token)) {
             return Err(wrong_token());
         }
-        Ok(gateway.hub.subscribe(sinks(gateway, &session, &handshake.link)).await?)
+        let [down, control] = sinks(gateway, &session, &handshake);
+        let hello = resume.hello(handshake.link.id());
+        let wanted = Wanted {
+            client: down.1,
+            topics: vec![down.0],
+            further: vec![control],
+            streams_of: Some(session.clone()),
+        };
+        resume::open(gateway, gateway.session_histories.as_ref(), wanted, &resume, hello).await
     };
-    let subscription = deadline(gateway, opening).await?;
+    let opened = deadline(gateway, opening).await?;
     // Last, so that whatever fails before leaves the token for the next try.
     if !consume(gateway, &key, token).await? {
         return Err(wrong_token());
@@ -80,7 +107,7 @@ pub async fn session(
     debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(subscription), logic))
+    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), logic))
 }
 
 fn wrong_token() -> Rejection {
@@ -99,11 +126,13 @@ async fn consume(gateway: &Gateway, key: &str, token: &[u8]) -> Result<bool, Rej
     }
 }
 
-fn sinks(gateway: &Gateway, session: &Id, link: &Arc<Link>) -> [(Arc<str>, Sink); 2] {
+fn sinks(gateway: &Gateway, session: &Id, handshake: &Handshake) -> [(Arc<str>, Sink); 2] {
     let config = &gateway.config.sessions;
+    let link = &handshake.link;
+    let ids = handshake.ids(config.event_ids);
     let client = Sink::Client {
         link: Arc::clone(link),
-        frames: config.down_frames,
+        form: Form { frames: config.down_frames, ids },
         on_loss: config.on_bus_loss,
     };
     let handler = Sink::Handler { link: Arc::clone(link), tag: CONTROL };
@@ -159,7 +188,7 @@ fn begin(
     Ok(Handshake {
         upgrade,
         deflate,
-        selects_protocol: credentials::offers_protocol(request.headers()),
+        protocol: credentials::select_protocol(request.headers()),
         on_upgrade: hyper::upgrade::on(&mut *request),
         place,
         socket_place: request.extensions_mut().remove(),
@@ -188,7 +217,7 @@ fn accept<L: Logic>(
     gateway: &Arc<Gateway>,
     label: Endpoint,
     handshake: Handshake,
-    subscription: Option<Subscription>,
+    opened: Option<Opened>,
     logic: L,
 ) -> Response<Body> {
     let mut response = Response::new(Body::empty());
@@ -197,8 +226,8 @@ fn accept<L: Logic>(
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     insert(headers, header::SEC_WEBSOCKET_ACCEPT, &handshake.upgrade.accept);
-    if handshake.selects_protocol {
-        insert(headers, header::SEC_WEBSOCKET_PROTOCOL, credentials::PROTOCOL);
+    if let Some(protocol) = handshake.protocol {
+        insert(headers, header::SEC_WEBSOCKET_PROTOCOL, protocol);
     }
     let params = handshake.deflate.map(|(params, answer)| {
         insert(headers, header::SEC_WEBSOCKET_EXTENSIONS, &answer);
@@ -223,13 +252,15 @@ fn accept<L: Logic>(
             debug!(connection_id = %link.id(), %error, "The client left during the handshake.");
             return;
         }
+        let (subscription, unread) = opened.map_or((None, None), Opened::parts);
+        let awaits = unread.map(|replay| resume::in_frame(&owner, replay, &link));
         let held = Held {
             _subscription: subscription,
             _place: place,
             _socket_place: socket_place,
             _active: owner.metrics.opened(label),
         };
-        let peer = Peer::open(&owner, label, &link, held, logic);
+        let peer = Peer::open(&owner, label, &link, held, awaits, logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
         if owner.is_draining() {
             // The look around for connections to close may have been before this one came.

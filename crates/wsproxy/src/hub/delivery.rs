@@ -1,74 +1,85 @@
 //! What the bus's reader runs: a round of messages into outboxes, then one write for each of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Release},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use hashbrown::HashSet;
+use serde::Deserialize;
 use tracing::{debug, info, warn};
 use wsproxy_conn::{
-    Event, Link, Outgoing,
+    Link,
     clock::{self, Micros},
-    link::Queued,
 };
-use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
+use wsproxy_proto::{
+    disconnect::Disconnect,
+    history::{Envelope, check_event_id, reader::Verdict},
+};
 
 use crate::{
-    bus::Deliver,
-    config::{DownFrames, OnBusLoss},
-    hub::{Hub, Name, Sink},
+    bus::{Deliver, History, Keep, Publish},
+    config::OnBusLoss,
+    hub::{
+        Form, Hub, Name, Sink, State, Track,
+        audience::{Audience, LIST_KEPT, Round},
+        message::{Fanout, Message},
+    },
 };
 
 /// Delivers for one bus reader.
 pub struct Delivery {
     hub: Arc<Hub>,
-    /// Whose outbox has to be flushed at the end of the round.
-    dirty: Vec<Arc<Link>>,
+    round: Round,
     /// Who gets the last message of the round; empty between messages.
-    at_once: Vec<(Arc<Link>, DownFrames)>,
+    at_once: Vec<(Arc<Link>, Form)>,
     /// When the first message of the round was read.
-    round: Option<Micros>,
+    since: Option<Micros>,
 }
 
 impl Delivery {
     /// For the reader of the bus that `hub` will be connected with.
     #[must_use]
-    pub const fn new(hub: Arc<Hub>) -> Self {
-        Self { hub, dirty: Vec::new(), at_once: Vec::new(), round: None }
+    pub fn new(hub: Arc<Hub>) -> Self {
+        Self { hub, round: Round::default(), at_once: Vec::new(), since: None }
     }
 }
 
 impl Deliver for Delivery {
     fn message(&mut self, channel: &[u8], payload: &[u8], last: bool) {
-        let Self { hub, dirty, at_once, round } = self;
-        let since = *round.get_or_insert_with(clock::now);
-        let shard = hub.shard(channel).lock();
-        let Some(subscribers) = shard.get(&Name(channel)) else {
+        let Self { hub, round, at_once, since } = self;
+        let since = *since.get_or_insert_with(clock::now);
+        let mut shard = hub.shard(channel).lock();
+        let Some(state) = shard.get_mut(&Name(channel)) else {
             hub.counters.unwanted.add(1);
             return;
         };
-        let mut message = Fanout::new(payload);
-        for sink in subscribers.iter() {
-            match sink {
-                Sink::Client { link, frames, .. } if last => {
-                    at_once.push((Arc::clone(link), *frames));
+        let envelope = Envelope::parse(payload);
+        let message = envelope.as_ref().map_or(Message::plain(payload), Message::from);
+        let audience = match (&mut state.track, envelope) {
+            (Some(track), Some(envelope)) => match track.accept(&envelope, message, since, hub) {
+                Some(audience) => audience,
+                None => return,
+            },
+            (Some(track), None) if track.histories.capture => {
+                match hub.capture(channel, track, payload) {
+                    true => return,
+                    false => Audience::All,
                 }
-                Sink::Client { link, frames, .. } => {
-                    if let Some(frame) = message.frame(*frames, link, hub) {
-                        push(link, frame, since, dirty);
-                    }
-                }
-                Sink::Handler { link, tag } => {
-                    let payload = Bytes::copy_from_slice(payload);
-                    link.notify(Event { tag: *tag, number: 0, payload });
-                }
-                Sink::Tap(tap) => tap.push(payload),
             }
-        }
+            _ => Audience::All,
+        };
+        let mut fanout = Fanout::new(message);
+        let State { subscribers, track } = state;
+        let position = track.as_ref().and_then(|track| track.reader.position());
+        let list = last.then_some(&mut *at_once);
+        round.deliver_to(subscribers, position, audience, &mut fanout, hub, since, list);
         drop(shard);
         // Nothing can join the last message of a round in one write, so each link is touched only
         // once for it: with thousands, that spares loading all of them into the cache again.
-        for (link, frames) in at_once.drain(..) {
-            if let Some(frame) = message.frame(frames, &link, hub) {
+        for (link, form) in at_once.drain(..) {
+            if let Some(frame) = fanout.frame(form, &link, hub) {
                 link.push_and_flush(frame, since);
             }
         }
@@ -76,97 +87,150 @@ impl Deliver for Delivery {
     }
 
     fn flush(&mut self) {
-        let now = self.round.take().unwrap_or_else(clock::now);
-        for link in self.dirty.drain(..) {
-            link.flush(now);
-        }
-        self.dirty.shrink_to(LIST_KEPT);
+        let now = self.since.take().unwrap_or_else(clock::now);
+        self.round.flush(now);
     }
 
-    fn lost(&mut self, cause: &str) {
-        warn!(error = cause, topics = self.hub.topics(), "The bus is lost.");
+    fn lost(&mut self, cause: &str, silence: Duration) {
+        let hub = &self.hub;
+        if hub.is_linked() {
+            hub.outages.fetch_add(1, Release);
+            warn!(error = cause, topics = hub.topics(), "The bus is lost.");
+        }
+        let since = clock::now().since(silence.into());
+        for shard in &hub.shards {
+            let mut shard = shard.lock();
+            for track in shard.values_mut().filter_map(|state| state.track.as_mut()) {
+                track.reader.interrupt(since.0);
+            }
+        }
     }
 
     fn recovered(&mut self, gap: Duration) {
+        if !self.hub.is_linked() {
+            self.hub.outages.fetch_add(1, Release);
+        }
+        self.hub.holes.notify_one();
+        let told = self.tell_recovered(gap);
+        self.hub.counters.bus_loss_notices.add(told as u64);
+        self.flush();
+        let gap_ms = gap.as_millis() as u64;
+        info!(gap_ms, connections = told, "The bus is back; clients without history were told.");
+    }
+}
+
+impl Delivery {
+    /// Tells every client once of whose topics some have no history.
+    fn tell_recovered(&mut self, gap: Duration) -> usize {
         let gap_ms = u64::try_from(gap.as_millis()).unwrap_or(u64::MAX);
         let notice = format!(r#"{{"type":"bus_recovered","gap_ms":{gap_ms}}}"#);
         let now = clock::now();
         let mut told = HashSet::new();
-        let Self { hub, dirty, .. } = self;
+        let Self { hub, round, .. } = self;
+        let mut fanout = Fanout::new(Message::plain(notice.as_bytes()));
         for shard in &hub.shards {
-            let mut outgoing = Outgoing::new(Kind::Text, notice.as_bytes());
-            for sink in shard.lock().values().flat_map(|subscribers| subscribers.iter()) {
-                let (link, on_loss) = match sink {
-                    Sink::Client { link, on_loss, .. } => (link, on_loss),
-                    Sink::Handler { .. } => continue,
+            let shard = shard.lock();
+            let plain = shard.values().filter(|state| state.track.is_none());
+            for sink in plain.flat_map(|state| state.subscribers.iter()) {
+                let on_loss = match sink {
+                    Sink::Client { on_loss, .. } | Sink::EventStream { on_loss, .. } => on_loss,
+                    Sink::Handler { .. } | Sink::Gated(_) => continue,
                     Sink::Tap(tap) => {
                         tap.interrupt(gap);
                         continue;
                     }
                 };
-                if !told.insert(link.id()) {
+                if !told.insert(sink.place()) {
                     continue;
                 }
-                match on_loss {
-                    OnBusLoss::Close => link.finish(&Disconnect::BUS_LOST, now),
-                    OnBusLoss::Notice => {
-                        let frame = outgoing.frame(link.window_bits(), link.profile());
-                        push(link, frame, now, dirty);
+                match (on_loss, sink) {
+                    (OnBusLoss::Close, Sink::Client { link, .. }) => {
+                        link.finish(&Disconnect::BUS_LOST, now);
+                    }
+                    (OnBusLoss::Close, Sink::EventStream { tap, .. }) => {
+                        tap.end(&Disconnect::BUS_LOST)
+                    }
+                    _ => {
+                        if let Some(bytes) = fanout.encode(sink, hub) {
+                            round.send(sink, bytes, now);
+                        }
                     }
                 }
             }
         }
-        hub.counters.bus_loss_notices.add(told.len() as u64);
-        self.flush();
-        info!(
-            gap_ms,
-            connections = told.len(),
-            "The bus is back; clients without history were told."
-        );
+        told.len()
     }
 }
 
-/// Queues a frame, and remembers whom to flush.
-fn push(link: &Arc<Link>, frame: Bytes, since: Micros, dirty: &mut Vec<Arc<Link>>) {
-    if link.push(frame, since) == Queued::Flush {
-        dirty.push(Arc::clone(link));
-    }
-}
-
-/// So many places of a list stay for the next round; what a larger fan-out took is given back.
-const LIST_KEPT: usize = 16 * 1024;
-
-/// One message on its way to all sinks of its topic, encoded at most once for each kind of frame.
-struct Fanout<'a> {
-    payload: &'a [u8],
-    is_text: Option<bool>,
-    text: Outgoing<'a>,
-    binary: Outgoing<'a>,
-}
-
-impl<'a> Fanout<'a> {
-    const fn new(payload: &'a [u8]) -> Self {
-        let text = Outgoing::new(Kind::Text, payload);
-        Self { payload, is_text: None, text, binary: Outgoing::new(Kind::Binary, payload) }
-    }
-
-    /// `None` where the payload cannot be framed as wanted, which is counted.
-    fn frame(&mut self, frames: DownFrames, link: &Link, hub: &Hub) -> Option<Bytes> {
-        let payload = self.payload;
-        let mut is_text =
-            || *self.is_text.get_or_insert_with(|| std::str::from_utf8(payload).is_ok());
-        let outgoing = match frames {
-            DownFrames::Binary => &mut self.binary,
-            DownFrames::Auto if is_text() => &mut self.text,
-            DownFrames::Auto => &mut self.binary,
-            DownFrames::Text if is_text() => &mut self.text,
-            DownFrames::Text => {
-                hub.counters.unframeable.add(1);
-                debug!(connection_id = %link.id(), bytes = payload.len(),
-                    "A message is not UTF-8, and this endpoint sends text only.");
-                return None;
+impl Track {
+    /// Whom a message of the history is for; `None` where it has to wait.
+    fn accept(
+        &mut self,
+        envelope: &Envelope<'_>,
+        message: Message<'_>,
+        now: Micros,
+        hub: &Hub,
+    ) -> Option<Audience> {
+        match self.reader.accept((envelope.id, envelope.prev), now.0, || message.store()) {
+            Verdict::Deliver => Some(Audience::All),
+            Verdict::Duplicate => {
+                hub.counters.duplicates.add(1);
+                Some(Audience::Gated)
             }
-        };
-        Some(outgoing.frame(link.window_bits(), link.profile()))
+            Verdict::Held => None,
+            Verdict::Hole => {
+                debug!(log = &*self.log, id = %envelope.id, prev = %envelope.prev, "A message does not follow the one before it.");
+                hub.holes.notify_one();
+                None
+            }
+        }
     }
 }
+
+impl Hub {
+    /// Publishes a plain message again, with history; of several instances that do so one wins. `false` where
+    /// it has no id of its own, by which that could be known.
+    fn capture(&self, channel: &[u8], track: &Track, payload: &[u8]) -> bool {
+        let event_id = serde_json::from_slice::<Identified>(payload).ok().map(|m| m.event_id);
+        let event_id = event_id.filter(|id| !id.is_empty() && check_event_id(id).is_ok());
+        let (Some(event_id), Ok(channel)) = (event_id, std::str::from_utf8(channel)) else {
+            self.counters.uncaptured.add(1);
+            return false;
+        };
+        let Track { log, histories, .. } = track;
+        let dedup = format!("{log}:id:{event_id}");
+        let history = History {
+            log: Arc::clone(log),
+            clock: histories.clock.clone(),
+            event_id: Some(event_id),
+            dedup: Some((dedup.into(), CAPTURED_FOR)),
+            limits: histories.limits,
+        };
+        let published = self.publish(Publish {
+            channel: channel.into(),
+            payload: Bytes::copy_from_slice(payload),
+            keep: Keep::History(Box::new(history)),
+            receipt: None,
+        });
+        let counter =
+            if published.is_ok() { &self.counters.captured } else { &self.counters.uncaptured };
+        counter.add(1);
+        published.is_ok()
+    }
+}
+
+/// A message with an id of its own.
+#[derive(Deserialize)]
+struct Identified {
+    event_id: Box<str>,
+}
+
+impl<'a> From<&Envelope<'a>> for Message<'a> {
+    fn from(envelope: &Envelope<'a>) -> Self {
+        let carries_id = envelope.event_id.is_some();
+        Self { id: Some(envelope.id), carries_id, payload: envelope.payload }
+    }
+}
+
+/// How long instances remember which plain messages one of them has taken into a history.
+const CAPTURED_FOR: Duration = Duration::from_secs(60);

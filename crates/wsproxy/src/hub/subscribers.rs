@@ -7,9 +7,10 @@ use crate::hub::{Place, Sink};
 /// The sinks of one topic, without order.
 ///
 /// Almost every session has one connection, so that one sink must cost no more than itself.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) enum Subscribers {
     /// Nobody: the topic is about to be forgotten.
+    #[default]
     None,
     /// One.
     One(Sink),
@@ -61,6 +62,16 @@ impl Subscribers {
     /// Whether nobody is left.
     pub(super) const fn is_empty(&self) -> bool {
         matches!(self, Self::None)
+    }
+
+    /// All of them, to be changed into others of the same place.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sink> {
+        let (one, many) = match self {
+            Self::None => (None, None),
+            Self::One(sink) => (Some(sink), None),
+            Self::Many(sinks) => (None, Some(sinks.values_mut())),
+        };
+        one.into_iter().chain(many.into_iter().flatten())
     }
 
     /// All of them.

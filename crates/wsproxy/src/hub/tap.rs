@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use wsproxy_proto::disconnect::Disconnect;
 
 /// A bounded queue of messages.
 ///
@@ -21,7 +22,8 @@ pub struct Tap {
 struct State {
     entries: VecDeque<TapEntry>,
     bytes: usize,
-    overflowed: bool,
+    /// Nothing more is taken.
+    closed: bool,
 }
 
 /// What a follower finds in its tap, in the order in which it happened.
@@ -31,6 +33,8 @@ pub enum TapEntry {
     Message(Bytes),
     /// The bus was away for so long: messages may be missing here.
     Gap(Duration),
+    /// The gateway ends it for this reason; nothing follows.
+    End(&'static Disconnect),
 }
 
 impl Tap {
@@ -40,10 +44,14 @@ impl Tap {
         Arc::new(Self { limit, state: Mutex::default(), notify: Notify::new() })
     }
 
-    pub(crate) fn push(&self, payload: &[u8]) {
-        self.queue(ENTRY_BYTES + payload.len(), || {
-            TapEntry::Message(Bytes::copy_from_slice(payload))
-        });
+    /// What may wait in it, in bytes.
+    #[must_use]
+    pub const fn limit(&self) -> usize {
+        self.limit
+    }
+
+    pub(crate) fn push(&self, payload: Bytes) {
+        self.queue(ENTRY_BYTES + payload.len(), || TapEntry::Message(payload));
     }
 
     /// The bus is back after so long.
@@ -51,14 +59,21 @@ impl Tap {
         self.queue(ENTRY_BYTES, || TapEntry::Gap(gap));
     }
 
+    /// The follower is told why, after all that waits.
+    pub(crate) fn end(&self, why: &'static Disconnect) {
+        self.queue(0, || TapEntry::End(why));
+        self.state.lock().closed = true;
+        self.notify.notify_one();
+    }
+
     fn queue(&self, bytes: usize, entry: impl FnOnce() -> TapEntry) {
         let mut state = self.state.lock();
-        if state.overflowed {
+        if state.closed {
             return;
         }
         state.bytes += bytes;
         if state.bytes > self.limit {
-            state.overflowed = true;
+            state.closed = true;
         } else {
             state.entries.push_back(entry());
         }
@@ -72,6 +87,7 @@ impl Tap {
             match self.next_entry().await? {
                 TapEntry::Message(message) => return Some(message),
                 TapEntry::Gap(_) => {}
+                TapEntry::End(_) => return None,
             }
         }
     }
@@ -85,7 +101,7 @@ impl Tap {
                     state.bytes -= entry.bytes();
                     return Some(entry);
                 }
-                if state.overflowed {
+                if state.closed {
                     return None;
                 }
             }
@@ -99,6 +115,7 @@ impl TapEntry {
         match self {
             Self::Message(payload) => ENTRY_BYTES + payload.len(),
             Self::Gap(_) => ENTRY_BYTES,
+            Self::End(_) => 0,
         }
     }
 }
@@ -113,9 +130,9 @@ mod tests {
     #[tokio::test]
     async fn a_follower_that_is_too_slow_is_told() {
         let tap = Tap::new(2 * ENTRY_BYTES + 10);
-        tap.push(b"1234");
-        tap.push(b"123456789");
-        tap.push(b"x");
+        tap.push("1234".into());
+        tap.push("123456789".into());
+        tap.push("x".into());
         assert_eq!(tap.next().await, Some(Bytes::from_static(b"1234")));
         assert_eq!(tap.next().await, None);
     }

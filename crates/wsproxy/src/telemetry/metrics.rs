@@ -18,7 +18,11 @@ use prometheus_client::{
 };
 use wsproxy_conn::{Profile, profile::LATENCY_BUCKETS};
 
-use crate::gateway::Gateway;
+use crate::{
+    auth::jwt::{JwksCounters, JwtVerifier},
+    gateway::Gateway,
+    telemetry::counter,
+};
 
 /// An endpoint family, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,6 +221,7 @@ impl Collector for Source {
         scrape.latency()?;
         scrape.sessions()?;
         scrape.bus()?;
+        scrape.keys()?;
         scrape.process()
     }
 }
@@ -352,6 +357,17 @@ impl Scrape<'_, '_> {
             self.counter(name, help, counter.value())?;
         }
         Ok(())
+    }
+
+    fn keys(&mut self) -> fmt::Result {
+        let counters = self.gateway.jwt.as_ref().and_then(JwtVerifier::jwks_counters);
+        let value = |counter: fn(&JwksCounters) -> &counter::Counter| {
+            counters.map_or(0, |c| counter(c).value())
+        };
+        let help = "Times that the keys which the issuer of tokens publishes were fetched";
+        self.counter("jwks_fetches", help, value(|counters| &counters.fetches))?;
+        let help = "Of these, those that brought no keys: the known ones stay in use";
+        self.counter("jwks_fetch_failures", help, value(|counters| &counters.failures))
     }
 
     fn process(&mut self) -> fmt::Result {

@@ -13,6 +13,7 @@ mod frames;
 mod handshake;
 mod heartbeat;
 mod http_api;
+mod jwt;
 mod limits;
 mod memory;
 mod metrics;

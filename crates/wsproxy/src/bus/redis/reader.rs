@@ -87,10 +87,8 @@ impl Reader {
                 self.shared.counters.probe_failures.add(1);
                 self.shared.publishes.condemn();
             }
-            if self.outage.is_none() {
-                self.outage = Some(link.last_read);
-                self.deliver.lost(&fault.to_string());
-            }
+            self.outage.get_or_insert(link.last_read);
+            self.deliver.lost(&fault.to_string(), link.last_read.elapsed());
         }
         self.shared.subscriptions.close();
     }

@@ -228,7 +228,7 @@ impl Deliver for Recorder {
         self.notes(|notes| notes.unflushed = 0);
     }
 
-    fn lost(&mut self, cause: &str) {
+    fn lost(&mut self, cause: &str, _silence: Duration) {
         self.notes(|notes| notes.lost.push(cause.into()));
     }
 

@@ -1,0 +1,120 @@
+//! Who of a topic's sinks gets a message, and how it gets there.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use wsproxy_conn::{Event, Link, clock::Micros, link::Queued};
+use wsproxy_proto::history::Position;
+
+use crate::hub::{Hub, Sink, State, message::Fanout, subscribers::Subscribers};
+
+/// Whom a message is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Audience {
+    /// Everybody.
+    All,
+    /// Clients that came while it was on its way; everybody else has it.
+    Gated,
+}
+
+/// Writes a round of messages into outboxes, and remembers whose must be flushed.
+#[derive(Default)]
+pub(super) struct Round {
+    dirty: Vec<Arc<Link>>,
+}
+
+impl Round {
+    /// Delivers to all sinks of a topic. Frames wait in outboxes until [`Self::flush`].
+    pub(super) fn deliver(
+        &mut self,
+        state: &mut State,
+        audience: Audience,
+        fanout: &mut Fanout<'_>,
+        hub: &Hub,
+        since: Micros,
+    ) {
+        let position = state.track.as_ref().and_then(|track| track.reader.position());
+        self.deliver_to(&mut state.subscribers, position, audience, fanout, hub, since, None);
+    }
+
+    /// The same, where connections get the message by `at_once` if that is given.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one topic are borrowed apart")]
+    pub(super) fn deliver_to(
+        &mut self,
+        subscribers: &mut Subscribers,
+        position: Option<Position>,
+        audience: Audience,
+        fanout: &mut Fanout<'_>,
+        hub: &Hub,
+        since: Micros,
+        mut at_once: Option<&mut Vec<(Arc<Link>, super::Form)>>,
+    ) {
+        for sink in subscribers.iter_mut() {
+            if let Sink::Gated(gate) = sink {
+                let frame = fanout.encode(&gate.target, hub);
+                let id = fanout.message.id;
+                if let Some(frame) = frame
+                    && gate.fence.lock().offer(id, || (frame.clone(), frame.len()))
+                {
+                    self.send(&gate.target, frame, since);
+                }
+                if position.is_some_and(|position| gate.fence.lock().is_passed(position)) {
+                    *sink = gate.target.clone();
+                }
+                continue;
+            }
+            if audience == Audience::Gated {
+                continue;
+            }
+            match sink {
+                Sink::Client { link, form, .. } => match &mut at_once {
+                    Some(at_once) => at_once.push((Arc::clone(link), *form)),
+                    None => {
+                        if let Some(frame) = fanout.frame(*form, link, hub) {
+                            self.push(link, frame, since);
+                        }
+                    }
+                },
+                Sink::EventStream { tap, .. } => {
+                    let tap = Arc::clone(tap);
+                    if let Some(event) = fanout.encode(sink, hub) {
+                        tap.push(event);
+                    }
+                }
+                Sink::Handler { link, tag } => {
+                    let payload = Bytes::copy_from_slice(fanout.message.payload);
+                    link.notify(Event { tag: *tag, number: 0, payload });
+                }
+                Sink::Tap(tap) => tap.push(Bytes::copy_from_slice(fanout.message.payload)),
+                Sink::Gated(_) => {}
+            }
+        }
+    }
+
+    /// Gives a client what was encoded for it.
+    pub(super) fn send(&mut self, client: &Sink, bytes: Bytes, since: Micros) {
+        match client {
+            Sink::Client { link, .. } => self.push(link, bytes, since),
+            Sink::EventStream { tap, .. } => tap.push(bytes),
+            Sink::Gated(_) | Sink::Handler { .. } | Sink::Tap(_) => {}
+        }
+    }
+
+    /// Queues a frame, and remembers whom to flush.
+    pub(super) fn push(&mut self, link: &Arc<Link>, frame: Bytes, since: Micros) {
+        if link.push(frame, since) == Queued::Flush {
+            self.dirty.push(Arc::clone(link));
+        }
+    }
+
+    /// Writes what was queued.
+    pub(super) fn flush(&mut self, now: Micros) {
+        for link in self.dirty.drain(..) {
+            link.flush(now);
+        }
+        self.dirty.shrink_to(LIST_KEPT);
+    }
+}
+
+/// So many places of a list stay for the next round; what a larger fan-out took is given back.
+pub(super) const LIST_KEPT: usize = 16 * 1024;

@@ -1,0 +1,295 @@
+//! Fills the holes that losses of the bus leave in histories, once for all clients of a topic.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{StreamExt, stream};
+use parking_lot::MutexGuard;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use wsproxy_conn::clock;
+use wsproxy_proto::history::{After, Log, Lost, Position, reader::Filled, rule};
+
+use crate::{
+    hub::{
+        Histories, Hub, Name, State, Topics,
+        audience::{Audience, Round},
+        message::{Fanout, Message, Stored},
+        notice,
+        replay::{PAGE_ENTRIES, merge, retention_ms},
+    },
+    store::{SnapshotOf, Store, StoreError},
+};
+
+/// So many logs are read at the same time.
+const READS: usize = 64;
+
+/// So many topics are read before their clients are served.
+const BATCH: usize = 1024;
+
+/// Most bytes that are held for logs which must be delivered together; further ones count as lost.
+const TOGETHER_BYTES_MAX: usize = 256 * 1024 * 1024;
+
+/// When to look again at a log that could not be read, or has no position yet.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// A topic behind whose position something may be missing.
+struct Hole {
+    topic: Arc<str>,
+    log: Arc<str>,
+    histories: Arc<Histories>,
+    from: Position,
+    since: u64,
+}
+
+/// What is held of its log.
+struct Found {
+    hole: Hole,
+    log: Log,
+    now_ms: u64,
+    judged: Result<(), Lost>,
+}
+
+/// What a topic's clients get, in the shared order.
+enum Item {
+    Lost(Lost, Position),
+    Entry(wsproxy_proto::history::Entry),
+    Held(Position, Stored, Audience),
+}
+
+/// Serves until `end`.
+pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = hub.holes.notified() => {}
+            () = end.cancelled() => return,
+        }
+        let begun = clock::now();
+        let mut healed = 0;
+        loop {
+            let outage = hub.outage();
+            if outage % 2 == 1 {
+                break; // told again when the bus is back
+            }
+            let (holes, unbegun) = hub.holes();
+            if holes.is_empty() && !unbegun {
+                break;
+            }
+            let filled = tokio::select! {
+                filled = hub.fill(&store, holes, outage) => filled,
+                () = end.cancelled() => return,
+            };
+            healed += filled;
+            if filled == 0 {
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+        let milliseconds = clock::now().since(begun).0 / 1000;
+        if healed > 0 {
+            info!(topics = healed, milliseconds, "Histories were read again and are whole.");
+        }
+    }
+}
+
+impl Hub {
+    /// All holes that can be filled, and whether there are some that cannot yet.
+    fn holes(&self) -> (Vec<Hole>, bool) {
+        let (mut holes, mut unbegun) = (Vec::new(), false);
+        for shard in &self.shards {
+            for (topic, state) in shard.lock().iter() {
+                let Some(track) = state.track.as_ref().filter(|track| track.reader.has_hole())
+                else {
+                    continue;
+                };
+                match track.reader.hole() {
+                    None => unbegun = true,
+                    Some((from, since)) => holes.push(Hole {
+                        topic: Arc::clone(&topic.0),
+                        log: Arc::clone(&track.log),
+                        histories: Arc::clone(&track.histories),
+                        from,
+                        since,
+                    }),
+                }
+            }
+        }
+        (holes, unbegun)
+    }
+
+    /// Reads the logs and serves their clients. Answers how many are whole.
+    async fn fill(self: &Arc<Self>, store: &Store, holes: Vec<Hole>, outage: u64) -> usize {
+        let (together, alone): (Vec<_>, Vec<_>) =
+            holes.into_iter().partition(|hole| hole.histories.clock.is_some());
+        let mut whole = self.fill_together(store, together, outage).await;
+        let mut alone = alone.into_iter();
+        loop {
+            let batch: Vec<_> = alone.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                return whole;
+            }
+            for found in read_all(store, batch, usize::MAX).await {
+                let number = self.shard_number(found.hole.topic.as_bytes());
+                let mut shard = self.shards[number].lock();
+                let mut round = Round::default();
+                let mut items = Vec::new();
+                whole += usize::from(self.fill_one(&mut shard, found, outage, &mut items));
+                for (_, topic, item) in items {
+                    self.deliver_item(&mut shard, &topic, &item, &mut round);
+                }
+                drop(shard);
+                round.flush(clock::now());
+            }
+        }
+    }
+
+    /// Logs with one order are delivered as one: a client's last event id must stand for all of them.
+    async fn fill_together(&self, store: &Store, holes: Vec<Hole>, outage: u64) -> usize {
+        if holes.is_empty() {
+            return 0;
+        }
+        let found = read_all(store, holes, TOGETHER_BYTES_MAX).await;
+        let mut shards = self.lock_all();
+        let mut items = Vec::new();
+        let mut whole = 0;
+        for found in found {
+            let number = self.shard_number(found.hole.topic.as_bytes());
+            whole += usize::from(self.fill_one(&mut shards[number], found, outage, &mut items));
+        }
+        items.sort_by_key(|(id, ..)| *id);
+        let mut round = Round::default();
+        for (_, topic, item) in items {
+            let number = self.shard_number(topic.as_bytes());
+            self.deliver_item(&mut shards[number], &topic, &item, &mut round);
+        }
+        drop(shards);
+        round.flush(clock::now());
+        whole
+    }
+
+    /// Fills one hole; what is to be delivered goes to `items`.
+    fn fill_one(
+        &self,
+        shard: &mut MutexGuard<'_, Topics>,
+        found: Found,
+        outage: u64,
+        items: &mut Vec<(Position, Arc<str>, Item)>,
+    ) -> bool {
+        let Found { hole, log, now_ms, judged } = found;
+        let track =
+            shard.get_mut(&Name(hole.topic.as_bytes())).and_then(|state| state.track.as_mut());
+        let Some(track) = track else { return false };
+        let is_linked = self.outage() == outage;
+        let filled = track.reader.fill(hole.from, judged, &log, now_ms, is_linked);
+        let Some(Filled { lost, entries, held, whole }) = filled else { return false };
+        let topic = hole.topic;
+        if let Some((lost, position)) = lost {
+            warn!(topic = &*topic, reason = lost.label(), "A history cannot be continued.");
+            items.push((position, Arc::clone(&topic), Item::Lost(lost, position)));
+        }
+        if entries {
+            self.counters.healed_messages.add(log.entries.len() as u64);
+            let item = |entry: wsproxy_proto::history::Entry| {
+                (entry.id, Arc::clone(&topic), Item::Entry(entry))
+            };
+            items.extend(log.entries.into_iter().map(item));
+        }
+        for (id, stored, is_new) in held {
+            let audience = if is_new { Audience::All } else { Audience::Gated };
+            items.push((id, Arc::clone(&topic), Item::Held(id, stored, audience)));
+        }
+        self.counters.healed.add(u64::from(whole));
+        whole
+    }
+
+    fn deliver_item(
+        &self,
+        shard: &mut MutexGuard<'_, Topics>,
+        topic: &str,
+        item: &Item,
+        round: &mut Round,
+    ) {
+        let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
+        match item {
+            Item::Lost(lost, position) => {
+                let clients = state.subscribers.iter().count() as u64;
+                self.counters.history_lost[*lost as usize].add(clients);
+                let notice = notice::history_lost(*lost, *position);
+                let payload = notice.as_bytes();
+                let message = Message { id: Some(*position), carries_id: true, payload };
+                self.deliver_one(state, Audience::All, message, round);
+            }
+            Item::Entry(entry) => {
+                let carries_id = entry.event_id.is_some();
+                let message = Message { id: Some(entry.id), carries_id, payload: &entry.data };
+                self.deliver_one(state, Audience::All, message, round);
+            }
+            Item::Held(id, stored, audience) => {
+                self.deliver_one(state, *audience, stored.message(*id), round);
+            }
+        }
+    }
+
+    fn deliver_one(
+        &self,
+        state: &mut State,
+        audience: Audience,
+        message: Message<'_>,
+        round: &mut Round,
+    ) {
+        round.deliver(state, audience, &mut Fanout::new(message), self, clock::now());
+    }
+}
+
+/// Reads what the logs of holes hold; those that cannot be read are tried again later.
+async fn read_all(store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Found> {
+    let reads = holes.into_iter().map(|hole| read(store, hole));
+    let mut reads = stream::iter(reads).buffer_unordered(READS);
+    let (mut found, mut bytes) = (Vec::new(), 0_usize);
+    while let Some(result) = reads.next().await {
+        match result {
+            Ok(mut one) => {
+                bytes += one.log.entries.iter().map(|entry| entry.data.len()).sum::<usize>();
+                if bytes > bytes_max {
+                    one.judged = Err(Lost::Overflow);
+                    one.log.entries = Vec::new();
+                }
+                found.push(one);
+            }
+            Err(error) => debug!(%error, "A log cannot be read now."),
+        }
+    }
+    found
+}
+
+async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
+    let mut behind = hole.from;
+    let mut chain = [Log::default()];
+    let mut first: Option<(u64, Result<(), Lost>)> = None;
+    loop {
+        let of = SnapshotOf {
+            logs: vec![Arc::clone(&hole.log)],
+            epoch: Arc::clone(&hole.histories.epoch),
+            after: Some(After::Position(behind)),
+            entries_max: PAGE_ENTRIES,
+            streams_of: None,
+        };
+        let (mut page, _) = store.snapshot(of).await?;
+        let gap_ms = clock::now().since(clock::Micros(hole.since)).0.div_ceil(1000);
+        let (retention, clocks) = (retention_ms(&hole.histories), (page.now_ms, page.epoch_ms));
+        let judge = || {
+            let log = page.logs.first().ok_or(Lost::Unknown)?;
+            rule::heal(hole.from, gap_ms, retention, clocks, log)
+        };
+        let (now_ms, mut judged) = first.unwrap_or_else(|| (page.now_ms, judge()));
+        first = Some((now_ms, judged));
+        match merge(&mut page.logs, &mut chain) {
+            Some(further) if judged.is_ok() => behind = further,
+            _ => {
+                let [log] = chain;
+                if judged.is_ok() && !log.is_chain() {
+                    judged = Err(Lost::Trimmed);
+                }
+                return Ok(Found { hole, log, now_ms, judged });
+            }
+        }
+    }
+}
