@@ -27,6 +27,8 @@ from wsproxy import (
 
 pytestmark = pytest.mark.asyncio
 
+CONNECTION = "0199f2c4-7d1a-7c3e-9a51-0b8d6f2e4c11"
+
 
 def log(redis: RedisServer, session: str = "s-1") -> list[Any]:
     entries: list[Any] = redis.client.xrange(f"session:{session}:down:log")
@@ -68,7 +70,7 @@ async def test_what_is_sent_is_published_and_kept(redis: RedisServer, redis_work
     assert (page.complete, page.position, page.events[0].json()) == (True, second.event_id, {"text": "ä"})
     rest = await redis_worker.history(session="s-1", after=first.event_id)
     assert [each.json()["n"] for each in rest.events] == [2]
-    assert rest.complete
+    assert rest.lost is None
     plain = await redis_worker.send("s-1", b"\x00", history=False)
     assert plain.event_id is None
     assert len(log(redis)) == 2
@@ -80,8 +82,11 @@ async def test_prefix_and_limits_are_those_of_the_worker(redis: RedisServer) -> 
         assert redis.client.xlen("eu:session:s-1:down:log") == 3
         assert 40 < redis.client.ttl("eu:session:s-1:down:log") <= 60
         page = await worker.history(session="s-1", after=receipts[0].event_id or "")
-        assert not page.complete
-        assert len(page.events) == 3
+        assert (page.lost, page.complete, len(page.events)) == ("trimmed", True, 3)
+        page = await worker.history(session="s-1", limit=2, after=receipts[1].event_id or "")
+        assert (page.lost, page.complete, page.position) == (None, False, receipts[3].event_id)
+        assert (await worker.history(session="s-1", after="5-0")).lost == "trimmed"
+        assert (await worker.history(session="s-2", after=receipts[4].event_id or "")).events == ()
 
 
 async def test_an_idempotency_key_sends_once(redis: RedisServer, redis_worker: Worker) -> None:
@@ -98,7 +103,7 @@ async def test_events_are_complete_and_ordered_over_channels(redis: RedisServer,
     receipts = [
         await redis_worker.broadcast("a", {"n": 1}),
         await redis_worker.to_user("u-1", "b", [2], ack=True),
-        await redis_worker.to_connection("c-1", "c", None, event_id="mine"),
+        await redis_worker.to_connection(CONNECTION, "c", None, event_id="mine"),
         *(await redis_worker.batch([Outgoing("user:u-1", Event("d")), Outgoing("session:s-1", {"e": 1})])),
     ]
     ids = [each.event_id for each in receipts if isinstance(each, Receipt)]
@@ -107,7 +112,7 @@ async def test_events_are_complete_and_ordered_over_channels(redis: RedisServer,
     kept = [each.json() for each in (await redis_worker.history(user="u-1")).events]
     assert [each.pop("timestamp")[-1] for each in kept] == ["Z", "Z"]
     assert kept == [{"type": "b", "ack": True, "data": [2]}, {"type": "d", "data": None}]
-    [(_, fields)] = redis.client.xrange("ws:connection:c-1:log")
+    [(_, fields)] = redis.client.xrange(f"ws:connection:{CONNECTION}:log")
     assert fields["event_id"] == "mine"
     assert json.loads(fields["data"])["event_id"] == "mine"
     assert log(redis) == [{"e": 1}]
@@ -156,7 +161,7 @@ async def test_disconnecting_and_revoking_write_what_the_gateway_reads(
     for wrong in (
         {},
         {"user": "u", "jti": "j"},
-        {"connection": "c", "revoke": 3.0},
+        {"connection": CONNECTION, "revoke": 3.0},
         {"user": "u", "reason": "x" * 124},
     ):
         with pytest.raises(InvalidRequest):
@@ -263,7 +268,7 @@ async def test_the_lease_is_renewed(redis: RedisServer, redis_worker: Worker) ->
     def score() -> float:
         return float(redis.client.zscore("streams:leases", "s-1/t-1") or 0)
 
-    async with redis_worker.stream("s-1", "t-1", lease=0.6):
+    async with redis_worker.stream("s-1", "t-1", lease=1):
         first = score()
         await eventually("the lease is renewed", lambda: score() > first + 500)
 

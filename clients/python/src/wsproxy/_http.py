@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -30,6 +30,7 @@ from .types import Failure, History, HistoryEvent, Presence, Receipt, Ticket, Up
 
 # What the gateway takes in one call.
 _BATCH_MAX = 1000
+_BATCH_BYTES = 512 * 1024
 # The request was not sent, so it may be sent again.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -59,15 +60,17 @@ def error_of(response: httpx.Response) -> WsproxyError:
 
 
 def _stream_error(code: str, text: str) -> WsproxyError | None:
-    word = code.lower()
-    if "exist" in word and "not" not in word:
+    # The gateway says `not_found` and `conflict` for several things, and tells them apart in words.
+    said = f"{code} {text}".lower()
+    if "stream" not in said:
+        return None
+    if code == "not_found":
+        return StreamNotFound(text)
+    if "ended" in said:
+        return StreamEnded(text, next((each for each in ("finish", "cancelled", "error") if each in said), "unknown"))
+    if "already" in said or "exists" in said:
         return StreamExists(text)
-    if "ended" in word:
-        outcome = next((each for each in ("cancelled", "error") if each in text.split("(")[0]), "finish")
-        return StreamEnded(text, outcome)
-    if "seq" in word or "conflict" in word:
-        return StreamConflict(text)
-    return StreamNotFound(text) if "stream" in word else None
+    return StreamConflict(text)
 
 
 class HttpBackend:
@@ -134,13 +137,15 @@ class HttpBackend:
 
     async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]:
         results: list[Receipt | Failure] = []
-        for start in range(0, len(publications), _BATCH_MAX):
-            part = publications[start : start + _BATCH_MAX]
-            body = {"messages": [{"to": str(each.target), "message": json.loads(each.payload)} for each in part]}
-            keys = [each.idempotency_key for each in part]
-            headers = {"idempotency-key": keys[0]} if keys[0] is not None else {}
+        for part in _parts([_batch_message(each) for each in publications]):
+            body = f'{{"messages":[{",".join(part)}]}}'.encode()
+            # Each message has its own key, so the whole may be sent again.
             answer = await self._call(
-                "POST", "events/batch", repeatable=keys[0] is not None, json=body, headers=headers
+                "POST",
+                "events/batch",
+                repeatable=True,
+                content=body,
+                headers={"content-type": "application/json"},
             )
             results += [_result(each) for each in answer["results"]]
         return results
@@ -209,7 +214,11 @@ class HttpBackend:
             parameters["channel"] = str(target)
         answer = await self._call("GET", path, repeatable=True, params=parameters)
         events = tuple(HistoryEvent(each["event_id"], _data(each)) for each in answer["events"])
-        return History(events, bool(answer["complete"]), str(answer["position"]))
+        complete, position = bool(answer["complete"]), str(answer["position"])
+        # The gateway tells the end of the log, of which an incomplete page is not the last.
+        if events and not complete:
+            position = events[-1].event_id
+        return History(events, complete, position, answer.get("history_lost"))
 
     async def take_kept(self, session: str) -> list[UpstreamMessage]:
         # The gateway sends what was kept at the start of the stream.
@@ -236,6 +245,26 @@ class HttpBackend:
         for follower in list(self._followers.values()):
             await follower.aclose()
         await self._client.aclose()
+
+
+def _batch_message(publication: Publication) -> str:
+    to, key = json.dumps(str(publication.target)), json.dumps(publication.idempotency_key)
+    message = publication.payload.decode()
+    return f'{{"to":{to},"message":{message},"history":true,"idempotency_key":{key}}}'
+
+
+def _parts(messages: list[str]) -> Iterator[list[str]]:
+    """Batches that the gateway takes: bounded in number, and as one body also in bytes."""
+    part: list[str] = []
+    held = 0
+    for each in messages:
+        if part and (len(part) == _BATCH_MAX or held + len(each.encode()) > _BATCH_BYTES):
+            yield part
+            part, held = [], 0
+        part.append(each)
+        held += len(each.encode()) + 1
+    if part:
+        yield part
 
 
 def _path(name: str) -> str:

@@ -145,7 +145,8 @@ class RedisBackend:
         dedup_ms = 0
         if publication.idempotency_key is not None:
             keys += [""] if session else []
-            keys.append(self._key("wsproxy", "idempotency", publication.idempotency_key))
+            # Under the name that the gateway gives it, so that a key counts over both ways.
+            keys.append(f"{channel}:log:once:{publication.idempotency_key}")
             dedup_ms = _IDEMPOTENCY_MS
         args: list[Any] = [channel, publication.payload, limits.entries_max, limits.bytes_max]
         return keys, [*args, round(limits.ttl * 1000), publication.event_id or "", dedup_ms]
@@ -261,18 +262,17 @@ class RedisBackend:
         async def read() -> list[Any]:
             async with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.xrange(log, f"({after}", "+", count=limit)
+                pipeline.xrange(log, "-", "+", count=1)
                 pipeline.xrevrange(log, "+", "-", count=1)
                 pipeline.time()
                 return await pipeline.execute()
 
-        entries, last, now = await self._do(read, repeatable=True)
+        entries, first, last, now = await self._do(read, repeatable=True)
         events = tuple(HistoryEvent(_text(name), fields[b"data"]) for name, fields in entries)
-        position = events[-1].event_id if events else _text(last[0][0]) if last else f"0-{_milliseconds(now)}"
-        # Each entry names the one before it: whatever else it names was trimmed.
-        complete = after == "0-0" or not entries or _text(entries[0][1].get(b"prev", b"")) == after
-        if after == "0-0" and entries:
-            complete = _text(entries[0][1].get(b"prev", b"0-0")) == "0-0"
-        return History(events, complete, position)
+        end = _text(last[0][0]) if last else f"0-{_milliseconds(now)}"
+        complete = not events or events[-1].event_id == end
+        position = events[-1].event_id if events else end
+        return History(events, complete, position, _lost(after, entries, first, end))
 
     async def take_kept(self, session: str) -> list[UpstreamMessage]:
         log = self._key("session", session, "up", "log")
@@ -304,6 +304,25 @@ def _text(value: Any) -> str:
 
 def _milliseconds(now: tuple[int, int]) -> int:
     return int(now[0]) * 1000 + int(now[1]) // 1000
+
+
+def _lost(after: str, entries: list[Any], first: list[Any], end: str) -> str | None:
+    """Each entry names the one before it: who has seen that one misses nothing."""
+    if not first or after == end:
+        return None
+    if after.startswith("0-"):
+        return None if _text(first[0][1].get(b"prev")) == "0-0" else "trimmed"
+    if not entries:
+        return "unknown"
+    before = _text(entries[0][1].get(b"prev"))
+    if before == after:
+        return None
+    return "trimmed" if _order(before) > _order(after) else "unknown"
+
+
+def _order(position: str) -> tuple[int, int]:
+    milliseconds, _, sequence = position.partition("-")
+    return int(milliseconds or 0), int(sequence or 0)
 
 
 def _receipt(answer: Any) -> Receipt:

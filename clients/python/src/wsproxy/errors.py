@@ -57,7 +57,7 @@ class StreamConflict(StreamError):
 
 
 class StreamEnded(StreamError):
-    """The stream has ended already. ``outcome`` is ``finish``, ``error`` or ``cancelled``."""
+    """The stream has ended already. ``outcome`` is ``finish``, ``error``, ``cancelled`` or ``unknown``."""
 
     def __init__(self, message: str, outcome: str) -> None:
         super().__init__(message)

@@ -179,13 +179,15 @@ class HistoryEvent:
 class History:
     """A page of history, oldest first.
 
-    ``complete`` is false where messages after the position asked for were trimmed, so that something is missing
-    before ``events``. ``position`` is the place to go on from, an ``after`` of the next call.
+    ``complete`` tells that nothing is kept behind these messages; ``position`` is the ``after`` of the next call.
+    ``lost`` tells why something may be missing before them: ``trimmed``, ``unknown``, ``expired`` or ``emptied``;
+    ``None`` means that nothing is.
     """
 
     events: tuple[HistoryEvent, ...]
     complete: bool
     position: str
+    lost: str | None = None
 
 
 def encode(message: object) -> bytes:

@@ -206,8 +206,8 @@ class Worker:
             _check_id("stream", stream_id)
         elif adopt:
             raise InvalidRequest("A stream to adopt needs its id.")
-        if lease <= 0 or flush_interval < 0:
-            raise InvalidRequest("lease must be above 0 and flush_interval not below 0 seconds.")
+        if not 1 <= lease <= 3600 or flush_interval < 0:
+            raise InvalidRequest("lease must be 1 to 3600, and flush_interval not below 0 seconds.")
         options = StreamOptions(
             meta, lease, flush_interval, watch_stop, cancel_on_stop, on_cancel, adopt, self._retry_for
         )
@@ -301,7 +301,7 @@ class Worker:
         idempotency_key: str | None = None,
     ) -> Receipt:
         """Sends an event to one connection; see :meth:`broadcast`."""
-        target = Target("connection", _check_id("connection", connection))
+        target = Target("connection", _connection_id(connection))
         return await self._send_event(target, Event(type, data, event_id, ack), history, idempotency_key)
 
     async def batch(
@@ -345,9 +345,9 @@ class Worker:
             raise InvalidRequest("Exactly one of user, connection and jti is needed.")
         if revoke is not None and (connection is not None or revoke <= 0):
             raise InvalidRequest("revoke is for a user or a jti, and above 0 seconds.")
-        for name, each in (("user", user), ("connection", connection), ("jti", jti)):
-            if each is not None:
-                _check_id(name, each)
+        if user is not None:
+            _check_id("user", user)
+        connection = _connection_id(connection) if connection is not None else None
         _check_reason(reason)
         return await self._backend.disconnect(Disconnection(user, connection, jti, code, reason, revoke))
 
@@ -399,6 +399,13 @@ def _check_id(what: str, name: str) -> str:
     return name
 
 
+def _connection_id(text: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError as error:
+        raise InvalidRequest("A connection id is a UUID.") from error
+
+
 def _check_event_id(event_id: str | None) -> str | None:
     if event_id is not None and not (_EVENT_ID.fullmatch(event_id) and len(event_id.encode()) <= 128):
         raise InvalidRequest("An event_id has 1 to 128 bytes without spaces and control characters.")
@@ -422,7 +429,7 @@ def _target(to: str) -> Target:
         case "broadcast" if not name:
             return Target("broadcast")
         case "user" | "connection" | "session":
-            return Target(kind, _check_id(kind, name))
+            return Target(kind, _connection_id(name) if kind == "connection" else _check_id(kind, name))
     raise InvalidRequest(f"{to!r} is none of broadcast, user:U, connection:C and session:S.")
 
 
