@@ -7,10 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
-"""Any JSON value."""
-
-Payload: TypeAlias = bytes | str | Mapping[str, Any] | Sequence[Any]
+Payload: TypeAlias = bytes | str | Mapping[str, Any] | Sequence[Any] | int | float | bool | None
 """A message: ``bytes`` and ``str`` go out verbatim, everything else as compact JSON."""
 
 Outcome: TypeAlias = Literal["finish", "error", "cancelled"]
