@@ -12,6 +12,7 @@ mod drain;
 mod frames;
 mod handshake;
 mod heartbeat;
+mod history;
 mod http_api;
 mod jwt;
 mod limits;
