@@ -11,7 +11,7 @@ import pathlib
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, HTTPException
@@ -130,7 +130,8 @@ class Session:
     async def release(self) -> None:
         """Ends here, so that another worker can go on at once."""
         await self.close()
-        await CLAIM(keys=[f"chat:{self.name}:owner"], args=[ME, 0])
+        with suppress(RedisError, OSError):  # Then the claim runs out by itself.
+            await CLAIM(keys=[f"chat:{self.name}:owner"], args=[ME, 0])
 
     async def close(self) -> None:
         sessions.pop(self.name, None)

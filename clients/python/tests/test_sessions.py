@@ -286,6 +286,25 @@ async def test_a_client_that_comes_late_gets_the_text_and_then_the_tail(worker: 
             assert late.streams["t-1"].text == "Hello"
 
 
+async def test_a_stream_is_whole_though_redis_came_back_empty(
+    worker: Worker, gateway: Gateway, redis: RedisServer
+) -> None:
+    async with client(worker, gateway.url) as connection:
+        await opened(connection)
+        async with worker.stream("s-1", "t-1", meta={"a": 1}, watch_stop=False) as stream:
+            for number in range(20):
+                await stream.append(f"{number} ")
+                if number == 10:
+                    redis.kill()
+                    redis.start()
+        async for _ in connection:
+            merged = connection.streams.get("t-1")
+            if merged and merged.ended:
+                break
+        assert merged is not None
+        assert (merged.text, merged.complete, merged.state) == (stream.text, True, "finish")
+
+
 @pytest.mark.parametrize("interrupt", [False, True])
 async def test_a_clients_stop_reaches_the_worker(worker: Worker, gateway: Gateway, interrupt: bool) -> None:
     async with client(worker, gateway.url) as connection:

@@ -78,6 +78,9 @@ class Client:
         self._delivered = options.last_event_id
         self._queue: asyncio.Queue[Message | None] = asyncio.Queue(_QUEUE_MAX)
         self._recent: OrderedDict[str, bool] = OrderedDict()
+        # Since the last loss of history: the streams that are known from their beginning.
+        self._whole: set[str] | None = None
+        self._asked_for: set[str] = set()
         self._unacked: Message | None = None
         self._connection: Connection | None = None
         self._is_open = asyncio.Event()
@@ -245,7 +248,7 @@ class Client:
             raise NotOpened(0, "no_token", f"There is no token: {error!r}") from error
         try:
             async with asyncio.timeout(OPEN_TIMEOUT + 5.0):
-                self._resuming = bool(self._position)
+                self._resuming, self._whole = bool(self._position), None
                 return await self._transport.open(token, self._position)
         except TimeoutError as error:
             raise NotOpened(0, "unreachable", "The gateway did not answer in time.") from error
@@ -299,13 +302,29 @@ class Client:
             case "error" if message.is_history_lost:
                 # From here on: everything before is gone, and said to be.
                 self._position = str(notice.get("event_id") or self._position)
+                self._whole = set()
                 await self._queue.put(message)
                 return
             case "error" if self._options.events and notice.get("code") == "invalid_token":
                 _log.warning("The gateway refused the new token: %s", notice.get("message"))
+        if self._whole is not None:
+            self._check_stream(message, self._whole)
         if message.event_id and not await self._is_new(message, message.event_id):
             return
         await self._queue.put(message)
+
+    def _check_stream(self, message: Message, whole: set[str]) -> None:
+        """After a loss in mid-connection: a stream whose beginning was lost is asked for by connecting anew."""
+        stream = message.object.get("stream")
+        if message.type in ("stream_open", "stream_snapshot") and isinstance(stream, str):
+            whole.add(stream)
+        elif message.type in ("stream_append", "stream_end") and isinstance(stream, str) and stream not in whole:
+            whole.add(stream)
+            if stream not in self._asked_for:
+                self._asked_for.add(stream)
+                # From the start of what is kept; what the loop had is not given to it again.
+                self._position = "0"
+                raise Lost(1006, "the beginning of a stream is missing")
 
     def _is_own(self, kind: str, notice: dict[str, Any]) -> bool:
         # Workers may use the same words; the gateway's have these members.
@@ -330,6 +349,8 @@ class Client:
             self._silence_max = float(heartbeat.get("interval", 30)) + float(heartbeat.get("timeout", 60))
 
     async def _is_new(self, message: Message, event_id: str) -> bool:
+        if _order(event_id) >= _order(self._position):
+            self._position = event_id
         if event_id in self._recent:
             # Sent again for want of an acknowledgement, which was lost if the loop is done with it.
             ack_id = _ack_id(message)
@@ -339,8 +360,6 @@ class Client:
         self._recent[event_id] = False
         if len(self._recent) > _RECENT_MAX:
             self._recent.popitem(last=False)
-        if _order(event_id) >= _order(self._position):
-            self._position = event_id
         return True
 
     # ---- tokens that expire ----

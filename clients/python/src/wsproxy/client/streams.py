@@ -61,6 +61,10 @@ class MergedStreams(Mapping[str, MergedStream]):
     def feed(self, message: Mapping[str, Any]) -> MergedStream | None:
         """Takes a message; answers the stream that it changed, ``None`` where it is about none."""
         kind, stream_id = message.get("type"), message.get("stream")
+        if kind == "error" and message.get("code") == "history_lost":
+            # Until a snapshot, or the stream from its beginning, says otherwise.
+            for each in self._streams.values():
+                each.complete = each.complete and each.ended
         if not isinstance(kind, str) or not kind.startswith("stream_") or not isinstance(stream_id, str):
             return None
         match kind:
