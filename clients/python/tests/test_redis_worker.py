@@ -156,7 +156,7 @@ async def test_disconnecting_and_revoking_write_what_the_gateway_reads(
     assert redis.client.exists("ws:revoked:jti:j-1")
     await redis_worker.close_session("s-1", reason="bye")
     seen = [json.loads(pubsub.get_message(timeout=5)["data"]) for _ in range(2)]
-    assert seen == [{"op": "disconnect", "jti": "j-1"}, {"op": "close", "reason": "bye"}]
+    assert seen == [{"op": "disconnect", "jti": "j-1", "code": 4401}, {"op": "close", "reason": "bye"}]
     pubsub.close()
     for wrong in (
         {},

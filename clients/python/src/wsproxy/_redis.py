@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 # As long as the gateway remembers the keys of its HTTP API.
 _IDEMPOTENCY_MS = 10 * 60 * 1000
+# How a connection ends whose token was revoked.
+_REVOKED = 4401
 # Errors that Redis answers before it does anything.
 _NOT_DONE = (exceptions.BusyLoadingError, exceptions.ReadOnlyError, exceptions.MaxConnectionsError)
 
@@ -226,7 +228,7 @@ class RedisBackend:
             "user_id": request.user,
             "connection_id": request.connection,
             "jti": request.jti,
-            "code": request.code,
+            "code": request.code if request.code is not None or request.revoke is None else _REVOKED,
             "reason": request.reason,
         }
         return await self._command(self._key("ws", "control"), command)

@@ -34,7 +34,7 @@ from .types import (
     encode,
 )
 
-_ID = re.compile(r"[A-Za-z0-9\-_.~@+=]{1,128}")
+_ID = re.compile(r"[A-Za-z0-9\-_.~@+=|]{1,128}")
 _EVENT_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
 _TICKET_TTL_MAX = 24 * 3600.0
 
@@ -339,7 +339,8 @@ class Worker:
         """Ends connections to the event endpoint: of a user, of one token (``jti``), or one connection.
 
         With ``revoke`` the user's tokens issued until now, or the token, are refused for so many seconds: choose at
-        least as long as tokens live. Answers the number of gateway instances that were told.
+        least as long as tokens live. ``code`` is 4004, with ``revoke`` 4401, where it is not
+        given. Answers the number of gateway instances that were told.
         """
         if sum(each is not None for each in (user, connection, jti)) != 1:
             raise InvalidRequest("Exactly one of user, connection and jti is needed.")
@@ -395,7 +396,7 @@ class Worker:
 
 def _check_id(what: str, name: str) -> str:
     if not _ID.fullmatch(name):
-        raise InvalidRequest(f"A {what} id has 1 to 128 letters, digits and -_.~@+=.")
+        raise InvalidRequest(f"A {what} id has 1 to 128 letters, digits and -_.~@+=|.")
     return name
 
 
