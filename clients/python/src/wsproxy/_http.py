@@ -85,6 +85,8 @@ class HttpBackend:
         )
         self._retry_for = retry_for
         self._followers: dict[str, Follower] = {}
+        # Of one reader each.
+        self._own: set[Follower] = set()
 
     async def _once(self, method: str, path: str, **arguments: Any) -> Any:
         try:
@@ -228,7 +230,9 @@ class HttpBackend:
         path = f"sessions/{_path(session)}/upstream"
         if kept:
             # Of its own: one that joined a running stream would not get what was kept.
-            return Follower(self._client, f"{path}?log=true", error_of).open()
+            follower = Follower(self._client, f"{path}?log=true", error_of, lambda: self._own.discard(follower))
+            self._own.add(follower)
+            return follower.open()
         return self._shared(path)
 
     def follow_sessions(self, agent: str) -> Consumer:
@@ -242,7 +246,7 @@ class HttpBackend:
         return follower.open()
 
     async def aclose(self) -> None:
-        for follower in list(self._followers.values()):
+        for follower in [*self._followers.values(), *self._own]:
             await follower.aclose()
         await self._client.aclose()
 

@@ -89,7 +89,7 @@ class RedisBackend:
     def __init__(self, url: str, prefix: str, limits: Limits, retry_for: float, options: Mapping[str, Any]) -> None:
         # Repeating is decided here, call by call: redis-py cannot know which of them may be done twice.
         defaults: dict[str, Any] = {"socket_keepalive": True, "socket_connect_timeout": 5.0, "socket_timeout": 10.0}
-        options = defaults | dict(options)
+        options = defaults | dict(options) | {"decode_responses": False}
         self._redis: Redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), health_check_interval=15, **options)
         self._listener = Listener(url, options)
         self._prefix = f"{prefix}:" if prefix else ""
