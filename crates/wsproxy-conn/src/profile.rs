@@ -23,6 +23,8 @@ pub struct Profile {
     pub reply_bytes_max: usize,
     /// Messages per second; `None`: no limit.
     pub rate: Option<Rate>,
+    /// What is a sign of life.
+    pub heartbeat: Heartbeat,
     /// A ping is sent when nothing was heard for this long.
     pub heartbeat_interval: Micros,
     /// A connection from which nothing was heard for this long is dead.
@@ -37,6 +39,16 @@ pub struct Profile {
     pub compress_level: u32,
     /// Counters of all these connections.
     pub stats: Stats,
+}
+
+/// What is a sign of life of a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Heartbeat {
+    /// Any bytes; it is asked for one with WebSocket pings.
+    #[default]
+    Frames,
+    /// Data messages only; the handler asks for one, in messages of its own.
+    Messages,
 }
 
 /// Counters, only ever added to; the metrics read them at scrape.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_conn::{Profile, Runtime, clock::Micros};
+use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros};
 use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
 
 use crate::{
@@ -95,6 +95,7 @@ pub fn profile(config: &Config) -> Profile {
         send_buffer_bytes: limits.send_buffer_bytes,
         reply_bytes_max: REPLY_BYTES_MAX,
         rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        heartbeat: Heartbeat::Frames,
         heartbeat_interval: config.heartbeat.interval.into(),
         heartbeat_timeout: config.heartbeat.timeout.into(),
         idle_timeout: if idle.is_zero() { Micros::NEVER } else { idle.into() },
