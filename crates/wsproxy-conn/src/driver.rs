@@ -189,6 +189,10 @@ impl<H: Handler> Driver<H> {
                     self.link.heard_at(now);
                 }
                 self.link.profile().stats.bytes_received.fetch_add(count as u64, Relaxed);
+                // What was left before these bytes came is seen before them: they may answer it.
+                if let Some(events) = self.link.take_events() {
+                    self.handle(*events, now);
+                }
                 self.receive(&mut buffer[..count], now);
                 self.link.flush(now);
             }

@@ -40,12 +40,6 @@ pub const TIMER: u8 = u8::MAX;
 /// into any send buffer as long as the client reads.
 const EARLY_FLUSH_BYTES: usize = 256 * 1024;
 
-/// Most events that may wait for a connection's task.
-const EVENTS_MAX: usize = 1024;
-
-/// Most bytes that may wait in them.
-const EVENT_BYTES_MAX: usize = 1024 * 1024;
-
 /// Pongs up to this number are kept for one write.
 const PONGS_MAX: usize = 64;
 
@@ -294,7 +288,8 @@ impl Link {
         }
         let events = state.events.get_or_insert_default();
         events.bytes += event.payload.len();
-        if events.queue.len() >= EVENTS_MAX || events.bytes > EVENT_BYTES_MAX {
+        let profile = &self.profile;
+        if events.queue.len() >= profile.events_max || events.bytes > profile.event_bytes_max {
             state.events = None;
             self.end(state, &Disconnect::SLOW, None, clock::now());
             return;

@@ -21,6 +21,10 @@ pub struct Profile {
     pub send_buffer_bytes: usize,
     /// While more bytes than this wait which the client itself caused, it is not read from.
     pub reply_bytes_max: usize,
+    /// Most events that may wait for a connection's handler; beyond it the connection ends as a slow consumer.
+    pub events_max: usize,
+    /// Most bytes that may wait in them.
+    pub event_bytes_max: usize,
     /// Messages per second; `None`: no limit.
     pub rate: Option<Rate>,
     /// What is a sign of life.

@@ -35,6 +35,8 @@ pub(crate) fn profile() -> Profile {
         receive: Limits { message_bytes_max: 1 << 20, fragments_max: 100 },
         send_buffer_bytes: 10 << 20,
         reply_bytes_max: 64 * 1024,
+        events_max: 1024,
+        event_bytes_max: 1 << 20,
         rate: None,
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: Micros(30 * SECOND),
