@@ -164,6 +164,7 @@ impl Connected<'_> {
             "connection_id": self.connection,
             "user_id": self.user.as_str(),
             "server_id": self.server_id,
+            "timestamp": time::rfc3339(),
             "expires_at": self.expires_at,
             "heartbeat": { "interval": number(interval), "timeout": number(timeout) },
         });
