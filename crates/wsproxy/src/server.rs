@@ -30,6 +30,7 @@ use crate::{
         routes::{self, Routes},
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
+    registry::{Pace, Registry, Settings},
     shutdown, streams,
     telemetry::metrics::Metrics,
 };
@@ -92,13 +93,16 @@ impl Instance {
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let gateway = compose(config, &background, &background_end)?;
         let rest = admin::router(Arc::clone(&gateway))
+            .merge(admin::events(&gateway))
             .merge(api::router(Arc::clone(&gateway)))
             .merge(extra(&gateway))
             .fallback(routes::not_found);
         let sockets = Places::new(gateway.places.max() + SOCKETS_SPARE);
         let accepting = CancellationToken::new();
-        let data_rest =
-            if admin.is_some() { Router::new().fallback(routes::not_found) } else { rest.clone() };
+        let data_rest = match admin {
+            Some(_) => admin::events(&gateway).fallback(routes::not_found),
+            None => rest.clone(),
+        };
         let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
         gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
@@ -185,6 +189,16 @@ fn compose(
         })
         .map(Arc::new)
     };
+    let registry = config.endpoints.events.then(|| {
+        let settings = Settings {
+            server_id: Arc::clone(&server_id),
+            names: names.clone(),
+            ttl: config.events.registry_ttl,
+            response_timeout: config.redis.response_timeout,
+            pace: Pace::default(),
+        };
+        Registry::start(settings, Arc::clone(&hub), &bus)
+    });
     let gateway = Arc::new(Gateway {
         session_histories: histories(config.sessions.history, config.sessions.capture, None),
         event_histories: histories(
@@ -200,6 +214,7 @@ fn compose(
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
+        registry,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
             names: names.clone(),
