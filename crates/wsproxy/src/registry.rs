@@ -21,6 +21,7 @@ use wsproxy_proto::{
 
 use crate::{
     bus::Bus,
+    config::Config,
     hub::{Hub, tap::Tap},
     registry::{local::Local, redis::RedisRegistry},
     store::{Store, StoreError},
@@ -57,7 +58,7 @@ enum Backend {
     /// There is one instance: what is here is all.
     Memory,
     /// In Redis.
-    Redis(RedisRegistry),
+    Redis(Box<RedisRegistry>),
 }
 
 /// What a registry has to know.
@@ -73,6 +74,20 @@ pub struct Settings {
     pub response_timeout: Duration,
     /// How fast an instance counts as dead.
     pub pace: Pace,
+}
+
+impl Settings {
+    /// What an instance with this configuration has to know.
+    #[must_use]
+    pub fn new(config: &Config, server_id: &Arc<str>, names: &Names) -> Self {
+        Self {
+            server_id: Arc::clone(server_id),
+            names: names.clone(),
+            ttl: config.events.registry_ttl,
+            response_timeout: config.redis.response_timeout,
+            pace: Pace::default(),
+        }
+    }
 }
 
 /// How fast an instance counts as dead.
@@ -213,7 +228,7 @@ impl Registry {
     pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus) -> Arc<Self> {
         let backend = match bus {
             Bus::Memory(_) => Backend::Memory,
-            Bus::Redis(bus) => Backend::Redis(RedisRegistry::new(bus.clone(), &settings)),
+            Bus::Redis(bus) => Backend::Redis(RedisRegistry::new(bus.clone(), &settings).into()),
         };
         let registry = Arc::new(Self {
             local: Mutex::new(Local::new(matches!(backend, Backend::Redis(_)))),

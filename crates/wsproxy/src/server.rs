@@ -30,7 +30,7 @@ use crate::{
         routes::{self, Routes},
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
-    registry::{Pace, Registry, Settings},
+    registry::{self, Registry},
     shutdown, streams,
     telemetry::metrics::Metrics,
 };
@@ -190,13 +190,7 @@ fn compose(
         .map(Arc::new)
     };
     let registry = config.endpoints.events.then(|| {
-        let settings = Settings {
-            server_id: Arc::clone(&server_id),
-            names: names.clone(),
-            ttl: config.events.registry_ttl,
-            response_timeout: config.redis.response_timeout,
-            pace: Pace::default(),
-        };
+        let settings = registry::Settings::new(&config, &server_id, &names);
         Registry::start(settings, Arc::clone(&hub), &bus)
     });
     let gateway = Arc::new(Gateway {
