@@ -337,6 +337,14 @@ impl Drop for Entry {
 }
 
 impl Peer {
+    /// Whether it is on its way out already.
+    fn is_ending(&self) -> bool {
+        match self {
+            Self::Link(link) => link.is_closing(),
+            Self::Stream(tap) => tap.is_closed(),
+        }
+    }
+
     /// Sends it away. Whoever is revoked gets nothing more of what waits.
     fn end(&self, why: &'static Disconnect, code: u16, reason: &str, now: Micros) {
         match self {

@@ -80,8 +80,8 @@ impl Registry {
     /// Has no deadline of its own. What was done once may be done again.
     ///
     /// # Errors
-    /// The revocation was not stored, in which case nothing has happened; or it was, and the
-    /// connections here are gone, but others may not have been told: they look when they are back.
+    /// [`DisconnectError::Store`]: the revocation may not have been stored, or others told: try again.
+    /// [`DisconnectError::Bus`]: connections here are gone, but others may not have been told.
     pub async fn disconnect(
         &self,
         target: Target,
@@ -89,16 +89,9 @@ impl Registry {
         reason: Option<&str>,
         revoke: Option<Duration>,
     ) -> Result<u64, DisconnectError> {
-        if let Some(ttl) = revoke {
-            match &target {
-                Target::User(user) => self.revoke_user(user, ttl).await?,
-                Target::Token(token) => self.revoke_token(token, ttl).await?,
-                Target::Connection(_) => {}
-            }
-        }
-        let revoked = revoke.map(|_| Disconnect::REVOKED);
+        let revoked = revoke.and_then(|ttl| Some((self.revocation_key(&target)?, ttl)));
         let mut order = Order {
-            code: code.or_else(|| revoked.map(|why| why.code)),
+            code: code.or_else(|| revoke.map(|_| Disconnect::REVOKED.code)),
             reason: reason.map(ToOwned::to_owned),
             ..Order::default()
         };
@@ -107,10 +100,20 @@ impl Registry {
             Target::Connection(connection) => order.connection_id = Some(connection),
             Target::Token(token) => order.jti = Some(token),
         }
-        // Here at once, whatever the bus is doing.
-        self.carry_out(&order).await;
-        let payload = serde_json::to_vec(&Command::Disconnect(order));
+        let command = Command::Disconnect(order);
+        let payload = serde_json::to_vec(&command);
         let payload = payload.map_err(|error| BusError::Refused(error.to_string()))?;
+        let Command::Disconnect(order) = command;
+        if let Some((key, ttl)) = revoked {
+            let told = self.revoke(&key, ttl, &payload).await?;
+            self.carry_out(&order).await;
+            if let Some(instances) = told {
+                return Ok(instances);
+            }
+        } else {
+            // Here at once, whatever the bus is doing.
+            self.carry_out(&order).await;
+        }
         self.tell_all(payload.into()).await
     }
 
@@ -130,7 +133,7 @@ impl Registry {
         }
     }
 
-    fn control_channel(&self) -> Arc<str> {
+    pub(super) fn control_channel(&self) -> Arc<str> {
         self.settings.names.events("control").into()
     }
 
@@ -167,11 +170,12 @@ impl Registry {
         code: u16,
         reason: &str,
     ) {
-        if peers.is_empty() {
-            return;
+        // One that is finishing may still be cut short.
+        let count = peers.iter().filter(|peer| !peer.is_ending()).count();
+        if count > 0 {
+            info!(connections = count, code, reason = why.label, "Connections are sent away.");
+            self.counters.disconnected.add(count as u64);
         }
-        info!(connections = peers.len(), code, reason = why.label, "Connections are sent away.");
-        self.counters.disconnected.add(peers.len() as u64);
         for peers in peers.chunks(TURN) {
             let now = clock::now();
             for peer in peers {

@@ -255,10 +255,19 @@ impl RedisRegistry {
         Ok(values.into_iter().map(value).collect())
     }
 
-    /// Sets a key to the present in seconds. A longer life that it had is not cut short.
-    pub(super) async fn stamp(&self, key: &str, ttl: Duration) -> Result<(), StoreError> {
+    /// Sets a key to the present in seconds and publishes a message. A longer life that the key had is
+    /// not cut short. Answers how many received the message.
+    pub(super) async fn stamp(
+        &self,
+        key: &str,
+        ttl: Duration,
+        channel: &str,
+        message: &[u8],
+    ) -> Result<u64, StoreError> {
         let ttl = milliseconds(ttl).to_string();
-        self.command(&eval(STAMP, [key], [&ttl])).await.map(drop)
+        let mut words = eval(STAMP, [key], [&ttl, channel]);
+        words.push(Bytes::copy_from_slice(message));
+        Ok(integer(&self.command(&words).await?)?.unsigned_abs())
     }
 
     /// A command without an answer in time counts as lost: it may take effect later.
@@ -373,7 +382,8 @@ const SERVERS: &str = "\
 local t=redis.call('TIME') local now=t[1]*1000+math.floor(t[2]/1000) \
 return {redis.call('ZRANGEBYSCORE',KEYS[1],'('..now,'+inf'),redis.call('ZRANGEBYSCORE',KEYS[1],'-inf',now)}";
 
-/// Key: what is stamped. Argument: TTL.
+/// Key: what is stamped. Arguments: TTL, channel, message.
 const STAMP: &str = "\
 local ttl=math.max(tonumber(ARGV[1]),redis.call('PTTL',KEYS[1])) \
-return redis.call('SET',KEYS[1],redis.call('TIME')[1],'PX',string.format('%.0f',ttl))";
+redis.call('SET',KEYS[1],redis.call('TIME')[1],'PX',string.format('%.0f',ttl)) \
+return redis.call('PUBLISH',ARGV[2],ARGV[3])";

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use wsproxy_proto::{disconnect::Disconnect, names::Id};
 
 use crate::{
-    registry::{Backend, Peer, Registry},
+    registry::{Backend, Peer, Registry, control::Target},
     store::StoreError,
 };
 
@@ -39,14 +39,34 @@ impl Registry {
         Ok(by_name || by_user.is_some_and(|until| issued_at.is_none_or(|at| at <= until)))
     }
 
-    /// Remembers that all tokens of a user that were made up to now are revoked.
-    pub(super) async fn revoke_user(&self, user: &Id, ttl: Duration) -> Result<(), StoreError> {
-        self.stamp(&self.user_key(user.as_str()), ttl).await
+    /// Where a revocation is remembered; a single connection has nothing to revoke.
+    pub(super) fn revocation_key(&self, target: &Target) -> Option<String> {
+        match target {
+            Target::User(user) => Some(self.user_key(user.as_str())),
+            Target::Token(token) => Some(self.token_key(token)),
+            Target::Connection(_) => None,
+        }
     }
 
-    /// Remembers that a token is revoked.
-    pub(super) async fn revoke_token(&self, token: &str, ttl: Duration) -> Result<(), StoreError> {
-        self.stamp(&self.token_key(token), ttl).await
+    /// Remembers a revocation up to now. In Redis the command goes out with it, as one: nobody is told
+    /// of what is not stored, and nothing is stored of which nobody is told. Answers how many were told
+    /// then.
+    pub(super) async fn revoke(
+        &self,
+        key: &str,
+        ttl: Duration,
+        command: &[u8],
+    ) -> Result<Option<u64>, StoreError> {
+        match &self.backend {
+            Backend::Redis(redis) => {
+                redis.stamp(key, ttl, &self.control_channel(), command).await.map(Some)
+            }
+            Backend::Memory => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                self.store.save(key, now.as_secs().to_string().as_bytes(), ttl).await?;
+                Ok(None)
+            }
+        }
     }
 
     /// Sends away everybody here whose token was revoked: the command may have been missed.
@@ -98,16 +118,6 @@ impl Registry {
                     values.push(self.store.load(key).await?);
                 }
                 Ok(values)
-            }
-        }
-    }
-
-    async fn stamp(&self, key: &str, ttl: Duration) -> Result<(), StoreError> {
-        match &self.backend {
-            Backend::Redis(redis) => redis.stamp(key, ttl).await,
-            Backend::Memory => {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                self.store.save(key, now.as_secs().to_string().as_bytes(), ttl).await
             }
         }
     }

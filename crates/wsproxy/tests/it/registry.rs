@@ -371,6 +371,19 @@ async fn everything_expires() {
 }
 
 #[tokio::test]
+async fn a_later_revocation_does_not_cut_an_earlier_one_short() {
+    let server = RedisServer::start();
+    let node = Node::on(&server, "node", FAST).await;
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    node.disconnect(Target::User(id("u")), Some(Duration::from_secs(1))).await;
+    assert!(server.call(&["PTTL", "ws:revoked:user:u"]).integer() > 3_000_000);
+    // Whatever somebody else wrote there is no licence.
+    server.call(&["SET", "ws:revoked:user:u", "yes"]);
+    assert!(node.is_revoked("u", None, Some(later())).await);
+    node.close().await;
+}
+
+#[tokio::test]
 async fn a_revocation_reaches_every_instance_within_a_second() {
     let server = RedisServer::start();
     let (one, two) = (Node::on(&server, "one", FAST).await, Node::on(&server, "two", FAST).await);
