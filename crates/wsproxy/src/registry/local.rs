@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use uuid::Uuid;
 
 use crate::registry::{Joining, Peer, Presence, Record, Transport};
@@ -21,10 +21,13 @@ use crate::registry::{Joining, Peer, Presence, Record, Transport};
 #[derive(Default)]
 pub(super) struct Local {
     /// By id, which is by age, so that a walk can go on where it stopped.
-    members: BTreeMap<Uuid, Member>,
+    /// Boxed, since half of a tree's places are empty.
+    members: BTreeMap<Uuid, Box<Member>>,
     by_user: BTreeSet<(Arc<str>, Uuid)>,
     by_token: BTreeSet<(Arc<str>, Uuid)>,
     changes: HashMap<Uuid, Change>,
+    /// What clients call themselves: many the same. Holds at most `USER_AGENTS_MAX`.
+    user_agents: HashSet<Arc<str>>,
     /// Whether somebody takes the changes.
     shared: bool,
     /// How far the walk is that renews entries.
@@ -39,7 +42,7 @@ struct Member {
     connected: SystemTime,
     transport: Transport,
     address: Option<IpAddr>,
-    user_agent: Option<Box<str>>,
+    user_agent: Option<Arc<str>>,
     /// Redis may know of it.
     known: bool,
 }
@@ -79,16 +82,27 @@ impl Local {
             connected: SystemTime::now(),
             transport: joining.transport,
             address: joining.address,
-            user_agent: joining
-                .user_agent
-                .map(|text| text[..text.floor_char_boundary(USER_AGENT_BYTES_MAX)].into()),
+            user_agent: joining.user_agent.map(|text| self.user_agent(&text)),
             known: false,
         };
-        self.members.insert(connection, member);
+        self.members.insert(connection, member.into());
         if self.shared {
             self.changes.insert(connection, Change::Join);
         }
         self.shared
+    }
+
+    /// One text for all who call themselves the same.
+    fn user_agent(&mut self, text: &str) -> Arc<str> {
+        let text = &text[..text.floor_char_boundary(USER_AGENT_BYTES_MAX)];
+        if let Some(known) = self.user_agents.get(text) {
+            return Arc::clone(known);
+        }
+        let text: Arc<str> = text.into();
+        if self.user_agents.len() < USER_AGENTS_MAX {
+            self.user_agents.insert(Arc::clone(&text));
+        }
+        text
     }
 
     /// Says whether there is something to write.
@@ -230,7 +244,7 @@ impl Local {
     /// The connections of a user as everybody may see them.
     pub(super) fn presence(&self, server: &str, user: &str) -> Vec<Presence> {
         let presence = |id| {
-            let member: &Member = self.members.get(&id)?;
+            let member = self.members.get(&id)?;
             Some(Presence { connection_id: id, record: member.record(server) })
         };
         self.of_user(user).filter_map(presence).collect()
@@ -244,7 +258,7 @@ impl Member {
             connected_at: humantime::format_rfc3339_millis(self.connected).to_string().into(),
             transport: self.transport,
             address: self.address,
-            user_agent: self.user_agent.clone(),
+            user_agent: self.user_agent.as_deref().map(Into::into),
         }
     }
 }
@@ -263,6 +277,9 @@ fn names(index: &BTreeSet<(Arc<str>, Uuid)>) -> Vec<Arc<str>> {
 
 /// Browsers name themselves in 100 to 200 bytes; more tells nobody more.
 const USER_AGENT_BYTES_MAX: usize = 200;
+
+/// Clients that each call themselves something else cost their own memory only.
+const USER_AGENTS_MAX: usize = 256;
 
 /// Room for so many changes stays after a burst.
 const CHANGES_KEPT: usize = 256;

@@ -598,19 +598,26 @@ async fn leases_end_by_the_clock_of_redis() {
     node.close().await;
 }
 
+/// Bytes of memory that this process uses.
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn how_long_twenty_thousand_take() {
     const CLIENTS: usize = 20_000;
     let server = RedisServer::start();
     let (one, two) = (Node::on(&server, "one", FAST).await, Node::on(&server, "two", FAST).await);
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), resident());
     let clients: Vec<_> = (0..CLIENTS)
         .flat_map(|n| [one.join(&format!("u{}", n % 10_000)), two.join("everybody")])
         .collect();
     println!("{} joins: {:?}", clients.len(), start.elapsed());
     one.wait_written().await;
     two.wait_written().await;
+    println!("memory of each, with its tap: {} bytes", (resident() - before) / clients.len());
     println!("all written after {:?}", start.elapsed());
     let start = Instant::now();
     two.registry.connections_of(&id("everybody")).await.unwrap();
