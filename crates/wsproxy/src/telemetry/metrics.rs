@@ -25,6 +25,8 @@ use crate::{
     telemetry::counter,
 };
 
+mod events;
+
 /// An endpoint family, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Endpoint {
@@ -226,6 +228,7 @@ impl Collector for Source {
         scrape.connections()?;
         scrape.latency()?;
         scrape.sessions()?;
+        events::encode(&mut scrape)?;
         scrape.histories()?;
         scrape.bus()?;
         scrape.keys()?;
