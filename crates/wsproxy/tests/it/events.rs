@@ -208,6 +208,7 @@ async fn a_client_whose_application_is_silent_is_closed(backend: Backend) {
     assert_eq!(code, 4002);
     assert!(start.elapsed() >= Duration::from_millis(2400), "{:?}", start.elapsed());
     assert!((2..=5).contains(&pings), "{pings} pings");
+    drop(silent);
     instance.wait_ended("events", "heartbeat_timeout").await;
     alive.send(r#"{"type":"ping"}"#).await;
     while alive.json().await["type"] != "pong" {}
