@@ -322,6 +322,12 @@ impl Registry {
 }
 
 impl Entry {
+    /// Whether it is a connection of this user.
+    #[must_use]
+    pub fn is_of(&self, user: &Id) -> bool {
+        self.registry.local.lock().is_of(self.connection, user.as_str())
+    }
+
     /// The connection goes on with another token of the same user.
     pub fn renew(&self, token: Option<&str>, issued_at: Option<u64>) {
         self.registry.local.lock().renew(self.connection, token, issued_at);

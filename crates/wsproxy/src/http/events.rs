@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use http::{Request, Response};
+use http::{Request, Response, header};
 use hyper::body::Incoming;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{debug, info};
-use wsproxy_conn::{Event, Link};
+use wsproxy_conn::{Event, Link, clock};
+use wsproxy_proto::disconnect::Disconnect;
 
 use crate::{
     auth::jwt::Claims,
@@ -23,6 +24,7 @@ use crate::{
         upgrade::{self, Handshake},
     },
     hub::{Form, Sink},
+    registry::{Entry, Joining, Peer, Transport},
     telemetry::{metrics::Endpoint, time},
 };
 
@@ -37,9 +39,23 @@ pub async fn open(
     let handshake = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
+    let (address, user_agent) = (upgrade::client_address(gateway, &request)?, user_agent(&request));
     drop(request);
     let opening = async {
         let claims = authenticate(gateway, &token).await?;
+        let joining = Joining {
+            connection: handshake.link.id(),
+            user: claims.user.clone(),
+            peer: Peer::Link(Arc::clone(&handshake.link)),
+            token: claims.jti.clone(),
+            issued_at: claims.issued_at,
+            address: Some(address),
+            user_agent,
+            transport: Transport::WebSocket,
+        };
+        // First, so that a revocation from now on finds the connection.
+        let registered = gateway.registry.as_ref().map(|registry| registry.join(joining));
+        check_revoked(gateway, &claims).await?;
         let expires_at = claims.expires_at;
         let wanted = wanted(gateway, &claims, &handshake);
         let (connection, owner) = (handshake.link.id(), Arc::clone(gateway));
@@ -57,15 +73,15 @@ pub async fn open(
         };
         let histories = gateway.event_histories.as_ref();
         let opened = resume::open(gateway, histories, wanted, &resume, hello).await?;
-        Ok((claims, opened))
+        Ok((claims, opened, registered))
     };
-    let (claims, opened) = upgrade::deadline(gateway, opening).await?;
+    let (claims, opened, registered) = upgrade::deadline(gateway, opening).await?;
     let connection = handshake.link.id();
     debug!(user_id = %claims.user, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.events);
     let expires_at = claims.expires_at.map(|end| close_at(gateway, end));
     let logic = EventLogic::new(endpoint, claims.user, connection, expires_at);
-    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), logic))
+    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), registered, logic))
 }
 
 /// Who a token says its bearer is.
@@ -80,15 +96,52 @@ pub async fn authenticate(gateway: &Gateway, token: &SecretString) -> Result<Cla
     claims.map_err(|error| Rejection::from(error).because(error.label()))
 }
 
+async fn check_revoked(gateway: &Gateway, claims: &Claims) -> Result<(), Rejection> {
+    let Some(registry) = &gateway.registry else { return Ok(()) };
+    match registry.is_revoked(&claims.user, claims.jti.as_deref(), claims.issued_at).await? {
+        true => Err(Rejection::invalid_token("The token was revoked.")),
+        false => Ok(()),
+    }
+}
+
+/// What the client calls itself, as much as is worth keeping.
+fn user_agent(request: &Request<Incoming>) -> Option<String> {
+    let name = request.headers().get(header::USER_AGENT)?.to_str().ok()?;
+    Some(name.chars().take(USER_AGENT_CHARS_MAX).collect())
+}
+
 /// Looks at a token that a client brought later; the verdict goes to its handler.
-pub fn look_at(gateway: &Arc<Gateway>, link: &Arc<Link>, token: SecretString) {
+pub fn look_at(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    registered: Option<&Arc<Entry>>,
+    token: SecretString,
+) {
     let (owner, link) = (Arc::clone(gateway), Arc::clone(link));
+    // The entry must not outlive its connection.
+    let registered = registered.map(Arc::downgrade);
     gateway.tasks.spawn(async move {
-        let verdict = match upgrade::deadline(&owner, authenticate(&owner, &token)).await {
-            Ok(claims) => Verdict::Good {
-                user: claims.user.as_str().into(),
-                expires_at: claims.expires_at,
-            },
+        let looking = async {
+            let claims = authenticate(&owner, &token).await?;
+            check_revoked(&owner, &claims).await?;
+            Ok(claims)
+        };
+        let verdict = match upgrade::deadline(&owner, looking).await {
+            Ok(claims) => {
+                let entry = registered.and_then(|entry| entry.upgrade());
+                // Of another user: then the verdict ends the connection.
+                if let Some(entry) = entry.filter(|entry| entry.is_of(&claims.user)) {
+                    entry.renew(claims.jti.as_deref(), claims.issued_at);
+                    drop(entry);
+                    // It may have been revoked just before the registry knew of it.
+                    let again = upgrade::deadline(&owner, check_revoked(&owner, &claims)).await;
+                    if again.is_err_and(|rejection| rejection.status.is_client_error()) {
+                        link.disconnect(&Disconnect::REVOKED, clock::now());
+                    }
+                }
+                let user = claims.user.as_str().into();
+                Verdict::Good { user, expires_at: claims.expires_at }
+            }
             Err(rejection) => {
                 info!(connection_id = %link.id(), code = rejection.code, error = rejection.cause,
                     "A newer token was refused.");
@@ -127,3 +180,6 @@ fn wanted(gateway: &Gateway, claims: &Claims, handshake: &Handshake) -> Wanted {
         streams_of: None,
     }
 }
+
+/// Longer names are cut: every connection keeps one.
+const USER_AGENT_CHARS_MAX: usize = 256;

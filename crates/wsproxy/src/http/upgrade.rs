@@ -39,11 +39,12 @@ use crate::{
         credentials,
         listener::RemoteAddress,
         origin,
-        peer::Peer,
+        peer::{Marks, Peer},
         rejection::Rejection,
         resume::{self, Opened, Resume, Wanted},
     },
     hub::{Form, Ids, Sink, Subscription},
+    registry::Entry,
     telemetry::metrics::{Active, Endpoint},
 };
 
@@ -107,7 +108,7 @@ pub async fn session(
     debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), logic))
+    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
 }
 
 fn wrong_token() -> Rejection {
@@ -148,7 +149,7 @@ pub fn echo(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
     let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
-    Ok(accept(gateway, Endpoint::Echo, handshake, None, Echo))
+    Ok(accept(gateway, Endpoint::Echo, handshake, None, None, Echo))
 }
 
 /// Limits, then the form of the request.
@@ -218,6 +219,7 @@ pub(super) fn accept<L: Logic>(
     label: Endpoint,
     handshake: Handshake,
     opened: Option<Opened>,
+    registered: Option<Entry>,
     logic: L,
 ) -> Response<Body> {
     let mut response = Response::new(Body::empty());
@@ -262,7 +264,8 @@ pub(super) fn accept<L: Logic>(
             _socket_place: socket_place,
             _active: owner.metrics.opened(label),
         };
-        let peer = Peer::open(&owner, label, &link, held, (envelope, awaits), logic);
+        let marks = Marks { envelope, registered: registered.map(Arc::new) };
+        let peer = Peer::open(&owner, label, &link, held, awaits, marks, logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
         if owner.is_draining() {
             // The look around for connections to close may have been before this one came.

@@ -120,6 +120,10 @@ impl Local {
         member.known
     }
 
+    pub(super) fn is_of(&self, connection: Uuid, user: &str) -> bool {
+        self.members.get(&connection).is_some_and(|member| &*member.user == user)
+    }
+
     /// The connection goes on with another token.
     pub(super) fn renew(&mut self, connection: Uuid, token: Option<&str>, issued_at: Option<u64>) {
         let Some(member) = self.members.get_mut(&connection) else { return };
