@@ -24,6 +24,7 @@ use crate::{
     bus::{Bus, BusError, HistoryLimits, Publish},
     config::{DownFrames, OnBusLoss},
     hub::{
+        gzip::Deflation,
         message::Stored,
         replay::{Gate, Replay},
         subscribers::Subscribers,
@@ -34,6 +35,7 @@ use crate::{
 
 mod audience;
 pub mod delivery;
+pub mod gzip;
 pub mod healer;
 pub mod message;
 pub mod notice;
@@ -62,6 +64,8 @@ pub enum Sink {
         tap: Arc<Tap>,
         /// What the client is told after a loss of the bus.
         on_loss: OnBusLoss,
+        /// How its events are compressed, where it accepts that.
+        gzip: Option<Deflation>,
     },
     /// To a client that does not know yet what it has missed.
     Gated(Arc<Gate>),
@@ -69,6 +73,13 @@ pub enum Sink {
     Handler {
         /// The connection.
         link: Arc<Link>,
+        /// [`wsproxy_conn::Event::tag`].
+        tag: u8,
+    },
+    /// To the logic of an event stream, as an event with this tag, behind what the stream was sent before.
+    StreamHandler {
+        /// What is to be written.
+        tap: Arc<Tap>,
         /// [`wsproxy_conn::Event::tag`].
         tag: u8,
     },
@@ -134,6 +145,7 @@ impl Sink {
         match self {
             Self::Client { link, .. } => Place(Arc::as_ptr(link) as usize, u8::MAX),
             Self::Handler { link, tag } => Place(Arc::as_ptr(link) as usize, *tag),
+            Self::StreamHandler { tap, tag } => Place(Arc::as_ptr(tap) as usize, *tag),
             Self::Gated(gate) => gate.target.place(),
             Self::EventStream { tap, .. } | Self::Tap(tap) => {
                 Place(Arc::as_ptr(tap) as usize, u8::MAX)

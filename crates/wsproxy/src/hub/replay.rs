@@ -15,7 +15,7 @@ use crate::{
     hub::{
         Histories, Hub, Name, Sink,
         audience::Round,
-        message::{self, Fanout, Message},
+        message::{Fanout, Message},
         notice,
     },
     store::{SnapshotOf, Store, StoreError, StreamState},
@@ -44,7 +44,9 @@ impl Sink {
             Self::Client { link, .. } | Self::Handler { link, .. } => {
                 link.profile().send_buffer_bytes
             }
-            Self::EventStream { tap, .. } | Self::Tap(tap) => tap.limit(),
+            Self::EventStream { tap, .. } | Self::StreamHandler { tap, .. } | Self::Tap(tap) => {
+                tap.limit()
+            }
             Self::Gated(gate) => gate.target.buffer_bytes(),
         }
     }
@@ -211,7 +213,7 @@ impl Replay {
             told.tell(Message { id: Some(entry.id), carries_id, payload: &entry.data });
         }
         for frame in VecDeque::from(held) {
-            round.send(&self.gate.target, frame, clock::now());
+            round.send_missed(&self.gate.target, frame, clock::now());
         }
         drop(fence);
         round.flush(clock::now());
@@ -250,7 +252,7 @@ impl Telling<'_> {
     fn tell(&mut self, message: Message<'_>) {
         let target = &self.replay.gate.target;
         if let Some(bytes) = Fanout::new(message).encode(target, &self.replay.hub) {
-            self.round.send(target, bytes, clock::now());
+            self.round.send_missed(target, bytes, clock::now());
         }
     }
 
@@ -262,10 +264,10 @@ impl Telling<'_> {
     }
 
     /// An event stream remembers its position from the start, although nothing has happened yet.
-    fn position(&mut self, position: Position) {
+    fn position(&self, position: Position) {
         let target = &self.replay.gate.target;
-        if matches!(target, Sink::EventStream { .. }) {
-            self.round.send(target, message::event_position(position), clock::now());
+        if let Sink::EventStream { tap, .. } = target {
+            tap.place(position);
         }
     }
 }
