@@ -80,6 +80,12 @@ impl Names {
         self.session(session, &format!("stream:{stream}{what}"))
     }
 
+    /// What the keys of a session's token streams begin with; the id follows.
+    #[must_use]
+    pub fn stream_prefix(&self, session: &Id) -> String {
+        self.session(session, "stream:")
+    }
+
     /// Index of a session's token streams.
     #[must_use]
     pub fn session_streams(&self, session: &Id) -> String {

@@ -1,4 +1,5 @@
-//! One-time tokens and the comparison of secrets; knows neither requests nor endpoints.
+//! Whom to believe: one-time tokens, JSON Web Tokens and the comparison of secrets; knows neither
+//! requests nor endpoints.
 
 use std::time::Duration;
 
@@ -6,6 +7,11 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use subtle::ConstantTimeEq;
 
 use crate::store::{Store, StoreError};
+
+mod claims;
+mod jwks;
+pub mod jwt;
+mod key;
 
 /// 256 random bits, in characters that every kind of credential allows.
 #[must_use]

@@ -218,7 +218,11 @@ pub struct Publish {
 impl Publish {
     /// What it weighs in a bounded queue.
     pub(crate) fn queued_bytes(&self) -> usize {
-        self.channel.len() + self.payload.len() + QUEUED_OVERHEAD_BYTES
+        let keep = match &self.keep {
+            Keep::History(_) => 2 * QUEUED_OVERHEAD_BYTES,
+            Keep::Nothing | Keep::Unheard { .. } => 0,
+        };
+        self.channel.len() + self.payload.len() + keep + QUEUED_OVERHEAD_BYTES
     }
 }
 

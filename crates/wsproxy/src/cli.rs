@@ -8,6 +8,7 @@ mod config;
 mod dev;
 pub mod exit;
 mod health;
+mod jwt;
 pub mod serve;
 mod settings;
 pub mod token;
@@ -32,6 +33,8 @@ enum Command {
     Config(config::ConfigCommand),
     /// Make a one-time token that opens a session.
     Token(token::TokenArgs),
+    /// Sign a JSON Web Token that opens /ws with jwt.secret_key, to try things out.
+    Jwt(jwt::JwtArgs),
     /// Ask a running instance whether it is healthy; exits with 0 or 1.
     Health(health::HealthArgs),
     /// Print a completion script for a shell.
@@ -88,6 +91,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Dev(settings) => dev::run(settings)?,
         Command::Config(command) => config::run(command)?,
         Command::Token(args) => token::run(args)?,
+        Command::Jwt(args) => jwt::run(args)?,
         Command::Health(args) => return health::run(args),
         Command::Completions { shell } => print(&completions(shell))?,
         Command::Version { json } => print(&version::text(json))?,

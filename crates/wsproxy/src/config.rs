@@ -12,6 +12,7 @@ mod rule;
 use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
+use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
 
 /// Everything an operator can set. One field per section of the file.
@@ -43,6 +44,8 @@ pub struct Config {
     pub history: History,
     /// `[sse]`
     pub sse: Sse,
+    /// `[jwt]`
+    pub jwt: Jwt,
     /// `[api]`
     pub api: Api,
 }
@@ -319,6 +322,35 @@ pub enum OnBusLoss {
     Close,
 }
 
+/// `[jwt]`: whose tokens are believed. Without any key none is.
+#[derive(Debug, Clone)]
+pub struct Jwt {
+    /// The secret that the HS algorithms share with whoever issues tokens.
+    pub secret_key: Option<SecretString>,
+    /// The algorithms that are accepted; a token's header chooses among those of one key only.
+    pub algorithms: Vec<Algorithm>,
+    /// The issuer's public key, as PEM.
+    pub public_key_file: Option<std::path::PathBuf>,
+    /// Where the issuer publishes its public keys.
+    pub jwks_url: Option<String>,
+    /// How often they are fetched; a token with an unknown key has them fetched at once.
+    pub jwks_refresh: Duration,
+    /// Time for one fetch.
+    pub jwks_timeout: Duration,
+    /// File with further CA certificates (PEM) for `jwks_url`.
+    pub ca_file: Option<std::path::PathBuf>,
+    /// Who tokens must be for. Empty: they must not be for anybody in particular.
+    pub audience: Vec<String>,
+    /// Who must have issued tokens; `None`: anybody who has the key.
+    pub issuer: Option<String>,
+    /// By how much clocks may differ.
+    pub leeway: Duration,
+    /// The claim that names the user.
+    pub user_claim: String,
+    /// Refuse tokens that never expire.
+    pub require_exp: bool,
+}
+
 /// `[api]`: HTTP for workers without Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Api {
@@ -454,6 +486,25 @@ impl Default for Sse {
             keep_alive: Duration::from_secs(15),
             retry: Duration::from_secs(1),
             compression: true,
+        }
+    }
+}
+
+impl Default for Jwt {
+    fn default() -> Self {
+        Self {
+            secret_key: None,
+            algorithms: vec![Algorithm::HS256],
+            public_key_file: None,
+            jwks_url: None,
+            jwks_refresh: Duration::from_secs(600),
+            jwks_timeout: Duration::from_secs(3),
+            ca_file: None,
+            audience: Vec::new(),
+            issuer: None,
+            leeway: Duration::from_secs(5),
+            user_claim: "sub".into(),
+            require_exp: true,
         }
     }
 }

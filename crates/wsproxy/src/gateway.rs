@@ -13,6 +13,7 @@ use wsproxy_conn::{Profile, Runtime, clock::Micros};
 use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
 
 use crate::{
+    auth::jwt::JwtVerifier,
     bus::Bus,
     config::Config,
     endpoint::session::SessionEndpoint,
@@ -47,6 +48,8 @@ pub struct Gateway {
     pub places: Arc<Places>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
+    pub jwt: Option<JwtVerifier>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
     /// The histories of sessions, where they have any.

@@ -14,3 +14,4 @@ pub mod shutdown;
 pub mod store;
 pub mod streams;
 pub mod telemetry;
+mod tls;

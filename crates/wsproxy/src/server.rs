@@ -17,6 +17,7 @@ use wsproxy_conn::{Runtime, clock};
 use wsproxy_proto::names::Names;
 
 use crate::{
+    auth::jwt::JwtVerifier,
     bus::Bus,
     cli::exit::Failure,
     config::Config,
@@ -107,7 +108,8 @@ impl Instance {
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
-        background.spawn(healer::run(hub, store, background_end.clone()));
+        let epoch = gateway.names.epoch().into();
+        background.spawn(healer::run(hub, store, epoch, background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }
@@ -165,6 +167,8 @@ fn compose(
     let hub = Hub::new();
     let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
     let (tasks, end) = (background, background_end.clone());
+    let jwt = config.endpoints.events.then(|| JwtVerifier::new(&config.jwt, tasks, end.clone()));
+    let jwt = jwt.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
     let bus = if config.redis.url.is_some() {
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
@@ -196,6 +200,7 @@ fn compose(
         event_streams: Arc::default(),
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        jwt,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
             names: names.clone(),

@@ -1,8 +1,6 @@
 //! Keyed state that expires; knows keys and bytes, not what they mean.
 
-use std::time::Duration;
-
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use wsproxy_proto::{
@@ -10,8 +8,10 @@ use wsproxy_proto::{
     names::Id,
 };
 
-use crate::bus::HistoryLimits;
-use crate::store::{memory::MemoryStore, redis::RedisStore};
+use crate::{
+    bus::HistoryLimits,
+    store::{memory::MemoryStore, redis::RedisStore},
+};
 
 pub mod memory;
 pub mod redis;
@@ -63,7 +63,7 @@ pub struct StreamState {
     pub seq: u64,
     /// All text so far.
     pub text: Bytes,
-    /// JSON that the worker gave when it opened the stream; empty: none.
+    /// The JSON object that the worker gave when it opened the stream.
     pub meta: Bytes,
     /// JSON of the error; empty: none.
     pub error: Bytes,
@@ -85,20 +85,53 @@ pub struct StreamCommand {
 /// What is done with a token stream.
 #[derive(Debug, Clone)]
 pub enum StreamOp {
-    /// Begins it, with JSON that belongs to it (or nothing) and the length of its lease.
-    Open { meta: Bytes, lease: Duration },
-    /// Appends text; `seq`: the number that this append must get.
-    Append { text: Bytes, seq: Option<u64>, lease: Duration },
+    /// Begins it.
+    Open {
+        /// A JSON object that belongs to it; empty: `{}`.
+        meta: Bytes,
+        /// How long its worker may be silent.
+        lease: Duration,
+    },
+    /// Appends text.
+    Append {
+        /// The text, UTF-8.
+        text: Bytes,
+        /// The number that this append must get; one that it has got already is not appended again.
+        seq: Option<u64>,
+        /// How long the worker may be silent from now on.
+        lease: Duration,
+    },
     /// Only renews the lease.
-    Renew { lease: Duration },
-    /// Ends it: `finish`, `error` or `cancelled`, with JSON of the error (or nothing).
-    End { outcome: StreamOutcome, error: Bytes },
+    Renew {
+        /// How long the worker may be silent from now on.
+        lease: Duration,
+    },
+    /// Ends it.
+    End {
+        /// How.
+        outcome: StreamOutcome,
+        /// A JSON object; empty: none.
+        error: Bytes,
+    },
     /// Ends it as `worker_lost` if its lease has run out.
     Lost,
 }
 
+impl StreamOp {
+    /// What it weighs in a bounded queue.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Open { meta, .. } => meta.len(),
+            Self::Append { text, .. } => text.len(),
+            Self::End { error, .. } => error.len(),
+            Self::Renew { .. } | Self::Lost => 0,
+        }
+    }
+}
+
 /// How a token stream ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum StreamOutcome {
     /// It is complete.
     Finish,
@@ -106,6 +139,41 @@ pub enum StreamOutcome {
     Error,
     /// It was stopped.
     Cancelled,
+}
+
+impl StreamOp {
+    /// Its name in the script.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Open { .. } => "open",
+            Self::Append { .. } => "append",
+            Self::Renew { .. } => "renew",
+            Self::End { .. } => "end",
+            Self::Lost => "lost",
+        }
+    }
+
+    /// How long the worker may be silent from now on.
+    pub(crate) const fn lease(&self) -> Option<Duration> {
+        match self {
+            Self::Open { lease, .. } | Self::Append { lease, .. } | Self::Renew { lease } => {
+                Some(*lease)
+            }
+            Self::End { .. } | Self::Lost => None,
+        }
+    }
+}
+
+impl StreamOutcome {
+    /// As workers and clients spell it.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Finish => "finish",
+            Self::Error => "error",
+            Self::Cancelled => "cancelled",
+        }
+    }
 }
 
 /// Why the store did not do what was asked.
@@ -185,13 +253,15 @@ impl Store {
     }
 
     /// Changes a token stream and publishes the change to the session's clients, atomically. Answers the
-    /// number of its last append and the position of the message.
+    /// number of its last append and the position of the message. What has taken effect already may be said
+    /// again.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] with `NOSTREAM`, `EXISTS`, `ENDED …`, `TOOLARGE` or `SEQ`; see there.
+    /// [`StoreError::Refused`], beginning with: `NOSTREAM`, `EXISTS`, `ENDED <outcome>`, `SEQ <last seq>`,
+    /// `TOOLARGE` (the text), `BADJSON`, or `ALIVE` for [`StreamOp::Lost`] while the lease runs.
     pub async fn stream(&self, command: StreamCommand) -> Result<(u64, Position), StoreError> {
         match self {
-            Self::Memory(store) => store.stream(&command),
+            Self::Memory(store) => store.stream(command).await,
             Self::Redis(store) => store.stream(&command).await,
         }
     }
@@ -234,3 +304,12 @@ impl Store {
         }
     }
 }
+
+/// Most bytes of one log that one snapshot reads, except for one entry that alone is larger.
+const PAGE_BYTES_MAX: usize = 1024 * 1024;
+
+/// So many entries of a log are searched for an event id.
+const SCAN_MAX: usize = 4096;
+
+/// Most text of token streams that one snapshot reads: the newest streams, and at least one.
+const STREAMS_BYTES_MAX: usize = 8 * 1024 * 1024;

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use wsproxy::config::{
     load::{Sources, load},
     render,
@@ -167,6 +168,26 @@ fn a_token_needs_redis() {
     let output = wsproxy(&["token", "s-1"], &[]);
     assert_eq!((output.status.code(), stdout(&output)), (Some(78), ""));
     assert!(stderr(&output).contains("redis.url"));
+}
+
+#[test]
+fn a_jwt_is_signed_with_the_configured_secret() {
+    let secret = ("SECRET_KEY", "hunter2-hunter2-hunter2-hunter2-");
+    let args = ["jwt", "--sub", "alice", "--ttl", "5m", "--claim", "role=admin"];
+    let output = wsproxy(&args, &[secret]);
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+    let parts: Vec<_> = stdout(&output).trim().split('.').collect();
+    let [_, claims, _] = parts[..] else { panic!("{parts:?}") };
+    let claims = URL_SAFE_NO_PAD.decode(claims).unwrap();
+    let claims: serde_json::Value = serde_json::from_slice(&claims).unwrap();
+    assert_eq!((&claims["sub"], &claims["role"]), (&"alice".into(), &"admin".into()));
+    assert_eq!(claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(), 300);
+
+    let none = wsproxy(&args, &[]);
+    assert_eq!((none.status.code(), stdout(&none)), (Some(78), ""));
+    assert!(stderr(&none).contains("SECRET_KEY"));
+    assert_eq!(wsproxy(&["jwt", "--sub", "a:b"], &[secret]).status.code(), Some(64));
+    assert!(stdout(&wsproxy(&["jwt", "--help"], &[])).contains("openssl rand"));
 }
 
 /// Run with `UPDATE_DOCS=1` to write the page anew.

@@ -7,23 +7,39 @@ use std::{
 
 use hashbrown::HashSet;
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
     bus::{
-        BusCounters, BusError, Deliver, Keep, Outcome, Publish, Status,
+        BusCounters, BusError, Deliver, History, Keep, Outcome, Publish, Status,
         queue::{Back, Queue},
     },
     config,
-    store::memory::MemoryStore,
+    store::{
+        StoreError, StreamCommand,
+        memory::{Appended, MemoryStore},
+    },
 };
 
 /// Channels and messages inside this process. Clones share one bus.
 #[derive(Clone)]
 pub struct MemoryBus(Arc<Shared>);
 
+/// What the one reader does, in order.
+pub(crate) enum Work {
+    /// Delivers a message.
+    Publish(Publish),
+    /// Changes a token stream and delivers what that leads to.
+    Stream(StreamCommand, oneshot::Sender<StreamResult>),
+}
+
+/// The answer to a [`StreamCommand`].
+pub(crate) type StreamResult = Result<(u64, Position), StoreError>;
+
 struct Shared {
-    queue: Queue<Publish>,
+    queue: Arc<Queue<Work>>,
     subscribed: Mutex<HashSet<Arc<str>>>,
     store: MemoryStore,
     counters: BusCounters,
@@ -36,10 +52,11 @@ impl MemoryBus {
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
+        let queue = Arc::new(Queue::new(config.publish_queue_bytes));
         let shared = Arc::new(Shared {
-            queue: Queue::new(config.publish_queue_bytes),
+            store: MemoryStore::new(Arc::clone(&queue), Names::new(&config.channel_prefix)),
+            queue,
             subscribed: Mutex::default(),
-            store: MemoryStore::default(),
             counters: BusCounters::default(),
         });
         tasks.spawn(shared.clone().read(deliver, shutdown));
@@ -65,13 +82,20 @@ impl MemoryBus {
     #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
         let bytes = publish.queued_bytes();
-        self.0.queue.push(publish, bytes).map_err(|(back, publish)| match back {
+        let Err((back, work)) = self.0.queue.push(Work::Publish(publish), bytes) else {
+            return Ok(());
+        };
+        let error = match back {
             Back::Full => {
                 self.0.counters.publish_full.add(1);
-                (BusError::Full, publish)
+                BusError::Full
             }
-            Back::Closed => (BusError::Closed, publish),
-        })
+            Back::Closed => BusError::Closed,
+        };
+        match work {
+            Work::Publish(publish) => Err((error, publish)),
+            Work::Stream(..) => unreachable!("a queue gives back what was pushed"),
+        }
     }
 
     pub(super) fn poll_publishable(&self, cx: &mut Context<'_>) -> Poll<()> {
@@ -115,11 +139,26 @@ impl Shared {
                 continue;
             }
             let mut left = round.len();
-            for publish in round.drain(..) {
+            for work in round.drain(..) {
                 left -= 1;
-                let outcome = self.deliver(&publish, left == 0, &mut *deliver);
-                if let Some(receipt) = publish.receipt {
-                    receipt.published(outcome);
+                match work {
+                    Work::Publish(publish) => {
+                        let outcome = self.deliver(&publish, left == 0, &mut *deliver);
+                        if let Some(receipt) = publish.receipt {
+                            receipt.published(outcome);
+                        }
+                    }
+                    Work::Stream(command, caller) => {
+                        let result = self.store.change_stream(&command);
+                        let answer = result.map(|(answer, message)| {
+                            if let Some((channel, message)) = message {
+                                self.hand(&channel, &message, left == 0, &mut *deliver);
+                            }
+                            answer
+                        });
+                        // Nobody is there any more where the caller's deadline has passed.
+                        let _ = caller.send(answer);
+                    }
                 }
             }
             deliver.flush();
@@ -128,11 +167,11 @@ impl Shared {
     }
 
     fn deliver(&self, publish: &Publish, last: bool, deliver: &mut dyn Deliver) -> Outcome {
-        let heard = self.subscribed.lock().contains(&publish.channel);
-        if heard {
-            self.counters.messages_in.add(1);
+        if let Keep::History(history) = &publish.keep {
+            return self.store_and_deliver(publish, history, last, deliver);
+        }
+        if self.hand(&publish.channel, &publish.payload, last, deliver) {
             self.counters.published.add(1);
-            deliver.message(publish.channel.as_bytes(), &publish.payload, last);
             return Outcome::Received(1);
         }
         let Keep::Unheard { log, entries_max, ttl } = &publish.keep else {
@@ -151,6 +190,43 @@ impl Shared {
                 Outcome::Lost
             }
         }
+    }
+}
+
+impl Shared {
+    /// Gives a message to the hub if it wants the channel.
+    fn hand(&self, channel: &str, message: &[u8], last: bool, deliver: &mut dyn Deliver) -> bool {
+        let heard = self.subscribed.lock().contains(channel);
+        if heard {
+            self.counters.messages_in.add(1);
+            deliver.message(channel.as_bytes(), message, last);
+        }
+        heard
+    }
+
+    fn store_and_deliver(
+        &self,
+        publish: &Publish,
+        history: &History,
+        last: bool,
+        deliver: &mut dyn Deliver,
+    ) -> Outcome {
+        let stored = self.store.append_history(history, &publish.payload);
+        let (receivers, id, duplicate) = match stored {
+            Ok(Appended::Duplicate(id)) => (0, id, true),
+            Ok(Appended::New { id, message }) => {
+                let heard = self.hand(&publish.channel, &message, last, deliver);
+                (u64::from(heard), id, false)
+            }
+            Err(error) => {
+                self.counters.publish_lost.add(1);
+                tracing::debug!(%error, "A message could not be kept in its history.");
+                return Outcome::Lost;
+            }
+        };
+        self.counters.published.add(1);
+        self.counters.publish_stored.add(1);
+        Outcome::Stored { receivers, id, duplicate }
     }
 }
 

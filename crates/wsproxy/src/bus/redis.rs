@@ -27,6 +27,7 @@ use crate::{
             pipeline::{Driver, Pipeline, Request},
             reader::Reader,
             resp::Reply,
+            script::Script,
             subscriptions::Subscriptions,
             supervisor::Purpose,
         },
@@ -43,6 +44,7 @@ mod pipeline;
 mod probe;
 mod reader;
 pub(crate) mod resp;
+pub(crate) mod script;
 mod subscriptions;
 mod supervisor;
 mod watchdog;
@@ -55,6 +57,7 @@ pub struct RedisBus(Arc<Shared>);
 struct Shared {
     connector: Connector,
     client_name: String,
+    names: Names,
     probe_channel: Arc<str>,
     probe_interval: Duration,
     response_timeout: Duration,
@@ -97,6 +100,7 @@ impl RedisBus {
         let shared = Arc::new(Shared {
             connector,
             client_name: client_name(server_id),
+            names: names.clone(),
             probe_channel: names.probe(server_id).into(),
             probe_interval: config.probe_interval,
             response_timeout: config.response_timeout,
@@ -171,6 +175,23 @@ impl RedisBus {
 
     pub(super) fn counters(&self) -> &BusCounters {
         &self.0.counters
+    }
+
+    /// How keys and channels are spelled.
+    pub(crate) fn names(&self) -> &Names {
+        &self.0.names
+    }
+
+    /// Runs a script; `words` are the number of keys, the keys and the arguments.
+    pub(crate) async fn run(&self, script: &Script, words: &[&[u8]]) -> Result<Reply, StoreError> {
+        let call = |is_loaded| [&script.call(is_loaded)[..], words].concat();
+        match self.command(&call(true)).await {
+            // It certainly did not run; with its text it does, and is known from then on.
+            Err(StoreError::Refused(error)) if error.starts_with("NOSCRIPT") => {
+                self.command(&call(false)).await
+            }
+            reply => reply,
+        }
     }
 
     /// Sends a command on the connection for such and waits for its reply.

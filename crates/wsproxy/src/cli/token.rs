@@ -75,7 +75,7 @@ impl Deliver for Nobody {
     fn recovered(&mut self, _gap: Duration) {}
 }
 
-fn ttl(text: &str) -> Result<Duration, String> {
+pub(super) fn ttl(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().map(Duration::from_secs);
     let time = seconds.or_else(|_| humantime::parse_duration(text)).ok();
     let range = Duration::from_secs(1)..=Duration::from_secs(86_400);

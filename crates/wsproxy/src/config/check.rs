@@ -1,6 +1,10 @@
 //! Rules between keys; knows values, not where they came from.
 
-use super::Config;
+use jsonwebtoken::AlgorithmFamily;
+use secrecy::ExposeSecret;
+
+use super::{Config, Jwt};
+use crate::auth::jwt;
 
 /// A broken rule: the key to blame, the other one that it contradicts, and what is allowed.
 pub(super) struct Broken {
@@ -39,7 +43,59 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
     let (key, other) = ("limits.send_buffers_total_bytes", Some("limits.send_buffer_bytes"));
     rule(limits.send_buffers_total_bytes >= limits.send_buffer_bytes, key, "at least", other);
 
-    let readable = redis.ca_file.as_ref().is_none_or(|path| std::fs::read(path).is_ok());
-    rule(readable, "redis.ca_file", "a file that can be read", None);
+    for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &config.jwt.ca_file)] {
+        let readable = file.as_ref().is_none_or(|path| std::fs::read(path).is_ok());
+        rule(readable, key, "a file that can be read", None);
+    }
+    let Jwt { secret_key, public_key_file, jwks_url, .. } = &config.jwt;
+    let verifies = secret_key.is_some() || public_key_file.is_some() || jwks_url.is_some();
+    let allowed =
+        "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
+    rule(!config.endpoints.events || verifies, "endpoints.events", allowed, None);
+    check_jwt(&config.jwt, config.endpoints.events, rule);
     broken
 }
+
+/// Every algorithm needs a key of its kind, and every public key an algorithm. A secret that no
+/// algorithm uses may be there: existing deployments share it with other services.
+fn check_jwt(
+    jwt: &Jwt,
+    in_use: bool,
+    mut rule: impl FnMut(bool, &'static str, &'static str, Option<&'static str>),
+) {
+    let (secret, file, url) = (&jwt.secret_key, &jwt.public_key_file, &jwt.jwks_url);
+    let is_hmac = |algorithm: &jsonwebtoken::Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
+    let shares = jwt.algorithms.iter().any(is_hmac);
+    let publishes = jwt.algorithms.iter().any(|algorithm| !is_hmac(algorithm));
+    let (key, other) = ("jwt.algorithms", Some("jwt.algorithms"));
+    rule(shares || publishes, key, "at least one", None);
+    rule(
+        file.is_none() || url.is_none(),
+        "jwt.public_key_file",
+        "empty beside",
+        Some("jwt.jwks_url"),
+    );
+
+    let length = secret.as_ref().map_or(usize::MAX, |secret| secret.expose_secret().len());
+    let allowed = "at least 16 bytes long, better 32, to be used with";
+    // Deployments without events may have one for other services, of whatever length.
+    rule(!shares || !in_use || length >= SECRET_BYTES_MIN, "jwt.secret_key", allowed, other);
+
+    let public = file.is_some() || url.is_some();
+    let allowed = "those of public keys (RS256, ES256, EdDSA, …), since HS… need";
+    rule(!shares || !public || secret.is_some(), key, allowed, Some("jwt.secret_key"));
+    let allowed = "HS256, HS384 or HS512, unless there is a jwt.public_key_file or a jwt.jwks_url";
+    rule(!publishes || public || secret.is_none(), key, allowed, None);
+    if shares && !publishes && secret.is_some() {
+        let allowed = "empty, unless its algorithm (RS256, ES256, EdDSA, …) is in";
+        rule(file.is_none(), "jwt.public_key_file", allowed, other);
+        rule(url.is_none(), "jwt.jwks_url", allowed, other);
+    }
+    if let (Some(path), true) = (file, publishes) {
+        let fits = jwt::check_public_key(path, &jwt.algorithms).is_ok();
+        rule(fits, "jwt.public_key_file", "a PUBLIC KEY in PEM form that fits", other);
+    }
+}
+
+/// Less is guessed in no time by whoever has a token.
+const SECRET_BYTES_MIN: usize = 16;

@@ -148,12 +148,16 @@ pub static SECTIONS: &[(&str, &str)] = &[
         "Bounds of each channel's history. Workers that publish by script must give the same.",
     ),
     ("sse", "Server-sent events, at the URLs of sessions and events."),
+    (
+        "jwt",
+        "Whose JSON Web Tokens are believed: those signed with a shared secret, or with a private key whose public half is in a file or published as a JWKS.",
+    ),
     ("api", "HTTP for workers without Redis, below /api/v1."),
 ];
 
 /// Variables of older gateways that belong to endpoints which this version does not have. A
 /// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
-pub static IGNORED: &[&str] = &["DATABASE_URL", "SECRET_KEY", "ALGORITHM"];
+pub static IGNORED: &[&str] = &["DATABASE_URL"];
 
 /// Every key, by section.
 #[rustfmt::skip]
@@ -243,6 +247,19 @@ pub static KEYS: &[Key] = &[
     key!(sse.keep_alive, Time(100, HOUR), "A comment is sent when nothing else was for this long, so that proxies keep the stream open."),
     key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects."),
     key!(sse.compression, Switch, "Compress where the client accepts gzip."),
+
+    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones.").alias("SECRET_KEY").secret(),
+    key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "The algorithms that are accepted. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
+    key!(jwt.public_key_file, Optional(File), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
+    key!(jwt.jwks_url, Optional(rule::JWKS_URL), "Where the issuer publishes its public keys."),
+    key!(jwt.jwks_refresh, Time(10_000, 7 * DAY), "How often they are fetched. A token signed with an unknown key has them fetched at once, every 10 seconds at most."),
+    key!(jwt.jwks_timeout, Time(100, 60_000), "Time for one fetch. While the issuer cannot be reached the keys that are known stay in use."),
+    key!(jwt.ca_file, Optional(File), "Further CA certificates (PEM) for jwt.jwks_url."),
+    key!(jwt.audience, List(rule::CLAIM), "Tokens must be for one of these (aud). Empty: tokens that are for somebody in particular are refused."),
+    key!(jwt.issuer, Optional(rule::CLAIM), "Tokens must be issued by this one (iss). Not set: by anybody who has the key."),
+    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours."),
+    key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=, or an integer."),
+    key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
 
     key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
 ];

@@ -1,5 +1,7 @@
 //! Rules of text values: what a level, an origin, a Redis URL, … may look like.
 
+use http::Uri;
+use jsonwebtoken::Algorithm;
 use tracing_subscriber::EnvFilter;
 use wsproxy_proto::names::Id;
 
@@ -47,6 +49,48 @@ pub(super) const API_KEY: Text = Text {
 pub(super) const ORIGIN: Text = Text {
     allowed: "an origin such as \"https://app.example\", \"https://*.example\" or \"*\", without a path",
     read: origin,
+};
+
+/// A secret that signs tokens. How long it must be depends on whether it is used.
+pub(super) const JWT_SECRET: Text = Text {
+    allowed: "the secret itself, up to 4096 bytes; a PEM key belongs into jwt.public_key_file",
+    read: |text| {
+        // Who knows a public key, and everybody may, could sign tokens if it were a secret.
+        (text.len() <= 4096 && !text.contains("-----BEGIN")).then(|| text.to_owned())
+    },
+};
+
+/// How tokens may be signed.
+pub(super) const JWT_ALGORITHMS: &[(&str, Algorithm)] = &[
+    ("HS256", Algorithm::HS256),
+    ("HS384", Algorithm::HS384),
+    ("HS512", Algorithm::HS512),
+    ("RS256", Algorithm::RS256),
+    ("RS384", Algorithm::RS384),
+    ("RS512", Algorithm::RS512),
+    ("PS256", Algorithm::PS256),
+    ("PS384", Algorithm::PS384),
+    ("PS512", Algorithm::PS512),
+    ("ES256", Algorithm::ES256),
+    ("ES384", Algorithm::ES384),
+    ("EdDSA", Algorithm::EdDSA),
+];
+
+/// Where keys are published.
+pub(super) const JWKS_URL: Text = Text {
+    allowed: "an http:// or https:// URL without a user and a password",
+    read: |text| {
+        let url: Uri = text.parse().ok()?;
+        let host = url.authority().filter(|place| !place.as_str().contains('@'))?.host();
+        let known = matches!(url.scheme_str(), Some("http" | "https")) && !host.is_empty();
+        known.then(|| text.to_owned())
+    },
+};
+
+/// A claim's name or value.
+pub(super) const CLAIM: Text = Text {
+    allowed: "1 to 512 characters",
+    read: |text| (1..=512).contains(&text.len()).then(|| text.to_owned()),
 };
 
 fn level(text: &str) -> Option<String> {
@@ -152,6 +196,24 @@ mod tests {
             ["", "app.example", "https://", "https://a/", "https://a.*", "https://a:x", "://a"];
         for bad in bad {
             assert_eq!(origin(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_public_key_is_no_secret() {
+        assert!((JWT_SECRET.read)("correct horse battery staple").is_some());
+        assert!((JWT_SECRET.read)("-----BEGIN PUBLIC KEY-----\nMIIB").is_none());
+    }
+
+    #[test]
+    fn jwks_urls_are_http_and_hold_no_password() {
+        for good in ["https://issuer.example/jwks.json?x=1", "http://127.0.0.1:80/", "HTTPS://a"] {
+            assert!((JWKS_URL.read)(good).is_some(), "{good}");
+        }
+        for bad in
+            ["/jwks", "a.example/jwks", "ftp://a/", "https://u:p@a/", "https://", "http://a b"]
+        {
+            assert!((JWKS_URL.read)(bad).is_none(), "{bad}");
         }
     }
 

@@ -1,34 +1,33 @@
 //! `/api/v1`: for workers that prefer HTTP to Redis.
 
+mod events;
+mod history;
+mod publishing;
+mod sessions;
+
 use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State, rejection::BytesRejection},
+    extract::{DefaultBodyLimit, FromRequestParts, Path, State, rejection::BytesRejection},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::get,
 };
 use bytes::Bytes;
 use http::{StatusCode, header, request::Parts};
 use secrecy::ExposeSecret;
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 use serde_json::json;
-use tokio::sync::oneshot;
-use uuid::Uuid;
-use wsproxy_proto::{disconnect, names::Id};
+use wsproxy_proto::names::Id;
 
 use crate::{
     auth,
-    bus::{Keep, Outcome, Publish, Receipt},
     gateway::Gateway,
-    http::{Body, credentials, follow, rejection::Rejection, upgrade},
+    http::{credentials, rejection::Rejection},
 };
 
 /// The description of these routes, which a test compares with them.
 pub const OPENAPI: &str = include_str!("../../openapi.json");
-
-/// Longest life of a token that the API makes, in seconds.
-const TOKEN_TTL_MAX: u64 = 24 * 3600;
 
 /// The routes of the API: method, path as OpenAPI writes it. A test compares them with [`OPENAPI`].
 pub const ROUTES: &[(&str, &str)] = &[
@@ -37,6 +36,13 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("post", "/api/v1/sessions/{session_id}/close"),
     ("get", "/api/v1/sessions/{session_id}/upstream"),
     ("get", "/api/v1/agents/{agent_id}/sessions/events"),
+    ("get", "/api/v1/sessions/{session_id}/history"),
+    ("post", "/api/v1/sessions/{session_id}/streams/{stream_id}"),
+    ("post", "/api/v1/events/broadcast"),
+    ("post", "/api/v1/events/users/{user_id}"),
+    ("post", "/api/v1/events/connections/{connection_id}"),
+    ("post", "/api/v1/events/batch"),
+    ("get", "/api/v1/events/history"),
     ("get", "/api/v1/info"),
     ("get", "/api/v1/openapi.json"),
 ];
@@ -45,11 +51,8 @@ pub const ROUTES: &[(&str, &str)] = &[
 pub fn router(gateway: Arc<Gateway>) -> Router {
     let limit = DefaultBodyLimit::max(gateway.config.limits.max_message_bytes);
     Router::new()
-        .route("/api/v1/sessions/{session_id}/token", post(create_token))
-        .route("/api/v1/sessions/{session_id}/messages", post(publish_message))
-        .route("/api/v1/sessions/{session_id}/close", post(close_session))
-        .route("/api/v1/sessions/{session_id}/upstream", get(follow_upstream))
-        .route("/api/v1/agents/{agent_id}/sessions/events", get(follow_sessions))
+        .merge(sessions::router())
+        .merge(events::router())
         .route("/api/v1/info", get(info))
         .route("/api/v1/openapi.json", get(openapi))
         .method_not_allowed_fallback(method_not_allowed)
@@ -58,7 +61,7 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
 }
 
 /// A worker that showed one of the API keys.
-struct Worker;
+pub(super) struct Worker;
 
 impl FromRequestParts<Arc<Gateway>> for Worker {
     type Rejection = Rejection;
@@ -83,7 +86,7 @@ impl FromRequestParts<Arc<Gateway>> for Worker {
 }
 
 /// The id in the path of a route that has one.
-struct PathId(Id);
+pub(super) struct PathId(Id);
 
 impl FromRequestParts<Arc<Gateway>> for PathId {
     type Rejection = Rejection;
@@ -103,102 +106,6 @@ impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
         self.response()
     }
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TokenRequest {
-    ttl_seconds: Option<u64>,
-}
-
-async fn create_token(
-    _worker: Worker,
-    State(gateway): State<Arc<Gateway>>,
-    PathId(session): PathId,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Rejection> {
-    let request: TokenRequest = optional_json(body)?;
-    let ttl = match request.ttl_seconds {
-        None => gateway.config.sessions.token_ttl,
-        Some(seconds @ 1..=TOKEN_TTL_MAX) => std::time::Duration::from_secs(seconds),
-        Some(_) => {
-            return Err(Rejection::bad_request(format!(
-                "ttl_seconds must be 1 to {TOKEN_TTL_MAX}."
-            )));
-        }
-    };
-    let key = gateway.names.session_auth(&session);
-    let token =
-        upgrade::deadline(&gateway, async { Ok(auth::issue(&gateway.store, &key, ttl).await?) })
-            .await?;
-    let body =
-        json!({ "session_id": session.as_str(), "token": token, "expires_in": ttl.as_secs() });
-    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
-}
-
-async fn publish_message(
-    _worker: Worker,
-    State(gateway): State<Arc<Gateway>>,
-    PathId(session): PathId,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Rejection> {
-    let payload = read(body)?;
-    publish(&gateway, gateway.names.session_down(&session), payload).await
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CloseRequest {
-    code: Option<u16>,
-    reason: Option<String>,
-    connection_id: Option<Uuid>,
-}
-
-async fn close_session(
-    _worker: Worker,
-    State(gateway): State<Arc<Gateway>>,
-    PathId(session): PathId,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Rejection> {
-    let request: CloseRequest = optional_json(body)?;
-    if let Some(code) = request.code
-        && !disconnect::is_sendable(code)
-    {
-        return Err(Rejection::bad_request(format!("{code} is no close code that may be sent.")));
-    }
-    let command = json!({
-        "op": "close",
-        "code": request.code,
-        "reason": request.reason,
-        "connection_id": request.connection_id,
-    });
-    publish(&gateway, gateway.names.session_control(&session), command.to_string().into()).await
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FollowQuery {
-    #[serde(default)]
-    log: bool,
-}
-
-async fn follow_upstream(
-    _worker: Worker,
-    State(gateway): State<Arc<Gateway>>,
-    PathId(session): PathId,
-    query: Result<Query<FollowQuery>, axum::extract::rejection::QueryRejection>,
-) -> Result<http::Response<Body>, Rejection> {
-    let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
-    let log = query.log.then(|| gateway.names.session_up_log(&session));
-    follow::follow(&gateway, gateway.names.session_up(&session), log).await
-}
-
-async fn follow_sessions(
-    _worker: Worker,
-    State(gateway): State<Arc<Gateway>>,
-    PathId(agent): PathId,
-) -> Result<http::Response<Body>, Rejection> {
-    follow::follow(&gateway, gateway.names.agent_sessions(&agent), None).await
 }
 
 async fn info(_worker: Worker, State(gateway): State<Arc<Gateway>>) -> Json<serde_json::Value> {
@@ -225,47 +132,7 @@ pub(crate) async fn method_not_allowed() -> Rejection {
     Rejection::method_not_allowed("This path has other methods.")
 }
 
-/// Publishes and waits for the number of receivers.
-async fn publish(
-    gateway: &Gateway,
-    channel: String,
-    payload: Bytes,
-) -> Result<Response, Rejection> {
-    let (sender, receiver) = oneshot::channel();
-    let receipt = Arc::new(Waiter(parking_lot::Mutex::new(Some(sender))));
-    let message =
-        Publish { channel: channel.into(), payload, keep: Keep::Nothing, receipt: Some(receipt) };
-    let outcome = upgrade::deadline(gateway, async {
-        gateway.bus.publishable().await;
-        gateway.hub.publish(message)?;
-        receiver.await.map_err(|_| Rejection::bus_unavailable("The bus was lost."))
-    });
-    match outcome.await? {
-        Outcome::Received(receivers) => Ok(Json(json!({ "receivers": receivers })).into_response()),
-        Outcome::Stored { receivers, id, duplicate } => {
-            let body = json!({ "receivers": receivers, "event_id": id.to_string(), "duplicate": duplicate });
-            Ok(Json(body).into_response())
-        }
-        Outcome::Kept => Ok(Json(json!({ "receivers": 0 })).into_response()),
-        Outcome::Lost => {
-            Err(Rejection::bus_unavailable("The bus was lost; the message may not have arrived."))
-        }
-    }
-}
-
-/// Somebody who awaits an outcome.
-struct Waiter(parking_lot::Mutex<Option<oneshot::Sender<Outcome>>>);
-
-impl Receipt for Waiter {
-    fn published(&self, outcome: Outcome) {
-        if let Some(sender) = self.0.lock().take() {
-            // Whoever waited may have given up at its deadline.
-            let _ = sender.send(outcome);
-        }
-    }
-}
-
-fn read(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
+pub(super) fn read(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
     body.map_err(|error| match error.status() {
         StatusCode::PAYLOAD_TOO_LARGE => Rejection::too_large("The body is too large."),
         _ => Rejection::bad_request(error.body_text()),

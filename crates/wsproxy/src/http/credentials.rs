@@ -14,8 +14,8 @@ pub const PROTOCOL: &str = "wsproxy.v1";
 /// rather than [`PROTOCOL`].
 pub const ENVELOPE_PROTOCOL: &str = "wsproxy.id.v1";
 
-/// Longest credential, in bytes.
-const BYTES_MAX: usize = 4096;
+/// Longest credential, in bytes: tokens that list what a user may do are long.
+const BYTES_MAX: usize = 8192;
 
 /// The credential of a handshake: contract section 2.3.
 ///

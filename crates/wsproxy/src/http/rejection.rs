@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderValue, Response, StatusCode, header};
 use wsproxy_proto::ws::handshake::Refusal;
 
-use crate::{bus::BusError, http::Body, store::StoreError};
+use crate::{auth::jwt::JwtError, bus::BusError, http::Body, store::StoreError};
 
 /// A refusal: what the client is told. The cause inside, if any, goes to the log only.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -52,6 +52,8 @@ table! {
     method_not_allowed = METHOD_NOT_ALLOWED, "method_not_allowed";
     /// The request did not arrive whole in time.
     request_timeout = REQUEST_TIMEOUT, "request_timeout";
+    /// What is there does not fit to what was asked.
+    conflict = CONFLICT, "conflict";
     /// The body is larger than the limit.
     too_large = PAYLOAD_TOO_LARGE, "too_large";
     /// A WebSocket lives here.
@@ -64,6 +66,8 @@ table! {
     draining = SERVICE_UNAVAILABLE, "draining";
     /// The bus or the store cannot be reached.
     bus_unavailable = SERVICE_UNAVAILABLE, "bus_unavailable";
+    /// Whoever issues tokens cannot be reached, so that none can be checked.
+    issuer_unavailable = SERVICE_UNAVAILABLE, "issuer_unavailable";
     /// The bus or the store did not answer in time.
     deadline = GATEWAY_TIMEOUT, "deadline";
     /// A fault of the gateway's own.
@@ -104,15 +108,20 @@ impl Rejection {
         self
     }
 
-    /// The response: contract section 8.
+    /// The body of the response: contract section 8.
     #[must_use]
-    pub fn response(&self) -> Response<Body> {
-        let body = serde_json::json!({ "error": {
+    pub fn body(&self) -> serde_json::Value {
+        serde_json::json!({ "error": {
             "code": self.code,
             "message": self.message,
             "retryable": self.retry_after.is_some(),
-        }});
-        let mut response = Response::new(Body::from(body.to_string()));
+        }})
+    }
+
+    /// The response.
+    #[must_use]
+    pub fn response(&self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -167,5 +176,16 @@ impl From<BusError> for Rejection {
 impl From<StoreError> for Rejection {
     fn from(error: StoreError) -> Self {
         Self::bus_unavailable("The store cannot be used now.").because(error)
+    }
+}
+
+impl From<JwtError> for Rejection {
+    fn from(error: JwtError) -> Self {
+        let make = match error {
+            JwtError::Malformed => Self::malformed_credentials,
+            JwtError::Unavailable => Self::issuer_unavailable,
+            _ => Self::invalid_token,
+        };
+        make(error.to_string())
     }
 }

@@ -11,14 +11,33 @@ use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::store::{LogEntry, StoreError};
+use wsproxy_proto::{
+    history::{Entry as HistoryEntry, Position},
+    names::Names,
+};
+
+use crate::{
+    bus::memory::Work,
+    bus::queue::Queue,
+    store::{LogEntry, StoreError, memory::streams::Stream},
+};
+
+mod history;
+mod streams;
+
+pub(crate) use history::Appended;
 
 /// Keys and logs of this process. Clones share one state.
 ///
 /// Invariant: never holds more than `BYTES_MAX`, estimated; what does not fit is refused, since to evict
 /// somebody's token silently would be worse.
-#[derive(Clone, Default)]
-pub struct MemoryStore(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub struct MemoryStore {
+    state: Arc<Mutex<State>>,
+    /// What publishes has to be done by the one who delivers, so that both have one order.
+    work: Arc<Queue<Work>>,
+    names: Names,
+}
 
 #[derive(Default)]
 struct State {
@@ -27,6 +46,8 @@ struct State {
     by_expiry: BTreeSet<(Instant, Arc<str>)>,
     bytes: usize,
     last_position: Position,
+    /// When this store began.
+    epoch_ms: u64,
 }
 
 struct Entry {
@@ -38,26 +59,27 @@ struct Entry {
 enum Value {
     Plain(Bytes),
     Log(VecDeque<(Position, Bytes)>),
-}
-
-/// A position in a log, spelled as in a Redis stream.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Position {
-    milliseconds: u64,
-    sequence: u64,
+    History(VecDeque<HistoryEntry>),
+    Streams(Vec<Stream>),
 }
 
 impl MemoryStore {
+    /// An empty one. What publishes is put into `work`.
+    pub(crate) fn new(work: Arc<Queue<Work>>, names: Names) -> Self {
+        let state = State { epoch_ms: now_ms(), ..State::default() };
+        Self { state: Arc::new(Mutex::new(state)), work, names }
+    }
+
     pub(super) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
-        match self.0.lock().live(key) {
+        match self.state.lock().live(key) {
             None => Ok(None),
             Some(Value::Plain(value)) => Ok(Some(value.clone())),
-            Some(Value::Log(_)) => Err(wrong_kind()),
+            Some(_) => Err(wrong_kind()),
         }
     }
 
     pub(super) fn save(&self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let now = state.purge();
         let bytes = key.len() + value.len() + ENTRY_BYTES;
         let replaced = state.entries.get(key).map_or(0, |entry| entry.bytes);
@@ -71,40 +93,18 @@ impl MemoryStore {
     }
 
     pub(super) fn remove(&self, key: &str) -> Result<bool, StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.purge();
         Ok(state.remove(key).is_some())
     }
 
     pub(super) fn take_if_equal(&self, key: &str, expected: &[u8]) -> Result<bool, StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         match state.live(key) {
             Some(Value::Plain(value)) if value == expected => Ok(state.remove(key).is_some()),
-            Some(Value::Log(_)) => Err(wrong_kind()),
-            _ => Ok(false),
+            Some(Value::Plain(_)) | None => Ok(false),
+            Some(_) => Err(wrong_kind()),
         }
-    }
-
-    pub(super) fn snapshot(
-        &self,
-        _of: &crate::store::SnapshotOf,
-    ) -> Result<(wsproxy_proto::history::Snapshot, Vec<crate::store::StreamState>), StoreError>
-    {
-        Err(StoreError::Refused("not yet".into()))
-    }
-
-    pub(super) fn stream(
-        &self,
-        _command: &crate::store::StreamCommand,
-    ) -> Result<(u64, wsproxy_proto::history::Position), StoreError> {
-        Err(StoreError::Refused("not yet".into()))
-    }
-
-    pub(super) fn lapsed_streams(
-        &self,
-        _count: usize,
-    ) -> Result<Vec<(wsproxy_proto::names::Id, wsproxy_proto::names::Id)>, StoreError> {
-        Err(StoreError::Refused("not yet".into()))
     }
 
     pub(super) fn read_log(
@@ -115,20 +115,20 @@ impl MemoryStore {
     ) -> Result<Vec<LogEntry>, StoreError> {
         let after = match after {
             "" => Position::default(),
-            text => Position::parse(text)
+            text => Position::parse(text.as_bytes())
                 .ok_or_else(|| StoreError::Refused("not a position in a log".into()))?,
         };
-        match self.0.lock().live(key) {
+        match self.state.lock().live(key) {
             None => Ok(Vec::new()),
-            Some(Value::Plain(_)) => Err(wrong_kind()),
             Some(Value::Log(log)) => {
                 let from = log.partition_point(|(position, _)| *position <= after);
                 let entry = |(position, data): &(Position, Bytes)| LogEntry {
-                    id: format!("{}-{}", position.milliseconds, position.sequence),
+                    id: position.to_string(),
                     data: data.clone(),
                 };
                 Ok(log.range(from..).take(count).map(entry).collect())
             }
+            Some(_) => Err(wrong_kind()),
         }
     }
 
@@ -140,9 +140,9 @@ impl MemoryStore {
         entries_max: u64,
         ttl: Duration,
     ) -> Result<(), StoreError> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let now = state.purge();
-        if matches!(state.live(key), Some(Value::Plain(_))) {
+        if !matches!(state.live(key), None | Some(Value::Log(_))) {
             return Err(wrong_kind());
         }
         if state.bytes + key.len() + data.len() + 2 * ENTRY_BYTES > BYTES_MAX {
@@ -201,8 +201,7 @@ impl State {
 
     /// Positions only grow, even where the wall clock steps back.
     fn next_position(&mut self) -> Position {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let milliseconds = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        let milliseconds = now_ms();
         self.last_position = if milliseconds > self.last_position.milliseconds {
             Position { milliseconds, sequence: 0 }
         } else {
@@ -212,11 +211,9 @@ impl State {
     }
 }
 
-impl Position {
-    fn parse(text: &str) -> Option<Self> {
-        let (milliseconds, sequence) = text.split_once('-').unwrap_or((text, "0"));
-        Some(Self { milliseconds: milliseconds.parse().ok()?, sequence: sequence.parse().ok()? })
-    }
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn expiry(now: Instant, ttl: Duration) -> Instant {
@@ -240,9 +237,13 @@ const TTL_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 mod tests {
     use super::*;
 
+    fn store() -> MemoryStore {
+        MemoryStore::new(Arc::new(Queue::new(1 << 20)), Names::default())
+    }
+
     #[test]
     fn a_full_store_refuses_and_takes_again_after_expiry_or_removal() {
-        let store = MemoryStore::default();
+        let store = store();
         let megabyte = vec![0; 1024 * 1024];
         let minute = Duration::from_secs(60);
         let taken = (0..100)
@@ -258,23 +259,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_stays_of_what_has_expired() {
-        let store = MemoryStore::default();
+        let store = store();
         store.save("key", b"value", Duration::from_secs(5)).unwrap();
         store.append("log", "entry".into(), 10, Duration::from_secs(5)).unwrap();
         tokio::time::advance(Duration::from_secs(6)).await;
         assert_eq!(store.load("key"), Ok(None));
-        let state = store.0.lock();
+        let state = store.state.lock();
         assert_eq!((state.bytes, state.entries.len(), state.by_expiry.len()), (0, 0, 0));
     }
 
     #[test]
     fn trimming_a_log_gives_its_bytes_back() {
-        let store = MemoryStore::default();
+        let store = store();
         for n in 0..1000 {
             store.append("log", n.to_string().into(), 10, Duration::from_secs(5)).unwrap();
         }
         assert_eq!(store.read_log("log", "", 100).unwrap().len(), 10);
         assert_eq!(store.remove("log"), Ok(true));
-        assert_eq!(store.0.lock().bytes, 0);
+        assert_eq!(store.state.lock().bytes, 0);
     }
 }

@@ -1,4 +1,4 @@
-//! The store on Redis: five commands; knows no connection.
+//! The store on Redis: a few commands; knows no connection.
 
 use std::time::Duration;
 
@@ -8,6 +8,8 @@ use crate::{
     bus::redis::{RedisBus, milliseconds, resp::Reply},
     store::{LogEntry, StoreError},
 };
+
+mod history;
 
 /// Commands on a connection beside the bus's. Clones share it.
 #[derive(Clone)]
@@ -48,28 +50,6 @@ impl RedisStore {
     ) -> Result<bool, StoreError> {
         let words = [b"EVAL", TAKE_IF_EQUAL.as_bytes(), b"1", key.as_bytes(), expected];
         count(&self.0.command(&words).await?)
-    }
-
-    pub(super) async fn snapshot(
-        &self,
-        _of: &crate::store::SnapshotOf,
-    ) -> Result<(wsproxy_proto::history::Snapshot, Vec<crate::store::StreamState>), StoreError>
-    {
-        Err(StoreError::Refused("not yet".into()))
-    }
-
-    pub(super) async fn stream(
-        &self,
-        _command: &crate::store::StreamCommand,
-    ) -> Result<(u64, wsproxy_proto::history::Position), StoreError> {
-        Err(StoreError::Refused("not yet".into()))
-    }
-
-    pub(super) async fn lapsed_streams(
-        &self,
-        _count: usize,
-    ) -> Result<Vec<(wsproxy_proto::names::Id, wsproxy_proto::names::Id)>, StoreError> {
-        Err(StoreError::Refused("not yet".into()))
     }
 
     pub(super) async fn read_log(

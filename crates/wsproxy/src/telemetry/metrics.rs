@@ -17,8 +17,13 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use wsproxy_conn::{Profile, profile::LATENCY_BUCKETS};
+use wsproxy_proto::history::Lost;
 
-use crate::gateway::Gateway;
+use crate::{
+    auth::jwt::{JwksCounters, JwtVerifier},
+    gateway::Gateway,
+    telemetry::counter,
+};
 
 /// An endpoint family, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +102,11 @@ struct ErrorLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EndpointLabels {
     endpoint: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -227,7 +237,9 @@ impl Collector for Source {
         scrape.connections()?;
         scrape.latency()?;
         scrape.sessions()?;
+        scrape.histories()?;
         scrape.bus()?;
+        scrape.keys()?;
         scrape.process()
     }
 }
@@ -322,6 +334,45 @@ impl Scrape<'_, '_> {
         self.counter("bus_loss_notices", help, hub.bus_loss_notices.value())
     }
 
+    fn histories(&mut self) -> fmt::Result {
+        let hub = &self.gateway.hub.counters;
+        for (name, help, counter) in [
+            ("resumed", "Clients that resumed and have missed nothing", &hub.resumed),
+            ("replayed_messages", "Messages that these had missed and got", &hub.replayed),
+            (
+                "history_duplicates",
+                "Messages that came again and were not delivered again",
+                &hub.duplicates,
+            ),
+            (
+                "histories_healed",
+                "Histories that were read again after a loss and are whole",
+                &hub.healed,
+            ),
+            ("healed_messages", "Messages found there that had been missed", &hub.healed_messages),
+            ("captured_messages", "Plain messages that were taken into a history", &hub.captured),
+            (
+                "uncaptured_messages",
+                "Plain messages that should have been, but have no id or met a full queue",
+                &hub.uncaptured,
+            ),
+        ] {
+            self.counter(name, help, counter.value())?;
+        }
+        let help = "Clients that were told that something is missing, by reason";
+        let mut family =
+            self.encoder.encode_descriptor("history_lost", help, None, MetricType::Counter)?;
+        for lost in Lost::ALL {
+            family
+                .encode_family(&ReasonLabels { reason: lost.label() })?
+                .encode_counter::<NoLabelSet, _, u64>(
+                    &hub.history_lost[lost as usize].value(),
+                    None,
+                )?;
+        }
+        Ok(())
+    }
+
     fn bus(&mut self) -> fmt::Result {
         let status = self.gateway.bus.status();
         let help = "Channels subscribed on the bus";
@@ -340,6 +391,11 @@ impl Scrape<'_, '_> {
         for (name, help, counter) in [
             ("bus_messages_received", "Messages read from the bus", &counters.messages_in),
             ("bus_publishes", "Messages whose publishing the bus answered", &counters.published),
+            (
+                "bus_publishes_stored",
+                "Of these, messages that are in a history",
+                &counters.publish_stored,
+            ),
             (
                 "bus_publishes_kept",
                 "Of these, kept in a log since nobody listened",
@@ -369,6 +425,17 @@ impl Scrape<'_, '_> {
             self.counter(name, help, counter.value())?;
         }
         Ok(())
+    }
+
+    fn keys(&mut self) -> fmt::Result {
+        let counters = self.gateway.jwt.as_ref().and_then(JwtVerifier::jwks_counters);
+        let value = |counter: fn(&JwksCounters) -> &counter::Counter| {
+            counters.map_or(0, |c| counter(c).value())
+        };
+        let help = "Times that the keys which the issuer of tokens publishes were fetched";
+        self.counter("jwks_fetches", help, value(|counters| &counters.fetches))?;
+        let help = "Of these, those that brought no keys: the known ones stay in use";
+        self.counter("jwks_fetch_failures", help, value(|counters| &counters.failures))
     }
 
     fn process(&mut self) -> fmt::Result {

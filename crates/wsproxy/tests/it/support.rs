@@ -9,6 +9,7 @@ pub mod client;
 pub mod fault_proxy;
 pub mod gateway;
 pub mod http;
+pub mod issuer;
 pub mod raw;
 pub mod redis_server;
 

@@ -119,7 +119,7 @@ async fn missing_and_malformed_credentials_are_401_with_a_challenge() {
     let header = format!("Bearer {token}");
     let (protocol, query) = (format!("bearer.{token}"), format!("{PATH}?token={token}&token=x"));
     let twice = format!("wsproxy.v1, {protocol}, {protocol}");
-    let long = format!("Bearer {}", "x".repeat(5000));
+    let long = format!("Bearer {}", "x".repeat(8193));
     for (path, headers) in [
         (PATH, &[("authorization", "Basic eDp5")][..]),
         (PATH, &[("authorization", "Bearer")]),

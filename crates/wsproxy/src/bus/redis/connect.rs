@@ -2,17 +2,19 @@
 
 use std::{io, path::Path, sync::Arc, time::Duration};
 
-use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
+use rustls_pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 
-use crate::bus::redis::{
-    address::{Address, Place},
-    fault::Fault,
-    link::{Link, Stream},
-    resp::{self, Value},
+use crate::{
+    bus::redis::{
+        address::{Address, Place},
+        fault::Fault,
+        link::{Link, Stream},
+        resp::{self, Value},
+    },
+    tls,
 };
 
 /// Opens links to one server.
@@ -31,7 +33,9 @@ impl Connector {
         timeout: Duration,
     ) -> Result<Self, String> {
         let tls = match address.place {
-            Place::Tcp { tls: true, .. } => Some(tls(ca_file)?),
+            Place::Tcp { tls: true, .. } => {
+                Some(TlsConnector::from(Arc::new(tls::client_config(ca_file)?)))
+            }
             _ => None,
         };
         Ok(Self { address, tls, timeout })
@@ -118,32 +122,6 @@ async fn answer(
         }
         link.drive().await?;
     }
-}
-
-fn tls(ca_file: Option<&Path>) -> Result<TlsConnector, String> {
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if let Some(path) = ca_file {
-        let certificates = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|error| format!("the CA file {} cannot be read: {error}", path.display()))?;
-        if certificates.is_empty() {
-            return Err(format!("the CA file {} holds no certificate", path.display()));
-        }
-        for certificate in certificates {
-            roots
-                .add(certificate)
-                .map_err(|error| format!("the CA file {} is no use: {error}", path.display()))?;
-        }
-    }
-    // Named explicitly: the process-wide default may be another, or none.
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 /// Silence after which the kernel asks whether the peer is still there.

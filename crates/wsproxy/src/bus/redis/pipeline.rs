@@ -12,6 +12,7 @@ use tokio::{
     sync::{Notify, oneshot},
     time::{Instant, MissedTickBehavior, interval},
 };
+use wsproxy_proto::history::Position;
 
 use crate::{
     bus::{
@@ -23,6 +24,7 @@ use crate::{
             fault::{Fault, tell},
             link::{Link, Progress},
             resp::{self, Reply, Value},
+            script,
             supervisor::{Complaints, Purpose, Supervisor},
             watchdog::{Verdict, Watchdog},
         },
@@ -55,6 +57,8 @@ enum Waiting {
     Urgent(Option<Arc<dyn Receipt>>),
     Command(oneshot::Sender<Result<Reply, StoreError>>),
     Watchdog,
+    /// That the script was loaded.
+    Script,
 }
 
 impl Pipeline {
@@ -94,6 +98,8 @@ pub(super) struct Driver {
     waiting: VecDeque<(Waiting, usize)>,
     waiting_bytes: usize,
     batch: Vec<Request>,
+    /// Whether the script is called by its name; where it may not be loaded its text is sent each time.
+    is_script_loaded: bool,
     ends_at: Option<Instant>,
     complaints: Complaints,
 }
@@ -108,6 +114,7 @@ impl Driver {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             batch: Vec::new(),
+            is_script_loaded: true,
             ends_at: None,
             complaints: Complaints::default(),
         }
@@ -134,6 +141,10 @@ impl Driver {
         let pipeline = self.pipeline.clone();
         // What was said of an earlier link does not concern this one.
         let _ = pipeline.condemned.notified().now_or_never();
+        if self.purpose == Purpose::Publish {
+            self.is_script_loaded = true;
+            self.load_script(&mut link.output);
+        }
         let (probe, timeout) = (shared.probe_interval, shared.response_timeout);
         let mut watchdog = Watchdog::new(probe, timeout, Instant::now());
         let mut ticks = interval(Watchdog::period(probe, timeout));
@@ -170,7 +181,8 @@ impl Driver {
     }
 
     fn is_done(&self, link: &Link) -> bool {
-        let own = |(who, _): &_| matches!(who, Waiting::Watchdog | Waiting::Urgent(_));
+        let own =
+            |(who, _): &_| matches!(who, Waiting::Watchdog | Waiting::Urgent(_) | Waiting::Script);
         let only_questions = self.waiting.iter().all(own);
         only_questions && link.output.is_empty() && self.pipeline.queue.is_empty()
     }
@@ -184,7 +196,7 @@ impl Driver {
     /// Spells what is queued, as much as may be on its way.
     fn fill(&mut self, link: &mut Link) {
         if let Some(publish) = self.pipeline.take_urgent() {
-            spell_publish(&publish, &mut link.output);
+            spell_publish(&publish, self.is_script_loaded, &mut link.output);
             self.waiting.push_back((Waiting::Urgent(publish.receipt), 0));
         }
         while self.has_room(link) {
@@ -205,7 +217,7 @@ impl Driver {
         let before = out.len();
         let waiting = match request {
             Request::Publish(publish) => {
-                spell_publish(&publish, out);
+                spell_publish(&publish, self.is_script_loaded, out);
                 Waiting::Publish(publish.receipt)
             }
             // Whoever gave up must not be served: a token would be consumed for nobody.
@@ -218,6 +230,12 @@ impl Driver {
         let bytes = out.len() - before;
         self.waiting.push_back((waiting, bytes));
         self.waiting_bytes += bytes;
+    }
+
+    /// Replies come in order: whoever is behind this finds the script there.
+    fn load_script(&mut self, out: &mut BytesMut) {
+        script::PUBLISH.load(out);
+        self.waiting.push_back((Waiting::Script, 0));
     }
 
     fn ask(&mut self, link: &mut Link) {
@@ -237,8 +255,13 @@ impl Driver {
             };
             self.waiting_bytes -= bytes;
             let fault = match &value {
-                Value::Error(error) if error.starts_with(b"READONLY") => {
+                Value::Error(error) if is_of_a_replica(error) => {
                     Some(Fault::Role("replica".into()))
+                }
+                // Somebody made Redis forget it.
+                Value::Error(error) if error.starts_with(b"NOSCRIPT") && self.is_script_loaded => {
+                    self.load_script(&mut link.output);
+                    None
                 }
                 _ => None,
             };
@@ -259,6 +282,7 @@ impl Driver {
                     watchdog.answered();
                     check_role_answer(&value)?;
                 }
+                Waiting::Script => self.is_script_loaded &= !matches!(value, Value::Error(_)),
             }
             if let Some(fault) = fault {
                 return Err(fault);
@@ -292,6 +316,7 @@ impl Driver {
         match value {
             Value::Integer(count @ 0..) => Outcome::Received(count.unsigned_abs()),
             Value::Integer(_) => Outcome::Kept,
+            Value::Array(answer) => stored(answer).unwrap_or(Outcome::Lost),
             refused => {
                 if self.complaints.due() {
                     let error = match refused {
@@ -324,7 +349,7 @@ impl Driver {
                 Waiting::Command(caller) => {
                     drop(caller.send(Err(StoreError::Lost(cause.into()))));
                 }
-                Waiting::Watchdog => {}
+                Waiting::Watchdog | Waiting::Script => {}
             }
         }
         self.shared.counters.publish_lost.add(lost);
@@ -361,14 +386,17 @@ impl Driver {
     }
 }
 
-fn spell_publish(publish: &Publish, out: &mut BytesMut) {
+fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) {
     match &publish.keep {
         Keep::Nothing => {
             out.extend_from_slice(b"*3\r\n$7\r\nPUBLISH\r\n");
             resp::word(out, publish.channel.as_bytes());
             resp::word(out, &publish.payload);
         }
-        Keep::History(_) => resp::words(out, &[b"PING"]),
+        Keep::History(history) => {
+            let Publish { channel, payload, .. } = publish;
+            script::spell_publish(channel, payload, history, is_script_loaded, out);
+        }
         Keep::Unheard { log, entries_max, ttl } => {
             resp::command(out, 8);
             resp::word(out, b"EVAL");
@@ -383,11 +411,28 @@ fn spell_publish(publish: &Publish, out: &mut BytesMut) {
     }
 }
 
+/// Receivers, id, and whether it is a duplicate.
+fn stored(answer: &[Value<'_>]) -> Option<Outcome> {
+    let [Value::Integer(receivers), Value::Text(id), Value::Integer(duplicate)] = answer else {
+        return None;
+    };
+    Some(Outcome::Stored {
+        receivers: receivers.unsigned_abs(),
+        id: Position::parse(id)?,
+        duplicate: *duplicate != 0,
+    })
+}
+
+/// Redis before 7 tells what stopped a script in the middle of its own words.
+fn is_of_a_replica(error: &[u8]) -> bool {
+    error.starts_with(b"READONLY") || error.windows(10).any(|part| part == b"-READONLY ")
+}
+
 fn reply(value: &Value<'_>) -> Result<Reply, StoreError> {
     let Value::Error(error) = value else { return Ok(Reply::from(value)) };
     let text = tell(error);
     let passing = ["READONLY", "LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "CLUSTERDOWN"];
-    if passing.contains(&text.split(' ').next().unwrap_or_default()) {
+    if passing.contains(&text.split(' ').next().unwrap_or_default()) || is_of_a_replica(error) {
         return Err(StoreError::Lost(text));
     }
     Err(StoreError::Refused(text))

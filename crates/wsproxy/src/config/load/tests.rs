@@ -2,6 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
+use jsonwebtoken::Algorithm;
 use secrecy::ExposeSecret;
 use tempfile::NamedTempFile;
 
@@ -74,8 +75,8 @@ fn names_of_older_gateways_work() {
         ("REDIS_CHANNEL_PREFIX", "eu"),
         ("LOG_LEVEL", "WARNING"),
         ("REDIS_URL", ""),
-        ("SECRET_KEY", "s"),
-        ("ALGORITHM", ""),
+        ("SECRET_KEY", "0123456789abcdef"),
+        ("ALGORITHM", "HS512"),
         ("DATABASE_URL", "postgres://x"),
     ])
     .unwrap();
@@ -87,7 +88,9 @@ fn names_of_older_gateways_work() {
     assert_eq!(config.rate_limit.window, Duration::from_secs(30));
     assert_eq!((config.redis.channel_prefix.as_str(), config.log.level.as_str()), ("eu", "warn"));
     assert!(config.redis.url.is_none());
-    assert_eq!(loaded.ignored, ["DATABASE_URL", "SECRET_KEY"]);
+    assert_eq!(config.jwt.secret_key.unwrap().expose_secret(), "0123456789abcdef");
+    assert_eq!(config.jwt.algorithms, [Algorithm::HS512]);
+    assert_eq!(loaded.ignored, ["DATABASE_URL"]);
 }
 
 #[test]
@@ -138,12 +141,42 @@ fn every_rule_between_keys_is_checked() {
         ("[limits]\nsend_buffers_total_bytes = '1MiB'", "limits.send_buffers_total_bytes"),
         ("[redis]\npublish_queue_bytes = '64KiB'", "redis.publish_queue_bytes"),
         ("[redis]\nca_file = '/does/not/exist'", "redis.ca_file"),
+        ("[jwt]\nca_file = '/does/not/exist'", "jwt.ca_file"),
+        ("[jwt]\nalgorithms = []", "jwt.algorithms"),
+        ("[endpoints]\nevents = true", "endpoints.events"),
+        ("[endpoints]\nevents = true\n[jwt]\nsecret_key = '0123456789abcde'", "jwt.secret_key"),
+        ("[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['RS256']", "jwt.algorithms"),
+        ("[jwt]\njwks_url = 'https://a/'", "jwt.algorithms"),
+        ("[jwt]\njwks_url = 'https://a/'\nsecret_key = '0123456789abcdef'", "jwt.jwks_url"),
+        ("[jwt]\npublic_key_file = '/x'\nalgorithms = ['RS256']", "jwt.public_key_file"),
     ] {
         let problems = load_file(text).unwrap_err().0;
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [blamed]);
     }
     let beside = "[server]\nbind = '10.0.0.1'\n[admin]\nbind = '127.0.0.1'\nport = 8080";
     assert!(load_file(beside).is_ok());
+}
+
+#[test]
+fn a_secret_may_be_there_for_others() {
+    for text in [
+        "[jwt]\nsecret_key = 'x'\nalgorithms = ['RS256']\njwks_url = 'https://a/'",
+        "[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['HS256', 'ES256']\njwks_url = 'http://a/'",
+        "[jwt]\nalgorithms = ['EdDSA']",
+        "[jwt]\nsecret_key = 'x'",
+    ] {
+        assert!(load_file(text).is_ok(), "{text}");
+    }
+    assert_eq!(
+        problem(load_env([("SECRET_KEY", "short"), ("WSPROXY_ENDPOINTS__EVENTS", "true")])),
+        "env SECRET_KEY: jwt.secret_key = \"***\": must be at least 16 bytes long, better 32, \
+         to be used with jwt.algorithms = [\"HS256\"] (default)"
+    );
+    assert_eq!(
+        problem(load_env([("WSPROXY_JWT__JWKS_URL", "https://a/")])),
+        "default: jwt.algorithms = [\"HS256\"]: must be those of public keys (RS256, ES256, \
+         EdDSA, …), since HS… need jwt.secret_key = \"\" (default)"
+    );
 }
 
 #[test]
@@ -164,6 +197,7 @@ fn secrets_never_show() {
         format!("[api]\nkeys = ['{secret} ']\nx = 1"),
         format!("[api]\nkeys = '{secret} x'"),
         format!("[api]\nkeys = [['{secret}']]"),
+        format!("[jwt]\nsecret_key = '-----BEGIN {secret}'"),
     ];
     for text in texts {
         let problems = load_file(&text).unwrap_err();

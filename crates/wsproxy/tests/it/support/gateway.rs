@@ -188,6 +188,21 @@ impl TestInstance {
         self.gateway().hub.publish(publish).unwrap();
     }
 
+    /// Publishes a session's message with history; answers its event id.
+    pub async fn keep(&self, session: &str, payload: &str) -> String {
+        let path = format!("/api/v1/sessions/{session}/messages?history=true");
+        let response = self.api("POST", &path, payload).await;
+        assert_eq!(response.status, 200, "{response:?}");
+        response.json()["event_id"].as_str().unwrap().to_owned()
+    }
+
+    /// A client of a session with further parameters in its URL, `&name=value`.
+    pub async fn client_with(&self, session: &str, parameters: &str) -> Client {
+        let token = self.token(session).await;
+        let path = format!("/agent/ws/{session}?token={token}{parameters}");
+        Client::connect(self.address(), &path, &[]).await.expect("the token is right")
+    }
+
     /// Subscribes to a topic as a worker does.
     pub async fn follow(&self, topic: &str) -> Follower {
         let tap = Tap::new(64 * 1024 * 1024);

@@ -1,0 +1,226 @@
+//! Events over HTTP: to everybody, to a user, to a connection, many at once.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::{
+        Path, Query, State,
+        rejection::{BytesRejection, QueryRejection},
+    },
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use crate::{
+    gateway::Gateway,
+    http::{
+        api::{
+            PathId, Worker,
+            history::{self, Range},
+            publishing::{self, How},
+            read,
+        },
+        rejection::Rejection,
+        upgrade,
+    },
+    telemetry::time,
+};
+
+/// Most messages of one batch.
+const BATCH_MAX: usize = 1000;
+
+/// The routes of events.
+pub(super) fn router() -> Router<Arc<Gateway>> {
+    Router::new()
+        .route("/api/v1/events/broadcast", post(broadcast))
+        .route("/api/v1/events/users/{user_id}", post(to_user))
+        .route("/api/v1/events/connections/{connection_id}", post(to_connection))
+        .route("/api/v1/events/batch", post(batch))
+        .route("/api/v1/events/history", get(read_history))
+}
+
+/// Whom an event is for.
+enum To {
+    /// A channel of the event endpoint.
+    Events(String),
+    /// A channel of a session.
+    Session(String),
+}
+
+impl To {
+    /// `broadcast`, `user:{id}`, `connection:{id}` or `session:{id}`.
+    fn parse(gateway: &Gateway, text: &str) -> Result<Self, Rejection> {
+        let names = &gateway.names;
+        Ok(match text.split_once(':') {
+            None if text == "broadcast" => Self::Events(names.events_broadcast()),
+            Some(("user", id)) => Self::Events(names.events_user(&upgrade::id("user", id)?)),
+            Some(("connection", id)) => Self::Events(names.events_connection(&connection(id)?)),
+            Some(("session", id)) => {
+                Self::Session(names.session_down(&upgrade::id("session", id)?))
+            }
+            _ => {
+                let allowed = "broadcast, user:{id}, connection:{id} or session:{id}";
+                return Err(Rejection::bad_request(format!("A message can go to {allowed}.")));
+            }
+        })
+    }
+}
+
+fn connection(id: &str) -> Result<String, Rejection> {
+    let id = Uuid::parse_str(id).map_err(|_| Rejection::bad_id("connection_id is no UUID."))?;
+    Ok(id.to_string())
+}
+
+async fn broadcast(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    how: How,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let channel = gateway.names.events_broadcast();
+    publish(&gateway, channel, how, body).await
+}
+
+async fn to_user(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(user): PathId,
+    how: How,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let channel = gateway.names.events_user(&user);
+    publish(&gateway, channel, how, body).await
+}
+
+async fn to_connection(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    Path(id): Path<String>,
+    how: How,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let channel = gateway.names.events_connection(&connection(&id)?);
+    publish(&gateway, channel, how, body).await
+}
+
+async fn publish(
+    gateway: &Gateway,
+    channel: String,
+    how: How,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let event = serde_json::from_slice(&read(body)?);
+    let event = event.map_err(|error| Rejection::bad_request(error.to_string()))?;
+    let (payload, how) = complete(event, how)?;
+    let (by_default, clock) = (gateway.config.events.history, gateway.names.events_clock());
+    let keep = how.keep(gateway, &channel, by_default, Some(clock));
+    publishing::publish(gateway, channel, payload, keep).await
+}
+
+/// An event as clients get it: it has a type and a time, and its id is known beside it.
+fn complete(mut event: Map<String, Value>, mut how: How) -> Result<(Bytes, How), Rejection> {
+    if !event.get("type").is_some_and(Value::is_string) {
+        return Err(Rejection::bad_request("An event needs a type, which is a string."));
+    }
+    if let Some(event_id) = &how.event_id {
+        event.insert("event_id".into(), (**event_id).into());
+    }
+    how.event_id = match event.get("event_id") {
+        None => None,
+        Some(Value::String(event_id)) => Some(event_id.as_str().into()),
+        Some(_) => return Err(Rejection::bad_request("event_id must be a string.")),
+    };
+    how.check()?;
+    if !event.contains_key("timestamp") {
+        event.insert("timestamp".into(), time::rfc3339().into());
+    }
+    Ok((Value::Object(event).to_string().into(), how))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Batch {
+    messages: Vec<BatchMessage>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchMessage {
+    to: String,
+    message: Value,
+    history: Option<bool>,
+    idempotency_key: Option<Box<str>>,
+}
+
+/// Publishes in the given order. Each message has its own result: one that is wrong stops no other.
+async fn batch(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let batch: Batch = serde_json::from_slice(&read(body)?)
+        .map_err(|error| Rejection::bad_request(error.to_string()))?;
+    if batch.messages.len() > BATCH_MAX {
+        return Err(Rejection::bad_request(format!("A batch has at most {BATCH_MAX} messages.")));
+    }
+    let results = upgrade::deadline(&gateway, async {
+        let mut waiting = Vec::with_capacity(batch.messages.len());
+        for message in batch.messages {
+            gateway.bus.publishable().await;
+            waiting.push(enqueue(&gateway, message));
+        }
+        let mut results = Vec::with_capacity(waiting.len());
+        for outcome in waiting {
+            let result = match outcome {
+                Ok(outcome) => publishing::told(outcome.await),
+                Err(rejection) => Err(rejection),
+            };
+            results.push(result.unwrap_or_else(|rejection| rejection.body()));
+        }
+        Ok(results)
+    });
+    Ok(Json(json!({ "results": results.await? })).into_response())
+}
+
+fn enqueue(
+    gateway: &Gateway,
+    BatchMessage { to, message, history, idempotency_key }: BatchMessage,
+) -> Result<tokio::sync::oneshot::Receiver<crate::bus::Outcome>, Rejection> {
+    let how = How { history, event_id: None, idempotency_key };
+    how.check()?;
+    let (channel, payload, keep) = match To::parse(gateway, &to)? {
+        To::Events(channel) => {
+            let Value::Object(event) = message else {
+                return Err(Rejection::bad_request("An event is a JSON object."));
+            };
+            let (payload, how) = complete(event, how)?;
+            let (by_default, clock) = (gateway.config.events.history, gateway.names.events_clock());
+            let keep = how.keep(gateway, &channel, by_default, Some(clock));
+            (channel, payload, keep)
+        }
+        To::Session(channel) => {
+            let keep = how.keep(gateway, &channel, false, None);
+            (channel, message.to_string().into(), keep)
+        }
+    };
+    publishing::enqueue(gateway, channel, payload, keep)
+}
+
+async fn read_history(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    range: Result<Query<Range>, QueryRejection>,
+) -> Result<Response, Rejection> {
+    let Query(range) = range.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    let channel = range.channel.as_deref();
+    let channel = channel.ok_or_else(|| Rejection::bad_request("channel is missing."))?;
+    let To::Events(channel) = To::parse(&gateway, channel)? else {
+        return Err(Rejection::bad_request("A session's history is at its own path."));
+    };
+    history::read(&gateway, &channel, range).await
+}

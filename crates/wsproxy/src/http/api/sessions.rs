@@ -1,0 +1,240 @@
+//! Sessions over HTTP: tokens, messages, streams, history, what clients say.
+
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{
+        Path, Query, State,
+        rejection::{BytesRejection, PathRejection, QueryRejection},
+    },
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use http::{StatusCode, header};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use uuid::Uuid;
+use wsproxy_proto::disconnect;
+
+use crate::{
+    auth,
+    bus::Keep,
+    gateway::Gateway,
+    http::{
+        Body,
+        api::{
+            PathId, Worker,
+            history::{self, Range},
+            optional_json,
+            publishing::{How, publish},
+            read,
+        },
+        follow,
+        rejection::Rejection,
+        upgrade,
+    },
+    store::{StoreError, StreamCommand, StreamOp, StreamOutcome},
+};
+
+/// Longest life of a token that the API makes, in seconds.
+const TOKEN_TTL_MAX: u64 = 24 * 3600;
+
+/// The lease of a token stream whose worker names none, in milliseconds.
+const LEASE_MS: u64 = 15_000;
+
+/// Leases that a worker may ask for.
+const LEASE_ALLOWED: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+
+/// The routes of sessions.
+pub(super) fn router() -> Router<Arc<Gateway>> {
+    Router::new()
+        .route("/api/v1/sessions/{session_id}/token", post(create_token))
+        .route("/api/v1/sessions/{session_id}/messages", post(publish_message))
+        .route("/api/v1/sessions/{session_id}/history", get(read_history))
+        .route("/api/v1/sessions/{session_id}/streams/{stream_id}", post(change_stream))
+        .route("/api/v1/sessions/{session_id}/close", post(close_session))
+        .route("/api/v1/sessions/{session_id}/upstream", get(follow_upstream))
+        .route("/api/v1/agents/{agent_id}/sessions/events", get(follow_sessions))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenRequest {
+    ttl_seconds: Option<u64>,
+}
+
+async fn create_token(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(session): PathId,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let request: TokenRequest = optional_json(body)?;
+    let ttl = match request.ttl_seconds {
+        None => gateway.config.sessions.token_ttl,
+        Some(seconds @ 1..=TOKEN_TTL_MAX) => Duration::from_secs(seconds),
+        Some(_) => {
+            return Err(Rejection::bad_request(format!(
+                "ttl_seconds must be 1 to {TOKEN_TTL_MAX}."
+            )));
+        }
+    };
+    let key = gateway.names.session_auth(&session);
+    let token =
+        upgrade::deadline(&gateway, async { Ok(auth::issue(&gateway.store, &key, ttl).await?) })
+            .await?;
+    let body =
+        json!({ "session_id": session.as_str(), "token": token, "expires_in": ttl.as_secs() });
+    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
+}
+
+async fn publish_message(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(session): PathId,
+    how: How,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let payload = read(body)?;
+    let channel = gateway.names.session_down(&session);
+    let keep = how.keep(&gateway, &channel, false, None);
+    publish(&gateway, channel, payload, keep).await
+}
+
+async fn read_history(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(session): PathId,
+    range: Result<Query<Range>, QueryRejection>,
+) -> Result<Response, Rejection> {
+    let Query(range) = range.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    if range.channel.is_some() {
+        return Err(Rejection::bad_request("A session has one channel."));
+    }
+    history::read(&gateway, &gateway.names.session_down(&session), range).await
+}
+
+/// What a worker does with a token stream.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+enum StreamRequest {
+    Open { meta: Option<Value>, lease_ms: Option<u64> },
+    Append { text: String, seq: Option<u64>, lease_ms: Option<u64> },
+    Renew { lease_ms: Option<u64> },
+    End { outcome: StreamOutcome, error: Option<Value> },
+}
+
+async fn change_stream(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let Path((session, stream)) = path.map_err(|error| Rejection::bad_id(error.body_text()))?;
+    let (session, stream) =
+        (upgrade::id("session_id", &session)?, upgrade::id("stream_id", &stream)?);
+    let request = serde_json::from_slice(&read(body)?);
+    let request = request.map_err(|error| Rejection::bad_request(error.to_string()))?;
+    let op = match request {
+        StreamRequest::Open { meta, lease_ms } => {
+            StreamOp::Open { meta: json_bytes(meta), lease: lease(lease_ms)? }
+        }
+        StreamRequest::Append { text, seq, lease_ms } => {
+            StreamOp::Append { text: text.into(), seq, lease: lease(lease_ms)? }
+        }
+        StreamRequest::Renew { lease_ms } => StreamOp::Renew { lease: lease(lease_ms)? },
+        StreamRequest::End { outcome, error } => {
+            StreamOp::End { outcome, error: json_bytes(error) }
+        }
+    };
+    let command = StreamCommand { session, stream, op, limits: gateway.config.history.limits() };
+    let changed = upgrade::deadline(&gateway, async {
+        gateway.store.stream(command).await.map_err(stream_rejection)
+    });
+    let (seq, id) = changed.await?;
+    Ok(Json(json!({ "seq": seq, "event_id": id.to_string() })).into_response())
+}
+
+fn json_bytes(value: Option<Value>) -> Bytes {
+    value.map_or_else(Bytes::new, |value| value.to_string().into())
+}
+
+fn lease(milliseconds: Option<u64>) -> Result<Duration, Rejection> {
+    let lease = Duration::from_millis(milliseconds.unwrap_or(LEASE_MS));
+    if LEASE_ALLOWED.contains(&lease) {
+        Ok(lease)
+    } else {
+        Err(Rejection::bad_request("lease_ms must be 1000 to 3600000."))
+    }
+}
+
+/// A stream that is not as the worker believes is the worker's affair.
+fn stream_rejection(error: StoreError) -> Rejection {
+    let StoreError::Refused(why) = &error else { return error.into() };
+    match why.split([' ', ':']).next() {
+        Some("NOSTREAM") => Rejection::not_found("There is no such stream, or it has expired."),
+        Some("EXISTS") => Rejection::conflict("There is such a stream already."),
+        Some("ENDED") => Rejection::conflict("The stream has ended."),
+        Some("SEQ") => Rejection::conflict("The stream has another number of appends."),
+        Some("TOOLARGE") => Rejection::too_large("The stream's text is too large."),
+        _ => error.into(),
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CloseRequest {
+    code: Option<u16>,
+    reason: Option<String>,
+    connection_id: Option<Uuid>,
+}
+
+async fn close_session(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(session): PathId,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let request: CloseRequest = optional_json(body)?;
+    if let Some(code) = request.code
+        && !disconnect::is_sendable(code)
+    {
+        return Err(Rejection::bad_request(format!("{code} is no close code that may be sent.")));
+    }
+    let command = json!({
+        "op": "close",
+        "code": request.code,
+        "reason": request.reason,
+        "connection_id": request.connection_id,
+    });
+    let channel = gateway.names.session_control(&session);
+    publish(&gateway, channel, command.to_string().into(), Keep::Nothing).await
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FollowQuery {
+    #[serde(default)]
+    log: bool,
+}
+
+async fn follow_upstream(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(session): PathId,
+    query: Result<Query<FollowQuery>, QueryRejection>,
+) -> Result<http::Response<Body>, Rejection> {
+    let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    let log = query.log.then(|| gateway.names.session_up_log(&session));
+    follow::follow(&gateway, gateway.names.session_up(&session), log).await
+}
+
+async fn follow_sessions(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(agent): PathId,
+) -> Result<http::Response<Body>, Rejection> {
+    follow::follow(&gateway, gateway.names.agent_sessions(&agent), None).await
+}

@@ -1,0 +1,209 @@
+//! Histories and token streams on Redis: what is asked of the scripts, and what their answers say.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use wsproxy_proto::{
+    history::{After, Entry, Log, Position, Snapshot},
+    names::{Id, Names},
+};
+
+use crate::{
+    bus::redis::{
+        milliseconds,
+        resp::Reply,
+        script::{self, EXACT_MAX},
+    },
+    store::{
+        PAGE_BYTES_MAX, SCAN_MAX, STREAMS_BYTES_MAX, SnapshotOf, StoreError, StreamCommand,
+        StreamOp, StreamState,
+        redis::{RedisStore, odd_reply},
+    },
+};
+
+impl RedisStore {
+    pub(in crate::store) async fn snapshot(
+        &self,
+        of: &SnapshotOf,
+    ) -> Result<(Snapshot, Vec<StreamState>), StoreError> {
+        let mut words = Words::default();
+        words.number(of.logs.len() as u64 + 1);
+        of.logs.iter().for_each(|log| words.text(log));
+        words.text(&of.epoch);
+        match &of.after {
+            None => words.texts(&["", ""]),
+            Some(After::Position(after)) => words.texts(&[&reachable(*after).to_string(), ""]),
+            Some(After::Event(id)) => words.texts(&["", id]),
+        }
+        words.number((of.entries_max as u64).clamp(1, EXACT_MAX));
+        words.number(PAGE_BYTES_MAX as u64);
+        words.number(SCAN_MAX as u64);
+        if let Some(session) = &of.streams_of {
+            let names = self.0.names();
+            words.text(&names.session_streams(session));
+            words.text(&names.stream_prefix(session));
+            words.number(STREAMS_BYTES_MAX as u64);
+        }
+        let reply = self.0.run(&script::READ, &words.slices()).await?;
+        snapshot(reply).ok_or_else(odd_reply)
+    }
+
+    pub(in crate::store) async fn stream(
+        &self,
+        command: &StreamCommand,
+    ) -> Result<(u64, Position), StoreError> {
+        let names = self.0.names();
+        let StreamCommand { session, stream, op, limits } = command;
+        let channel = names.session_down(session);
+        let mut words = Words::default();
+        words.number(5);
+        words.text(&Names::log(&channel));
+        words.text(&names.stream(session, stream, ""));
+        words.text(&names.stream(session, stream, ":text"));
+        words.text(&names.session_streams(session));
+        words.text(&names.stream_leases());
+        words.text(op.name());
+        words.texts(&[&channel, session.as_str(), stream.as_str()]);
+        words.number(limits.entries_max.clamp(1, EXACT_MAX));
+        words.number(limits.bytes_max.min(EXACT_MAX));
+        words.number(milliseconds(limits.ttl));
+        words.number(milliseconds(op.lease().unwrap_or(Duration::ZERO)));
+        match op {
+            StreamOp::Open { meta, .. } => words.bytes(meta),
+            StreamOp::Append { text, seq, .. } => {
+                words.bytes(text);
+                words.text(&seq.map_or_else(String::new, |seq| seq.to_string()));
+            }
+            StreamOp::End { outcome, error } => {
+                words.text(outcome.label());
+                words.bytes(error);
+            }
+            StreamOp::Renew { .. } | StreamOp::Lost => {}
+        }
+        let Reply::Array(answer) = self.0.run(&script::STREAM, &words.slices()).await? else {
+            return Err(odd_reply());
+        };
+        match &answer[..] {
+            [Reply::Integer(seq), Reply::Text(id)] => {
+                let position = Position::parse(id).ok_or_else(odd_reply)?;
+                Ok((seq.unsigned_abs(), position))
+            }
+            _ => Err(odd_reply()),
+        }
+    }
+
+    pub(in crate::store) async fn lapsed_streams(
+        &self,
+        count: usize,
+    ) -> Result<Vec<(Id, Id)>, StoreError> {
+        let leases = self.0.names().stream_leases();
+        let count = count.to_string();
+        let words: [&[u8]; 5] =
+            [b"EVAL", LAPSED.as_bytes(), b"1", leases.as_bytes(), count.as_bytes()];
+        let Reply::Array(members) = self.0.command(&words).await? else { return Err(odd_reply()) };
+        // A member that nobody could have put there is left alone.
+        let member = |reply: &Reply| {
+            let Reply::Text(member) = reply else { return None };
+            let (session, stream) = std::str::from_utf8(member).ok()?.split_once('/')?;
+            Some((Id::parse(session).ok()?, Id::parse(stream).ok()?))
+        };
+        Ok(members.iter().filter_map(member).collect())
+    }
+}
+
+/// Words of a command that are put together.
+#[derive(Default)]
+struct Words(Vec<Bytes>);
+
+impl Words {
+    fn text(&mut self, word: &str) {
+        self.0.push(Bytes::copy_from_slice(word.as_bytes()));
+    }
+
+    fn texts(&mut self, words: &[&str]) {
+        words.iter().for_each(|word| self.text(word));
+    }
+
+    fn bytes(&mut self, word: &Bytes) {
+        self.0.push(word.clone());
+    }
+
+    fn number(&mut self, number: u64) {
+        self.0.push(number.to_string().into());
+    }
+
+    fn slices(&self) -> Vec<&[u8]> {
+        self.0.iter().map(|word| &word[..]).collect()
+    }
+}
+
+/// Nothing can be behind the last position of all, and Redis refuses to look.
+fn reachable(after: Position) -> Position {
+    match after.sequence {
+        u64::MAX if after.milliseconds == u64::MAX => Position { sequence: u64::MAX - 1, ..after },
+        _ => after,
+    }
+}
+
+fn snapshot(reply: Reply) -> Option<(Snapshot, Vec<StreamState>)> {
+    let [now, epoch, after, logs, streams] = parts(reply)?;
+    let logs = array(logs)?.into_iter().map(log).collect::<Option<_>>()?;
+    let streams = array(streams)?.into_iter().map(stream).collect::<Option<_>>()?;
+    let after = Position::parse(&text(after)?);
+    Some((Snapshot { now_ms: integer(now)?, epoch_ms: integer(epoch)?, after, logs }, streams))
+}
+
+fn log(reply: Reply) -> Option<Log> {
+    let [last, first, first_prev, complete, entries] = parts(reply)?;
+    let (last, first) = (Position::parse(&text(last)?), Position::parse(&text(first)?));
+    let first_prev = position_or_broken(&text(first_prev)?);
+    let mut words = array(entries)?.into_iter();
+    let mut entries = Vec::with_capacity(words.len() / 4);
+    while let Some(id) = words.next() {
+        let (id, prev) = (Position::parse(&text(id)?)?, text(words.next()?)?);
+        let (event_id, data) = (text(words.next()?)?, text(words.next()?)?);
+        let event_id = (!event_id.is_empty()).then(|| String::from_utf8_lossy(&event_id).into());
+        entries.push(Entry { id, prev: position_or_broken(&prev), event_id, data });
+    }
+    let first = first.map(|first| (first, first_prev));
+    Some(Log { last, first, entries, complete: integer(complete)? != 0 })
+}
+
+/// An entry that was not written by the scripts follows nothing that could be known.
+fn position_or_broken(prev: &[u8]) -> Position {
+    Position::parse(prev).unwrap_or(Position { milliseconds: u64::MAX, sequence: u64::MAX })
+}
+
+fn stream(reply: Reply) -> Option<StreamState> {
+    let [stream, state, seq, content, meta, error] = parts(reply)?;
+    let utf8 = |reply| Some(String::from_utf8_lossy(&text(reply)?).into());
+    Some(StreamState {
+        stream: utf8(stream)?,
+        state: utf8(state)?,
+        seq: integer(seq)?,
+        text: text(content)?,
+        meta: text(meta)?,
+        error: text(error)?,
+    })
+}
+
+fn parts<const N: usize>(reply: Reply) -> Option<[Reply; N]> {
+    array(reply)?.try_into().ok()
+}
+
+fn array(reply: Reply) -> Option<Vec<Reply>> {
+    if let Reply::Array(replies) = reply { Some(replies) } else { None }
+}
+
+fn text(reply: Reply) -> Option<Bytes> {
+    if let Reply::Text(text) = reply { Some(text) } else { None }
+}
+
+fn integer(reply: Reply) -> Option<u64> {
+    if let Reply::Integer(number) = reply { u64::try_from(number).ok() } else { None }
+}
+
+/// Leases that have run out by the clock of the server.
+const LAPSED: &str = "\
+local t=redis.call('TIME') \
+return redis.call('ZRANGEBYSCORE',KEYS[1],'-inf',t[1]*1000+math.floor(t[2]/1000),'LIMIT',0,ARGV[1])";

@@ -1,0 +1,34 @@
+//! How the instance's own connections to servers are encrypted; knows no protocol above TLS.
+
+use std::{path::Path, sync::Arc};
+
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, pem::PemObject};
+
+/// Trusts the system's authorities and those in `ca_file`.
+///
+/// # Errors
+/// The file cannot be read or holds no certificate, as a sentence for the operator.
+pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if let Some(path) = ca_file {
+        let certificates = CertificateDer::pem_file_iter(path)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|error| format!("the CA file {} cannot be read: {error}", path.display()))?;
+        if certificates.is_empty() {
+            return Err(format!("the CA file {} holds no certificate", path.display()));
+        }
+        for certificate in certificates {
+            roots
+                .add(certificate)
+                .map_err(|error| format!("the CA file {} is no use: {error}", path.display()))?;
+        }
+    }
+    // Named explicitly: the process-wide default may be another, or none.
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
