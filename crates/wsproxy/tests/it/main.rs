@@ -20,6 +20,8 @@ mod memory;
 mod metrics;
 mod sessions;
 mod slow;
+mod sse;
+mod sse_pressure;
 mod store;
 mod support;
 mod tokens;
