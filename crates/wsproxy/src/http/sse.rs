@@ -193,7 +193,7 @@ fn lists(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     values.flat_map(|value| value.split(',')).any(|element| {
         let mut parts = element.split(';').map(str::trim);
         let is_wanted = parts.next().is_some_and(|value| value.eq_ignore_ascii_case(wanted));
-        let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
+        let weight = parts.find_map(|part| part.strip_prefix(['q', 'Q'])?.strip_prefix('='));
         is_wanted && weight.is_none_or(|weight| weight.parse() != Ok(0.0_f32))
     })
 }

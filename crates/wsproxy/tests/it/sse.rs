@@ -95,9 +95,9 @@ async fn positions_come_with_events_and_resume(backend: Backend) {
         let mut events = Events::open(instance.address(), &path, &headers).await.unwrap();
         let notice = events.json().await;
         assert_eq!((&notice["type"], &notice["count"]), (&json!("resumed"), &json!(6 - first)));
-        for n in first..6 {
+        for (n, id) in ids.iter().enumerate().skip(first) {
             let event = events.event().await.unwrap();
-            assert_eq!(event.id.as_ref(), Some(&ids[n]));
+            assert_eq!(event.id.as_ref(), Some(id));
             assert_eq!(event.data.unwrap(), format!("[{n}]"));
         }
         let live = instance.keep("other", "1").await;

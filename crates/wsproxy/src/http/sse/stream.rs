@@ -307,7 +307,10 @@ struct Deeds<'a> {
 impl Actions for Deeds<'_> {
     fn reply(&mut self, _kind: Kind, payload: &[u8]) {
         let event = message::event(None, payload);
-        self.tap.push(self.gzip.map_or(event.clone(), |how| gzip::part(&event, how)));
+        self.tap.push(match self.gzip {
+            None => event,
+            Some(how) => gzip::part(&event, how),
+        });
     }
 
     fn publish(&mut self, publish: Publish) -> Result<(), BusError> {
