@@ -27,7 +27,6 @@ use crate::{
     bus::{Bus, BusError, HistoryLimits, Publish},
     config::{DownFrames, OnBusLoss},
     hub::{
-        gzip::Deflation,
         message::Stored,
         replay::{Gate, Replay},
         subscribers::Subscribers,
@@ -67,8 +66,6 @@ pub enum Sink {
         tap: Arc<Tap>,
         /// What the client is told after a loss of the bus.
         on_loss: OnBusLoss,
-        /// How its events are compressed, where it accepts that.
-        gzip: Option<Deflation>,
     },
     /// To a client that does not know yet what it has missed.
     Gated(Arc<Gate>),

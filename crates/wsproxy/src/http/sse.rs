@@ -47,7 +47,6 @@ pub fn is_asked(gateway: &Gateway, headers: &HeaderMap) -> bool {
 pub struct Opening {
     id: Uuid,
     tap: Arc<Tap>,
-    gzip: Option<Deflation>,
     resume: Resume,
     place: Place,
     /// The place of its socket.
@@ -87,9 +86,9 @@ impl Opening {
         let line = request.extensions_mut().remove::<Arc<Line>>();
         let line = line.ok_or_else(|| Rejection::internal("The socket is unknown."))?;
         let runtime = Arc::clone(&gateway.runtime);
-        let tap = Tap::of_client(profile.send_buffer_bytes, runtime);
+        let tap = Tap::of_client(profile.send_buffer_bytes, runtime, gzip);
         let (id, profile) = (Uuid::now_v7(), Arc::clone(profile));
-        Ok(Self { id, tap, gzip, resume, place, socket_place, line, profile })
+        Ok(Self { id, tap, resume, place, socket_place, line, profile })
     }
 
     /// The connection's id.
@@ -107,7 +106,7 @@ impl Opening {
     /// Where messages for the client go.
     #[must_use]
     pub fn client(&self, on_loss: OnBusLoss) -> Sink {
-        Sink::EventStream { tap: Arc::clone(&self.tap), on_loss, gzip: self.gzip }
+        Sink::EventStream { tap: Arc::clone(&self.tap), on_loss }
     }
 
     /// Where messages for the endpoint's logic go.
@@ -140,9 +139,8 @@ impl Opening {
             // The look around for connections to close may have been before this one came.
             self.tap.end(&wsproxy_proto::disconnect::Disconnect::RESTART);
         }
-        let is_gzip = self.gzip.is_some();
-        let stream =
-            EventStream::open(gateway, label, &self.profile, self.tap, self.gzip, held, logic);
+        let is_gzip = self.tap.gzip().is_some();
+        let stream = EventStream::open(gateway, label, &self.profile, self.tap, held, logic);
         let mut response = Response::new(Body::new(stream));
         let headers = response.headers_mut();
         for (name, value) in HEADERS {

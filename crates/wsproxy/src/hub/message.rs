@@ -76,7 +76,7 @@ impl<'a> Fanout<'a> {
     pub(super) fn encode(&mut self, sink: &Sink, hub: &Hub) -> Option<Bytes> {
         match sink {
             Sink::Client { link, form, .. } => self.frame(*form, link, hub),
-            Sink::EventStream { gzip, .. } => self.event(*gzip, hub),
+            Sink::EventStream { tap, .. } => self.event(tap.gzip(), hub),
             Sink::Gated(gate) => self.encode(&gate.target, hub),
             Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Tap(_) => None,
         }

@@ -14,6 +14,8 @@ use parking_lot::Mutex;
 use wsproxy_conn::Runtime;
 use wsproxy_proto::{disconnect::Disconnect, history::Position};
 
+use crate::hub::gzip::Deflation;
+
 /// A bounded queue of messages, with one reader.
 ///
 /// Invariant: never holds more than `limit` bytes beside what its reader had missed when it came. A message
@@ -23,6 +25,8 @@ pub struct Tap {
     limit: usize,
     /// Whose budget counts what waits here, where the reader is a client.
     runtime: Option<Arc<Runtime>>,
+    /// How that client's events are compressed, where it accepts that.
+    gzip: Option<Deflation>,
     state: Mutex<State>,
 }
 
@@ -61,19 +65,26 @@ impl Tap {
     /// A tap that holds at most `limit` bytes. All that fitted is still there for the reader when it overflows.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, runtime: None, state: Mutex::default() })
+        Arc::new(Self { limit, runtime: None, gzip: None, state: Mutex::default() })
     }
 
-    /// A tap whose reader is a client. When it overflows it is emptied, and ends as a slow consumer's.
+    /// A tap whose reader is a client, with compressed events or plain ones. When it overflows it is emptied,
+    /// and ends as a slow consumer's.
     #[must_use]
-    pub fn of_client(limit: usize, runtime: Arc<Runtime>) -> Arc<Self> {
-        Arc::new(Self { limit, runtime: Some(runtime), state: Mutex::default() })
+    pub fn of_client(limit: usize, runtime: Arc<Runtime>, gzip: Option<Deflation>) -> Arc<Self> {
+        Arc::new(Self { limit, runtime: Some(runtime), gzip, state: Mutex::default() })
     }
 
     /// What may wait in it, in bytes.
     #[must_use]
     pub const fn limit(&self) -> usize {
         self.limit
+    }
+
+    /// How its client's events are compressed.
+    #[must_use]
+    pub const fn gzip(&self) -> Option<Deflation> {
+        self.gzip
     }
 
     /// What waits in it, in bytes.
@@ -180,8 +191,8 @@ impl Tap {
     fn empty(&self, state: &mut State) {
         self.account(state.bytes + state.missed_bytes, 0);
         let discarded = state.discarded + state.messages();
-        let waker = state.waker.take();
-        *state = State { discarded, waker, ..State::default() };
+        let (closed, waker) = (state.closed, state.waker.take());
+        *state = State { discarded, closed, waker, ..State::default() };
     }
 
     fn account(&self, before: usize, after: usize) {
@@ -291,7 +302,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_is_too_slow_loses_what_waits_and_the_budget_knows() {
         let runtime = Runtime::new(1 << 20, Micros(0));
-        let tap = Tap::of_client(2 * ENTRY_BYTES, Arc::clone(&runtime));
+        let tap = Tap::of_client(2 * ENTRY_BYTES, Arc::clone(&runtime), None);
         // What it had missed is no fault of its own.
         (0..10).for_each(|_| tap.push_missed("missed".into()));
         tap.push("".into());
@@ -309,7 +320,7 @@ mod tests {
     #[tokio::test]
     async fn what_waits_is_given_back_with_the_tap() {
         let runtime = Runtime::new(1 << 20, Micros(0));
-        let tap = Tap::of_client(1000, Arc::clone(&runtime));
+        let tap = Tap::of_client(1000, Arc::clone(&runtime), None);
         tap.place(Position::START);
         tap.push("1".into());
         tap.end(&Disconnect::RESTART);

@@ -85,7 +85,6 @@ impl<L: Logic> EventStream<L> {
         label: Endpoint,
         profile: &Arc<Profile>,
         tap: Arc<Tap>,
-        gzip: Option<Deflation>,
         held: Held,
         logic: L,
     ) -> Self {
@@ -94,8 +93,8 @@ impl<L: Logic> EventStream<L> {
             gateway: Arc::clone(gateway),
             label,
             profile: Arc::clone(profile),
+            gzip: tap.gzip().map(|how| (how, Gzip::default())),
             tap,
-            gzip: gzip.map(|how| (how, Gzip::default())),
             _held: held,
             logic,
             timer: Box::pin(sleep_until(now + gateway.config.sse.keep_alive)),
@@ -111,9 +110,8 @@ impl<L: Logic> EventStream<L> {
 
     /// Lets the logic look at something, and does what it states.
     fn with_logic(&mut self, look: impl FnOnce(&mut L, &mut Deeds<'_>)) {
-        let gzip = self.gzip.as_ref().map(|(how, _)| *how);
         let (hub, tap) = (&*self.gateway.hub, &*self.tap);
-        let mut deeds = Deeds { hub, tap, gzip, close: None };
+        let mut deeds = Deeds { hub, tap, close: None };
         look(&mut self.logic, &mut deeds);
         if let Some(close) = deeds.close
             && !matches!(self.phase, Phase::Over(_))
@@ -300,14 +298,13 @@ impl Chunk {
 struct Deeds<'a> {
     hub: &'a Hub,
     tap: &'a Tap,
-    gzip: Option<Deflation>,
     close: Option<Close>,
 }
 
 impl Actions for Deeds<'_> {
     fn reply(&mut self, _kind: Kind, payload: &[u8]) {
         let event = message::event(None, payload);
-        self.tap.push(match self.gzip {
+        self.tap.push(match self.tap.gzip() {
             None => event,
             Some(how) => gzip::part(&event, how),
         });
