@@ -25,6 +25,8 @@ mod registry;
 mod scripts;
 mod sessions;
 mod slow;
+mod sse;
+mod sse_pressure;
 mod store;
 mod streams;
 mod support;
