@@ -48,7 +48,7 @@ struct Live<M> {
 pub enum Verdict {
     /// Everybody gets it.
     Deliver,
-    /// Whoever came while the log was read may need it; everybody else has it.
+    /// Whoever waits behind a [closed fence](crate::history::Fence::is_open) may need it; everybody else has it.
     Duplicate,
     /// It waits until the hole before it is filled.
     Held,

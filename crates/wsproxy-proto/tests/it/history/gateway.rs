@@ -151,7 +151,7 @@ impl Instance {
         let id = redis.truth[serial].id;
         for client in self.clients.iter_mut().filter(|client| client.logs.contains(&log)) {
             let bytes = self.bounds.message_bytes;
-            let is_due = match client.passed.contains(&log) {
+            let is_due = match client.passed.contains(&log) || client.fence.is_open() && !to_all {
                 true => to_all,
                 false => client.fence.offer(Some(id), || (serial, bytes)),
             };
