@@ -57,6 +57,9 @@ impl Round {
     ) {
         for sink in subscribers.iter_mut() {
             if let Sink::Gated(gate) = sink {
+                if audience == Audience::Gated && gate.fence.lock().is_open() {
+                    continue;
+                }
                 let frame = fanout.encode(&gate.target, hub);
                 let id = fanout.message.id;
                 if let Some(frame) = frame {
