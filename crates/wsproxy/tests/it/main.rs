@@ -21,6 +21,7 @@ mod jwt;
 mod limits;
 mod memory;
 mod metrics;
+mod presence;
 mod registry;
 mod scripts;
 mod sessions;
