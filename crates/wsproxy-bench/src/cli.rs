@@ -9,7 +9,9 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::LimitServer;
 use crate::limit;
 use crate::report::Report;
-use crate::scenario::{churn, connect, drain, echo, fanout, idle, sessions, slow};
+use crate::scenario::{
+    churn, connect, drain, echo, fanout, history, idle, outage, resume, sessions, slow,
+};
 use crate::target::Kind;
 
 /// Puts load on a WebSocket gateway and measures what it costs.
@@ -62,6 +64,12 @@ enum Scenario {
     Churn(churn::Options),
     /// The server is told to end.
     Drain(drain::Options),
+    /// Messages with history beside plain ones.
+    History(history::Options),
+    /// An instance is killed; all its clients continue at another one.
+    Resume(resume::Options),
+    /// Redis is killed under load and comes back with its data.
+    Outage(outage::Options),
 }
 
 /// What every scenario needs to know.
@@ -134,6 +142,10 @@ pub fn run(cli: Cli) -> Result<bool> {
             if matches!(scenario, Scenario::Echo(_)) {
                 bail!("the raw limit has no way up");
             }
+            use Scenario::{History, Outage, Resume};
+            if matches!(scenario, History(_) | Resume(_) | Outage(_)) {
+                bail!("the raw limit keeps no history");
+            }
             // Many sessions come through Redis as they do for a real server; what goes to everybody goes to
             // the bare loop directly.
             let through_redis = !matches!(scenario, Scenario::Fanout(_));
@@ -161,6 +173,9 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::Slow(options) => slow::run(options)?,
         Scenario::Churn(options) => churn::run(options)?,
         Scenario::Drain(options) => drain::run(options)?,
+        Scenario::History(options) => history::run(options)?,
+        Scenario::Resume(options) => resume::run(options)?,
+        Scenario::Outage(options) => outage::run(options)?,
     };
     if scenario.common().json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -181,6 +196,9 @@ impl Scenario {
             Self::Slow(options) => &options.common,
             Self::Churn(options) => &options.common,
             Self::Drain(options) => &options.common,
+            Self::History(options) => &options.common,
+            Self::Resume(options) => &options.common,
+            Self::Outage(options) => &options.common,
         }
     }
 
@@ -194,6 +212,9 @@ impl Scenario {
             Self::Slow(options) => &mut options.common,
             Self::Churn(options) => &mut options.common,
             Self::Drain(options) => &mut options.common,
+            Self::History(options) => &mut options.common,
+            Self::Resume(options) => &mut options.common,
+            Self::Outage(options) => &mut options.common,
         }
     }
 }
