@@ -215,6 +215,24 @@ impl Bench {
         self.report.ratio("measured_s", elapsed, NS_PER_SECOND as f64);
     }
 
+    /// Puts the name of a phase before the CPU figures that were noted last, since others follow.
+    pub fn rename_cpu(&mut self, phase: &str) {
+        let figures = &mut self.report.figures;
+        let names: Vec<String> = figures
+            .keys()
+            .filter(|name| {
+                ["server_cpu", "redis_cpu", "client_cpu"].iter().any(|of| name.starts_with(of))
+            })
+            .cloned()
+            .collect();
+        for name in names {
+            if let Some(value) = figures.remove(&name) {
+                figures.insert(format!("{phase}_{name}"), value);
+            }
+        }
+        figures.remove("measured_s");
+    }
+
     /// Memory of the server, now.
     #[must_use]
     pub fn memory(&self) -> Memory {

@@ -8,9 +8,10 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench::LimitServer;
 use crate::limit;
+use crate::remote::{self, Generator};
 use crate::report::Report;
 use crate::scenario::{
-    churn, connect, drain, echo, fanout, history, idle, outage, resume, sessions, slow,
+    churn, cluster, connect, drain, echo, fanout, history, idle, outage, resume, sessions, slow,
 };
 use crate::target::Kind;
 
@@ -26,6 +27,9 @@ pub struct Cli {
 enum Command {
     #[command(flatten)]
     Scenario(Scenario),
+    /// Part of the clients of another command, which tells it what to do.
+    #[command(hide = true)]
+    Generator(Generator),
     /// The raw limit: a bare write loop, measured with the same clients.
     Limit {
         #[command(subcommand)]
@@ -70,6 +74,8 @@ enum Scenario {
     Resume(resume::Options),
     /// Redis is killed under load and comes back with its data.
     Outage(outage::Options),
+    /// Users at the event endpoint of several instances.
+    Cluster(cluster::Options),
 }
 
 /// What every scenario needs to know.
@@ -134,6 +140,7 @@ impl Common {
 pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Scenario(scenario) => finish(&scenario),
+        Command::Generator(generator) => remote::serve(&generator).map(|()| true),
         Command::Limit { what: LimitCommand::Serve { redis } } => {
             limit::serve(redis)?;
             Ok(true)
@@ -142,9 +149,9 @@ pub fn run(cli: Cli) -> Result<bool> {
             if matches!(scenario, Scenario::Echo(_)) {
                 bail!("the raw limit has no way up");
             }
-            use Scenario::{History, Outage, Resume};
-            if matches!(scenario, History(_) | Resume(_) | Outage(_)) {
-                bail!("the raw limit keeps no history");
+            use Scenario::{Cluster, History, Outage, Resume};
+            if matches!(scenario, History(_) | Resume(_) | Outage(_) | Cluster(_)) {
+                bail!("the raw limit keeps no history and knows no users");
             }
             // Many sessions come through Redis as they do for a real server; what goes to everybody goes to
             // the bare loop directly.
@@ -176,6 +183,7 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::History(options) => history::run(options)?,
         Scenario::Resume(options) => resume::run(options)?,
         Scenario::Outage(options) => outage::run(options)?,
+        Scenario::Cluster(options) => cluster::run(options)?,
     };
     if scenario.common().json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -199,6 +207,7 @@ impl Scenario {
             Self::History(options) => &options.common,
             Self::Resume(options) => &options.common,
             Self::Outage(options) => &options.common,
+            Self::Cluster(options) => &options.common,
         }
     }
 
@@ -215,6 +224,7 @@ impl Scenario {
             Self::History(options) => &mut options.common,
             Self::Resume(options) => &mut options.common,
             Self::Outage(options) => &mut options.common,
+            Self::Cluster(options) => &mut options.common,
         }
     }
 }

@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
 
 pub use counters::Counters;
-pub use tally::Tally;
+pub use tally::{Ending, Tally};
 
 use crate::clock::{now_ns, ns};
 use crate::target::Target;

@@ -233,7 +233,8 @@ enum Step {
 
 /// How much of the payload must lie together before the frame is looked at.
 fn wanted(header: &Header) -> usize {
-    let wanted = if header.opcode.is_control() { CONTROL_BYTES_MAX } else { POSITION_AND_STAMP_BYTES };
+    let wanted =
+        if header.opcode.is_control() { CONTROL_BYTES_MAX } else { POSITION_AND_STAMP_BYTES };
     wanted.min(usize::try_from(header.payload_len).unwrap_or(usize::MAX))
 }
 
@@ -302,7 +303,10 @@ mod tests {
             stamp.write(bytes, &mut payload);
             push_server_frame(Opcode::Text, &payload, &mut stream);
             push_server_frame(Opcode::Ping, b"are you there", &mut stream);
-            expected.push(Event::Message { content: Content::Stamped(stamp, None), bytes: bytes as u64 });
+            expected.push(Event::Message {
+                content: Content::Stamped(stamp, None),
+                bytes: bytes as u64,
+            });
             expected.push(Event::Ping);
         }
         let lost = br#"{"code":"history_lost","reason":"trimmed","type":"error"}"#;

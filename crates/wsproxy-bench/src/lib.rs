@@ -17,6 +17,7 @@ pub mod persistent;
 pub mod procfs;
 pub mod progress;
 pub mod publisher;
+pub mod remote;
 pub mod report;
 pub mod resp;
 pub mod scenario;

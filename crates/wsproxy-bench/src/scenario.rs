@@ -1,6 +1,7 @@
 //! The scenarios: each sets up clients, puts one kind of load on the server and says what it found.
 
 pub mod churn;
+pub mod cluster;
 pub mod connect;
 pub mod drain;
 pub mod echo;

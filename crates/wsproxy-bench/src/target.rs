@@ -107,6 +107,12 @@ impl Target {
         if self.shared { 0 } else { client }
     }
 
+    /// What keeps the ids of this run apart.
+    #[must_use]
+    pub fn run(&self) -> &str {
+        &self.run
+    }
+
     /// The id of a session.
     #[must_use]
     pub fn session_id(&self, session: u32) -> String {
@@ -115,12 +121,7 @@ impl Target {
 
     /// The bytes of a client's handshake; `position` is that of the last message it got.
     #[must_use]
-    pub fn request(
-        &self,
-        server: &SocketAddr,
-        client: u32,
-        position: Option<Position>,
-    ) -> Vec<u8> {
+    pub fn request(&self, server: &SocketAddr, client: u32, position: Option<Position>) -> Vec<u8> {
         let session = self.session_of(self.first + client);
         let id = self.session_id(session);
         let mut path = self.path.replace("{id}", &id).replace("{agent}", &self.agent);

@@ -79,11 +79,7 @@ pub fn run(options: &Options) -> Result<Report> {
 }
 
 /// Kills Redis at `kill_ns` and starts it again after the outage, in a thread.
-fn take_down(
-    pid: u32,
-    kill_ns: u64,
-    options: &Options,
-) -> Result<JoinHandle<Result<Redis>>> {
+fn take_down(pid: u32, kill_ns: u64, options: &Options) -> Result<JoinHandle<Result<Redis>>> {
     let process =
         i32::try_from(pid).ok().and_then(Pid::from_raw).context("that is no process id")?;
     let (down, conf) = (options.down, options.redis_conf.clone());
