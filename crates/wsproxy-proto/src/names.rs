@@ -146,13 +146,13 @@ pub enum IdError {
     /// More than [`ID_BYTES_MAX`] bytes.
     #[error("is longer than {ID_BYTES_MAX} bytes")]
     TooLong,
-    /// A byte other than letters, digits and `-_.~@+=`.
-    #[error("may hold only letters, digits and -_.~@+=")]
+    /// A byte other than letters, digits and `-_.~@+=|`.
+    #[error("may hold only letters, digits and -_.~@+=|")]
     BadByte,
 }
 
 impl Id {
-    /// Accepts 1 to [`ID_BYTES_MAX`] bytes of `A-Z a-z 0-9 - _ . ~ @ + =`.
+    /// Accepts 1 to [`ID_BYTES_MAX`] bytes of `A-Z a-z 0-9 - _ . ~ @ + = |`.
     ///
     /// A colon would make one entity's channel spell another's, so it is not among them.
     ///
@@ -162,7 +162,7 @@ impl Id {
         match text.as_bytes() {
             [] => Err(IdError::Empty),
             bytes if bytes.len() > ID_BYTES_MAX => Err(IdError::TooLong),
-            bytes if bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.~@+=".contains(b)) => {
+            bytes if bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.~@+=|".contains(b)) => {
                 Ok(Self(text.into()))
             }
             _ => Err(IdError::BadByte),
@@ -212,6 +212,6 @@ mod tests {
         for bad in ["a:b", "a/b", "a b", "a\n", "ä", "a\0", "*", "{x}"] {
             assert_eq!(Id::parse(bad), Err(IdError::BadByte), "{bad:?}");
         }
-        assert!(Id::parse("Az09-_.~@+=").is_ok());
+        assert!(Id::parse("Az09-_.~@+=|").is_ok());
     }
 }

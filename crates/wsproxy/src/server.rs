@@ -108,7 +108,8 @@ impl Instance {
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
-        background.spawn(healer::run(hub, store, background_end.clone()));
+        let epoch = gateway.names.epoch().into();
+        background.spawn(healer::run(hub, store, epoch, background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }

@@ -127,21 +127,7 @@ impl StreamOp {
             Self::Renew { .. } | Self::Lost => 0,
         }
     }
-}
 
-/// How a token stream ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StreamOutcome {
-    /// It is complete.
-    Finish,
-    /// It failed.
-    Error,
-    /// It was stopped.
-    Cancelled,
-}
-
-impl StreamOp {
     /// Its name in the script.
     pub(crate) const fn name(&self) -> &'static str {
         match self {
@@ -165,7 +151,7 @@ impl StreamOp {
 }
 
 impl StreamOutcome {
-    /// As workers and clients spell it.
+    /// As clients and the store see it.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -174,6 +160,18 @@ impl StreamOutcome {
             Self::Cancelled => "cancelled",
         }
     }
+}
+
+/// How a token stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamOutcome {
+    /// It is complete.
+    Finish,
+    /// It failed.
+    Error,
+    /// It was stopped.
+    Cancelled,
 }
 
 /// Why the store did not do what was asked.

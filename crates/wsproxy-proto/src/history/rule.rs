@@ -45,13 +45,11 @@ pub fn resume(after: Position, retention_ms: u64, snapshot: &Snapshot) -> Result
         let from_start = |log: &Log| log.first.is_none_or(|(_, prev)| prev == Position::START);
         return if snapshot.logs.iter().all(from_start) { Ok(()) } else { Err(Lost::Trimmed) };
     }
-    if snapshot.epoch_ms > after.time_ms() {
-        return Err(Lost::Emptied);
-    }
+    let emptied = snapshot.epoch_ms > after.time_ms();
     let expired = snapshot.now_ms.saturating_sub(after.time_ms()) >= retention_ms;
     if !after.is_entry() {
-        if expired {
-            return Err(Lost::Expired);
+        if emptied || expired {
+            return Err(if emptied { Lost::Emptied } else { Lost::Expired });
         }
         return snapshot.logs.iter().try_for_each(|log| resume_from_nothing(after, log));
     }
@@ -59,10 +57,12 @@ pub fn resume(after: Position, retention_ms: u64, snapshot: &Snapshot) -> Result
     for log in &snapshot.logs {
         known |= resume_from_entry(after, expired, log)?;
     }
-    match (known, expired) {
-        (true, _) => Ok(()),
-        (false, true) => Err(Lost::Expired),
-        (false, false) => Err(Lost::Unknown),
+    match () {
+        // Ids are never given twice: a store that holds what follows this one was not emptied since.
+        () if known => Ok(()),
+        () if emptied => Err(Lost::Emptied),
+        () if expired => Err(Lost::Expired),
+        () => Err(Lost::Unknown),
     }
 }
 

@@ -9,7 +9,10 @@ use hashbrown::HashSet;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_proto::{history::Position, names::Names};
+use wsproxy_proto::{
+    history::{Envelope, Position},
+    names::Names,
+};
 
 use crate::{
     bus::{
@@ -17,32 +20,26 @@ use crate::{
         queue::{Back, Queue},
     },
     config,
-    store::{
-        StoreError, StreamCommand,
-        memory::{Appended, MemoryStore},
-    },
+    store::{StoreError, StreamCommand, memory::MemoryStore},
 };
 
 /// Channels and messages inside this process. Clones share one bus.
 #[derive(Clone)]
 pub struct MemoryBus(Arc<Shared>);
 
-/// What the one reader does, in order.
-pub(crate) enum Work {
-    /// Delivers a message.
-    Publish(Publish),
-    /// Changes a token stream and delivers what that leads to.
-    Stream(StreamCommand, oneshot::Sender<StreamResult>),
-}
-
-/// The answer to a [`StreamCommand`].
-pub(crate) type StreamResult = Result<(u64, Position), StoreError>;
-
 struct Shared {
-    queue: Arc<Queue<Work>>,
+    queue: Arc<Queue<Request>>,
     subscribed: Mutex<HashSet<Arc<str>>>,
     store: MemoryStore,
     counters: BusCounters,
+}
+
+/// What the one reader is asked to do.
+pub(crate) enum Request {
+    /// To deliver a message.
+    Publish(Publish),
+    /// To change a token stream and deliver what that comes to.
+    Stream(Box<StreamCommand>, oneshot::Sender<Result<(u64, Position), StoreError>>),
 }
 
 impl MemoryBus {
@@ -54,7 +51,7 @@ impl MemoryBus {
     ) -> Self {
         let queue = Arc::new(Queue::new(config.publish_queue_bytes));
         let shared = Arc::new(Shared {
-            store: MemoryStore::new(Arc::clone(&queue), Names::new(&config.channel_prefix)),
+            store: MemoryStore::new(Names::new(&config.channel_prefix), queue.clone()),
             queue,
             subscribed: Mutex::default(),
             counters: BusCounters::default(),
@@ -82,7 +79,7 @@ impl MemoryBus {
     #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (BusError, Publish)> {
         let bytes = publish.queued_bytes();
-        let Err((back, work)) = self.0.queue.push(Work::Publish(publish), bytes) else {
+        let Err((back, request)) = self.0.queue.push(Request::Publish(publish), bytes) else {
             return Ok(());
         };
         let error = match back {
@@ -92,9 +89,9 @@ impl MemoryBus {
             }
             Back::Closed => BusError::Closed,
         };
-        match work {
-            Work::Publish(publish) => Err((error, publish)),
-            Work::Stream(..) => unreachable!("a queue gives back what was pushed"),
+        match request {
+            Request::Publish(publish) => Err((error, publish)),
+            Request::Stream(..) => unreachable!("a queue gives back what was pushed"),
         }
     }
 
@@ -139,25 +136,19 @@ impl Shared {
                 continue;
             }
             let mut left = round.len();
-            for work in round.drain(..) {
+            for request in round.drain(..) {
                 left -= 1;
-                match work {
-                    Work::Publish(publish) => {
+                match request {
+                    Request::Publish(publish) => {
                         let outcome = self.deliver(&publish, left == 0, &mut *deliver);
                         if let Some(receipt) = publish.receipt {
                             receipt.published(outcome);
                         }
                     }
-                    Work::Stream(command, caller) => {
-                        let result = self.store.change_stream(&command);
-                        let answer = result.map(|(answer, message)| {
-                            if let Some((channel, message)) = message {
-                                self.hand(&channel, &message, left == 0, &mut *deliver);
-                            }
-                            answer
-                        });
-                        // Nobody is there any more where the caller's deadline has passed.
-                        let _ = caller.send(answer);
+                    // Whoever gave up must not be served.
+                    Request::Stream(_, caller) if caller.is_closed() => {}
+                    Request::Stream(command, caller) => {
+                        drop(caller.send(self.change(&command, &mut *deliver)));
                     }
                 }
             }
@@ -166,11 +157,24 @@ impl Shared {
         }
     }
 
+    fn change(
+        &self,
+        command: &StreamCommand,
+        deliver: &mut dyn Deliver,
+    ) -> Result<(u64, Position), StoreError> {
+        let changed = self.store.change(command)?;
+        let channel = self.store.names().session_down(&command.session);
+        for message in &changed.messages {
+            self.hand_over(&channel, message, false, deliver);
+        }
+        Ok(changed.answer)
+    }
+
     fn deliver(&self, publish: &Publish, last: bool, deliver: &mut dyn Deliver) -> Outcome {
         if let Keep::History(history) = &publish.keep {
-            return self.store_and_deliver(publish, history, last, deliver);
+            return self.append(publish, history, last, deliver);
         }
-        if self.hand(&publish.channel, &publish.payload, last, deliver) {
+        if self.hand_over(&publish.channel, &publish.payload, last, deliver) {
             self.counters.published.add(1);
             return Outcome::Received(1);
         }
@@ -191,33 +195,16 @@ impl Shared {
             }
         }
     }
-}
 
-impl Shared {
-    /// Gives a message to the hub if it wants the channel.
-    fn hand(&self, channel: &str, message: &[u8], last: bool, deliver: &mut dyn Deliver) -> bool {
-        let heard = self.subscribed.lock().contains(channel);
-        if heard {
-            self.counters.messages_in.add(1);
-            deliver.message(channel.as_bytes(), message, last);
-        }
-        heard
-    }
-
-    fn store_and_deliver(
+    fn append(
         &self,
         publish: &Publish,
         history: &History,
         last: bool,
         deliver: &mut dyn Deliver,
     ) -> Outcome {
-        let stored = self.store.append_history(history, &publish.payload);
-        let (receivers, id, duplicate) = match stored {
-            Ok(Appended::Duplicate(id)) => (0, id, true),
-            Ok(Appended::New { id, message }) => {
-                let heard = self.hand(&publish.channel, &message, last, deliver);
-                (u64::from(heard), id, false)
-            }
+        let appended = match self.store.append_history(history, publish.payload.clone()) {
+            Ok(appended) => appended,
             Err(error) => {
                 self.counters.publish_lost.add(1);
                 tracing::debug!(%error, "A message could not be kept in its history.");
@@ -226,7 +213,30 @@ impl Shared {
         };
         self.counters.published.add(1);
         self.counters.publish_stored.add(1);
-        Outcome::Stored { receivers, id, duplicate }
+        let id = appended.id;
+        let Some(prev) = appended.prev else {
+            return Outcome::Stored { receivers: 0, id, duplicate: true };
+        };
+        let event_id = history.event_id.as_deref();
+        let message = Envelope { id, prev, event_id, payload: &publish.payload }.encode();
+        let heard = self.hand_over(&publish.channel, &message, last, deliver);
+        Outcome::Stored { receivers: heard.into(), id, duplicate: false }
+    }
+
+    /// Says whether anybody wants it.
+    fn hand_over(
+        &self,
+        channel: &str,
+        payload: &[u8],
+        last: bool,
+        deliver: &mut dyn Deliver,
+    ) -> bool {
+        let heard = self.subscribed.lock().contains(channel);
+        if heard {
+            self.counters.messages_in.add(1);
+            deliver.message(channel.as_bytes(), payload, last);
+        }
+        heard
     }
 }
 

@@ -258,7 +258,7 @@ pub static KEYS: &[Key] = &[
     key!(jwt.audience, List(rule::CLAIM), "Tokens must be for one of these (aud). Empty: tokens that are for somebody in particular are refused."),
     key!(jwt.issuer, Optional(rule::CLAIM), "Tokens must be issued by this one (iss). Not set: by anybody who has the key."),
     key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours."),
-    key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=, or an integer."),
+    key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=|, or an integer."),
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
 
     key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),

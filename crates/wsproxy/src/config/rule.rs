@@ -15,7 +15,7 @@ pub(super) const LEVEL: Text = Text {
 
 /// The name of an instance.
 pub(super) const SERVER_ID: Text = Text {
-    allowed: "1 to 128 letters, digits and -_.~@+=",
+    allowed: "1 to 128 letters, digits and -_.~@+=|",
     read: |text| Id::parse(text).ok().map(|id| id.as_str().to_owned()),
 };
 

@@ -20,7 +20,7 @@ use crate::{
     http::rejection::Rejection,
     hub::{
         Histories, Sink, Subscription,
-        replay::{Replay, Wish},
+        replay::{Outcome, Replay, Wish},
     },
 };
 
@@ -72,10 +72,10 @@ impl Resume {
     pub fn hello(
         &self,
         connection: Uuid,
-    ) -> impl FnOnce(Option<Position>) -> Option<String> + use<> {
+    ) -> impl FnOnce(Outcome, Option<Position>) -> Option<String> + use<> {
         let asked = self.asked;
-        move |position| {
-            let position = position.filter(|_| asked)?.to_string();
+        move |outcome, position| {
+            let position = position.filter(|_| asked && outcome == Outcome::Fresh)?.to_string();
             let hello =
                 json!({ "type": "opened", "connection_id": connection, "event_id": position });
             Some(hello.to_string())
@@ -102,7 +102,7 @@ pub struct Opened {
 pub struct Unread {
     replay: Replay,
     streams_of: Option<Id>,
-    hello: Box<dyn FnOnce(Option<Position>) -> Option<String> + Send>,
+    hello: Box<dyn FnOnce(Outcome, Option<Position>) -> Option<String> + Send>,
 }
 
 impl Opened {
@@ -134,14 +134,18 @@ pub async fn open(
     histories: Option<&Arc<Histories>>,
     wanted: Wanted,
     resume: &Resume,
-    hello: impl FnOnce(Option<Position>) -> Option<String> + Send + 'static,
+    hello: impl FnOnce(Outcome, Option<Position>) -> Option<String> + Send + 'static,
 ) -> Result<Opened, Rejection> {
     let Wanted { client, topics, further, streams_of } = wanted;
     let hub = &gateway.hub;
     let Some(histories) = histories else {
         let sinks = topics.into_iter().map(|topic| (topic, client.clone()));
         let subscription = hub.subscribe(sinks.chain(further)).await?;
-        hub.greet(&client, hello(None), resume.after.is_some().then_some(Lost::Disabled));
+        hub.greet(
+            &client,
+            hello(Outcome::Fresh, None),
+            resume.after.is_some().then_some(Lost::Disabled),
+        );
         return Ok(Opened { subscription, unread: None });
     };
     let held = hub.hold(client, topics, Arc::clone(histories), further);

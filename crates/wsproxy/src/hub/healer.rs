@@ -57,8 +57,13 @@ enum Item {
 }
 
 /// Serves until `end`.
-pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
+pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: CancellationToken) {
     loop {
+        // At the start, and whenever the bus is back: an emptied store must be known as such.
+        tokio::select! {
+            () = mark_epoch(&store, &epoch) => {}
+            () = end.cancelled() => return,
+        }
         tokio::select! {
             () = hub.holes.notified() => {}
             () = end.cancelled() => return,
@@ -236,6 +241,21 @@ impl Hub {
         round: &mut Round,
     ) {
         round.deliver(state, audience, &mut Fanout::new(message), self, clock::now());
+    }
+}
+
+/// Makes the store remember since when it is known.
+async fn mark_epoch(store: &Store, epoch: &Arc<str>) {
+    let of = || SnapshotOf {
+        logs: Vec::new(),
+        epoch: Arc::clone(epoch),
+        after: None,
+        entries_max: 1,
+        streams_of: None,
+    };
+    while let Err(error) = store.snapshot(of()).await {
+        debug!(%error, "The store cannot be asked since when it is known.");
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

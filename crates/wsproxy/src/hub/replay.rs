@@ -99,7 +99,7 @@ impl Replay {
     }
 
     /// Reads what the client missed, and lets live messages follow it. `hello` makes what the client is told
-    /// first, given its position unless it resumes.
+    /// first, given what became of its wish and, unless it resumes, its position.
     ///
     /// # Errors
     /// The store did not answer; the client still gets nothing.
@@ -107,7 +107,7 @@ impl Replay {
         &self,
         store: &Store,
         wish: Wish,
-        hello: impl FnOnce(Option<Position>) -> Option<String>,
+        hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
     ) -> Result<Outcome, StoreError> {
         let mut found = self.read(store, &wish).await?;
         for (topic, log) in self.topics.iter().zip(&found.last.logs) {
@@ -176,7 +176,7 @@ impl Replay {
         &self,
         found: &Found,
         after: Option<&After>,
-        hello: impl FnOnce(Option<Position>) -> Option<String>,
+        hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
     ) {
         let seen = found.last.position();
         let mut round = Round::default();
@@ -191,15 +191,19 @@ impl Replay {
         let mut told = Telling { replay: self, round: &mut round };
         match (found.outcome, after) {
             (Outcome::Resumed(count), Some(after)) => {
-                told.notices([hello(None), Some(notice::resumed(count, after))], None);
+                told.notices(
+                    [hello(found.outcome, None), Some(notice::resumed(count, after))],
+                    None,
+                );
             }
             (Outcome::Lost(lost), _) => {
-                let notices = [hello(Some(seen)), Some(notice::history_lost(lost, seen))];
+                let notices =
+                    [hello(found.outcome, Some(seen)), Some(notice::history_lost(lost, seen))];
                 told.notices(notices, Some(seen));
             }
             _ => {
                 told.position(seen);
-                told.notices([hello(Some(seen)), None], Some(seen));
+                told.notices([hello(found.outcome, Some(seen)), None], Some(seen));
             }
         }
         if !matches!(found.outcome, Outcome::Resumed(_)) {
@@ -221,7 +225,7 @@ impl Replay {
     fn release_overflowed(
         &self,
         lost: Lost,
-        hello: impl FnOnce(Option<Position>) -> Option<String>,
+        hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
     ) {
         self.hub.counters.history_lost[lost as usize].add(1);
         // With all shards locked nothing can come between the position and the opening at it.
@@ -234,7 +238,9 @@ impl Replay {
         let mut round = Round::default();
         self.gate.fence.lock().reopen(seen);
         let mut told = Telling { replay: self, round: &mut round };
-        told.notices([hello(Some(seen)), Some(notice::history_lost(lost, seen))], Some(seen));
+        let notices =
+            [hello(Outcome::Lost(lost), Some(seen)), Some(notice::history_lost(lost, seen))];
+        told.notices(notices, Some(seen));
         drop(shards);
         round.flush(clock::now());
     }

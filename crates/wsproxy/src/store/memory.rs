@@ -10,22 +10,18 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tokio::time::Instant;
-
-use wsproxy_proto::{
-    history::{Entry as HistoryEntry, Position},
-    names::Names,
-};
+use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
-    bus::memory::Work,
-    bus::queue::Queue,
-    store::{LogEntry, StoreError, memory::streams::Stream},
+    bus::{memory::Request, queue::Queue},
+    store::{
+        LogEntry, StoreError,
+        memory::{history::HistoryLog, stream::TokenStream},
+    },
 };
 
 mod history;
-mod streams;
-
-pub(crate) use history::Appended;
+mod stream;
 
 /// Keys and logs of this process. Clones share one state.
 ///
@@ -34,23 +30,24 @@ pub(crate) use history::Appended;
 #[derive(Clone)]
 pub struct MemoryStore {
     state: Arc<Mutex<State>>,
-    /// What publishes has to be done by the one who delivers, so that both have one order.
-    work: Arc<Queue<Work>>,
     names: Names,
+    /// The bus's queue: what publishes is done where messages are delivered.
+    requests: Arc<Queue<Request>>,
 }
 
-#[derive(Default)]
 struct State {
-    entries: HashMap<Arc<str>, Entry>,
+    entries: HashMap<Arc<str>, Held>,
     /// The same keys by their end, so that expired ones are found without a search.
     by_expiry: BTreeSet<(Instant, Arc<str>)>,
     bytes: usize,
     last_position: Position,
-    /// When this store began.
+    /// When this process began, by the clock that positions have.
     epoch_ms: u64,
+    /// Open token streams by the end of their lease, with session and id.
+    leases: BTreeSet<(Instant, Arc<str>, Arc<str>)>,
 }
 
-struct Entry {
+struct Held {
     value: Value,
     bytes: usize,
     expires: Instant,
@@ -59,15 +56,29 @@ struct Entry {
 enum Value {
     Plain(Bytes),
     Log(VecDeque<(Position, Bytes)>),
-    History(VecDeque<HistoryEntry>),
-    Streams(Vec<Stream>),
+    History(HistoryLog),
+    Stream(TokenStream),
+    /// Ids of a session's token streams, in the order in which they were opened.
+    Index(Vec<Arc<str>>),
 }
 
 impl MemoryStore {
-    /// An empty one. What publishes is put into `work`.
-    pub(crate) fn new(work: Arc<Queue<Work>>, names: Names) -> Self {
-        let state = State { epoch_ms: now_ms(), ..State::default() };
-        Self { state: Arc::new(Mutex::new(state)), work, names }
+    /// An empty one beside the bus with this queue.
+    pub(crate) fn new(names: Names, requests: Arc<Queue<Request>>) -> Self {
+        let state = State {
+            entries: HashMap::new(),
+            by_expiry: BTreeSet::new(),
+            bytes: 0,
+            last_position: Position::START,
+            epoch_ms: wall_clock_ms(),
+            leases: BTreeSet::new(),
+        };
+        Self { state: Arc::new(Mutex::new(state)), names, requests }
+    }
+
+    /// How keys and channels are spelled.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
     }
 
     pub(super) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
@@ -79,17 +90,7 @@ impl MemoryStore {
     }
 
     pub(super) fn save(&self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
-        let mut state = self.state.lock();
-        let now = state.purge();
-        let bytes = key.len() + value.len() + ENTRY_BYTES;
-        let replaced = state.entries.get(key).map_or(0, |entry| entry.bytes);
-        if state.bytes - replaced + bytes > BYTES_MAX {
-            return Err(StoreError::Full);
-        }
-        let value = Value::Plain(Bytes::copy_from_slice(value));
-        state.remove(key);
-        state.insert(key.into(), Entry { value, bytes, expires: expiry(now, ttl) });
-        Ok(())
+        self.state.lock().save(key, value, ttl)
     }
 
     pub(super) fn remove(&self, key: &str) -> Result<bool, StoreError> {
@@ -114,8 +115,8 @@ impl MemoryStore {
         count: usize,
     ) -> Result<Vec<LogEntry>, StoreError> {
         let after = match after {
-            "" => Position::default(),
-            text => Position::parse(text.as_bytes())
+            "" => Position::START,
+            text => position(text)
                 .ok_or_else(|| StoreError::Refused("not a position in a log".into()))?,
         };
         match self.state.lock().live(key) {
@@ -142,7 +143,7 @@ impl MemoryStore {
     ) -> Result<(), StoreError> {
         let mut state = self.state.lock();
         let now = state.purge();
-        if !matches!(state.live(key), None | Some(Value::Log(_))) {
+        if !matches!(state.live(key), Some(Value::Log(_)) | None) {
             return Err(wrong_kind());
         }
         if state.bytes + key.len() + data.len() + 2 * ENTRY_BYTES > BYTES_MAX {
@@ -151,7 +152,7 @@ impl MemoryStore {
         let position = state.next_position();
         let (key, mut entry) = state.remove(key).unwrap_or_else(|| {
             let bytes = key.len() + ENTRY_BYTES;
-            (key.into(), Entry { value: Value::Log(VecDeque::new()), bytes, expires: now })
+            (key.into(), Held { value: Value::Log(VecDeque::new()), bytes, expires: now })
         });
         if let Value::Log(log) = &mut entry.value {
             entry.bytes += data.len() + ENTRY_BYTES;
@@ -170,7 +171,25 @@ impl MemoryStore {
 impl State {
     fn live(&mut self, key: &str) -> Option<&Value> {
         self.purge();
+        self.held(key)
+    }
+
+    /// The same, after a purge.
+    fn held(&self, key: &str) -> Option<&Value> {
         self.entries.get(key).map(|entry| &entry.value)
+    }
+
+    fn save(&mut self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
+        let now = self.purge();
+        let bytes = key.len() + value.len() + ENTRY_BYTES;
+        let replaced = self.entries.get(key).map_or(0, |entry| entry.bytes);
+        if self.bytes - replaced + bytes > BYTES_MAX {
+            return Err(StoreError::Full);
+        }
+        let value = Value::Plain(Bytes::copy_from_slice(value));
+        self.remove(key);
+        self.insert(key.into(), Held { value, bytes, expires: expiry(now, ttl) });
+        Ok(())
     }
 
     /// Removes what has expired; every operation begins with it.
@@ -186,22 +205,27 @@ impl State {
         now
     }
 
-    fn remove(&mut self, key: &str) -> Option<(Arc<str>, Entry)> {
+    fn remove(&mut self, key: &str) -> Option<(Arc<str>, Held)> {
         let (key, entry) = self.entries.remove_entry(key)?;
         self.by_expiry.remove(&(entry.expires, key.clone()));
         self.bytes -= entry.bytes;
         Some((key, entry))
     }
 
-    fn insert(&mut self, key: Arc<str>, entry: Entry) {
+    fn insert(&mut self, key: Arc<str>, entry: Held) {
         self.bytes += entry.bytes;
         self.by_expiry.insert((entry.expires, key.clone()));
         self.entries.insert(key, entry);
     }
 
+    /// The clock that positions have.
+    fn now_ms(&self) -> u64 {
+        wall_clock_ms().max(self.last_position.milliseconds)
+    }
+
     /// Positions only grow, even where the wall clock steps back.
     fn next_position(&mut self) -> Position {
-        let milliseconds = now_ms();
+        let milliseconds = wall_clock_ms();
         self.last_position = if milliseconds > self.last_position.milliseconds {
             Position { milliseconds, sequence: 0 }
         } else {
@@ -211,7 +235,13 @@ impl State {
     }
 }
 
-fn now_ms() -> u64 {
+/// As Redis reads one: the number may be missing.
+fn position(text: &str) -> Option<Position> {
+    let (milliseconds, sequence) = text.split_once('-').unwrap_or((text, "0"));
+    Some(Position { milliseconds: milliseconds.parse().ok()?, sequence: sequence.parse().ok()? })
+}
+
+fn wall_clock_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
@@ -237,13 +267,15 @@ const TTL_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 mod tests {
     use super::*;
 
-    fn store() -> MemoryStore {
-        MemoryStore::new(Arc::new(Queue::new(1 << 20)), Names::default())
+    impl Default for MemoryStore {
+        fn default() -> Self {
+            Self::new(Names::new(""), Arc::new(Queue::new(1024)))
+        }
     }
 
     #[test]
     fn a_full_store_refuses_and_takes_again_after_expiry_or_removal() {
-        let store = store();
+        let store = MemoryStore::default();
         let megabyte = vec![0; 1024 * 1024];
         let minute = Duration::from_secs(60);
         let taken = (0..100)
@@ -259,7 +291,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_stays_of_what_has_expired() {
-        let store = store();
+        let store = MemoryStore::default();
         store.save("key", b"value", Duration::from_secs(5)).unwrap();
         store.append("log", "entry".into(), 10, Duration::from_secs(5)).unwrap();
         tokio::time::advance(Duration::from_secs(6)).await;
@@ -270,7 +302,7 @@ mod tests {
 
     #[test]
     fn trimming_a_log_gives_its_bytes_back() {
-        let store = store();
+        let store = MemoryStore::default();
         for n in 0..1000 {
             store.append("log", n.to_string().into(), 10, Duration::from_secs(5)).unwrap();
         }

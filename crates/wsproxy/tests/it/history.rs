@@ -140,9 +140,9 @@ async fn a_position_that_never_was_is_told(backend: Backend) {
         );
         assert_eq!(notice["event_id"], ids[2]);
     }
-    // Before this store began, whatever there was is gone.
+    // Older than anything can be.
     let mut client = instance.client_with("s", "&last_event_id=1000-0").await;
-    assert_eq!(client.json().await["reason"], "emptied");
+    assert_eq!(client.json().await["reason"], "expired");
 }
 
 async fn without_history_resuming_is_refused_in_words(backend: Backend) {

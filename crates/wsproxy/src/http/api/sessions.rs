@@ -178,6 +178,7 @@ fn stream_rejection(error: StoreError) -> Rejection {
         Some("EXISTS") => Rejection::conflict("There is such a stream already."),
         Some("ENDED") => Rejection::conflict("The stream has ended."),
         Some("SEQ") => Rejection::conflict("The stream has another number of appends."),
+        Some("BADJSON") => Rejection::bad_request("meta and error must be JSON objects."),
         Some("TOOLARGE") => Rejection::too_large("The stream's text is too large."),
         _ => error.into(),
     }

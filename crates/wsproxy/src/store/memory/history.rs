@@ -1,57 +1,60 @@
-//! Histories in the embedded store, with the semantics of the scripts that Redis runs.
+//! Histories in the embedded store: the same bounds, links and answers as the scripts on Redis give.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::collections::VecDeque;
 
 use bytes::Bytes;
-use wsproxy_proto::history::{After, Entry as HistoryEntry, Envelope, Log, Position, Snapshot};
+use wsproxy_proto::history::{After, Entry, Log, Position, Snapshot};
 
 use crate::{
-    bus::History,
+    bus::{History, HistoryLimits},
     store::{
-        SnapshotOf, StoreError, StreamState,
-        memory::{
-            BYTES_MAX, ENTRY_BYTES, Entry, MemoryStore, State, Value, expiry, now_ms, wrong_kind,
-        },
+        PAGE_BYTES_MAX, SCAN_MAX, STREAMS_BYTES_MAX, SnapshotOf, StoreError, StreamState,
+        memory::{BYTES_MAX, ENTRY_BYTES, Held, MemoryStore, State, Value, expiry, wrong_kind},
     },
 };
 
-/// What became of a message that was to be appended.
-pub(crate) enum Appended {
-    /// It was appended before.
-    Duplicate(Position),
-    /// It is in the log.
-    New {
-        /// Its id.
-        id: Position,
-        /// As it goes over the channel.
-        message: Vec<u8>,
-    },
+/// The log of a channel.
+#[derive(Default)]
+pub(super) struct HistoryLog {
+    entries: VecDeque<Entry>,
+    /// Of data alone.
+    bytes: u64,
+    /// What all entries take up, roughly.
+    weight: usize,
+}
+
+/// What became of a message that was appended.
+pub(crate) struct Appended {
+    /// Its id.
+    pub(crate) id: Position,
+    /// The id before it; `None`: it was there already, and nothing has happened.
+    pub(crate) prev: Option<Position>,
 }
 
 impl MemoryStore {
-    /// Appends a message to a history, within its bounds.
+    /// Appends a message to a history, unless that was done before.
     pub(crate) fn append_history(
         &self,
         history: &History,
-        payload: &Bytes,
+        data: Bytes,
     ) -> Result<Appended, StoreError> {
         let mut state = self.state.lock();
-        if let Some((key, _)) = &history.dedup
-            && let Some(Value::Plain(first)) = state.live(key)
-            && let Some(id) = Position::parse(first)
-        {
-            return Ok(Appended::Duplicate(id));
+        if let Some((key, _)) = &history.dedup {
+            match state.live(key) {
+                None => {}
+                Some(Value::Plain(id)) => {
+                    let id = Position::parse(id).ok_or_else(wrong_kind)?;
+                    return Ok(Appended { id, prev: None });
+                }
+                Some(_) => return Err(wrong_kind()),
+            }
         }
-        let appended = state.append_history(history, payload)?;
-        if let (Some((key, ttl)), Appended::New { id, .. }) = (&history.dedup, &appended) {
-            let now = state.purge();
-            let value = Bytes::from(id.to_string());
-            let bytes = key.len() + value.len() + ENTRY_BYTES;
-            state.remove(key);
-            let entry = Entry { value: Value::Plain(value), bytes, expires: expiry(now, *ttl) };
-            state.insert(Arc::clone(key), entry);
+        let event_id = history.event_id.as_deref();
+        let (id, prev) = state.append(&history.log, event_id, data, history.limits)?;
+        if let Some((key, ttl)) = &history.dedup {
+            state.save(key, id.to_string().as_bytes(), *ttl)?;
         }
-        Ok(appended)
+        Ok(Appended { id, prev: Some(prev) })
     }
 
     pub(in crate::store) fn snapshot(
@@ -59,109 +62,111 @@ impl MemoryStore {
         of: &SnapshotOf,
     ) -> Result<(Snapshot, Vec<StreamState>), StoreError> {
         let mut state = self.state.lock();
+        state.purge();
+        let held = of.logs.iter().map(|key| state.history(key)).collect::<Result<Vec<_>, _>>()?;
         let after = match &of.after {
             None => None,
-            Some(After::Position(position)) => Some(*position),
-            Some(After::Event(event_id)) => {
-                let mut found = None;
-                for key in &of.logs {
-                    let log = state.history(key)?.into_iter().flatten().rev();
-                    let is_it = |entry: &&HistoryEntry| entry.event_id.as_ref() == Some(event_id);
-                    found = found.max(log.clone().find(is_it).map(|entry| entry.id));
-                }
-                found
-            }
+            Some(After::Position(after)) => Some(*after),
+            Some(After::Event(id)) => held.iter().flatten().filter_map(|log| log.find(id)).max(),
         };
-        let logs = of.logs.iter().map(|key| {
-            let history = state.history(key)?;
-            Ok(history.map_or_else(
-                || Log { complete: true, ..Log::default() },
-                |entries| log(entries, after, of.entries_max),
-            ))
-        });
-        let logs = logs.collect::<Result<_, StoreError>>()?;
+        let nothing = || Log { complete: true, ..Log::default() };
+        let read = |log: &HistoryLog| log.read(after, of.entries_max);
+        let logs = held.into_iter().map(|log| log.map_or_else(nothing, read)).collect();
+        let now_ms = state.now_ms();
         let streams = match &of.streams_of {
-            Some(session) => state.streams(&self.names.session_streams(session))?,
             None => Vec::new(),
+            Some(session) => state.streams(&self.names, session, STREAMS_BYTES_MAX)?,
         };
-        let snapshot = Snapshot { now_ms: now_ms(), epoch_ms: state.epoch_ms, after, logs };
-        Ok((snapshot, streams))
+        Ok((Snapshot { now_ms, epoch_ms: state.epoch_ms, after, logs }, streams))
     }
 }
 
 impl State {
-    fn history(&mut self, key: &str) -> Result<Option<&VecDeque<HistoryEntry>>, StoreError> {
-        match self.live(key) {
+    fn history(&self, key: &str) -> Result<Option<&HistoryLog>, StoreError> {
+        match self.held(key) {
             None => Ok(None),
-            Some(Value::History(entries)) => Ok(Some(entries)),
+            Some(Value::History(log)) => Ok(Some(log)),
             Some(_) => Err(wrong_kind()),
         }
     }
 
-    /// Appends, makes room, and answers what goes over the channel.
-    pub(super) fn append_history(
+    /// Appends to a log; answers the id and the one before it.
+    pub(super) fn append(
         &mut self,
-        history: &History,
-        payload: &Bytes,
-    ) -> Result<Appended, StoreError> {
+        key: &str,
+        event_id: Option<&str>,
+        data: Bytes,
+        limits: HistoryLimits,
+    ) -> Result<(Position, Position), StoreError> {
         let now = self.purge();
-        self.history(&history.log)?;
-        if self.bytes + history.log.len() + payload.len() + 2 * ENTRY_BYTES > BYTES_MAX {
+        self.history(key)?;
+        if self.bytes + key.len() + data.len() + 2 * ENTRY_BYTES > BYTES_MAX {
             return Err(StoreError::Full);
         }
         let id = self.next_position();
-        let (key, mut entry) = self.remove(&history.log).unwrap_or_else(|| {
-            let bytes = history.log.len() + ENTRY_BYTES;
-            let value = Value::History(VecDeque::new());
-            (Arc::clone(&history.log), Entry { value, bytes, expires: now })
+        let (key, mut held) = self.remove(key).unwrap_or_else(|| {
+            let value = Value::History(HistoryLog::default());
+            (key.into(), Held { value, bytes: 0, expires: now })
         });
         let mut prev = Position::START;
-        if let Value::History(entries) = &mut entry.value {
-            prev = entries.back().map_or(prev, |last| last.id);
-            let event_id = history.event_id.clone();
-            entries.push_back(HistoryEntry { id, prev, event_id, data: payload.clone() });
-            entry.bytes += payload.len() + ENTRY_BYTES;
-            entry.bytes -= make_room(entries, history);
+        if let Value::History(log) = &mut held.value {
+            prev = log.entries.back().map_or(Position::START, |entry| entry.id);
+            log.push(Entry { id, prev, event_id: event_id.map(Into::into), data }, limits);
+            held.bytes = key.len() + ENTRY_BYTES + log.weight;
         }
-        entry.expires = expiry(now, history.limits.ttl);
-        self.insert(key, entry);
-        let event_id = history.event_id.as_deref();
-        let message = Envelope { id, prev, event_id, payload }.encode();
-        Ok(Appended::New { id, message })
+        held.expires = expiry(now, limits.ttl);
+        self.insert(key, held);
+        Ok((id, prev))
     }
 }
 
-/// Removes the oldest entries beyond the bounds, never the newest. Answers what they weighed.
-fn make_room(entries: &mut VecDeque<HistoryEntry>, history: &History) -> usize {
-    let limits = &history.limits;
-    let ttl_ms = u64::try_from(limits.ttl.as_millis()).unwrap_or(u64::MAX);
-    let oldest_ms = now_ms().saturating_sub(ttl_ms);
-    let mut bytes: u64 = entries.iter().map(|entry| entry.data.len() as u64).sum();
-    let mut freed = 0;
-    while entries.len() > 1 {
-        let too_many = entries.len() as u64 > limits.entries_max || bytes > limits.bytes_max;
-        let too_old = entries.front().is_some_and(|entry| entry.id.milliseconds < oldest_ms);
-        if !too_many && !too_old {
-            break;
+impl HistoryLog {
+    fn push(&mut self, entry: Entry, limits: HistoryLimits) {
+        let bytes = entry.data.len() as u64;
+        let ttl_ms = u64::try_from(limits.ttl.as_millis()).unwrap_or(u64::MAX);
+        let oldest_ms = entry.id.milliseconds.saturating_sub(ttl_ms);
+        while let Some(first) = self.entries.front()
+            && (self.entries.len() as u64 >= limits.entries_max
+                || self.bytes + bytes > limits.bytes_max
+                || first.id.milliseconds < oldest_ms)
+        {
+            self.bytes -= first.data.len() as u64;
+            self.weight -= weight(first);
+            self.entries.pop_front();
         }
-        let removed = entries.pop_front().map_or(0, |entry| entry.data.len());
-        bytes -= removed as u64;
-        freed += removed + ENTRY_BYTES;
+        self.bytes += bytes;
+        self.weight += weight(&entry);
+        self.entries.push_back(entry);
     }
-    freed
+
+    fn find(&self, event_id: &str) -> Option<Position> {
+        let entries = self.entries.iter().rev().take(SCAN_MAX);
+        let mut found = entries.filter(|entry| entry.event_id.as_deref() == Some(event_id));
+        Some(found.next()?.id)
+    }
+
+    fn read(&self, after: Option<Position>, entries_max: usize) -> Log {
+        let mut log = Log {
+            last: self.entries.back().map(|entry| entry.id),
+            first: self.entries.front().map(|entry| (entry.id, entry.prev)),
+            entries: Vec::new(),
+            complete: true,
+        };
+        let Some(after) = after else { return log };
+        let mut bytes = 0;
+        for entry in self.entries.range(self.entries.partition_point(|entry| entry.id <= after)..) {
+            bytes += entry.data.len();
+            let is_over = log.entries.len() >= entries_max || bytes > PAGE_BYTES_MAX;
+            if is_over && !log.entries.is_empty() {
+                log.complete = false;
+                break;
+            }
+            log.entries.push(entry.clone());
+        }
+        log
+    }
 }
 
-fn log(entries: &VecDeque<HistoryEntry>, after: Option<Position>, entries_max: usize) -> Log {
-    let mut log = Log {
-        last: entries.back().map(|entry| entry.id),
-        first: entries.front().map(|entry| (entry.id, entry.prev)),
-        entries: Vec::new(),
-        complete: true,
-    };
-    if let Some(after) = after {
-        let from = entries.partition_point(|entry| entry.id <= after);
-        log.entries = entries.range(from..).take(entries_max).cloned().collect();
-        log.complete = from + log.entries.len() == entries.len();
-    }
-    log
+fn weight(entry: &Entry) -> usize {
+    entry.data.len() + entry.event_id.as_ref().map_or(0, |id| id.len()) + ENTRY_BYTES
 }

@@ -16,6 +16,9 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+/// The script with which workers publish.
+const PUBLISH: &str = include_str!("../../../../../spec/scripts/publish.lua");
+
 /// A running server; dropping it kills it.
 pub struct RedisServer {
     directory: TempDir,
@@ -141,6 +144,38 @@ impl RedisServer {
         match self.options.tls {
             true => format!("rediss://{password}localhost:{port}"),
             false => format!("redis://{password}127.0.0.1:{port}"),
+        }
+    }
+
+    /// Saves a snapshot of all data; answers it.
+    pub fn snapshot(&self) -> Vec<u8> {
+        assert_eq!(self.call(&["SAVE"]), Answer::Text("OK".into()));
+        fs::read(self.path("dump.rdb")).unwrap()
+    }
+
+    /// Puts a snapshot where the next start finds it.
+    pub fn put_snapshot(&self, snapshot: &[u8]) {
+        fs::write(self.path("dump.rdb"), snapshot).unwrap();
+    }
+
+    /// Removes all data that a next start would find.
+    pub fn forget(&self) {
+        let _ = fs::remove_file(self.path("dump.rdb"));
+        let _ = fs::remove_dir_all(self.path("appendonlydir"));
+    }
+
+    /// Publishes with history, as a worker with nothing but a Redis client does; answers the id.
+    pub fn keep(&self, channel: &str, payload: &str) -> String {
+        let log = format!("{channel}:log");
+        let limits = ["1000", "1048576", "3600000"];
+        let words =
+            ["EVAL", PUBLISH, "1", &log, channel, payload, limits[0], limits[1], limits[2], ""];
+        match self.call(&words) {
+            Answer::Array(parts) => match parts.get(1) {
+                Some(Answer::Text(id)) => id.clone(),
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
         }
     }
 

@@ -1,0 +1,399 @@
+//! The contract of histories in bus and store, the same over every backend.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use wsproxy::{
+    bus::{History, HistoryLimits, Keep, Outcome, Publish},
+    store::{SnapshotOf, StoreError},
+};
+use wsproxy_proto::history::{After, Entry, Envelope, Log, Position, Snapshot};
+
+use crate::support::{
+    PATIENCE,
+    bus::{TestBus, contract, kept_message, message},
+};
+
+contract!(
+    a_message_with_history_arrives_in_an_envelope_and_is_in_the_log,
+    every_entry_names_the_one_before_it,
+    a_log_holds_no_more_entries_than_it_may,
+    a_log_holds_no_more_bytes_than_it_may_but_always_the_newest,
+    entries_that_are_too_old_are_removed,
+    a_log_expires_after_its_last_entry,
+    what_was_published_once_is_not_published_again,
+    the_key_of_a_publish_can_be_used_again_after_its_time,
+    logs_of_one_clock_have_one_order,
+    an_event_id_is_a_position,
+    a_log_is_read_in_pages,
+    large_entries_end_a_page,
+    what_is_behind_a_position_that_is_not_held_is_read_all_the_same,
+    without_a_position_only_the_ends_are_read,
+    the_epoch_stays,
+    a_key_of_another_kind_is_neither_read_nor_written,
+    payloads_and_ids_are_stored_verbatim,
+);
+
+const LIMITS: HistoryLimits =
+    HistoryLimits { entries_max: 1000, bytes_max: 1_000_000, ttl: Duration::from_secs(60) };
+
+fn stored(channel: &str, payload: impl Into<Bytes>) -> Publish {
+    with(channel, payload, |_| {})
+}
+
+fn with(channel: &str, payload: impl Into<Bytes>, change: impl FnOnce(&mut History)) -> Publish {
+    let mut history = History {
+        log: format!("{channel}:log").into(),
+        clock: None,
+        event_id: None,
+        dedup: None,
+        limits: LIMITS,
+    };
+    change(&mut history);
+    Publish { keep: Keep::History(Box::new(history)), ..message(channel, payload) }
+}
+
+fn at(position: Position) -> Option<After> {
+    Some(After::Position(position))
+}
+
+impl TestBus {
+    /// Publishes what must be stored; answers its id.
+    async fn store(&self, publish: Publish) -> Position {
+        match self.outcome(publish).await {
+            Outcome::Stored { id, duplicate: false, .. } => id,
+            outcome => panic!("{outcome:?}"),
+        }
+    }
+
+    async fn read_pages(
+        &self,
+        channels: &[&str],
+        after: Option<After>,
+        entries_max: usize,
+    ) -> Result<Snapshot, StoreError> {
+        let of = SnapshotOf {
+            logs: channels.iter().map(|channel| format!("{channel}:log").into()).collect(),
+            epoch: "wsproxy:epoch".into(),
+            after,
+            entries_max,
+            streams_of: None,
+        };
+        Ok(self.store.snapshot(of).await?.0)
+    }
+
+    async fn read(&self, channel: &str, after: Option<After>) -> Log {
+        let mut snapshot = self.read_pages(&[channel], after, 1000).await.unwrap();
+        snapshot.logs.remove(0)
+    }
+
+    async fn read_all(&self, channel: &str) -> Log {
+        let log = self.read(channel, at(Position::START)).await;
+        assert!(log.complete && log.is_chain());
+        assert_eq!(log.last, log.entries.last().map(|entry| entry.id));
+        assert_eq!(log.first, log.entries.first().map(|entry| (entry.id, entry.prev)));
+        log
+    }
+}
+
+fn data(entries: &[Entry]) -> Vec<&[u8]> {
+    entries.iter().map(|entry| &entry.data[..]).collect()
+}
+
+async fn a_message_with_history_arrives_in_an_envelope_and_is_in_the_log(bus: TestBus) {
+    bus.subscribe(&["c"]).await;
+    let outcome = bus.outcome(with("c", "one", |it| it.event_id = Some("e-1".into()))).await;
+    let Outcome::Stored { receivers: 1, id: first, duplicate: false } = outcome else {
+        panic!("{outcome:?}")
+    };
+    let second = bus.store(stored("c", "two")).await;
+    assert!(first.is_entry() && second > first);
+    bus.seen.wait_for(2).await;
+    let messages = bus.seen.payloads("c");
+    let envelope =
+        Envelope { id: first, prev: Position::START, event_id: Some("e-1"), payload: b"one" };
+    assert_eq!(Envelope::parse(&messages[0]), Some(envelope));
+    let envelope = Envelope { id: second, prev: first, event_id: None, payload: b"two" };
+    assert_eq!(Envelope::parse(&messages[1]), Some(envelope));
+    let log = bus.read_all("c").await;
+    assert_eq!(data(&log.entries), [b"one", b"two"]);
+    assert_eq!(log.entries[0].event_id.as_deref(), Some("e-1"));
+    assert_eq!(log.entries[1].event_id, None);
+    assert_eq!(bus.bus.counters().publish_stored.value(), 2);
+    assert_eq!(bus.bus.counters().published.value(), 2);
+    let unheard = bus.outcome(stored("other", "x")).await;
+    assert!(matches!(unheard, Outcome::Stored { receivers: 0, .. }), "{unheard:?}");
+}
+
+async fn every_entry_names_the_one_before_it(bus: TestBus) {
+    let mut prev = Position::START;
+    for n in 0..50 {
+        let id = bus.store(stored("c", n.to_string())).await;
+        assert!(id > prev);
+        let log = bus.read("c", at(prev)).await;
+        assert_eq!(log.entries, [Entry { id, prev, event_id: None, data: n.to_string().into() }]);
+        prev = id;
+    }
+    assert!(bus.read_all("c").await.first.is_some_and(|(_, prev)| prev == Position::START));
+}
+
+async fn a_log_holds_no_more_entries_than_it_may(bus: TestBus) {
+    let mut ids = Vec::new();
+    for n in 0..300 {
+        let publish = with("c", n.to_string(), |it| it.limits.entries_max = 7);
+        ids.push(bus.store(publish).await);
+    }
+    let log = bus.read_all("c").await;
+    assert_eq!(log.entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids[293..]);
+    assert_eq!(log.first, Some((ids[293], ids[292])));
+    bus.store(with("c", "x", |it| it.limits.entries_max = 0)).await;
+    assert_eq!(data(&bus.read_all("c").await.entries), [b"x"]);
+}
+
+async fn a_log_holds_no_more_bytes_than_it_may_but_always_the_newest(bus: TestBus) {
+    let publish = |bytes: usize, bytes_max| {
+        with("c", vec![b'x'; bytes], |it| {
+            (it.limits.bytes_max, it.limits.entries_max) = (bytes_max, 20)
+        })
+    };
+    let mut held: Vec<usize> = Vec::new();
+    // Sizes and bounds that change from one to the next, some larger than everything.
+    for n in 0..400_usize {
+        let (bytes, bytes_max) = (n * 7919 % 113, if n % 50 < 40 { 1000 } else { 100 + n });
+        bus.store(publish(bytes, bytes_max as u64)).await;
+        held.push(bytes);
+        while held.len() > 1 && (held.iter().sum::<usize>() > bytes_max || held.len() > 20) {
+            held.remove(0);
+        }
+        if n % 7 == 0 || n > 380 {
+            let log = bus.read_all("c").await;
+            let sizes: Vec<usize> = log.entries.iter().map(|entry| entry.data.len()).collect();
+            assert_eq!(sizes, held, "message {n}");
+        }
+    }
+    bus.store(publish(5000, 1000)).await;
+    assert_eq!(bus.read_all("c").await.entries.len(), 1);
+    bus.store(publish(0, 0)).await;
+    assert_eq!(bus.read_all("c").await.entries.len(), 1);
+}
+
+async fn entries_that_are_too_old_are_removed(bus: TestBus) {
+    let ttl = Duration::from_millis(500);
+    let publish = |payload: String| with("c", payload, |it| it.limits.ttl = ttl);
+    let mut first = bus.store(publish("first".into())).await;
+    let deadline = std::time::Instant::now() + PATIENCE;
+    // It goes while others keep the log alive.
+    loop {
+        bus.store(publish("another".into())).await;
+        let log = bus.read_all("c").await;
+        let (oldest, prev) = log.first.unwrap();
+        let age = log.last.unwrap().milliseconds - oldest.milliseconds;
+        // One 64th and what a test may wait between two messages.
+        assert!(age <= 500 + 8 || log.entries.len() == 1, "{age} ms");
+        match oldest == first {
+            true => {}
+            // The machine was so busy that the log expired between two messages.
+            false if prev == Position::START => first = oldest,
+            false => return assert!(prev >= first),
+        }
+        assert!(std::time::Instant::now() < deadline, "the first entry stays");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn a_log_expires_after_its_last_entry(bus: TestBus) {
+    let publish = with("c", "x", |it| it.limits.ttl = Duration::from_millis(100));
+    let first = bus.store(publish).await;
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while bus.read("c", None).await.last.is_some() {
+        assert!(std::time::Instant::now() < deadline, "the log stays");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let empty = bus.read("c", at(first)).await;
+    assert_eq!(empty, Log { complete: true, ..Log::default() });
+    let second = bus.store(stored("c", "y")).await;
+    assert!(second > first);
+    assert_eq!(bus.read_all("c").await.first, Some((second, Position::START)));
+}
+
+async fn what_was_published_once_is_not_published_again(bus: TestBus) {
+    let publish = |payload: &'static str| {
+        with("c", payload, |it| it.dedup = Some(("key".into(), Duration::from_secs(60))))
+    };
+    bus.subscribe(&["c"]).await;
+    let first = bus.store(publish("one")).await;
+    for _ in 0..3 {
+        let again = bus.outcome(publish("two")).await;
+        assert_eq!(again, Outcome::Stored { receivers: 0, id: first, duplicate: true });
+    }
+    let other = with("c", "three", |it| it.dedup = Some(("key-3".into(), Duration::from_secs(60))));
+    bus.store(other).await;
+    bus.seen.wait_for(2).await;
+    assert_eq!(data(&bus.read_all("c").await.entries), [&b"one"[..], b"three"]);
+    bus.store.save("taken", b"no position", Duration::from_secs(60)).await.unwrap();
+    let taken = with("c", "x", |it| it.dedup = Some(("taken".into(), Duration::from_secs(60))));
+    assert_eq!(bus.outcome(taken).await, Outcome::Lost);
+    assert_eq!(bus.read_all("c").await.entries.len(), 2);
+}
+
+async fn the_key_of_a_publish_can_be_used_again_after_its_time(bus: TestBus) {
+    let publish =
+        || with("c", "x", |it| it.dedup = Some(("key".into(), Duration::from_millis(50))));
+    let first = bus.store(publish()).await;
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        match bus.outcome(publish()).await {
+            Outcome::Stored { id, duplicate: true, .. } => assert_eq!(id, first),
+            Outcome::Stored { id, .. } => return assert!(id > first),
+            outcome => panic!("{outcome:?}"),
+        }
+        assert!(std::time::Instant::now() < deadline, "the key stays");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn logs_of_one_clock_have_one_order(bus: TestBus) {
+    let channels = ["broadcast", "user", "connection"];
+    let publish = |channel: &str| with(channel, "x", |it| it.clock = Some("clock".into()));
+    let mut ids = Vec::new();
+    for n in 0..200 {
+        ids.push(bus.store(publish(channels[n * 7 % 3])).await);
+    }
+    assert!(ids.is_sorted_by(|a, b| a < b));
+    let after = ids[99];
+    let snapshot = bus.read_pages(&channels, at(after), 1000).await.unwrap();
+    assert_eq!(snapshot.position(), ids[199]);
+    assert_eq!(snapshot.after, Some(after));
+    let entries = snapshot.logs.iter().flat_map(|log| &log.entries).map(|entry| entry.id);
+    let mut read: Vec<Position> = entries.collect();
+    read.sort_unstable();
+    assert_eq!(read, ids[100..]);
+    // Without the clock (it was evicted) ids of a log still grow.
+    bus.store.remove("clock").await.unwrap();
+    for channel in channels {
+        let last = bus.read(channel, None).await.last.unwrap();
+        assert!(bus.store(publish(channel)).await > last);
+    }
+}
+
+async fn an_event_id_is_a_position(bus: TestBus) {
+    let mut ids = Vec::new();
+    for n in 0..150 {
+        let publish = with("c", n.to_string(), |it| it.event_id = Some(format!("e-{n}").into()));
+        ids.push(bus.store(publish).await);
+    }
+    let of = |id: &str| Some(After::Event(id.into()));
+    for n in [0, 5, 84, 148, 149] {
+        let snapshot = bus.read_pages(&["other", "c"], of(&format!("e-{n}")), 1000).await.unwrap();
+        assert_eq!(snapshot.after, Some(ids[n]));
+        assert_eq!(snapshot.logs[1].entries.len(), 149 - n);
+        assert_eq!(snapshot.logs[0], Log { complete: true, ..Log::default() });
+    }
+    for unknown in ["e-150", "e", "17", "*", "-", "+", "01-5"] {
+        let snapshot = bus.read_pages(&["c"], of(unknown), 1000).await.unwrap();
+        assert_eq!((snapshot.after, snapshot.logs[0].entries.len()), (None, 0), "{unknown}");
+        assert_eq!(snapshot.logs[0].last, ids.last().copied());
+    }
+    // Of two with one id the newer one counts.
+    let again = bus.store(with("c", "x", |it| it.event_id = Some("e-3".into()))).await;
+    let snapshot = bus.read_pages(&["c"], of("e-3"), 1000).await.unwrap();
+    assert_eq!(snapshot.after, Some(again));
+}
+
+async fn a_log_is_read_in_pages(bus: TestBus) {
+    for n in 0..100 {
+        bus.store(stored("c", n.to_string())).await;
+    }
+    for page in [1, 7, 50, 99, 100, 101] {
+        let (mut after, mut read) = (Position::START, Vec::new());
+        loop {
+            let snapshot = bus.read_pages(&["c"], at(after), page).await.unwrap();
+            let log = &snapshot.logs[0];
+            assert!(log.entries.len() <= page && log.is_chain());
+            assert_eq!(log.complete, read.len() + log.entries.len() == 100, "{page}");
+            read.extend(log.entries.iter().map(|entry| entry.data.clone()));
+            if log.complete {
+                break;
+            }
+            assert_eq!(log.entries[0].prev, after);
+            after = log.entries.last().unwrap().id;
+        }
+        assert_eq!(read, (0..100).map(|n| n.to_string()).collect::<Vec<_>>());
+    }
+}
+
+async fn large_entries_end_a_page(bus: TestBus) {
+    for bytes in [400_000, 400_000, 400_000, 3_000_000, 10] {
+        let publish = with("c", vec![b'x'; bytes], |it| it.limits.bytes_max = 10_000_000);
+        bus.store(publish).await;
+    }
+    let (mut after, mut pages) = (Position::START, Vec::new());
+    loop {
+        let log = bus.read("c", at(after)).await;
+        pages.push(log.entries.len());
+        if log.complete {
+            break;
+        }
+        after = log.entries.last().unwrap().id;
+    }
+    assert_eq!(pages, [2, 1, 1, 1]);
+}
+
+async fn what_is_behind_a_position_that_is_not_held_is_read_all_the_same(bus: TestBus) {
+    let first = bus.store(stored("c", "one")).await;
+    let second = bus.store(stored("c", "two")).await;
+    let count = async |after| bus.read("c", at(after)).await.entries.len();
+    assert_eq!(count(Position { milliseconds: 1, sequence: 7 }).await, 2);
+    assert_eq!(count(Position::nothing_at(first.milliseconds)).await, 2);
+    assert_eq!(count(first).await, 1);
+    assert_eq!(count(second).await, 0);
+    assert_eq!(count(Position { milliseconds: u64::MAX, sequence: u64::MAX }).await, 0);
+    assert_eq!(count(Position { milliseconds: 1, sequence: u64::MAX }).await, 2);
+}
+
+async fn without_a_position_only_the_ends_are_read(bus: TestBus) {
+    let first = bus.store(stored("c", "one")).await;
+    let second = bus.store(stored("c", "two")).await;
+    let log = bus.read("c", None).await;
+    assert_eq!((log.first, log.last), (Some((first, Position::START)), Some(second)));
+    assert!(log.complete && log.entries.is_empty());
+}
+
+async fn the_epoch_stays(bus: TestBus) {
+    let before = bus.read_pages(&[], None, 1).await.unwrap();
+    assert!(before.epoch_ms > 1_600_000_000_000 && before.epoch_ms <= before.now_ms);
+    let id = bus.store(stored("c", "x")).await;
+    let after = bus.read_pages(&["c"], None, 1).await.unwrap();
+    assert_eq!(after.epoch_ms, before.epoch_ms);
+    assert!(before.now_ms <= after.now_ms && id.milliseconds >= before.epoch_ms);
+    assert_eq!(bus.read_pages(&[], None, 1).await.unwrap().position().milliseconds, 0);
+}
+
+async fn a_key_of_another_kind_is_neither_read_nor_written(bus: TestBus) {
+    bus.store.save("plain:log", b"x", Duration::from_secs(60)).await.unwrap();
+    assert_eq!(bus.outcome(stored("plain", "x")).await, Outcome::Lost);
+    let read = bus.read_pages(&["plain"], None, 1).await;
+    assert!(matches!(read, Err(StoreError::Refused(_))), "{read:?}");
+    assert_eq!(bus.bus.counters().publish_lost.value(), 1);
+    // The next one is none the worse for it.
+    bus.store(stored("c", "x")).await;
+    assert_eq!(bus.outcome(kept_message("up", "x", "up:log", 9)).await, Outcome::Kept);
+}
+
+async fn payloads_and_ids_are_stored_verbatim(bus: TestBus) {
+    let large: Bytes = (0..300_000_u32).map(|n| n as u8).collect::<Vec<_>>().into();
+    let payloads = [Bytes::new(), b"\r\n$5\r\n\0\xff".to_vec().into(), large, "{\"a\":1}".into()];
+    bus.subscribe(&["sitzung:ä"]).await;
+    for payload in &payloads {
+        let event_id = Some("Ä*?%s%1\\".into());
+        bus.store(with("sitzung:ä", payload.clone(), |it| it.event_id = event_id)).await;
+    }
+    bus.seen.wait_for(4).await;
+    for (message, payload) in bus.seen.payloads("sitzung:ä").iter().zip(&payloads) {
+        let envelope = Envelope::parse(message).unwrap();
+        assert_eq!((envelope.payload, envelope.event_id), (&payload[..], Some("Ä*?%s%1\\")));
+    }
+    let log = bus.read_all("sitzung:ä").await;
+    assert_eq!(data(&log.entries), payloads);
+    assert!(log.entries.iter().all(|entry| entry.event_id.as_deref() == Some("Ä*?%s%1\\")));
+}
