@@ -1,0 +1,67 @@
+//! Histories, resumption, outages and several instances, against gateways as processes.
+
+use crate::bench;
+use crate::servers::{Gateway, Redis};
+
+const WITH_HISTORY: [(&str, &str); 1] = [("WSPROXY_SESSIONS__HISTORY", "true")];
+
+#[test]
+fn plain_messages_and_those_with_history_take_turns() {
+    let redis = Redis::start();
+    let gateway = Gateway::start(&redis, &WITH_HISTORY);
+    let (server, publish) = (gateway.address.to_string(), redis.address.to_string());
+    let pid = gateway.pid().to_string();
+    let at = ["--server", &server, "--publish", &publish, "--pid", &pid];
+    let short = ["--duration", "0.6", "--warmup", "0.1", "--turns", "2"];
+    for (shape, rate, receivers) in [(&[][..], "1000", 1), (&["--shared"][..], "50", 50)] {
+        let load = ["history", "--rate", rate];
+        let (good, report) = bench(&[&load, shape, &at, &short].concat());
+        assert!(good, "{report}");
+        let figures = &report["figures"];
+        let of = |name: &str| figures[name].as_u64().unwrap();
+        assert!(of("history_published") > 0);
+        assert!(of("delivered") >= (of("history_published") + of("plain_published")) * receivers);
+        assert!(figures["redis_cpu_ratio"].as_f64().unwrap() > 0.0, "{report}");
+    }
+}
+
+#[test]
+fn clients_of_a_killed_instance_resume_at_another() {
+    let redis = Redis::start();
+    let (one, other) =
+        (Gateway::start(&redis, &WITH_HISTORY), Gateway::start(&redis, &WITH_HISTORY));
+    let (server, publish) = (one.address.to_string(), redis.address.to_string());
+    let (next, pids) = (other.address.to_string(), format!("{},{}", one.pid(), other.pid()));
+    let at = ["--server", &server, "--publish", &publish, "--other", &next, "--pid", &pids];
+    let (good, report) = bench(&[&["resume"], &at[..]].concat());
+    assert!(good, "{report}");
+    assert_eq!(report["figures"]["resumed"], 50);
+    assert_eq!(report["figures"]["delivered"], 50 * 20);
+    assert_eq!(report["figures"]["cut_off"], 50);
+}
+
+#[test]
+fn an_instance_without_history_makes_the_run_fail() {
+    let redis = Redis::start();
+    let (one, other) = (Gateway::start(&redis, &WITH_HISTORY), Gateway::start(&redis, &[]));
+    let (server, publish) = (one.address.to_string(), redis.address.to_string());
+    let (next, pids) = (other.address.to_string(), format!("{},{}", one.pid(), other.pid()));
+    let at = ["--server", &server, "--publish", &publish, "--other", &next, "--pid", &pids];
+    let (good, report) = bench(&[&["resume"], &at[..], &["--timeout", "1"]].concat());
+    assert!(!good, "{report}");
+    assert_eq!(report["figures"]["lost"], 50 * 20);
+}
+
+#[test]
+fn clients_get_over_an_outage_of_redis() {
+    let redis = Redis::keeping("appendonly yes\nappendfsync always");
+    let gateway = Gateway::start(&redis, &WITH_HISTORY);
+    let (server, publish) = (gateway.address.to_string(), redis.address.to_string());
+    let (pid, conf) = (gateway.pid().to_string(), redis.conf.display().to_string());
+    let at = ["--server", &server, "--publish", &publish, "--pid", &pid, "--redis-conf", &conf];
+    let load = ["outage", "--rate", "500", "--down", "0.5", "--duration", "0.5"];
+    let (good, report) = bench(&[&load, &at[..]].concat());
+    assert!(good, "{report}");
+    assert_eq!(report["figures"]["delivered"], 750);
+    assert!(report["figures"]["caught_up_s"].as_f64().unwrap() > 0.0, "{report}");
+}
