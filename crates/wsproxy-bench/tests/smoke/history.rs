@@ -65,3 +65,23 @@ fn clients_get_over_an_outage_of_redis() {
     assert_eq!(report["figures"]["delivered"], 750);
     assert!(report["figures"]["caught_up_s"].as_f64().unwrap() > 0.0, "{report}");
 }
+
+#[test]
+fn users_of_several_instances_hear_what_is_for_them_and_what_is_for_all() {
+    let redis = Redis::start();
+    let secret = "0123456789abcdef0123456789abcdef";
+    let settings = [("WSPROXY_ENDPOINTS__EVENTS", "true"), ("WSPROXY_JWT__SECRET_KEY", secret)];
+    let (one, other) = (Gateway::start(&redis, &settings), Gateway::start(&redis, &settings));
+    let servers = format!("{},{}", one.address, other.address);
+    let (publish, pids) = (redis.address.to_string(), format!("{},{}", one.pid(), other.pid()));
+    let at = ["--servers", &servers, "--publish", &publish, "--pid", &pids, "--secret", secret];
+    let load = ["cluster", "--connect-rate", "500", "--from", "10", "--settle", "0.1"];
+    let rates = ["--rate", "200", "--broadcast-rate", "5", "--duration", "0.6", "--warmup", "0.2"];
+    let (good, report) = bench(&[&load[..], &rates, &at].concat());
+    assert!(good, "{report}");
+    let of = |name: &str| report["figures"][name].as_u64().unwrap();
+    assert_eq!(of("users_delivered"), 120);
+    assert_eq!(of("broadcast_delivered"), 3 * 50);
+    assert_eq!(of("both_delivered"), 120 + 3 * 50);
+    assert_eq!(of("opened"), 40);
+}
