@@ -110,6 +110,18 @@ impl Log {
     pub fn is_chain(&self) -> bool {
         self.entries.windows(2).all(|pair| pair[1].prev == pair[0].id)
     }
+
+    /// Where a reader is that has seen all of it at `now_ms`.
+    #[must_use]
+    pub fn position(&self, now_ms: u64) -> Position {
+        self.last.unwrap_or_else(|| Position::nothing_at(now_ms))
+    }
+
+    /// Forgets the entries at or behind `limit`. Logs with one order are not read at one moment; only what is
+    /// older than the first of these moments is complete in all of them.
+    pub fn cut(&mut self, limit: Position) {
+        self.entries.truncate(self.entries.partition_point(|entry| entry.id < limit));
+    }
 }
 
 /// All logs of one reader at one moment, read atomically.

@@ -122,7 +122,7 @@ impl Names {
         format!("{}ws:{what}", self.prefix)
     }
 
-    /// Key of the last event id that was given out on any channel of the event endpoint.
+    /// Stream that gives the ids of all events, so that they are in one order.
     #[must_use]
     pub fn events_clock(&self) -> String {
         self.events("clock")

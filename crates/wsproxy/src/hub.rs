@@ -14,7 +14,10 @@ use hashbrown::{Equivalent, HashMap};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tracing::warn;
-use wsproxy_conn::{Link, clock};
+use wsproxy_conn::{
+    Link,
+    clock::{self, Micros},
+};
 use wsproxy_proto::{
     history::{Lost, Position, Reader},
     names::Names,
@@ -114,6 +117,16 @@ struct Track {
     log: Arc<str>,
     histories: Arc<Histories>,
     reader: Reader<Stored>,
+    /// How often something may have been missing.
+    turns: u64,
+}
+
+impl Track {
+    /// Something may be missing behind what came until `since`.
+    fn interrupt(&mut self, since: Micros) {
+        self.turns += 1;
+        self.reader.interrupt(since.0);
+    }
 }
 
 /// What the hub knows of a topic.
@@ -300,6 +313,7 @@ impl Hub {
             log: Names::log(&topic).into(),
             histories: Arc::clone(histories),
             reader: Reader::default(),
+            turns: 0,
         });
         let state = shard.entry(Topic(topic)).or_default();
         state.subscribers.add(sink);
@@ -323,16 +337,15 @@ impl Hub {
         drop(removed);
     }
 
-    /// A client of this topic has read it up to here.
-    fn begin(&self, topic: &str, position: Position) {
-        let mut shard = self.shard(topic.as_bytes()).lock();
-        let track = shard.get_mut(&Name(topic.as_bytes())).and_then(|state| state.track.as_mut());
-        if let Some(track) = track {
-            track.reader.begin(position);
-            if track.reader.has_hole() {
-                self.holes.notify_one();
-            }
-        }
+    /// Locks the shards of some topics.
+    fn lock_for(&self, topics: &[Arc<str>]) -> ShardLocks<'_> {
+        let mut numbers: Vec<_> =
+            topics.iter().map(|topic| self.shard_number(topic.as_bytes())).collect();
+        // One order for everybody, so that nobody waits for somebody who waits for him.
+        numbers.sort_unstable();
+        numbers.dedup();
+        let lock = |number: usize| (number, self.shards[number].lock());
+        ShardLocks { hub: self, shards: numbers.into_iter().map(lock).collect() }
     }
 
     fn lock_all(&self) -> Vec<MutexGuard<'_, Topics>> {
@@ -367,6 +380,20 @@ impl Hub {
         let hash = std::hash::BuildHasher::hash_one(&self.hasher, Name(topic));
         // The map uses the top and the bottom bits of its own hash; any others will do here.
         (hash >> 20) as usize % SHARDS
+    }
+}
+
+/// Some shards, locked.
+struct ShardLocks<'a> {
+    hub: &'a Hub,
+    shards: Vec<(usize, MutexGuard<'a, Topics>)>,
+}
+
+impl ShardLocks<'_> {
+    fn track(&mut self, topic: &str) -> Option<&mut Track> {
+        let number = self.hub.shard_number(topic.as_bytes());
+        let (_, shard) = self.shards.iter_mut().find(|(other, _)| *other == number)?;
+        shard.get_mut(&Name(topic.as_bytes()))?.track.as_deref_mut()
     }
 }
 

@@ -5,7 +5,7 @@ use crate::history::{Lost, Position};
 /// The gate of one client that reads logs behind its position while their channels are subscribed.
 ///
 /// Until it is released live messages wait, at most `bytes_max` of them. From then on it lets through what
-/// was not read, and can be thrown away as soon as something was.
+/// was not read, and can be thrown away where it [is passed](Self::is_passed).
 #[derive(Debug)]
 pub struct Fence<M> {
     bytes_max: usize,
@@ -15,7 +15,7 @@ pub struct Fence<M> {
 #[derive(Debug)]
 enum State<M> {
     Holding { held: Vec<(Option<Position>, M)>, bytes: usize },
-    Overflowed,
+    Lost(Lost),
     Open { seen: Position },
 }
 
@@ -34,32 +34,44 @@ impl<M> Fence<M> {
                 let (message, bytes) = message();
                 *waiting += bytes + MESSAGE_BYTES;
                 if *waiting > self.bytes_max {
-                    self.state = State::Overflowed;
+                    self.state = State::Lost(Lost::Overflow);
                 } else {
                     held.push((id, message));
                 }
                 false
             }
-            State::Overflowed => false,
-            State::Open { seen } => is_new(id, *seen),
+            State::Lost(_) => false,
+            State::Open { seen } => is_new(id, seen),
         }
+    }
+
+    /// The history of one of its logs cannot be continued; whoever has seen everything is at `position`.
+    /// `true` where the client is to be told now; a closed fence says so when it is released.
+    pub fn lose(&mut self, lost: Lost, position: Position) -> bool {
+        // The log may go on with lower ids than were seen, if the store was rolled back.
+        let is_open = matches!(self.state, State::Open { .. });
+        self.state = if is_open { State::Open { seen: position } } else { State::Lost(lost) };
+        is_open
     }
 
     /// Opens: the client has everything up to `seen`. Answers what waited and is not part of that.
     ///
     /// # Errors
-    /// [`Lost::Overflow`] where more came than could wait; it stays closed until [`Self::reopen`].
-    pub fn release(&mut self, seen: Position) -> Result<Vec<M>, Lost> {
-        if matches!(self.state, State::Overflowed) {
-            return Err(Lost::Overflow);
-        }
-        match std::mem::replace(&mut self.state, State::Open { seen }) {
+    /// Something is missing, as [`Lost::Overflow`] where more came than could wait; it stays closed until
+    /// [`Self::reopen`].
+    pub fn release(&mut self, mut seen: Position) -> Result<Vec<M>, Lost> {
+        let mut waited = Vec::new();
+        match &mut self.state {
+            State::Lost(lost) => return Err(*lost),
             State::Holding { held, .. } => {
-                let is_new = |(id, message)| is_new(id, seen).then_some(message);
-                Ok(held.into_iter().filter_map(is_new).collect())
+                // What was read from a log to fill a hole may come over the channel once more.
+                let is_new = |(id, message)| is_new(id, &mut seen).then_some(message);
+                waited = std::mem::take(held).into_iter().filter_map(is_new).collect();
             }
-            State::Overflowed | State::Open { .. } => Ok(Vec::new()),
+            State::Open { .. } => {}
         }
+        self.state = State::Open { seen };
+        Ok(waited)
     }
 
     /// Opens although something is missing: the client is told to begin anew at `seen`.
@@ -67,15 +79,20 @@ impl<M> Fence<M> {
         self.state = State::Open { seen };
     }
 
-    /// Whether it is of no more use to the messages of a log whose reader has come to `position`.
+    /// Whether it is of no more use to the messages of a log, after the one with this id was offered.
+    ///
+    /// Not the reader's position counts: it may have come further than what was delivered.
     #[must_use]
-    pub fn is_passed(&self, position: Position) -> bool {
-        matches!(self.state, State::Open { seen } if position >= seen)
+    pub fn is_passed(&self, id: Position) -> bool {
+        matches!(self.state, State::Open { seen } if id >= seen)
     }
 }
 
-fn is_new(id: Option<Position>, seen: Position) -> bool {
-    id.is_none_or(|id| id > seen)
+fn is_new(id: Option<Position>, seen: &mut Position) -> bool {
+    let Some(id) = id else { return true };
+    let is_new = id > *seen;
+    *seen = id.max(*seen);
+    is_new
 }
 
 /// What a waiting message costs beside its bytes, roughly.

@@ -15,6 +15,10 @@ const HELD_BYTES_MAX: usize = 1024 * 1024;
 pub struct Reader<M> {
     /// Everything up to here has been delivered; `None`: it has not begun.
     position: Option<Position>,
+    /// Where it began: what is behind this was offered to everybody who waits.
+    began: Position,
+    /// Up to here some client has read by itself, maybe further than the channel has brought.
+    ahead: Position,
     hole: Option<Box<Hole<M>>>,
 }
 
@@ -48,7 +52,7 @@ pub enum Verdict {
     Duplicate,
     /// It waits until the hole before it is filled.
     Held,
-    /// The same, and the hole is new: the log has to be read.
+    /// It shows that something is missing: the log has to be read, and this message with it.
     Hole,
 }
 
@@ -67,14 +71,29 @@ pub struct Filled<M> {
 
 impl<M> Default for Reader<M> {
     fn default() -> Self {
-        Self { position: None, hole: None }
+        Self { position: None, began: Position::START, ahead: Position::START, hole: None }
     }
 }
 
 impl<M> Reader<M> {
-    /// Begins where a snapshot has ended, unless a live message was faster.
-    pub fn begin(&mut self, at: Position) {
-        self.position.get_or_insert(at);
+    /// A client goes on behind `at`, where its snapshot of the log has ended; a reader that has not begun
+    /// begins there.
+    ///
+    /// `false`: the reader began later, and what lies between is not waiting for this client: it has to read
+    /// the log again.
+    #[must_use]
+    pub fn begin(&mut self, at: Position) -> bool {
+        if self.position.is_none() {
+            (self.position, self.began) = (Some(at), at);
+            return true;
+        }
+        self.ahead = self.ahead.max(at);
+        if at.is_entry() || !self.began.is_entry() {
+            self.began <= at
+        } else {
+            // The entry at which it began may have been published in the same millisecond.
+            self.began.milliseconds < at.time_ms()
+        }
     }
 
     /// How far it has come.
@@ -83,12 +102,12 @@ impl<M> Reader<M> {
         self.position
     }
 
-    /// Judges a message that came over the channel at `now`. Where it has to wait, `message` makes what is
-    /// kept of it, and how many bytes that is.
+    /// Judges a message that came over a link which was known to be whole at `since`. Where it has to wait,
+    /// `message` makes what is kept of it, and how many bytes that is.
     pub fn accept(
         &mut self,
         (id, prev): (Position, Position),
-        now: u64,
+        since: u64,
         message: impl FnOnce() -> (M, usize),
     ) -> Verdict {
         let live = || {
@@ -101,21 +120,27 @@ impl<M> Reader<M> {
         }
         match rule::step(self.position, id, prev) {
             rule::Step::Next => {
-                self.position = Some(id);
+                if self.position.replace(id).is_none() {
+                    self.began = prev;
+                }
                 Verdict::Deliver
             }
             rule::Step::Duplicate => Verdict::Duplicate,
             rule::Step::Gap => {
-                let mut hole = Hole::new(now);
-                hole.hold(live());
-                self.hole = Some(Box::new(hole));
+                // It is in the log, or never will be: keeping it could only open the same hole again.
+                self.hole = Some(Box::new(Hole::new(since)));
                 Verdict::Hole
             }
         }
     }
 
     /// The link is lost: until the log was read, something may be missing behind what came until `since`.
+    ///
+    /// A reader that has not begun misses nothing: whoever waits for it begins with a later snapshot.
     pub fn interrupt(&mut self, since: u64) {
+        if self.position.is_none() {
+            return;
+        }
         let since = self.hole.take().map_or(since, |hole| hole.since.min(since));
         self.hole = Some(Box::new(Hole::new(since)));
     }
@@ -133,8 +158,33 @@ impl<M> Reader<M> {
         self.hole.is_some()
     }
 
+    /// Whether [`Self::fill`] would leave nothing missing.
+    ///
+    /// Logs with one order must be made whole together, or a client sees a later message of one before an
+    /// earlier one of the other, and its last event id no longer says what it has.
+    #[must_use]
+    pub fn joins(&self, from: Position, judged: Result<(), Lost>, log: &Log, now_ms: u64) -> bool {
+        let Some(hole) = self.hole.as_ref().filter(|hole| !hole.overflowed) else { return false };
+        let judged = self.judge(from, judged, log);
+        let mut position = match judged {
+            Ok(()) => log.entries.last().map_or(from, |entry| entry.id),
+            Err(_) => log.position(now_ms),
+        };
+        if judged.is_ok() && self.ahead.is_entry() && self.ahead > position {
+            return false;
+        }
+        for live in &hole.held {
+            match rule::step(Some(position), live.id, live.prev) {
+                rule::Step::Next => position = live.id,
+                rule::Step::Duplicate => {}
+                rule::Step::Gap => return false,
+            }
+        }
+        self.position == Some(from) && log.last.is_none_or(|last| position >= last)
+    }
+
     /// Takes the whole of what the log holds behind `from`, judged by [`rule::heal`]. `is_linked`: the link
-    /// was not lost since before the log was read.
+    /// was not lost since before the log was read, and what waits may be delivered.
     ///
     /// `None` where the hole is not the one for which the log was read.
     pub fn fill(
@@ -148,43 +198,47 @@ impl<M> Reader<M> {
         if self.position != Some(from) {
             return None;
         }
-        let mut hole = self.hole.take()?;
-        let mut filled = Filled { lost: None, entries: false, held: Vec::new(), whole: false };
-        match judged {
+        let whole = is_linked && self.joins(from, judged, log, now_ms);
+        let judged = self.judge(from, judged, log);
+        let hole = self.hole.as_mut()?;
+        let mut filled = Filled { lost: None, entries: false, held: Vec::new(), whole };
+        let mut position = match judged {
             Ok(()) => {
                 filled.entries = true;
-                self.position = log.entries.last().map_or(Some(from), |entry| Some(entry.id));
+                log.entries.last().map_or(from, |entry| entry.id)
             }
             Err(lost) => {
-                let position = log.last.unwrap_or_else(|| Position::nothing_at(now_ms));
-                self.position = Some(position);
+                let position = log.position(now_ms);
+                (self.began, self.ahead) = (position, Position::START);
                 filled.lost = Some((lost, position));
+                position
+            }
+        };
+        // What waits is in the log by now, where it has to be read again.
+        let held = hole.clear();
+        if whole {
+            self.hole = None;
+            for live in held {
+                let is_new = rule::step(Some(position), live.id, live.prev) == rule::Step::Next;
+                if is_new {
+                    position = live.id;
+                }
+                filled.held.push((live.id, live.message, is_new));
             }
         }
-        if !is_linked || hole.overflowed {
-            hole.clear();
-            self.hole = Some(hole);
-            return Some(filled);
-        }
-        let mut held = std::mem::take(&mut hole.held).into_iter();
-        while let Some(live) = held.next() {
-            match rule::step(self.position, live.id, live.prev) {
-                rule::Step::Next => {
-                    self.position = Some(live.id);
-                    filled.held.push((live.id, live.message, true));
-                }
-                rule::Step::Duplicate => filled.held.push((live.id, live.message, false)),
-                rule::Step::Gap => {
-                    hole.clear();
-                    hole.hold(live);
-                    held.for_each(|live| hole.hold(live));
-                    self.hole = Some(hole);
-                    return Some(filled);
-                }
-            }
-        }
-        filled.whole = true;
+        self.position = Some(position);
         Some(filled)
+    }
+
+    /// What a client has read by itself must be there still, if only behind a [cut](Log::cut).
+    fn judge(&self, from: Position, judged: Result<(), Lost>, log: &Log) -> Result<(), Lost> {
+        let end = log.entries.last().map_or(from, |entry| entry.id);
+        let is_held = log.entries.iter().any(|entry| entry.id == self.ahead)
+            || (self.ahead > end && log.last.is_some_and(|last| last >= self.ahead));
+        if self.ahead.is_entry() && self.ahead > from && !is_held {
+            return judged.and(Err(Lost::Unknown));
+        }
+        judged
     }
 }
 
@@ -204,9 +258,8 @@ impl<M> Hole<M> {
         }
     }
 
-    fn clear(&mut self) {
-        self.held = Vec::new();
-        self.held_bytes = 0;
-        self.overflowed = false;
+    fn clear(&mut self) -> Vec<Live<M>> {
+        (self.held_bytes, self.overflowed) = (0, false);
+        std::mem::take(&mut self.held)
     }
 }

@@ -36,7 +36,8 @@ pub fn step(last: Option<Position>, id: Position, prev: Position) -> Step {
 /// Whether a client that saw everything up to `after` misses nothing but the entries of `snapshot`.
 ///
 /// The logs share one order, so one position stands for all of them. `retention_ms`: how long an entry
-/// is held at least, if no other bound removes it.
+/// is held at least, if no other bound removes it, less what the clocks of stores that replace each other
+/// may differ by.
 ///
 /// # Errors
 /// Why something may be missing.
@@ -48,8 +49,11 @@ pub fn resume(after: Position, retention_ms: u64, snapshot: &Snapshot) -> Result
     let emptied = snapshot.epoch_ms > after.time_ms();
     let expired = snapshot.now_ms.saturating_sub(after.time_ms()) >= retention_ms;
     if !after.is_entry() {
-        if emptied || expired {
-            return Err(if emptied { Lost::Emptied } else { Lost::Expired });
+        if emptied {
+            return Err(Lost::Emptied);
+        }
+        if expired {
+            return Err(Lost::Expired);
         }
         return snapshot.logs.iter().try_for_each(|log| resume_from_nothing(after, log));
     }
@@ -57,12 +61,15 @@ pub fn resume(after: Position, retention_ms: u64, snapshot: &Snapshot) -> Result
     for log in &snapshot.logs {
         known |= resume_from_entry(after, expired, log)?;
     }
-    match () {
-        // Ids are never given twice: a store that holds what follows this one was not emptied since.
-        () if known => Ok(()),
-        () if emptied => Err(Lost::Emptied),
-        () if expired => Err(Lost::Expired),
-        () => Err(Lost::Unknown),
+    // Where the position is still held, nothing was emptied since.
+    if known {
+        Ok(())
+    } else if emptied {
+        Err(Lost::Emptied)
+    } else if expired {
+        Err(Lost::Expired)
+    } else {
+        Err(Lost::Unknown)
     }
 }
 
@@ -118,13 +125,15 @@ pub fn heal(
         (Some((id, prev)), Some(_)) if prev == Position::START && id > last => id.milliseconds,
         _ => return Err(Lost::Unknown),
     };
-    if epoch_ms > now_ms.saturating_sub(gap_ms) {
+    if epoch_ms > last.time_ms().max(now_ms.saturating_sub(gap_ms)) {
         return Err(Lost::Emptied);
     }
     if gap_ms >= retention_ms {
         return Err(Lost::Expired);
     }
-    if last.is_entry() && last.milliseconds.saturating_add(retention_ms) > begins {
+    // An older one than the moment at which there was none is a log of another time.
+    let lived = if last.is_entry() { retention_ms } else { 0 };
+    if last.time_ms().saturating_add(lived) > begins {
         return Err(Lost::Unknown);
     }
     Ok(())

@@ -3,6 +3,7 @@
 use http::header::{HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_EXTENSIONS};
 use http::uri::PathAndQuery;
 use http::{Method, Version};
+use wsproxy_proto::history::{After, Envelope, Position};
 use wsproxy_proto::json::validate;
 use wsproxy_proto::ws::client::{ClientRequest, Response, read_response};
 use wsproxy_proto::ws::deflate::{Deflater, Deflaters, Policy, negotiate};
@@ -128,5 +129,24 @@ pub(crate) fn json(data: &[u8]) {
     }
     if let Err(error) = verdict {
         assert!(error.offset <= data.len());
+    }
+}
+
+/// A message of a channel, a position, and what a client gives as its last event id.
+pub(crate) fn history(data: &[u8]) {
+    if let Some(envelope) = Envelope::parse(data) {
+        assert_eq!(Envelope::parse(&envelope.encode()), Some(envelope));
+        // Nothing is read that would be written otherwise.
+        assert_eq!(envelope.encode(), data);
+    }
+    if let Some(position) = Position::parse(data) {
+        assert_eq!(position.to_string().as_bytes(), data);
+    }
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(after) = After::parse(text) {
+        let again = after.as_ref().map_or_else(String::new, After::to_string);
+        assert_eq!(After::parse(&again), Ok(after));
+        assert!(again == text || text == "0");
+        assert!(again.len() <= 128 && !again.contains([' ', '\n', '\r', '\0']));
     }
 }

@@ -37,3 +37,8 @@ fn handshake_seeds() {
 fn json_seeds() {
     run("json", bodies::json);
 }
+
+#[test]
+fn history_seeds() {
+    run("history", bodies::history);
+}

@@ -6,6 +6,7 @@
 mod bodies;
 mod corpus;
 mod deflate;
+mod history;
 mod json;
 mod oracle;
 mod rules;

@@ -3,10 +3,19 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use wsproxy_conn::{Event, Link, clock::Micros, link::Queued};
-use wsproxy_proto::history::Position;
+use wsproxy_conn::{
+    Event, Link,
+    clock::{self, Micros},
+    link::Queued,
+};
+use wsproxy_proto::history::{Lost, Position};
 
-use crate::hub::{Hub, Sink, State, message::Fanout, subscribers::Subscribers};
+use crate::hub::{
+    Hub, Sink, State,
+    message::{Fanout, Message},
+    notice,
+    subscribers::Subscribers,
+};
 
 /// Whom a message is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,16 +42,13 @@ impl Round {
         hub: &Hub,
         since: Micros,
     ) {
-        let position = state.track.as_ref().and_then(|track| track.reader.position());
-        self.deliver_to(&mut state.subscribers, position, audience, fanout, hub, since, None);
+        self.deliver_to(&mut state.subscribers, audience, fanout, hub, since, None);
     }
 
     /// The same, where connections get the message by `at_once` if that is given.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one topic are borrowed apart")]
     pub(super) fn deliver_to(
         &mut self,
         subscribers: &mut Subscribers,
-        position: Option<Position>,
         audience: Audience,
         fanout: &mut Fanout<'_>,
         hub: &Hub,
@@ -58,7 +64,7 @@ impl Round {
                 {
                     self.send(&gate.target, frame, since);
                 }
-                if position.is_some_and(|position| gate.fence.lock().is_passed(position)) {
+                if id.is_some_and(|id| gate.fence.lock().is_passed(id)) {
                     *sink = gate.target.clone();
                 }
                 continue;
@@ -89,6 +95,32 @@ impl Round {
                 Sink::Gated(_) => {}
             }
         }
+    }
+
+    /// Tells all clients of a topic that its history cannot be continued; everybody is at `position` then.
+    /// Answers how many were told; those behind a fence are told when they come through.
+    pub(super) fn lose(
+        &mut self,
+        subscribers: &Subscribers,
+        lost: Lost,
+        position: Position,
+        hub: &Hub,
+    ) -> u64 {
+        let notice = notice::history_lost(lost, position);
+        let payload = notice.as_bytes();
+        let mut fanout = Fanout::new(Message { id: Some(position), carries_id: true, payload });
+        let mut told = 0;
+        for sink in subscribers.iter() {
+            let (target, is_due) = match sink {
+                Sink::Gated(gate) => (&gate.target, gate.fence.lock().lose(lost, position)),
+                sink => (sink, true),
+            };
+            if is_due && let Some(bytes) = fanout.encode(target, hub) {
+                self.send(target, bytes, clock::now());
+                told += 1;
+            }
+        }
+        told
     }
 
     /// Gives a client what was encoded for it.

@@ -22,7 +22,7 @@ use crate::{
     bus::{Deliver, History, Keep, Publish},
     config::OnBusLoss,
     hub::{
-        Form, Hub, Name, Sink, State, Track,
+        Form, Histories, Hub, Name, Sink, Track,
         audience::{Audience, LIST_KEPT, Round},
         message::{Fanout, Message},
     },
@@ -59,8 +59,15 @@ impl Deliver for Delivery {
         let message = envelope.as_ref().map_or(Message::plain(payload), Message::from);
         let audience = match (&mut state.track, envelope) {
             (Some(track), Some(envelope)) => match track.accept(&envelope, message, since, hub) {
-                Some(audience) => audience,
-                None => return,
+                Ok(audience) => audience,
+                Err(verdict) => {
+                    let histories = Arc::clone(&track.histories);
+                    drop(shard);
+                    if verdict == Verdict::Hole {
+                        hub.open_hole(&histories, since);
+                    }
+                    return;
+                }
             },
             (Some(track), None) if track.histories.capture => {
                 match hub.capture(channel, track, payload) {
@@ -71,10 +78,8 @@ impl Deliver for Delivery {
             _ => Audience::All,
         };
         let mut fanout = Fanout::new(message);
-        let State { subscribers, track } = state;
-        let position = track.as_ref().and_then(|track| track.reader.position());
         let list = last.then_some(&mut *at_once);
-        round.deliver_to(subscribers, position, audience, &mut fanout, hub, since, list);
+        round.deliver_to(&mut state.subscribers, audience, &mut fanout, hub, since, list);
         drop(shard);
         // Nothing can join the last message of a round in one write, so each link is touched only
         // once for it: with thousands, that spares loading all of them into the cache again.
@@ -101,7 +106,7 @@ impl Deliver for Delivery {
         for shard in &hub.shards {
             let mut shard = shard.lock();
             for track in shard.values_mut().filter_map(|state| state.track.as_mut()) {
-                track.reader.interrupt(since.0);
+                track.interrupt(since);
             }
         }
     }
@@ -163,31 +168,51 @@ impl Delivery {
 }
 
 impl Track {
-    /// Whom a message of the history is for; `None` where it has to wait.
+    /// Whom a message of the history is for.
+    ///
+    /// # Errors
+    /// It has to wait, or is behind a hole.
     fn accept(
         &mut self,
         envelope: &Envelope<'_>,
         message: Message<'_>,
         now: Micros,
         hub: &Hub,
-    ) -> Option<Audience> {
-        match self.reader.accept((envelope.id, envelope.prev), now.0, || message.store()) {
-            Verdict::Deliver => Some(Audience::All),
+    ) -> Result<Audience, Verdict> {
+        let since = now.since(HOLE_MARGIN).0;
+        let ids = (envelope.id, envelope.prev);
+        match self.reader.accept(ids, since, || message.store()) {
+            Verdict::Deliver => Ok(Audience::All),
             Verdict::Duplicate => {
                 hub.counters.duplicates.add(1);
-                Some(Audience::Gated)
+                Ok(Audience::Gated)
             }
-            Verdict::Held => None,
+            Verdict::Held => Err(Verdict::Held),
             Verdict::Hole => {
+                self.turns += 1;
                 debug!(log = &*self.log, id = %envelope.id, prev = %envelope.prev, "A message does not follow the one before it.");
-                hub.holes.notify_one();
-                None
+                Err(Verdict::Hole)
             }
         }
     }
 }
 
 impl Hub {
+    /// A log has a hole; where several have one order, all of them are read and go on together.
+    fn open_hole(&self, histories: &Arc<Histories>, now: Micros) {
+        if histories.clock.is_some() {
+            let since = now.since(HOLE_MARGIN);
+            for shard in &self.shards {
+                let mut shard = shard.lock();
+                let tracks = shard.values_mut().filter_map(|state| state.track.as_mut());
+                tracks
+                    .filter(|track| Arc::ptr_eq(&track.histories, histories))
+                    .for_each(|track| track.interrupt(since));
+            }
+        }
+        self.holes.notify_one();
+    }
+
     /// Publishes a plain message again, with history; of several instances that do so one wins. `false` where
     /// it has no id of its own, by which that could be known.
     fn capture(&self, channel: &[u8], track: &Track, payload: &[u8]) -> bool {
@@ -231,6 +256,9 @@ impl<'a> From<&Envelope<'a>> for Message<'a> {
         Self { id: Some(envelope.id), carries_id, payload: envelope.payload }
     }
 }
+
+/// A link that shows a hole was whole so long ago at least: dead ones are found sooner.
+const HOLE_MARGIN: Micros = Micros(60_000_000);
 
 /// How long instances remember which plain messages one of them has taken into a history.
 const CAPTURED_FOR: Duration = Duration::from_secs(60);

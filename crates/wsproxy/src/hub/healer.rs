@@ -14,7 +14,6 @@ use crate::{
         Histories, Hub, Name, State, Topics,
         audience::{Audience, Round},
         message::{Fanout, Message, Stored},
-        notice,
         replay::{PAGE_ENTRIES, merge, retention_ms},
     },
     store::{SnapshotOf, Store, StoreError},
@@ -45,6 +44,8 @@ struct Hole {
 struct Found {
     hole: Hole,
     log: Log,
+    /// The store's clock when the first and the last page were read.
+    first_ms: u64,
     now_ms: u64,
     judged: Result<(), Lost>,
 }
@@ -136,7 +137,8 @@ impl Hub {
                 let mut shard = self.shards[number].lock();
                 let mut round = Round::default();
                 let mut items = Vec::new();
-                whole += usize::from(self.fill_one(&mut shard, found, outage, &mut items));
+                let is_linked = self.outage() == outage;
+                whole += usize::from(self.fill_one(&mut shard, found, is_linked, &mut items));
                 for (_, topic, item) in items {
                     self.deliver_item(&mut shard, &topic, &item, &mut round);
                 }
@@ -151,13 +153,25 @@ impl Hub {
         if holes.is_empty() {
             return 0;
         }
-        let found = read_all(store, holes, TOGETHER_BYTES_MAX).await;
+        let wanted = holes.len();
+        let mut found = read_all(store, holes, TOGETHER_BYTES_MAX).await;
+        // They were not read at one moment: what is older than the first of these is complete in all.
+        let first_ms = found.iter().map(|found| found.first_ms).min().unwrap_or_default();
+        let limit = Position { milliseconds: first_ms, sequence: 0 };
+        found.iter_mut().for_each(|found| found.log.cut(limit));
         let mut shards = self.lock_all();
+        let mut joins = found.len() == wanted && self.outage() == outage;
+        for Found { hole, log, now_ms, judged, .. } in &found {
+            let shard = &shards[self.shard_number(hole.topic.as_bytes())];
+            let track = shard.get(&Name(hole.topic.as_bytes())).and_then(|s| s.track.as_ref());
+            joins &= track.is_none_or(|track| track.reader.joins(hole.from, *judged, log, *now_ms));
+        }
         let mut items = Vec::new();
         let mut whole = 0;
         for found in found {
             let number = self.shard_number(found.hole.topic.as_bytes());
-            whole += usize::from(self.fill_one(&mut shards[number], found, outage, &mut items));
+            let shard = &mut shards[number];
+            whole += usize::from(self.fill_one(shard, found, joins, &mut items));
         }
         items.sort_by_key(|(id, ..)| *id);
         let mut round = Round::default();
@@ -175,14 +189,13 @@ impl Hub {
         &self,
         shard: &mut MutexGuard<'_, Topics>,
         found: Found,
-        outage: u64,
+        is_linked: bool,
         items: &mut Vec<(Position, Arc<str>, Item)>,
     ) -> bool {
-        let Found { hole, log, now_ms, judged } = found;
+        let Found { hole, log, now_ms, judged, .. } = found;
         let track =
             shard.get_mut(&Name(hole.topic.as_bytes())).and_then(|state| state.track.as_mut());
         let Some(track) = track else { return false };
-        let is_linked = self.outage() == outage;
         let filled = track.reader.fill(hole.from, judged, &log, now_ms, is_linked);
         let Some(Filled { lost, entries, held, whole }) = filled else { return false };
         let topic = hole.topic;
@@ -215,12 +228,8 @@ impl Hub {
         let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
         match item {
             Item::Lost(lost, position) => {
-                let clients = state.subscribers.iter().count() as u64;
-                self.counters.history_lost[*lost as usize].add(clients);
-                let notice = notice::history_lost(*lost, *position);
-                let payload = notice.as_bytes();
-                let message = Message { id: Some(*position), carries_id: true, payload };
-                self.deliver_one(state, Audience::All, message, round);
+                let told = round.lose(&state.subscribers, *lost, *position, self);
+                self.counters.history_lost[*lost as usize].add(told);
             }
             Item::Entry(entry) => {
                 let carries_id = entry.event_id.is_some();
@@ -281,10 +290,10 @@ async fn read_all(store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Foun
 }
 
 async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
-    let mut behind = hole.from;
     let mut chain = [Log::default()];
-    let mut first: Option<(u64, Result<(), Lost>)> = None;
+    let mut first_ms = None;
     loop {
+        let behind = chain[0].entries.last().map_or(hole.from, |entry| entry.id);
         let of = SnapshotOf {
             logs: vec![Arc::clone(&hole.log)],
             epoch: Arc::clone(&hole.histories.epoch),
@@ -293,23 +302,20 @@ async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
             streams_of: None,
         };
         let (mut page, _) = store.snapshot(of).await?;
+        let now_ms = page.now_ms;
+        let first_ms = *first_ms.get_or_insert(now_ms);
+        // Every page is a healing of its own: time passes between them.
         let gap_ms = clock::now().since(clock::Micros(hole.since)).0.div_ceil(1000);
-        let (retention, clocks) = (retention_ms(&hole.histories), (page.now_ms, page.epoch_ms));
-        let judge = || {
-            let log = page.logs.first().ok_or(Lost::Unknown)?;
-            rule::heal(hole.from, gap_ms, retention, clocks, log)
-        };
-        let (now_ms, mut judged) = first.unwrap_or_else(|| (page.now_ms, judge()));
-        first = Some((now_ms, judged));
-        match merge(&mut page.logs, &mut chain) {
-            Some(further) if judged.is_ok() => behind = further,
-            _ => {
-                let [log] = chain;
-                if judged.is_ok() && !log.is_chain() {
-                    judged = Err(Lost::Trimmed);
-                }
-                return Ok(Found { hole, log, now_ms, judged });
-            }
+        let (retention, clocks) = (retention_ms(&hole.histories), (now_ms, page.epoch_ms));
+        let log = page.logs.first().ok_or(Lost::Unknown);
+        let mut judged = log.and_then(|log| rule::heal(behind, gap_ms, retention, clocks, log));
+        let further = merge(&mut page.logs, &mut chain);
+        if !chain[0].is_chain() {
+            judged = judged.and(Err(Lost::Trimmed));
+        }
+        if further.is_none() || judged.is_err() {
+            let [log] = chain;
+            return Ok(Found { hole, log, first_ms, now_ms, judged });
         }
     }
 }

@@ -1,9 +1,9 @@
 //! How a client comes to what it missed: live messages wait behind a fence while its logs are read.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tracing::debug;
 use wsproxy_conn::clock;
 use wsproxy_proto::{
@@ -13,7 +13,7 @@ use wsproxy_proto::{
 
 use crate::{
     hub::{
-        Histories, Hub, Name, Sink,
+        Histories, Hub, Name, ShardLocks, Sink,
         audience::Round,
         message::{self, Fanout, Message},
         notice,
@@ -101,6 +101,8 @@ impl Replay {
     /// Reads what the client missed, and lets live messages follow it. `hello` makes what the client is told
     /// first, given what became of its wish and, unless it resumes, its position.
     ///
+    /// Waits while the bus is lost or holes are being filled: set a deadline.
+    ///
     /// # Errors
     /// The store did not answer; the client still gets nothing.
     pub async fn run(
@@ -109,50 +111,84 @@ impl Replay {
         wish: Wish,
         hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
     ) -> Result<Outcome, StoreError> {
-        let mut found = self.read(store, &wish).await?;
-        for (topic, log) in self.topics.iter().zip(&found.last.logs) {
-            self.hub.begin(topic, log.last.unwrap_or(Position::nothing_at(found.last.now_ms)));
-        }
-        let bytes: usize = found.entries.iter().map(|entry| entry.data.len()).sum();
-        if bytes > self.gate.target.buffer_bytes() {
-            found.lose(Lost::Overflow);
-        }
-        self.release(&found, wish.after.as_ref(), hello);
+        let mut lost = None;
+        let found = loop {
+            let Some(turns) = self.turns() else {
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            };
+            let found = self.read(store, &wish, lost).await?;
+            match self.join(&found, &turns) {
+                Joined::Now(shards, fence, held) => {
+                    let after = wish.after.as_ref();
+                    let mut round = Round::default();
+                    self.tell(&found, held, after, hello, &mut round);
+                    drop((fence, shards));
+                    round.flush(clock::now());
+                    break found;
+                }
+                Joined::Lost(why) => lost = Some(why),
+                Joined::Not => {}
+            }
+        };
         self.hub.count(found.outcome);
         debug!(outcome = ?found.outcome, "A client's history was read.");
         Ok(found.outcome)
     }
 
-    async fn read(&self, store: &Store, wish: &Wish) -> Result<Found, StoreError> {
-        let (snapshot, streams) = store.snapshot(self.of(wish.after.clone(), wish)).await?;
-        let Some(after) = &wish.after else {
-            return Ok(Found { last: snapshot, entries: vec![], streams, outcome: Outcome::Fresh });
-        };
-        let retention = retention_ms(&self.histories);
-        let judged = match snapshot.after {
-            Some(after) => rule::resume(after, retention, &snapshot),
-            None => Err(Lost::Unknown),
-        };
-        let mut found = Found { last: snapshot, entries: vec![], streams, outcome: Outcome::Fresh };
-        if let Err(lost) = judged {
+    /// How often each topic had a hole; `None` while one has.
+    fn turns(&self) -> Option<Vec<u64>> {
+        let turns = self.topics.iter().map(|topic| {
+            let shard = self.hub.shard(topic.as_bytes()).lock();
+            let track = shard.get(&Name(topic.as_bytes()))?.track.as_ref()?;
+            (!track.reader.has_hole()).then_some(track.turns)
+        });
+        let turns = turns.collect();
+        if self.hub.is_linked() { turns } else { None }
+    }
+
+    /// `lost`: something is missing already, and the client is to be told so.
+    async fn read(
+        &self,
+        store: &Store,
+        wish: &Wish,
+        lost: Option<Lost>,
+    ) -> Result<Found, StoreError> {
+        let after = if lost.is_none() { wish.after.clone() } else { None };
+        let (last, streams) = store.snapshot(self.of(after.clone(), wish)).await?;
+        let mut found = Found { last, entries: vec![], streams, outcome: Outcome::Fresh };
+        if let Some(lost) = lost {
             found.lose(lost);
+        }
+        if after.is_none() {
             return Ok(found);
         }
+        let mut behind = found.last.after.ok_or(Lost::Unknown);
         let mut chains = vec![Log::default(); self.topics.len()];
         loop {
-            let Some(behind) = merge(&mut found.last.logs, &mut chains) else { break };
-            let of = self.of(Some(After::Position(behind)), &Wish::default());
+            // Every page is judged by itself: the store may have been rolled back between them.
+            let retention = retention_ms(&self.histories);
+            let judged = behind.and_then(|behind| rule::resume(behind, retention, &found.last));
+            if let Err(lost) = judged {
+                found.lose(lost);
+                return Ok(found);
+            }
+            let Some(further) = merge(&mut found.last.logs, &mut chains) else { break };
+            behind = Ok(further);
+            let of = self.of(Some(After::Position(further)), &Wish::default());
             (found.last, _) = store.snapshot(of).await?;
         }
-        let is_whole = chains.iter().all(Log::is_chain);
+        if !chains.iter().all(Log::is_chain) {
+            found.lose(Lost::Trimmed);
+            return Ok(found);
+        }
         let mut entries: Vec<_> = chains.into_iter().flat_map(|log| log.entries).collect();
         entries.sort_unstable_by_key(|entry| entry.id);
-        debug!(%after, count = entries.len(), is_whole, "A client resumes.");
-        if is_whole {
-            found.outcome = Outcome::Resumed(entries.len());
-            found.entries = entries;
-        } else {
-            found.lose(Lost::Trimmed);
+        found.outcome = Outcome::Resumed(entries.len());
+        let bytes: usize = entries.iter().map(|entry| entry.data.len()).sum();
+        found.entries = entries;
+        if bytes > self.gate.target.buffer_bytes() {
+            found.lose(Lost::Overflow);
         }
         Ok(found)
     }
@@ -171,42 +207,58 @@ impl Replay {
         }
     }
 
-    /// Everything in its order, while no live message can come between.
-    fn release(
+    /// Joins what was read with what waited. As long as the locks are held nothing comes between.
+    fn join(&self, found: &Found, turns: &[u64]) -> Joined<'_> {
+        let mut shards = self.hub.lock_for(&self.topics);
+        let mut is_covered = self.hub.is_linked();
+        for ((topic, turn), log) in self.topics.iter().zip(turns).zip(&found.last.logs) {
+            let Some(track) = shards.track(topic) else { return Joined::Not };
+            is_covered &= track.turns == *turn && !track.reader.has_hole();
+            if is_covered {
+                is_covered &= track.reader.begin(log.position(found.last.now_ms));
+            }
+        }
+        if !is_covered {
+            return Joined::Not;
+        }
+        let mut fence = self.gate.fence.lock();
+        match fence.release(found.last.position()) {
+            Ok(held) => Joined::Now(shards, fence, held),
+            Err(lost) => {
+                // What is read from now on has what could not wait.
+                *fence = Fence::new(self.gate.target.buffer_bytes());
+                Joined::Lost(lost)
+            }
+        }
+    }
+
+    /// Everything in its order.
+    fn tell(
         &self,
         found: &Found,
+        held: Vec<Bytes>,
         after: Option<&After>,
         hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
+        round: &mut Round,
     ) {
         let seen = found.last.position();
-        let mut round = Round::default();
-        let mut fence = self.gate.fence.lock();
-        let held = match fence.release(seen) {
-            Ok(held) => held,
-            Err(lost) => {
-                drop(fence);
-                return self.release_overflowed(lost, hello);
-            }
-        };
-        let mut told = Telling { replay: self, round: &mut round };
-        match (found.outcome, after) {
+        let mut told = Telling { replay: self, round };
+        let outcome = found.outcome;
+        match (outcome, after) {
             (Outcome::Resumed(count), Some(after)) => {
-                told.notices(
-                    [hello(found.outcome, None), Some(notice::resumed(count, after))],
-                    None,
-                );
+                let notices = [hello(outcome, None), Some(notice::resumed(count, after))];
+                told.notices(notices, None);
             }
             (Outcome::Lost(lost), _) => {
-                let notices =
-                    [hello(found.outcome, Some(seen)), Some(notice::history_lost(lost, seen))];
-                told.notices(notices, Some(seen));
+                let notice = notice::history_lost(lost, seen);
+                told.notices([hello(outcome, Some(seen)), Some(notice)], Some(seen));
             }
             _ => {
                 told.position(seen);
-                told.notices([hello(found.outcome, Some(seen)), None], Some(seen));
+                told.notices([hello(outcome, Some(seen))], Some(seen));
             }
         }
-        if !matches!(found.outcome, Outcome::Resumed(_)) {
+        if !matches!(outcome, Outcome::Resumed(_)) {
             let streams = found.streams.iter().map(|stream| Some(notice::stream_snapshot(stream)));
             told.notices(streams, Some(seen));
         }
@@ -214,36 +266,20 @@ impl Replay {
             let carries_id = entry.event_id.is_some();
             told.tell(Message { id: Some(entry.id), carries_id, payload: &entry.data });
         }
-        for frame in VecDeque::from(held) {
-            round.send(&self.gate.target, frame, clock::now());
+        for bytes in held {
+            told.round.send(&self.gate.target, bytes, clock::now());
         }
-        drop(fence);
-        round.flush(clock::now());
     }
+}
 
-    /// More came than could wait: the client begins anew where its topics are now.
-    fn release_overflowed(
-        &self,
-        lost: Lost,
-        hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
-    ) {
-        self.hub.counters.history_lost[lost as usize].add(1);
-        // With all shards locked nothing can come between the position and the opening at it.
-        let shards = self.hub.lock_all();
-        let position = self.topics.iter().filter_map(|topic| {
-            let shard = &shards[self.hub.shard_number(topic.as_bytes())];
-            shard.get(&Name(topic.as_bytes()))?.track.as_ref()?.reader.position()
-        });
-        let seen = position.max().unwrap_or_default();
-        let mut round = Round::default();
-        self.gate.fence.lock().reopen(seen);
-        let mut told = Telling { replay: self, round: &mut round };
-        let notices =
-            [hello(Outcome::Lost(lost), Some(seen)), Some(notice::history_lost(lost, seen))];
-        told.notices(notices, Some(seen));
-        drop(shards);
-        round.flush(clock::now());
-    }
+/// Whether a client could be let through.
+enum Joined<'a> {
+    /// It can, while these locks are held; this is what waited.
+    Now(ShardLocks<'a>, MutexGuard<'a, Fence<Bytes>>, Vec<Bytes>),
+    /// Something is missing.
+    Lost(Lost),
+    /// What was read is not enough: it has to be read again.
+    Not,
 }
 
 /// Writes to the client of a replay.
@@ -300,6 +336,9 @@ pub(super) fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
 pub(super) fn retention_ms(histories: &Histories) -> u64 {
     u64::try_from(histories.limits.ttl.as_millis()).unwrap_or(u64::MAX)
 }
+
+/// When to look again whether a client can be let through.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// Most entries of a log that are read at once.
 pub(super) const PAGE_ENTRIES: usize = 500;

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use wsproxy::bus::{Publish, Receipt};
+use wsproxy::bus::{History, Keep, Publish, Receipt};
 
 use crate::support::{
     bus::{Receipts, TestBus, config, message},
@@ -51,15 +51,31 @@ async fn cpu_time_of_a_message_that_is_read() {
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn cpu_time_of_a_message_that_is_published() {
+    measure_publishing("published", |_| Keep::Nothing).await;
+}
+
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn cpu_time_of_a_message_that_is_published_with_history() {
+    let limits = wsproxy::config::History::default().limits();
+    let logs: Vec<Arc<str>> = (0..50).map(|n| format!("ch:{n}:log").into()).collect();
+    measure_publishing("published with history", |n| {
+        let log = logs[n % logs.len()].clone();
+        Keep::History(Box::new(History { log, clock: None, event_id: None, dedup: None, limits }))
+    })
+    .await;
+}
+
+async fn measure_publishing(what: &str, keep: impl Fn(usize) -> Keep) {
     const MESSAGES: usize = 400_000;
     let server = RedisServer::start();
     let bus = TestBus::on(&config(Some(&server.url())));
     bus.ready().await;
     let (receipt, mut outcomes): (Arc<dyn Receipt>, _) = Receipts::channel();
     let (cpu_before, start) = (cpu(), Instant::now());
-    for _ in 0..MESSAGES {
-        let publish =
-            Publish { receipt: Some(receipt.clone()), ..message("ch", &b"0123456789"[..]) };
+    for n in 0..MESSAGES {
+        let receipt = Some(receipt.clone());
+        let publish = Publish { receipt, keep: keep(n), ..message("ch", &b"0123456789"[..]) };
         bus.bus.publishable().await;
         assert!(bus.bus.publish(publish).is_ok());
     }
@@ -67,9 +83,7 @@ async fn cpu_time_of_a_message_that_is_published() {
         soon("an outcome", outcomes.recv()).await.unwrap();
     }
     let (each, elapsed) = ((cpu() - cpu_before) / MESSAGES as f64, start.elapsed());
-    println!(
-        "published: {each:.3} us CPU per message, receipt included, {MESSAGES} in {elapsed:?}"
-    );
+    println!("{what}: {each:.3} us CPU per message, receipt included, {MESSAGES} in {elapsed:?}");
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ mod jwt;
 mod limits;
 mod memory;
 mod metrics;
+mod scripts;
 mod sessions;
 mod slow;
 mod store;

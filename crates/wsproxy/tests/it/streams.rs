@@ -277,6 +277,11 @@ async fn a_stream_whose_worker_is_alive_is_not_lost(bus: TestBus) {
     lapsed(&bus, "a").await;
     bus.stream("a", append("x", None)).await.unwrap();
     bus.refused("a", StreamOp::Lost, "ALIVE").await;
+    // Every append counts, however shortly after another with another lease.
+    bus.stream("a", StreamOp::Append { text: "y".into(), seq: None, lease: short }).await.unwrap();
+    lapsed(&bus, "a").await;
+    bus.stream("a", append("z", None)).await.unwrap();
+    bus.refused("a", StreamOp::Lost, "ALIVE").await;
     bus.stream("a", StreamOp::Renew { lease: short }).await.unwrap();
     lapsed(&bus, "a").await;
     bus.stream("a", end(StreamOutcome::Finish, "")).await.unwrap();

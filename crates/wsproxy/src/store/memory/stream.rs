@@ -363,3 +363,68 @@ const WORKER_LOST: &[u8] =
     br#"{"code":"worker_lost","message":"the worker stopped without ending the stream"}"#;
 
 const REPLACED: &[u8] = br#"{"code":"replaced","message":"too many streams in this session"}"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn command(stream: &str, op: StreamOp) -> StreamCommand {
+        let ttl = Duration::from_secs(5);
+        let limits = HistoryLimits { entries_max: 20, bytes_max: 1024 * 1024, ttl };
+        let (session, stream) = (Id::parse("s").unwrap(), Id::parse(stream).unwrap());
+        StreamCommand { session, stream, op, limits }
+    }
+
+    fn open() -> StreamOp {
+        StreamOp::Open { meta: Bytes::new(), lease: Duration::from_secs(1) }
+    }
+
+    fn append(text: Vec<u8>) -> StreamOp {
+        StreamOp::Append { text: text.into(), seq: None, lease: Duration::from_secs(1) }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_stays_of_streams_that_have_expired() {
+        let store = MemoryStore::default();
+        for n in 0..20 {
+            let stream = format!("stream-{n}");
+            store.change(&command(&stream, open())).unwrap();
+            store.change(&command(&stream, append(vec![b'x'; 1000]))).unwrap();
+        }
+        tokio::time::advance(Duration::from_secs(6)).await;
+        let lapsed = store.lapsed_streams(100).unwrap();
+        assert_eq!(lapsed.len(), 16);
+        for (_, stream) in lapsed {
+            let lost = store.change(&command(stream.as_str(), StreamOp::Lost));
+            assert!(matches!(lost, Err(StoreError::Refused(why)) if why.starts_with("NOSTREAM")));
+        }
+        let state = store.state.lock();
+        assert_eq!((state.bytes, state.entries.len(), state.leases.len()), (0, 0, 0));
+        assert!(state.by_expiry.is_empty());
+    }
+
+    #[test]
+    fn a_full_store_refuses_text_and_keeps_what_it_has() {
+        let store = MemoryStore::default();
+        store.change(&command("a", open())).unwrap();
+        let minute = Duration::from_secs(60);
+        for n in 0..62 {
+            store.save(&format!("key-{n}"), &vec![0; 1024 * 1024], minute).unwrap();
+        }
+        let mut accepted = 0;
+        let refused = loop {
+            match store.change(&command("a", append(vec![b'x'; 100_000]))) {
+                Ok(_) => accepted += 1,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused, StoreError::Full);
+        let state = store.state.lock();
+        let streams = state.streams(&store.names, &Id::parse("s").unwrap(), usize::MAX).unwrap();
+        assert_eq!(
+            (streams[0].seq, streams[0].text.len()),
+            (accepted, accepted as usize * 100_000)
+        );
+        assert!(state.bytes <= BYTES_MAX);
+    }
+}

@@ -1,0 +1,122 @@
+// What is said on the wire beside the messages of workers, and the types in which it is told.
+
+/** A message that came. */
+export interface Received<M> {
+  /** The message: parsed where it is JSON, else its text or bytes. */
+  data: M;
+  /** Its event id, where it was published with history. */
+  eventId: string | undefined;
+  /** The message as it came. */
+  raw: string | Uint8Array;
+}
+
+/** What a connection is doing: `waiting` is between two tries, `closed` is final until `connect()`. */
+export type State = "connecting" | "open" | "waiting" | "closed";
+
+/** A change of state, and what led to it. */
+export interface StateChange {
+  /** The state now. */
+  state: State;
+  /** The one before. */
+  previous: State;
+  /** How many tries have failed since it was last stable. */
+  attempt: number;
+  /** The wait until the next try, in the state `waiting`. */
+  delayMs?: number;
+  /** The close code that led here; 1006 where there was none. */
+  code?: number;
+  /** The reason that came with it. */
+  reason?: string;
+  /** HTTP status of a refused handshake, where it is known. */
+  status?: number;
+}
+
+/** What the gateway says of a connection when it begins. */
+export interface Connected {
+  /** The gateway's name of this connection. */
+  connectionId: string | undefined;
+  /** The position at which the stream begins. */
+  eventId: string | undefined;
+  /** Who one is: events only. */
+  userId: string | undefined;
+  /** When the token expires, in seconds of Unix time: events only. */
+  expiresAt: number | undefined;
+}
+
+/** What was missed follows now, in order, before anything new. */
+export interface Resumed {
+  /** How many messages that are. */
+  count: number;
+  /** The position they follow. */
+  lastEventId: string | undefined;
+}
+
+/** Messages are missing and cannot be had again: reload whatever is built from them. */
+export interface HistoryLost {
+  /** Why. */
+  reason: "trimmed" | "unknown" | "expired" | "emptied" | "overflow" | "disabled" | (string & {});
+  /** The same for people. */
+  message: string;
+  /** Where the stream goes on. */
+  eventId: string | undefined;
+}
+
+/** Something went wrong that ends nothing by itself: told by the gateway, or found here. */
+export interface Problem {
+  /**
+   * The gateway's code, such as `invalid_json`, `no_receiver`, `publish_lost`, `invalid_token`; or from here `credentials` (the
+   * function that gives them failed), `refresh`, `handler` (one of your handlers threw).
+   */
+  code: string;
+  /** The same for people. */
+  message: string;
+  /** What was thrown, if something was. */
+  cause?: unknown;
+}
+
+/** A JSON object off the wire. */
+export type JsonObject = Record<string, unknown>;
+
+/** `value` if it is text. */
+export function text(value: unknown): string | undefined {
+  return typeof value === "string" ? value : undefined;
+}
+
+/** `value` if it is a number. */
+export function number(value: unknown): number | undefined {
+  return typeof value === "number" ? value : undefined;
+}
+
+// Workers may use the type `error` for messages of their own; these codes are the gateway's.
+const GATEWAY_CODES: readonly string[] = [
+  "invalid_json",
+  "no_receiver",
+  "publish_lost",
+  "invalid_token",
+  "invalid_message",
+];
+
+/** Whether `message` of the type `error` is one of the gateway's own. */
+export function isGatewayError(message: JsonObject): boolean {
+  return GATEWAY_CODES.includes(text(message["code"]) ?? "");
+}
+
+/** Whether the gateway takes `id` as something to resume after. */
+export function isEventId(id: string): boolean {
+  return !/[\s\p{Cc}]/u.test(id) && new TextEncoder().encode(id).length <= 128;
+}
+
+/**
+ * Whether the position `next` is behind `last`. Positions are `ms-seq`; ids that workers gave have no order, so the one that
+ * came later counts as the later one.
+ */
+export function isBehind(next: string, last: string): boolean {
+  const [a, b] = [position(next), position(last)];
+  if (!a || !b) return false;
+  return a[0] === b[0] ? a[1] < b[1] : a[0] < b[0];
+}
+
+function position(id: string): [bigint, bigint] | undefined {
+  const parts = /^(\d{1,20})-(\d{1,20})$/.exec(id);
+  return parts ? [BigInt(parts[1] as string), BigInt(parts[2] as string)] : undefined;
+}

@@ -1,0 +1,56 @@
+// What can be configured, with defaults that suit a browser.
+
+import type { BackoffOptions } from "./backoff.ts";
+import type { WebSocketConstructor } from "./websocket.ts";
+
+/** Why a credential is asked for. */
+export type CredentialReason = "initial" | "reconnect" | "failed" | "rejected" | "expired" | "refresh";
+
+/** What the function that gives credentials is told. */
+export interface CredentialRequest {
+  /**
+   * `initial`, `reconnect` after a lost connection, `failed` after a handshake that failed without saying why (browsers never say),
+   * `rejected` after one refused for its credentials, `expired` after close
+   * code 4401, `refresh` before the expiry of a token in use.
+   */
+  reason: CredentialReason;
+  /** Aborted when nobody waits for the answer any more. */
+  signal: AbortSignal;
+}
+
+/** What every connection can be told. */
+export interface ConnectionOptions {
+  /** Where to resume first, such as an id from storage; `"0"`: from the start of what is held. Default: no resume. */
+  lastEventId?: string;
+  /** Whether to ask for positions and to resume after a lost connection. Default true. */
+  resume?: boolean;
+  /**
+   * Whether to offer the subprotocol `wsproxy.id.v1`, which carries positions beside messages instead of in them, so that messages
+   * of every kind resume. Without it, JSON objects alone do. Default true.
+   */
+  envelope?: boolean;
+  /** `auto` falls back to server-sent events where WebSockets fail. Default `auto`. */
+  transport?: "auto" | "websocket" | "sse";
+  /** After how many failed WebSockets in a row `auto` tries server-sent events. Default 3. */
+  sseAfter?: number;
+  /** Where server-sent events carry the token: a header, or the URL, which needs no CORS preflight but ends in logs. Default `header`. */
+  sseTokenIn?: "header" | "query";
+  /** How it comes back. */
+  backoff?: BackoffOptions;
+  /** After this time a try has failed. Default 15 s. */
+  connectTimeoutMs?: number;
+  /** After this time without any message the connection counts as dead. Default: what the gateway's heartbeat says, where it has one. */
+  silenceMs?: number;
+  /** How many messages `send` keeps while there is no connection. Default 256. */
+  queueMax?: number;
+  /** How many event ids are remembered to recognise duplicates. Default 2048. */
+  dedupMax?: number;
+  /** Ends the connection when aborted. */
+  signal?: AbortSignal;
+  /** The WebSocket to use. Default: the global one, which Node has since version 22; before it that of the package `ws`. */
+  WebSocket?: WebSocketConstructor;
+  /** The fetch to use for server-sent events. Default: the global one. */
+  fetch?: typeof fetch;
+  /** A source of numbers in [0, 1). Default `Math.random`. */
+  random?: () => number;
+}

@@ -1,0 +1,126 @@
+// The session endpoint: one-time tickets, any messages both ways, token streams.
+
+import { Connection, type Grant } from "./connection.ts";
+import type { JsonObject } from "./messages.ts";
+import { text } from "./messages.ts";
+import type { ConnectionOptions, CredentialRequest } from "./options.ts";
+import { TokenStream } from "./streams.ts";
+
+/** What opens a session once. A text is a token. */
+export type Ticket =
+  | string
+  | {
+      /** The one-time token. */
+      token: string;
+      /** Path, or whole URL, of the session; instead of `agent` and `session`. */
+      path?: string;
+      /** The agent; default: that of the options. */
+      agent?: string;
+      /** The session; default: that of the options. */
+      session?: string;
+    };
+
+/** How to open a session. */
+export interface SessionOptions extends ConnectionOptions {
+  /** The gateway, such as `https://gateway.example`; or, without `agent` and `session`, the whole URL of the session. */
+  url: string | URL;
+  /** The agent's id. */
+  agent?: string;
+  /** The session's id. */
+  session?: string;
+  /** Gets a fresh ticket from your backend; called before every connection, since each opens only one. Call `close()` to give up. */
+  getTicket: (request: CredentialRequest) => Ticket | Promise<Ticket>;
+}
+
+/** Ended streams that nobody holds are forgotten beyond this number. */
+const STREAMS_MAX = 64;
+
+/** A session with a worker: what came is delivered once and in order, over any number of connections. */
+export class Session<M = unknown> extends Connection<M> {
+  readonly #options: SessionOptions;
+  readonly #streams: Map<string, TokenStream> = new Map();
+
+  /** Begins to connect; see {@link connectSession}. */
+  constructor(options: SessionOptions) {
+    super(options);
+    this.#options = options;
+    this.on("state", ({ state }) => {
+      if (state === "closed") for (const stream of this.#streams.values()) stream.abandon();
+    });
+  }
+
+  /** The token stream `id`, whether anything of it has come or not. */
+  stream(id: string): TokenStream {
+    let stream = this.#streams.get(id);
+    if (!stream) {
+      stream = new TokenStream(id, (stream) => this.send({ type: "stream_stop", stream }));
+      this.#streams.set(id, stream);
+      for (const [old, { ended }] of this.#streams) {
+        if (this.#streams.size <= STREAMS_MAX) break;
+        if (ended) this.#streams.delete(old);
+      }
+    }
+    return stream;
+  }
+
+  /** The token streams that were heard of, oldest first. */
+  get streams(): TokenStream[] {
+    return [...this.#streams.values()].filter(({ state }) => state !== "unknown");
+  }
+
+  /** Calls `handler` with every token stream when it is heard of first. Answers a function that ends it. */
+  onStream(handler: (stream: TokenStream) => unknown): () => void {
+    return this.on("stream", handler);
+  }
+
+  protected override async authorize(request: CredentialRequest): Promise<Grant> {
+    const ticket = await this.#options.getTicket(request);
+    const { token, path, agent = this.#options.agent, session = this.#options.session } =
+      typeof ticket === "string" ? { token: ticket } : ticket;
+    if (path !== undefined) return { token, url: new URL(path, this.base) };
+    const url = new URL(this.base);
+    if (agent !== undefined && session !== undefined) {
+      url.pathname = `${url.pathname.replace(/\/$/, "")}/${encodeURIComponent(agent)}/ws/${encodeURIComponent(session)}`;
+    }
+    return { token, url };
+  }
+
+  protected override notice(message: JsonObject, id: string | undefined): boolean {
+    // The gateway's own, and with the position at which several of them stand.
+    if (message["type"] === "stream_snapshot") return this.consume(message);
+    return super.notice(message, id);
+  }
+
+  protected override consume(message: JsonObject): boolean {
+    const id = text(message["stream"]);
+    if (id === undefined || !/^stream_(open|append|end|snapshot)$/.test(String(message["type"]))) return false;
+    // A worker may use a name again when the old stream is held no longer.
+    if (message["type"] === "stream_open" && this.#streams.get(id)?.ended) this.#streams.delete(id);
+    const stream = this.stream(id);
+    const fresh = stream.state === "unknown";
+    // The handler comes first, so that what it attaches to the stream hears of this very message.
+    if (fresh) this.tell("stream", stream);
+    stream.take(message);
+    return true;
+  }
+
+  protected override renewed(): void {
+    this.#streams.clear();
+  }
+}
+
+/**
+ * Opens a session. `M` is what the worker sends.
+ *
+ * ```ts
+ * const session = connectSession<{ type: "token"; text: string } | { type: "done" }>({
+ *   url: "https://gateway.example", agent: "demo", session: "s-1",
+ *   getTicket: async ({ signal }) => (await fetch("/tickets/s-1", { method: "POST", signal })).json(),
+ * });
+ * session.onType("token", ({ text }) => output.append(text));
+ * session.send({ type: "prompt", text: "Hello" });
+ * ```
+ */
+export function connectSession<M = unknown>(options: SessionOptions): Session<M> {
+  return new Session<M>(options);
+}

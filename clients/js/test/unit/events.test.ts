@@ -1,0 +1,131 @@
+// Events against a scripted gateway: typed messages, acknowledgements.
+
+import { afterEach, beforeEach, expect, test } from "vitest";
+import { WebSocket } from "ws";
+import { connectEvents, type Events, type EventsOptions } from "../../src/index.ts";
+import { GatewayDouble, messages, type Peer } from "../support/gateway-double.ts";
+
+type Types = { task: { id: number }; note: string };
+
+let gateway: GatewayDouble;
+let connections: Events<any>[] = [];
+
+beforeEach(async () => {
+  gateway = await GatewayDouble.start();
+});
+
+afterEach(async () => {
+  for (const connection of connections) connection.close();
+  connections = [];
+  await gateway.stop();
+});
+
+async function open(options: Partial<EventsOptions> = {}): Promise<[Events<Types>, Peer]> {
+  const events = connectEvents<Types>({ url: `${gateway.url}/ws`, getToken: () => "t", WebSocket, backoff: { baseMs: 1 }, ...options });
+  connections.push(events);
+  return [events, await gateway.peers.next()];
+}
+
+const task = (n: number, more: object = {}): unknown => ({
+  type: "task", event_id: `${n}-0`, timestamp: "2026-11-21T12:00:00Z", data: { id: n }, ...more,
+});
+
+test("messages are typed by name", async () => {
+  const [events, peer] = await open();
+  const heard: (number | string)[] = [];
+  events.onType("task", ({ data, event_id }) => heard.push(data.id + 1, event_id));
+  events.onType("note", ({ data }) => heard.push(data.toUpperCase()));
+  peer.say({ type: "connected", connection_id: "c", user_id: "u", event_id: "0-5", expires_at: 99, heartbeat: { interval: 30, timeout: 60 } });
+  expect(await events.once("connected")).toEqual({ connectionId: "c", userId: "u", eventId: "0-5", expiresAt: 99 });
+  expect([events.connectionId, events.lastEventId]).toEqual(["c", "0-5"]);
+  peer.say(task(1), { type: "note", event_id: "2-0", timestamp: "", data: "hi" });
+  await messages(events, 2);
+  expect(heard).toEqual([2, "1-0", "HI"]);
+});
+
+test("a message is acknowledged after its handlers have done their work, again when it comes again, and handled once", async () => {
+  const [events, peer] = await open();
+  let finish: () => void = () => undefined;
+  let calls = 0;
+  events.onType("task", async () => {
+    calls += 1;
+    await new Promise<void>((resolve) => (finish = resolve));
+  });
+  peer.say(task(1, { ack: true }), task(1, { ack: true }), { type: "ping" });
+  expect(await peer.said.next()).toEqual({ type: "pong" });
+  expect([calls, peer.said.size]).toEqual([1, 0]);
+  finish();
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "1-0" });
+  peer.say(task(1, { ack: true }));
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "1-0" });
+  expect(calls).toBe(1);
+});
+
+test("what a handler failed on is not acknowledged, and handled when it comes again", async () => {
+  const [events, peer] = await open();
+  let fail = true;
+  events.onType("task", () => {
+    if (fail) throw new Error("not now");
+  });
+  peer.say(task(1, { ack: true }));
+  expect((await events.once("error")).code).toBe("handler");
+  fail = false;
+  peer.say(task(2), task(1, { ack: true }));
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "1-0" });
+  // What came again is old: the position stays.
+  expect(events.lastEventId).toBe("2-0");
+});
+
+test("what nobody listens to is not acknowledged", async () => {
+  const [events, peer] = await open();
+  peer.say(task(1, { ack: true }), { type: "ping" });
+  expect(await peer.said.next()).toEqual({ type: "pong" });
+  events.on("message", () => undefined);
+  peer.say(task(1, { ack: true }));
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "1-0" });
+});
+
+test("a message of a loop is acknowledged when the loop comes back for the next", async () => {
+  const [events, peer] = await open();
+  const loop = events[Symbol.asyncIterator]();
+  peer.say(task(1, { ack: true }), task(2, { ack: true }), { type: "ping" });
+  expect((await loop.next()).value?.eventId).toBe("1-0");
+  expect(await peer.said.next()).toEqual({ type: "pong" });
+  expect(peer.said.size).toBe(0);
+  await loop.next();
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "1-0" });
+  await loop.return?.();
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "2-0" });
+});
+
+test("acknowledged by hand, also after a reconnect", async () => {
+  const [events, peer] = await open({ autoAck: false });
+  events.on("message", () => undefined);
+  peer.say(task(1, { ack: true }));
+  await events.once("message");
+  peer.drop();
+  await events.once("state");
+  events.ack("1-0");
+  const second = await gateway.peers.next();
+  expect(second.lastEventId).toBe("1-0");
+  expect(await second.said.next()).toEqual({ type: "ack", event_id: "1-0" });
+});
+
+test("with the envelope a message is acknowledged by its own id and resumed by its position", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const [events, peer] = await open({ envelope: true });
+  events.on("message", () => undefined);
+  peer.sayRaw(`7-0\n${JSON.stringify({ type: "task", event_id: "order-1", data: { id: 1 }, ack: true })}`);
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "order-1" });
+  expect(events.lastEventId).toBe("7-0");
+});
+
+test("with the envelope a message without an id of its own has its position as id", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const [events, peer] = await open();
+  const ids: string[] = [];
+  events.on("message", ({ data }) => ids.push(data.event_id));
+  peer.sayRaw(`7-0\n${JSON.stringify({ type: "task", data: { id: 1 }, ack: true })}`);
+  expect(await peer.said.next()).toEqual({ type: "ack", event_id: "7-0" });
+  expect(ids).toEqual(["7-0"]);
+});

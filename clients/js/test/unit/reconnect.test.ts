@@ -1,0 +1,391 @@
+// How a connection comes back, by a clock of the test's own.
+
+import { afterEach, beforeEach, expect, test, vi } from "vitest";
+import { connectEvents, connectSession, type Events, type EventsOptions, type Session, type SessionOptions, type StateChange } from "../../src/index.ts";
+import { FakeSocket } from "../support/fake-socket.ts";
+
+let tickets = 0;
+let open: { close(): void }[] = [];
+
+beforeEach(() => {
+  vi.useFakeTimers();
+  FakeSocket.all = [];
+  tickets = 0;
+});
+
+afterEach(() => {
+  for (const connection of open) connection.close();
+  open = [];
+  vi.unstubAllGlobals();
+  vi.useRealTimers();
+});
+
+const turn = (ms = 0): Promise<unknown> => vi.advanceTimersByTimeAsync(ms);
+
+async function session(options: Partial<SessionOptions> = {}): Promise<Session> {
+  const connection = connectSession({
+    url: "https://gateway.test", agent: "demo", session: "s-1", WebSocket: FakeSocket, random: () => 0.5,
+    getTicket: () => `ticket${(tickets += 1)}`, transport: "websocket", ...options,
+  });
+  open.push(connection);
+  await turn();
+  return connection;
+}
+
+async function events(options: Partial<EventsOptions> = {}): Promise<Events> {
+  const connection = connectEvents({
+    url: "wss://gateway.test/ws", WebSocket: FakeSocket, random: () => 0.5, getToken: () => `token${(tickets += 1)}`,
+    transport: "websocket", ...options,
+  });
+  open.push(connection);
+  await turn();
+  return connection;
+}
+
+const welcome = { type: "connected", connection_id: "c", user_id: "u", event_id: "1-0", expires_at: null, heartbeat: { interval: 30, timeout: 60 } };
+
+test("the credential is in the subprotocol and nowhere in the URL, and the position is always asked for", async () => {
+  await session();
+  expect(FakeSocket.last.url.href).toBe("wss://gateway.test/demo/ws/s-1?last_event_id=");
+  expect(FakeSocket.last.protocols).toEqual(["wsproxy.id.v1", "wsproxy.v1", "bearer.ticket1"]);
+  await events({ envelope: false });
+  expect(FakeSocket.last.url.href).toBe("wss://gateway.test/ws?last_event_id=");
+  expect(FakeSocket.last.protocols).toEqual(["wsproxy.v1", "bearer.token2"]);
+});
+
+test("ids in a path are escaped, a ticket may say where, and resume can be switched off", async () => {
+  await session({ session: "a/b", resume: false });
+  expect(FakeSocket.last.url.href).toBe("wss://gateway.test/demo/ws/a%2Fb");
+  await session({ getTicket: () => ({ token: "t", path: "/other/ws/x" }) });
+  expect(FakeSocket.last.url.href).toBe("wss://gateway.test/other/ws/x?last_event_id=");
+});
+
+test("waits grow with jitter to the cap, and start again after a stable time", async () => {
+  const connection = await session({ backoff: { baseMs: 100, maxMs: 1000, stableMs: 5000 } });
+  const waits: number[] = [];
+  connection.on("state", ({ state, delayMs = -1 }) => state === "waiting" && waits.push(delayMs));
+  for (let round = 0; round < 6; round += 1) {
+    FakeSocket.last.end();
+    await turn(1000);
+  }
+  expect(waits).toEqual([50, 100, 200, 400, 500, 500]);
+
+  FakeSocket.last.open();
+  await turn(4999);
+  FakeSocket.last.end();
+  expect(waits.at(-1)).toBe(500);
+  await turn(500);
+  FakeSocket.last.open();
+  await turn(5000);
+  FakeSocket.last.end();
+  expect(waits.at(-1)).toBe(50);
+});
+
+test("every try has a fresh ticket", async () => {
+  await session({ backoff: { baseMs: 100 } });
+  for (let round = 0; round < 3; round += 1) {
+    FakeSocket.last.end();
+    await turn(2000);
+  }
+  expect(FakeSocket.all.map(({ protocols }) => protocols[2])).toEqual(["bearer.ticket1", "bearer.ticket2", "bearer.ticket3", "bearer.ticket4"]);
+});
+
+test("a failing ticket function is a failed try, told as one", async () => {
+  let fail = true;
+  const connection = connectSession({
+    url: "https://gateway.test/demo/ws/s-1", WebSocket: FakeSocket, random: () => 0.5,
+    getTicket: () => {
+      if (fail) throw new Error("offline");
+      return "t";
+    },
+  });
+  open.push(connection);
+  const problems: string[] = [];
+  connection.on("error", ({ code }) => problems.push(code));
+  await turn();
+  expect([connection.state, problems, FakeSocket.all.length]).toEqual(["waiting", ["credentials"], 0]);
+  fail = false;
+  await turn(250);
+  FakeSocket.last.open();
+  expect(connection.state).toBe("open");
+});
+
+test("a try that takes too long has failed, and its late answer counts for nothing", async () => {
+  const connection = await session({ connectTimeoutMs: 1000 });
+  const first = FakeSocket.last;
+  await turn(1000);
+  expect([connection.state, first.closed?.code]).toEqual(["waiting", 1000]);
+  first.open();
+  expect(connection.state).toBe("waiting");
+});
+
+test("a ticket that comes too late opens nothing", async () => {
+  let give: (ticket: string) => void = () => undefined;
+  const signals: AbortSignal[] = [];
+  await session({
+    connectTimeoutMs: 1000,
+    getTicket: ({ signal }) => {
+      signals.push(signal);
+      return new Promise((resolve) => (give = resolve));
+    },
+  });
+  await turn(1000);
+  expect(signals[0]?.aborted).toBe(true);
+  give("late");
+  await turn();
+  expect(FakeSocket.all).toEqual([]);
+});
+
+test("codes that end it end it, and connect() begins anew", async () => {
+  const connection = await session();
+  const changes: StateChange[] = [];
+  connection.on("state", (change) => changes.push(change));
+  FakeSocket.last.open().end(4004, "signed out");
+  await turn(100_000);
+  expect(changes.at(-1)).toMatchObject({ state: "closed", code: 4004, reason: "signed out" });
+  expect(FakeSocket.all.length).toBe(1);
+  expect(() => connection.send({})).toThrow(/closed/);
+  connection.connect();
+  await turn();
+  FakeSocket.last.open();
+  expect(connection.state).toBe("open");
+});
+
+test("what asks for patience waits longer", async () => {
+  const connection = await session();
+  const waits: number[] = [];
+  connection.on("state", ({ delayMs }) => delayMs !== undefined && waits.push(delayMs));
+  FakeSocket.last.open().end(1008, "too many messages");
+  expect(waits).toEqual([5250]);
+});
+
+test("close() is final, says so, and may come while it connects", async () => {
+  const connection = await session();
+  FakeSocket.last.open();
+  connection.close(4123, "bye");
+  expect(FakeSocket.last.closed).toEqual({ code: 4123, reason: "bye" });
+  const early = connectSession({ url: "https://gateway.test/a/ws/b", WebSocket: FakeSocket, getTicket: () => "t" });
+  early.close();
+  await turn(100_000);
+  expect([early.state, FakeSocket.all.length]).toEqual(["closed", 1]);
+  await expect(early.opened()).rejects.toThrow(/closed/);
+});
+
+test("an abort signal closes", async () => {
+  const abort = new AbortController();
+  const connection = await session({ signal: abort.signal });
+  FakeSocket.last.open();
+  abort.abort();
+  expect(connection.state).toBe("closed");
+});
+
+test("what is sent without a connection is kept, within a bound, and goes first", async () => {
+  const connection = await session({ queueMax: 2 });
+  connection.on("state", ({ state }) => state === "open" && connection.send("on open"));
+  connection.send(1);
+  connection.send(2);
+  expect(() => connection.send(3)).toThrow(/wait for a connection/);
+  FakeSocket.last.open();
+  connection.send(4);
+  expect(FakeSocket.last.sent).toEqual([1, 2, "on open", 4]);
+
+  // Sent once; and what waits for a connection that is closed instead is dropped.
+  FakeSocket.last.end();
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual(["on open"]);
+  FakeSocket.last.end();
+  connection.send(5);
+  connection.close();
+  connection.connect();
+  await turn();
+  expect(FakeSocket.last.open().sent).toEqual(["on open"]);
+});
+
+test("the network's return and a look at the page end the wait at once", async () => {
+  const page = new EventTarget();
+  vi.stubGlobal("addEventListener", page.addEventListener.bind(page));
+  vi.stubGlobal("removeEventListener", page.removeEventListener.bind(page));
+  const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
+  vi.stubGlobal("document", document);
+  const connection = await session({ backoff: { baseMs: 2_000 } });
+  FakeSocket.last.end();
+  page.dispatchEvent(new Event("online"));
+  await turn();
+  expect(FakeSocket.all.length).toBe(2);
+  // What failed before says nothing of another network.
+  const waiting = connection.once("state");
+  FakeSocket.last.end();
+  expect((await waiting).delayMs).toBe(1000);
+  document.dispatchEvent(new Event("visibilitychange"));
+  await turn();
+  expect(FakeSocket.all.length).toBe(3);
+
+  // A session that has a position moves to the new network; one that has none may lose by it.
+  FakeSocket.last.open();
+  page.dispatchEvent(new Event("online"));
+  await turn();
+  expect(FakeSocket.all.length).toBe(3);
+  FakeSocket.last.say({ type: "opened", connection_id: "c", event_id: "7-0" });
+  page.dispatchEvent(new Event("online"));
+  await turn();
+  expect(FakeSocket.all.length).toBe(4);
+  expect(FakeSocket.last.url.searchParams.get("last_event_id")).toBe("7-0");
+  connection.close();
+  page.dispatchEvent(new Event("online"));
+  await turn(100_000);
+  expect(FakeSocket.all.length).toBe(4);
+});
+
+test("an events connection asks whether it lives when somebody looks, and leaves where nobody answers", async () => {
+  const page = new EventTarget();
+  vi.stubGlobal("addEventListener", page.addEventListener.bind(page));
+  vi.stubGlobal("removeEventListener", page.removeEventListener.bind(page));
+  const connection = await events();
+  const first = FakeSocket.last.open();
+  first.say(welcome);
+  page.dispatchEvent(new Event("online"));
+  expect(first.sent).toEqual([{ type: "ping" }]);
+  first.say({ type: "pong" });
+  await turn(5000);
+  expect(connection.state).toBe("open");
+  page.dispatchEvent(new Event("online"));
+  await turn(5000);
+  expect(connection.state).toBe("waiting");
+});
+
+test("pings are answered, and a silent gateway is left", async () => {
+  const connection = await events();
+  FakeSocket.last.open();
+  FakeSocket.last.say({ ...welcome, heartbeat: { interval: 10, timeout: 20 } });
+  for (let round = 0; round < 2; round += 1) {
+    await turn(10_000);
+    FakeSocket.last.say({ type: "ping", timestamp: new Date().toISOString() });
+  }
+  expect(FakeSocket.last.sent).toEqual([{ type: "pong" }, { type: "pong" }]);
+  expect(connection.state).toBe("open");
+  await turn(24_999);
+  expect(connection.state).toBe("open");
+  await turn(2);
+  expect(connection.state).toBe("waiting");
+});
+
+test("a token is kept over reconnects, and asked for again when it is to blame", async () => {
+  const reasons: string[] = [];
+  await events({
+    backoff: { baseMs: 2000, maxMs: 2000 },
+    getToken: ({ reason }) => {
+      reasons.push(reason);
+      return `token${reasons.length}`;
+    },
+  });
+  FakeSocket.last.open().end(1012);
+  await turn(1000);
+  FakeSocket.last.open().end(4401, "credential expired");
+  await turn(1000);
+  expect(reasons).toEqual(["initial", "expired"]);
+  // Refused with a reason: at once. Without one: not at every try.
+  FakeSocket.last.end(1006, "", "Unexpected server response: 403");
+  await turn(1000);
+  expect(reasons).toEqual(["initial", "expired", "rejected"]);
+  for (let round = 0; round < 40; round += 1) {
+    FakeSocket.last.end();
+    await turn(1000);
+  }
+  expect(reasons).toEqual(["initial", "expired", "rejected", "failed"]);
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token4");
+});
+
+test("an expired token is replaced at once", async () => {
+  await events();
+  FakeSocket.last.open().end(4401);
+  await turn(0);
+  expect(FakeSocket.all.length).toBe(2);
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token2");
+});
+
+test("a token is refreshed in place before it expires, and the new one is kept", async () => {
+  const connection = await events({ silenceMs: 1e9 });
+  const refreshed: unknown[] = [];
+  connection.on("refreshed", (told) => refreshed.push(told));
+  const socket = FakeSocket.last.open();
+  const now = Math.floor(Date.now() / 1000);
+  socket.say({ ...welcome, expires_at: now + 600 });
+  await turn(535_000);
+  expect(socket.sent).toEqual([]);
+  await turn(6_000);
+  expect(socket.sent).toEqual([{ type: "refresh", token: "token2" }]);
+  socket.say({ type: "refreshed", expires_at: now + 1200 });
+  expect(refreshed).toEqual([{ expiresAt: now + 1200 }]);
+  socket.end();
+  await turn(1000);
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token2");
+  FakeSocket.last.open().say({ ...welcome, expires_at: now + 1200 });
+  await turn(600_000);
+  expect(FakeSocket.last.sent).toEqual([{ type: "refresh", token: "token3" }]);
+});
+
+test("a refused refresh is tried again with another token", async () => {
+  const connection = await events({ silenceMs: 1e9 });
+  const problems: string[] = [];
+  connection.on("error", ({ code }) => problems.push(code));
+  const socket = FakeSocket.last.open();
+  socket.say({ ...welcome, expires_at: Date.now() / 1000 + 100 });
+  await turn(50_000);
+  socket.say({ type: "error", code: "invalid_token", message: "no" });
+  await turn(10_000);
+  expect(socket.sent).toEqual([{ type: "refresh", token: "token2" }, { type: "refresh", token: "token3" }]);
+  expect(problems).toEqual(["invalid_token"]);
+});
+
+test("a token that is about to expire opens nothing", async () => {
+  await events({ silenceMs: 1e9, refreshBeforeMs: 0 });
+  FakeSocket.last.open().say({ ...welcome, expires_at: Date.now() / 1000 + 60 });
+  await turn(55_000);
+  FakeSocket.last.end();
+  await turn(500);
+  expect(FakeSocket.last.protocols[2]).toBe("bearer.token2");
+});
+
+test("a refresh ends with its connection", async () => {
+  let give: (token: string) => void = () => undefined;
+  let asked = 0;
+  await events({
+    silenceMs: 1e9, backoff: { baseMs: 100_000, maxMs: 100_000 }, refreshBeforeMs: 1000_000,
+    getToken: () => {
+      asked += 1;
+      return asked === 1 ? "first" : new Promise((resolve) => (give = resolve));
+    },
+  });
+  const first = FakeSocket.last.open();
+  first.say({ ...welcome, expires_at: Date.now() / 1000 + 3600 });
+  await turn(2_600_000);
+  expect(asked).toBe(2);
+  first.end();
+  await turn(50_000);
+  const second = FakeSocket.last.open();
+  expect(second).not.toBe(first);
+  give("late");
+  await turn();
+  expect([first.sent, second.sent]).toEqual([[], []]);
+
+  // Nor is one asked for while there is no connection.
+  second.say({ ...welcome, expires_at: Date.now() / 1000 + 60 });
+  second.end();
+  await turn(40_000);
+  expect([asked, FakeSocket.all.length]).toEqual([2, 2]);
+});
+
+test("a clock that is hours off neither floods with refreshes nor misses the expiry", async () => {
+  await events({ silenceMs: 1e9 });
+  const socket = FakeSocket.last.open();
+  const theirs = Date.now() - 5 * 3600_000;
+  socket.say({ ...welcome, expires_at: theirs / 1000 + 600 });
+  await turn(60_000);
+  expect(socket.sent).toEqual([]);
+  // Told its time, the client knows.
+  socket.say({ ...welcome, timestamp: new Date(theirs + 60_000).toISOString(), expires_at: theirs / 1000 + 600 });
+  await turn(479_000);
+  expect(socket.sent).toEqual([]);
+  await turn(2_000);
+  expect(socket.sent).toEqual([{ type: "refresh", token: "token2" }]);
+});

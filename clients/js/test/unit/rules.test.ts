@@ -1,0 +1,75 @@
+// Rules without a network: backoff, advice, credentials in a subprotocol, the envelope, positions, the set of recent ids.
+
+import { expect, test } from "vitest";
+import { advise, type End } from "../../src/advice.ts";
+import { fullJitter } from "../../src/backoff.ts";
+import { isBehind } from "../../src/messages.ts";
+import { Recent } from "../../src/recent.ts";
+import { bearer, unwrap } from "../../src/websocket.ts";
+
+test("backoff doubles up to the cap, and jitter covers all of it", () => {
+  for (const [attempt, whole] of [[0, 500], [1, 1000], [2, 2000], [6, 30_000], [5000, 30_000]] as const) {
+    expect(fullJitter(attempt, 500, 30_000, () => 0)).toBe(0);
+    expect(fullJitter(attempt, 500, 30_000, () => 0.5)).toBe(whole / 2);
+    expect(fullJitter(attempt, 500, 30_000, () => 1 - 2 ** -53)).toBeLessThanOrEqual(whole);
+  }
+});
+
+test("every close code is answered as the gateway's table advises", () => {
+  const after = (code: number, reason = ""): string => advise({ code, reason, opened: true });
+  const table: Record<string, (number | [number, string])[]> = {
+    retry: [1001, 1005, 1006, 1011, 1012, 1014, 4002, [1008, "slow consumer"]],
+    slow: [1013, [1008, "too many messages"]],
+    credentials: [4401],
+    stop: [1000, 1002, 1003, 1007, 1009, 4001, 4003, 4004, 3000, 4999, [1008, "too many invalid messages"]],
+  };
+  for (const [advice, ends] of Object.entries(table)) {
+    for (const end of ends) {
+      expect([end, typeof end === "number" ? after(end) : after(...end)]).toEqual([end, advice]);
+    }
+  }
+});
+
+test("a refused handshake is answered by its status", () => {
+  const after = (status: number, more: Partial<End> = {}): string =>
+    advise({ code: 1006, reason: "", opened: false, status, ...more });
+  expect(after(401)).toBe("credentials");
+  expect(after(403, { reason: "invalid_token" })).toBe("credentials");
+  expect(after(403, { reason: "origin_not_allowed" })).toBe("stop");
+  expect(after(429)).toBe("slow");
+  expect(after(503)).toBe("slow");
+  expect(after(504)).toBe("retry");
+  expect(after(404, { retryable: false })).toBe("stop");
+  // Not the gateway's words: whatever stands in front of it may answer differently soon.
+  expect(after(404)).toBe("retry");
+});
+
+test("tokens go plainly where the header allows it, else in base64url", () => {
+  expect(bearer("eyJhbGciOi.eyJz_-X.c2ln")).toBe("bearer.eyJhbGciOi.eyJz_-X.c2ln");
+  expect(bearer("a b/c=")).toBe("bearer64.YSBiL2M9");
+  expect(bearer("ÿ€")).toBe(`bearer64.${Buffer.from("ÿ€").toString("base64url")}`);
+});
+
+test("the envelope carries an id or none, around text and bytes", () => {
+  expect(unwrap("5-1\nhello\nworld")).toEqual({ id: "5-1", body: "hello\nworld" });
+  expect(unwrap("\n{}")).toEqual({ id: "", body: "{}" });
+  expect(unwrap(Uint8Array.of(53, 45, 49, 10, 0, 255))).toEqual({ id: "5-1", body: Uint8Array.of(0, 255) });
+  expect(unwrap('{"type":"opened"}')).toEqual({ body: '{"type":"opened"}' });
+  expect(unwrap(`${"x".repeat(200)}\n`)).toEqual({ body: `${"x".repeat(200)}\n` });
+});
+
+test("positions are compared as numbers, other ids not at all", () => {
+  expect(isBehind("9-0", "10-0")).toBe(true);
+  expect(isBehind("10-2", "10-10")).toBe(true);
+  expect(isBehind("10-10", "10-10")).toBe(false);
+  expect(isBehind("18446744073709551615-1", "18446744073709551614-2")).toBe(false);
+  expect(isBehind("order-7", "10-10")).toBe(false);
+});
+
+test("only the newest ids are remembered", () => {
+  const recent = new Recent(2);
+  for (const id of ["a", "b", "c"]) recent.add(id);
+  expect(["a", "b", "c"].map((id) => recent.has(id))).toEqual([false, true, true]);
+  recent.delete("c");
+  expect(recent.has("c")).toBe(false);
+});

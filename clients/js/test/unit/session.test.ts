@@ -1,0 +1,301 @@
+// Sessions against a scripted gateway: resume, duplicates, envelopes, token streams.
+
+import { afterEach, beforeEach, expect, test } from "vitest";
+import { WebSocket } from "ws";
+import { connectSession, type Received, type Session, type SessionOptions } from "../../src/index.ts";
+import { GatewayDouble, Inbox, messages } from "../support/gateway-double.ts";
+
+type Down = { type: "token"; n: number } | { type: "done" };
+
+let gateway: GatewayDouble;
+let connections: Session<any>[] = [];
+
+beforeEach(async () => {
+  gateway = await GatewayDouble.start();
+});
+
+afterEach(async () => {
+  for (const connection of connections) connection.close();
+  connections = [];
+  await gateway.stop();
+});
+
+function open<M = Down>(options: Partial<SessionOptions> = {}): Session<M> {
+  const session = connectSession<M>({
+    url: gateway.url, agent: "demo", session: "s-1", getTicket: () => "t", WebSocket, backoff: { baseMs: 1 }, ...options,
+  });
+  connections.push(session);
+  return session;
+}
+
+const token = (n: number): unknown => ({ event_id: `${n}-0`, type: "token", n });
+
+test("a dropped connection resumes after the last message; duplicates are dropped; the outcome is told", async () => {
+  const session = open();
+  const heard: unknown[] = [];
+  const done = new Promise((resolve) => session.onType("done", resolve));
+  session.onType("token", ({ n }) => heard.push(n));
+  session.on("connected", ({ eventId, connectionId }) => heard.push(`connected ${connectionId} ${eventId}`));
+  session.on("resumed", ({ count, lastEventId }) => heard.push(`resumed ${count} after ${lastEventId}`));
+
+  const first = await gateway.peers.next();
+  expect(first.lastEventId).toBe("");
+  first.say({ type: "opened", connection_id: "c", event_id: "1-0" }, token(2), token(3), token(3));
+  first.sayRaw("no json");
+  await messages(session, 3);
+  first.drop();
+
+  const second = await gateway.peers.next();
+  expect(second.lastEventId).toBe("3-0");
+  second.say({ type: "resumed", count: 2, last_event_id: "3-0" }, token(4), token(3), token(5), { type: "done" });
+  await done;
+  expect(heard).toEqual(["connected c 1-0", 2, 3, "resumed 2 after 3-0", 4, 5]);
+  expect(session.lastEventId).toBe("5-0");
+});
+
+test("a connection lost before anything came resumes from where it began", async () => {
+  const session = open();
+  const first = await gateway.peers.next();
+  first.say({ type: "opened", connection_id: "c", event_id: "17-3" });
+  await session.once("connected");
+  first.drop();
+  const second = await gateway.peers.next();
+  expect(second.lastEventId).toBe("17-3");
+  // What is the position now is not what this client has: the messages that were missed have not come yet.
+  second.say({ type: "connected", connection_id: "d", event_id: "20-0" });
+  await session.once("connected");
+  second.drop();
+  expect((await gateway.peers.next()).lastEventId).toBe("17-3");
+});
+
+test("a lost history is told, and the stream goes on from the position that it names", async () => {
+  const session = open({ lastEventId: "5-0" });
+  const first = await gateway.peers.next();
+  expect(first.lastEventId).toBe("5-0");
+  first.say({ type: "error", code: "history_lost", reason: "emptied", message: "Redis was emptied.", event_id: "0-9" });
+  expect(await session.once("historyLost")).toEqual({ reason: "emptied", message: "Redis was emptied.", eventId: "0-9" });
+  first.drop();
+  expect((await gateway.peers.next()).lastEventId).toBe("0-9");
+});
+
+test("with the envelope, text and bytes of any kind resume, and the worker's own words are the worker's", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const session = open<unknown>();
+  const heard: unknown[] = [];
+  session.on("message", ({ data, eventId }) => heard.push([data, eventId]));
+  const peer = await gateway.peers.next();
+  expect(peer.offered).toEqual(["wsproxy.id.v1", "wsproxy.v1", "bearer.t"]);
+  peer.sayRaw('\n{"type":"opened","connection_id":"c","event_id":"1-0"}');
+  peer.sayRaw("2-0\nplain\ntext");
+  peer.sayRaw(Buffer.from([51, 45, 48, 10, 0, 255, 10]));
+  peer.sayRaw('4-0\n{"event_id":"mine","type":"resumed","count":1}');
+  peer.sayRaw("4-0\nagain");
+  peer.sayRaw("\nwithout history");
+  const done = new Promise((resolve) => session.on("message", ({ data }) => data === "without history" && resolve(0)));
+  await done;
+  expect(heard).toEqual([
+    ["plain\ntext", "2-0"],
+    [Uint8Array.of(0, 255, 10), "3-0"],
+    [{ event_id: "mine", type: "resumed", count: 1 }, "4-0"],
+    ["without history", undefined],
+  ]);
+  expect(session.lastEventId).toBe("4-0");
+});
+
+test("only what is held takes the position on: a plain publish has an id of its own but no history", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const session = open<unknown>();
+  const first = await gateway.peers.next();
+  first.sayRaw('5-0\n{"a":1}');
+  first.sayRaw('\n{"event_id":"uuid-1","a":2}');
+  first.sayRaw('\n{"event_id":"uuid-1","a":2}');
+  first.sayRaw('\n{"a":3}');
+  expect((await messages(session, 3)).map(({ eventId }) => eventId)).toEqual(["5-0", "uuid-1", undefined]);
+  expect(session.lastEventId).toBe("5-0");
+
+  // Without the envelope nobody can tell; but what the gateway would refuse is no position.
+  gateway.protocol = "wsproxy.v1";
+  first.drop();
+  const second = await gateway.peers.next();
+  second.say({ event_id: "order-1" }, { event_id: "not a position" }, { event_id: "x".repeat(129) }, { event_id: "" });
+  await messages(session, 4);
+  expect(session.lastEventId).toBe("order-1");
+});
+
+test("snapshots stand at the position of the loss, all of them", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const session = open<unknown>({ lastEventId: "7-0" });
+  const peer = await gateway.peers.next();
+  const say = (message: unknown): void => peer.sayRaw(`9-0\n${JSON.stringify(message)}`);
+  say({ type: "opened", connection_id: "c", event_id: "9-0" });
+  say({ type: "error", code: "history_lost", reason: "trimmed", message: "", event_id: "9-0" });
+  for (const stream of ["a", "b"]) say({ type: "stream_snapshot", stream, state: "open", seq: 2, text: `of ${stream}` });
+  peer.sayRaw("9-1\nlive");
+  await messages(session, 1);
+  expect(session.streams.map(({ text }) => text)).toEqual(["of a", "of b"]);
+  expect(session.lastEventId).toBe("9-1");
+});
+
+test("what is sent while away arrives in order at the next connection", async () => {
+  const session = open();
+  const first = await gateway.peers.next();
+  await session.opened();
+  first.drop();
+  await session.once("state");
+  session.send({ n: 1 });
+  session.send({ n: 2 });
+  const second = await gateway.peers.next();
+  expect([await second.said.next(), await second.said.next()]).toEqual([{ n: 1 }, { n: 2 }]);
+});
+
+test("a ticket for another session begins anew", async () => {
+  let name = "one";
+  const session = open({ getTicket: () => ({ token: "t", session: name }) });
+  const first = await gateway.peers.next();
+  first.say({ type: "opened", connection_id: "c", event_id: "9-0" }, { type: "stream_open", stream: "a" });
+  await session.once("stream");
+  name = "two";
+  first.drop();
+  const second = await gateway.peers.next();
+  expect([second.url.pathname, second.lastEventId]).toEqual(["/demo/ws/two", ""]);
+  expect(session.streams).toEqual([]);
+});
+
+test("gateway's notices are events, a worker's errors are messages", async () => {
+  const session = open<unknown>();
+  const heard: unknown[] = [];
+  session.on("error", (problem) => heard.push(problem));
+  session.on("busRecovered", (told) => heard.push(told));
+  session.on("message", ({ data }) => heard.push(data));
+  const peer = await gateway.peers.next();
+  const mine = { type: "error", code: "model_overloaded", message: "later" };
+  peer.say({ type: "error", code: "no_receiver", message: "nobody" }, { type: "bus_recovered", gap_ms: 5 }, mine);
+  await session.once("message");
+  expect(heard).toEqual([{ code: "no_receiver", message: "nobody" }, { gapMs: 5 }, mine]);
+});
+
+test("a handler that throws is told of, and the others hear the message", async () => {
+  const session = open();
+  const heard: unknown[] = [];
+  session.on("message", () => {
+    throw new Error("mine");
+  });
+  session.on("message", ({ eventId }) => heard.push(eventId));
+  const peer = await gateway.peers.next();
+  peer.say(token(1), token(2));
+  const problems = new Inbox<string>();
+  session.on("error", ({ code }) => problems.put(code));
+  expect([await problems.next(), await problems.next()]).toEqual(["handler", "handler"]);
+  expect(heard).toEqual(["1-0", "2-0"]);
+});
+
+test("a loop over the session goes over reconnects and ends with close()", async () => {
+  const session = open();
+  const seen: unknown[] = [];
+  const loop = (async () => {
+    for await (const { data } of session as AsyncIterable<Received<Down>>) {
+      seen.push(data.type === "token" ? data.n : data.type);
+      if (data.type === "done") session.close();
+    }
+  })();
+  const first = await gateway.peers.next();
+  first.say(token(1));
+  await session.once("message");
+  first.drop();
+  (await gateway.peers.next()).say(token(1), token(2), { type: "done" });
+  await loop;
+  expect(seen).toEqual([1, 2, "done"]);
+});
+
+test("a token stream continues over a cut, and stop() goes up", async () => {
+  const session = open();
+  const opened = session.once("stream");
+  const first = await gateway.peers.next();
+  const append = (id: number, seq: number, text: string): unknown => ({ event_id: `${id}-0`, type: "stream_append", stream: "a", seq, text });
+  first.say({ event_id: "1-0", type: "stream_open", stream: "a", meta: { model: "m" } }, append(2, 1, "One "));
+  const stream = await opened;
+  expect(stream).toBe(session.stream("a"));
+  while (stream.seq < 1) await stream.once("update");
+  stream.stop();
+  expect(await first.said.next()).toEqual({ type: "stream_stop", stream: "a" });
+  first.drop();
+
+  const second = await gateway.peers.next();
+  expect(second.lastEventId).toBe("2-0");
+  second.say(
+    { type: "resumed", count: 2, last_event_id: "2-0" },
+    append(3, 2, "two "),
+    append(4, 3, "three."),
+    { event_id: "5-0", type: "stream_end", stream: "a", outcome: "cancelled", seq: 3 },
+  );
+  await stream.finished();
+  expect(stream).toMatchObject({ text: "One two three.", state: "cancelled", meta: { model: "m" }, incomplete: false });
+});
+
+test("a stream that is asked for before it exists waits, and ends its loop with the session", async () => {
+  const session = open();
+  await gateway.peers.next();
+  const stream = session.stream("later");
+  const loop = (async () => {
+    for await (const _ of stream) throw new Error("Nothing came.");
+  })();
+  const finished = stream.finished();
+  session.close();
+  await loop;
+  await expect(finished).rejects.toThrow(/closed/);
+});
+
+test("after close() and connect() a stream goes on", async () => {
+  const session = open();
+  await gateway.peers.next();
+  const stream = session.stream("a");
+  session.close();
+  await expect(stream.finished()).rejects.toThrow(/closed/);
+  session.connect();
+  const peer = await gateway.peers.next();
+  peer.say({ type: "stream_open", stream: "a" });
+  while (stream.state === "unknown") await stream.once("update");
+  const finished = stream.finished();
+  peer.say({ type: "stream_end", stream: "a", outcome: "finish", seq: 0 });
+  expect((await finished).state).toBe("finish");
+});
+
+test("streams that have ended are forgotten, those that go on are not", async () => {
+  const session = open<unknown>();
+  const peer = await gateway.peers.next();
+  peer.say({ type: "stream_open", stream: "goes on" });
+  for (let n = 0; n < 200; n += 1) {
+    peer.say({ type: "stream_snapshot", stream: `s-${n}`, state: "finish", seq: 0, text: "" });
+  }
+  peer.say("last");
+  await messages(session, 1);
+  const ids = session.streams.map(({ id }) => id);
+  expect([ids.length, ids[0], ids.at(-1)]).toEqual([64, "goes on", "s-199"]);
+});
+
+test("a loop that is too slow gets an error instead of a gap", async () => {
+  const session = open<unknown>();
+  session.on("error", () => undefined);
+  const loop = session[Symbol.asyncIterator]();
+  const peer = await gateway.peers.next();
+  for (let n = 0; n < 10_001; n += 1) peer.say(n);
+  await messages(session, 10_001);
+  await expect(loop.next()).rejects.toThrow(/too slow/);
+});
+
+test("a name that is used again is another stream", async () => {
+  const session = open<unknown>();
+  const heard: string[] = [];
+  session.onStream((stream) => stream.on("end", ({ text }) => heard.push(text)));
+  const peer = await gateway.peers.next();
+  for (const text of ["one", "two"]) {
+    peer.say(
+      { type: "stream_open", stream: "a" },
+      { type: "stream_append", stream: "a", seq: 1, text },
+      { type: "stream_end", stream: "a", outcome: "finish", seq: 1 },
+    );
+  }
+  peer.say("last");
+  await messages(session, 1);
+  expect([heard, session.stream("a").text]).toEqual([["one", "two"], "two"]);
+});

@@ -1,0 +1,119 @@
+"""What a way to the gateway must be able to do; Redis and HTTP both do it, and the worker knows only this."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from ._backoff import Backoff
+from ._feeds import Consumer
+from .errors import Unavailable
+from .types import Failure, History, Outcome, Presence, Receipt, Ticket, UpstreamMessage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a message goes: to all, or to a user, a connection or a session by its id."""
+
+    kind: Literal["broadcast", "user", "connection", "session"]
+    id: str = ""
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "broadcast" else f"{self.kind}:{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A message that is ready to go out."""
+
+    target: Target
+    payload: bytes
+    history: bool = True
+    event_id: str | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReply:
+    """Where a token stream stands after an operation."""
+
+    seq: int
+    event_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """A token stream as it is kept: enough for another worker to go on with it."""
+
+    seq: int
+    text: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCall:
+    """One operation on a token stream; what an operation does not use is left as it is."""
+
+    session: str
+    stream: str
+    op: Literal["open", "append", "renew", "end"]
+    lease: float
+    meta: Mapping[str, Any] | None = None
+    text: str = ""
+    seq: int | None = None
+    outcome: Outcome = "finish"
+    error: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnection:
+    """Whose connections to the event endpoint are ended, and for how long (seconds) their tokens are refused."""
+
+    user: str | None
+    connection: str | None
+    jti: str | None
+    code: int | None
+    reason: str | None
+    revoke: float | None
+
+
+class Backend(Protocol):
+    """A way to the gateway. Every method raises an error of this package, and is done once or says it is in doubt."""
+
+    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket: ...
+    async def publish(self, publication: Publication) -> Receipt: ...
+    async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]: ...
+    async def stream(self, call: StreamCall) -> StreamReply: ...
+    async def stream_state(self, session: str, stream: str) -> StreamState | None: ...
+    async def close_session(
+        self, session: str, code: int | None, reason: str | None, connection: str | None
+    ) -> int: ...
+    async def disconnect(self, request: Disconnection) -> int: ...
+    async def presence(self, user: str) -> list[Presence]: ...
+    async def history(self, target: Target, after: str, limit: int) -> History: ...
+    async def take_kept(self, session: str) -> list[UpstreamMessage]: ...
+    def follow_upstream(self, session: str, kept: bool) -> Consumer: ...
+    def follow_sessions(self, agent: str) -> Consumer: ...
+    async def aclose(self) -> None: ...
+
+
+async def retrying(call: Callable[[int], Awaitable[T]], seconds: float, *, in_doubt_too: bool) -> T:
+    """Calls with the number of the attempt until it is available, for at most so many seconds.
+
+    A call that may have been done already is repeated only with ``in_doubt_too``.
+    """
+    end, backoff, attempt = time.monotonic() + seconds, Backoff(base=0.05, cap=2.0), 0
+    while True:
+        try:
+            return await call(attempt)
+        except Unavailable as error:
+            pause = backoff.next(error.retry_after or 0.0)
+            if (error.in_doubt and not in_doubt_too) or time.monotonic() + pause > end:
+                raise
+        attempt += 1
+        await asyncio.sleep(pause)

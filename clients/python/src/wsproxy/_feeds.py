@@ -1,0 +1,165 @@
+"""Readers of channels: a bounded queue for each, and the public iterator on top. They know no transport."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Generic, TypeAlias, TypeVar
+
+from .types import Gap, GapCallback, UpstreamMessage
+
+T = TypeVar("T")
+
+# A reader that falls further behind loses the oldest and is told so; nobody else waits for it.
+_ENTRIES_MAX = 10_000
+
+
+class Subscribed:
+    """In a queue: from here on the subscription is confirmed (anew)."""
+
+
+SUBSCRIBED = Subscribed()
+Item: TypeAlias = UpstreamMessage | Gap | Subscribed
+
+
+class Consumer:
+    """What waits for one reader: at most ``entries_max`` items, beyond which the oldest make room for a gap."""
+
+    def __init__(self, drop: Callable[[Consumer], None], entries_max: int = _ENTRIES_MAX) -> None:
+        self._drop = drop
+        self._entries_max = entries_max
+        self._items: deque[Item] = deque()
+        self._arrived = asyncio.Event()
+        self._confirmed = asyncio.Event()
+        self._error: Exception | None = None
+        self.was_confirmed = False
+
+    def push(self, item: Item) -> None:
+        """Adds an item; never waits."""
+        if len(self._items) >= self._entries_max:
+            self._items.clear()
+            self._items.append(Gap(0.0, "overflow"))
+        self._items.append(item)
+        self._arrived.set()
+
+    def confirm(self, gap_seconds: float) -> None:
+        """The subscription stands, after an interruption of so many seconds if it stood before."""
+        if self.was_confirmed:
+            self.push(Gap(gap_seconds, "connection"))
+        self.was_confirmed = True
+        self.push(SUBSCRIBED)
+        self._confirmed.set()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the reader with an error that waiting does not mend."""
+        self._error = error
+        self._arrived.set()
+        self._confirmed.set()
+
+    async def confirmed(self) -> None:
+        """Waits until the subscription stands for the first time."""
+        await self._confirmed.wait()
+        if self._error is not None and not self._items:
+            raise self._error
+
+    async def next(self) -> Item:
+        """The next item, in the order of arrival."""
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._items.popleft()
+
+    def close(self) -> None:
+        """Gives the subscription up; may be called more than once, and from anywhere in the loop's thread."""
+        self._drop(self)
+
+
+class Subscription(Generic[T]):
+    """An asynchronous iterator that survives every outage: it waits, resubscribes and goes on.
+
+    Where messages may be missing, ``on_gap`` is called, in sequence with them. ``async with`` waits until the
+    subscription is confirmed and gives it up at the end; a plain ``async for`` subscribes at its first step and
+    gives up when the iterator is let go::
+
+        async with worker.upstream(session) as messages:
+            async for message in messages:
+                ...
+    """
+
+    def __init__(
+        self,
+        open_consumer: Callable[[], Consumer],
+        parse: Callable[[UpstreamMessage], T | None],
+        on_gap: GapCallback | None,
+        kept: Callable[[], Awaitable[list[UpstreamMessage]]] | None = None,
+    ) -> None:
+        self._open = open_consumer
+        self._parse = parse
+        self._on_gap = on_gap
+        # What was kept while nobody listened: read whenever the subscription is confirmed.
+        self._kept = kept
+        self._ahead: deque[UpstreamMessage] = deque()
+        self._consumer: Consumer | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Subscription[T]:
+        try:
+            await self._opened().confirmed()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __aiter__(self) -> Subscription[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        consumer = self._opened()
+        while True:
+            if self._ahead:
+                item: Item = self._ahead.popleft()
+            else:
+                item = await consumer.next()
+            if isinstance(item, UpstreamMessage):
+                parsed = self._parse(item)
+                if parsed is not None:
+                    return parsed
+            elif isinstance(item, Gap):
+                if self._on_gap is not None:
+                    answer = self._on_gap(item)
+                    if inspect.isawaitable(answer):
+                        await answer
+            elif self._kept is not None:
+                self._ahead.extend(await self._kept())
+
+    async def aclose(self) -> None:
+        """Gives the subscription up."""
+        self._close()
+
+    def _opened(self) -> Consumer:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._consumer is None:
+            self._consumer = self._open()
+        return self._consumer
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._consumer is not None:
+            self._consumer.close()
+
+    def __del__(self) -> None:
+        # A loop that was left by `break` must not hold its channel for ever.
+        consumer = getattr(self, "_consumer", None)
+        if consumer is not None and not self._closed:
+            consumer.close()

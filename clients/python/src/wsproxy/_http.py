@@ -1,0 +1,296 @@
+"""A worker's way over HTTP: the gateway's worker API under ``/api/v1``."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
+from ._feeds import Consumer
+from ._follower import Follower
+from .errors import (
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    StreamConflict,
+    StreamEnded,
+    StreamExists,
+    StreamNotFound,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    WsproxyError,
+)
+from .types import Failure, History, HistoryEvent, Presence, Receipt, Ticket, UpstreamMessage
+
+# What the gateway takes in one call.
+_BATCH_MAX = 1000
+_BATCH_BYTES = 512 * 1024
+# The request was not sent, so it may be sent again.
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+def error_of(response: httpx.Response) -> WsproxyError:
+    """The error of a refused call, by status and the gateway's code."""
+    code, message = "", response.reason_phrase
+    try:
+        error = response.json()["error"]
+        code, message = str(error["code"]), str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    text = f"{message} ({response.status_code} {code})".replace(" )", ")")
+    match response.status_code:
+        case 401 | 403:
+            return Unauthorized(text)
+        case 413:
+            return TooLarge(text)
+        case 429 | 500 | 502 | 503 | 504 | 408:
+            retry_after = response.headers.get("retry-after", "")
+            # Whatever was refused for its number or before it was read was not done.
+            done = response.status_code not in (429, 408)
+            return Unavailable(text, in_doubt=done, retry_after=float(retry_after) if retry_after.isdigit() else None)
+        case 404 | 409 | 410:
+            return _stream_error(code, text) or NotFound(text)
+    return InvalidRequest(text)
+
+
+def _stream_error(code: str, text: str) -> WsproxyError | None:
+    # The gateway says `not_found` and `conflict` for several things, and tells them apart in words.
+    said = f"{code} {text}".lower()
+    if "stream" not in said:
+        return None
+    if code == "not_found":
+        return StreamNotFound(text)
+    if "ended" in said:
+        return StreamEnded(text, next((each for each in ("finish", "cancelled", "error") if each in said), "unknown"))
+    if "already" in said or "exists" in said:
+        return StreamExists(text)
+    return StreamConflict(text)
+
+
+class HttpBackend:
+    """All methods of :class:`wsproxy._backend.Backend`, over one HTTP client."""
+
+    def __init__(self, base_url: str, api_key: str, retry_for: float, options: Mapping[str, Any]) -> None:
+        defaults: dict[str, Any] = {"timeout": httpx.Timeout(10.0, connect=5.0)}
+        self._client = httpx.AsyncClient(
+            base_url=f"{base_url.rstrip('/')}/api/v1/",
+            headers={"authorization": f"Bearer {api_key}"},
+            **(defaults | dict(options)),
+        )
+        self._retry_for = retry_for
+        self._followers: dict[str, Follower] = {}
+        # Of one reader each.
+        self._own: set[Follower] = set()
+
+    async def _once(self, method: str, path: str, **arguments: Any) -> Any:
+        try:
+            response = await self._client.request(method, path, **arguments)
+        except _NOT_SENT as error:
+            raise Unavailable(f"The gateway cannot be reached: {error!r}") from error
+        except httpx.TransportError as error:
+            raise Unavailable(f"The gateway cannot be reached: {error!r}", in_doubt=True) from error
+        except httpx.HTTPError as error:
+            raise InvalidRequest(str(error)) from error
+        if not response.is_success:
+            raise error_of(response)
+        return response.json()
+
+    async def _call(self, method: str, path: str, *, repeatable: bool, **arguments: Any) -> Any:
+        async def attempt(_: int) -> Any:
+            return await self._once(method, path, **arguments)
+
+        return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
+
+    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
+        body = {"ttl_seconds": max(1, round(ttl))}
+        answer = await self._call("POST", f"sessions/{_path(session)}/token", repeatable=True, json=body)
+        return Ticket(agent, session, answer["token"], float(answer["expires_in"]))
+
+    async def publish(self, publication: Publication) -> Receipt:
+        target = publication.target
+        match target.kind:
+            case "session":
+                path = f"sessions/{_path(target.id)}/messages"
+            case "broadcast":
+                path = "events/broadcast"
+            case kind:
+                path = f"events/{kind}s/{_path(target.id)}"
+        parameters = {"history": "true" if publication.history else "false"}
+        if publication.event_id is not None and target.kind == "session":
+            parameters["event_id"] = publication.event_id
+        headers = {"content-type": "application/json"}
+        if publication.idempotency_key is not None:
+            headers["idempotency-key"] = publication.idempotency_key
+        answer = await self._call(
+            "POST",
+            path,
+            repeatable=publication.idempotency_key is not None,
+            params=parameters,
+            headers=headers,
+            content=publication.payload,
+        )
+        return _receipt(answer)
+
+    async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]:
+        results: list[Receipt | Failure] = []
+        for part in _parts([_batch_message(each) for each in publications]):
+            body = f'{{"messages":[{",".join(part)}]}}'.encode()
+            # Each message has its own key, so the whole may be sent again.
+            answer = await self._call(
+                "POST",
+                "events/batch",
+                repeatable=True,
+                content=body,
+                headers={"content-type": "application/json"},
+            )
+            results += [_result(each) for each in answer["results"]]
+        return results
+
+    async def stream(self, call: StreamCall) -> StreamReply:
+        body: dict[str, Any] = {"op": call.op}
+        if call.op != "end":
+            body["lease_ms"] = round(call.lease * 1000)
+        match call.op:
+            case "open":
+                body["meta"] = call.meta if call.meta is not None else {}
+            case "append":
+                body["text"] = call.text
+                if call.seq is not None:
+                    body["seq"] = call.seq
+            case "end":
+                body["outcome"] = call.outcome
+                if call.error is not None:
+                    body["error"] = call.error
+        path = f"sessions/{_path(call.session)}/streams/{_path(call.stream)}"
+        answer = await self._once("POST", path, json=body)
+        return StreamReply(int(answer["seq"]), answer.get("event_id") or None)
+
+    async def stream_state(self, session: str, stream: str) -> StreamState | None:
+        path = f"sessions/{_path(session)}/streams/{_path(stream)}"
+        try:
+            answer = await self._call("GET", path, repeatable=True)
+        except StreamNotFound:
+            return None
+        except (NotFound, InvalidRequest) as error:
+            raise NotSupported("This gateway does not show streams over HTTP: use Worker.redis.") from error
+        return StreamState(int(answer["seq"]), str(answer["text"]), str(answer["state"]))
+
+    async def close_session(self, session: str, code: int | None, reason: str | None, connection: str | None) -> int:
+        body = _without_none({"code": code, "reason": reason, "connection_id": connection})
+        answer = await self._call("POST", f"sessions/{_path(session)}/close", repeatable=True, json=body)
+        return int(answer["receivers"])
+
+    async def disconnect(self, request: Disconnection) -> int:
+        body = _without_none(
+            {
+                "user_id": request.user,
+                "connection_id": request.connection,
+                "jti": request.jti,
+                "code": request.code,
+                "reason": request.reason,
+                "revoke_seconds": None if request.revoke is None else max(1, round(request.revoke)),
+            }
+        )
+        answer = await self._call("POST", "events/disconnect", repeatable=True, json=body)
+        return int(answer.get("receivers", 0))
+
+    async def presence(self, user: str) -> list[Presence]:
+        answer = await self._call("GET", f"events/users/{_path(user)}/presence", repeatable=True)
+        return [
+            Presence(each["connection_id"], each["server_id"], str(each["connected_at"]), each.get("transport"))
+            for each in answer["connections"]
+        ]
+
+    async def history(self, target: Target, after: str, limit: int) -> History:
+        parameters: dict[str, str | int] = {"after": after, "limit": limit}
+        if target.kind == "session":
+            path = f"sessions/{_path(target.id)}/history"
+        else:
+            path = "events/history"
+            parameters["channel"] = str(target)
+        answer = await self._call("GET", path, repeatable=True, params=parameters)
+        events = tuple(HistoryEvent(each["event_id"], _data(each)) for each in answer["events"])
+        complete, position = bool(answer["complete"]), str(answer["position"])
+        # The gateway tells the end of the log, of which an incomplete page is not the last.
+        if events and not complete:
+            position = events[-1].event_id
+        return History(events, complete, position, answer.get("history_lost"))
+
+    async def take_kept(self, session: str) -> list[UpstreamMessage]:
+        # The gateway sends what was kept at the start of the stream.
+        return []
+
+    def follow_upstream(self, session: str, kept: bool) -> Consumer:
+        path = f"sessions/{_path(session)}/upstream"
+        if kept:
+            # Of its own: one that joined a running stream would not get what was kept.
+            follower = Follower(self._client, f"{path}?log=true", error_of, lambda: self._own.discard(follower))
+            self._own.add(follower)
+            return follower.open()
+        return self._shared(path)
+
+    def follow_sessions(self, agent: str) -> Consumer:
+        return self._shared(f"agents/{_path(agent)}/sessions/events")
+
+    def _shared(self, path: str) -> Consumer:
+        follower = self._followers.get(path)
+        if follower is None or follower.over:
+            forget: Callable[[], object] = lambda: self._followers.pop(path, None)  # noqa: E731
+            follower = self._followers[path] = Follower(self._client, path, error_of, forget)
+        return follower.open()
+
+    async def aclose(self) -> None:
+        for follower in [*self._followers.values(), *self._own]:
+            await follower.aclose()
+        await self._client.aclose()
+
+
+def _batch_message(publication: Publication) -> str:
+    to, key = json.dumps(str(publication.target)), json.dumps(publication.idempotency_key)
+    message = publication.payload.decode()
+    return f'{{"to":{to},"message":{message},"history":true,"idempotency_key":{key}}}'
+
+
+def _parts(messages: list[str]) -> Iterator[list[str]]:
+    """Batches that the gateway takes: bounded in number, and as one body also in bytes."""
+    part: list[str] = []
+    held = 0
+    for each in messages:
+        if part and (len(part) == _BATCH_MAX or held + len(each.encode()) > _BATCH_BYTES):
+            yield part
+            part, held = [], 0
+        part.append(each)
+        held += len(each.encode()) + 1
+    if part:
+        yield part
+
+
+def _path(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _without_none(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _data(event: Mapping[str, Any]) -> bytes:
+    if "data_base64" in event:
+        return base64.b64decode(event["data_base64"])
+    return str(event["data"]).encode()
+
+
+def _receipt(answer: Mapping[str, Any]) -> Receipt:
+    return Receipt(int(answer["receivers"]), answer.get("event_id") or None, bool(answer.get("duplicate", False)))
+
+
+def _result(answer: Mapping[str, Any]) -> Receipt | Failure:
+    error = answer.get("error")
+    if error is None:
+        return _receipt(answer)
+    return Failure(str(error.get("code", "")), str(error.get("message", "")), bool(error.get("retryable", False)))

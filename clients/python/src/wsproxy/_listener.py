@@ -1,0 +1,157 @@
+"""One Redis connection for all subscriptions of a worker, which comes back after any outage.
+
+redis-py's own ``pubsub.listen()`` raises after a few seconds without Redis and leaves nobody who reads. Here a task
+keeps the wanted channels and the subscribed ones the same, for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+from redis import exceptions
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from ._backoff import Backoff
+from ._feeds import Consumer
+from .errors import Unauthorized
+from .types import UpstreamMessage
+
+_log = logging.getLogger("wsproxy")
+
+# Silence is answered with a PING, and a connection that does not answer it is replaced.
+_PING_INTERVAL = 3.0
+_DEAD_AFTER = 10.0
+_CHANNELS_PER_COMMAND = 500
+
+
+class Listener:
+    """The subscriptions of one worker. :meth:`open` never waits; the task does the rest."""
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        self._pool: ConnectionPool = ConnectionPool.from_url(
+            url,
+            **(options | {"protocol": 2, "health_check_interval": 0, "retry": Retry(NoBackoff(), 0)}),
+        )
+        self._consumers: dict[str, list[Consumer]] = {}
+        self._confirmed: set[str] = set()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._heard = time.monotonic()
+
+    def open(self, channel: str) -> Consumer:
+        """A reader of a channel. It is confirmed when Redis said so."""
+        consumer = Consumer(lambda closed: self._drop(channel, closed))
+        self._consumers.setdefault(channel, []).append(consumer)
+        if channel in self._confirmed:
+            consumer.confirm(0.0)
+        elif self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="wsproxy-listener")
+        self._changed.set()
+        return consumer
+
+    async def aclose(self) -> None:
+        """Ends the task and its connection."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _drop(self, channel: str, consumer: Consumer) -> None:
+        consumers = self._consumers.get(channel, [])
+        if consumer in consumers:
+            consumers.remove(consumer)
+        if not consumers and self._consumers.pop(channel, None) is not None:
+            self._confirmed.discard(channel)
+            self._changed.set()
+
+    async def _run(self) -> None:
+        backoff, warned = Backoff(base=0.1, cap=2.0), 0.0
+        while True:
+            connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+            # A silent channel is no error: the PING decides, not a timeout from the URL.
+            connection.socket_timeout = None
+            try:
+                async with asyncio.timeout(_DEAD_AFTER):
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                backoff.reset()
+                await self._serve(connection)
+            except exceptions.AuthenticationError as error:
+                self._fail(Unauthorized(f"Redis refused the worker: {error}"))
+                return
+            except (exceptions.RedisError, OSError, TimeoutError) as error:
+                if time.monotonic() - warned > 30:
+                    warned = time.monotonic()
+                    _log.warning("The subscriptions lost Redis and try again: %s", error)
+            finally:
+                self._confirmed.clear()
+                # Closing must not wait for a peer that is gone.
+                await connection.disconnect(nowait=True)
+            await asyncio.sleep(backoff.next())
+
+    def _fail(self, error: Exception) -> None:
+        for consumers in self._consumers.values():
+            for consumer in consumers:
+                consumer.fail(error)
+
+    async def _serve(self, connection: AbstractConnection) -> None:
+        """Until the connection is lost, which both tasks notice by an exception."""
+        lost_for = time.monotonic() - self._heard
+        awaited: Counter[str] = Counter()
+        writer = asyncio.ensure_future(self._write(connection, awaited))
+        reader = asyncio.ensure_future(self._read(connection, awaited, lost_for))
+        try:
+            await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            writer.cancel()
+            reader.cancel()
+            results = await asyncio.gather(writer, reader, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+                raise result
+
+    async def _write(self, connection: AbstractConnection, awaited: Counter[str]) -> None:
+        sent: set[str] = set()
+        self._heard = time.monotonic()
+        while True:
+            self._changed.clear()
+            wanted = set(self._consumers)
+            new, old = sorted(wanted - sent), sorted(sent - wanted)
+            for start in range(0, len(new), _CHANNELS_PER_COMMAND):
+                batch = new[start : start + _CHANNELS_PER_COMMAND]
+                awaited.update(batch)
+                await connection.send_command("SUBSCRIBE", *batch)
+            for start in range(0, len(old), _CHANNELS_PER_COMMAND):
+                await connection.send_command("UNSUBSCRIBE", *old[start : start + _CHANNELS_PER_COMMAND])
+            sent = wanted
+            try:
+                async with asyncio.timeout(_PING_INTERVAL):
+                    await self._changed.wait()
+            except TimeoutError:
+                if time.monotonic() - self._heard > _DEAD_AFTER:
+                    raise
+                await connection.send_command("PING")
+
+    async def _read(self, connection: AbstractConnection, awaited: Counter[str], lost_for: float) -> None:
+        while True:
+            response = await connection.read_response(disable_decoding=True)
+            self._heard = time.monotonic()
+            if not isinstance(response, list):
+                continue
+            if response[0] == b"message":
+                for consumer in self._consumers.get(response[1].decode(), ()):
+                    consumer.push(UpstreamMessage(response[2]))
+            elif response[0] == b"subscribe":
+                channel = response[1].decode()
+                awaited[channel] -= 1
+                # One that was given up and taken again meanwhile stands only with the last of its confirmations.
+                if awaited[channel] <= 0 and channel in self._consumers:
+                    del awaited[channel]
+                    self._confirmed.add(channel)
+                    for consumer in self._consumers[channel]:
+                        consumer.confirm(lost_for)

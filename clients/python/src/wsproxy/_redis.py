@@ -1,0 +1,349 @@
+"""A worker's way over Redis: the scripts that the gateway uses too, and its channels and keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from redis import exceptions
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
+from ._feeds import Consumer
+from ._listener import Listener
+from .errors import (
+    InvalidRequest,
+    StreamConflict,
+    StreamEnded,
+    StreamExists,
+    StreamNotFound,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    WsproxyError,
+)
+from .types import Failure, History, HistoryEvent, Limits, Presence, Receipt, Ticket, UpstreamMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+# As long as the gateway remembers the keys of its HTTP API.
+_IDEMPOTENCY_MS = 10 * 60 * 1000
+# How a connection ends whose token was revoked.
+_REVOKED = 4401
+# Errors that Redis answers before it does anything.
+_NOT_DONE = (exceptions.BusyLoadingError, exceptions.ReadOnlyError, exceptions.MaxConnectionsError)
+
+
+def script(name: str) -> str:
+    """The text of a script, byte for byte that of the gateway's ``spec/scripts``."""
+    return resources.files("wsproxy").joinpath("scripts", name).read_text(encoding="utf-8")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors of redis-py as errors of this package."""
+    try:
+        yield
+    except _NOT_DONE as error:
+        raise Unavailable(f"Redis cannot do it now: {error}") from error
+    except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
+        raise Unauthorized(f"Redis refused the worker: {error}") from error
+    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError) as error:
+        raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
+    except exceptions.ResponseError as error:
+        raise _script_error(str(error)) from error
+
+
+def _script_error(text: str) -> WsproxyError:
+    # Scripts' own errors may come behind a generic `ERR`, which older versions of Redis put before them.
+    words = text.removeprefix("ERR ").split()
+    match words:
+        case ["NOSTREAM", *_]:
+            return StreamNotFound("There is no such stream.")
+        case ["EXISTS", *_]:
+            return StreamExists("A stream of this id was opened before.")
+        case ["ENDED", *outcome]:
+            return StreamEnded("The stream has ended already.", outcome[0].strip(".,:") if outcome else "finish")
+        case ["SEQ", *_]:
+            return StreamConflict("The stream was continued by somebody else.")
+        case ["TOOLARGE", *_]:
+            return TooLarge("The text of the stream is too large.")
+        case ["LOADING" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "READONLY" | "OOM" | "MISCONF", *_]:
+            return Unavailable(f"Redis cannot do it now: {text}")
+    return InvalidRequest(f"Redis refused: {text}")
+
+
+class RedisBackend:
+    """All methods of :class:`wsproxy._backend.Backend`, over one connection pool and one subscriber connection."""
+
+    def __init__(self, url: str, prefix: str, limits: Limits, retry_for: float, options: Mapping[str, Any]) -> None:
+        # Repeating is decided here, call by call: redis-py cannot know which of them may be done twice.
+        defaults: dict[str, Any] = {"socket_keepalive": True, "socket_connect_timeout": 5.0, "socket_timeout": 10.0}
+        options = defaults | dict(options) | {"decode_responses": False}
+        self._redis: Redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), health_check_interval=15, **options)
+        self._listener = Listener(url, options)
+        self._prefix = f"{prefix}:" if prefix else ""
+        self._limits = limits
+        self._retry_for = retry_for
+        self._publish = self._redis.register_script(script("publish.lua"))
+        self._stream = self._redis.register_script(script("stream.lua"))
+
+    def _key(self, *parts: str) -> str:
+        return self._prefix + ":".join(parts)
+
+    def _channel(self, target: Target) -> str:
+        match target.kind:
+            case "broadcast":
+                return self._key("ws", "broadcast")
+            case "session":
+                return self._key("session", target.id, "down")
+            case kind:
+                return self._key("ws", kind, target.id)
+
+    async def _do(self, call: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
+        async def attempt(_: int) -> T:
+            with _errors():
+                return await call()
+
+        return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
+
+    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
+        token = secrets.token_urlsafe(32)
+        key = self._key("session", session, "auth")
+        await self._do(lambda: self._redis.set(key, token, px=round(ttl * 1000)), repeatable=True)
+        return Ticket(agent, session, token, ttl)
+
+    async def publish(self, publication: Publication) -> Receipt:
+        channel = self._channel(publication.target)
+        if not publication.history:
+            if publication.idempotency_key is not None:
+                raise InvalidRequest("An idempotency key needs history.")
+            receivers = await self._do(lambda: self._redis.publish(channel, publication.payload), repeatable=False)
+            return Receipt(int(receivers), None)
+        keys, args = self._publish_call(publication)
+        # With a key a repetition is recognised by the script, so that a lost answer costs nothing.
+        answer = await self._do(
+            lambda: cast("Awaitable[list[Any]]", self._publish(keys=keys, args=args)),
+            repeatable=publication.idempotency_key is not None,
+        )
+        return _receipt(answer)
+
+    def _publish_call(self, publication: Publication) -> tuple[list[str], list[Any]]:
+        channel, limits = self._channel(publication.target), self._limits
+        keys = [f"{channel}:log"]
+        session = publication.target.kind == "session"
+        if not session:
+            keys.append(self._key("ws", "clock"))
+        dedup_ms = 0
+        if publication.idempotency_key is not None:
+            keys += [""] if session else []
+            # Under the name that the gateway gives it, so that a key counts over both ways.
+            keys.append(f"{channel}:log:once:{publication.idempotency_key}")
+            dedup_ms = _IDEMPOTENCY_MS
+        args: list[Any] = [channel, publication.payload, limits.entries_max, limits.bytes_max]
+        return keys, [*args, round(limits.ttl * 1000), publication.event_id or "", dedup_ms]
+
+    async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]:
+        results = await asyncio.gather(*(self.publish(each) for each in publications[:1]), return_exceptions=True)
+        # The first one loads the script; the others follow in order through one connection.
+        results += await self._pipeline(publications[1:]) if len(publications) > 1 else []
+        return [_result(each) for each in results]
+
+    async def _pipeline(self, publications: Sequence[Publication]) -> list[Receipt | BaseException]:
+        sha = self._publish.sha
+
+        async def run() -> list[Any]:
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for each in publications:
+                    if each.history:
+                        keys, args = self._publish_call(each)
+                        pipeline.evalsha(sha, len(keys), *keys, *args)
+                    else:
+                        pipeline.publish(self._channel(each.target), each.payload)
+                answers = await pipeline.execute(raise_on_error=False)
+            for index, each in enumerate(answers):
+                # A Redis that was restarted in this moment has forgotten the script, and did not do this one.
+                if isinstance(each, exceptions.NoScriptError):
+                    keys, args = self._publish_call(publications[index])
+                    answers[index] = await self._publish(keys=keys, args=args)
+            return answers
+
+        repeatable = all(each.idempotency_key is not None for each in publications)
+        answers = await self._do(run, repeatable=repeatable)
+        return [_receipt(each) if not isinstance(each, BaseException) else each for each in answers]
+
+    async def stream(self, call: StreamCall) -> StreamReply:
+        channel = self._channel(Target("session", call.session))
+        state = self._key("session", call.session, "stream", call.stream)
+        keys = [f"{channel}:log", state, f"{state}:text"]
+        keys += [self._key("session", call.session, "streams"), self._key("streams", "leases")]
+        limits = self._limits
+        args: list[Any] = [call.op, channel, call.session, call.stream, limits.entries_max, limits.bytes_max]
+        args += [round(limits.ttl * 1000), round(call.lease * 1000)]
+        match call.op:
+            case "open":
+                args.append(json.dumps(call.meta if call.meta is not None else {}, ensure_ascii=False))
+            case "append":
+                args += [call.text.encode(), "" if call.seq is None else call.seq]
+            case "end":
+                args += [call.outcome, json.dumps(call.error, ensure_ascii=False) if call.error else ""]
+        with _errors():
+            answer = await cast("Awaitable[list[Any]]", self._stream(keys=keys, args=args))
+        return StreamReply(int(answer[0]), _text(answer[1]) or None)
+
+    async def stream_state(self, session: str, stream: str) -> StreamState | None:
+        key = self._key("session", session, "stream", stream)
+
+        async def read() -> list[Any]:
+            # One transaction, so that text and number belong together.
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.hmget(key, "seq", "state")
+                pipeline.get(f"{key}:text")
+                return await pipeline.execute()
+
+        (seq, state), text = await self._do(read, repeatable=True)
+        if state is None:
+            return None
+        return StreamState(int(seq or 0), _text(text), _text(state))
+
+    async def close_session(self, session: str, code: int | None, reason: str | None, connection: str | None) -> int:
+        command = {"op": "close", "code": code, "reason": reason, "connection_id": connection}
+        return await self._command(self._key("session", session, "control"), command)
+
+    async def disconnect(self, request: Disconnection) -> int:
+        if request.revoke is not None:
+            await self._revoke(request, request.revoke)
+        command = {
+            "op": "disconnect",
+            "user_id": request.user,
+            "connection_id": request.connection,
+            "jti": request.jti,
+            "code": request.code if request.code is not None or request.revoke is None else _REVOKED,
+            "reason": request.reason,
+        }
+        return await self._command(self._key("ws", "control"), command)
+
+    async def _revoke(self, request: Disconnection, seconds: float) -> None:
+        kind, name = ("user", request.user) if request.user is not None else ("jti", request.jti)
+        key = self._key("ws", "revoked", kind, name or "")
+        # Redis' clock, which all workers share.
+        now = await self._do(lambda: self._redis.time(), repeatable=True)
+        await self._do(lambda: self._redis.set(key, int(now[0]), px=round(seconds * 1000)), repeatable=True)
+
+    async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
+        text = json.dumps({name: value for name, value in command.items() if value is not None})
+        # Ending what has ended changes nothing, so this may be said twice.
+        return int(await self._do(lambda: self._redis.publish(channel, text), repeatable=True))
+
+    async def presence(self, user: str) -> list[Presence]:
+        key = self._key("ws", "user", user, "connections")
+        held = await self._do(lambda: cast("Awaitable[dict[Any, Any]]", self._redis.hgetall(key)), repeatable=True)
+        entries = {_text(connection): json.loads(value) for connection, value in held.items()}
+        servers = sorted({str(entry.get("server_id", "")) for entry in entries.values()})
+        alive = set()
+        for server in servers:
+            lease = self._key("ws", "server", server)
+            if await self._do(lambda lease=lease: self._redis.exists(lease), repeatable=True):  # type: ignore[misc]
+                alive.add(server)
+        # Entries of an instance that died stay until somebody removes them.
+        return [_presence(name, entry) for name, entry in entries.items() if entry.get("server_id") in alive]
+
+    async def history(self, target: Target, after: str, limit: int) -> History:
+        log = f"{self._channel(target)}:log"
+
+        async def read() -> list[Any]:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.xrange(log, f"({after}", "+", count=limit)
+                pipeline.xrange(log, "-", "+", count=1)
+                pipeline.xrevrange(log, "+", "-", count=1)
+                pipeline.time()
+                return await pipeline.execute()
+
+        entries, first, last, now = await self._do(read, repeatable=True)
+        events = tuple(HistoryEvent(_text(name), fields[b"data"]) for name, fields in entries)
+        end = _text(last[0][0]) if last else f"0-{_milliseconds(now)}"
+        complete = not events or events[-1].event_id == end
+        position = events[-1].event_id if events else end
+        return History(events, complete, position, _lost(after, entries, first, end))
+
+    async def take_kept(self, session: str) -> list[UpstreamMessage]:
+        log = self._key("session", session, "up", "log")
+
+        async def take() -> list[Any]:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.xrange(log)
+                pipeline.delete(log)
+                return await pipeline.execute()
+
+        # Not repeatable by the rules, but what was deleted and not received is lost either way.
+        entries = (await self._do(take, repeatable=True))[0]
+        return [UpstreamMessage(fields[b"data"], _text(name)) for name, fields in entries]
+
+    def follow_upstream(self, session: str, kept: bool) -> Consumer:
+        return self._listener.open(self._key("session", session, "up"))
+
+    def follow_sessions(self, agent: str) -> Consumer:
+        return self._listener.open(self._key("agent", agent, "sessions"))
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+        await self._redis.aclose()
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
+
+
+def _milliseconds(now: tuple[int, int]) -> int:
+    return int(now[0]) * 1000 + int(now[1]) // 1000
+
+
+def _lost(after: str, entries: list[Any], first: list[Any], end: str) -> str | None:
+    """Each entry names the one before it: who has seen that one misses nothing."""
+    if not first or after == end:
+        return None
+    if after.startswith("0-"):
+        return None if _text(first[0][1].get(b"prev")) == "0-0" else "trimmed"
+    if not entries:
+        return "unknown"
+    before = _text(entries[0][1].get(b"prev"))
+    if before == after:
+        return None
+    return "trimmed" if _order(before) > _order(after) else "unknown"
+
+
+def _order(position: str) -> tuple[int, int]:
+    milliseconds, _, sequence = position.partition("-")
+    return int(milliseconds or 0), int(sequence or 0)
+
+
+def _receipt(answer: Any) -> Receipt:
+    if isinstance(answer, int):
+        return Receipt(answer, None)
+    return Receipt(int(answer[0]), _text(answer[1]), bool(int(answer[2])))
+
+
+def _result(outcome: Receipt | BaseException) -> Receipt | Failure:
+    if isinstance(outcome, Receipt):
+        return outcome
+    if isinstance(outcome, exceptions.ResponseError):
+        outcome = _script_error(str(outcome))
+    if isinstance(outcome, WsproxyError):
+        return Failure(type(outcome).__name__, str(outcome), isinstance(outcome, Unavailable))
+    raise outcome
+
+
+def _presence(connection: str, entry: Mapping[str, Any]) -> Presence:
+    return Presence(
+        connection, str(entry.get("server_id", "")), str(entry.get("connected_at", "")), entry.get("transport")
+    )

@@ -1,0 +1,436 @@
+"""The client's loop: connect, resume, deliver once and in order, and come back. It knows no transport."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import httpx
+
+from .._backoff import Backoff
+from ..errors import ConnectionClosed, NotSupported, Refused, Unavailable, WsproxyError
+from ..types import Payload, Ticket, encode
+from ._message import Message
+from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, Transport
+from .streams import MergedStreams
+
+_log = logging.getLogger("wsproxy")
+
+Token: TypeAlias = str | Ticket
+TokenSource: TypeAlias = Token | Callable[[], Awaitable[Token] | Token]
+"""A token, or a function that fetches a fresh one for each connection."""
+
+State: TypeAlias = Literal["connecting", "open", "waiting", "closed"]
+StateCallback: TypeAlias = Callable[[State], None]
+
+# Messages that wait for the loop; beyond them the network waits, and the gateway decides.
+_QUEUE_MAX = 1000
+# Ids by which a repeated delivery is recognised.
+_RECENT_MAX = 10_000
+# Refusals that other tries mend; all others are final.
+_RETRYABLE = (0, 408, 429, 500, 502, 503, 504)
+# A token may have been used up by a handshake whose answer was lost: so often a fresh one is tried.
+_TOKEN_TRIES = 3
+# Close codes after which to come back is no use, and those of them that are a normal end.
+_FINAL = (1000, 1002, 1003, 1007, 1009, 4001, 4003, 4004)
+_NORMAL = (1000, 4003, 4004)
+# Notices about the connection, which say nothing to whoever reads messages.
+_OWN = ("opened", "connected", "resumed", "refreshed", "pong")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a client was asked to be."""
+
+    token: TokenSource
+    last_event_id: str | None
+    give_up_after: float | None
+    on_state: StateCallback | None
+    events: bool
+    auto_ack: bool = True
+    refresh_ahead: float = 30.0
+
+
+class Client:
+    """A connection that comes back: an asynchronous iterator over messages, each once and in order.
+
+    Notices of the gateway that concern the reader are among them: ``error`` (with ``code`` ``history_lost``, see
+    :attr:`Message.is_history_lost`) and ``bus_recovered``. The iteration ends when the client or a worker ended the
+    connection (:attr:`closed` says how) and raises :class:`~wsproxy.Refused` or :class:`~wsproxy.ConnectionClosed`
+    where to come back is no use.
+    """
+
+    def __init__(self, transport: Transport, options: Options) -> None:
+        """Not for direct use: :func:`connect_session` and :func:`connect_events` make clients."""
+        self._transport = transport
+        self._options = options
+        self._position = options.last_event_id or ""
+        self._resuming = False
+        self._delivered = options.last_event_id
+        self._queue: asyncio.Queue[Message | None] = asyncio.Queue(_QUEUE_MAX)
+        self._recent: OrderedDict[str, bool] = OrderedDict()
+        # Since the last loss of history: the streams that are known from their beginning.
+        self._whole: set[str] | None = None
+        self._asked_for: set[str] = set()
+        self._unacked: Message | None = None
+        self._connection: Connection | None = None
+        self._is_open = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._refresher: asyncio.Task[None] | None = None
+        self._error: WsproxyError | None = None
+        self._given_up = False
+        self._silence_max: float | None = None
+        self._state: State = "connecting"
+        self.streams: MergedStreams = MergedStreams()
+        """The session's token streams as merged texts, up to date with the message that the loop has."""
+        self.connection_id: str | None = None
+        """The gateway's id of the connection, once known; another one after each reconnect."""
+        self.closed: tuple[int, str] | None = None
+        """Close code and reason, after the end."""
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The position of the last message that the loop got: keep it to go on later with another client."""
+        return self._delivered
+
+    @property
+    def state(self) -> State:
+        """``connecting``, ``open``, ``waiting`` (for the next attempt) or ``closed``."""
+        return self._state
+
+    async def __aenter__(self) -> Client:
+        self._start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Client:
+        return self
+
+    async def __anext__(self) -> Message:
+        self._start()
+        if self._unacked is not None:
+            done, self._unacked = self._unacked, None
+            await self.ack(done)
+        message = await self._queue.get() if not self._given_up else None
+        if message is None or self._given_up:
+            # Whoever asks again gets the same answer.
+            self._given_up = True
+            if self._error is not None:
+                raise self._error
+            raise StopAsyncIteration
+        if message.event_id:
+            self._delivered = message.event_id if not message.is_history_lost else self._delivered
+        if message.is_history_lost:
+            self._delivered = message.object.get("event_id") or self._delivered
+        self.streams.feed(message.object)
+        if message.object.get("ack") is True and self._options.events and self._options.auto_ack:
+            self._unacked = message
+        return message
+
+    async def send(self, message: Payload, *, timeout: float = 30.0) -> None:
+        """Sends a message, JSON, to the workers; waits up to ``timeout`` seconds for a connection.
+
+        At most once: what was handed to a connection that was lost in that moment may be gone. Raises
+        :class:`~wsproxy.Unavailable` without a connection, :class:`~wsproxy.NotSupported` over ``sse``.
+        """
+        self._start()
+        text = encode(message).decode()
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    await self._is_open.wait()
+                    if self._error is not None:
+                        raise self._error
+                    connection = self._connection
+                    if connection is None:
+                        raise Unavailable("The client is closed.")
+                    try:
+                        return await connection.send(text)
+                    except Lost:
+                        self._forget(connection)
+        except TimeoutError as error:
+            raise Unavailable(f"There was no connection for {timeout:g} s.") from error
+
+    async def stop_stream(self, stream_id: str) -> None:
+        """Asks the worker of a token stream to stop."""
+        await self.send({"type": "stream_stop", "stream": stream_id})
+
+    async def ack(self, message: Message) -> None:
+        """Acknowledges a message; it is remembered, and said again if the gateway asks again."""
+        event_id = _ack_id(message)
+        if event_id is None:
+            return
+        if message.event_id:
+            self._recent[message.event_id] = True
+        await self._send_quietly({"type": "ack", "event_id": event_id})
+
+    async def aclose(self) -> None:
+        """Ends the connection."""
+        connection, self._given_up = self._connection, True
+        if not self._queue.full():
+            self._queue.put_nowait(None)
+        for task in (self._task, self._refresher):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if connection is not None:
+            await connection.close()
+        await self._transport.aclose()
+        self._end(1000, "")
+
+    # ---- the loop ----
+
+    def _start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="wsproxy-client")
+
+    async def _run(self) -> None:
+        try:
+            await self._connections()
+        except WsproxyError as error:
+            self._error = error
+            self._end(*(self.closed or (1006, str(error))))
+        except Exception as error:
+            # A token function that failed in its own way: its error is the caller's to see.
+            self._error = WsproxyError(f"The client failed: {error!r}")
+            self._error.__cause__ = error
+            self._end(1006, repr(error))
+        # Behind all messages that came before the end, however many the loop has not read yet.
+        await self._queue.put(None)
+
+    async def _connections(self) -> None:
+        backoff, refusals, down_since = Backoff(base=0.25, cap=10.0), 0, time.monotonic()
+        while True:
+            pause = 0.0
+            self._set_state("connecting")
+            try:
+                connection = await self._open()
+            except NotOpened as error:
+                pause = error.retry_after
+                refusals = refusals + 1 if error.status in (401, 403) else 0
+                fresh = callable(self._options.token) and 0 < refusals < _TOKEN_TRIES
+                if error.status not in _RETRYABLE and not fresh:
+                    raise Refused(str(error), error.status, error.code) from error
+                _log.debug("Not connected: %s", error)
+            else:
+                refusals = 0
+                lost = await self._read(connection, backoff)
+                if _is_final(lost):
+                    self.closed = (lost.code, lost.reason)
+                    if lost.code not in _NORMAL:
+                        raise ConnectionClosed(lost.code, lost.reason)
+                    self._end(lost.code, lost.reason)
+                    return
+                down_since = time.monotonic()
+            give_up = self._options.give_up_after
+            if give_up is not None and time.monotonic() - down_since > give_up:
+                raise Unavailable(f"There was no connection for {give_up:g} s.")
+            self._set_state("waiting")
+            await asyncio.sleep(backoff.next(pause))
+
+    async def _open(self) -> Connection:
+        try:
+            token = await self._token()
+        except (httpx.HTTPError, OSError, Unavailable) as error:
+            raise NotOpened(0, "no_token", f"There is no token: {error!r}") from error
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT + 5.0):
+                self._resuming, self._whole = bool(self._position), None
+                return await self._transport.open(token, self._position)
+        except TimeoutError as error:
+            raise NotOpened(0, "unreachable", "The gateway did not answer in time.") from error
+
+    async def _token(self) -> str:
+        source = self._options.token
+        answer = source() if callable(source) else source
+        token = await answer if inspect.isawaitable(answer) else answer
+        return token.token if isinstance(token, Ticket) else token
+
+    async def _read(self, connection: Connection, backoff: Backoff) -> Lost:
+        self._connection = connection
+        self._is_open.set()
+        self._set_state("open")
+        opened = time.monotonic()
+        try:
+            while True:
+                async with asyncio.timeout(self._silence_max):
+                    frame = await connection.receive()
+                await self._take(frame)
+                # One that is opened and lost at once, over and over, must not be tried without a pause.
+                if time.monotonic() - opened > 5.0:
+                    backoff.reset()
+        except Lost as lost:
+            return lost
+        except TimeoutError:
+            return Lost(4002, "silence")
+        finally:
+            self._forget(connection)
+            if self._refresher is not None:
+                self._refresher.cancel()
+            # Closing politely must not hold the next attempt up.
+            closing = asyncio.ensure_future(_close(connection))
+            closing.add_done_callback(lambda _: None)
+
+    async def _take(self, frame: Frame) -> None:
+        if frame.data is None:
+            self._position = frame.event_id or self._position
+            return
+        message = Message(frame.data, frame.event_id or None)
+        notice = message.object
+        if frame.event_id is None and isinstance(notice.get("event_id"), str):
+            message = Message(frame.data, notice["event_id"])
+        match message.type:
+            case "ping" if self._options.events:
+                await self._send_quietly({"type": "pong"})
+                return
+            case "opened" | "connected" | "resumed" | "refreshed" | "pong" as kind if self._is_own(kind, notice):
+                self._take_own(kind, notice)
+                return
+            case "error" if message.is_history_lost:
+                # From here on: everything before is gone, and said to be.
+                self._position = str(notice.get("event_id") or self._position)
+                self._whole = set()
+                await self._queue.put(message)
+                return
+            case "error" if self._options.events and notice.get("code") == "invalid_token":
+                _log.warning("The gateway refused the new token: %s", notice.get("message"))
+        if self._whole is not None:
+            self._check_stream(message, self._whole)
+        if message.event_id and not await self._is_new(message, message.event_id):
+            return
+        await self._queue.put(message)
+
+    def _check_stream(self, message: Message, whole: set[str]) -> None:
+        """After a loss in mid-connection: a stream whose beginning was lost is asked for by connecting anew."""
+        stream = message.object.get("stream")
+        if message.type in ("stream_open", "stream_snapshot") and isinstance(stream, str):
+            whole.add(stream)
+        elif message.type in ("stream_append", "stream_end") and isinstance(stream, str) and stream not in whole:
+            whole.add(stream)
+            if stream not in self._asked_for:
+                self._asked_for.add(stream)
+                # From the start of what is kept; what the loop had is not given to it again.
+                self._position = "0"
+                raise Lost(1006, "the beginning of a stream is missing")
+
+    def _is_own(self, kind: str, notice: dict[str, Any]) -> bool:
+        # Workers may use the same words; the gateway's have these members.
+        member = {
+            "opened": "connection_id",
+            "connected": "connection_id",
+            "resumed": "count",
+            "refreshed": "expires_at",
+        }
+        return kind in _OWN and (member.get(kind, "type") in notice)
+
+    def _take_own(self, kind: str, notice: dict[str, Any]) -> None:
+        if kind in ("opened", "connected"):
+            self.connection_id = notice.get("connection_id")
+            # While something is still to be resumed, the position is that of the last message we have.
+            if not self._resuming:
+                self._position = notice.get("event_id") or self._position
+        if kind in ("connected", "refreshed"):
+            self._plan_refresh(notice.get("expires_at"))
+        heartbeat = notice.get("heartbeat")
+        if isinstance(heartbeat, dict):
+            self._silence_max = float(heartbeat.get("interval", 30)) + float(heartbeat.get("timeout", 60))
+
+    async def _is_new(self, message: Message, event_id: str) -> bool:
+        if _order(event_id) >= _order(self._position):
+            self._position = event_id
+        if event_id in self._recent:
+            # Sent again for want of an acknowledgement, which was lost if the loop is done with it.
+            ack_id = _ack_id(message)
+            if self._recent[event_id] and ack_id is not None:
+                await self._send_quietly({"type": "ack", "event_id": ack_id})
+            return False
+        self._recent[event_id] = False
+        if len(self._recent) > _RECENT_MAX:
+            self._recent.popitem(last=False)
+        return True
+
+    # ---- tokens that expire ----
+
+    def _plan_refresh(self, expires_at: object) -> None:
+        if self._refresher is not None:
+            self._refresher.cancel()
+        if isinstance(expires_at, int | float) and callable(self._options.token):
+            pause = max(0.0, expires_at - time.time() - self._options.refresh_ahead)
+            self._refresher = asyncio.get_running_loop().create_task(self._refresh(pause))
+
+    async def _refresh(self, pause: float) -> None:
+        await asyncio.sleep(pause)
+        try:
+            token = await self._token()
+        except (httpx.HTTPError, OSError, WsproxyError) as error:
+            # The connection ends with 4401 then, and the next one asks for a token again.
+            _log.warning("There is no new token: %r", error)
+            return
+        await self._send_quietly({"type": "refresh", "token": token})
+
+    # ---- small things ----
+
+    async def _send_quietly(self, message: dict[str, Any]) -> None:
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(Lost, NotSupported):
+                await connection.send(json.dumps(message))
+
+    def _forget(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            self._is_open.clear()
+
+    def _end(self, code: int, reason: str) -> None:
+        if self._state == "closed":
+            return
+        self.closed = self.closed or (code, reason)
+        self._set_state("closed")
+        # Senders that wait must learn of it.
+        self._is_open.set()
+
+    def _set_state(self, state: State) -> None:
+        if state != self._state:
+            self._state = state
+            if self._options.on_state is not None:
+                self._options.on_state(state)
+
+
+def _is_final(lost: Lost) -> bool:
+    # Too slow and too fast may come back; too many invalid messages would only be sent again.
+    return lost.code in _FINAL or (lost.code == 1008 and "strike" in lost.reason)
+
+
+def _ack_id(message: Message) -> str | None:
+    if message.object.get("ack") is not True:
+        return None
+    own = message.object.get("event_id")
+    return own if isinstance(own, str) else message.event_id
+
+
+def _order(event_id: str) -> tuple[int, int]:
+    milliseconds, _, sequence = event_id.partition("-")
+    if milliseconds.isdigit() and sequence.isdigit():
+        return int(milliseconds), int(sequence)
+    # An id of the worker's own has no order: the last one counts.
+    return (0, 0)
+
+
+async def _close(connection: Connection) -> None:
+    try:
+        await connection.close()
+    except (OSError, Lost, httpx.HTTPError) as error:
+        _log.debug("The connection was not closed politely: %r", error)

@@ -1,0 +1,335 @@
+"""A token stream as its worker sees it: text goes in, and however the block ends, the clients are told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from ._backend import Backend, StreamCall, StreamReply, retrying
+from ._feeds import Consumer
+from .errors import (
+    InvalidRequest,
+    StreamEnded,
+    StreamError,
+    StreamNotFound,
+    Unavailable,
+    WsproxyError,
+)
+from .types import Outcome, UpstreamMessage
+
+_log = logging.getLogger("wsproxy")
+
+# A message must fit into the gateway's limit even where JSON writes six bytes for a character.
+_CHARACTERS_PER_APPEND = 64 * 1024
+# Text that waits for the flush interval is sent earlier when it is as long as this.
+_FLUSH_CHARACTERS = 16 * 1024
+# A worker that is being stopped does not wait longer than this to say so.
+_GOODBYE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """How a stream behaves; :meth:`wsproxy.Worker.stream` explains each."""
+
+    meta: Mapping[str, Any] | None
+    lease: float
+    flush_interval: float
+    watch_stop: bool
+    cancel_on_stop: bool
+    on_cancel: Literal["cancelled", "leave"]
+    adopt: bool
+    retry_for: float
+
+
+class TokenStream:
+    """An open token stream of a session; made by :meth:`wsproxy.Worker.stream`, used with ``async with``.
+
+    While the block runs, the lease is renewed in the background: a worker that dies is noticed by the gateway after
+    the lease, and its clients are told ``error`` with code ``worker_lost`` instead of waiting for ever.
+
+    Every append carries its number, so that one whose answer was lost is neither lost nor doubled. Where Redis came
+    back empty, the stream is opened anew with the text so far.
+    """
+
+    def __init__(self, backend: Backend, session: str, stream: str | None, options: StreamOptions) -> None:
+        self._backend = backend
+        self._options = options
+        self._session = session
+        self._id = stream if stream is not None else secrets.token_hex(12)
+        self._seq = 0
+        self._text: list[str] = []
+        self._waiting: list[str] = []
+        self._outcome: str | None = None
+        self._left = False
+        self._failure: WsproxyError | None = None
+        self._sending = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._consumer: Consumer | None = None
+        self._owner: asyncio.Task[Any] | None = None
+        self._cancelled_by_stop = False
+        self._cancelling = 0
+        self.stopped: asyncio.Event = asyncio.Event()
+        """Set when a client asked to stop; with ``watch_stop`` only."""
+
+    @property
+    def id(self) -> str:
+        """The stream's id, which the messages to the clients carry."""
+        return self._id
+
+    @property
+    def session(self) -> str:
+        """The session that it belongs to."""
+        return self._session
+
+    @property
+    def seq(self) -> int:
+        """The number of the last append that is kept."""
+        return self._seq
+
+    @property
+    def text(self) -> str:
+        """All text that is kept and was given to :meth:`append`, also what is not sent yet."""
+        return "".join(self._text) + "".join(self._waiting)
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended; ``None`` while it is open or left open."""
+        return self._outcome
+
+    async def append(self, text: str) -> None:
+        """Adds text. It is kept, and on its way to the clients, when this returns.
+
+        With a flush interval it may wait that long, and an error is raised by a later call. Raises
+        :class:`StreamEnded` when the stream was ended by somebody else (the gateway, after the lease ran out),
+        :class:`StreamConflict` when another worker took it over, :class:`TooLarge` beyond 4 MiB of text, and
+        :class:`Unavailable` when the bus stays away for longer than the worker's ``retry_for``.
+        """
+        self._check_open()
+        if not text:
+            return
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("The text holds half of a surrogate pair.") from error
+        self._waiting.append(text)
+        if self._options.flush_interval <= 0 or sum(map(len, self._waiting)) >= _FLUSH_CHARACTERS:
+            await self.flush()
+        elif self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.get_running_loop().create_task(self._flush_later())
+
+    async def flush(self) -> None:
+        """Sends what waits for the flush interval."""
+        async with self._sending:
+            while self._waiting:
+                joined = "".join(self._waiting)
+                part, rest = joined[:_CHARACTERS_PER_APPEND], joined[_CHARACTERS_PER_APPEND:]
+                self._waiting = [rest] if rest else []
+                try:
+                    await self._send(part)
+                except StreamError as error:
+                    # The stream is no longer this worker's, and what was not sent never will be.
+                    self._failure, self._waiting = error, []
+                    raise
+                except BaseException:
+                    # Whether or not it arrived, the number tells when it is sent again.
+                    self._waiting.insert(0, part)
+                    raise
+                self._text.append(part)
+
+    async def finish(self) -> None:
+        """Ends the stream as complete. Without this call the end of the block does it."""
+        await self._end("finish")
+
+    async def error(self, code: str, message: str) -> None:
+        """Ends the stream as failed, with a code and a message that the clients get to see."""
+        await self._end("error", {"code": code, "message": message})
+
+    async def cancel(self) -> None:
+        """Ends the stream as cancelled."""
+        await self._end("cancelled")
+
+    def leave(self) -> None:
+        """Leaves the stream open for another worker, which must adopt it before the lease runs out."""
+        self._left = True
+
+    async def __aenter__(self) -> TokenStream:
+        if self._options.watch_stop:
+            # Before the stream is there, so that no stop can come too early.
+            self._consumer = self._backend.follow_upstream(self._session, False)
+        try:
+            if not (self._options.adopt and await self._adopt()):
+                await self._retrying(self._open)
+        except BaseException:
+            self._close()
+            raise
+        self._owner = asyncio.current_task()
+        self._cancelling = self._owner.cancelling() if self._owner else 0
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._renew(), name=f"wsproxy-lease {self._id}"))
+        if self._consumer is not None:
+            self._tasks.append(loop.create_task(self._watch(self._consumer), name=f"wsproxy-stop {self._id}"))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        by_stop = self._cancelled_by_stop and isinstance(error, asyncio.CancelledError)
+        swallow = False
+        if by_stop and self._owner is not None:
+            # Only our own cancellation is taken back; one from outside goes on.
+            swallow = self._owner.uncancel() <= self._cancelling
+        try:
+            if error is None:
+                if not (self._left or self._outcome):
+                    await self._end("cancelled" if self.stopped.is_set() else "finish")
+                elif self._left and not isinstance(self._failure, StreamError):
+                    await self.flush()
+            else:
+                await self._say_goodbye(error, by_stop)
+        finally:
+            self._close()
+        return swallow
+
+    async def _say_goodbye(self, error: BaseException, by_stop: bool) -> None:
+        """Tells the clients of an end by exception, which must not be hidden by another one."""
+        cancelled = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        if self._outcome or isinstance(error, StreamError):
+            return
+        leave = self._left or (cancelled and not by_stop and self._options.on_cancel == "leave")
+
+        async def say() -> None:
+            if leave:
+                await self.flush()
+            elif cancelled:
+                await self._end("cancelled")
+            else:
+                await self._end("error", {"code": "worker_error", "message": "The worker failed."})
+
+        # In a task of its own, since the one that is being cancelled may be cancelled again.
+        task = asyncio.ensure_future(asyncio.wait_for(say(), _GOODBYE_SECONDS))
+        try:
+            await asyncio.shield(task)
+        except (WsproxyError, TimeoutError) as failure:
+            _log.warning("The end of stream %s could not be told: %s", self._id, failure)
+
+    async def _end(self, outcome: Outcome, error: dict[str, str] | None = None) -> None:
+        if self._outcome is not None:
+            if self._outcome == outcome:
+                return
+            raise StreamEnded("The stream has ended already.", self._outcome)
+        await self.flush()
+        async with self._sending:
+            call = self._call("end", outcome=outcome, error=error)
+            try:
+                await self._retrying(lambda _: self._backend.stream(call))
+            except StreamNotFound:
+                await self._restore()
+                await self._retrying(lambda _: self._backend.stream(call))
+            self._outcome = outcome
+
+    async def _send(self, text: str) -> None:
+        call = self._call("append", text=text, seq=self._seq + 1)
+
+        try:
+            # One whose answer was lost may be said again: the number and the text tell.
+            reply = await self._retrying(lambda _: self._backend.stream(call))
+        except StreamNotFound:
+            await self._restore()
+            reply = await self._retrying(lambda _: self._backend.stream(self._call("append", text=text)))
+        self._seq = reply.seq
+
+    async def _restore(self) -> None:
+        """Redis came back without the stream: it is opened anew with all that was said."""
+        _log.warning("Stream %s is gone and is opened anew.", self._id)
+        await self._retrying(self._open)
+        text, self._seq = "".join(self._text), 0
+        for start in range(0, len(text), _CHARACTERS_PER_APPEND):
+            call = self._call("append", text=text[start : start + _CHARACTERS_PER_APPEND], seq=self._seq + 1)
+            self._seq = (await self._retrying(lambda _, call=call: self._backend.stream(call))).seq
+
+    async def _open(self, _attempt: int) -> StreamReply:
+        return await self._backend.stream(self._call("open"))
+
+    async def _adopt(self) -> bool:
+        state = await self._backend.stream_state(self._session, self._id)
+        if state is None:
+            return False
+        if state.state != "open":
+            raise StreamEnded("The stream has ended already.", state.state)
+        self._seq, self._text = state.seq, [state.text]
+        await self._retrying(lambda _: self._backend.stream(self._call("renew")))
+        return True
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.lease / 3)
+            try:
+                await self._backend.stream(self._call("renew"))
+            except StreamEnded as error:
+                self._failure = error
+                return
+            except StreamNotFound:
+                # Opened anew by the next append, which knows the text.
+                continue
+            except WsproxyError as error:
+                _log.debug("The lease of stream %s was not renewed: %s", self._id, error)
+
+    async def _watch(self, consumer: Consumer) -> None:
+        async for message in _messages(consumer):
+            if b'"stream_stop"' not in message.data:
+                continue
+            try:
+                asked = json.loads(message.data)
+            except ValueError:
+                continue
+            if isinstance(asked, dict) and asked.get("type") == "stream_stop" and asked.get("stream") == self._id:
+                self.stopped.set()
+                if self._options.cancel_on_stop and self._owner is not None and not self._owner.done():
+                    self._cancelled_by_stop = True
+                    self._owner.cancel()
+                return
+
+    async def _flush_later(self) -> None:
+        await asyncio.sleep(self._options.flush_interval)
+        try:
+            await self.flush()
+        except WsproxyError as error:
+            self._failure = error
+
+    async def _retrying(self, call: Any) -> StreamReply:
+        reply: StreamReply = await retrying(call, self._options.retry_for, in_doubt_too=True)
+        return reply
+
+    def _call(self, op: Literal["open", "append", "renew", "end"], **arguments: Any) -> StreamCall:
+        meta = self._options.meta if op == "open" else None
+        return StreamCall(self._session, self._id, op, self._options.lease, meta=meta, **arguments)
+
+    def _check_open(self) -> None:
+        if self._outcome is not None:
+            raise StreamEnded("The stream has ended already.", self._outcome)
+        if isinstance(self._failure, Unavailable):
+            # What was not sent still waits, and the next flush sends it.
+            self._failure = None
+        elif self._failure is not None:
+            raise self._failure
+
+    def _close(self) -> None:
+        for task in [*self._tasks, *([self._flusher] if self._flusher else [])]:
+            task.cancel()
+        self._tasks.clear()
+        if self._consumer is not None:
+            self._consumer.close()
+
+
+async def _messages(consumer: Consumer) -> AsyncIterator[UpstreamMessage]:
+    while True:
+        item = await consumer.next()
+        if isinstance(item, UpstreamMessage):
+            yield item

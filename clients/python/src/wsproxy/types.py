@@ -1,0 +1,196 @@
+"""The values that go in and out of a worker. They know nothing of Redis or HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Payload: TypeAlias = bytes | str | Mapping[str, Any] | Sequence[Any] | int | float | bool | None
+"""A message: ``bytes`` and ``str`` go out verbatim, everything else as compact JSON."""
+
+Outcome: TypeAlias = Literal["finish", "error", "cancelled"]
+"""How a token stream ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much history a log keeps; give the worker the limits that the gateway has.
+
+    ``entries_max`` messages, ``bytes_max`` bytes of data, and no longer than ``ttl`` seconds after the last message.
+    """
+
+    entries_max: int = 1000
+    bytes_max: int = 1024 * 1024
+    ttl: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to open one connection of a session, once, within ``expires_in`` seconds."""
+
+    agent: str
+    session: str
+    token: str = field(repr=False)
+    expires_in: float
+
+    @property
+    def path(self) -> str:
+        """The path to connect to, below the gateway's address."""
+        return f"/{self.agent}/ws/{self.session}"
+
+    def as_dict(self) -> dict[str, str | float]:
+        """What a page needs, ready to be an HTTP answer."""
+        return {
+            "path": self.path,
+            "session_id": self.session,
+            "token": self.token,
+            "expires_in": self.expires_in,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a publish.
+
+    ``receivers`` counts gateway instances that had somebody to deliver to, not clients; 0 means that nobody is
+    connected now. ``event_id`` is the position in history (``None`` without history): whoever comes back with an
+    earlier one gets the message. ``duplicate`` is true where the idempotency key was used before and nothing was sent.
+    """
+
+    receivers: int
+    event_id: str | None
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One message of a batch that was not sent, and why."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One message of the event endpoint, as :meth:`Worker.batch` takes it.
+
+    ``ack`` asks the client for an acknowledgement; ``timestamp`` (RFC 3339) is now where it is absent.
+    """
+
+    type: str
+    data: Any = None
+    event_id: str | None = None
+    ack: bool = False
+    timestamp: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message of a batch. ``to`` is ``broadcast``, ``user:U``, ``connection:C`` or ``session:S``."""
+
+    to: str
+    message: Event | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Messages may be missing here: the way to the bus was interrupted for ``seconds``.
+
+    ``reason`` is ``connection`` (the way was interrupted), ``bus`` (the gateway lost its bus) or ``overflow`` (the
+    reader of the iterator was too slow and the oldest messages were dropped).
+    """
+
+    seconds: float
+    reason: Literal["connection", "bus", "overflow"]
+
+
+GapCallback: TypeAlias = Callable[[Gap], Awaitable[None] | None]
+"""Called in sequence with the messages, in the task that iterates."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamMessage:
+    """What a client of a session sent: JSON, as the gateway let it through.
+
+    ``event_id`` is the position in ``session:{id}:up:log`` where the message was kept while nobody listened.
+    """
+
+    data: bytes
+    event_id: str | None = None
+
+    def json(self) -> Any:
+        """The parsed message."""
+        return json.loads(self.data)
+
+    @property
+    def text(self) -> str:
+        """The message as it was sent."""
+        return self.data.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEvent:
+    """A connection of a session was opened or closed. The fields from ``reason`` on are there for ``closed`` only.
+
+    ``raw`` is the whole announcement.
+    """
+
+    event: Literal["opened", "closed"]
+    agent_id: str
+    session_id: str
+    connection_id: str
+    server_id: str
+    timestamp: str
+    reason: str | None = None
+    code: int | None = None
+    duration_ms: int | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """One live connection of a user to the event endpoint."""
+
+    connection_id: str
+    server_id: str
+    connected_at: str
+    transport: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEvent:
+    """One kept message: its position and its bytes."""
+
+    event_id: str
+    data: bytes
+
+    def json(self) -> Any:
+        """The parsed message."""
+        return json.loads(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A page of history, oldest first.
+
+    ``complete`` tells that nothing is kept behind these messages; ``position`` is the ``after`` of the next call.
+    ``lost`` tells why something may be missing before them: ``trimmed``, ``unknown``, ``expired`` or ``emptied``;
+    ``None`` means that nothing is.
+    """
+
+    events: tuple[HistoryEvent, ...]
+    complete: bool
+    position: str
+    lost: str | None = None
+
+
+def encode(message: object) -> bytes:
+    """A message as the bytes that go out: text and bytes as they are, all else as compact JSON."""
+    if isinstance(message, bytes):
+        return message
+    if isinstance(message, str):
+        return message.encode()
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

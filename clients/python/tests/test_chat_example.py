@@ -1,0 +1,144 @@
+"""The chat example: its workers die, and the answer is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from conftest import ROOT, Process, RedisServer, free_port, until
+from wsproxy.client import MergedStreams
+
+EXAMPLE = ROOT / "examples/fastapi-chat"
+
+
+class Chat:
+    """The example's server, with two workers, and what it said to one session."""
+
+    def __init__(self, folder: pathlib.Path, redis: RedisServer) -> None:
+        self.redis, self.port = redis, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(EXAMPLE), "--workers", "2"]
+        self.command = [*command, "--port", str(self.port), "--log-level", "warning"]
+        self.env = {
+            "REDIS_URL": redis.url,
+            "PYTHONPATH": str(ROOT / "clients/python/src"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "CHAT_TOKENS": "60",
+            "CHAT_TOKENS_PER_SECOND": "40",
+            "CHAT_CLAIM_SECONDS": "1",
+            "CHAT_LEASE_SECONDS": "4",
+        }
+        self.folder = folder
+        self.start()
+        self.session = httpx.post(f"{self.url}/sessions").json()["session_id"]
+
+    def start(self) -> None:
+        self.process = Process("uvicorn", self.command, self.folder, self.env)
+        self.process.ready("the example", lambda: httpx.get(f"{self.url}/").status_code == 200)
+
+    def ask(self, prompt: str) -> str:
+        """Sends a prompt as the gateway passes it on, until it is answered; gives its id."""
+        answer = str(uuid.uuid4())
+        message = json.dumps({"type": "prompt", "id": answer, "text": prompt})
+        up = f"session:{self.session}:up"
+        until("the prompt is heard", lambda: self.redis.client.publish(up, message))
+        until("the answer begins", lambda: len(self.text(answer)) > 30)
+        return answer
+
+    def streams(self) -> MergedStreams:
+        streams = MergedStreams()
+        for _, fields in self.redis.client.xrange(f"session:{self.session}:down:log"):
+            streams.feed(json.loads(fields["data"]))
+        return streams
+
+    def last(self, answer: str) -> Any:
+        """The last attempt at an answer."""
+        attempts = [each for each in self.streams().values() if each.meta and each.meta["answer"] == answer]
+        return attempts[-1] if attempts else None
+
+    def text(self, answer: str) -> str:
+        stream = self.last(answer)
+        return stream.text if stream else ""
+
+    def whole(self, prompt: str) -> str:
+        return httpx.get(f"{self.url}/answer", params={"prompt": prompt}).text
+
+    def owner(self) -> str:
+        return str(self.redis.client.get(f"chat:{self.session}:owner") or "")
+
+    def finished(self, answer: str) -> Any:
+        def ended() -> Any:
+            stream = self.last(answer)
+            return stream if stream and stream.state in ("finish", "cancelled") else None
+
+        return until("the answer ends", ended)
+
+
+@pytest.fixture
+def chat(tmp_path: pathlib.Path, redis: RedisServer) -> Iterator[Chat]:
+    made = Chat(tmp_path, redis)
+    yield made
+    made.process.stop()
+
+
+def test_a_prompt_is_answered_once_though_it_is_sent_again(chat: Chat) -> None:
+    answer = chat.ask("hello ä")
+    again = json.dumps({"type": "prompt", "id": answer, "text": "hello ä"})
+    chat.redis.client.publish(f"session:{chat.session}:up", again)
+    stream = chat.finished(answer)
+    assert stream.text == chat.whole("hello ä")
+    assert len(chat.streams()) == 1
+    until("nothing is left to do", lambda: not chat.redis.client.exists(f"chat:{chat.session}:jobs"))
+
+
+def test_a_page_stops_an_answer(chat: Chat) -> None:
+    answer = chat.ask("stop me")
+    chat.redis.client.publish(f"session:{chat.session}:up", json.dumps({"type": "stream_stop", "stream": answer}))
+    stream = chat.finished(answer)
+    assert stream.state == "cancelled"
+    assert chat.whole("stop me").startswith(stream.text)
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGTERM])
+def test_the_other_worker_goes_on_when_one_dies(chat: Chat, with_signal: signal.Signals) -> None:
+    answer = chat.ask("who dies")
+    owner = chat.owner()
+    os.kill(int(owner.split("-")[0]), with_signal)
+    stream = chat.finished(answer)
+    assert chat.owner() != owner
+    assert (stream.id, stream.text, stream.complete) == (answer, chat.whole("who dies"), True)
+
+
+def test_the_answer_is_whole_after_all_workers_were_away_for_longer_than_the_lease(chat: Chat) -> None:
+    answer = chat.ask("all die")
+    chat.process.stop()
+    # What the gateway does when the lease has run out.
+    lost = ROOT / "clients/python/src/wsproxy/scripts/stream.lua"
+    state, session = f"session:{chat.session}:stream:{answer}", chat.session
+    keys = [f"session:{session}:down:log", state, f"{state}:text", f"session:{session}:streams", "streams:leases"]
+    args = ["lost", f"session:{session}:down", session, answer, 1000, 1 << 20, 3_600_000, 0]
+    chat.redis.client.zadd("streams:leases", {f"{session}/{answer}": 1})
+    chat.redis.client.eval(lost.read_text(), len(keys), *keys, *args)
+    assert chat.last(answer).error["code"] == "worker_lost"
+    chat.start()
+    stream = chat.finished(answer)
+    assert (stream.id, stream.text) == (f"{answer}.2", chat.whole("all die"))
+
+
+def test_the_answer_is_whole_after_redis_came_back_empty(chat: Chat) -> None:
+    answer = chat.ask("redis dies")
+    chat.redis.kill()
+    chat.redis.start()
+    stream = chat.finished(answer)
+    assert stream.text == chat.whole("redis dies")
+    # And the session goes on.
+    assert chat.finished(chat.ask("again")).text == chat.whole("again")

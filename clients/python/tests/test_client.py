@@ -1,0 +1,351 @@
+"""The client's loop, against a gateway that is made up here: what it says, and how it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import pytest_asyncio
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.http11 import Request, Response
+from websockets.typing import Subprotocol
+
+from conftest import eventually, within
+from wsproxy import ConnectionClosed, Refused, Unavailable
+from wsproxy.client import Client, connect_events, connect_session
+
+pytestmark = pytest.mark.asyncio
+Script = Callable[["Peer"], Awaitable[None]]
+
+
+class Peer:
+    """One connection as the made-up gateway sees it."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self.connection = connection
+        request = connection.request
+        assert request is not None
+        self.token = request.headers["Authorization"].removeprefix("Bearer ")
+        self.last_event_id = parse_qs(urlsplit(request.path).query, keep_blank_values=True)["last_event_id"][0]
+
+    async def say(self, message: Any, event_id: str = "") -> None:
+        await self.connection.send(f"{event_id}\n{json.dumps(message)}")
+
+    async def hear(self) -> Any:
+        return json.loads(await within(self.connection.recv()))
+
+
+class FakeGateway:
+    """Plays a script for each connection; a number refuses it with that status."""
+
+    def __init__(self) -> None:
+        self.scripts: list[Script | int] = []
+        self.tokens: list[str] = []
+        self.positions: list[str] = []
+        self.retry_after = ""
+        self.server: Server
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{next(iter(self.server.sockets)).getsockname()[1]}"
+
+    def refuse(self, connection: ServerConnection, _request: Request) -> Response | None:
+        if self.scripts and isinstance(self.scripts[0], int):
+            status = http.HTTPStatus(self.scripts[0])
+            self.scripts.pop(0)
+            self.tokens.append("refused")
+            response = connection.respond(status, json.dumps({"error": {"code": "a_code", "message": "No."}}))
+            if self.retry_after:
+                response.headers["Retry-After"] = self.retry_after
+            return response
+        return None
+
+    async def serve(self, connection: ServerConnection) -> None:
+        peer = Peer(connection)
+        self.tokens.append(peer.token)
+        self.positions.append(peer.last_event_id)
+        script = self.scripts.pop(0) if self.scripts else wait
+        assert not isinstance(script, int)
+        await script(peer)
+
+
+async def wait(peer: Peer) -> None:
+    await peer.connection.wait_closed()
+
+
+@pytest_asyncio.fixture
+async def fake() -> AsyncIterator[FakeGateway]:
+    fake = FakeGateway()
+    protocols = [Subprotocol("wsproxy.id.v1")]
+    async with serve(fake.serve, "127.0.0.1", 0, subprotocols=protocols, process_request=fake.refuse) as server:
+        fake.server = server
+        yield fake
+
+
+def session(fake: FakeGateway, **options: Any) -> Client:
+    return connect_session(
+        fake.url, "demo", "s-1", **{"token": lambda: f"t-{len(fake.tokens)}", "proxy": None, **options}
+    )
+
+
+def events(fake: FakeGateway, **options: Any) -> Client:
+    return connect_events(fake.url, **{"token": lambda: f"t-{len(fake.tokens)}", "proxy": None, **options})
+
+
+async def data(client: Client, count: int) -> list[Any]:
+    return [(await within(anext(client))).json() for _ in range(count)]
+
+
+async def test_each_connection_has_a_fresh_token_and_the_last_position(fake: FakeGateway) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.say({"type": "opened", "connection_id": "c", "event_id": "5-0"})
+        await peer.say({"n": 1}, "6-0")
+        await peer.say({"n": 2}, "6-1")
+        await peer.connection.close(1012, "restart")
+
+    async def second(peer: Peer) -> None:
+        await peer.say({"type": "resumed", "count": 2, "last_event_id": "6-1"})
+        # One that was seen already, as after a loss of the bus.
+        await peer.say({"n": 2}, "6-1")
+        await peer.say({"n": 3}, "7-0")
+        await wait(peer)
+
+    fake.scripts = [first, second]
+    async with session(fake) as client:
+        assert await data(client, 3) == [{"n": 1}, {"n": 2}, {"n": 3}]
+        assert client.last_event_id == "7-0"
+    assert fake.tokens == ["t-0", "t-1"]
+    assert fake.positions == ["", "6-1"]
+    assert client.closed == (1000, "")
+
+
+async def test_a_position_told_at_the_start_counts_only_where_nothing_is_to_come(fake: FakeGateway) -> None:
+    async def lost_at_once(peer: Peer) -> None:
+        await peer.say({"type": "connected", "connection_id": "c", "event_id": "9-0", "expires_at": None})
+        await peer.connection.close(1012)
+
+    fake.scripts = [lost_at_once, wait]
+    async with events(fake, last_event_id="3-0"):
+        await eventually("it is back", lambda: len(fake.positions) == 2)
+    async with events(fake):
+        fake.scripts = [lost_at_once, wait]
+        await eventually("it is back", lambda: len(fake.positions) == 4)
+    assert fake.positions == ["3-0", "3-0", "", "9-0"]
+
+
+async def test_lost_history_is_said_and_the_stream_goes_on_from_there(fake: FakeGateway) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.say({"type": "error", "code": "history_lost", "reason": "trimmed", "event_id": "8-0"})
+        await peer.connection.close(1012)
+
+    fake.scripts = [first, wait]
+    async with session(fake, last_event_id="3-0") as client:
+        message = await within(anext(client))
+        assert message.is_history_lost
+        assert client.last_event_id == "8-0"
+        await eventually("it is back", lambda: len(fake.positions) == 2)
+    assert fake.positions == ["3-0", "8-0"]
+
+
+async def test_a_stream_whose_beginning_was_lost_is_read_again(fake: FakeGateway) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.say({"n": 1}, "6-0")
+        await peer.say({"type": "error", "code": "history_lost", "reason": "emptied", "event_id": "9-0"})
+        await peer.say({"type": "stream_append", "stream": "t", "seq": 2, "text": "lo"}, "9-1")
+        await wait(peer)
+
+    async def second(peer: Peer) -> None:
+        await peer.say({"type": "stream_open", "stream": "t", "meta": {}}, "8-0")
+        await peer.say({"type": "stream_append", "stream": "t", "seq": 1, "text": "Hel"}, "9-0")
+        await peer.say({"type": "stream_append", "stream": "t", "seq": 2, "text": "lo"}, "9-1")
+        await wait(peer)
+
+    fake.scripts = [first, second]
+    async with session(fake) as client:
+        await data(client, 5)
+        assert (client.streams["t"].text, client.streams["t"].complete) == ("Hello", True)
+    assert fake.positions == ["", "0"]
+
+
+async def test_refusals_that_pass_are_tried_again_after_the_time_asked_for(fake: FakeGateway) -> None:
+    fake.scripts, fake.retry_after = [503, 429, wait], "1"
+    begun = time.monotonic()
+    async with session(fake) as client:
+        await eventually("it is open", lambda: client.state == "open")
+    assert 2 <= time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(("status", "tries"), [(400, 1), (404, 1), (426, 1), (403, 3), (401, 3)])
+async def test_refusals_that_stay_are_errors(fake: FakeGateway, status: int, tries: int) -> None:
+    fake.scripts = [status] * 5
+    async with session(fake) as client:
+        for _ in range(2):
+            with pytest.raises(Refused) as raised:
+                await within(anext(client))
+            assert (raised.value.status, raised.value.code) == (status, "a_code")
+        with pytest.raises(Refused):
+            await client.send({})
+    assert len(fake.tokens) == tries
+
+
+@pytest.mark.parametrize("code", [1007, 1009, 4001])
+async def test_closes_that_stay_are_errors_behind_all_messages(fake: FakeGateway, code: int) -> None:
+    async def first(peer: Peer) -> None:
+        for number in range(1500):
+            await peer.say({"n": number})
+        await peer.connection.close(code, "why")
+
+    fake.scripts = [first]
+    async with session(fake) as client:
+        assert [each["n"] for each in await data(client, 1500)] == list(range(1500))
+        with pytest.raises(ConnectionClosed) as raised:
+            await within(anext(client))
+        assert (raised.value.code, raised.value.reason) == (code, "why")
+
+
+async def test_a_token_function_that_fails_is_tried_again_or_an_error(fake: FakeGateway) -> None:
+    answers: Iterator[str | Exception] = iter([OSError("down"), Unavailable("down"), "good"])
+
+    def token() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async with session(fake, token=token) as client:
+        await eventually("it is open", lambda: client.state == "open")
+    assert fake.tokens == ["good"]
+
+    def broken() -> str:
+        raise KeyError("a mistake")
+
+    async with session(fake, token=broken) as client:
+        with pytest.raises(Exception, match="KeyError") as raised:
+            await within(anext(client))
+        assert isinstance(raised.value.__cause__, KeyError)
+
+
+async def test_a_client_gives_up_when_it_was_told_to() -> None:
+    states: list[str] = []
+    unreachable = connect_session(
+        "http://127.0.0.1:1", "demo", "s-1", token="t", give_up_after=0.5, on_state=states.append, proxy=None
+    )
+    async with unreachable as client:
+        with pytest.raises(Unavailable):
+            await client.send({}, timeout=0.1)
+        with pytest.raises(Unavailable):
+            await within(anext(client))
+    assert states[-1] == "closed"
+    assert "waiting" in states
+
+
+async def test_pings_are_answered_and_silence_is_noticed(fake: FakeGateway) -> None:
+    heard: list[Any] = []
+
+    async def first(peer: Peer) -> None:
+        hello = {
+            "type": "connected",
+            "connection_id": "c-1",
+            "event_id": "1-0",
+            "heartbeat": {"interval": 0.2, "timeout": 0.3},
+        }
+        await peer.say(hello | {"expires_at": None})
+        await peer.say({"type": "ping", "timestamp": "now"})
+        heard.append(await peer.hear())
+        await wait(peer)
+
+    fake.scripts = [first, wait]
+    async with events(fake) as client:
+        await eventually("it came back after the silence", lambda: len(fake.positions) == 2)
+        assert client.connection_id == "c-1"
+    assert heard == [{"type": "pong"}]
+
+
+async def test_a_message_is_acknowledged_when_it_is_done(fake: FakeGateway) -> None:
+    heard: list[Any] = []
+    done = asyncio.Event()
+
+    async def first(peer: Peer) -> None:
+        await peer.say({"type": "a", "ack": True}, "2-0")
+        # Again, since nobody said anything: the loop is not done with it.
+        await peer.say({"type": "a", "ack": True}, "2-0")
+        await peer.say({"type": "b", "event_id": "own", "ack": True}, "3-0")
+        heard.append(await peer.hear())
+        await peer.say({"type": "a", "ack": True}, "2-0")
+        heard.extend([await peer.hear(), await peer.hear()])
+        done.set()
+        await wait(peer)
+
+    fake.scripts = [first]
+    async with events(fake) as client:
+        assert (await within(anext(client))).type == "a"
+        assert heard == []
+        assert (await within(anext(client))).type == "b"
+        await eventually("the first is acknowledged", lambda: heard)
+        following = asyncio.ensure_future(anext(client))
+        await within(done.wait())
+        following.cancel()
+    assert heard[0] == {"type": "ack", "event_id": "2-0"}
+    assert sorted(each["event_id"] for each in heard[1:]) == ["2-0", "own"]
+
+
+async def test_a_token_is_renewed_before_it_ends(fake: FakeGateway) -> None:
+    heard: list[Any] = []
+
+    async def first(peer: Peer) -> None:
+        hello = {"type": "connected", "connection_id": "c-1", "event_id": "1-0"}
+        await peer.say(hello | {"expires_at": time.time() + 1})
+        heard.append(await peer.hear())
+        await peer.say({"type": "refreshed", "expires_at": time.time() + 1.2})
+        heard.append(await peer.hear())
+        await peer.say({"type": "done"})
+        await peer.connection.close(4401, "expired")
+
+    fake.scripts = [first, wait]
+    tokens = iter(range(10))
+    async with events(fake, token=lambda: f"token-{next(tokens)}", refresh_ahead=0.8) as client:
+        assert (await within(anext(client))).type == "done"
+        await eventually("it is back with a new token", lambda: len(fake.tokens) == 2)
+    assert heard == [{"type": "refresh", "token": "token-1"}, {"type": "refresh", "token": "token-2"}]
+    assert fake.tokens == ["token-0", "token-3"]
+
+
+async def test_what_is_sent_waits_for_the_connection(fake: FakeGateway) -> None:
+    heard: list[Any] = []
+
+    async def first(peer: Peer) -> None:
+        heard.append(await peer.hear())
+        await wait(peer)
+
+    fake.scripts = [503, first]
+    async with session(fake) as client:
+        await client.send({"type": "prompt"})
+        await eventually("it is heard", lambda: heard)
+    assert heard == [{"type": "prompt"}]
+    with pytest.raises(Unavailable):
+        await client.send({})
+
+
+async def test_workers_may_use_the_gateways_words(fake: FakeGateway) -> None:
+    kinds = ["opened", "connected", "resumed", "refreshed", "ping"]
+
+    async def first(peer: Peer) -> None:
+        for kind in kinds:
+            await peer.say({"type": kind, "mine": True}, f"5-{len(kind)}{kind[0]}")
+        await wait(peer)
+
+    fake.scripts = [first]
+    async with session(fake) as client:
+        assert [each["type"] for each in await data(client, 5)] == [
+            "opened",
+            "connected",
+            "resumed",
+            "refreshed",
+            "ping",
+        ]

@@ -1,0 +1,256 @@
+//! Histories from end to end without IO: whatever happens to the store, to links, instances and clients, a
+//! client sees a contiguous part of what was published, or is told that it does not.
+
+mod client;
+mod gateway;
+mod redis;
+
+use proptest::prelude::*;
+use wsproxy_proto::history::{Lost, Position};
+
+use crate::history::{
+    client::View,
+    gateway::{Bounds, Instance},
+    redis::{Redis, SKEW},
+};
+
+const INSTANCES: usize = 2;
+const CLIENTS: usize = 4;
+
+/// What happens.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Publish(usize),
+    Advance(u64),
+    Deliver(usize, u8),
+    /// The link dies, and only so much of what is on its way arrives.
+    Cut(usize, usize),
+    Lose(usize),
+    Link(usize),
+    Heal(usize, u8),
+    Open(usize, usize, Wish),
+    Replay(usize, u8),
+    Close(usize),
+    Save,
+    RollBack(u64),
+    Empty,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Wish {
+    Fresh,
+    Resume,
+    Start,
+}
+
+/// What happens besides publishing, reading and losing links.
+#[derive(Debug, Clone, Copy)]
+struct Weather {
+    logs: usize,
+    long_pauses: bool,
+    disasters: bool,
+    entries_max: usize,
+    bounds: Bounds,
+}
+
+fn step(weather: Weather) -> impl Strategy<Value = Step> {
+    let instance = 0..INSTANCES;
+    let client = 0..CLIENTS;
+    let wish = prop_oneof![1 => Just(Wish::Fresh), 6 => Just(Wish::Resume), 1 => Just(Wish::Start)];
+    let pause = if weather.long_pauses { 0..130_u64 } else { 0..1 };
+    let usual = prop_oneof![
+        12 => (0..weather.logs).prop_map(Step::Publish),
+        4 => (0..2_u64).prop_map(Step::Advance),
+        2 => pause.prop_map(Step::Advance),
+        10 => (instance.clone(), 1..4_u8).prop_map(|(i, n)| Step::Deliver(i, n)),
+        2 => (instance.clone(), 0..3_usize).prop_map(|(i, n)| Step::Cut(i, n)),
+        2 => instance.clone().prop_map(Step::Lose),
+        4 => instance.clone().prop_map(Step::Link),
+        10 => (instance.clone(), 1..5_u8).prop_map(|(i, n)| Step::Heal(i, n)),
+        6 => (client.clone(), instance, wish).prop_map(|(c, i, wish)| Step::Open(c, i, wish)),
+        10 => (client.clone(), 1..4_u8).prop_map(|(c, n)| Step::Replay(c, n)),
+        3 => client.prop_map(Step::Close),
+    ];
+    let disaster = prop_oneof![
+        2 => Just(Step::Save),
+        1 => (0..=SKEW).prop_map(Step::RollBack),
+        1 => Just(Step::Empty),
+    ];
+    if weather.disasters { prop_oneof![14 => usual, 1 => disaster].boxed() } else { usual.boxed() }
+}
+
+struct World {
+    redis: Redis,
+    /// The gateways' clock.
+    now: u64,
+    instances: Vec<Instance>,
+    /// Clients that are away.
+    away: Vec<Option<View>>,
+    logs: usize,
+}
+
+impl World {
+    fn new(weather: Weather) -> Self {
+        let Weather { logs, entries_max, bounds, .. } = weather;
+        let instances = (0..INSTANCES).map(|_| Instance::new(logs, bounds)).collect();
+        let away =
+            (0..CLIENTS).map(|client| Some(View::new(Self::logs_of(client, logs)))).collect();
+        Self { redis: Redis::new(logs, entries_max), now: 0, instances, away, logs }
+    }
+
+    /// The first log is everybody's.
+    fn logs_of(client: usize, logs: usize) -> Vec<usize> {
+        if logs == 1 { vec![0] } else { vec![0, 1 + client % (logs - 1)] }
+    }
+
+    fn find(&self, client: usize) -> Option<(usize, usize)> {
+        self.instances.iter().enumerate().find_map(|(number, instance)| {
+            let place = instance.clients.iter().position(|other| other.id == client)?;
+            Some((number, place))
+        })
+    }
+
+    fn run(&mut self, step: Step) {
+        match step {
+            Step::Publish(log) => {
+                let serial = self.redis.publish(log);
+                self.instances.iter_mut().for_each(|instance| instance.receive(serial, self.now));
+            }
+            Step::Advance(milliseconds) => {
+                self.now += milliseconds;
+                self.redis.advance(milliseconds);
+            }
+            Step::Deliver(i, times) => {
+                let Self { redis, now, .. } = self;
+                for _ in 0..times {
+                    self.instances[i].deliver(redis, *now);
+                }
+            }
+            Step::Cut(i, kept) => self.instances[i].cut(self.now, kept),
+            Step::Lose(i) => self.instances[i].lose_link(self.now),
+            Step::Link(i) => self.instances[i].link(),
+            Step::Heal(i, times) => {
+                for _ in 0..times {
+                    self.instances[i].heal(&mut self.redis, self.now);
+                }
+            }
+            Step::Open(client, i, wish) => self.open(client, i, wish),
+            Step::Replay(client, times) => {
+                let Some((i, place)) = self.find(client) else { return };
+                for _ in 0..times {
+                    self.instances[i].replay(place, &mut self.redis);
+                }
+            }
+            Step::Close(client) => {
+                let Some((i, place)) = self.find(client) else { return };
+                self.away[client] = Some(self.instances[i].close(place));
+            }
+            Step::Save => self.redis.save(),
+            Step::RollBack(skew) => {
+                self.redis.roll_back(skew);
+                self.instances.iter_mut().for_each(|one| one.cut(self.now, usize::MAX));
+            }
+            Step::Empty => self.redis.empty(),
+        }
+    }
+
+    fn open(&mut self, client: usize, i: usize, wish: Wish) {
+        if !self.instances[i].linked {
+            return; // it could not subscribe
+        }
+        let Some(view) = self.away[client].take() else { return };
+        let after = match wish {
+            Wish::Fresh => None,
+            Wish::Resume => view.position,
+            Wish::Start => Some(Position::START),
+        };
+        let logs = Self::logs_of(client, self.logs);
+        self.instances[i].open(client, view, logs, after);
+    }
+
+    /// Everything that is due comes to pass, and every client comes back.
+    fn settle(&mut self) {
+        for client in 0..CLIENTS {
+            for instance in &mut self.instances {
+                if instance.is_cut() {
+                    instance.lose_link(self.now);
+                }
+                instance.link();
+            }
+            self.open(client, client % INSTANCES, Wish::Resume);
+        }
+        for _ in 0..500 {
+            let mut busy = false;
+            self.run(Step::Advance(1));
+            for i in 0..INSTANCES {
+                let (instance, redis) = (&mut self.instances[i], &mut self.redis);
+                while instance.deliver(redis, self.now) {
+                    busy = true;
+                }
+                busy |= instance.heal(redis, self.now);
+                for place in 0..instance.clients.len() {
+                    busy |= instance.replay(place, redis);
+                }
+            }
+            if !busy {
+                return;
+            }
+        }
+        panic!("It never comes to rest.");
+    }
+
+    fn lost(&self) -> impl Iterator<Item = Lost> {
+        let clients = self.instances.iter().flat_map(|instance| &instance.clients);
+        clients.flat_map(|client| client.view.lost.iter().copied())
+    }
+}
+
+/// Answers what clients were told to have lost.
+fn play(weather: Weather, steps: &[Step]) -> Vec<Lost> {
+    let mut world = World::new(weather);
+    steps.iter().for_each(|step| world.run(*step));
+    world.settle();
+    let clients = world.instances.iter().flat_map(|instance| &instance.clients);
+    clients.for_each(|client| client.view.check(&world.redis));
+    world.lost().collect()
+}
+
+const PLENTY: Bounds = Bounds { message_bytes: 10, fence_bytes: usize::MAX, page: 2 };
+const SCARCE: Bounds = Bounds { message_bytes: 300_000, fence_bytes: 1_000_000, page: 2 };
+const CALM: Weather = Weather {
+    logs: 1,
+    long_pauses: false,
+    disasters: false,
+    entries_max: usize::MAX,
+    bounds: PLENTY,
+};
+const STORM: Weather =
+    Weather { long_pauses: true, disasters: true, entries_max: 6, bounds: SCARCE, ..CALM };
+
+fn steps(weather: Weather) -> impl Strategy<Value = Vec<Step>> {
+    prop::collection::vec(step(weather), 1..120)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_log_is_seen_without_gap_or_duplicate(steps in steps(STORM)) {
+        play(STORM, &steps);
+    }
+
+    #[test]
+    fn so_are_logs_with_one_order(steps in steps(Weather { logs: 3, ..STORM })) {
+        play(Weather { logs: 3, ..STORM }, &steps);
+    }
+
+    #[test]
+    fn with_room_and_time_nothing_is_ever_lost(steps in steps(CALM)) {
+        prop_assert_eq!(play(CALM, &steps), []);
+    }
+
+    #[test]
+    fn nor_of_logs_with_one_order(steps in steps(Weather { logs: 3, ..CALM })) {
+        prop_assert_eq!(play(Weather { logs: 3, ..CALM }, &steps), []);
+    }
+}

@@ -1,0 +1,139 @@
+//! How the gateway and Redis agree on scripts: loaded, forgotten, not allowed, and as a worker calls them.
+
+use std::time::Duration;
+
+use wsproxy::bus::{History, HistoryLimits, Keep, Outcome, Publish};
+use wsproxy_proto::history::Position;
+
+use crate::support::{
+    PATIENCE,
+    bus::{TestBus, config, message},
+    redis_server::{Answer, RedisServer},
+};
+
+const PUBLISH: &str = include_str!("../../../../spec/scripts/publish.lua");
+
+fn stored(payload: &str) -> Publish {
+    let limits =
+        HistoryLimits { entries_max: 1000, bytes_max: 1_000_000, ttl: Duration::from_secs(64) };
+    let history = History { log: "c:log".into(), clock: None, event_id: None, dedup: None, limits };
+    Publish { keep: Keep::History(Box::new(history)), ..message("c", payload.to_owned()) }
+}
+
+fn position(answer: &Answer) -> Position {
+    let Answer::Array(parts) = answer else { panic!("{answer:?}") };
+    let Answer::Text(id) = &parts[1] else { panic!("{answer:?}") };
+    Position::parse(id.as_bytes()).unwrap()
+}
+
+/// The one line that a worker needs.
+fn eval(server: &RedisServer, payload: &str, event_id: &str) -> Answer {
+    let words = ["EVAL", PUBLISH, "1", "c:log", "c", payload, "1000", "1000000", "64000", event_id];
+    server.try_call(&words).unwrap()
+}
+
+#[tokio::test]
+async fn a_worker_and_the_gateway_write_one_chain() {
+    let bus = TestBus::redis();
+    let server = bus.server.as_ref().unwrap();
+    bus.subscribe(&["c"]).await;
+    let first = position(&eval(server, "one", "e-1"));
+    let outcome = bus.outcome(stored("two")).await;
+    let Outcome::Stored { receivers: 1, id: second, .. } = outcome else { panic!("{outcome:?}") };
+    let third = position(&eval(server, "three", ""));
+    bus.seen.wait_for(3).await;
+    let heads: Vec<Vec<u8>> = bus
+        .seen
+        .payloads("c")
+        .iter()
+        .map(|message| message.split(|&byte| byte == b'\n').next().unwrap().to_vec())
+        .collect();
+    let expected = [
+        format!("H1 {first} 0-0 e-1"),
+        format!("H1 {second} {first} "),
+        format!("H1 {third} {second} "),
+    ];
+    for (head, expected) in heads.iter().zip(&expected) {
+        assert_eq!(head, &[b"\xff", expected.as_bytes()].concat());
+    }
+}
+
+#[tokio::test]
+async fn an_event_id_that_would_break_the_envelope_is_refused() {
+    let server = RedisServer::start();
+    for bad in ["a b", "a\nb", "a\0", &"x".repeat(129)] {
+        let answer = eval(&server, "x", bad);
+        assert!(
+            matches!(&answer, Answer::Error(error) if error.starts_with("BADEVENTID")),
+            "{answer:?}"
+        );
+    }
+    assert_eq!(server.call(&["EXISTS", "c:log"]).integer(), 0);
+    position(&eval(&server, "x", &"x".repeat(128)));
+}
+
+#[tokio::test]
+async fn a_log_lives_for_its_ttl_and_at_most_a_64th_longer() {
+    let server = RedisServer::start();
+    for _ in 0..20 {
+        eval(&server, "x", "");
+        let ttl = server.call(&["PTTL", "c:log"]).integer();
+        assert!((64_000 - 2000..=65_000).contains(&ttl), "{ttl}");
+    }
+}
+
+#[tokio::test]
+async fn a_log_with_entries_of_somebody_else_still_takes_messages() {
+    let server = RedisServer::start();
+    server.call(&["XADD", "c:log", "*", "data", "strange"]);
+    let first = position(&eval(&server, "x", ""));
+    server.call(&["XADD", "c:log", "*", "a", "b", "c", "d"]);
+    assert!(position(&eval(&server, "y", "")) > first);
+}
+
+#[tokio::test]
+async fn scripts_that_redis_forgot_are_loaded_again() {
+    let bus = TestBus::redis();
+    assert!(matches!(bus.outcome(stored("one")).await, Outcome::Stored { .. }));
+    for _ in 0..3 {
+        bus.server.as_ref().unwrap().call(&["SCRIPT", "FLUSH"]);
+        // It certainly was not stored; the next one is.
+        assert_eq!(bus.outcome(stored("two")).await, Outcome::Lost);
+        assert!(matches!(bus.outcome(stored("three")).await, Outcome::Stored { .. }));
+    }
+    assert_eq!(bus.server.as_ref().unwrap().call(&["XLEN", "c:log"]).integer(), 4);
+}
+
+#[tokio::test]
+async fn a_new_server_knows_the_script_before_the_first_message() {
+    let mut bus = TestBus::redis();
+    assert!(matches!(bus.outcome(stored("one")).await, Outcome::Stored { .. }));
+    bus.server().kill();
+    bus.broken().await;
+    bus.publish("x", "queued");
+    assert!(bus.bus.publish(stored("queued")).is_ok());
+    bus.server().restart();
+    let outcome = bus.outcome(stored("two")).await;
+    let Outcome::Stored { id, .. } = outcome else { panic!("{outcome:?}") };
+    assert!(id.is_entry());
+    assert_eq!(bus.server().call(&["XLEN", "c:log"]).integer(), 2);
+    assert_eq!(bus.bus.counters().publish_lost.value(), 0);
+}
+
+#[tokio::test]
+async fn where_scripts_may_not_be_loaded_they_are_sent_each_time() {
+    let server = RedisServer::start();
+    server.call(&["ACL", "SETUSER", "gateway", "on", ">secret", "~*", "&*", "+@all", "-script"]);
+    let url = server.url().replace("redis://", "redis://gateway:secret@");
+    let bus = TestBus::on(&config(Some(&url)));
+    bus.ready().await;
+    let deadline = std::time::Instant::now() + PATIENCE;
+    // What is sent before the refusal came back is lost.
+    while bus.outcome(stored("x")).await == Outcome::Lost {
+        assert!(std::time::Instant::now() < deadline, "never stored");
+    }
+    for _ in 0..3 {
+        server.call(&["SCRIPT", "FLUSH"]);
+        assert!(matches!(bus.outcome(stored("x")).await, Outcome::Stored { .. }));
+    }
+}

@@ -1,0 +1,207 @@
+"""A chat whose answers survive everything: a worker that streams tokens through wsproxy and never holds a socket.
+
+What is to be done is in Redis, and each session has an owner, a worker that renews its claim. A worker that finds a
+session without one takes it, and goes on with its answers where the other stopped.
+"""
+
+import asyncio
+import logging
+import os
+import pathlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.responses import FileResponse, PlainTextResponse
+from model import tokens
+from redis import RedisError
+from redis import asyncio as aioredis
+from wsproxy import StreamEnded, StreamError, Ticket, TokenStream, Worker, WsproxyError
+
+REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
+GATEWAY_URL = os.environ.get("GATEWAY_URL", "ws://127.0.0.1:8080")
+PAUSE = 1 / float(os.environ.get("CHAT_TOKENS_PER_SECOND", "20"))
+CLAIM_SECONDS = float(os.environ.get("CHAT_CLAIM_SECONDS", "3"))
+LEASE_SECONDS = float(os.environ.get("CHAT_LEASE_SECONDS", "15"))
+SESSION_SECONDS = 3600
+
+ME = f"{os.getpid()}-{secrets.token_hex(4)}"
+worker = Worker.redis(REDIS_URL, retry_for=60)
+redis = aioredis.from_url(REDIS_URL, decode_responses=True, health_check_interval=10)
+
+# Lets go of a session, or keeps it, only as long as it is this worker's.
+CLAIM = redis.register_script("""
+    local owner = redis.call('GET', KEYS[1])
+    if owner and owner ~= ARGV[1] then return 0 end
+    if ARGV[2] == '0' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
+    return 1""")
+
+
+class Session:
+    """A session that this worker owns: it reads what the page sends, and runs an answer for each prompt."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.jobs = name, f"chat:{name}:jobs"
+        self.answers: dict[str, asyncio.Task[None]] = {}
+        self.streams: dict[str, TokenStream] = {}
+        self.prompts: dict[str, str] = {}
+        self.expires = time.time() + SESSION_SECONDS
+        self.task = asyncio.create_task(self.run())
+
+    async def run(self) -> None:
+        async with worker.upstream(self.name) as messages:
+            # What another worker left unfinished.
+            for answer, prompt in (await redis.hgetall(self.jobs)).items():
+                self.start(answer, prompt)
+            async for message in messages:
+                match message.json():
+                    case {"type": "prompt", "id": str(answer), "text": str(prompt)} if 0 < len(answer) <= 64:
+                        # The page sends a prompt again until it sees an answer, so it may be known.
+                        if answer not in self.answers:
+                            await redis.hset(self.jobs, answer, prompt)
+                            await redis.zadd("chat:sessions", {self.name: time.time() + SESSION_SECONDS})
+                        self.start(answer, prompt)
+                    case {"type": "stream_stop", "stream": str(stream)} if stream in self.streams:
+                        self.streams[stream].stopped.set()
+
+    def start(self, answer: str, prompt: str) -> None:
+        if answer not in self.answers:
+            self.prompts[answer] = prompt
+            self.answers[answer] = asyncio.create_task(self.answer(answer, prompt))
+
+    async def answer(self, answer: str, prompt: str) -> None:
+        """Streams an answer to its end; under a further id where the gateway gave the stream up as lost."""
+        attempt = 1
+        while True:
+            try:
+                await self.stream(answer, prompt, attempt)
+                break
+            except StreamEnded as ended:
+                # Finished or stopped: whoever did that did not come to take the job off the list.
+                if ended.outcome != "error":
+                    break
+                attempt += 1
+            except StreamError:
+                return  # Somebody else goes on with it.
+            except WsproxyError as error:
+                logging.warning("The answer waits: %s", error)
+                await asyncio.sleep(1)
+        await redis.hdel(self.jobs, answer)
+        self.prompts.pop(answer, None)
+
+    async def stream(self, answer: str, prompt: str, attempt: int) -> None:
+        name = answer if attempt == 1 else f"{answer}.{attempt}"
+        meta = {"answer": answer, "prompt": prompt}
+        opened = worker.stream(
+            self.name, name, meta=meta, lease=LEASE_SECONDS, adopt=True, watch_stop=False, on_cancel="leave"
+        )
+        async with opened as stream:
+            self.streams[name] = stream
+            sent = len(stream.text)
+            for token in tokens(prompt):
+                # What was said before this worker came is not said again.
+                if (sent := sent - len(token)) >= 0:
+                    continue
+                if stream.stopped.is_set():
+                    break
+                await stream.append(token)
+                await asyncio.sleep(PAUSE)
+
+    async def keep(self) -> None:
+        """Renews the claim; what is known here is written anew, should Redis have come back empty."""
+        expires = await redis.zscore("chat:sessions", self.name)
+        if not await CLAIM(keys=[f"chat:{self.name}:owner"], args=[ME, round(CLAIM_SECONDS * 1000)]):
+            await self.close()
+        elif expires is None and time.time() < self.expires:
+            await redis.zadd("chat:sessions", {self.name: self.expires})
+            for answer, prompt in self.prompts.items():
+                await redis.hset(self.jobs, answer, prompt)
+        elif expires is None:
+            await self.release()
+        else:
+            self.expires = expires
+            if self.task.done():
+                # A message came while Redis was away; the page sends it again.
+                self.task = asyncio.create_task(self.run())
+
+    async def release(self) -> None:
+        """Ends here, so that another worker can go on at once."""
+        await self.close()
+        with suppress(RedisError, OSError):  # Then the claim runs out by itself.
+            await CLAIM(keys=[f"chat:{self.name}:owner"], args=[ME, 0])
+
+    async def close(self) -> None:
+        sessions.pop(self.name, None)
+        tasks = [self.task, *self.answers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+sessions: dict[str, Session] = {}
+
+
+async def claim(name: str) -> None:
+    """Makes a session this worker's, unless it is somebody's."""
+    if name in sessions or not await CLAIM(keys=[f"chat:{name}:owner"], args=[ME, round(CLAIM_SECONDS * 1000)]):
+        return
+    # The claim took a moment, in which another task may have done the same.
+    if name not in sessions:
+        sessions[name] = Session(name)
+
+
+async def look_after_sessions() -> None:
+    while True:
+        try:
+            for session in list(sessions.values()):
+                await session.keep()
+            await redis.zremrangebyscore("chat:sessions", 0, time.time())
+            for name in await redis.zrange("chat:sessions", 0, -1):
+                await claim(name)
+        except (RedisError, WsproxyError, OSError):
+            pass  # Redis is away: the answers wait for it, and so does this.
+        await asyncio.sleep(CLAIM_SECONDS / 4)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    caretaker = asyncio.create_task(look_after_sessions())
+    yield
+    caretaker.cancel()
+    for session in list(sessions.values()):
+        await session.release()
+    await worker.aclose()
+    await redis.aclose()
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+async def own_session(session_id: str | None = None) -> str:
+    """Which session the caller may open. Check here who asks: this example lets everybody in who knows its id."""
+    if session_id is not None and len(session_id) < 16:
+        raise HTTPException(403, "Session ids are long enough that nobody can guess them.")
+    return session_id or secrets.token_urlsafe(16)
+
+
+@app.post("/sessions", status_code=201)
+async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("chat", own_session))]) -> dict:
+    """The right to open one connection, and where; with `session_id` a further one of that session."""
+    await redis.zadd("chat:sessions", {ticket.session: time.time() + SESSION_SECONDS})
+    await claim(ticket.session)
+    return ticket.as_dict() | {"gateway": GATEWAY_URL}
+
+
+@app.get("/answer")
+async def whole_answer(prompt: str) -> PlainTextResponse:
+    """The whole answer at once: what a page must show in the end, byte for byte."""
+    return PlainTextResponse("".join(tokens(prompt)))
+
+
+@app.get("/")
+async def page() -> FileResponse:
+    """The page."""
+    return FileResponse(pathlib.Path(__file__).with_name("index.html"))
