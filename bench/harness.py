@@ -171,7 +171,12 @@ def lasting_redis():
     """
     with redis_with_file("appendonly yes\nappendfsync always") as (redis, file):
         with gateway(redis, HISTORY) as one:
-            yield [*one.arguments, "--redis-conf", str(file)]
+            try:
+                yield [*one.arguments, "--redis-conf", str(file)]
+            finally:
+                # A load generator that had to be stopped leaves the Redis behind that it started.
+                if listens(redis):
+                    subprocess.run(["redis-cli", "-p", str(redis), "shutdown", "nosave"], capture_output=True)
 
 
 # Scenarios that need more than one gateway on the common Redis: each run has a Redis of its own.
