@@ -223,3 +223,74 @@ const RETRY_NS: u64 = 5_000_000;
 const OUTPUT_BYTES_MAX: usize = 256 * 1024;
 /// More on the way than this does not make Redis faster.
 const SENT_MAX: usize = 10_000;
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::target::Kind;
+
+    /// Answers one connection: the script's digest, then each publish with what `answers` has; then it ends.
+    /// Gives the keys that keep messages from being published twice, in the order in which they came.
+    fn serve(listener: &TcpListener, answers: &[Option<&str>]) -> Vec<String> {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let (mut input, mut keys) = (Vec::new(), Vec::new());
+        let mut loaded = false;
+        while keys.len() < answers.len() {
+            let mut values = Vec::new();
+            let Some(used) = resp::read(&input, &mut values).unwrap() else {
+                let mut chunk = [0u8; 4096];
+                let read = stream.read(&mut chunk).unwrap();
+                assert!(read > 0, "the publisher went away");
+                input.extend_from_slice(&chunk[..read]);
+                continue;
+            };
+            if loaded {
+                let answer = answers[keys.len()].unwrap_or_default();
+                stream.write_all(answer.as_bytes()).unwrap();
+                keys.push(String::from_utf8(values[5].text().to_vec()).unwrap());
+            } else {
+                stream.write_all(b"$1\r\nd\r\n").unwrap();
+                loaded = true;
+            }
+            input.drain(..used);
+        }
+        keys
+    }
+
+    #[test]
+    fn what_was_not_acknowledged_is_published_again_in_order() {
+        const NEW: Option<&str> = Some("*3\r\n:1\r\n$3\r\n5-1\r\n:0\r\n");
+        const KNOWN: Option<&str> = Some("*3\r\n:0\r\n$3\r\n5-1\r\n:1\r\n");
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let redis = std::thread::spawn(move || {
+            // The second message is done, but nobody hears of it.
+            let first = serve(&listener, &[NEW, None, None]);
+            (first, serve(&listener, &[KNOWN, NEW, NEW]))
+        });
+        let target = Target::new(Kind::Wsproxy, "", "r", false);
+        let mut publisher = PersistentPublisher::connect(address, &target, 2, 64).unwrap();
+        for number in 0..3 {
+            publisher.publish(1, number, 7);
+        }
+        let deadline = now_ns() + 10_000_000_000;
+        while publisher.counts().outages == 0 {
+            publisher.step().unwrap();
+            assert!(now_ns() < deadline);
+        }
+        publisher.publish(1, 3, 8);
+        while publisher.outstanding() > 0 {
+            publisher.step().unwrap();
+            assert!(now_ns() < deadline);
+        }
+        let (first, second) = redis.join().unwrap();
+        assert_eq!(first, ["bench:r-0:1:0", "bench:r-0:1:1", "bench:r-0:1:2"]);
+        assert_eq!(second, ["bench:r-0:1:1", "bench:r-0:1:2", "bench:r-0:1:3"]);
+        let Counts { acknowledged, retried, known, answered_ns, .. } = publisher.counts();
+        assert_eq!((acknowledged, retried, known), (4, 2, 1));
+        assert!(answered_ns > 0);
+    }
+}

@@ -52,6 +52,8 @@ pub struct Options {
 struct Crowd {
     fleets: Vec<RemoteFleet>,
     timeout: Duration,
+    /// Heartbeats that clients have answered.
+    pings: u64,
 }
 
 /// Runs it.
@@ -94,6 +96,7 @@ pub fn run(options: &Options) -> Result<Report> {
         phase(&mut bench, &mut crowd, &mut flows, name, common.duration)?;
     }
     bench.judge_unheard();
+    bench.report.figure("heartbeats_answered", crowd.pings);
     let open = crowd.status()?.open_now;
     bench.report.problem_if(open < u64::from(clients), || {
         format!("{open} of {clients} clients are connected at the end")
@@ -243,7 +246,7 @@ impl Crowd {
             })?);
             first += count;
         }
-        Ok(Self { fleets, timeout: common.timeout })
+        Ok(Self { fleets, timeout: common.timeout, pings: 0 })
     }
 
     fn status(&mut self) -> Result<Status> {
@@ -263,6 +266,7 @@ impl Crowd {
         for fleet in &mut self.fleets {
             total.add(&fleet.report()?);
         }
+        self.pings += total.pings;
         Ok(total)
     }
 

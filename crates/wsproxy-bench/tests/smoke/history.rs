@@ -70,7 +70,11 @@ fn clients_get_over_an_outage_of_redis() {
 fn users_of_several_instances_hear_what_is_for_them_and_what_is_for_all() {
     let redis = Redis::start();
     let secret = "0123456789abcdef0123456789abcdef";
-    let settings = [("WSPROXY_ENDPOINTS__EVENTS", "true"), ("WSPROXY_JWT__SECRET_KEY", secret)];
+    let settings = [
+        ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+        ("WSPROXY_JWT__SECRET_KEY", secret),
+        ("HEARTBEAT_INTERVAL", "500"),
+    ];
     let (one, other) = (Gateway::start(&redis, &settings), Gateway::start(&redis, &settings));
     let servers = format!("{},{}", one.address, other.address);
     let (publish, pids) = (redis.address.to_string(), format!("{},{}", one.pid(), other.pid()));
@@ -84,4 +88,5 @@ fn users_of_several_instances_hear_what_is_for_them_and_what_is_for_all() {
     assert_eq!(of("broadcast_delivered"), 3 * 50);
     assert_eq!(of("both_delivered"), 120 + 3 * 50);
     assert_eq!(of("opened"), 40);
+    assert!(of("heartbeats_answered") > 0, "{report}");
 }
