@@ -17,8 +17,12 @@ use crate::{
     bus::Bus,
     config::Config,
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
-    http::admission::{Attempts, Places},
+    http::{
+        admission::{Attempts, Places},
+        sse::open::OpenStreams,
+    },
     hub::{Histories, Hub},
+    registry::Registry,
     store::Store,
     telemetry::metrics::Metrics,
 };
@@ -39,12 +43,16 @@ pub struct Gateway {
     pub store: Store,
     /// Timers and budget of all connections.
     pub runtime: Arc<Runtime>,
-    /// The places for WebSocket connections.
+    /// The event streams, which are no links.
+    pub event_streams: Arc<OpenStreams>,
+    /// The places for connections of clients.
     pub places: Arc<Places>,
     /// Attempts per client address.
     pub attempts: Attempts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
+    /// Who is connected to the event endpoint; `None` where that is not served.
+    pub registry: Option<Arc<Registry>>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
     /// `/ws`

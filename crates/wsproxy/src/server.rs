@@ -33,6 +33,7 @@ use crate::{
         routes::{self, Routes},
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
+    registry::{self, Registry},
     shutdown, streams,
     telemetry::metrics::Metrics,
 };
@@ -95,13 +96,16 @@ impl Instance {
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let gateway = compose(config, &background, &background_end)?;
         let rest = admin::router(Arc::clone(&gateway))
+            .merge(admin::events(&gateway))
             .merge(api::router(Arc::clone(&gateway)))
             .merge(extra(&gateway))
             .fallback(routes::not_found);
         let sockets = Places::new(gateway.places.max() + SOCKETS_SPARE);
         let accepting = CancellationToken::new();
-        let data_rest =
-            if admin.is_some() { Router::new().fallback(routes::not_found) } else { rest.clone() };
+        let data_rest = match admin {
+            Some(_) => admin::events(&gateway).fallback(routes::not_found),
+            None => rest.clone(),
+        };
         let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
         gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
@@ -188,6 +192,10 @@ fn compose(
         })
         .map(Arc::new)
     };
+    let registry = config.endpoints.events.then(|| {
+        let settings = registry::Settings::new(&config, &server_id, &names);
+        Registry::start(settings, Arc::clone(&hub), &bus)
+    });
     let gateway = Arc::new(Gateway {
         session_histories: histories(config.sessions.history, config.sessions.capture, None),
         event_histories: histories(
@@ -200,6 +208,7 @@ fn compose(
         store: bus.store(),
         bus,
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
+        event_streams: Arc::default(),
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
@@ -209,6 +218,7 @@ fn compose(
             &names,
             Arc::clone(&server_id),
         )),
+        registry,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
             names: names.clone(),
@@ -267,6 +277,7 @@ async fn keep_time(gateway: Arc<Gateway>, end: CancellationToken) {
             _ = ticks.tick() => {}
         }
         let now = clock::now();
+        gateway.event_streams.relieve(&gateway.runtime);
         gateway.runtime.tick(now);
         if forgotten.elapsed() > FORGET_EVERY {
             forgotten = Instant::now();
