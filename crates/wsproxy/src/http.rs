@@ -5,6 +5,7 @@ pub mod admin;
 pub mod admission;
 pub mod api;
 pub mod credentials;
+pub mod events;
 pub mod follow;
 pub mod listener;
 pub mod origin;

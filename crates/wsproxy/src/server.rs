@@ -21,7 +21,10 @@ use crate::{
     bus::Bus,
     cli::exit::Failure,
     config::Config,
-    endpoint::session::{SessionCounters, SessionEndpoint},
+    endpoint::{
+        events::EventEndpoint,
+        session::{SessionCounters, SessionEndpoint},
+    },
     gateway::{self, Gateway},
     http::{
         admin,
@@ -200,6 +203,12 @@ fn compose(
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
+        events: Arc::new(EventEndpoint::new(
+            config.events.clone(),
+            config.heartbeat.clone(),
+            &names,
+            Arc::clone(&server_id),
+        )),
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
             names: names.clone(),
@@ -207,7 +216,7 @@ fn compose(
             counters: SessionCounters::default(),
         }),
         session_profile: Arc::new(gateway::profile(&config)),
-        event_profile: Arc::new(gateway::profile(&config)),
+        event_profile: Arc::new(gateway::event_profile(&config)),
         echo_profile: Arc::new(gateway::profile(&config)),
         names,
         metrics: Metrics::new(),

@@ -10,7 +10,7 @@ use tracing::info;
 
 use crate::{
     gateway::Gateway,
-    http::{Body, rejection::Rejection, upgrade},
+    http::{Body, events, rejection::Rejection, upgrade},
     telemetry::metrics::Endpoint,
 };
 
@@ -30,6 +30,7 @@ const LOGGED_PATH_BYTES_MAX: usize = 256;
 /// A WebSocket endpoint, by path.
 enum Target<'a> {
     Session(&'a str, &'a str),
+    Events,
     Echo,
 }
 
@@ -58,6 +59,7 @@ impl Routes {
                 Endpoint::Sessions,
                 upgrade::session(&self.gateway, request, (agent, session)).await,
             ),
+            Some(Target::Events) => (Endpoint::Events, events::open(&self.gateway, request).await),
             Some(Target::Echo) => (Endpoint::Echo, upgrade::echo(&self.gateway, request)),
             None => return self.serve_rest(request.map(Body::new)).await,
         };
@@ -104,6 +106,7 @@ impl Routes {
         let endpoints = &self.gateway.config.endpoints;
         let mut segments = path.strip_prefix('/')?.split('/');
         match (segments.next()?, segments.next(), segments.next(), segments.next()) {
+            ("ws", None, None, None) if endpoints.events => Some(Target::Events),
             ("echo", None, None, None) if endpoints.echo => Some(Target::Echo),
             (agent, Some("ws"), Some(session), None) if endpoints.sessions => {
                 Some(Target::Session(agent, session))

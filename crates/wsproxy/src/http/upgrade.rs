@@ -48,7 +48,7 @@ use crate::{
 };
 
 /// A handshake that passed the limits, before its endpoint has looked at it.
-struct Handshake {
+pub(super) struct Handshake {
     upgrade: Upgrade,
     deflate: Option<(Params, String)>,
     protocol: Option<&'static str>,
@@ -56,12 +56,12 @@ struct Handshake {
     place: Place,
     /// The place of its socket, which stays taken after the upgrade.
     socket_place: Option<Arc<Place>>,
-    link: Arc<Link>,
+    pub(super) link: Arc<Link>,
 }
 
 impl Handshake {
     /// Where the client finds the ids of messages.
-    fn ids(&self, config: EventIds) -> Ids {
+    pub(super) fn ids(&self, config: EventIds) -> Ids {
         match config {
             _ if self.protocol == Some(credentials::ENVELOPE_PROTOCOL) => Ids::Envelope,
             EventIds::Json => Ids::Json,
@@ -132,7 +132,7 @@ fn sinks(gateway: &Gateway, session: &Id, handshake: &Handshake) -> [(Arc<str>, 
     let ids = handshake.ids(config.event_ids);
     let client = Sink::Client {
         link: Arc::clone(link),
-        form: Form { frames: config.down_frames, ids },
+        form: Form { frames: config.down_frames, ids, acks: false },
         on_loss: config.on_bus_loss,
     };
     let handler = Sink::Handler { link: Arc::clone(link), tag: CONTROL };
@@ -152,7 +152,7 @@ pub fn echo(
 }
 
 /// Limits, then the form of the request.
-fn begin(
+pub(super) fn begin(
     gateway: &Gateway,
     request: &mut Request<Incoming>,
     profile: &Arc<Profile>,
@@ -213,7 +213,7 @@ pub struct Held {
 }
 
 /// The answer `101`, and the task that takes over behind it.
-fn accept<L: Logic>(
+pub(super) fn accept<L: Logic>(
     gateway: &Arc<Gateway>,
     label: Endpoint,
     handshake: Handshake,
@@ -235,6 +235,8 @@ fn accept<L: Logic>(
     });
     let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
     let socket_place = handshake.socket_place;
+    // An endpoint without topics has no ids.
+    let envelope = handshake.protocol == Some(credentials::ENVELOPE_PROTOCOL) && opened.is_some();
     let owner = Arc::clone(gateway);
     gateway.tasks.spawn(async move {
         let upgraded = match on_upgrade.await {
@@ -260,7 +262,7 @@ fn accept<L: Logic>(
             _socket_place: socket_place,
             _active: owner.metrics.opened(label),
         };
-        let peer = Peer::open(&owner, label, &link, held, awaits, logic);
+        let peer = Peer::open(&owner, label, &link, held, (envelope, awaits), logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
         if owner.is_draining() {
             // The look around for connections to close may have been before this one came.

@@ -1,0 +1,129 @@
+//! From a request for events to a driven connection, and how a newer token is looked at later.
+
+use std::sync::Arc;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use secrecy::{ExposeSecret, SecretString};
+use tracing::{debug, info};
+use wsproxy_conn::{Event, Link};
+
+use crate::{
+    auth::jwt::Claims,
+    config::{DownFrames, EventIds},
+    endpoint::events::{
+        EventLogic, VERIFIED,
+        messages::{Connected, Verdict},
+    },
+    gateway::Gateway,
+    http::{
+        Body, credentials,
+        rejection::Rejection,
+        resume::{self, Resume, Wanted},
+        upgrade::{self, Handshake},
+    },
+    hub::{Form, Sink},
+    telemetry::{metrics::Endpoint, time},
+};
+
+/// Opens a client of the event endpoint: contract section 4. The answer is `101` or a refusal.
+///
+/// # Errors
+/// How to refuse it.
+pub async fn open(
+    gateway: &Arc<Gateway>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Rejection> {
+    let handshake = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
+    let token = credentials::find(request.headers(), request.uri().query(), "token")?;
+    let resume = Resume::read(request.headers(), request.uri().query())?;
+    drop(request);
+    let opening = async {
+        let claims = authenticate(gateway, &token).await?;
+        let expires_at = claims.expires_at;
+        let wanted = wanted(gateway, &claims, &handshake);
+        let (connection, owner) = (handshake.link.id(), Arc::clone(gateway));
+        let user = claims.user.clone();
+        let hello = move |_, position| {
+            let heartbeat = &owner.config.heartbeat;
+            let connected = Connected {
+                connection,
+                user: &user,
+                server_id: &owner.server_id,
+                expires_at,
+                heartbeat: (heartbeat.interval.as_secs_f64(), heartbeat.timeout.as_secs_f64()),
+            };
+            Some(connected.to_json(position))
+        };
+        let histories = gateway.event_histories.as_ref();
+        let opened = resume::open(gateway, histories, wanted, &resume, hello).await?;
+        Ok((claims, opened))
+    };
+    let (claims, opened) = upgrade::deadline(gateway, opening).await?;
+    let connection = handshake.link.id();
+    debug!(user_id = %claims.user, connection_id = %connection, "Authenticated and subscribed.");
+    let endpoint = Arc::clone(&gateway.events);
+    let expires_at = claims.expires_at.map(|end| close_at(gateway, end));
+    let logic = EventLogic::new(endpoint, claims.user, connection, expires_at);
+    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), logic))
+}
+
+/// Who a token says its bearer is.
+///
+/// # Errors
+/// It is not believed, or that cannot be known now.
+pub async fn authenticate(gateway: &Gateway, token: &SecretString) -> Result<Claims, Rejection> {
+    let verifier = gateway.jwt.as_ref();
+    let verifier = verifier.ok_or_else(|| Rejection::internal("No token can be verified here."))?;
+    let now = time::since_epoch().as_secs();
+    let claims = verifier.verify(token.expose_secret(), now).await;
+    claims.map_err(|error| Rejection::from(error).because(error.label()))
+}
+
+/// Looks at a token that a client brought later; the verdict goes to its handler.
+pub fn look_at(gateway: &Arc<Gateway>, link: &Arc<Link>, token: SecretString) {
+    let (owner, link) = (Arc::clone(gateway), Arc::clone(link));
+    gateway.tasks.spawn(async move {
+        let verdict = match upgrade::deadline(&owner, authenticate(&owner, &token)).await {
+            Ok(claims) => Verdict::Good {
+                user: claims.user.as_str().into(),
+                expires_at: claims.expires_at,
+            },
+            Err(rejection) => {
+                info!(connection_id = %link.id(), code = rejection.code, error = rejection.cause,
+                    "A newer token was refused.");
+                // Whoever sent it knows a token of this connection: what is wrong with it is one kind of error.
+                let is_token = rejection.status.is_client_error();
+                let code = if is_token { "invalid_token" } else { rejection.code };
+                Verdict::Bad { code: code.into(), message: rejection.message }
+            }
+        };
+        link.notify(Event { tag: VERIFIED, number: 0, payload: verdict.to_bytes() });
+    });
+}
+
+/// A token is good until it expires; one that is taken a little later, since clocks differ, must not end what it
+/// has just opened.
+fn close_at(gateway: &Gateway, expires_at: u64) -> u64 {
+    let now = time::since_epoch().as_secs();
+    let leeway = gateway.jwt.as_ref().map_or(0, |verifier| verifier.leeway());
+    if expires_at > now { expires_at } else { expires_at.saturating_add(leeway) }
+}
+
+/// To everybody, to this user, to this connection.
+fn wanted(gateway: &Gateway, claims: &Claims, handshake: &Handshake) -> Wanted {
+    let (names, link) = (&gateway.names, &handshake.link);
+    let form = Form { frames: DownFrames::Auto, ids: handshake.ids(EventIds::Json), acks: true };
+    let on_loss = gateway.config.events.on_bus_loss;
+    let topics = [
+        names.events_broadcast(),
+        names.events_user(&claims.user),
+        names.events_connection(&link.id().to_string()),
+    ];
+    Wanted {
+        client: Sink::Client { link: Arc::clone(link), form, on_loss },
+        topics: topics.into_iter().map(Into::into).collect(),
+        further: Vec::new(),
+        streams_of: None,
+    }
+}
