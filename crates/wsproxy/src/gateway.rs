@@ -19,6 +19,7 @@ use crate::{
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
     http::admission::{Attempts, Places},
     hub::{Histories, Hub},
+    registry::Registry,
     store::Store,
     telemetry::metrics::Metrics,
 };
@@ -45,6 +46,8 @@ pub struct Gateway {
     pub attempts: Attempts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
+    /// Who is connected to the event endpoint; `None` where that is not served.
+    pub registry: Option<Arc<Registry>>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
     /// `/ws`

@@ -20,6 +20,7 @@ mod jwt;
 mod limits;
 mod memory;
 mod metrics;
+mod registry;
 mod scripts;
 mod sessions;
 mod slow;
