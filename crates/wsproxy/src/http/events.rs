@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use http::{Request, Response};
+use http::{Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{debug, info};
-use wsproxy_conn::{Event, Link};
+use wsproxy_conn::{Event, Link, clock};
+use wsproxy_proto::disconnect::Disconnect;
 
 use crate::{
     auth::jwt::Claims,
@@ -23,6 +24,7 @@ use crate::{
         upgrade::{self, Handshake},
     },
     hub::{Form, Sink},
+    registry::{self, Joining, Registry, Transport},
     telemetry::{metrics::Endpoint, time},
 };
 
@@ -37,9 +39,23 @@ pub async fn open(
     let handshake = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
+    let address = upgrade::client_address(gateway, &request).ok();
+    let user_agent = request.headers().get(header::USER_AGENT);
+    let user_agent = user_agent.and_then(|agent| agent.to_str().ok()).map(ToOwned::to_owned);
     drop(request);
     let opening = async {
         let claims = authenticate(gateway, &token).await?;
+        let entry = registry_of(gateway)?.join(Joining {
+            connection: handshake.link.id(),
+            user: claims.user.clone(),
+            peer: registry::Peer::Link(Arc::clone(&handshake.link)),
+            token: claims.jti.clone(),
+            issued_at: claims.issued_at,
+            address,
+            user_agent,
+            transport: Transport::WebSocket,
+        });
+        check_revoked(gateway, &claims).await?;
         let expires_at = claims.expires_at;
         let wanted = wanted(gateway, &claims, &handshake);
         let (connection, owner) = (handshake.link.id(), Arc::clone(gateway));
@@ -57,15 +73,15 @@ pub async fn open(
         };
         let histories = gateway.event_histories.as_ref();
         let opened = resume::open(gateway, histories, wanted, &resume, hello).await?;
-        Ok((claims, opened))
+        Ok((claims, opened, entry))
     };
-    let (claims, opened) = upgrade::deadline(gateway, opening).await?;
+    let (claims, opened, entry) = upgrade::deadline(gateway, opening).await?;
     let connection = handshake.link.id();
     debug!(user_id = %claims.user, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.events);
     let expires_at = claims.expires_at.map(|end| close_at(gateway, end));
     let logic = EventLogic::new(endpoint, claims.user, connection, expires_at);
-    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), logic))
+    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), Some(entry), logic))
 }
 
 /// Who a token says its bearer is.
@@ -80,15 +96,45 @@ pub async fn authenticate(gateway: &Gateway, token: &SecretString) -> Result<Cla
     claims.map_err(|error| Rejection::from(error).because(error.label()))
 }
 
+/// Where the connections of events are known.
+///
+/// # Errors
+/// Events are not switched on.
+pub fn registry_of(gateway: &Gateway) -> Result<&Arc<Registry>, Rejection> {
+    let registry = gateway.registry.as_ref();
+    registry.ok_or_else(|| Rejection::not_found("The event endpoint is not switched on."))
+}
+
+/// Whether a token was taken back before it expires.
+async fn check_revoked(gateway: &Gateway, claims: &Claims) -> Result<(), Rejection> {
+    let Claims { user, jti, issued_at, .. } = claims;
+    if registry_of(gateway)?.is_revoked(user, jti.as_deref(), *issued_at).await? {
+        return Err(Rejection::invalid_token("The token was revoked."));
+    }
+    Ok(())
+}
+
 /// Looks at a token that a client brought later; the verdict goes to its handler.
 pub fn look_at(gateway: &Arc<Gateway>, link: &Arc<Link>, token: SecretString) {
     let (owner, link) = (Arc::clone(gateway), Arc::clone(link));
     gateway.tasks.spawn(async move {
-        let verdict = match upgrade::deadline(&owner, authenticate(&owner, &token)).await {
-            Ok(claims) => Verdict::Good {
-                user: claims.user.as_str().into(),
-                expires_at: claims.expires_at,
-            },
+        let looking = async {
+            let claims = authenticate(&owner, &token).await?;
+            check_revoked(&owner, &claims).await?;
+            let Claims { user, jti, issued_at, .. } = &claims;
+            registry_of(&owner)?.renew(link.id(), user, jti.as_deref(), *issued_at);
+            // A revocation in between would have met neither the old token nor the new one.
+            check_revoked(&owner, &claims).await.inspect_err(|rejection| {
+                if rejection.status == StatusCode::FORBIDDEN {
+                    link.disconnect(&Disconnect::REVOKED, clock::now());
+                }
+            })?;
+            Ok(claims)
+        };
+        let verdict = match upgrade::deadline(&owner, looking).await {
+            Ok(claims) => {
+                Verdict::Good { user: claims.user.as_str().into(), expires_at: claims.expires_at }
+            }
             Err(rejection) => {
                 info!(connection_id = %link.id(), code = rejection.code, error = rejection.cause,
                     "A newer token was refused.");

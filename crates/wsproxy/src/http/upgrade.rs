@@ -44,6 +44,7 @@ use crate::{
         resume::{self, Opened, Resume, Wanted},
     },
     hub::{Form, Ids, Sink, Subscription},
+    registry::Entry,
     telemetry::metrics::{Active, Endpoint},
 };
 
@@ -107,7 +108,7 @@ pub async fn session(
     debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), logic))
+    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
 }
 
 fn wrong_token() -> Rejection {
@@ -148,7 +149,7 @@ pub fn echo(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
     let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
-    Ok(accept(gateway, Endpoint::Echo, handshake, None, Echo))
+    Ok(accept(gateway, Endpoint::Echo, handshake, None, None, Echo))
 }
 
 /// Limits, then the form of the request.
@@ -210,6 +211,7 @@ pub struct Held {
     _place: Place,
     _socket_place: Option<Arc<Place>>,
     _active: Active,
+    _entry: Option<Entry>,
 }
 
 /// The answer `101`, and the task that takes over behind it.
@@ -218,6 +220,7 @@ pub(super) fn accept<L: Logic>(
     label: Endpoint,
     handshake: Handshake,
     opened: Option<Opened>,
+    entry: Option<Entry>,
     logic: L,
 ) -> Response<Body> {
     let mut response = Response::new(Body::empty());
@@ -261,6 +264,7 @@ pub(super) fn accept<L: Logic>(
             _place: place,
             _socket_place: socket_place,
             _active: owner.metrics.opened(label),
+            _entry: entry,
         };
         let peer = Peer::open(&owner, label, &link, held, (envelope, awaits), logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);

@@ -10,6 +10,7 @@ use std::{
 
 use hashbrown::{HashMap, HashSet};
 use uuid::Uuid;
+use wsproxy_proto::names::Id;
 
 use crate::registry::{Joining, Peer, Presence, Record, Transport};
 
@@ -121,8 +122,15 @@ impl Local {
     }
 
     /// The connection goes on with another token.
-    pub(super) fn renew(&mut self, connection: Uuid, token: Option<&str>, issued_at: Option<u64>) {
-        let Some(member) = self.members.get_mut(&connection) else { return };
+    pub(super) fn renew(
+        &mut self,
+        connection: Uuid,
+        user: &Id,
+        token: Option<&str>,
+        issued_at: Option<u64>,
+    ) {
+        let member = self.members.get_mut(&connection);
+        let Some(member) = member.filter(|member| *member.user == *user.as_str()) else { return };
         if let Some(old) = member.token.take() {
             self.by_token.remove(&(old, connection));
         }
