@@ -115,8 +115,9 @@ async def test_pings_are_answered_and_tokens_renewed(worker: Worker, start_gatew
     assert len(issued) >= 3
 
 
-async def test_presence_and_disconnection(worker: Worker, gateway: Gateway) -> None:
-    async with client(gateway, "ann") as one, client(gateway, "ann", "sse") as two:
+@BOTH
+async def test_presence_and_disconnection(worker: Worker, gateway: Gateway, transport: Transport) -> None:
+    async with client(gateway, "ann") as one, client(gateway, "ann", transport) as two:
         ids = {await opened(one), await opened(two)}
 
         async def present() -> set[str]:
