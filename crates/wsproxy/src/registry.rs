@@ -262,11 +262,6 @@ impl Registry {
         Entry { registry: Arc::clone(self), connection }
     }
 
-    /// A connection goes on with another token of the same user; one of somebody else changes nothing.
-    pub fn renew(&self, connection: Uuid, user: &Id, token: Option<&str>, issued_at: Option<u64>) {
-        self.local.lock().renew(connection, user, token, issued_at);
-    }
-
     /// How many connections are here.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -323,6 +318,19 @@ impl Registry {
         self.closing.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+    }
+}
+
+impl Entry {
+    /// Whether it is a connection of this user.
+    #[must_use]
+    pub fn is_of(&self, user: &Id) -> bool {
+        self.registry.local.lock().is_of(self.connection, user.as_str())
+    }
+
+    /// The connection goes on with another token of the same user.
+    pub fn renew(&self, token: Option<&str>, issued_at: Option<u64>) {
+        self.registry.local.lock().renew(self.connection, token, issued_at);
     }
 }
 

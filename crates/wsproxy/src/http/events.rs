@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{Request, Response, StatusCode, header};
+use http::{Request, Response, header};
 use hyper::body::Incoming;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{debug, info};
@@ -24,7 +24,7 @@ use crate::{
         upgrade::{self, Handshake},
     },
     hub::{Form, Sink},
-    registry::{self, Joining, Registry, Transport},
+    registry::{Entry, Joining, Peer, Registry, Transport},
     telemetry::{metrics::Endpoint, time},
 };
 
@@ -39,22 +39,22 @@ pub async fn open(
     let handshake = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
-    let address = upgrade::client_address(gateway, &request).ok();
-    let user_agent = request.headers().get(header::USER_AGENT);
-    let user_agent = user_agent.and_then(|agent| agent.to_str().ok()).map(ToOwned::to_owned);
+    let (address, user_agent) = (upgrade::client_address(gateway, &request)?, user_agent(&request));
     drop(request);
     let opening = async {
         let claims = authenticate(gateway, &token).await?;
-        let entry = registry_of(gateway)?.join(Joining {
+        let joining = Joining {
             connection: handshake.link.id(),
             user: claims.user.clone(),
-            peer: registry::Peer::Link(Arc::clone(&handshake.link)),
+            peer: Peer::Link(Arc::clone(&handshake.link)),
             token: claims.jti.clone(),
             issued_at: claims.issued_at,
-            address,
+            address: Some(address),
             user_agent,
             transport: Transport::WebSocket,
-        });
+        };
+        // First, so that a revocation from now on finds the connection.
+        let registered = gateway.registry.as_ref().map(|registry| registry.join(joining));
         check_revoked(gateway, &claims).await?;
         let expires_at = claims.expires_at;
         let wanted = wanted(gateway, &claims, &handshake);
@@ -73,15 +73,15 @@ pub async fn open(
         };
         let histories = gateway.event_histories.as_ref();
         let opened = resume::open(gateway, histories, wanted, &resume, hello).await?;
-        Ok((claims, opened, entry))
+        Ok((claims, opened, registered))
     };
-    let (claims, opened, entry) = upgrade::deadline(gateway, opening).await?;
+    let (claims, opened, registered) = upgrade::deadline(gateway, opening).await?;
     let connection = handshake.link.id();
     debug!(user_id = %claims.user, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.events);
     let expires_at = claims.expires_at.map(|end| close_at(gateway, end));
     let logic = EventLogic::new(endpoint, claims.user, connection, expires_at);
-    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), Some(entry), logic))
+    Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), registered, logic))
 }
 
 /// Who a token says its bearer is.
@@ -107,33 +107,50 @@ pub fn registry_of(gateway: &Gateway) -> Result<&Arc<Registry>, Rejection> {
 
 /// Whether a token was taken back before it expires.
 async fn check_revoked(gateway: &Gateway, claims: &Claims) -> Result<(), Rejection> {
-    let Claims { user, jti, issued_at, .. } = claims;
-    if registry_of(gateway)?.is_revoked(user, jti.as_deref(), *issued_at).await? {
-        return Err(Rejection::invalid_token("The token was revoked."));
+    let Some(registry) = &gateway.registry else { return Ok(()) };
+    match registry.is_revoked(&claims.user, claims.jti.as_deref(), claims.issued_at).await? {
+        true => Err(Rejection::invalid_token("The token was revoked.")),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+/// What the client calls itself, as much as is worth keeping.
+fn user_agent(request: &Request<Incoming>) -> Option<String> {
+    let name = request.headers().get(header::USER_AGENT)?.to_str().ok()?;
+    Some(name.chars().take(USER_AGENT_CHARS_MAX).collect())
 }
 
 /// Looks at a token that a client brought later; the verdict goes to its handler.
-pub fn look_at(gateway: &Arc<Gateway>, link: &Arc<Link>, token: SecretString) {
+pub fn look_at(
+    gateway: &Arc<Gateway>,
+    link: &Arc<Link>,
+    registered: Option<&Arc<Entry>>,
+    token: SecretString,
+) {
     let (owner, link) = (Arc::clone(gateway), Arc::clone(link));
+    // The entry must not outlive its connection.
+    let registered = registered.map(Arc::downgrade);
     gateway.tasks.spawn(async move {
         let looking = async {
             let claims = authenticate(&owner, &token).await?;
             check_revoked(&owner, &claims).await?;
-            let Claims { user, jti, issued_at, .. } = &claims;
-            registry_of(&owner)?.renew(link.id(), user, jti.as_deref(), *issued_at);
-            // A revocation in between would have met neither the old token nor the new one.
-            check_revoked(&owner, &claims).await.inspect_err(|rejection| {
-                if rejection.status == StatusCode::FORBIDDEN {
-                    link.disconnect(&Disconnect::REVOKED, clock::now());
-                }
-            })?;
             Ok(claims)
         };
         let verdict = match upgrade::deadline(&owner, looking).await {
             Ok(claims) => {
-                Verdict::Good { user: claims.user.as_str().into(), expires_at: claims.expires_at }
+                let entry = registered.and_then(|entry| entry.upgrade());
+                // Of another user: then the verdict ends the connection.
+                if let Some(entry) = entry.filter(|entry| entry.is_of(&claims.user)) {
+                    entry.renew(claims.jti.as_deref(), claims.issued_at);
+                    drop(entry);
+                    // It may have been revoked just before the registry knew of it.
+                    let again = upgrade::deadline(&owner, check_revoked(&owner, &claims)).await;
+                    if again.is_err_and(|rejection| rejection.status.is_client_error()) {
+                        link.disconnect(&Disconnect::REVOKED, clock::now());
+                    }
+                }
+                let user = claims.user.as_str().into();
+                Verdict::Good { user, expires_at: claims.expires_at }
             }
             Err(rejection) => {
                 info!(connection_id = %link.id(), code = rejection.code, error = rejection.cause,
@@ -173,3 +190,6 @@ fn wanted(gateway: &Gateway, claims: &Claims, handshake: &Handshake) -> Wanted {
         streams_of: None,
     }
 }
+
+/// Longer names are cut: every connection keeps one.
+const USER_AGENT_CHARS_MAX: usize = 256;

@@ -20,6 +20,7 @@ use crate::{
     endpoint::{Actions, Logic},
     gateway::Gateway,
     http::{events, upgrade::Held},
+    registry::Entry,
     telemetry::{metrics::Endpoint, time},
 };
 
@@ -30,11 +31,19 @@ pub struct Peer<L: Logic> {
     label: Endpoint,
     /// Subscriptions, the place among the allowed connections, the gauge.
     _held: Held,
-    /// Every message begins with a line for the id, even one that has none.
-    envelope: bool,
+    marks: Marks,
     /// Told by the client's first message what it wants to resume from.
     awaits: Option<oneshot::Sender<Option<After>>>,
     logic: L,
+}
+
+/// What distinguishes a connection from others of its endpoint.
+#[derive(Default)]
+pub struct Marks {
+    /// Every message begins with a line for the id, even one that has none.
+    pub envelope: bool,
+    /// Its place in the registry.
+    pub registered: Option<Arc<Entry>>,
 }
 
 /// The first message of a client that said it would resume with it.
@@ -51,17 +60,18 @@ impl<L: Logic> Peer<L> {
         label: Endpoint,
         link: &Arc<Link>,
         held: Held,
-        (envelope, awaits): (bool, Option<oneshot::Sender<Option<After>>>),
+        awaits: Option<oneshot::Sender<Option<After>>>,
+        marks: Marks,
         mut logic: L,
     ) -> Self {
-        logic.on_open(&mut Deeds { gateway, link, envelope, now: clock::now() });
-        Self { gateway: Arc::clone(gateway), label, _held: held, envelope, awaits, logic }
+        logic.on_open(&mut Deeds { gateway, link, marks: &marks, now: clock::now() });
+        Self { gateway: Arc::clone(gateway), label, _held: held, marks, awaits, logic }
     }
 
     /// The logic, and what it can do.
     fn parts<'a>(&'a mut self, link: &'a Arc<Link>, now: Micros) -> (&'a mut L, Deeds<'a>) {
-        let Self { gateway, envelope, logic, .. } = self;
-        (logic, Deeds { gateway, link, envelope: *envelope, now })
+        let Self { gateway, marks, logic, .. } = self;
+        (logic, Deeds { gateway, link, marks, now })
     }
 }
 
@@ -99,14 +109,14 @@ impl<L: Logic> Handler for Peer<L> {
 struct Deeds<'a> {
     gateway: &'a Arc<Gateway>,
     link: &'a Arc<Link>,
-    envelope: bool,
+    marks: &'a Marks,
     now: Micros,
 }
 
 impl Deeds<'_> {
     /// A message of the gateway's own, which has no id.
     fn frame(&self, kind: Kind, payload: &[u8]) -> Bytes {
-        if self.envelope {
+        if self.marks.envelope {
             return self.frame_of(kind, &[b"\n", payload].concat());
         }
         self.frame_of(kind, payload)
@@ -166,7 +176,8 @@ impl Actions for Deeds<'_> {
     }
 
     fn verify(&mut self, token: &str) {
-        events::look_at(self.gateway, self.link, token.into());
+        let registered = self.marks.registered.as_ref();
+        events::look_at(self.gateway, self.link, registered, token.into());
     }
 
     fn receipt(&self) -> Arc<dyn Receipt> {

@@ -39,7 +39,7 @@ use crate::{
         credentials,
         listener::RemoteAddress,
         origin,
-        peer::Peer,
+        peer::{Marks, Peer},
         rejection::Rejection,
         resume::{self, Opened, Resume, Wanted},
     },
@@ -211,7 +211,6 @@ pub struct Held {
     _place: Place,
     _socket_place: Option<Arc<Place>>,
     _active: Active,
-    _entry: Option<Entry>,
 }
 
 /// The answer `101`, and the task that takes over behind it.
@@ -220,7 +219,7 @@ pub(super) fn accept<L: Logic>(
     label: Endpoint,
     handshake: Handshake,
     opened: Option<Opened>,
-    entry: Option<Entry>,
+    registered: Option<Entry>,
     logic: L,
 ) -> Response<Body> {
     let mut response = Response::new(Body::empty());
@@ -264,9 +263,9 @@ pub(super) fn accept<L: Logic>(
             _place: place,
             _socket_place: socket_place,
             _active: owner.metrics.opened(label),
-            _entry: entry,
         };
-        let peer = Peer::open(&owner, label, &link, held, (envelope, awaits), logic);
+        let marks = Marks { envelope, registered: registered.map(Arc::new) };
+        let peer = Peer::open(&owner, label, &link, held, awaits, marks, logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
         if owner.is_draining() {
             // The look around for connections to close may have been before this one came.

@@ -10,7 +10,6 @@ use std::{
 
 use hashbrown::{HashMap, HashSet};
 use uuid::Uuid;
-use wsproxy_proto::names::Id;
 
 use crate::registry::{Joining, Peer, Presence, Record, Transport};
 
@@ -121,16 +120,13 @@ impl Local {
         member.known
     }
 
+    pub(super) fn is_of(&self, connection: Uuid, user: &str) -> bool {
+        self.members.get(&connection).is_some_and(|member| &*member.user == user)
+    }
+
     /// The connection goes on with another token.
-    pub(super) fn renew(
-        &mut self,
-        connection: Uuid,
-        user: &Id,
-        token: Option<&str>,
-        issued_at: Option<u64>,
-    ) {
-        let member = self.members.get_mut(&connection);
-        let Some(member) = member.filter(|member| *member.user == *user.as_str()) else { return };
+    pub(super) fn renew(&mut self, connection: Uuid, token: Option<&str>, issued_at: Option<u64>) {
+        let Some(member) = self.members.get_mut(&connection) else { return };
         if let Some(old) = member.token.take() {
             self.by_token.remove(&(old, connection));
         }

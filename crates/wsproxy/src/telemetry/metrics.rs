@@ -26,6 +26,8 @@ use crate::{
     telemetry::counter,
 };
 
+mod events;
+
 /// An endpoint family, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Endpoint {
@@ -227,6 +229,7 @@ impl Collector for Source {
         scrape.connections()?;
         scrape.latency()?;
         scrape.sessions()?;
+        events::encode(&mut scrape)?;
         scrape.histories()?;
         scrape.bus()?;
         scrape.keys()?;

@@ -9,6 +9,7 @@ mod bus_cost;
 mod bus_faults;
 mod bus_loss;
 mod drain;
+mod events;
 mod frames;
 mod handshake;
 mod heartbeat;

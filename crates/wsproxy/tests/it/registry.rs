@@ -64,7 +64,7 @@ struct Node {
 struct Client {
     connection: Uuid,
     tap: Arc<Tap>,
-    _entry: Entry,
+    entry: Entry,
 }
 
 impl Node {
@@ -123,7 +123,7 @@ impl Node {
             user_agent: Some(format!("a \"test\" {}", "ä".repeat(200))),
             transport: Transport::Sse,
         });
-        Client { connection, tap, _entry: entry }
+        Client { connection, tap, entry }
     }
 
     async fn presence(&self, user: &str) -> Vec<Presence> {
@@ -241,7 +241,7 @@ async fn a_command_reaches_whom_it_names_and_nobody_else(backend: Backend) {
     assert_eq!(clients[1].ended().await, &Disconnect::REVOKED);
     assert!(clients[2].lives());
     // A refreshed connection is found by its new token and no longer by its old one.
-    node.registry.renew(clients[2].connection, &id("u"), Some("t9"), Some(5));
+    clients[2].entry.renew(Some("t9"), Some(5));
     assert_eq!(node.disconnect(Target::Token("t2".into()), None).await, 1);
     assert!(clients[2].lives());
     for bad in [
