@@ -207,7 +207,7 @@ class HttpBackend:
             }
         )
         answer = await self._call("POST", "events/disconnect", repeatable=True, json=body)
-        return int(answer.get("receivers", 0))
+        return int(answer["instances"])
 
     async def presence(self, user: str) -> list[Presence]:
         answer = await self._call("GET", f"events/users/{_path(user)}/presence", repeatable=True)
