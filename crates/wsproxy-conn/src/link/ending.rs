@@ -96,11 +96,10 @@ impl Link {
         self.die(&mut state);
         (state.waker, state.events) = (None, None);
         self.unschedule(&mut state);
-        state.ending().map_or(End { why: &Disconnect::GONE, code: 1006, by_peer: false }, |ending| End {
-            why: ending.why,
-            code: ending.code,
-            by_peer: ending.by_peer,
-        })
+        state.ending().map_or(
+            End { why: &Disconnect::GONE, code: 1006, by_peer: false },
+            |ending| End { why: ending.why, code: ending.code, by_peer: ending.by_peer },
+        )
     }
 
     pub(super) fn end(

@@ -97,8 +97,7 @@ pub fn parse(payload: &[u8]) -> Result<FromClient<'_>, Invalid> {
 #[must_use]
 pub fn upstream(connection: Uuid, user: &Id, message: &[u8]) -> Bytes {
     // No byte of a UUID or of an id has to be escaped.
-    let head =
-        format!(r#"{{"connection_id":"{connection}","user_id":"{user}","message":"#);
+    let head = format!(r#"{{"connection_id":"{connection}","user_id":"{user}","message":"#);
     let mut wrapped = BytesMut::with_capacity(head.len() + message.len() + 1);
     wrapped.put_slice(head.as_bytes());
     wrapped.put_slice(message);

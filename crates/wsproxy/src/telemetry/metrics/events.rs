@@ -17,8 +17,8 @@ struct OutcomeLabels {
 
 pub(super) fn encode(scrape: &mut Scrape<'_, '_>) -> fmt::Result {
     let counters = &scrape.gateway.events.counters;
-    let given_up = Unacknowledged::ALL
-        .map(|why| (why.label(), counters.unacknowledged[why as usize].value()));
+    let given_up =
+        Unacknowledged::ALL.map(|why| (why.label(), counters.unacknowledged[why as usize].value()));
     let others = [
         ("wanted", counters.ack_wanted.value()),
         ("acknowledged", counters.acknowledged.value()),
@@ -29,10 +29,8 @@ pub(super) fn encode(scrape: &mut Scrape<'_, '_>) -> fmt::Result {
     outcomes(scrape, "event_acks", help, others.into_iter().chain(given_up))?;
     let help = "Messages that were sent again since they were not acknowledged";
     scrape.counter("event_messages_resent", help, counters.resent.value())?;
-    let refreshes = [
-        ("accepted", counters.refreshed.value()),
-        ("refused", counters.refresh_refused.value()),
-    ];
+    let refreshes =
+        [("accepted", counters.refreshed.value()), ("refused", counters.refresh_refused.value())];
     let help = "Newer tokens that clients brought";
     outcomes(scrape, "event_refreshes", help, refreshes)?;
     let kinds = [
