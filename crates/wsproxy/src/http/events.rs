@@ -24,7 +24,7 @@ use crate::{
         upgrade::{self, Handshake},
     },
     hub::{Form, Sink},
-    registry::{Entry, Joining, Peer, Transport},
+    registry::{Entry, Joining, Peer, Registry, Transport},
     telemetry::{metrics::Endpoint, time},
 };
 
@@ -96,6 +96,16 @@ pub async fn authenticate(gateway: &Gateway, token: &SecretString) -> Result<Cla
     claims.map_err(|error| Rejection::from(error).because(error.label()))
 }
 
+/// Where the connections of events are known.
+///
+/// # Errors
+/// Events are not switched on.
+pub fn registry_of(gateway: &Gateway) -> Result<&Arc<Registry>, Rejection> {
+    let registry = gateway.registry.as_ref();
+    registry.ok_or_else(|| Rejection::not_found("The event endpoint is not switched on."))
+}
+
+/// Whether a token was taken back before it expires.
 async fn check_revoked(gateway: &Gateway, claims: &Claims) -> Result<(), Rejection> {
     let Some(registry) = &gateway.registry else { return Ok(()) };
     match registry.is_revoked(&claims.user, claims.jti.as_deref(), claims.issued_at).await? {
