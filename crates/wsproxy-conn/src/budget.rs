@@ -32,7 +32,7 @@ impl Budget {
     }
 
     /// One outbox holds `after` bytes instead of `before`.
-    pub(crate) fn change(&self, before: usize, after: usize) {
+    pub fn change(&self, before: usize, after: usize) {
         if after >= before {
             self.used.fetch_add(after - before, Relaxed);
         } else {

@@ -17,7 +17,10 @@ use crate::{
     bus::Bus,
     config::Config,
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
-    http::admission::{Attempts, Places},
+    http::{
+        admission::{Attempts, Places},
+        sse::open::OpenStreams,
+    },
     hub::{Histories, Hub},
     registry::Registry,
     store::Store,
@@ -40,7 +43,9 @@ pub struct Gateway {
     pub store: Store,
     /// Timers and budget of all connections.
     pub runtime: Arc<Runtime>,
-    /// The places for WebSocket connections.
+    /// The event streams, which are no links.
+    pub event_streams: Arc<OpenStreams>,
+    /// The places for connections of clients.
     pub places: Arc<Places>,
     /// Attempts per client address.
     pub attempts: Attempts,

@@ -4,15 +4,18 @@ pub mod address;
 pub mod admin;
 pub mod admission;
 pub mod api;
+pub mod cors;
 pub mod credentials;
 pub mod events;
 pub mod follow;
+pub mod line;
 pub mod listener;
 pub mod origin;
 pub mod peer;
 pub mod rejection;
 pub mod resume;
 pub mod routes;
+pub mod sse;
 pub mod upgrade;
 
 /// A response body: a short text, or a stream that follows a topic.

@@ -37,6 +37,7 @@ use crate::{
 
 mod audience;
 pub mod delivery;
+pub mod gzip;
 pub mod healer;
 pub mod message;
 pub mod notice;
@@ -76,6 +77,13 @@ pub enum Sink {
     Handler {
         /// The connection.
         link: Arc<Link>,
+        /// [`wsproxy_conn::Event::tag`].
+        tag: u8,
+    },
+    /// To the logic of an event stream, as an event with this tag, behind what the stream was sent before.
+    StreamHandler {
+        /// What is to be written.
+        tap: Arc<Tap>,
         /// [`wsproxy_conn::Event::tag`].
         tag: u8,
     },
@@ -153,6 +161,7 @@ impl Sink {
         match self {
             Self::Client { link, .. } => Place(Arc::as_ptr(link) as usize, u8::MAX),
             Self::Handler { link, tag } => Place(Arc::as_ptr(link) as usize, *tag),
+            Self::StreamHandler { tap, tag } => Place(Arc::as_ptr(tap) as usize, *tag),
             Self::Gated(gate) => gate.target.place(),
             Self::EventStream { tap, .. } | Self::Tap(tap) => {
                 Place(Arc::as_ptr(tap) as usize, u8::MAX)

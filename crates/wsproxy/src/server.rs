@@ -208,6 +208,7 @@ fn compose(
         store: bus.store(),
         bus,
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
+        event_streams: Arc::default(),
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
@@ -271,6 +272,7 @@ async fn keep_time(gateway: Arc<Gateway>, end: CancellationToken) {
             _ = ticks.tick() => {}
         }
         let now = clock::now();
+        gateway.event_streams.relieve(&gateway.runtime);
         gateway.runtime.tick(now);
         if forgotten.elapsed() > FORGET_EVERY {
             forgotten = Instant::now();

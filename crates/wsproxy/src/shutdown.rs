@@ -13,10 +13,11 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
-use wsproxy_conn::clock;
+use uuid::Uuid;
+use wsproxy_conn::{Link, clock};
 use wsproxy_proto::disconnect::Disconnect;
 
-use crate::{gateway::Gateway, telemetry};
+use crate::{gateway::Gateway, http::sse::open::OpenStream, telemetry};
 
 /// Connections are closed in batches, so many of them a second.
 const BATCHES_PER_SECOND: u32 = 20;
@@ -114,6 +115,7 @@ impl Ending {
         if !drained {
             warn!(connections = self.gateway.places.taken(), "The time to drain is over.");
             self.gateway.runtime.links().iter().for_each(|link| link.abort());
+            self.gateway.event_streams.list().iter().for_each(OpenStream::abort);
             let _ = timeout_at(deadline + LAST_GRACE, self.gateway.tasks.wait()).await;
         }
         if let Some(registry) = &self.gateway.registry {
@@ -138,25 +140,52 @@ impl Ending {
         let spread = self.gateway.config.server.drain_spread;
         let batches = (spread.as_millis() as u32 * BATCHES_PER_SECOND / 1000).max(1);
         let start = Instant::now();
-        let mut links = self.gateway.runtime.links();
+        let mut clients = self.clients();
         // The newest last in the list, first to go: whoever is here longest is most likely busy.
-        links.sort_unstable_by_key(|link| link.id());
+        clients.sort_unstable_by_key(Client::id);
         for batch in 0..batches {
             let left = (batches - batch) as usize;
-            let count = links.len().div_ceil(left);
-            let now = clock::now();
-            for link in links.drain(links.len() - count..).rev() {
-                link.finish(&Disconnect::RESTART, now);
+            let count = clients.len().div_ceil(left);
+            for client in clients.drain(clients.len() - count..).rev() {
+                client.finish(&Disconnect::RESTART);
             }
-            if links.is_empty() {
+            if clients.is_empty() {
                 break;
             }
             if left > 1 {
                 sleep_until((start + spread * (batch + 1) / batches).min(deadline)).await;
             }
         }
-        for link in self.gateway.runtime.links() {
-            link.finish(&Disconnect::RESTART, clock::now());
+        for client in self.clients() {
+            client.finish(&Disconnect::RESTART);
+        }
+    }
+
+    fn clients(&self) -> Vec<Client> {
+        let links = self.gateway.runtime.links().into_iter().map(Client::WebSocket);
+        let streams = self.gateway.event_streams.list().into_iter().map(Client::EventStream);
+        links.chain(streams).collect()
+    }
+}
+
+/// Whoever must be told to go.
+enum Client {
+    WebSocket(Arc<Link>),
+    EventStream(OpenStream),
+}
+
+impl Client {
+    fn id(&self) -> Uuid {
+        match self {
+            Self::WebSocket(link) => link.id(),
+            Self::EventStream(stream) => stream.id(),
+        }
+    }
+
+    fn finish(&self, why: &'static Disconnect) {
+        match self {
+            Self::WebSocket(link) => link.finish(why, clock::now()),
+            Self::EventStream(stream) => stream.finish(why),
         }
     }
 }

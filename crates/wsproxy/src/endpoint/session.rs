@@ -20,7 +20,7 @@ use wsproxy_proto::{
 use crate::{
     bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
-    endpoint::{Actions, Logic, PUBLISHED},
+    endpoint::{Actions, Logic, PUBLISHED, Transport},
     telemetry::{counter::Counter, time},
 };
 
@@ -65,6 +65,7 @@ pub struct SessionLogic {
     agent: Id,
     session: Id,
     connection: Uuid,
+    transport: Transport,
     up: Arc<str>,
     opened: Micros,
     strikes: u32,
@@ -75,7 +76,13 @@ pub struct SessionLogic {
 impl SessionLogic {
     /// A client that is about to be connected.
     #[must_use]
-    pub fn new(endpoint: Arc<SessionEndpoint>, agent: Id, session: Id, connection: Uuid) -> Self {
+    pub fn new(
+        endpoint: Arc<SessionEndpoint>,
+        agent: Id,
+        session: Id,
+        connection: Uuid,
+        transport: Transport,
+    ) -> Self {
         let up = endpoint.names.session_up(&session).into();
         let opened = clock::now();
         Self {
@@ -83,6 +90,7 @@ impl SessionLogic {
             agent,
             session,
             connection,
+            transport,
             up,
             opened,
             strikes: 0,
@@ -149,7 +157,20 @@ impl SessionLogic {
         warn!(session_id = %self.session, connection_id = %self.connection, error, "A worker's command makes no sense.");
     }
 
-    fn announce(&self, event: serde_json::Value, actions: &mut dyn Actions) {
+    /// What all announcements of this connection begin with.
+    fn announcement(&self, event: &str) -> serde_json::Value {
+        serde_json::json!({
+            "event": event,
+            "agent_id": self.agent.as_str(),
+            "session_id": self.session.as_str(),
+            "connection_id": self.connection,
+            "transport": self.transport.label(),
+            "server_id": &*self.endpoint.server_id,
+            "timestamp": time::rfc3339(),
+        })
+    }
+
+    fn announce(&self, event: &serde_json::Value, actions: &mut dyn Actions) {
         let announcement = Publish {
             channel: self.endpoint.names.agent_sessions(&self.agent).into(),
             payload: Bytes::from(event.to_string()),
@@ -165,16 +186,9 @@ impl SessionLogic {
 
 impl Logic for SessionLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
-        info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent, "Connection opened.");
-        let event = serde_json::json!({
-            "event": "opened",
-            "agent_id": self.agent.as_str(),
-            "session_id": self.session.as_str(),
-            "connection_id": self.connection,
-            "server_id": &*self.endpoint.server_id,
-            "timestamp": time::rfc3339(),
-        });
-        self.announce(event, actions);
+        info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
+            transport = self.transport.label(), "Connection opened.");
+        self.announce(&self.announcement("opened"), actions);
     }
 
     fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
@@ -207,24 +221,17 @@ impl Logic for SessionLogic {
     fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions) {
         let duration = std::time::Duration::from(clock::now().since(self.opened));
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
-            reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
+            transport = self.transport.label(), reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
-        let event = serde_json::json!({
-            "event": "closed",
-            "agent_id": self.agent.as_str(),
-            "session_id": self.session.as_str(),
-            "connection_id": self.connection,
-            "server_id": &*self.endpoint.server_id,
-            "timestamp": time::rfc3339(),
-            "reason": end.why.label,
-            "code": end.code,
-            "duration_ms": duration.as_millis() as u64,
-            "messages_in": self.messages_in,
-            "messages_out": sent.0,
-            "bytes_in": self.bytes_in,
-            "bytes_out": sent.1,
-        });
-        self.announce(event, actions);
+        let mut event = self.announcement("closed");
+        event["reason"] = end.why.label.into();
+        event["code"] = end.code.into();
+        event["duration_ms"] = (duration.as_millis() as u64).into();
+        event["messages_in"] = self.messages_in.into();
+        event["messages_out"] = sent.0.into();
+        event["bytes_in"] = self.bytes_in.into();
+        event["bytes_out"] = sent.1.into();
+        self.announce(&event, actions);
     }
 }
 

@@ -1,13 +1,14 @@
 //! From a request for events to a driven connection, and how a newer token is looked at later.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use http::{Request, Response, header};
 use hyper::body::Incoming;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{debug, info};
+use uuid::Uuid;
 use wsproxy_conn::{Event, Link, clock};
-use wsproxy_proto::disconnect::Disconnect;
+use wsproxy_proto::{disconnect::Disconnect, history::Position, names::Id};
 
 use crate::{
     auth::jwt::Claims,
@@ -20,10 +21,10 @@ use crate::{
     http::{
         Body, credentials,
         rejection::Rejection,
-        resume::{self, Resume, Wanted},
-        upgrade::{self, Handshake},
+        resume::{self, Opened, Resume, Wanted},
+        sse, upgrade,
     },
-    hub::{Form, Sink},
+    hub::{Form, Sink, replay::Outcome},
     registry::{Entry, Joining, Peer, Registry, Transport},
     telemetry::{metrics::Endpoint, time},
 };
@@ -37,51 +38,123 @@ pub async fn open(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
     let handshake = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
-    let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
-    let (address, user_agent) = (upgrade::client_address(gateway, &request)?, user_agent(&request));
+    let entrance = Entrance::read(gateway, &request)?;
     drop(request);
-    let opening = async {
-        let claims = authenticate(gateway, &token).await?;
-        let joining = Joining {
-            connection: handshake.link.id(),
-            user: claims.user.clone(),
-            peer: Peer::Link(Arc::clone(&handshake.link)),
-            token: claims.jti.clone(),
-            issued_at: claims.issued_at,
-            address: Some(address),
-            user_agent,
-            transport: Transport::WebSocket,
-        };
-        // First, so that a revocation from now on finds the connection.
-        let registered = gateway.registry.as_ref().map(|registry| registry.join(joining));
-        check_revoked(gateway, &claims).await?;
-        let expires_at = claims.expires_at;
-        let wanted = wanted(gateway, &claims, &handshake);
-        let (connection, owner) = (handshake.link.id(), Arc::clone(gateway));
-        let user = claims.user.clone();
-        let hello = move |_, position| {
-            let heartbeat = &owner.config.heartbeat;
-            let connected = Connected {
-                connection,
-                user: &user,
-                server_id: &owner.server_id,
-                expires_at,
-                heartbeat: (heartbeat.interval.as_secs_f64(), heartbeat.timeout.as_secs_f64()),
-            };
-            Some(connected.to_json(position))
-        };
-        let histories = gateway.event_histories.as_ref();
-        let opened = resume::open(gateway, histories, wanted, &resume, hello).await?;
-        Ok((claims, opened, registered))
-    };
-    let (claims, opened, registered) = upgrade::deadline(gateway, opening).await?;
-    let connection = handshake.link.id();
-    debug!(user_id = %claims.user, connection_id = %connection, "Authenticated and subscribed.");
-    let endpoint = Arc::clone(&gateway.events);
-    let expires_at = claims.expires_at.map(|end| close_at(gateway, end));
-    let logic = EventLogic::new(endpoint, claims.user, connection, expires_at);
+    let link = &handshake.link;
+    let form = Form { frames: DownFrames::Auto, ids: handshake.ids(EventIds::Json), acks: true };
+    let on_loss = gateway.config.events.on_bus_loss;
+    let client = Sink::Client { link: Arc::clone(link), form, on_loss };
+    let (connection, peer) = (link.id(), Peer::Link(Arc::clone(link)));
+    let entered =
+        entrance.enter(gateway, connection, (client, peer), Transport::WebSocket, &resume).await?;
+    let logic = entered.logic(gateway, connection);
+    let Entered { opened, registered, .. } = entered;
     Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), registered, logic))
+}
+
+/// Opens a client of the event endpoint that only listens.
+///
+/// # Errors
+/// How to refuse it.
+pub async fn stream(
+    gateway: &Arc<Gateway>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Rejection> {
+    let opening = sse::Opening::begin(gateway, &mut request, &gateway.event_profile)?;
+    let entrance = Entrance::read(gateway, &request)?;
+    drop(request);
+    let ends = (opening.client(gateway.config.events.on_bus_loss), opening.peer());
+    let (connection, resume) = (opening.id(), opening.resume());
+    let entered = entrance.enter(gateway, connection, ends, Transport::Sse, resume).await?;
+    let logic = entered.logic(gateway, connection);
+    let Entered { opened, registered, .. } = entered;
+    Ok(opening.answer(gateway, Endpoint::Events, opened, registered, logic))
+}
+
+/// A client before the door: what its request says of it.
+struct Entrance {
+    token: SecretString,
+    address: IpAddr,
+    user_agent: Option<String>,
+}
+
+/// A client behind it.
+struct Entered {
+    claims: Claims,
+    opened: Opened,
+    registered: Option<Entry>,
+}
+
+impl Entrance {
+    fn read(gateway: &Gateway, request: &Request<Incoming>) -> Result<Self, Rejection> {
+        let token = credentials::find(request.headers(), request.uri().query(), "token")?;
+        let address = upgrade::client_address(gateway, request)?;
+        Ok(Self { token, address, user_agent: user_agent(request) })
+    }
+
+    /// Token, registry, subscriptions and what was missed, in this order and under one deadline.
+    async fn enter(
+        self,
+        gateway: &Arc<Gateway>,
+        connection: Uuid,
+        (client, peer): (Sink, Peer),
+        transport: Transport,
+        resume: &Resume,
+    ) -> Result<Entered, Rejection> {
+        let entering = async {
+            let claims = authenticate(gateway, &self.token).await?;
+            let joining = Joining {
+                connection,
+                user: claims.user.clone(),
+                peer,
+                token: claims.jti.clone(),
+                issued_at: claims.issued_at,
+                address: Some(self.address),
+                user_agent: self.user_agent,
+                transport,
+            };
+            // First, so that a revocation from now on finds the connection.
+            let registered = gateway.registry.as_ref().map(|registry| registry.join(joining));
+            check_revoked(gateway, &claims).await?;
+            let hello = hello(gateway, connection, &claims);
+            let wanted = wanted(gateway, &claims.user, connection, client);
+            let histories = gateway.event_histories.as_ref();
+            let opened = resume::open(gateway, histories, wanted, resume, hello).await?;
+            Ok(Entered { claims, opened, registered })
+        };
+        let entered = upgrade::deadline(gateway, entering).await?;
+        debug!(user_id = %entered.claims.user, connection_id = %connection, "Authenticated and subscribed.");
+        Ok(entered)
+    }
+}
+
+impl Entered {
+    fn logic(&self, gateway: &Gateway, connection: Uuid) -> EventLogic {
+        let expires_at = self.claims.expires_at.map(|end| close_at(gateway, end));
+        let user = self.claims.user.clone();
+        EventLogic::new(Arc::clone(&gateway.events), user, connection, expires_at)
+    }
+}
+
+/// The first message.
+fn hello(
+    gateway: &Arc<Gateway>,
+    connection: Uuid,
+    claims: &Claims,
+) -> impl FnOnce(Outcome, Option<Position>) -> Option<String> + use<> {
+    let (owner, user, expires_at) = (Arc::clone(gateway), claims.user.clone(), claims.expires_at);
+    move |_, position| {
+        let heartbeat = &owner.config.heartbeat;
+        let connected = Connected {
+            connection,
+            user: &user,
+            server_id: &owner.server_id,
+            expires_at,
+            heartbeat: (heartbeat.interval.as_secs_f64(), heartbeat.timeout.as_secs_f64()),
+        };
+        Some(connected.to_json(position))
+    }
 }
 
 /// Who a token says its bearer is.
@@ -174,21 +247,15 @@ fn close_at(gateway: &Gateway, expires_at: u64) -> u64 {
 }
 
 /// To everybody, to this user, to this connection.
-fn wanted(gateway: &Gateway, claims: &Claims, handshake: &Handshake) -> Wanted {
-    let (names, link) = (&gateway.names, &handshake.link);
-    let form = Form { frames: DownFrames::Auto, ids: handshake.ids(EventIds::Json), acks: true };
-    let on_loss = gateway.config.events.on_bus_loss;
+fn wanted(gateway: &Gateway, user: &Id, connection: Uuid, client: Sink) -> Wanted {
+    let names = &gateway.names;
     let topics = [
         names.events_broadcast(),
-        names.events_user(&claims.user),
-        names.events_connection(&link.id().to_string()),
+        names.events_user(user),
+        names.events_connection(&connection.to_string()),
     ];
-    Wanted {
-        client: Sink::Client { link: Arc::clone(link), form, on_loss },
-        topics: topics.into_iter().map(Into::into).collect(),
-        further: Vec::new(),
-        streams_of: None,
-    }
+    let topics = topics.into_iter().map(Into::into).collect();
+    Wanted { client, topics, further: Vec::new(), streams_of: None }
 }
 
 /// Longer names are cut: every connection keeps one.

@@ -91,6 +91,8 @@ impl Follower {
             entry = self.tap.next_entry() => match entry {
                 Some(TapEntry::Message(payload)) => event(None, &payload),
                 Some(TapEntry::Gap(gap)) => gap_event(gap),
+                // A follower is neither told its position nor does it have a logic.
+                Some(TapEntry::Position(_) | TapEntry::Event(..)) => Bytes::from_static(b":\n\n"),
                 Some(TapEntry::End(_)) => return None,
                 None => {
                     self.over = true;

@@ -9,7 +9,7 @@ use std::{
 
 use http::Request;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::{
     io::AsyncWriteExt,
@@ -18,7 +18,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::http::{admission::Places, routes::Routes};
+use crate::http::{
+    admission::Places,
+    line::{Line, LineSocket},
+    routes::Routes,
+};
 
 /// Connections that the kernel completes while we are busy.
 const BACKLOG: i32 = 4096;
@@ -112,7 +116,7 @@ fn accept(
     #[cfg(target_os = "linux")]
     let _ = socket2::SockRef::from(&stream)
         .set_tcp_user_timeout(Some(gateway.config.server.header_timeout));
-    let place = Arc::new(place);
+    let (place, line) = (Arc::new(place), Arc::new(Line::default()));
     let (routes, stop, gateway) = (routes.clone(), stop.clone(), Arc::clone(gateway));
     let tasks = gateway.tasks.clone();
     tasks.spawn(async move {
@@ -124,19 +128,26 @@ fn accept(
             .max_buf_size(server.header_bytes_max.max(8192))
             .max_headers(128)
             .half_close(false);
+        let asked = Arc::clone(&line);
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(RemoteAddress(address.ip()));
             // An upgraded socket keeps its place by taking this along.
             request.extensions_mut().insert(Arc::clone(&place));
+            request.extensions_mut().insert(Arc::clone(&asked));
             routes.clone().serve(request)
         });
-        let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        let socket = LineSocket::new(stream, Arc::clone(&line));
+        let connection = builder.serve_connection(socket, service).with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let result = tokio::select! {
             result = connection.as_mut() => result,
+            () = line.wait_cut() => return,
             () = stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
-                connection.await
+                tokio::select! {
+                    result = connection => result,
+                    () = line.wait_cut() => return,
+                }
             }
         };
         if let Err(error) = result {

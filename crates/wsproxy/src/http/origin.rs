@@ -1,6 +1,6 @@
 //! Which web pages may connect.
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, header};
 
 use crate::http::rejection::Rejection;
 
@@ -22,6 +22,15 @@ pub fn check(headers: &HeaderMap, allowed: &[String]) -> Result<(), Rejection> {
     } else {
         Err(Rejection::origin_not_allowed("Pages of this origin may not connect."))
     }
+}
+
+/// Whether the operator named this origin, rather than allowing any.
+#[must_use]
+pub fn is_listed(origin: &HeaderValue, allowed: &[String]) -> bool {
+    let named = |rule: &&String| rule.as_str() != "*";
+    origin
+        .to_str()
+        .is_ok_and(|origin| allowed.iter().filter(named).any(|rule| matches(rule, origin)))
 }
 
 fn matches(rule: &str, origin: &str) -> bool {

@@ -1,6 +1,6 @@
 //! Which request goes where.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, net::IpAddr, sync::Arc};
 
 use axum::Router;
 use http::{HeaderValue, Request, Response, StatusCode, header};
@@ -10,7 +10,13 @@ use tracing::info;
 
 use crate::{
     gateway::Gateway,
-    http::{Body, events, rejection::Rejection, upgrade},
+    http::{
+        Body,
+        cors::{self, Grant},
+        events,
+        rejection::Rejection,
+        sse, upgrade,
+    },
     telemetry::metrics::Endpoint,
 };
 
@@ -54,38 +60,63 @@ impl Routes {
     pub async fn serve(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let path = request.uri().path().to_owned();
         let address = upgrade::client_address(&self.gateway, &request).ok();
+        let grant = Grant::of(request.headers(), &self.gateway.config.server.allowed_origins);
+        let is_events = sse::is_asked(&self.gateway, request.headers());
+        let is_preflight = cors::is_preflight(request.method(), request.headers());
         let (endpoint, answer) = match self.target(&path) {
+            Some(_) if self.gateway.config.sse.enabled && is_preflight && grant.is_some() => {
+                return Ok(granted(grant, cors::preflight()));
+            }
+            Some(Target::Session(agent, session)) if is_events => {
+                (Endpoint::Sessions, sse::session(&self.gateway, request, (agent, session)).await)
+            }
             Some(Target::Session(agent, session)) => (
                 Endpoint::Sessions,
                 upgrade::session(&self.gateway, request, (agent, session)).await,
             ),
+            Some(Target::Events) if is_events => {
+                (Endpoint::Events, events::stream(&self.gateway, request).await)
+            }
             Some(Target::Events) => (Endpoint::Events, events::open(&self.gateway, request).await),
             Some(Target::Echo) => (Endpoint::Echo, upgrade::echo(&self.gateway, request)),
             None => return self.serve_rest(request.map(Body::new)).await,
         };
+        // WebSockets need no such permission: the browser tells their origin, and that is all.
+        let grant = grant.filter(|_| is_events);
         Ok(match answer {
             Ok(response) => {
                 self.gateway.metrics.handshake(Some(endpoint), "accepted");
-                response
+                granted(grant, response)
             }
             Err(rejection) => {
-                self.gateway.metrics.handshake(Some(endpoint), rejection.code);
-                info!(
-                    endpoint = endpoint.label(),
-                    path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
-                    address = address.map(tracing::field::display),
-                    status = rejection.status.as_u16(),
-                    code = rejection.code,
-                    error = rejection.cause,
-                    "Handshake refused."
-                );
-                let mut response = rejection.response();
-                if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
-                    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
-                }
-                response
+                let path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)];
+                granted(grant, self.refuse(endpoint, &rejection, path, address))
             }
         })
+    }
+
+    fn refuse(
+        &self,
+        endpoint: Endpoint,
+        rejection: &Rejection,
+        path: &str,
+        address: Option<IpAddr>,
+    ) -> Response<Body> {
+        self.gateway.metrics.handshake(Some(endpoint), rejection.code);
+        info!(
+            endpoint = endpoint.label(),
+            path,
+            address = address.map(tracing::field::display),
+            status = rejection.status.as_u16(),
+            code = rejection.code,
+            error = rejection.cause,
+            "Handshake refused."
+        );
+        let mut response = rejection.response();
+        if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        }
+        response
     }
 
     /// A body that drips in must not hold its socket for ever. The stream of an answer may.
@@ -114,6 +145,14 @@ impl Routes {
             _ => None,
         }
     }
+}
+
+/// The answer, with what a page of the request's origin may do with it.
+fn granted(grant: Option<Grant>, mut response: Response<Body>) -> Response<Body> {
+    if let Some(grant) = grant {
+        grant.apply(response.headers_mut());
+    }
+    response
 }
 
 /// The answer to a path that nobody serves.

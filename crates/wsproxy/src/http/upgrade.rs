@@ -11,7 +11,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 use tracing::{debug, warn};
 use uuid::Uuid;
 use wsproxy_conn::{Driver, Link, Profile, Socket, clock};
@@ -28,7 +28,7 @@ use crate::{
     auth,
     config::EventIds,
     endpoint::{
-        Logic,
+        Logic, Transport,
         echo::Echo,
         session::{CONTROL, SessionLogic},
     },
@@ -37,6 +37,7 @@ use crate::{
         Body, address,
         admission::Place,
         credentials,
+        line::LineSocket,
         listener::RemoteAddress,
         origin,
         peer::{Marks, Peer},
@@ -84,31 +85,62 @@ pub async fn session(
     let resume = Resume::read(request.headers(), request.uri().query())?;
     drop(request);
     let token = token.expose_secret().as_bytes();
-    let key = gateway.names.session_auth(&session);
-    let opening = async {
-        let known = gateway.store.load(&key).await?;
-        if !known.is_some_and(|known| auth::equal(&known, token)) {
+    let [client, handler] = sinks(gateway, &handshake);
+    let connection = handshake.link.id();
+    let entrance =
+        Entrance { session: &session, token, client, handler, connection, consume: true };
+    let opened = entrance.enter(gateway, &resume).await?;
+    debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
+    let endpoint = Arc::clone(&gateway.sessions);
+    let logic = SessionLogic::new(endpoint, agent, session, connection, Transport::WebSocket);
+    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
+}
+
+/// A client before the door of its session.
+pub struct Entrance<'a> {
+    /// Its session.
+    pub session: &'a Id,
+    /// What it shows.
+    pub token: &'a [u8],
+    /// Where its messages go.
+    pub client: Sink,
+    /// Where its worker's commands go.
+    pub handler: Sink,
+    /// Its connection.
+    pub connection: Uuid,
+    /// Whether the token is used up.
+    pub consume: bool,
+}
+
+impl Entrance<'_> {
+    /// Token, subscriptions, what was missed, and the token again: in this order.
+    ///
+    /// # Errors
+    /// Why it may not enter, or cannot.
+    pub async fn enter(self, gateway: &Gateway, resume: &Resume) -> Result<Opened, Rejection> {
+        let Self { session, token, client, handler, connection, consume: is_consumed } = self;
+        let key = gateway.names.session_auth(session);
+        let opening = async {
+            let known = gateway.store.load(&key).await?;
+            if !known.is_some_and(|known| auth::equal(&known, token)) {
+                return Err(wrong_token());
+            }
+            let wanted = Wanted {
+                client,
+                topics: vec![gateway.names.session_down(session).into()],
+                further: vec![(gateway.names.session_control(session).into(), handler)],
+                streams_of: Some(session.clone()),
+            };
+            let hello = resume.hello(connection);
+            resume::open(gateway, gateway.session_histories.as_ref(), wanted, resume, hello).await
+        };
+        let opened = deadline(gateway, opening).await?;
+        // Last, so that whatever fails before leaves the token for the next try.
+        if is_consumed && !consume(gateway, &key, token).await? {
             return Err(wrong_token());
         }
-        let [down, control] = sinks(gateway, &session, &handshake);
-        let hello = resume.hello(handshake.link.id());
-        let wanted = Wanted {
-            client: down.1,
-            topics: vec![down.0],
-            further: vec![control],
-            streams_of: Some(session.clone()),
-        };
-        resume::open(gateway, gateway.session_histories.as_ref(), wanted, &resume, hello).await
-    };
-    let opened = deadline(gateway, opening).await?;
-    // Last, so that whatever fails before leaves the token for the next try.
-    if !consume(gateway, &key, token).await? {
-        return Err(wrong_token());
+        Ok(opened)
     }
-    debug!(session_id = %session, connection_id = %handshake.link.id(), "Authenticated and subscribed.");
-    let endpoint = Arc::clone(&gateway.sessions);
-    let logic = SessionLogic::new(endpoint, agent, session, handshake.link.id());
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
 }
 
 fn wrong_token() -> Rejection {
@@ -127,7 +159,8 @@ async fn consume(gateway: &Gateway, key: &str, token: &[u8]) -> Result<bool, Rej
     }
 }
 
-fn sinks(gateway: &Gateway, session: &Id, handshake: &Handshake) -> [(Arc<str>, Sink); 2] {
+/// For messages, and for commands.
+fn sinks(gateway: &Gateway, handshake: &Handshake) -> [Sink; 2] {
     let config = &gateway.config.sessions;
     let link = &handshake.link;
     let ids = handshake.ids(config.event_ids);
@@ -137,10 +170,7 @@ fn sinks(gateway: &Gateway, session: &Id, handshake: &Handshake) -> [(Arc<str>, 
         on_loss: config.on_bus_loss,
     };
     let handler = Sink::Handler { link: Arc::clone(link), tag: CONTROL };
-    [
-        (gateway.names.session_down(session).into(), client),
-        (gateway.names.session_control(session).into(), handler),
-    ]
+    [client, handler]
 }
 
 /// Opens a connection to the echo, which needs no credentials.
@@ -152,30 +182,47 @@ pub fn echo(
     Ok(accept(gateway, Endpoint::Echo, handshake, None, None, Echo))
 }
 
-/// Limits, then the form of the request.
-pub(super) fn begin(
-    gateway: &Gateway,
-    request: &mut Request<Incoming>,
-    profile: &Arc<Profile>,
-) -> Result<Handshake, Rejection> {
+/// The limits: how often an address may try, and how many there may be.
+///
+/// # Errors
+/// One of them is reached, or the instance is about to end.
+pub fn admit<B>(gateway: &Gateway, request: &Request<B>) -> Result<Place, Rejection> {
     let address = client_address(gateway, request)?;
     if gateway.is_draining() {
         return Err(Rejection::draining("The instance is about to restart."));
     }
     let now = clock::now();
     gateway.attempts.take(address, now.0.saturating_mul(1000)).map_err(Rejection::too_often)?;
-    let place = gateway.places.take().ok_or_else(|| {
+    gateway.places.take().ok_or_else(|| {
         warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
         Rejection::full("The instance holds as many connections as it may.")
-    })?;
-    let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
+    })
+}
+
+/// What no request for a connection may have.
+///
+/// # Errors
+/// It has.
+pub fn check_form(request: &Request<Incoming>) -> Result<(), Rejection> {
     if !request.body().is_end_stream() {
         // Its bytes would be taken for frames, and a proxy in front may see them otherwise.
-        return Err(Rejection::bad_request("A WebSocket handshake has no body."));
+        return Err(Rejection::bad_request("A request for a connection has no body."));
     }
     if request.headers().get_all(header::HOST).iter().count() > 1 {
         return Err(Rejection::bad_request("There is more than one Host header."));
     }
+    Ok(())
+}
+
+/// Limits, then the form of the request.
+pub(super) fn begin(
+    gateway: &Gateway,
+    request: &mut Request<Incoming>,
+    profile: &Arc<Profile>,
+) -> Result<Handshake, Rejection> {
+    let place = admit(gateway, request)?;
+    let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
+    check_form(request)?;
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
     let compression = &gateway.config.compression;
     let policy = deflate::Policy {
@@ -193,7 +240,7 @@ pub(super) fn begin(
         on_upgrade: hyper::upgrade::on(&mut *request),
         place,
         socket_place: request.extensions_mut().remove(),
-        link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, now),
+        link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, clock::now()),
     })
 }
 
@@ -286,7 +333,7 @@ fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
 
 /// The raw socket under hyper, and what hyper has read beyond the request head.
 fn socket_of(upgraded: hyper::upgrade::Upgraded) -> Option<(Socket, Bytes)> {
-    match upgraded.downcast::<TokioIo<TcpStream>>() {
+    match upgraded.downcast::<LineSocket>() {
         Ok(parts) => Some((parts.io.into_inner().into(), parts.read_buf)),
         Err(upgraded) => {
             let parts = upgraded.downcast::<TokioIo<UnixStream>>().ok()?;

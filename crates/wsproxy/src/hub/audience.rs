@@ -57,6 +57,9 @@ impl Round {
     ) {
         for sink in subscribers.iter_mut() {
             if let Sink::Gated(gate) = sink {
+                if audience == Audience::Gated && gate.fence.lock().is_open() {
+                    continue;
+                }
                 let frame = fanout.encode(&gate.target, hub);
                 let id = fanout.message.id;
                 if let Some(frame) = frame {
@@ -101,9 +104,20 @@ impl Round {
                     let payload = Bytes::copy_from_slice(fanout.message.payload);
                     link.notify(Event { tag: *tag, number: 0, payload });
                 }
+                Sink::StreamHandler { tap, tag } => {
+                    tap.notify(*tag, Bytes::copy_from_slice(fanout.message.payload));
+                }
                 Sink::Tap(tap) => tap.push(Bytes::copy_from_slice(fanout.message.payload)),
                 Sink::Gated(_) => {}
             }
+        }
+    }
+
+    /// Gives a client what it had missed, or is told before anything else.
+    pub(super) fn send_missed(&mut self, client: &Sink, bytes: Bytes, since: Micros) {
+        match client {
+            Sink::EventStream { tap, .. } => tap.push_missed(bytes),
+            _ => self.send(client, bytes, since),
         }
     }
 
@@ -138,7 +152,7 @@ impl Round {
         match client {
             Sink::Client { link, .. } => self.push(link, bytes, since),
             Sink::EventStream { tap, .. } => tap.push(bytes),
-            Sink::Gated(_) | Sink::Handler { .. } | Sink::Tap(_) => {}
+            Sink::Gated(_) | Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Tap(_) => {}
         }
     }
 

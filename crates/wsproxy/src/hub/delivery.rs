@@ -140,7 +140,7 @@ impl Delivery {
             for sink in plain.flat_map(|state| state.subscribers.iter()) {
                 let on_loss = match sink {
                     Sink::Client { on_loss, .. } | Sink::EventStream { on_loss, .. } => on_loss,
-                    Sink::Handler { .. } | Sink::Gated(_) => continue,
+                    Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Gated(_) => continue,
                     Sink::Tap(tap) => {
                         tap.interrupt(gap);
                         continue;

@@ -11,7 +11,10 @@ use wsproxy_proto::{history::Position, ws::frame::Kind};
 
 use crate::{
     config::DownFrames,
-    hub::{Form, Hub, Ids, Sink, WANTS_ACK},
+    hub::{
+        Form, Hub, Ids, Sink, WANTS_ACK,
+        gzip::{self, Deflation},
+    },
 };
 
 /// A message of a topic.
@@ -61,6 +64,7 @@ pub(super) struct Fanout<'a> {
     json: Option<Outgoing<'a>>,
     envelope: [Option<Outgoing<'a>>; 2],
     event: Option<Bytes>,
+    gzip: Option<Bytes>,
     /// By [`Ids`]: what handlers are told of a message that wants an `ack`.
     wants_ack: [Option<Option<WantsAck>>; 3],
 }
@@ -76,7 +80,8 @@ impl<'a> Fanout<'a> {
     pub(super) const fn new(message: Message<'a>) -> Self {
         let (plain, envelope) = ([const { None }; 2], [const { None }; 2]);
         let wants_ack = [const { None }; 3];
-        Self { message, is_text: None, plain, json: None, envelope, event: None, wants_ack }
+        let (json, event, gzip) = (None, None, None);
+        Self { message, is_text: None, plain, json, envelope, event, gzip, wants_ack }
     }
 
     /// What goes to a sink that is a client; `None` where it is none, or where the payload cannot be framed
@@ -84,12 +89,9 @@ impl<'a> Fanout<'a> {
     pub(super) fn encode(&mut self, sink: &Sink, hub: &Hub) -> Option<Bytes> {
         match sink {
             Sink::Client { link, form, .. } => self.frame(*form, link, hub),
-            Sink::EventStream { .. } => {
-                let message = self.message;
-                Some(self.event.get_or_insert_with(|| event(message.id, message.payload)).clone())
-            }
+            Sink::EventStream { tap, .. } => self.event(tap.gzip(), hub),
             Sink::Gated(gate) => self.encode(&gate.target, hub),
-            Sink::Handler { .. } | Sink::Tap(_) => None,
+            Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Tap(_) => None,
         }
     }
 
@@ -112,6 +114,29 @@ impl<'a> Fanout<'a> {
         if let Sink::Client { link, form, .. } = client {
             self.announce(*form, link);
         }
+    }
+
+    /// An event, or a part of a compressed stream that holds it. Events are text: of what is none, an event
+    /// stream gets the id only.
+    fn event(&mut self, deflation: Option<Deflation>, hub: &Hub) -> Option<Bytes> {
+        let Message { id, payload, .. } = self.message;
+        if !*self.is_text.get_or_insert_with(|| std::str::from_utf8(payload).is_ok()) {
+            hub.counters.unframeable.add(1);
+            debug!(
+                bytes = payload.len(),
+                "A message is not UTF-8, and an event stream has text only."
+            );
+            let position = event_position(id?);
+            return Some(match deflation {
+                None => Bytes::from(position),
+                Some(how) => gzip::part(position.as_bytes(), how),
+            });
+        }
+        let plain = self.event.get_or_insert_with(|| event(id, payload));
+        Some(match deflation {
+            None => plain.clone(),
+            Some(how) => self.gzip.get_or_insert_with(|| gzip::part(plain, how)).clone(),
+        })
     }
 
     /// A frame for a connection.
@@ -228,8 +253,8 @@ pub fn event(id: Option<Position>, payload: &[u8]) -> Bytes {
 }
 
 /// Tells an event stream its position, without an event.
-pub fn event_position(id: Position) -> Bytes {
-    Bytes::from(format!("id: {id}\n\n"))
+pub fn event_position(id: Position) -> String {
+    format!("id: {id}\n\n")
 }
 
 /// What a waiting message costs beside its bytes, roughly.

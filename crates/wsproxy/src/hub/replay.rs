@@ -15,7 +15,7 @@ use crate::{
     hub::{
         Histories, Hub, Name, ShardLocks, Sink,
         audience::Round,
-        message::{self, Fanout, Message},
+        message::{Fanout, Message},
         notice,
     },
     store::{SnapshotOf, Store, StoreError, StreamState},
@@ -44,7 +44,9 @@ impl Sink {
             Self::Client { link, .. } | Self::Handler { link, .. } => {
                 link.profile().send_buffer_bytes
             }
-            Self::EventStream { tap, .. } | Self::Tap(tap) => tap.limit(),
+            Self::EventStream { tap, .. } | Self::StreamHandler { tap, .. } | Self::Tap(tap) => {
+                tap.limit()
+            }
             Self::Gated(gate) => gate.target.buffer_bytes(),
         }
     }
@@ -267,7 +269,7 @@ impl Replay {
             told.tell(Message { id: Some(entry.id), carries_id, payload: &entry.data });
         }
         for bytes in held {
-            told.round.send(&self.gate.target, bytes, clock::now());
+            told.round.send_missed(&self.gate.target, bytes, clock::now());
         }
     }
 }
@@ -294,7 +296,7 @@ impl Telling<'_> {
         let mut fanout = Fanout::new(message);
         if let Some(bytes) = fanout.encode(target, &self.replay.hub) {
             fanout.announce_to(target);
-            self.round.send(target, bytes, clock::now());
+            self.round.send_missed(target, bytes, clock::now());
         }
     }
 
@@ -306,10 +308,10 @@ impl Telling<'_> {
     }
 
     /// An event stream remembers its position from the start, although nothing has happened yet.
-    fn position(&mut self, position: Position) {
+    fn position(&self, position: Position) {
         let target = &self.replay.gate.target;
-        if matches!(target, Sink::EventStream { .. }) {
-            self.round.send(target, message::event_position(position), clock::now());
+        if let Sink::EventStream { tap, .. } = target {
+            tap.place(position);
         }
     }
 }

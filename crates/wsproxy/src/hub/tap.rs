@@ -1,36 +1,60 @@
-//! A topic's messages for somebody in this process who is no connection: an HTTP follower, the demo worker.
+//! A topic's messages for somebody in this process who is no WebSocket: an event stream, an HTTP follower, the
+//! demo worker.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
-use wsproxy_proto::disconnect::Disconnect;
+use wsproxy_conn::Runtime;
+use wsproxy_proto::{disconnect::Disconnect, history::Position};
 
-/// A bounded queue of messages.
+use crate::hub::gzip::Deflation;
+
+/// A bounded queue of messages, with one reader.
 ///
-/// Invariant: never holds more than `limit` bytes. A message beyond it ends the tap: whoever
-/// follows is told that it was too slow, rather than given a stream with a hole.
+/// Invariant: never holds more than `limit` bytes beside what its reader had missed when it came. A message
+/// beyond it ends the tap: whoever follows is told that it was too slow, rather than given a stream with a hole.
 #[derive(Debug)]
 pub struct Tap {
     limit: usize,
+    /// Whose budget counts what waits here, where the reader is a client.
+    runtime: Option<Arc<Runtime>>,
+    /// How that client's events are compressed, where it accepts that.
+    gzip: Option<Deflation>,
     state: Mutex<State>,
-    notify: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     entries: VecDeque<TapEntry>,
+    /// Of all entries but the first `missed`.
     bytes: usize,
+    /// Of these.
+    missed_bytes: usize,
+    /// So many entries at the front do not count against the limit.
+    missed: usize,
+    /// Messages that came and were never taken out.
+    discarded: u64,
     /// Nothing more is taken.
     closed: bool,
+    waker: Option<Waker>,
 }
 
 /// What a follower finds in its tap, in the order in which it happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TapEntry {
-    /// A message's payload.
+    /// A message: its payload, or what a client is sent of it.
     Message(Bytes),
+    /// What follows is behind this position.
+    Position(Position),
+    /// Something for the endpoint's logic, with the tag of its sink.
+    Event(u8, Bytes),
     /// The bus was away for so long: messages may be missing here.
     Gap(Duration),
     /// The gateway ends it for this reason; nothing follows.
@@ -38,10 +62,17 @@ pub enum TapEntry {
 }
 
 impl Tap {
-    /// A tap that holds at most `limit` bytes.
+    /// A tap that holds at most `limit` bytes. All that fitted is still there for the reader when it overflows.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, state: Mutex::default(), notify: Notify::new() })
+        Arc::new(Self { limit, runtime: None, gzip: None, state: Mutex::default() })
+    }
+
+    /// A tap whose reader is a client, with compressed events or plain ones. When it overflows it is emptied,
+    /// and ends as a slow consumer's.
+    #[must_use]
+    pub fn of_client(limit: usize, runtime: Arc<Runtime>, gzip: Option<Deflation>) -> Arc<Self> {
+        Arc::new(Self { limit, runtime: Some(runtime), gzip, state: Mutex::default() })
     }
 
     /// What may wait in it, in bytes.
@@ -50,35 +81,124 @@ impl Tap {
         self.limit
     }
 
+    /// How its client's events are compressed.
+    #[must_use]
+    pub const fn gzip(&self) -> Option<Deflation> {
+        self.gzip
+    }
+
+    /// What waits in it, in bytes.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> usize {
+        let state = self.state.lock();
+        state.bytes + state.missed_bytes
+    }
+
+    /// Messages that came and never reached the reader.
+    #[must_use]
+    pub fn discarded(&self) -> u64 {
+        let state = self.state.lock();
+        state.discarded + state.messages()
+    }
+
     pub(crate) fn push(&self, payload: Bytes) {
-        self.queue(ENTRY_BYTES + payload.len(), || TapEntry::Message(payload));
+        self.queue(TapEntry::Message(payload));
+    }
+
+    /// Something for the endpoint's logic.
+    pub(crate) fn notify(&self, tag: u8, payload: Bytes) {
+        self.queue(TapEntry::Event(tag, payload));
+    }
+
+    /// A message that the reader had missed before anything else came. Whoever reads them from a log bounds
+    /// them; if they counted here, a reader that has missed much would be too slow before it has begun.
+    pub(crate) fn push_missed(&self, payload: Bytes) {
+        self.queue_missed(TapEntry::Message(payload));
+    }
+
+    /// Tells the reader where it is, before anything else.
+    pub(crate) fn place(&self, position: Position) {
+        self.queue_missed(TapEntry::Position(position));
     }
 
     /// The bus is back after so long.
     pub(crate) fn interrupt(&self, gap: Duration) {
-        self.queue(ENTRY_BYTES, || TapEntry::Gap(gap));
+        self.queue(TapEntry::Gap(gap));
     }
 
     /// The follower is told why, after all that waits.
     pub(crate) fn end(&self, why: &'static Disconnect) {
-        self.queue(0, || TapEntry::End(why));
-        self.state.lock().closed = true;
-        self.notify.notify_one();
+        let mut state = self.state.lock();
+        if !state.closed {
+            state.entries.push_back(TapEntry::End(why));
+            state.closed = true;
+        }
+        wake(state.waker.take());
     }
 
-    fn queue(&self, bytes: usize, entry: impl FnOnce() -> TapEntry) {
+    /// A client that is too slow: what waits is thrown away.
+    pub(crate) fn overflow(&self) {
+        let mut state = self.state.lock();
+        if !state.closed {
+            self.empty(&mut state);
+            state.entries.push_back(TapEntry::End(&Disconnect::SLOW));
+            state.closed = true;
+        }
+        wake(state.waker.take());
+    }
+
+    fn queue(&self, entry: TapEntry) {
         let mut state = self.state.lock();
         if state.closed {
+            state.discarded += u64::from(entry.is_message());
             return;
         }
-        state.bytes += bytes;
-        if state.bytes > self.limit {
-            state.closed = true;
+        let bytes = entry.bytes();
+        if state.bytes + bytes <= self.limit {
+            state.bytes += bytes;
+            state.entries.push_back(entry);
+            self.account(0, bytes);
         } else {
-            state.entries.push_back(entry());
+            state.closed = true;
+            state.discarded += u64::from(entry.is_message());
+            if self.runtime.is_some() {
+                self.empty(&mut state);
+                state.entries.push_back(TapEntry::End(&Disconnect::SLOW));
+            }
         }
+        let waker = state.waker.take();
         drop(state);
-        self.notify.notify_one();
+        wake(waker);
+    }
+
+    fn queue_missed(&self, entry: TapEntry) {
+        let mut state = self.state.lock();
+        if state.missed < state.entries.len() {
+            // Something else was first: it counts like everything behind that.
+            drop(state);
+            return self.queue(entry);
+        }
+        let bytes = entry.bytes();
+        state.missed += 1;
+        state.missed_bytes += bytes;
+        state.entries.push_back(entry);
+        self.account(0, bytes);
+        let waker = state.waker.take();
+        drop(state);
+        wake(waker);
+    }
+
+    fn empty(&self, state: &mut State) {
+        self.account(state.bytes + state.missed_bytes, 0);
+        let discarded = state.discarded + state.messages();
+        let (closed, waker) = (state.closed, state.waker.take());
+        *state = State { discarded, closed, waker, ..State::default() };
+    }
+
+    fn account(&self, before: usize, after: usize) {
+        if let Some(runtime) = &self.runtime {
+            runtime.budget.change(before, after);
+        }
     }
 
     /// Whether nothing more is taken: it was ended or has overflowed.
@@ -92,45 +212,87 @@ impl Tap {
         loop {
             match self.next_entry().await? {
                 TapEntry::Message(message) => return Some(message),
-                TapEntry::Gap(_) => {}
+                TapEntry::Position(_) | TapEntry::Event(..) | TapEntry::Gap(_) => {}
                 TapEntry::End(_) => return None,
             }
         }
     }
 
-    /// The next message or gap; `None` as in [`Self::next`].
+    /// The next entry; `None` as in [`Self::next`].
     pub async fn next_entry(&self) -> Option<TapEntry> {
-        loop {
-            {
-                let mut state = self.state.lock();
-                if let Some(entry) = state.entries.pop_front() {
-                    state.bytes -= entry.bytes();
-                    return Some(entry);
-                }
-                if state.closed {
-                    return None;
-                }
+        poll_fn(|cx| self.poll_entry(cx)).await
+    }
+
+    /// The same, for its one reader's task.
+    pub fn poll_entry(&self, cx: &mut Context<'_>) -> Poll<Option<TapEntry>> {
+        let mut state = self.state.lock();
+        let Some(entry) = state.entries.pop_front() else {
+            if state.closed {
+                return Poll::Ready(None);
             }
-            self.notify.notified().await;
+            if state.waker.as_ref().is_none_or(|known| !known.will_wake(cx.waker())) {
+                state.waker = Some(cx.waker().clone());
+            }
+            // A list that was long once is not kept for ever.
+            state.entries.shrink_to(ENTRIES_KEPT);
+            return Poll::Pending;
+        };
+        let bytes = entry.bytes();
+        if state.missed > 0 {
+            state.missed -= 1;
+            state.missed_bytes -= bytes;
+        } else {
+            state.bytes -= bytes;
         }
+        self.account(bytes, 0);
+        Poll::Ready(Some(entry))
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let state = self.state.get_mut();
+        let waiting = state.bytes + state.missed_bytes;
+        self.account(waiting, 0);
+    }
+}
+
+impl State {
+    fn messages(&self) -> u64 {
+        self.entries.iter().filter(|entry| entry.is_message()).count() as u64
     }
 }
 
 impl TapEntry {
-    fn bytes(&self) -> usize {
+    const fn is_message(&self) -> bool {
+        matches!(self, Self::Message(_))
+    }
+
+    const fn bytes(&self) -> usize {
         match self {
-            Self::Message(payload) => ENTRY_BYTES + payload.len(),
-            Self::Gap(_) => ENTRY_BYTES,
+            Self::Message(payload) | Self::Event(_, payload) => ENTRY_BYTES + payload.len(),
+            Self::Position(_) | Self::Gap(_) => ENTRY_BYTES,
             Self::End(_) => 0,
         }
+    }
+}
+
+fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker {
+        waker.wake();
     }
 }
 
 /// What an entry counts against the limit beside its bytes: empty messages need memory too.
 const ENTRY_BYTES: usize = 96;
 
+/// Room for so many entries stays when the tap is empty.
+const ENTRIES_KEPT: usize = 4;
+
 #[cfg(test)]
 mod tests {
+    use wsproxy_conn::clock::Micros;
+
     use super::*;
 
     #[tokio::test]
@@ -141,5 +303,34 @@ mod tests {
         tap.push("x".into());
         assert_eq!(tap.next().await, Some(Bytes::from_static(b"1234")));
         assert_eq!(tap.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_too_slow_loses_what_waits_and_the_budget_knows() {
+        let runtime = Runtime::new(1 << 20, Micros(0));
+        let tap = Tap::of_client(2 * ENTRY_BYTES, Arc::clone(&runtime), None);
+        // What it had missed is no fault of its own.
+        (0..10).for_each(|_| tap.push_missed("missed".into()));
+        tap.push("".into());
+        tap.push("".into());
+        assert_eq!(runtime.budget.used(), 12 * ENTRY_BYTES + 60);
+        assert_eq!(tap.next().await, Some(Bytes::from_static(b"missed")));
+        tap.push("x".into());
+        assert_eq!((runtime.budget.used(), tap.waiting_bytes()), (0, 0));
+        tap.push("after the end".into());
+        assert_eq!(tap.discarded(), 13);
+        assert_eq!(tap.next_entry().await, Some(TapEntry::End(&Disconnect::SLOW)));
+        assert_eq!(tap.next_entry().await, None);
+    }
+
+    #[tokio::test]
+    async fn what_waits_is_given_back_with_the_tap() {
+        let runtime = Runtime::new(1 << 20, Micros(0));
+        let tap = Tap::of_client(1000, Arc::clone(&runtime), None);
+        tap.place(Position::START);
+        tap.push("1".into());
+        tap.end(&Disconnect::RESTART);
+        drop(tap);
+        assert_eq!(runtime.budget.used(), 0);
     }
 }

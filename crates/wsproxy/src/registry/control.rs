@@ -216,6 +216,7 @@ async fn follow(registry: &Registry) {
             entry = tap.next_entry() => match entry {
                 Some(TapEntry::Message(payload)) => registry.execute(&payload).await,
                 Some(TapEntry::Gap(_)) => recheck = Some(Instant::now()),
+                Some(TapEntry::Position(_) | TapEntry::Event(..)) => {}
                 Some(TapEntry::End(_)) | None => {
                     return warn!("There are more commands than this instance can follow.");
                 }

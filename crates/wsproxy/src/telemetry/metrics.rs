@@ -71,6 +71,8 @@ pub struct Metrics {
 struct Connections {
     opened: Arc<AtomicU64>,
     active: Arc<AtomicI64>,
+    streams_opened: Arc<AtomicU64>,
+    streams_active: Arc<AtomicI64>,
 }
 
 /// An open connection in the gauge; dropping it takes it out.
@@ -163,6 +165,15 @@ impl Metrics {
         Active(Arc::clone(&connections.active))
     }
 
+    /// The connection is an event stream; it is active as long as the returned guard lives.
+    #[must_use]
+    pub fn opened_stream(&self, endpoint: Endpoint) -> Active {
+        let connections = &self.connections[endpoint as usize];
+        connections.streams_opened.fetch_add(1, Relaxed);
+        connections.streams_active.fetch_add(1, Relaxed);
+        Active(Arc::clone(&connections.streams_active))
+    }
+
     /// A connection ended.
     pub fn ended(&self, endpoint: Endpoint, reason: &'static str) {
         let endpoint = endpoint.label();
@@ -248,13 +259,19 @@ impl Scrape<'_, '_> {
         let metrics = &self.gateway.metrics;
         let of = |endpoint: Endpoint| &metrics.connections[endpoint as usize];
         let values = Endpoint::ALL.map(|e| (e.label(), of(e).active.load(Relaxed)));
-        self.gauges("active_connections", "Open WebSocket connections", values)?;
+        self.gauges("active_connections", "Open connections of clients", values)?;
         let values = Endpoint::ALL.map(|e| (e.label(), of(e).opened.load(Relaxed)));
-        self.counters("connections", "WebSocket connections that were opened", values)?;
+        self.counters("connections", "Connections of clients that were opened", values)?;
+        let values = Endpoint::ALL.map(|e| (e.label(), of(e).streams_active.load(Relaxed)));
+        let help = "Of the open connections, those that are event streams";
+        self.gauges("active_event_streams", help, values)?;
+        let values = Endpoint::ALL.map(|e| (e.label(), of(e).streams_opened.load(Relaxed)));
+        let help = "Of the opened connections, those that were event streams";
+        self.counters("event_streams", help, values)?;
         let help =
             "Data messages that arrived from clients, complete and valid as WebSocket messages";
         self.per_profile("messages_received", help, |p| &p.stats.messages_received)?;
-        let help = "Data messages of which the last byte was handed to the kernel";
+        let help = "Data messages of which the last byte was handed to the kernel; of event streams, to HTTP";
         self.per_profile("messages_sent", help, |p| &p.stats.messages_sent)?;
         let help =
             "Data messages that waited for a client when its connection ended, or came afterwards";

@@ -12,6 +12,7 @@ pub mod http;
 pub mod issuer;
 pub mod raw;
 pub mod redis_server;
+pub mod sse;
 
 use std::time::{Duration, Instant};
 

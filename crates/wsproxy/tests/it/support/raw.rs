@@ -127,6 +127,11 @@ impl Raw {
         soon("bytes", self.socket.read_buf(&mut self.buffer)).await.unwrap_or(0)
     }
 
+    /// What was read and not understood yet, taken out.
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.buffer)
+    }
+
     /// What was read and not understood yet.
     pub fn rest(&self) -> &[u8] {
         &self.buffer

@@ -1,0 +1,149 @@
+//! The compression of event streams: every event on its own, so that all clients share the bytes.
+//!
+//! A gzip stream may be cut into parts that do not refer to each other. What is of one client only is its
+//! checksum, which is put together from those of the parts.
+
+use std::cell::RefCell;
+
+use bytes::{Buf, Bytes};
+use wsproxy_proto::ws::deflate::Deflaters;
+use zlib_rs::crc32::{crc32, crc32_combine};
+
+thread_local! {
+    static DEFLATERS: RefCell<Option<(u32, Deflaters)>> = const { RefCell::new(None) };
+}
+
+/// How events are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deflation {
+    /// 1 to 9.
+    pub level: u32,
+    /// Smaller events are sent as they are.
+    pub from_bytes: usize,
+}
+
+/// A part of any gzip stream: what [`Gzip::append`] wants to know of it, then its blocks.
+#[must_use]
+pub fn part(plain: &[u8], how: Deflation) -> Bytes {
+    if plain.len() >= how.from_bytes {
+        let deflated = DEFLATERS.with_borrow_mut(|kept| {
+            if kept.as_ref().is_none_or(|(level, _)| *level != how.level) {
+                *kept = Some((how.level, Deflaters::new(how.level)));
+            }
+            let (_, deflaters) = kept.as_mut()?;
+            let blocks = deflaters.compress(WINDOW_BITS, plain)?;
+            let mut part = begin(plain, blocks.len() + FLUSH.len());
+            part.extend_from_slice(blocks);
+            part.extend_from_slice(&FLUSH);
+            Some(part)
+        });
+        if let Some(part) = deflated {
+            return Bytes::from(part);
+        }
+    }
+    let blocks = plain.len().div_ceil(STORED_BYTES_MAX);
+    let mut part = begin(plain, plain.len() + blocks * 5);
+    for block in plain.chunks(STORED_BYTES_MAX) {
+        // Neither final nor compressed; its length, and that inverted.
+        let length = block.len() as u16;
+        part.push(0);
+        part.extend_from_slice(&length.to_le_bytes());
+        part.extend_from_slice(&(!length).to_le_bytes());
+        part.extend_from_slice(block);
+    }
+    Bytes::from(part)
+}
+
+fn begin(plain: &[u8], room: usize) -> Vec<u8> {
+    let mut part = Vec::with_capacity(PART_HEAD_BYTES + room);
+    part.extend_from_slice(&crc32(0, plain).to_le_bytes());
+    part.extend_from_slice(&(plain.len() as u32).to_le_bytes());
+    part
+}
+
+/// One client's gzip stream, as far as it has come.
+#[derive(Debug, Default)]
+pub struct Gzip {
+    crc: u32,
+    bytes: u32,
+}
+
+impl Gzip {
+    /// What it begins with: deflate, no name, no time, no system.
+    pub const HEAD: [u8; 10] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff];
+
+    /// The bytes to write for a part.
+    #[must_use]
+    pub fn append(&mut self, mut part: Bytes) -> Bytes {
+        let (crc, bytes) = (part.get_u32_le(), part.get_u32_le());
+        self.crc = crc32_combine(self.crc, crc, u64::from(bytes));
+        self.bytes = self.bytes.wrapping_add(bytes);
+        part
+    }
+
+    /// What it ends with: an empty final block, checksum, length.
+    #[must_use]
+    pub fn end(&self) -> Vec<u8> {
+        let mut end = vec![1, 0, 0, 0xff, 0xff];
+        end.extend_from_slice(&self.crc.to_le_bytes());
+        end.extend_from_slice(&self.bytes.to_le_bytes());
+        end
+    }
+}
+
+/// The largest window: every client's inflater has it.
+const WINDOW_BITS: u8 = 15;
+
+/// What ends a part on a whole byte.
+const FLUSH: [u8; 4] = [0, 0, 0xff, 0xff];
+
+/// Checksum and length.
+const PART_HEAD_BYTES: usize = 8;
+
+/// As long as a block that is not compressed can be.
+const STORED_BYTES_MAX: usize = 0xffff;
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    const HOW: Deflation = Deflation { level: 1, from_bytes: 100 };
+
+    #[test]
+    fn any_parts_in_any_order_are_one_stream() {
+        let mut random = Vec::new();
+        let mut state = 1_u32;
+        for _ in 0..200_000 {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            random.push((state >> 24) as u8);
+        }
+        let texts: [&[u8]; 6] =
+            [b"", b"small", &[b'x'; 99], &[b'y'; 100], &[b'z'; 300_000], &random];
+        let (mut stream, mut plain) = (Gzip::HEAD.to_vec(), Vec::new());
+        let mut gzip = Gzip::default();
+        for text in texts.iter().chain(texts.iter().rev()) {
+            stream.extend_from_slice(&gzip.append(part(text, HOW)));
+            plain.extend_from_slice(text);
+        }
+        stream.extend_from_slice(&gzip.end());
+        // It checks the checksum and the length.
+        let mut inflated = Vec::new();
+        flate2::read::GzDecoder::new(&stream[..]).read_to_end(&mut inflated).unwrap();
+        assert!(inflated == plain);
+        assert!(part(&[b'z'; 300_000], HOW).len() < 3000);
+    }
+
+    #[test]
+    fn every_part_can_be_read_at_once() {
+        let mut gzip = Gzip::default();
+        let mut inflater = flate2::Decompress::new(false);
+        for text in [&b"short"[..], &[b'x'; 5000], b"", b"again"] {
+            let blocks = gzip.append(part(text, HOW));
+            let mut seen = Vec::with_capacity(10_000);
+            inflater.decompress_vec(&blocks, &mut seen, flate2::FlushDecompress::Sync).unwrap();
+            assert!(seen == text);
+        }
+    }
+}
