@@ -7,6 +7,7 @@ pub mod api;
 pub mod cors;
 pub mod credentials;
 pub mod follow;
+pub mod lasting;
 pub mod line;
 pub mod listener;
 pub mod origin;

@@ -23,6 +23,7 @@ use crate::{
         Body,
         admission::Place,
         credentials,
+        lasting::Lasting,
         line::Line,
         origin,
         rejection::Rejection,
@@ -142,6 +143,7 @@ impl Opening {
         let is_gzip = self.tap.gzip().is_some();
         let stream = EventStream::open(gateway, label, &self.profile, self.tap, held, logic);
         let mut response = Response::new(Body::new(stream));
+        response.extensions_mut().insert(Lasting(self.profile));
         let headers = response.headers_mut();
         for (name, value) in HEADERS {
             headers.insert(name, HeaderValue::from_static(value));

@@ -242,7 +242,6 @@ impl<L: Logic> Body for EventStream<L> {
         }
         let bytes = chunk.into_bytes();
         this.bytes += bytes.len() as u64;
-        this.profile.stats.bytes_sent.fetch_add(bytes.len() as u64, Relaxed);
         Poll::Ready(Some(Ok(Frame::data(bytes))))
     }
 }
