@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,8 @@ ROOT = HERE.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 BENCH = Path(os.environ.get("BENCH_TOOL", TARGET / "release" / "wsproxy-bench"))
 GATEWAY = TARGET / "release" / "wsproxy"
+# No scenario takes half as long; one that hangs must not hang the others.
+RUN_SECONDS_MAX = 600
 PEERS = ["axum", "node", "fastapi", "nchan"]
 
 
@@ -71,25 +74,34 @@ def answers(url: str) -> bool:
 @contextlib.contextmanager
 def redis_server():
     """Gives the port of a Redis that keeps nothing."""
+    with redis_with_file("appendonly no") as (port, _):
+        yield port
+
+
+@contextlib.contextmanager
+def redis_with_file(keeps: str):
+    """Gives the port of a Redis and the file with which it can be started again."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-redis-") as folder:
-        command = ["redis-server", "--port", port, "--bind", "127.0.0.1", "--dir", folder]
-        command += ["--save", "", "--appendonly", "no", "--tcp-backlog", "4096"]
-        with process(command, stdout=subprocess.DEVNULL) as child:
+        file = Path(folder) / "redis.conf"
+        lines = [f"port {port}", "bind 127.0.0.1", f"dir {folder}", 'save ""', "tcp-backlog 4096", keeps]
+        file.write_text("\n".join(lines) + "\n")
+        with process(["redis-server", file], stdout=subprocess.DEVNULL) as child:
             wait_until("redis-server", lambda: listens(port), child)
-            yield port
+            yield port, file
 
 
 class Server:
     """What a load is put on: how the load generator names it."""
 
     def __init__(self, target: str, port: int, pid: int, publish: int):
+        self.port, self.pid = port, pid
         self.arguments = ["--target", target, "--server", f"127.0.0.1:{port}"]
         self.arguments += ["--publish", f"127.0.0.1:{publish}", "--pid", str(pid)]
 
 
 @contextlib.contextmanager
-def gateway(redis: int):
+def gateway(redis: int, settings: dict | None = None):
     port = free_port()
     environment = {
         **os.environ,
@@ -98,6 +110,7 @@ def gateway(redis: int):
         "WSPROXY_SERVER__BIND": "127.0.0.1",
         "WSPROXY_LIMITS__MAX_CONNECTIONS": "19000",
         "LOG_LEVEL": "warn",
+        **(settings or {}),
     }
     binary = Path(os.environ.get("BENCH_GATEWAY", GATEWAY))
     with process([binary, "serve"], env=environment, stdout=sys.stderr) as child:
@@ -115,6 +128,66 @@ def peer(name: str, redis: int):
         yield Server("nchan" if nchan else "plain", port, child.pid, port if nchan else redis)
 
 
+HISTORY = {"WSPROXY_SESSIONS__HISTORY": "true"}
+
+
+@contextlib.contextmanager
+def with_history():
+    """One gateway that keeps histories."""
+    with redis_server() as redis, gateway(redis, HISTORY) as one:
+        yield one.arguments
+
+
+@contextlib.contextmanager
+def two_instances():
+    """Two gateways that keep histories; the load generator kills the first."""
+    with redis_server() as redis, gateway(redis, HISTORY) as one, gateway(redis, HISTORY) as other:
+        yield [
+            "--server", f"127.0.0.1:{one.port}", "--other", f"127.0.0.1:{other.port}",
+            "--publish", f"127.0.0.1:{redis}", "--pid", f"{one.pid},{other.pid}",
+        ]
+
+
+@contextlib.contextmanager
+def event_instances(number: int = 3):
+    """Several gateways with the event endpoint, on one Redis."""
+    secret = secrets.token_hex(32)
+    settings = {"WSPROXY_ENDPOINTS__EVENTS": "true", "WSPROXY_JWT__SECRET_KEY": secret}
+    with contextlib.ExitStack() as stack:
+        redis = stack.enter_context(redis_server())
+        servers = [stack.enter_context(gateway(redis, settings)) for _ in range(number)]
+        yield [
+            "--servers", ",".join(f"127.0.0.1:{server.port}" for server in servers),
+            "--pid", ",".join(str(server.pid) for server in servers),
+            "--publish", f"127.0.0.1:{redis}", "--secret", secret,
+        ]
+
+
+@contextlib.contextmanager
+def lasting_redis():
+    """A gateway that keeps histories, on a Redis that loses nothing it has acknowledged; the load generator kills it.
+
+    With `everysec` Redis may answer before it writes, so that its end could take back what clients have seen.
+    """
+    with redis_with_file("appendonly yes\nappendfsync always") as (redis, file):
+        with gateway(redis, HISTORY) as one:
+            try:
+                yield [*one.arguments, "--redis-conf", str(file)]
+            finally:
+                # A load generator that had to be stopped leaves the Redis behind that it started.
+                if listens(redis):
+                    subprocess.run(["redis-cli", "-p", str(redis), "shutdown", "nosave"], capture_output=True)
+
+
+# Scenarios that need more than one gateway on the common Redis: each run has a Redis of its own.
+SETUPS = {
+    "history": with_history,
+    "resume": two_instances,
+    "cluster": event_instances,
+    "outage": lasting_redis,
+}
+
+
 def server(name: str, redis: int):
     return gateway(redis) if name == "wsproxy" else peer(name, redis)
 
@@ -122,6 +195,10 @@ def server(name: str, redis: int):
 def load(name: str, arguments: list, redis: int) -> dict:
     """Runs one scenario once against a fresh server, and gives the load generator's report."""
     scenario = [str(argument) for argument in arguments]
+    setup = SETUPS.get(scenario[0])
+    if setup:
+        with setup() as arguments:
+            return generate([*scenario, *arguments])
     if name == "limit":
         return generate(["limit", *scenario, "--publish", f"127.0.0.1:{redis}"])
     with server(name, redis) as target:
@@ -129,11 +206,16 @@ def load(name: str, arguments: list, redis: int) -> dict:
 
 
 def generate(arguments: list) -> dict:
-    done = subprocess.run([BENCH, *arguments, "--json"], stdout=subprocess.PIPE, text=True)
+    command = [str(part) for part in (BENCH, *arguments, "--json")]
+    with process(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            output, _ = child.communicate(timeout=RUN_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            return {"figures": {}, "problems": [f"not done after {RUN_SECONDS_MAX} s"]}
     try:
-        return json.loads(done.stdout)
+        return json.loads(output)
     except json.JSONDecodeError:
-        return {"figures": {}, "problems": [f"no result, exit code {done.returncode}"]}
+        return {"figures": {}, "problems": [f"no result, exit code {child.returncode}"]}
 
 
 def missing(name: str) -> str | None:

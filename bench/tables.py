@@ -46,7 +46,7 @@ def table(header: list, rows: list) -> str:
     return "\n".join(lines)
 
 
-def figures_table(result: dict) -> str:
+def figures_table(result: dict, group: str = "figures") -> str:
     rows = []
     for figure in result["figures"]:
         sign = ">=" if figure.get("higher_is_better") else "<="
@@ -59,8 +59,9 @@ def figures_table(result: dict) -> str:
             f"{who} {spread(figure[who])}" for who in ("wsproxy", "limit") if figure.get(who)
         ]
         said = verdict(median(figure["values"]), figure)
-        rows.append([figure["title"], got, "; ".join(parts), *bounds, said])
-    header = ["what", "median (lowest to highest)", "of which", "bar", "aim", ""]
+        command = f"`bench/run {group} --only {figure['of']}`" if figure.get("of") else ""
+        rows.append([figure["title"], got, "; ".join(parts), *bounds, said, command])
+    header = ["what", "median (lowest to highest)", "of which", "bar", "aim", "", "command"]
     return table(header, rows)
 
 
@@ -102,7 +103,12 @@ def steps_table(result: dict) -> str:
 def page(folder: Path) -> str:
     """The committed page, from every result in the folder."""
     parts = ["# Results\n", "Made by `bench/run figures` and `bench/run peers`; do not edit by hand.\n"]
-    for name, shape in (("figures", figures_table), ("peers", peers_table)):
+    shapes = (
+        ("figures", figures_table),
+        ("history", lambda result: figures_table(result, "history")),
+        ("peers", peers_table),
+    )
+    for name, shape in shapes:
         path = folder / f"{name}.json"
         if not path.exists():
             continue

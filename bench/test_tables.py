@@ -27,8 +27,9 @@ class Tables(unittest.TestCase):
 
     def test_figures_show_the_spread_of_runs(self):
         figure = {"title": "p99", "unit": "ms", "values": [1.5, 2.5, 1.75], "bar": 5, "aim": 2}
-        text = tables.figures_table({"figures": [figure]})
-        self.assertIn("| p99 | 1.75 ms (1.5 to 2.5) |  | <= 5 | <= 2 | aim reached |", text)
+        figure["of"] = "resume"
+        text = tables.figures_table({"figures": [figure]}, "history")
+        self.assertIn("| p99 | 1.75 ms (1.5 to 2.5) |  | <= 5 | <= 2 | aim reached | `bench/run history --only resume` |", text)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,29 @@ pub struct Moment {
     own: CpuSample,
 }
 
+/// CPU time of all watched processes over a phase, and how long that was; in nanoseconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Spent {
+    /// The server's.
+    pub server: u64,
+    /// Redis'.
+    pub redis: u64,
+    /// This process'.
+    pub client: u64,
+    /// By the clock.
+    pub elapsed: u64,
+}
+
+impl Spent {
+    /// Adds another phase.
+    pub fn add(&mut self, other: &Self) {
+        self.server += other.server;
+        self.redis += other.redis;
+        self.client += other.client;
+        self.elapsed += other.elapsed;
+    }
+}
+
 /// How a scenario lays out its clients.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
@@ -55,6 +78,16 @@ pub struct Layout {
     pub measured: u32,
     /// Whether all belong to one session.
     pub shared: bool,
+    /// Whether clients that connect again continue where they were.
+    pub resumes: bool,
+}
+
+impl Layout {
+    /// So many clients, each with a session of its own, all measured.
+    #[must_use]
+    pub fn sessions(clients: u32) -> Self {
+        Self { clients, measured: clients, shared: false, resumes: false }
+    }
 }
 
 impl Bench {
@@ -62,6 +95,7 @@ impl Bench {
     pub fn start(scenario: &str, common: &Common, layout: Layout) -> Result<Self> {
         let run = format!("b{:x}", now_ns() & 0xff_ffff_ffff);
         let target = Target::new(common.target, &common.path, &run, layout.shared);
+        let target = if layout.resumes { target.resuming() } else { target };
         let fleet = Fleet::start(&FleetConfig {
             server: common.server,
             target: target.clone(),
@@ -146,14 +180,26 @@ impl Bench {
         }
     }
 
+    /// CPU time of everybody since `start`.
+    #[must_use]
+    pub fn spent_since(&self, start: &Moment) -> Spent {
+        let end = self.moment();
+        Spent {
+            server: end.server.since(&start.server),
+            redis: end.redis.since(&start.redis),
+            client: end.own.since(&start.own),
+            elapsed: end.at_ns - start.at_ns,
+        }
+    }
+
     /// Notes who used how much of a CPU since `start`, and what that is per one of `amount` things.
     pub fn note_cpu(&mut self, start: &Moment, amount: u64, per: &str) {
-        let end = self.moment();
-        let elapsed = (end.at_ns - start.at_ns) as f64;
+        let spent = self.spent_since(start);
+        let elapsed = spent.elapsed as f64;
         let parties = [
-            ("server", end.server.since(&start.server), self.server.is_empty()),
-            ("redis", end.redis.since(&start.redis), self.redis.is_empty()),
-            ("client", end.own.since(&start.own), false),
+            ("server", spent.server, self.server.is_empty()),
+            ("redis", spent.redis, self.redis.is_empty()),
+            ("client", spent.client, false),
         ];
         for (who, spent, unknown) in parties {
             if unknown {
@@ -167,6 +213,24 @@ impl Bench {
             self.report.ratio(&format!("{who}_cpu_percent"), spent as f64 * 100.0, elapsed);
         }
         self.report.ratio("measured_s", elapsed, NS_PER_SECOND as f64);
+    }
+
+    /// Puts the name of a phase before the CPU figures that were noted last, since others follow.
+    pub fn rename_cpu(&mut self, phase: &str) {
+        let figures = &mut self.report.figures;
+        let names: Vec<String> = figures
+            .keys()
+            .filter(|name| {
+                ["server_cpu", "redis_cpu", "client_cpu"].iter().any(|of| name.starts_with(of))
+            })
+            .cloned()
+            .collect();
+        for name in names {
+            if let Some(value) = figures.remove(&name) {
+                figures.insert(format!("{phase}_{name}"), value);
+            }
+        }
+        figures.remove("measured_s");
     }
 
     /// Memory of the server, now.
@@ -186,6 +250,9 @@ impl Bench {
         });
         self.report.problem_if(tally.out_of_order > 0, || {
             format!("{} messages were not the next of their channel", tally.out_of_order)
+        });
+        self.report.problem_if(tally.history_lost > 0, || {
+            format!("{} clients were told that history is lost", tally.history_lost)
         });
         self.report.figure("server_messages", tally.unstamped);
     }

@@ -8,8 +8,11 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench::LimitServer;
 use crate::limit;
+use crate::remote::{self, Generator};
 use crate::report::Report;
-use crate::scenario::{churn, connect, drain, echo, fanout, idle, sessions, slow};
+use crate::scenario::{
+    churn, cluster, connect, drain, echo, fanout, history, idle, outage, resume, sessions, slow,
+};
 use crate::target::Kind;
 
 /// Puts load on a WebSocket gateway and measures what it costs.
@@ -24,6 +27,9 @@ pub struct Cli {
 enum Command {
     #[command(flatten)]
     Scenario(Scenario),
+    /// Part of the clients of another command, which tells it what to do.
+    #[command(hide = true)]
+    Generator(Generator),
     /// The raw limit: a bare write loop, measured with the same clients.
     Limit {
         #[command(subcommand)]
@@ -62,6 +68,14 @@ enum Scenario {
     Churn(churn::Options),
     /// The server is told to end.
     Drain(drain::Options),
+    /// Messages with history beside plain ones.
+    History(history::Options),
+    /// An instance is killed; all its clients continue at another one.
+    Resume(resume::Options),
+    /// Redis is killed under load and comes back with its data.
+    Outage(outage::Options),
+    /// Users at the event endpoint of several instances.
+    Cluster(cluster::Options),
 }
 
 /// What every scenario needs to know.
@@ -126,6 +140,7 @@ impl Common {
 pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Scenario(scenario) => finish(&scenario),
+        Command::Generator(generator) => remote::serve(&generator).map(|()| true),
         Command::Limit { what: LimitCommand::Serve { redis } } => {
             limit::serve(redis)?;
             Ok(true)
@@ -133,6 +148,10 @@ pub fn run(cli: Cli) -> Result<bool> {
         Command::Limit { what: LimitCommand::Scenario(mut scenario) } => {
             if matches!(scenario, Scenario::Echo(_)) {
                 bail!("the raw limit has no way up");
+            }
+            use Scenario::{Cluster, History, Outage, Resume};
+            if matches!(scenario, History(_) | Resume(_) | Outage(_) | Cluster(_)) {
+                bail!("the raw limit keeps no history and knows no users");
             }
             // Many sessions come through Redis as they do for a real server; what goes to everybody goes to
             // the bare loop directly.
@@ -161,6 +180,10 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::Slow(options) => slow::run(options)?,
         Scenario::Churn(options) => churn::run(options)?,
         Scenario::Drain(options) => drain::run(options)?,
+        Scenario::History(options) => history::run(options)?,
+        Scenario::Resume(options) => resume::run(options)?,
+        Scenario::Outage(options) => outage::run(options)?,
+        Scenario::Cluster(options) => cluster::run(options)?,
     };
     if scenario.common().json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -181,6 +204,10 @@ impl Scenario {
             Self::Slow(options) => &options.common,
             Self::Churn(options) => &options.common,
             Self::Drain(options) => &options.common,
+            Self::History(options) => &options.common,
+            Self::Resume(options) => &options.common,
+            Self::Outage(options) => &options.common,
+            Self::Cluster(options) => &options.common,
         }
     }
 
@@ -194,6 +221,10 @@ impl Scenario {
             Self::Slow(options) => &mut options.common,
             Self::Churn(options) => &mut options.common,
             Self::Drain(options) => &mut options.common,
+            Self::History(options) => &mut options.common,
+            Self::Resume(options) => &mut options.common,
+            Self::Outage(options) => &mut options.common,
+            Self::Cluster(options) => &mut options.common,
         }
     }
 }

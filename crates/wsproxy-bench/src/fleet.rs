@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
 
 pub use counters::Counters;
-pub use tally::Tally;
+pub use tally::{Ending, Tally};
 
 use crate::clock::{now_ns, ns};
 use crate::target::Target;
@@ -84,6 +84,8 @@ pub(crate) enum Command {
     Stall(Span),
     Resume(Span),
     Echo(Echo),
+    Redirect(SocketAddr),
+    Mark(u64),
     Report(SyncSender<Tally>),
     Stop,
 }
@@ -161,6 +163,16 @@ impl Fleet {
     /// Starts a stream of messages from clients; returns at once.
     pub fn echo(&self, echo: Echo) -> Result<()> {
         self.command(|| Command::Echo(echo))
+    }
+
+    /// Who connects from now on connects to this server.
+    pub fn redirect(&self, server: SocketAddr) -> Result<()> {
+        self.command(|| Command::Redirect(server))
+    }
+
+    /// Counts from now on by themselves the messages that were to be sent until `at_ns`.
+    pub fn mark(&self, at_ns: u64) -> Result<()> {
+        self.command(|| Command::Mark(at_ns))
     }
 
     /// What was measured since the last report, over all threads.

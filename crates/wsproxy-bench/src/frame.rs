@@ -5,15 +5,17 @@ use wsproxy_proto::ws::{
     mask,
 };
 
-use crate::stamp::{STAMP_BYTES, Stamp};
+use wsproxy_proto::history::Position;
+
+use crate::stamp::{POSITION_AND_STAMP_BYTES, Stamp};
 
 /// What arrived from the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// A whole message; its stamp is `None` where the server spoke for itself.
+    /// A whole message.
     Message {
-        /// The stamp its first frame began with.
-        stamp: Option<Stamp>,
+        /// What its first frame began with.
+        content: Content,
         /// Payload bytes over all its frames.
         bytes: u64,
     },
@@ -23,6 +25,30 @@ pub enum Event {
     Pong,
     /// A close frame with its code, 1005 where it has none.
     Close(u16),
+}
+
+/// Whose message it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// One that was published, with its position where it has one.
+    Stamped(Stamp, Option<Position>),
+    /// The server speaks for itself.
+    Notice(Notice),
+}
+
+/// What a server says for itself, as far as clients must know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notice {
+    /// It wants to hear a pong as a message.
+    Ping,
+    /// The messages that were missed follow.
+    Resumed,
+    /// Not all messages that were missed can be had.
+    HistoryLost,
+    /// Messages may have been missed.
+    BusRecovered,
+    /// Anything else.
+    Other,
 }
 
 /// A server that breaks the protocol.
@@ -54,7 +80,7 @@ pub struct FrameReader {
 
 #[derive(Debug, Clone, Copy)]
 struct Partial {
-    stamp: Option<Stamp>,
+    content: Content,
     bytes: u64,
 }
 
@@ -155,7 +181,7 @@ impl FrameReader {
         match (header.opcode, &mut self.message) {
             (Opcode::Continuation, Some(message)) => message.bytes += header.payload_len,
             (Opcode::Text | Opcode::Binary, message @ None) => {
-                *message = Some(Partial { stamp: Stamp::read(start), bytes: header.payload_len });
+                *message = Some(Partial { content: content(start), bytes: header.payload_len });
             }
             (Opcode::Continuation | Opcode::Text | Opcode::Binary, _) => {
                 return Err(FrameError::Order);
@@ -180,8 +206,23 @@ impl FrameReader {
             return None;
         }
         let message = self.message.take()?;
-        Some(Event::Message { stamp: message.stamp, bytes: message.bytes })
+        Some(Event::Message { content: message.content, bytes: message.bytes })
     }
+}
+
+/// Reads the start of a message.
+fn content(start: &[u8]) -> Content {
+    if let Some((stamp, position)) = Stamp::read_with_position(start) {
+        return Content::Stamped(stamp, position);
+    }
+    let told = |text: &str| start.windows(text.len()).any(|window| window == text.as_bytes());
+    Content::Notice(match () {
+        () if told("\"type\":\"ping\"") => Notice::Ping,
+        () if told("\"resumed\"") => Notice::Resumed,
+        () if told("\"history_lost\"") => Notice::HistoryLost,
+        () if told("\"bus_recovered\"") => Notice::BusRecovered,
+        () => Notice::Other,
+    })
 }
 
 enum Step {
@@ -192,7 +233,8 @@ enum Step {
 
 /// How much of the payload must lie together before the frame is looked at.
 fn wanted(header: &Header) -> usize {
-    let wanted = if header.opcode.is_control() { CONTROL_BYTES_MAX } else { STAMP_BYTES };
+    let wanted =
+        if header.opcode.is_control() { CONTROL_BYTES_MAX } else { POSITION_AND_STAMP_BYTES };
     wanted.min(usize::try_from(header.payload_len).unwrap_or(usize::MAX))
 }
 
@@ -256,18 +298,29 @@ mod tests {
         let mut expected = Vec::new();
         for (number, bytes) in [52usize, 64, 125, 126, 200, 65_535, 65_536].into_iter().enumerate()
         {
-            let stamp = Stamp { sent_ns: 77 + number as u64, number: number as u32 };
+            let stamp = Stamp { sent_ns: 77 + number as u64, number: number as u32, shared: false };
             let mut payload = Vec::new();
             stamp.write(bytes, &mut payload);
             push_server_frame(Opcode::Text, &payload, &mut stream);
             push_server_frame(Opcode::Ping, b"are you there", &mut stream);
-            expected.push(Event::Message { stamp: Some(stamp), bytes: bytes as u64 });
+            expected.push(Event::Message {
+                content: Content::Stamped(stamp, None),
+                bytes: bytes as u64,
+            });
             expected.push(Event::Ping);
         }
-        push_server_frame(Opcode::Text, b"{}", &mut stream);
-        expected.push(Event::Message { stamp: None, bytes: 2 });
-        push_server_frame(Opcode::Text, b"", &mut stream);
-        expected.push(Event::Message { stamp: None, bytes: 0 });
+        let lost = br#"{"code":"history_lost","reason":"trimmed","type":"error"}"#;
+        let notices: [(&[u8], Notice); 4] = [
+            (b"{}", Notice::Other),
+            (b"", Notice::Other),
+            (lost, Notice::HistoryLost),
+            (br#"{"type":"ping","timestamp":1}"#, Notice::Ping),
+        ];
+        for (payload, notice) in notices {
+            push_server_frame(Opcode::Text, payload, &mut stream);
+            let content = Content::Notice(notice);
+            expected.push(Event::Message { content, bytes: payload.len() as u64 });
+        }
         push_server_frame(Opcode::Close, &1012u16.to_be_bytes(), &mut stream);
         expected.push(Event::Close(1012));
         for piece in [1, 2, 3, 7, 44, 64, 1_000, stream.len()] {
@@ -277,7 +330,7 @@ mod tests {
 
     #[test]
     fn fragments_make_one_message_with_a_control_frame_in_between() {
-        let stamp = Stamp { sent_ns: 5, number: 6 };
+        let stamp = Stamp { sent_ns: 5, number: 6, shared: false };
         let mut payload = Vec::new();
         stamp.write(200, &mut payload);
         let mut stream = vec![0x01, 100];
@@ -286,7 +339,8 @@ mod tests {
         stream.extend_from_slice(&[0x80, 100]);
         stream.extend_from_slice(&payload[100..]);
         for piece in [1, 13, stream.len()] {
-            let message = Event::Message { stamp: Some(stamp), bytes: 200 };
+            let content = Content::Stamped(stamp, None);
+            let message = Event::Message { content, bytes: 200 };
             assert_eq!(read_in_pieces(&stream, piece), [Event::Ping, message]);
         }
     }

@@ -18,6 +18,7 @@ pub struct Flow {
     bytes: usize,
     rate: f64,
     next: u64,
+    to_all: bool,
     payload: Vec<u8>,
 }
 
@@ -25,7 +26,14 @@ impl Flow {
     /// `rate` messages per second of `bytes` bytes, in turn to sessions `first..first + sessions`.
     #[must_use]
     pub fn new(first: u32, sessions: u32, bytes: usize, rate: f64) -> Self {
-        Self { first, sessions: sessions.max(1), bytes, rate, next: 0, payload: Vec::new() }
+        let sessions = sessions.max(1);
+        Self { first, sessions, bytes, rate, next: 0, to_all: false, payload: Vec::new() }
+    }
+
+    /// `rate` messages per second to everybody, numbered by themselves.
+    #[must_use]
+    pub fn to_all(bytes: usize, rate: f64) -> Self {
+        Self { to_all: true, ..Self::new(0, 1, bytes, rate) }
     }
 
     /// The same sessions and numbers at another rate.
@@ -43,11 +51,15 @@ impl Flow {
     pub fn publish(&mut self, publisher: &mut Publisher, sent_ns: u64) {
         let sessions = u64::from(self.sessions);
         // Each session's messages are numbered from 0, since every session is visited once per turn.
-        let stamp = Stamp { sent_ns, number: (self.next / sessions) as u32 };
+        let number = (self.next / sessions) as u32;
+        let stamp = Stamp { sent_ns, number, shared: self.to_all };
         let session = self.first + (self.next % sessions) as u32;
         self.payload.clear();
         stamp.write(self.bytes, &mut self.payload);
-        publisher.publish(session, &self.payload);
+        match self.to_all {
+            true => publisher.publish_to_all(&self.payload),
+            false => publisher.publish(session, &self.payload),
+        }
         self.next += 1;
     }
 }

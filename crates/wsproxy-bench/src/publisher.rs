@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::net::RecvFlags;
 
+use crate::history::{Channel, Script};
 use crate::resp::{self, Value};
 use crate::target::{Kind, Target};
 
@@ -17,7 +18,10 @@ pub struct Publisher {
     target: Target,
     speech: Speech,
     /// Names of the sessions' channels, made when first needed: making them costs more than sending.
-    channels: Vec<String>,
+    channels: Vec<Channel>,
+    broadcast: Channel,
+    script: Option<Script>,
+    with_history: bool,
     output: Vec<u8>,
     input: Vec<u8>,
     /// Answers that have not come yet.
@@ -46,12 +50,42 @@ impl Publisher {
             target: target.clone(),
             speech,
             channels: Vec::new(),
+            broadcast: Channel::new(target.broadcast()),
+            script: None,
+            with_history: false,
             output: Vec::new(),
             input: Vec::new(),
             outstanding: 0,
             unheard: 0,
             refused: 0,
         })
+    }
+
+    /// From now on messages are published with history, or plain again.
+    pub fn keep_history(&mut self, with_history: bool) -> Result<()> {
+        anyhow::ensure!(self.speech == Speech::Redis, "only Redis keeps histories");
+        if with_history && self.script.is_none() {
+            let mut load = Vec::new();
+            Script::push_load(&mut load);
+            let answer = self.ask(&load)?;
+            let mut values = Vec::new();
+            let _ = resp::read(&answer, &mut values);
+            match values.first() {
+                Some(Value::Text(digest)) => {
+                    self.script = Some(Script::new(digest, self.target.clock()));
+                }
+                other => bail!("Redis does not take the script: {other:?}"),
+            }
+        }
+        self.with_history = with_history;
+        Ok(())
+    }
+
+    /// Adds a message to everybody to what the next flush sends.
+    pub fn publish_to_all(&mut self, payload: &[u8]) {
+        self.outstanding += 1;
+        let Self { broadcast, script, with_history, output, .. } = self;
+        push(broadcast, script.as_ref().filter(|_| *with_history), payload, output);
     }
 
     /// Adds a message to a session to what the next flush sends.
@@ -61,10 +95,11 @@ impl Publisher {
             Speech::Redis => {
                 let known = self.channels.len() as u32;
                 let target = &self.target;
-                self.channels.extend((known..=session).map(|session| target.down(session)));
-                let channel = self.channels[session as usize].as_bytes();
-                let parts: [&[u8]; 3] = [b"PUBLISH", channel, payload];
-                resp::push_command(&parts, &mut self.output);
+                let new = (known..=session).map(|session| Channel::new(target.down(session)));
+                self.channels.extend(new);
+                let channel = &self.channels[session as usize];
+                let script = self.script.as_ref().filter(|_| self.with_history);
+                push(channel, script, payload, &mut self.output);
             }
             Speech::Http => {
                 let path = self.target.publish_path(session);
@@ -135,21 +170,29 @@ impl Publisher {
         if self.speech != Speech::Redis || self.target.kind() == Kind::Raw {
             return None;
         }
-        self.settle().ok()?;
-        resp::push_command(&[b"INFO", b"server"], &mut self.output);
-        self.stream.write_all(&self.output).ok()?;
-        self.output.clear();
-        let mut input = Vec::new();
-        while resp::read(&input, &mut Vec::new()).ok()?.is_none() {
-            let mut chunk = [0u8; 4096];
-            let read = self.stream.read(&mut chunk).ok().filter(|read| *read > 0)?;
-            input.extend_from_slice(&chunk[..read]);
-        }
+        let mut info = Vec::new();
+        resp::push_command(&[b"INFO", b"server"], &mut info);
+        let input = self.ask(&info).ok()?;
         let mut values = Vec::new();
         resp::read(&input, &mut values).ok()??;
         let text = std::str::from_utf8(values.first()?.text()).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix("process_id:"))?;
         line.trim().parse().ok()
+    }
+
+    /// Sends one command and waits for its answer.
+    fn ask(&mut self, command: &[u8]) -> Result<Vec<u8>> {
+        self.settle()?;
+        self.stream.write_all(command)?;
+        let mut answer = Vec::new();
+        let whole = |answer: &[u8]| resp::read(answer, &mut Vec::new());
+        while whole(&answer).map_err(|_| anyhow::anyhow!("not Redis' protocol"))?.is_none() {
+            let mut chunk = [0u8; 4096];
+            let read = self.stream.read(&mut chunk)?;
+            anyhow::ensure!(read > 0, "the publishing side closed its connection");
+            answer.extend_from_slice(&chunk[..read]);
+        }
+        Ok(answer)
     }
 
     fn take_answers(&mut self, flags: RecvFlags) -> Result<()> {
@@ -219,6 +262,13 @@ impl Publisher {
         }
         self.input.drain(..at);
         Ok(())
+    }
+}
+
+fn push(channel: &Channel, script: Option<&Script>, payload: &[u8], output: &mut Vec<u8>) {
+    match script {
+        Some(script) => script.push(channel, payload, None, output),
+        None => channel.push_plain(payload, output),
     }
 }
 

@@ -1,10 +1,14 @@
 //! The scenarios: each sets up clients, puts one kind of load on the server and says what it found.
 
 pub mod churn;
+pub mod cluster;
 pub mod connect;
 pub mod drain;
 pub mod echo;
 pub mod fanout;
+pub mod history;
 pub mod idle;
+pub mod outage;
+pub mod resume;
 pub mod sessions;
 pub mod slow;

@@ -1,5 +1,7 @@
 //! What a measured message carries: when it was to be sent and its number; a JSON object at fixed offsets.
 
+use wsproxy_proto::history::Position;
+
 /// When a message should have left its sender, and its number within its channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
@@ -7,6 +9,8 @@ pub struct Stamp {
     pub sent_ns: u64,
     /// Number of the message within its channel.
     pub number: u32,
+    /// Whether that is a channel which clients have beside their own.
+    pub shared: bool,
 }
 
 impl Stamp {
@@ -18,8 +22,27 @@ impl Stamp {
             return None;
         }
         let sent_ns = digits(&head[6..26])?;
-        let number = u32::try_from(digits(&head[33..43])?).ok()?;
-        Some(Self { sent_ns, number })
+        let number = digits(&head[33..43])?;
+        let shared = number >= SHARED;
+        let number = u32::try_from(if shared { number - SHARED } else { number }).ok()?;
+        Some(Self { sent_ns, number, shared })
+    }
+
+    /// The same, where the gateway may have put the position of the message in front as member `event_id`.
+    #[must_use]
+    pub fn read_with_position(payload: &[u8]) -> Option<(Self, Option<Position>)> {
+        if let Some(stamp) = Self::read(payload) {
+            return Some((stamp, None));
+        }
+        let rest = payload.strip_prefix(POSITION_BEFORE)?;
+        let end = rest.iter().position(|byte| *byte == b'"')?;
+        let position = Position::parse(&rest[..end])?;
+        let stamped = rest[end..].strip_prefix(POSITION_AFTER)?;
+        // The brace that the stamp begins with now stands before the position.
+        let mut head = [0u8; STAMP_BYTES];
+        head[0] = b'{';
+        head[1..].copy_from_slice(stamped.get(..STAMP_BYTES - 1)?);
+        Some((Self::read(&head)?, Some(position)))
     }
 
     /// Appends a payload of `bytes` bytes (at least [`PAYLOAD_BYTES_MIN`]) with this stamp.
@@ -27,7 +50,8 @@ impl Stamp {
         output.extend_from_slice(b"{\"t\":\"");
         push_digits(self.sent_ns, 20, output);
         output.extend_from_slice(b"\",\"n\":\"");
-        push_digits(u64::from(self.number), 10, output);
+        let lane = if self.shared { SHARED } else { 0 };
+        push_digits(u64::from(self.number) + lane, 10, output);
         output.extend_from_slice(b"\",\"p\":\"");
         let filling = bytes.saturating_sub(PAYLOAD_BYTES_MIN);
         output.resize(output.len() + filling, b'x');
@@ -37,6 +61,16 @@ impl Stamp {
 
 /// Bytes at the start of a payload that hold its stamp.
 pub const STAMP_BYTES: usize = 43;
+
+/// Numbers of a shared channel are told apart by what they are written with.
+const SHARED: u64 = 5_000_000_000;
+
+/// Bytes at the start of a payload that hold its stamp and, before it, its position.
+pub const POSITION_AND_STAMP_BYTES: usize =
+    POSITION_BEFORE.len() + 41 + POSITION_AFTER.len() + STAMP_BYTES - 1;
+
+const POSITION_BEFORE: &[u8] = b"{\"event_id\":\"";
+const POSITION_AFTER: &[u8] = b"\",";
 
 /// The shortest payload that can carry a stamp.
 pub const PAYLOAD_BYTES_MIN: usize = STAMP_BYTES + 9;
@@ -63,7 +97,7 @@ mod tests {
 
     #[test]
     fn stamp_survives_the_way_and_the_payload_is_json_of_the_asked_size() {
-        let stamp = Stamp { sent_ns: 1_234_567_890_123, number: 4_000_000_001 };
+        let stamp = Stamp { sent_ns: 1_234_567_890_123, number: 4_000_000_001, shared: false };
         for bytes in [PAYLOAD_BYTES_MIN, 64, 200, 65_536] {
             let mut payload = Vec::new();
             stamp.write(bytes, &mut payload);
@@ -71,6 +105,27 @@ mod tests {
             assert_eq!(Stamp::read(&payload), Some(stamp));
             serde_json::from_slice::<serde_json::Value>(&payload).unwrap();
         }
+        let shared = Stamp { shared: true, ..stamp };
+        let mut payload = Vec::new();
+        shared.write(64, &mut payload);
+        assert_eq!(Stamp::read(&payload), Some(shared));
+    }
+
+    #[test]
+    fn position_in_front_is_read_with_the_stamp() {
+        let stamp = Stamp { sent_ns: 77, number: 9, shared: false };
+        let mut payload = Vec::new();
+        stamp.write(60, &mut payload);
+        assert_eq!(Stamp::read_with_position(&payload), Some((stamp, None)));
+        for text in ["1763729000000-12", "18446744073709551615-18446744073709551615"] {
+            let mut spliced = format!("{{\"event_id\":\"{text}\",").into_bytes();
+            spliced.extend_from_slice(&payload[1..]);
+            let position = Position::parse(text.as_bytes());
+            assert!(position.is_some());
+            let start = &spliced[..POSITION_AND_STAMP_BYTES.min(spliced.len())];
+            assert_eq!(Stamp::read_with_position(start), Some((stamp, position)));
+        }
+        assert_eq!(Stamp::read_with_position(b"{\"event_id\":\"own\",\"t\":1}"), None);
     }
 
     #[test]

@@ -3,15 +3,19 @@
 use std::net::SocketAddr;
 
 use clap::ValueEnum;
+use wsproxy_proto::history::Position;
 use wsproxy_proto::names::{Id, Names};
 
 use crate::handshake;
+use crate::issuer::Issuer;
 
 /// Which kind of server is at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     /// The gateway's session endpoint: one-time tokens, `session:{id}:down` and `:up` on Redis.
     Wsproxy,
+    /// The gateway's event endpoint: a JSON Web Token for each user, a channel for each and one for all.
+    Events,
     /// A server without credentials that relays the same channels at a path of its own.
     Plain,
     /// nginx with Nchan: subscribers are WebSockets, publishing is an HTTP POST.
@@ -28,6 +32,11 @@ pub struct Target {
     run: String,
     agent: String,
     shared: bool,
+    resumes: bool,
+    /// Signs tokens of users.
+    issuer: Option<Issuer>,
+    /// Number of the first client, where others have those before it.
+    first: u32,
     names: Names,
 }
 
@@ -38,6 +47,7 @@ impl Target {
     pub fn new(kind: Kind, path: &str, run: &str, shared: bool) -> Self {
         let path = match (path, kind) {
             ("", Kind::Wsproxy) => "/{agent}/ws/{id}",
+            ("", Kind::Events) => "/ws",
             ("", Kind::Nchan) => "/sub/{id}",
             ("", Kind::Plain | Kind::Raw) => "/ws/{id}",
             (path, _) => path,
@@ -48,8 +58,29 @@ impl Target {
             run: run.to_owned(),
             agent: "bench".to_owned(),
             shared,
+            resumes: false,
+            issuer: None,
+            first: 0,
             names: Names::default(),
         }
+    }
+
+    /// Clients say where they were, and connections of one client are one after the other.
+    #[must_use]
+    pub fn resuming(self) -> Self {
+        Self { resumes: true, ..self }
+    }
+
+    /// Clients are users from number `first` on, whose tokens are signed with `secret`.
+    #[must_use]
+    pub fn with_users(self, secret: &str, first: u32) -> Self {
+        Self { issuer: Some(Issuer::new(secret)), first, ..self }
+    }
+
+    /// Whether clients continue where they were.
+    #[must_use]
+    pub fn resumes(&self) -> bool {
+        self.resumes
     }
 
     /// Which kind of server this is.
@@ -76,19 +107,32 @@ impl Target {
         if self.shared { 0 } else { client }
     }
 
+    /// What keeps the ids of this run apart.
+    #[must_use]
+    pub fn run(&self) -> &str {
+        &self.run
+    }
+
     /// The id of a session.
     #[must_use]
     pub fn session_id(&self, session: u32) -> String {
         format!("{}-{session}", self.run)
     }
 
-    /// The bytes of a client's handshake.
+    /// The bytes of a client's handshake; `position` is that of the last message it got.
     #[must_use]
-    pub fn request(&self, server: &SocketAddr, client: u32) -> Vec<u8> {
-        let session = self.session_of(client);
+    pub fn request(&self, server: &SocketAddr, client: u32, position: Option<Position>) -> Vec<u8> {
+        let session = self.session_of(self.first + client);
         let id = self.session_id(session);
-        let path = self.path.replace("{id}", &id).replace("{agent}", &self.agent);
-        let token = self.needs_token().then(|| self.token(session));
+        let mut path = self.path.replace("{id}", &id).replace("{agent}", &self.agent);
+        if self.resumes {
+            path.push_str("?last_event_id=");
+            path.push_str(&position.map(|position| position.to_string()).unwrap_or_default());
+        }
+        let token = match &self.issuer {
+            Some(issuer) => Some(issuer.token(&id)),
+            None => self.needs_token().then(|| self.token(session)),
+        };
         handshake::request(&server.to_string(), &path, token.as_deref())
     }
 
@@ -107,7 +151,22 @@ impl Target {
     /// The channel to a session's clients.
     #[must_use]
     pub fn down(&self, session: u32) -> String {
+        if self.kind == Kind::Events {
+            return self.named(session, Names::events_user);
+        }
         self.named(session, Names::session_down)
+    }
+
+    /// The channel to all users.
+    #[must_use]
+    pub fn broadcast(&self) -> String {
+        self.names.events_broadcast()
+    }
+
+    /// What orders the messages of all channels, where something does.
+    #[must_use]
+    pub fn clock(&self) -> Option<String> {
+        (self.kind == Kind::Events).then(|| self.names.events_clock())
     }
 
     /// A pattern that matches the channels from all clients of this run.
@@ -136,12 +195,33 @@ mod tests {
     fn kinds_differ_in_path_and_credential() {
         let server: SocketAddr = "127.0.0.1:80".parse().unwrap();
         let text = |kind| {
-            String::from_utf8(Target::new(kind, "", "r1", false).request(&server, 7)).unwrap()
+            String::from_utf8(Target::new(kind, "", "r1", false).request(&server, 7, None)).unwrap()
         };
         assert!(text(Kind::Wsproxy).starts_with("GET /bench/ws/r1-7 HTTP/1.1\r\n"));
         assert!(text(Kind::Wsproxy).contains("\r\nAuthorization: Bearer token-r1-7\r\n"));
         assert!(text(Kind::Nchan).starts_with("GET /sub/r1-7 "));
         assert!(!text(Kind::Plain).contains("Authorization"));
+    }
+
+    #[test]
+    fn who_resumes_says_where_it_was() {
+        let server: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let target = Target::new(Kind::Wsproxy, "", "r1", false).resuming();
+        let text = |position| String::from_utf8(target.request(&server, 7, position)).unwrap();
+        assert!(text(None).starts_with("GET /bench/ws/r1-7?last_event_id= HTTP/1.1\r\n"));
+        let position = Position { milliseconds: 5, sequence: 1 };
+        assert!(text(Some(position)).starts_with("GET /bench/ws/r1-7?last_event_id=5-1 HTTP"));
+    }
+
+    #[test]
+    fn users_of_the_event_endpoint_have_signed_tokens() {
+        let server: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let target = Target::new(Kind::Events, "", "r1", false).with_users("secret", 5);
+        let text = String::from_utf8(target.request(&server, 2, None)).unwrap();
+        assert!(text.starts_with("GET /ws HTTP/1.1\r\n"));
+        let token = text.split("Bearer ").nth(1).unwrap().lines().next().unwrap();
+        assert_eq!(token.split('.').count(), 3);
+        assert_eq!(target.down(7), "ws:user:r1-7");
     }
 
     #[test]

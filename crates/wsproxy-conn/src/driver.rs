@@ -21,6 +21,7 @@ use wsproxy_proto::{
 use crate::{
     clock::{self, Micros},
     link::{Event, Events, Link, Phase},
+    profile::Heartbeat,
     socket::Socket,
 };
 
@@ -184,8 +185,14 @@ impl<H: Handler> Driver<H> {
                 self.link.peer_left();
             }
             Ok(count) => {
-                self.link.heard_at(now);
+                if self.link.profile().heartbeat == Heartbeat::Frames {
+                    self.link.heard_at(now);
+                }
                 self.link.profile().stats.bytes_received.fetch_add(count as u64, Relaxed);
+                // What was left before these bytes came is seen before them: they may answer it.
+                if let Some(events) = self.link.take_events() {
+                    self.handle(*events, now);
+                }
                 self.receive(&mut buffer[..count], now);
                 self.link.flush(now);
             }
@@ -218,6 +225,9 @@ impl<H: Handler> Driver<H> {
                             continue;
                         }
                         self.link.active_at(now);
+                        if self.link.profile().heartbeat == Heartbeat::Messages {
+                            self.link.heard_at(now);
+                        }
                         self.handler.on_message(kind, payload, &self.link, now);
                     }
                     Ok(Some(WsEvent::Ping(payload))) => self.link.pong(payload, now),

@@ -17,6 +17,6 @@ pub mod wheel;
 pub use driver::{Driver, End, Handler};
 pub use link::{Event, Link};
 pub use outgoing::Outgoing;
-pub use profile::{Profile, Stats};
+pub use profile::{Heartbeat, Profile, Stats};
 pub use runtime::Runtime;
 pub use socket::Socket;

@@ -26,20 +26,19 @@ use crate::{
     socket::Socket,
 };
 
+mod agenda;
 mod ending;
 mod silence;
 
+use agenda::Agenda;
 use ending::Ending;
+
+/// [`Event::tag`]: the time has come for which the handler asked with [`Link::wake_at`]. Nobody else may use it.
+pub const TIMER: u8 = u8::MAX;
 
 /// So many bytes are written although the round is not over, so that rounds of any size fit
 /// into any send buffer as long as the client reads.
 const EARLY_FLUSH_BYTES: usize = 256 * 1024;
-
-/// Most events that may wait for a connection's task.
-const EVENTS_MAX: usize = 1024;
-
-/// Most bytes that may wait in them.
-const EVENT_BYTES_MAX: usize = 1024 * 1024;
 
 /// Pongs up to this number are kept for one write.
 const PONGS_MAX: usize = 64;
@@ -72,8 +71,7 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 struct State {
     outbox: Outbox,
-    /// How it ends, once that is known.
-    ending: Option<Box<Ending>>,
+    rare: Option<Box<Rare>>,
     events: Option<Box<Events>>,
     waker: Option<Waker>,
     /// Bytes that the process's budget knows of.
@@ -89,6 +87,14 @@ struct State {
     dirty: bool,
     /// The peer's close frame came.
     peer_closed: bool,
+}
+
+/// What most connections do not have, or not yet; on the heap, so that they stay small.
+#[derive(Debug, Default)]
+struct Rare {
+    /// How it ends, once that is known.
+    ending: Option<Ending>,
+    agenda: Agenda,
 }
 
 /// What waits for a connection's handler.
@@ -273,15 +279,19 @@ impl Link {
     /// Gives the connection's handler something to look at. A handler that does not keep up
     /// with what is addressed to it ends its connection.
     pub fn notify(&self, event: Event) {
-        let mut state = self.state.lock();
+        self.leave(&mut self.state.lock(), event);
+    }
+
+    fn leave(&self, state: &mut State, event: Event) {
         if state.phase == Phase::Dead {
             return;
         }
         let events = state.events.get_or_insert_default();
         events.bytes += event.payload.len();
-        if events.queue.len() >= EVENTS_MAX || events.bytes > EVENT_BYTES_MAX {
+        let profile = &self.profile;
+        if events.queue.len() >= profile.events_max || events.bytes > profile.event_bytes_max {
             state.events = None;
-            self.end(&mut state, &Disconnect::SLOW, None, clock::now());
+            self.end(state, &Disconnect::SLOW, None, clock::now());
             return;
         }
         events.queue.push_back(event);
@@ -300,7 +310,8 @@ impl Link {
         self.active.store(now.0, Relaxed);
         self.write(&mut state, now);
         if state.phase == Phase::Open {
-            self.schedule(&mut state, self.next_deadline(now));
+            let next = self.next_deadline(&state, now);
+            self.schedule(&mut state, next);
         }
     }
 
@@ -445,7 +456,7 @@ impl State {
     const fn new() -> Self {
         Self {
             outbox: Outbox::EMPTY,
-            ending: None,
+            rare: None,
             events: None,
             waker: None,
             accounted: 0,
@@ -457,6 +468,14 @@ impl State {
             dirty: false,
             peer_closed: false,
         }
+    }
+
+    fn ending(&self) -> Option<&Ending> {
+        self.rare.as_ref()?.ending.as_ref()
+    }
+
+    fn agenda(&self) -> Agenda {
+        self.rare.as_ref().map_or_else(Agenda::default, |rare| rare.agenda)
     }
 
     const fn is_ending(&self) -> bool {

@@ -21,8 +21,14 @@ pub struct Profile {
     pub send_buffer_bytes: usize,
     /// While more bytes than this wait which the client itself caused, it is not read from.
     pub reply_bytes_max: usize,
+    /// Most events that may wait for a connection's handler; beyond it the connection ends as a slow consumer.
+    pub events_max: usize,
+    /// Most bytes that may wait in them.
+    pub event_bytes_max: usize,
     /// Messages per second; `None`: no limit.
     pub rate: Option<Rate>,
+    /// What is a sign of life.
+    pub heartbeat: Heartbeat,
     /// A ping is sent when nothing was heard for this long.
     pub heartbeat_interval: Micros,
     /// A connection from which nothing was heard for this long is dead.
@@ -37,6 +43,16 @@ pub struct Profile {
     pub compress_level: u32,
     /// Counters of all these connections.
     pub stats: Stats,
+}
+
+/// What is a sign of life of a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Heartbeat {
+    /// Any bytes; it is asked for one with WebSocket pings.
+    #[default]
+    Frames,
+    /// Data messages only; the handler asks for one, in messages of its own.
+    Messages,
 }
 
 /// Counters, only ever added to; the metrics read them at scrape.

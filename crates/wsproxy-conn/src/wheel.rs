@@ -44,7 +44,7 @@ impl Wheel {
     pub(crate) fn insert(&self, link: Weak<Link>, at: Micros) -> u32 {
         loop {
             let ticked = self.ticked.load(Relaxed);
-            let tick = tick_of(at).saturating_add(1).clamp(ticked + 1, ticked + SLOTS - 1);
+            let tick = tick_after(at).clamp(ticked + 1, ticked + SLOTS - 1);
             let mut slot = self.slots[Self::slot(tick)].lock();
             // The slot may have been taken while we came for it. `due` says how far it is before
             // it takes a slot, so under the slot's lock that cannot be missed.
@@ -95,6 +95,11 @@ impl Wheel {
     const fn slot(tick: u32) -> usize {
         (tick % SLOTS) as usize
     }
+}
+
+/// The first tick at which `time` is over.
+pub(crate) fn tick_after(time: Micros) -> u32 {
+    tick_of(time).saturating_add(1)
 }
 
 /// Enough for thirteen years.

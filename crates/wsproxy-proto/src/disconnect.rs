@@ -62,6 +62,10 @@ table! {
     IDLE = 4003, "idle timeout", "idle_timeout", false;
     /// A worker ended it.
     BACKEND = 4004, "ended by the backend", "backend", false;
+    /// The credential with which it was opened is no longer good; another one is needed to come back.
+    EXPIRED = 4401, "credential expired", "expired", false;
+    /// The credential with which it was opened was revoked.
+    REVOKED = 4401, "credential revoked", "revoked", false;
     /// The socket failed, or the peer left without a close frame; nothing is sent.
     GONE = 1006, "", "gone", true;
 }

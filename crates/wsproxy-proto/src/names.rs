@@ -128,6 +128,18 @@ impl Names {
         self.events("clock")
     }
 
+    /// A key of an instance that serves events: its lease, or what `what` adds.
+    #[must_use]
+    pub fn events_server(&self, server: &str, what: &str) -> String {
+        self.events(&format!("server:{server}{what}"))
+    }
+
+    /// Hash of all connections of a user, over all instances.
+    #[must_use]
+    pub fn events_user_connections(&self, user: &str) -> String {
+        self.events(&format!("user:{user}:connections"))
+    }
+
     fn session(&self, session: &Id, what: &str) -> String {
         format!("{}session:{session}:{what}", self.prefix)
     }

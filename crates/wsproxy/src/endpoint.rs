@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use wsproxy_conn::{End, Event, Link};
+use wsproxy_conn::{End, Event, Link, clock::Micros};
 use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
 
 use crate::bus::{BusError, Outcome, Publish, Receipt};
 
 pub mod echo;
+pub mod events;
 pub mod session;
 
 /// [`Event::tag`]: what became of a message that this connection published.
@@ -48,8 +49,16 @@ pub trait Logic: Send + Unpin + 'static {
 
 /// The consequences that a [`Logic`] can state.
 pub trait Actions {
-    /// Sends a message to the client.
+    /// The present.
+    fn now(&self) -> Micros;
+    /// Answers something that the client said; one that does not read the answers is not read.
     fn reply(&mut self, kind: Kind, payload: &[u8]);
+    /// Sends a message that the client did not cause.
+    fn send(&mut self, kind: Kind, payload: &[u8]);
+    /// Sends what was sent before, byte for byte.
+    fn resend(&mut self, kind: Kind, message: &[u8]);
+    /// Whether something waits which the client has not taken yet.
+    fn is_backed_up(&self) -> bool;
     /// Publishes on the bus; the outcome comes back as an event where the message asks for it.
     ///
     /// # Errors
@@ -59,6 +68,12 @@ pub trait Actions {
     fn disconnect(&mut self, why: &'static Disconnect);
     /// Ends the connection after all that waits for the client is written.
     fn finish(&mut self, why: &'static Disconnect, code: u16, reason: &str);
+    /// Asks for an event with the tag [`wsproxy_conn::link::TIMER`] soon after `at`, instead of any other time.
+    fn wake_at(&mut self, at: Micros);
+    /// Ends the connection as expired at this time (unix seconds), instead of any other; `None`: never.
+    fn expire_at(&mut self, at: Option<u64>);
+    /// Has a token looked at; the answer comes as an event with the tag [`events::VERIFIED`].
+    fn verify(&mut self, token: &str);
     /// Who wants to know what becomes of a message of this connection.
     fn receipt(&self) -> Arc<dyn Receipt>;
 }

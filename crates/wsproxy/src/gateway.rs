@@ -9,19 +9,20 @@ use std::{
 };
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_conn::{Profile, Runtime, clock::Micros};
+use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros};
 use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
 
 use crate::{
     auth::jwt::JwtVerifier,
     bus::Bus,
     config::Config,
-    endpoint::session::SessionEndpoint,
+    endpoint::{events::EventEndpoint, session::SessionEndpoint},
     http::{
         admission::{Attempts, Places},
         sse::open::OpenStreams,
     },
     hub::{Histories, Hub},
+    registry::Registry,
     store::Store,
     telemetry::metrics::Metrics,
 };
@@ -50,8 +51,12 @@ pub struct Gateway {
     pub attempts: Attempts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
+    /// Who is connected to the event endpoint; `None` where that is not served.
+    pub registry: Option<Arc<Registry>>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
+    /// `/ws`
+    pub events: Arc<EventEndpoint>,
     /// The histories of sessions, where they have any.
     pub session_histories: Option<Arc<Histories>>,
     /// The histories of events, where they have any.
@@ -99,7 +104,10 @@ pub fn profile(config: &Config) -> Profile {
         },
         send_buffer_bytes: limits.send_buffer_bytes,
         reply_bytes_max: REPLY_BYTES_MAX,
+        events_max: EVENTS_MAX,
+        event_bytes_max: EVENT_BYTES_MAX,
         rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        heartbeat: Heartbeat::Frames,
         heartbeat_interval: config.heartbeat.interval.into(),
         heartbeat_timeout: config.heartbeat.timeout.into(),
         idle_timeout: if idle.is_zero() { Micros::NEVER } else { idle.into() },
@@ -109,6 +117,28 @@ pub fn profile(config: &Config) -> Profile {
         stats: wsproxy_conn::Stats::default(),
     }
 }
+
+/// What the connections of the event endpoint have in common.
+#[must_use]
+pub fn event_profile(config: &Config) -> Profile {
+    Profile {
+        heartbeat: Heartbeat::Messages,
+        // Its heartbeats are messages, so that no connection is ever idle.
+        idle_timeout: Micros::NEVER,
+        // Whoever resumes may get all that three logs hold at once, and every message may want an `ack`.
+        events_max: EVENTS_MAX.saturating_add(
+            usize::try_from(config.history.entries_max).unwrap_or(usize::MAX).saturating_mul(3),
+        ),
+        event_bytes_max: config.limits.send_buffer_bytes.saturating_mul(2),
+        ..profile(config)
+    }
+}
+
+/// Most commands of workers and the like that may wait for a connection's handler.
+const EVENTS_MAX: usize = 1024;
+
+/// Most bytes of them.
+const EVENT_BYTES_MAX: usize = 1024 * 1024;
 
 /// A client that leaves so much unread which it caused itself is not read until it reads.
 const REPLY_BYTES_MAX: usize = 64 * 1024;

@@ -6,6 +6,7 @@ pub mod admission;
 pub mod api;
 pub mod cors;
 pub mod credentials;
+pub mod events;
 pub mod follow;
 pub mod lasting;
 pub mod line;

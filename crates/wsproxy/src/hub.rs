@@ -48,6 +48,10 @@ pub mod tap;
 /// More shards mean that fewer openings wait while a round is delivered.
 const SHARDS: usize = 64;
 
+/// [`wsproxy_conn::Event::tag`]: a message is about to be sent that wants an `ack`. The payload is the id by which
+/// the client acknowledges it, of as many bytes as the event's number says, and then the message as it is sent.
+pub const WANTS_ACK: u8 = u8::MAX - 1;
+
 /// Where the messages of a topic go.
 #[derive(Debug, Clone)]
 pub enum Sink {
@@ -94,6 +98,8 @@ pub struct Form {
     pub frames: DownFrames,
     /// Where their ids are.
     pub ids: Ids,
+    /// The connection's handler is told with [`WANTS_ACK`] of those that want an `ack`.
+    pub acks: bool,
 }
 
 /// Where the id of a message is that belongs to a history.

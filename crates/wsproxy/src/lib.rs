@@ -9,6 +9,7 @@ pub mod endpoint;
 pub mod gateway;
 pub mod http;
 pub mod hub;
+pub mod registry;
 pub mod server;
 pub mod shutdown;
 pub mod store;

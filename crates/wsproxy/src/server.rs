@@ -21,7 +21,10 @@ use crate::{
     bus::Bus,
     cli::exit::Failure,
     config::Config,
-    endpoint::session::{SessionCounters, SessionEndpoint},
+    endpoint::{
+        events::EventEndpoint,
+        session::{SessionCounters, SessionEndpoint},
+    },
     gateway::{self, Gateway},
     http::{
         admin,
@@ -30,6 +33,7 @@ use crate::{
         routes::{self, Routes},
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
+    registry::{self, Registry},
     shutdown, streams,
     telemetry::metrics::Metrics,
 };
@@ -92,13 +96,16 @@ impl Instance {
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let gateway = compose(config, &background, &background_end)?;
         let rest = admin::router(Arc::clone(&gateway))
+            .merge(admin::events(&gateway))
             .merge(api::router(Arc::clone(&gateway)))
             .merge(extra(&gateway))
             .fallback(routes::not_found);
         let sockets = Places::new(gateway.places.max() + SOCKETS_SPARE);
         let accepting = CancellationToken::new();
-        let data_rest =
-            if admin.is_some() { Router::new().fallback(routes::not_found) } else { rest.clone() };
+        let data_rest = match admin {
+            Some(_) => admin::events(&gateway).fallback(routes::not_found),
+            None => rest.clone(),
+        };
         let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
         gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
@@ -185,6 +192,10 @@ fn compose(
         })
         .map(Arc::new)
     };
+    let registry = config.endpoints.events.then(|| {
+        let settings = registry::Settings::new(&config, &server_id, &names);
+        Registry::start(settings, Arc::clone(&hub), &bus)
+    });
     let gateway = Arc::new(Gateway {
         session_histories: histories(config.sessions.history, config.sessions.capture, None),
         event_histories: histories(
@@ -201,6 +212,13 @@ fn compose(
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
+        events: Arc::new(EventEndpoint::new(
+            config.events.clone(),
+            config.heartbeat.clone(),
+            &names,
+            Arc::clone(&server_id),
+        )),
+        registry,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
             names: names.clone(),
@@ -208,7 +226,7 @@ fn compose(
             counters: SessionCounters::default(),
         }),
         session_profile: Arc::new(gateway::profile(&config)),
-        event_profile: Arc::new(gateway::profile(&config)),
+        event_profile: Arc::new(gateway::event_profile(&config)),
         echo_profile: Arc::new(gateway::profile(&config)),
         names,
         metrics: Metrics::new(),

@@ -118,6 +118,12 @@ impl Ending {
             self.gateway.event_streams.list().iter().for_each(OpenStream::abort);
             let _ = timeout_at(deadline + LAST_GRACE, self.gateway.tasks.wait()).await;
         }
+        if let Some(registry) = &self.gateway.registry {
+            let last = Instant::now().max(deadline) + LAST_GRACE;
+            if timeout_at(last, registry.close()).await.is_err() {
+                warn!("There was no time to leave the registry.");
+            }
+        }
         // Last the bus: announcements of closed sessions are on their way.
         self.background_end.cancel();
         self.background.close();

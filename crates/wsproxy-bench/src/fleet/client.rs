@@ -6,6 +6,8 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 
+use wsproxy_proto::history::Position;
+
 use crate::frame::FrameReader;
 
 /// How far a client is.
@@ -29,7 +31,10 @@ pub(super) struct Client {
     pub(super) head: Vec<u8>,
     /// What the socket did not take yet.
     pub(super) unsent: Vec<u8>,
-    pub(super) expected: Option<u32>,
+    /// Number of the next message of its own channel, and of the one that everybody shares.
+    pub(super) expected: [Option<u32>; 2],
+    /// Of the last message that had one.
+    pub(super) position: Option<Position>,
     pub(super) sent: u32,
     pub(super) started_ns: u64,
     pub(super) stalled: bool,
@@ -44,7 +49,8 @@ impl Client {
             reader: FrameReader::default(),
             head: Vec::new(),
             unsent: Vec::new(),
-            expected: None,
+            expected: [None; 2],
+            position: None,
             sent: 0,
             started_ns: 0,
             stalled: false,
@@ -67,7 +73,6 @@ impl Client {
         self.reader = FrameReader::default();
         self.head.clear();
         self.unsent.clear();
-        self.expected = None;
         self.stalled = false;
         Ok(())
     }
@@ -92,6 +97,12 @@ impl Client {
     pub(super) fn flush(&mut self) -> Result<bool, Errno> {
         let unsent = std::mem::take(&mut self.unsent);
         self.send(&unsent)
+    }
+
+    /// Forgets what the connection before this one received.
+    pub(super) fn start_over(&mut self) {
+        self.expected = [None; 2];
+        self.position = None;
     }
 
     /// Forgets the connection; its events of this round no longer count.

@@ -18,6 +18,8 @@ pub struct Ending {
 pub struct Tally {
     /// From the intended time of sending to arrival, in nanoseconds.
     pub latency: Histogram<u64>,
+    /// The same for messages to everybody, where they are numbered by themselves.
+    pub shared_latency: Histogram<u64>,
     /// From the start of a connection (its intended start where a rate is given) to `101`.
     pub handshake: Histogram<u64>,
     /// Handshakes that failed, by what happened.
@@ -26,6 +28,18 @@ pub struct Tally {
     pub endings: Vec<Ending>,
     /// Messages whose number did not follow the one before on the same connection.
     pub out_of_order: u64,
+    /// Those of them that had come before.
+    pub repeated: u64,
+    /// Notices that all missed messages follow.
+    pub resumed: u64,
+    /// Notices that not all missed messages can be had.
+    pub history_lost: u64,
+    /// Notices that messages may have been missed.
+    pub bus_recovered: u64,
+    /// Messages that were to be sent before the mark of [`Fleet::mark`](super::Fleet::mark) and came after it was set.
+    pub late: u64,
+    /// When the last of them came, in monotonic nanoseconds.
+    pub late_last_ns: u64,
     /// Messages without a stamp: the server's own.
     pub unstamped: u64,
     /// Payload bytes that arrived.
@@ -38,10 +52,17 @@ impl Default for Tally {
     fn default() -> Self {
         Self {
             latency: histogram(),
+            shared_latency: histogram(),
             handshake: histogram(),
             failures: BTreeMap::new(),
             endings: Vec::new(),
             out_of_order: 0,
+            repeated: 0,
+            resumed: 0,
+            history_lost: 0,
+            bus_recovered: 0,
+            late: 0,
+            late_last_ns: 0,
             unstamped: 0,
             bytes: 0,
             pings: 0,
@@ -54,12 +75,19 @@ impl Tally {
     pub fn add(&mut self, other: &Self) {
         // Both were made by `histogram`, so that neither addition can fail.
         let _ = self.latency.add(&other.latency);
+        let _ = self.shared_latency.add(&other.shared_latency);
         let _ = self.handshake.add(&other.handshake);
         for (reason, count) in &other.failures {
             *self.failures.entry(reason.clone()).or_insert(0) += count;
         }
         self.endings.extend_from_slice(&other.endings);
         self.out_of_order += other.out_of_order;
+        self.repeated += other.repeated;
+        self.resumed += other.resumed;
+        self.history_lost += other.history_lost;
+        self.bus_recovered += other.bus_recovered;
+        self.late += other.late;
+        self.late_last_ns = self.late_last_ns.max(other.late_last_ns);
         self.unstamped += other.unstamped;
         self.bytes += other.bytes;
         self.pings += other.pings;

@@ -22,7 +22,7 @@ use super::counters::Round;
 use super::tally::Ending;
 use super::{Command, Counters, Echo, FleetConfig, Opening, Span, Tally};
 use crate::clock::{NS_PER_SECOND, now_ns, ns};
-use crate::frame::{self, Event};
+use crate::frame::{self, Content, Event, Notice};
 use crate::handshake::{self, Answer};
 use crate::stamp::Stamp;
 
@@ -47,6 +47,8 @@ pub(super) struct Worker {
     /// Handshakes in the order in which they began: slot and generation.
     handshakes: VecDeque<(u32, u32)>,
     echo: Option<Sending>,
+    /// Messages that were to be sent until then are counted by themselves; 0 for none.
+    mark_ns: u64,
     tally: Tally,
     round: Round,
     running: bool,
@@ -98,6 +100,7 @@ impl Worker {
             open_pace: None,
             handshakes: VecDeque::new(),
             echo: None,
+            mark_ns: 0,
             tally: Tally::default(),
             round: Round::default(),
             running: true,
@@ -139,6 +142,8 @@ impl Worker {
                 Command::Stall(span) => self.set_stalled(span, true),
                 Command::Resume(span) => self.set_stalled(span, false),
                 Command::Echo(echo) => self.start_echo(echo),
+                Command::Redirect(server) => self.config.server = server,
+                Command::Mark(at_ns) => self.mark_ns = at_ns,
                 Command::Report(answer) => {
                     let _ = answer.send(std::mem::take(&mut self.tally));
                 }
@@ -193,8 +198,11 @@ impl Worker {
         }
         let number = slot * self.config.threads + self.index;
         let source = Ipv4Addr::from(FIRST_SOURCE + number % self.config.sources);
-        let request = self.config.target.request(&self.config.server, number);
         let client = &mut self.clients[slot as usize];
+        if !self.config.target.resumes() {
+            client.start_over();
+        }
+        let request = self.config.target.request(&self.config.server, number, client.position);
         client.started_ns = started_ns;
         let begun = client.connect(self.config.server, source).and_then(|()| client.send(&request));
         self.in_flight += 1;
@@ -295,20 +303,14 @@ impl Worker {
             let client = &mut self.clients[slot as usize];
             match client.reader.next(&mut input) {
                 Ok(None) => return,
-                Ok(Some(Event::Message { stamp: Some(stamp), bytes })) => {
+                Ok(Some(Event::Message { content: Content::Stamped(stamp, position), bytes })) => {
+                    client.position = position.or(client.position);
                     self.tally.bytes += bytes;
-                    if slot < self.measured {
-                        self.round.delivered += 1;
-                        self.tally.latency.saturating_record(now.saturating_sub(stamp.sent_ns));
-                    } else {
-                        self.round.aside += 1;
-                    }
-                    if client.expected.is_some_and(|expected| expected != stamp.number) {
-                        self.tally.out_of_order += 1;
-                    }
-                    client.expected = Some(stamp.number.wrapping_add(1));
+                    self.take(slot, stamp, now);
                 }
-                Ok(Some(Event::Message { stamp: None, .. })) => self.tally.unstamped += 1,
+                Ok(Some(Event::Message { content: Content::Notice(notice), .. })) => {
+                    self.take_notice(slot, notice);
+                }
                 Ok(Some(Event::Ping)) => {
                     let mut pong = Vec::with_capacity(132);
                     let payload = client.reader.control_payload();
@@ -326,6 +328,50 @@ impl Worker {
                 Err(_) => return self.end(slot, "broken frame"),
             }
         }
+    }
+
+    /// Counts a message, and whether it is the next of its channel.
+    fn take(&mut self, slot: u32, stamp: Stamp, now: u64) {
+        let took_ns = now.saturating_sub(stamp.sent_ns);
+        let lane = usize::from(stamp.shared);
+        if slot >= self.measured {
+            self.round.aside += 1;
+        } else {
+            self.round.delivered += 1;
+            let Tally { latency, shared_latency, .. } = &mut self.tally;
+            let latency = if stamp.shared { shared_latency } else { latency };
+            latency.saturating_record(took_ns);
+        }
+        if stamp.sent_ns <= self.mark_ns {
+            self.tally.late += 1;
+            self.tally.late_last_ns = now;
+        }
+        let expected = &mut self.clients[slot as usize].expected[lane];
+        // Who resumes has to get everything from the first message on.
+        let first = self.config.target.resumes().then_some(0);
+        if let Some(expected) = expected.or(first)
+            && expected != stamp.number
+        {
+            self.tally.out_of_order += 1;
+            self.tally.repeated += u64::from(stamp.number < expected);
+        }
+        *expected = Some(stamp.number.wrapping_add(1));
+    }
+
+    fn take_notice(&mut self, slot: u32, notice: Notice) {
+        match notice {
+            Notice::Ping => {
+                let mut pong = Vec::new();
+                frame::push_client_frame(Opcode::Text, br#"{"type":"pong"}"#, &mut pong);
+                self.tally.pings += 1;
+                return self.send(slot, &pong);
+            }
+            Notice::Resumed => self.tally.resumed += 1,
+            Notice::HistoryLost => self.tally.history_lost += 1,
+            Notice::BusRecovered => self.tally.bus_recovered += 1,
+            Notice::Other => {}
+        }
+        self.tally.unstamped += 1;
     }
 
     fn send(&mut self, slot: u32, bytes: &[u8]) {
@@ -431,7 +477,7 @@ impl Worker {
             if client.phase != Phase::Open {
                 continue;
             }
-            let stamp = Stamp { sent_ns, number: client.sent };
+            let stamp = Stamp { sent_ns, number: client.sent, shared: false };
             client.sent = client.sent.wrapping_add(1);
             sending.scratch.clear();
             sending.frame.clear();

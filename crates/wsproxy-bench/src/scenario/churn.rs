@@ -28,7 +28,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let standing = common.connections;
     // A client's place is used again a second after it left at the earliest.
     let places = standing + (options.rate * REST_SECONDS).ceil() as u32;
-    let layout = Layout { clients: places, measured: places, shared: false };
+    let layout = Layout { clients: places, measured: places, shared: false, resumes: false };
     let mut bench = Bench::start("churn", common, layout)?;
     bench.report.set("rate_per_s", options.rate);
     bench.report.set("standing", standing);

@@ -22,7 +22,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
-    let layout = Layout { clients, measured: clients, shared: false };
+    let layout = Layout::sessions(clients);
     let mut bench = Bench::start("connect", common, layout)?;
 
     let some = Span { first: 0, count: clients.min(WARM_UP_CLIENTS) };

@@ -24,7 +24,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
     let [pid] = common.pid[..] else { bail!("the drain scenario needs exactly one --pid") };
-    let layout = Layout { clients, measured: clients, shared: false };
+    let layout = Layout::sessions(clients);
     let mut bench = Bench::start("drain", common, layout)?;
     bench.open(Span::all(clients))?;
     let warm = bench.fleet.report()?;

@@ -30,7 +30,7 @@ pub fn run(options: &Options) -> Result<Report> {
         bail!("{:?} has no way up to a worker", common.target);
     }
     let clients = common.connections;
-    let layout = Layout { clients, measured: clients, shared: false };
+    let layout = Layout::sessions(clients);
     let mut bench = Bench::start("echo", common, layout)?;
     let _worker = EchoWorker::start(common.publish, &bench.target.up_pattern())?;
     bench.open(Span::all(clients))?;

@@ -28,7 +28,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
-    let layout = Layout { clients, measured: clients, shared: true };
+    let layout = Layout { clients, measured: clients, shared: true, resumes: false };
     let mut bench = Bench::start("fanout", common, layout)?;
     bench.open(Span::all(clients))?;
     let receivers = bench.fleet.counters().open_now();

@@ -34,7 +34,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
     let from = options.from.min(clients);
-    let layout = Layout { clients, measured: clients, shared: false };
+    let layout = Layout::sessions(clients);
     let mut bench = Bench::start("idle", common, layout)?;
     bench.report.set("from", from);
     bench.report.set("burst_bytes", options.burst_bytes);

@@ -41,7 +41,7 @@ struct Step {
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
-    let layout = Layout { clients, measured: clients, shared: false };
+    let layout = Layout::sessions(clients);
     let mut bench = Bench::start("sessions", common, layout)?;
     bench.open(Span::all(clients))?;
     let mut flow = Flow::new(0, clients, common.size, 0.0);

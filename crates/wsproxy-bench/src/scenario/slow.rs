@@ -44,7 +44,8 @@ struct Phase {
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let (readers, stalled) = (common.connections, options.stalled);
-    let layout = Layout { clients: readers + stalled, measured: readers, shared: false };
+    let layout =
+        Layout { clients: readers + stalled, measured: readers, shared: false, resumes: false };
     let mut bench = Bench::start("slow", common, layout)?;
     bench.report.set("stalled", stalled);
     bench.report.set("rate_per_s", options.rate);

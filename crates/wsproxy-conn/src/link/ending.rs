@@ -10,10 +10,10 @@ use wsproxy_proto::{
 use crate::{
     clock::Micros,
     driver::End,
-    link::{Link, Phase, State},
+    link::{Link, Phase, Rare, State},
 };
 
-/// How a connection ends, as far as it is known; on the heap, since most have far to go.
+/// How a connection ends, as far as it is known.
 #[derive(Debug)]
 pub(super) struct Ending {
     why: &'static Disconnect,
@@ -51,7 +51,7 @@ impl Link {
             return;
         }
         self.start_closing(&mut state, why, code, now);
-        if let Some(ending) = &mut state.ending {
+        if let Some(ending) = ending_of(&mut state.rare) {
             ending.finishing = true;
         }
         let frame = server_frame(Opcode::Close, close_payload(code, reason).as_ref(), false);
@@ -75,7 +75,7 @@ impl Link {
         // A close frame without a code is answered with 1000: an empty answer would say less.
         let answer = code.unwrap_or(Disconnect::NORMAL.code);
         self.end(&mut state, &Disconnect::NORMAL, Some((answer, "")), now);
-        if let Some(ending) = &mut state.ending {
+        if let Some(ending) = ending_of(&mut state.rare) {
             (ending.code, ending.by_peer) = (code.unwrap_or(1005), true);
         }
     }
@@ -96,12 +96,10 @@ impl Link {
         self.die(&mut state);
         (state.waker, state.events) = (None, None);
         self.unschedule(&mut state);
-        let ending = state.ending.as_deref();
-        ending.map_or(End { why: &Disconnect::GONE, code: 1006, by_peer: false }, |ending| End {
-            why: ending.why,
-            code: ending.code,
-            by_peer: ending.by_peer,
-        })
+        state.ending().map_or(
+            End { why: &Disconnect::GONE, code: 1006, by_peer: false },
+            |ending| End { why: ending.why, code: ending.code, by_peer: ending.by_peer },
+        )
     }
 
     pub(super) fn end(
@@ -112,7 +110,7 @@ impl Link {
         now: Micros,
     ) {
         let (code, reason) = told.unwrap_or((why.code, why.reason));
-        match (state.phase, &mut state.ending) {
+        match (state.phase, ending_of(&mut state.rare)) {
             (Phase::Corked | Phase::Open, _) => self.start_closing(state, why, code, now),
             // The close frame of `finish` is the last that waits: as long as anything is
             // untouched it is, and can be replaced. The time for it stays the same.
@@ -135,7 +133,8 @@ impl Link {
         state.phase = Phase::Closing;
         self.closing.store(true, Relaxed);
         let by = now.after(self.profile.close_timeout);
-        state.ending = Some(Ending { why, code, by_peer: false, finishing: false, by }.into());
+        let ending = Ending { why, code, by_peer: false, finishing: false, by };
+        state.rare.get_or_insert_default().ending = Some(ending);
         self.schedule(state, by);
         state.wake();
     }
@@ -151,4 +150,9 @@ impl Link {
         self.account(state);
         state.wake();
     }
+}
+
+/// Borrows no more of the state than the box.
+fn ending_of(rare: &mut Option<Box<Rare>>) -> Option<&mut Ending> {
+    rare.as_mut()?.ending.as_mut()
 }

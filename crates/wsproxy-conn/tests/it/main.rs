@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
+mod agenda;
 mod budget;
 mod closing;
 mod heartbeat;

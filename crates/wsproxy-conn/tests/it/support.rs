@@ -18,8 +18,9 @@ use tokio::{
 };
 use uuid::Uuid;
 use wsproxy_conn::{
-    Driver, End, Event, Handler, Link, Profile, Runtime, Stats,
+    Driver, End, Event, Handler, Heartbeat, Link, Profile, Runtime, Stats,
     clock::{self, Micros},
+    link::TIMER,
 };
 use wsproxy_proto::ws::{
     frame::{Kind, Opcode, client_frame, decode_header, server_frame},
@@ -34,7 +35,10 @@ pub(crate) fn profile() -> Profile {
         receive: Limits { message_bytes_max: 1 << 20, fragments_max: 100 },
         send_buffer_bytes: 10 << 20,
         reply_bytes_max: 64 * 1024,
+        events_max: 1024,
+        event_bytes_max: 1 << 20,
         rate: None,
+        heartbeat: Heartbeat::Frames,
         heartbeat_interval: Micros(30 * SECOND),
         heartbeat_timeout: Micros(90 * SECOND),
         idle_timeout: Micros::NEVER,
@@ -80,6 +84,8 @@ impl Process {
 pub(crate) struct Seen {
     pub(crate) messages: Mutex<Vec<(Kind, Vec<u8>)>>,
     pub(crate) events: AtomicUsize,
+    /// Times that it was woken.
+    pub(crate) timers: AtomicUsize,
     pub(crate) end: Mutex<Option<End>>,
     pub(crate) echoes: AtomicBool,
     /// Every message leads to so many events, from elsewhere.
@@ -120,8 +126,9 @@ impl Handler for Recorder {
         }
     }
 
-    fn on_event(&mut self, _event: Event, _link: &Arc<Link>, _now: Micros) {
-        self.0.events.fetch_add(1, SeqCst);
+    fn on_event(&mut self, event: Event, _link: &Arc<Link>, _now: Micros) {
+        let seen = if event.tag == TIMER { &self.0.timers } else { &self.0.events };
+        seen.fetch_add(1, SeqCst);
     }
 
     fn on_end(&mut self, end: End, _link: &Arc<Link>) {

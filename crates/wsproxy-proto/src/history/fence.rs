@@ -45,11 +45,18 @@ impl<M> Fence<M> {
         }
     }
 
+    /// Whether nothing waits any more. Then the client is where the reader is, or further, and messages that
+    /// come twice are nothing to it: it has them, or they are of a time before a rollback.
+    #[must_use]
+    pub const fn is_open(&self) -> bool {
+        matches!(self.state, State::Open { .. })
+    }
+
     /// The history of one of its logs cannot be continued; whoever has seen everything is at `position`.
     /// `true` where the client is to be told now; a closed fence says so when it is released.
     pub fn lose(&mut self, lost: Lost, position: Position) -> bool {
         // The log may go on with lower ids than were seen, if the store was rolled back.
-        let is_open = matches!(self.state, State::Open { .. });
+        let is_open = self.is_open();
         self.state = if is_open { State::Open { seen: position } } else { State::Lost(lost) };
         is_open
     }

@@ -8,6 +8,10 @@ const HELD_MAX: usize = 1000;
 /// The same in bytes.
 const HELD_BYTES_MAX: usize = 1024 * 1024;
 
+/// What the clocks of stores that replace each other may differ by; so long a client may have to read again
+/// whose log has vanished just after its reader has begun.
+const CLOCKS_MS: u64 = 100;
+
 /// The reader of one log on one instance, for all its clients there.
 ///
 /// `M` is a message in whatever form the caller needs it.
@@ -48,7 +52,7 @@ struct Live<M> {
 pub enum Verdict {
     /// Everybody gets it.
     Deliver,
-    /// Whoever came while the log was read may need it; everybody else has it.
+    /// Whoever waits behind a [closed fence](crate::history::Fence::is_open) may need it; everybody else has it.
     Duplicate,
     /// It waits until the hole before it is filled.
     Held,
@@ -91,8 +95,8 @@ impl<M> Reader<M> {
         if at.is_entry() || !self.began.is_entry() {
             self.began <= at
         } else {
-            // The entry at which it began may have been published in the same millisecond.
-            self.began.milliseconds < at.time_ms()
+            // The entry at which it began may be the later one although its time is not.
+            self.began.milliseconds.saturating_add(CLOCKS_MS) < at.time_ms()
         }
     }
 

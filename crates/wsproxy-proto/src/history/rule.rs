@@ -28,6 +28,9 @@ pub fn step(last: Option<Position>, id: Position, prev: Position) -> Step {
         Step::Duplicate
     } else if prev == Position::START {
         Step::Next
+    } else if id.milliseconds < last.time_ms() {
+        // It was on its way while its log expired.
+        Step::Duplicate
     } else {
         Step::Gap
     }

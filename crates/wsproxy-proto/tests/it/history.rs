@@ -254,3 +254,54 @@ proptest! {
         prop_assert_eq!(play(Weather { logs: 3, ..CALM }, &steps), []);
     }
 }
+
+/// What once failed, as small as it gets.
+#[test]
+fn known_interleavings_end_well() {
+    use Step::{
+        Advance, Close, Cut, Deliver, Heal, Link, Lose, Open, Publish, Replay, RollBack, Save,
+    };
+    use Wish::{Fresh, Start};
+    let alone: [&[Step]; 6] = [
+        // Another client's later snapshot begins the reader before this one's earlier one is there.
+        &[Open(1, 1, Fresh), Open(3, 1, Fresh), Publish(0), Replay(1, 1), Publish(0), Replay(3, 2)],
+        // A hole is filled while a client is ahead of the reader.
+        &[Publish(0), Publish(0), Open(1, 0, Start), Deliver(0, 1), Cut(0, 0), Replay(1, 3)],
+        // The link is lost between a client's snapshot and its release.
+        &[Open(3, 1, Fresh), Replay(3, 1), Cut(1, 0), Publish(0)],
+        // What a client read by itself is rolled back before the channel brings it.
+        &[Publish(0), Save, Open(0, 0, Fresh), Publish(0), Replay(0, 2), RollBack(1), Publish(0)],
+        // After a rollback ids are lower than what the fence has seen.
+        &[Open(3, 0, Fresh), Publish(0), RollBack(1), Replay(3, 2), Lose(0), Link(0), Heal(0, 1)],
+        // A log expires between two pages.
+        &[Publish(0), Publish(0), Publish(0), Open(2, 0, Start), Replay(2, 1), Advance(100)],
+    ];
+    let ordered: [&[Step]; 2] = [
+        // Logs are read one after the other while messages come.
+        &[
+            Open(2, 0, Fresh),
+            Replay(2, 2),
+            Lose(0),
+            Link(0),
+            Heal(0, 1),
+            Publish(0),
+            Publish(1),
+            Heal(0, 2),
+            Close(2),
+        ],
+        // A client opens while a hole is being filled.
+        &[
+            Open(1, 0, Fresh),
+            Open(2, 0, Fresh),
+            Replay(1, 2),
+            Lose(0),
+            Link(0),
+            Publish(0),
+            Replay(2, 1),
+            Publish(1),
+            Publish(0),
+        ],
+    ];
+    alone.into_iter().for_each(|steps| drop(play(STORM, steps)));
+    ordered.into_iter().for_each(|steps| drop(play(Weather { logs: 3, ..STORM }, steps)));
+}

@@ -9,6 +9,8 @@ use serde_json::json;
 use crate::{
     gateway::Gateway,
     http::{Body, api},
+    registry::Totals,
+    telemetry::time,
 };
 
 /// The admin routes.
@@ -19,6 +21,36 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(api::method_not_allowed)
         .with_state(gateway)
+}
+
+/// Health of the event endpoint, for the port of its clients too; nothing where it is not served.
+pub fn events(gateway: &Arc<Gateway>) -> Router {
+    if gateway.registry.is_none() {
+        return Router::new();
+    }
+    Router::new()
+        .route("/ws/health", get(events_health))
+        .method_not_allowed_fallback(api::method_not_allowed)
+        .with_state(Arc::clone(gateway))
+}
+
+/// How many are connected, over all instances? Tells counts only, since nobody is asked who they are.
+async fn events_health(
+    State(gateway): State<Arc<Gateway>>,
+) -> (StatusCode, Json<serde_json::Value>) {
+    let status = gateway.bus.status();
+    let healthy = status.connected && status.subscribed && !gateway.is_draining();
+    let connections = match &gateway.registry {
+        Some(registry) => registry.totals().await,
+        None => Totals::default(),
+    };
+    let body = json!({
+        "status": if healthy { "healthy" } else { "degraded" },
+        "timestamp": time::rfc3339(),
+        "connections": connections,
+        "redis": { "connected": status.connected, "pubsub_connected": status.subscribed },
+    });
+    (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
 }
 
 /// Is the process alive, and does it reach its bus?

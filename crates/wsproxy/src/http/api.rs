@@ -43,6 +43,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("post", "/api/v1/events/connections/{connection_id}"),
     ("post", "/api/v1/events/batch"),
     ("get", "/api/v1/events/history"),
+    ("get", "/api/v1/events/users/{user_id}/presence"),
+    ("post", "/api/v1/events/disconnect"),
     ("get", "/api/v1/info"),
     ("get", "/api/v1/openapi.json"),
 ];

@@ -3,8 +3,10 @@
 use std::{
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
+use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::oneshot;
 use wsproxy_conn::{
@@ -17,9 +19,9 @@ use crate::{
     bus::{BusError, Publish, Receipt},
     endpoint::{Actions, Logic},
     gateway::Gateway,
-    http::upgrade::Held,
-    hub::Hub,
-    telemetry::metrics::Endpoint,
+    http::{events, upgrade::Held},
+    registry::Entry,
+    telemetry::{metrics::Endpoint, time},
 };
 
 /// The handler that every endpoint's connections have; only the logic differs.
@@ -29,9 +31,19 @@ pub struct Peer<L: Logic> {
     label: Endpoint,
     /// Subscriptions, the place among the allowed connections, the gauge.
     _held: Held,
+    marks: Marks,
     /// Told by the client's first message what it wants to resume from.
     awaits: Option<oneshot::Sender<Option<After>>>,
     logic: L,
+}
+
+/// What distinguishes a connection from others of its endpoint.
+#[derive(Default)]
+pub struct Marks {
+    /// Every message begins with a line for the id, even one that has none.
+    pub envelope: bool,
+    /// Its place in the registry.
+    pub registered: Option<Arc<Entry>>,
 }
 
 /// The first message of a client that said it would resume with it.
@@ -49,10 +61,17 @@ impl<L: Logic> Peer<L> {
         link: &Arc<Link>,
         held: Held,
         awaits: Option<oneshot::Sender<Option<After>>>,
+        marks: Marks,
         mut logic: L,
     ) -> Self {
-        logic.on_open(&mut Deeds { hub: &gateway.hub, link, now: clock::now() });
-        Self { gateway: Arc::clone(gateway), label, _held: held, awaits, logic }
+        logic.on_open(&mut Deeds { gateway, link, marks: &marks, now: clock::now() });
+        Self { gateway: Arc::clone(gateway), label, _held: held, marks, awaits, logic }
+    }
+
+    /// The logic, and what it can do.
+    fn parts<'a>(&'a mut self, link: &'a Arc<Link>, now: Micros) -> (&'a mut L, Deeds<'a>) {
+        let Self { gateway, marks, logic, .. } = self;
+        (logic, Deeds { gateway, link, marks, now })
     }
 }
 
@@ -71,35 +90,71 @@ impl<L: Logic> Handler for Peer<L> {
                 return;
             }
         }
-        self.logic.on_message(kind, payload, &mut Deeds { hub: &self.gateway.hub, link, now });
+        let (logic, mut deeds) = self.parts(link, now);
+        logic.on_message(kind, payload, &mut deeds);
     }
 
     fn on_event(&mut self, event: Event, link: &Arc<Link>, now: Micros) {
-        self.logic.on_event(event, &mut Deeds { hub: &self.gateway.hub, link, now });
+        let (logic, mut deeds) = self.parts(link, now);
+        logic.on_event(event, &mut deeds);
     }
 
     fn on_end(&mut self, end: End, link: &Arc<Link>) {
-        let now = clock::now();
         self.gateway.metrics.ended(self.label, end.why.label);
-        self.logic.on_end(end, link.sent(), &mut Deeds { hub: &self.gateway.hub, link, now });
+        let (logic, mut deeds) = self.parts(link, clock::now());
+        logic.on_end(end, link.sent(), &mut deeds);
     }
 }
 
 struct Deeds<'a> {
-    hub: &'a Hub,
+    gateway: &'a Arc<Gateway>,
     link: &'a Arc<Link>,
+    marks: &'a Marks,
     now: Micros,
 }
 
+impl Deeds<'_> {
+    /// A message of the gateway's own, which has no id.
+    fn frame(&self, kind: Kind, payload: &[u8]) -> Bytes {
+        if self.marks.envelope {
+            return self.frame_of(kind, &[b"\n", payload].concat());
+        }
+        self.frame_of(kind, payload)
+    }
+
+    fn frame_of(&self, kind: Kind, message: &[u8]) -> Bytes {
+        Outgoing::new(kind, message).frame(self.link.window_bits(), self.link.profile())
+    }
+
+    /// The driver flushes after every turn of the logic.
+    fn push(&self, frame: Bytes) {
+        self.link.push(frame, self.now);
+    }
+}
+
 impl Actions for Deeds<'_> {
+    fn now(&self) -> Micros {
+        self.now
+    }
+
     fn reply(&mut self, kind: Kind, payload: &[u8]) {
-        let frame =
-            Outgoing::new(kind, payload).frame(self.link.window_bits(), self.link.profile());
-        self.link.reply(frame, self.now);
+        self.link.reply(self.frame(kind, payload), self.now);
+    }
+
+    fn send(&mut self, kind: Kind, payload: &[u8]) {
+        self.push(self.frame(kind, payload));
+    }
+
+    fn resend(&mut self, kind: Kind, message: &[u8]) {
+        self.push(self.frame_of(kind, message));
+    }
+
+    fn is_backed_up(&self) -> bool {
+        self.link.queued_bytes() > 0
     }
 
     fn publish(&mut self, publish: Publish) -> Result<(), BusError> {
-        self.hub.publish(publish)
+        self.gateway.hub.publish(publish)
     }
 
     fn disconnect(&mut self, why: &'static Disconnect) {
@@ -108,6 +163,21 @@ impl Actions for Deeds<'_> {
 
     fn finish(&mut self, why: &'static Disconnect, code: u16, reason: &str) {
         self.link.finish_with(why, code, reason, self.now);
+    }
+
+    fn wake_at(&mut self, at: Micros) {
+        self.link.wake_at(at);
+    }
+
+    fn expire_at(&mut self, at: Option<u64>) {
+        let left = |at: u64| Duration::from_secs(at).saturating_sub(time::since_epoch());
+        let at = at.map(|at| self.now.after(left(at).into()));
+        self.link.expire_at(at, &Disconnect::EXPIRED);
+    }
+
+    fn verify(&mut self, token: &str) {
+        let registered = self.marks.registered.as_ref();
+        events::look_at(self.gateway, self.link, registered, token.into());
     }
 
     fn receipt(&self) -> Arc<dyn Receipt> {

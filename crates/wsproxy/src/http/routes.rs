@@ -13,6 +13,7 @@ use crate::{
     http::{
         Body,
         cors::{self, Grant},
+        events,
         rejection::Rejection,
         sse, upgrade,
     },
@@ -35,6 +36,7 @@ const LOGGED_PATH_BYTES_MAX: usize = 256;
 /// A WebSocket endpoint, by path.
 enum Target<'a> {
     Session(&'a str, &'a str),
+    Events,
     Echo,
 }
 
@@ -72,6 +74,10 @@ impl Routes {
                 Endpoint::Sessions,
                 upgrade::session(&self.gateway, request, (agent, session)).await,
             ),
+            Some(Target::Events) if is_events => {
+                (Endpoint::Events, events::stream(&self.gateway, request).await)
+            }
+            Some(Target::Events) => (Endpoint::Events, events::open(&self.gateway, request).await),
             Some(Target::Echo) => (Endpoint::Echo, upgrade::echo(&self.gateway, request)),
             None => return self.serve_rest(request.map(Body::new)).await,
         };
@@ -131,6 +137,7 @@ impl Routes {
         let endpoints = &self.gateway.config.endpoints;
         let mut segments = path.strip_prefix('/')?.split('/');
         match (segments.next()?, segments.next(), segments.next(), segments.next()) {
+            ("ws", None, None, None) if endpoints.events => Some(Target::Events),
             ("echo", None, None, None) if endpoints.echo => Some(Target::Echo),
             (agent, Some("ws"), Some(session), None) if endpoints.sessions => {
                 Some(Target::Session(agent, session))

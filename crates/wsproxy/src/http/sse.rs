@@ -31,6 +31,7 @@ use crate::{
         upgrade,
     },
     hub::{Sink, gzip::Deflation, tap::Tap},
+    registry::{Entry, Peer},
     telemetry::metrics::Endpoint,
 };
 
@@ -104,6 +105,12 @@ impl Opening {
         &self.resume
     }
 
+    /// How the client is sent away.
+    #[must_use]
+    pub fn peer(&self) -> Peer {
+        Peer::Stream(Arc::clone(&self.tap))
+    }
+
     /// Where messages for the client go.
     #[must_use]
     pub fn client(&self, on_loss: OnBusLoss) -> Sink {
@@ -122,6 +129,7 @@ impl Opening {
         gateway: &Arc<Gateway>,
         label: Endpoint,
         opened: Opened,
+        entry: Option<Entry>,
         logic: L,
     ) -> Response<Body> {
         // The listener's patience is that for requests; this is no request any more.
@@ -133,6 +141,7 @@ impl Opening {
             _registered: registered,
             _place: self.place,
             _socket_place: self.socket_place,
+            _entry: entry,
             _active: gateway.metrics.opened(label),
             _active_stream: gateway.metrics.opened_stream(label),
         };
@@ -184,7 +193,7 @@ pub async fn session(
     debug!(session_id = %session, connection_id = %opening.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::EventStream);
-    Ok(opening.answer(gateway, Endpoint::Sessions, opened, logic))
+    Ok(opening.answer(gateway, Endpoint::Sessions, opened, None, logic))
 }
 
 /// Whether one of the comma-separated elements of any `name` header is `wanted`, unless with weight 0.

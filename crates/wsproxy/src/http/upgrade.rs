@@ -40,16 +40,17 @@ use crate::{
         line::LineSocket,
         listener::RemoteAddress,
         origin,
-        peer::Peer,
+        peer::{Marks, Peer},
         rejection::Rejection,
         resume::{self, Opened, Resume, Wanted},
     },
     hub::{Form, Ids, Sink, Subscription},
+    registry::Entry,
     telemetry::metrics::{Active, Endpoint},
 };
 
 /// A handshake that passed the limits, before its endpoint has looked at it.
-struct Handshake {
+pub(super) struct Handshake {
     upgrade: Upgrade,
     deflate: Option<(Params, String)>,
     protocol: Option<&'static str>,
@@ -57,12 +58,12 @@ struct Handshake {
     place: Place,
     /// The place of its socket, which stays taken after the upgrade.
     socket_place: Option<Arc<Place>>,
-    link: Arc<Link>,
+    pub(super) link: Arc<Link>,
 }
 
 impl Handshake {
     /// Where the client finds the ids of messages.
-    fn ids(&self, config: EventIds) -> Ids {
+    pub(super) fn ids(&self, config: EventIds) -> Ids {
         match config {
             _ if self.protocol == Some(credentials::ENVELOPE_PROTOCOL) => Ids::Envelope,
             EventIds::Json => Ids::Json,
@@ -92,7 +93,7 @@ pub async fn session(
     debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, connection, Transport::WebSocket);
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), logic))
+    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
 }
 
 /// A client before the door of its session.
@@ -165,7 +166,7 @@ fn sinks(gateway: &Gateway, handshake: &Handshake) -> [Sink; 2] {
     let ids = handshake.ids(config.event_ids);
     let client = Sink::Client {
         link: Arc::clone(link),
-        form: Form { frames: config.down_frames, ids },
+        form: Form { frames: config.down_frames, ids, acks: false },
         on_loss: config.on_bus_loss,
     };
     let handler = Sink::Handler { link: Arc::clone(link), tag: CONTROL };
@@ -178,7 +179,7 @@ pub fn echo(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
     let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
-    Ok(accept(gateway, Endpoint::Echo, handshake, None, Echo))
+    Ok(accept(gateway, Endpoint::Echo, handshake, None, None, Echo))
 }
 
 /// The limits: how often an address may try, and how many there may be.
@@ -214,7 +215,7 @@ pub fn check_form(request: &Request<Incoming>) -> Result<(), Rejection> {
 }
 
 /// Limits, then the form of the request.
-fn begin(
+pub(super) fn begin(
     gateway: &Gateway,
     request: &mut Request<Incoming>,
     profile: &Arc<Profile>,
@@ -260,11 +261,12 @@ pub struct Held {
 }
 
 /// The answer `101`, and the task that takes over behind it.
-fn accept<L: Logic>(
+pub(super) fn accept<L: Logic>(
     gateway: &Arc<Gateway>,
     label: Endpoint,
     handshake: Handshake,
     opened: Option<Opened>,
+    registered: Option<Entry>,
     logic: L,
 ) -> Response<Body> {
     let mut response = Response::new(Body::empty());
@@ -282,6 +284,8 @@ fn accept<L: Logic>(
     });
     let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
     let socket_place = handshake.socket_place;
+    // An endpoint without topics has no ids.
+    let envelope = handshake.protocol == Some(credentials::ENVELOPE_PROTOCOL) && opened.is_some();
     let owner = Arc::clone(gateway);
     gateway.tasks.spawn(async move {
         let upgraded = match on_upgrade.await {
@@ -307,7 +311,8 @@ fn accept<L: Logic>(
             _socket_place: socket_place,
             _active: owner.metrics.opened(label),
         };
-        let peer = Peer::open(&owner, label, &link, held, awaits, logic);
+        let marks = Marks { envelope, registered: registered.map(Arc::new) };
+        let peer = Peer::open(&owner, label, &link, held, awaits, marks, logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
         if owner.is_draining() {
             // The look around for connections to close may have been before this one came.

@@ -57,12 +57,24 @@ impl Round {
     ) {
         for sink in subscribers.iter_mut() {
             if let Sink::Gated(gate) = sink {
+                if audience == Audience::Gated && gate.fence.lock().is_open() {
+                    continue;
+                }
                 let frame = fanout.encode(&gate.target, hub);
                 let id = fanout.message.id;
-                if let Some(frame) = frame
-                    && gate.fence.lock().offer(id, || (frame.clone(), frame.len()))
-                {
-                    self.send(&gate.target, frame, since);
+                if let Some(frame) = frame {
+                    let mut held = false;
+                    let hold = || {
+                        held = true;
+                        (frame.clone(), frame.len())
+                    };
+                    let is_let_through = gate.fence.lock().offer(id, hold);
+                    if is_let_through || held {
+                        fanout.announce_to(&gate.target);
+                    }
+                    if is_let_through {
+                        self.send(&gate.target, frame, since);
+                    }
                 }
                 if id.is_some_and(|id| gate.fence.lock().is_passed(id)) {
                     *sink = gate.target.clone();
@@ -77,6 +89,7 @@ impl Round {
                     Some(at_once) => at_once.push((Arc::clone(link), *form)),
                     None => {
                         if let Some(frame) = fanout.frame(*form, link, hub) {
+                            fanout.announce(*form, link);
                             self.push(link, frame, since);
                         }
                     }

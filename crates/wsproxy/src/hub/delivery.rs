@@ -85,6 +85,7 @@ impl Deliver for Delivery {
         // once for it: with thousands, that spares loading all of them into the cache again.
         for (link, form) in at_once.drain(..) {
             if let Some(frame) = fanout.frame(form, &link, hub) {
+                fanout.announce(form, &link);
                 link.push_and_flush(frame, since);
             }
         }

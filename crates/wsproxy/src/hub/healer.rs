@@ -201,7 +201,8 @@ impl Hub {
         let topic = hole.topic;
         if let Some((lost, position)) = lost {
             warn!(topic = &*topic, reason = lost.label(), "A history cannot be continued.");
-            items.push((position, Arc::clone(&topic), Item::Lost(lost, position)));
+            // Before all entries: whoever got those only would go on behind what is missing.
+            items.push((Position::START, Arc::clone(&topic), Item::Lost(lost, position)));
         }
         if entries {
             self.counters.healed_messages.add(log.entries.len() as u64);

@@ -3,14 +3,16 @@
 use std::fmt::Write;
 
 use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::Value;
 use tracing::debug;
-use wsproxy_conn::{Link, Outgoing};
+use wsproxy_conn::{Event, Link, Outgoing};
 use wsproxy_proto::{history::Position, ws::frame::Kind};
 
 use crate::{
     config::DownFrames,
     hub::{
-        Form, Hub, Ids, Sink,
+        Form, Hub, Ids, Sink, WANTS_ACK,
         gzip::{self, Deflation},
     },
 };
@@ -63,12 +65,23 @@ pub(super) struct Fanout<'a> {
     envelope: [Option<Outgoing<'a>>; 2],
     event: Option<Bytes>,
     gzip: Option<Bytes>,
+    /// By [`Ids`]: what handlers are told of a message that wants an `ack`.
+    wants_ack: [Option<Option<WantsAck>>; 3],
+}
+
+/// A message that wants an `ack`: its id, and behind it the message as it is sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct WantsAck {
+    payload: Bytes,
+    id_bytes: u64,
 }
 
 impl<'a> Fanout<'a> {
     pub(super) const fn new(message: Message<'a>) -> Self {
         let (plain, envelope) = ([const { None }; 2], [const { None }; 2]);
-        Self { message, is_text: None, plain, json: None, envelope, event: None, gzip: None }
+        let wants_ack = [const { None }; 3];
+        let (json, event, gzip) = (None, None, None);
+        Self { message, is_text: None, plain, json, envelope, event, gzip, wants_ack }
     }
 
     /// What goes to a sink that is a client; `None` where it is none, or where the payload cannot be framed
@@ -79,6 +92,27 @@ impl<'a> Fanout<'a> {
             Sink::EventStream { tap, .. } => self.event(tap.gzip(), hub),
             Sink::Gated(gate) => self.encode(&gate.target, hub),
             Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Tap(_) => None,
+        }
+    }
+
+    /// Tells the handler of a client that the message wants an `ack`, if it does. To be called before the
+    /// message is sent: the answer must not come first.
+    pub(super) fn announce(&mut self, form: Form, link: &Link) {
+        if !form.acks {
+            return;
+        }
+        let message = self.message;
+        let wants_ack = self.wants_ack[form.ids as usize]
+            .get_or_insert_with(|| WantsAck::read(message, form.ids));
+        if let Some(WantsAck { payload, id_bytes }) = wants_ack {
+            link.notify(Event { tag: WANTS_ACK, number: *id_bytes, payload: payload.clone() });
+        }
+    }
+
+    /// The same where the client is a sink.
+    pub(super) fn announce_to(&mut self, client: &Sink) {
+        if let Sink::Client { link, form, .. } = client {
+            self.announce(*form, link);
         }
     }
 
@@ -135,6 +169,45 @@ impl<'a> Fanout<'a> {
         };
         Some(outgoing.frame(link.window_bits(), link.profile()))
     }
+}
+
+impl WantsAck {
+    /// What a client sees decides: the payload's own id, else that of the history, where it is shown.
+    fn read(message: Message<'_>, ids: Ids) -> Option<Self> {
+        memchr::memmem::find(message.payload, br#""ack""#)?;
+        let Marked { ack, event_id } = serde_json::from_slice(message.payload).ok()?;
+        if ack != Value::Bool(true) {
+            return None;
+        }
+        let own = event_id.as_str().filter(|id| !id.is_empty());
+        let id = match (own, message.id) {
+            (Some(own), _) => own.to_owned(),
+            (None, Some(id)) if ids != Ids::Hidden => id.to_string(),
+            _ => {
+                debug!("A message wants an ack, but has no id by which it could be acknowledged.");
+                return None;
+            }
+        };
+        let mut payload = id.clone().into_bytes();
+        match (ids, message.id) {
+            (Ids::Envelope, at) => payload.extend(with_head(at, message.payload)),
+            (Ids::Json, Some(at)) if !message.carries_id => {
+                let spliced = with_event_id(at, message.payload);
+                payload.extend(spliced.as_deref().unwrap_or(message.payload));
+            }
+            _ => payload.extend(message.payload),
+        }
+        Some(Self { payload: payload.into(), id_bytes: id.len() as u64 })
+    }
+}
+
+/// What a message says about acknowledging it.
+#[derive(Deserialize)]
+struct Marked {
+    #[serde(default)]
+    ack: Value,
+    #[serde(default)]
+    event_id: Value,
 }
 
 /// The form of the subprotocol that carries ids beside opaque bytes.
@@ -202,6 +275,38 @@ mod tests {
         assert_eq!(spliced(" {\n } ").unwrap(), "{\"event_id\":\"17-2\"\n }");
         for other in ["", "{", "}", "[1]", "\"{}\"", "1", "text {}"] {
             assert_eq!(spliced(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn only_what_says_so_at_the_top_and_has_an_id_wants_an_ack() {
+        let read = |id, carries_id, ids, payload: &str| {
+            let message = Message { id, carries_id, payload: payload.as_bytes() };
+            WantsAck::read(message, ids).map(|WantsAck { payload, id_bytes }| {
+                let (id, message) = payload.split_at(id_bytes as usize);
+                [id, message].map(|bytes| String::from_utf8(bytes.to_vec()).unwrap())
+            })
+        };
+        let own = r#"{"ack":true,"event_id":"e"}"#;
+        let none = r#"{"ack":true}"#;
+        let spliced = r#"{"event_id":"17-2","ack":true}"#;
+        for (id, carries_id, ids, payload, expected) in [
+            (None, false, Ids::Json, own, Some(["e", own])),
+            (Some(ID), true, Ids::Json, own, Some(["e", own])),
+            (Some(ID), false, Ids::Json, none, Some(["17-2", spliced])),
+            (Some(ID), false, Ids::Envelope, none, Some(["17-2", "17-2\n{\"ack\":true}"])),
+            (None, false, Ids::Envelope, own, Some(["e", "\n{\"ack\":true,\"event_id\":\"e\"}"])),
+            (Some(ID), false, Ids::Hidden, none, None),
+            (None, false, Ids::Json, none, None),
+            (Some(ID), false, Ids::Json, r#"{"ack":1}"#, None),
+            (Some(ID), false, Ids::Json, r#"{"ack":"true"}"#, None),
+            (Some(ID), false, Ids::Json, r#"{"data":{"ack":true}}"#, None),
+            (Some(ID), false, Ids::Json, r#"{"type":"ack"}"#, None),
+            (Some(ID), false, Ids::Json, r#"[{"ack":true}]"#, None),
+            (Some(ID), false, Ids::Json, "no json, \"ack\"", None),
+        ] {
+            let expected = expected.map(|both| both.map(str::to_owned));
+            assert_eq!(read(id, carries_id, ids, payload), expected, "{payload}");
         }
     }
 

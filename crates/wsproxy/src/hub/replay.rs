@@ -293,7 +293,9 @@ struct Telling<'a> {
 impl Telling<'_> {
     fn tell(&mut self, message: Message<'_>) {
         let target = &self.replay.gate.target;
-        if let Some(bytes) = Fanout::new(message).encode(target, &self.replay.hub) {
+        let mut fanout = Fanout::new(message);
+        if let Some(bytes) = fanout.encode(target, &self.replay.hub) {
+            fanout.announce_to(target);
             self.round.send_missed(target, bytes, clock::now());
         }
     }

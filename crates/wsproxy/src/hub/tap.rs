@@ -201,6 +201,12 @@ impl Tap {
         }
     }
 
+    /// Whether nothing more is taken: it was ended or has overflowed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().closed
+    }
+
     /// The next message; `None` when the tap overflowed and all that fitted was taken.
     pub async fn next(&self) -> Option<Bytes> {
         loop {

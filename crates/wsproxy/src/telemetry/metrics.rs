@@ -22,8 +22,11 @@ use wsproxy_proto::history::Lost;
 use crate::{
     auth::jwt::{JwksCounters, JwtVerifier},
     gateway::Gateway,
+    registry::RegistryCounters,
     telemetry::counter,
 };
+
+mod events;
 
 /// An endpoint family, as a label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,9 +240,11 @@ impl Collector for Source {
         scrape.connections()?;
         scrape.latency()?;
         scrape.sessions()?;
+        events::encode(&mut scrape)?;
         scrape.histories()?;
         scrape.bus()?;
         scrape.keys()?;
+        scrape.registry()?;
         scrape.process()
     }
 }
@@ -436,6 +441,39 @@ impl Scrape<'_, '_> {
         self.counter("jwks_fetches", help, value(|counters| &counters.fetches))?;
         let help = "Of these, those that brought no keys: the known ones stay in use";
         self.counter("jwks_fetch_failures", help, value(|counters| &counters.failures))
+    }
+
+    fn registry(&mut self) -> fmt::Result {
+        let counters = self.gateway.registry.as_ref().map(|registry| &registry.counters);
+        type Field = fn(&RegistryCounters) -> &counter::Counter;
+        let fields: [(&str, &str, Field); 8] = [
+            ("registry_written", "Changes written to the registry", |c| &c.written),
+            ("registry_failures", "Times that Redis did not do what the registry asked", |c| {
+                &c.failures
+            }),
+            (
+                "registry_rewrites",
+                "Times that all was written again since Redis had lost it",
+                |c| &c.rewrites,
+            ),
+            ("registry_servers_reaped", "Dead instances that this one removed", |c| {
+                &c.servers_reaped
+            }),
+            ("registry_connections_reaped", "Connections of dead instances that it removed", |c| {
+                &c.connections_reaped
+            }),
+            ("control_disconnects", "Connections ended by a command or a revocation", |c| {
+                &c.disconnected
+            }),
+            ("control_errors", "Commands to all instances that make no sense", |c| &c.bad_commands),
+            ("revocation_rechecks", "Times that revocations were read again after a gap", |c| {
+                &c.rechecks
+            }),
+        ];
+        for (name, help, field) in fields {
+            self.counter(name, help, counters.map_or(0, |counters| field(counters).value()))?;
+        }
+        Ok(())
     }
 
     fn process(&mut self) -> fmt::Result {

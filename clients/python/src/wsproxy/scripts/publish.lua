@@ -1,7 +1,7 @@
 -- Publishes a message and appends it to the history of its channel, atomically.
 --
 -- KEYS  log of the channel: `<channel>:log`
---       clock shared by several logs, for ids in one order over all of them; absent or "": the log's own
+--       clock (a stream of ids) for logs that share one order; absent or "": the log's own
 --       dedup: set to the id for dedup_ms; where it is set already nothing happens; absent or "": none
 -- ARGV  channel, payload, entries_max, bytes_max, ttl_ms, event_id ("": none), dedup_ms (0 or absent: none)
 -- Answers {receivers, id, 0}, or {0, id of the first time, 1}.
@@ -15,21 +15,22 @@ local call = redis.call
 -- append begins (the same in publish.lua and stream.lua)
 local function room(log, total, removed, bytes_max)
   -- What the last entry says of removed bytes may be less than the truth: the first entry knows it.
-  local gone, from, count = {}, '-', 1
-  while true do
-    local entries = call('XRANGE', log, from, '+', 'COUNT', count)
+  local gone, from, count, entries = {}, '-', 1, nil
+  repeat
+    entries = call('XRANGE', log, from, '+', 'COUNT', count)
     for _, entry in ipairs(entries) do
       local fields = entry[2]
       local sum = tonumber(string.match(fields[4] or '', '%d+') or 0)
       if from == '-' then removed = sum - #fields[#fields] end
-      from = '(' .. entry[1]
-      if total - removed <= bytes_max then entries = {} break end
-      gone[#gone + 1], removed = entry[1], sum
-      if #gone == 1000 then call('XDEL', log, unpack(gone)) gone = {} end
+      if total - removed <= bytes_max then break end
+      gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
     end
-    if #entries == 0 then break end
     count = math.min(count * 2, 64)
-  end
+    if #gone > 1000 or (#gone > 0 and total - removed <= bytes_max) then
+      call('XDEL', log, unpack(gone))
+      gone = {}
+    end
+  until total - removed <= bytes_max or #entries == 0
   if #gone > 0 then call('XDEL', log, unpack(gone)) end
   return removed
 end
@@ -44,14 +45,13 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
   end
   local id = '*'
   if clock then
-    -- The microsecond is the number: the next message is hardly ever within the same.
-    local time = call('TIME')
+    id = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
     local ms, seq = string.match(prev, '(%d+)-(%d+)')
-    local now = time[1] * 1000000 + time[2]
-    local given = tonumber(call('SET', clock, string.format('%.0f', now), 'GET') or 0)
-    local least = math.max(given, ms * 1000 + math.min(seq, 999)) + 1
-    if least > now then now = least call('SET', clock, string.format('%.0f', now)) end
-    id = string.format('%.0f-%.0f', math.floor(now / 1000), now % 1000)
+    local id_ms, id_seq = string.match(id, '(%d+)-(%d+)')
+    if id_ms * 1 < ms * 1 or (id_ms == ms and id_seq * 1 <= seq * 1) then
+      -- The clock was lost and time went back.
+      id = call('XADD', clock, string.format('%s-%.0f', ms, seq + 1), '', '')
+    end
   end
   local sum = string.format('%.0f:%.0f', total, removed)
   if event_id == '' then

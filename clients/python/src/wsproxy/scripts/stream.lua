@@ -17,21 +17,22 @@ local call = redis.call
 -- append begins (the same in publish.lua and stream.lua)
 local function room(log, total, removed, bytes_max)
   -- What the last entry says of removed bytes may be less than the truth: the first entry knows it.
-  local gone, from, count = {}, '-', 1
-  while true do
-    local entries = call('XRANGE', log, from, '+', 'COUNT', count)
+  local gone, from, count, entries = {}, '-', 1, nil
+  repeat
+    entries = call('XRANGE', log, from, '+', 'COUNT', count)
     for _, entry in ipairs(entries) do
       local fields = entry[2]
       local sum = tonumber(string.match(fields[4] or '', '%d+') or 0)
       if from == '-' then removed = sum - #fields[#fields] end
-      from = '(' .. entry[1]
-      if total - removed <= bytes_max then entries = {} break end
-      gone[#gone + 1], removed = entry[1], sum
-      if #gone == 1000 then call('XDEL', log, unpack(gone)) gone = {} end
+      if total - removed <= bytes_max then break end
+      gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
     end
-    if #entries == 0 then break end
     count = math.min(count * 2, 64)
-  end
+    if #gone > 1000 or (#gone > 0 and total - removed <= bytes_max) then
+      call('XDEL', log, unpack(gone))
+      gone = {}
+    end
+  until total - removed <= bytes_max or #entries == 0
   if #gone > 0 then call('XDEL', log, unpack(gone)) end
   return removed
 end
@@ -46,14 +47,13 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
   end
   local id = '*'
   if clock then
-    -- The microsecond is the number: the next message is hardly ever within the same.
-    local time = call('TIME')
+    id = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
     local ms, seq = string.match(prev, '(%d+)-(%d+)')
-    local now = time[1] * 1000000 + time[2]
-    local given = tonumber(call('SET', clock, string.format('%.0f', now), 'GET') or 0)
-    local least = math.max(given, ms * 1000 + math.min(seq, 999)) + 1
-    if least > now then now = least call('SET', clock, string.format('%.0f', now)) end
-    id = string.format('%.0f-%.0f', math.floor(now / 1000), now % 1000)
+    local id_ms, id_seq = string.match(id, '(%d+)-(%d+)')
+    if id_ms * 1 < ms * 1 or (id_ms == ms and id_seq * 1 <= seq * 1) then
+      -- The clock was lost and time went back.
+      id = call('XADD', clock, string.format('%s-%.0f', ms, seq + 1), '', '')
+    end
   end
   local sum = string.format('%.0f:%.0f', total, removed)
   if event_id == '' then
@@ -77,12 +77,15 @@ local op, channel, session, stream = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local entries_max, bytes_max = math.max(ARGV[5], 1), tonumber(ARGV[6])
 local ttl, lease = math.max(ARGV[7], 1), math.max(ARGV[8], 1)
 local member = session .. '/' .. stream
-local time = call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local STREAMS_MAX, TEXT_BYTES_MAX = 16, 4 * 1024 * 1024
 
 local function fail(why)
   return redis.error_reply(why)
+end
+
+local function now_ms()
+  local time = call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
 local function publish(kind, id, rest)
@@ -125,7 +128,7 @@ local function forget_oldest()
   end
 end
 
-local held = call('HMGET', state, 'state', 'seq', 'id', 'bytes', 'due')
+local held = call('HMGET', state, 'state', 'seq', 'id', 'bytes', 'due', 'lease')
 local is, seq, id, bytes = held[1], tonumber(held[2] or 0), held[3], tonumber(held[4] or 0)
 
 if op == 'open' then
@@ -135,8 +138,9 @@ if op == 'open' then
     return fail('EXISTS there is a stream with this id')
   end
   if not is_object(meta) then return fail('BADJSON meta is no JSON object') end
+  local now = now_ms()
   id = publish('open', stream, ',"meta":' .. meta)
-  call('HSET', state, 'state', 'open', 'seq', 0, 'id', id, 'bytes', 0, 'meta', meta, 'error', '', 'due', now)
+  call('HSET', state, 'state', 'open', 'seq', 0, 'id', id, 'bytes', 0, 'meta', meta, 'error', '', 'due', 0, 'lease', lease)
   call('SET', text, '')
   call('ZADD', index, now, stream)
   call('ZADD', leases, now + lease, member)
@@ -162,10 +166,11 @@ if op == 'append' then
   seq = seq + 1
   id = publish('append', stream, ',"seq":' .. seq .. ',"text":' .. cjson.encode(piece))
   call('APPEND', text, piece)
-  if now >= tonumber(held[5]) then
+  local now = tonumber(string.match(id, '%d+'))
+  if now >= tonumber(held[5]) or lease ~= tonumber(held[6]) then
     -- Not with every append: leases and expiry are as much longer as the next time may be away.
     local due = now + math.floor(math.min(ttl, lease) / 8)
-    call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece, 'due', due)
+    call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece, 'due', due, 'lease', lease)
     call('ZADD', leases, now + math.ceil(lease * 9 / 8), member)
     keep()
   else
@@ -195,14 +200,15 @@ if is ~= 'open' then
 end
 
 if op == 'renew' then
-  call('ZADD', leases, now + lease, member)
+  call('ZADD', leases, now_ms() + lease, member)
+  call('HSET', state, 'due', 0)
   keep()
   return {seq, id}
 end
 
 if op == 'lost' then
   local ends = call('ZSCORE', leases, member)
-  if ends and tonumber(ends) > now then return fail('ALIVE the lease still runs') end
+  if ends and tonumber(ends) > now_ms() then return fail('ALIVE the lease still runs') end
   id = close(state, stream, seq, 'error',
     '{"code":"worker_lost","message":"the worker stopped without ending the stream"}')
   keep()

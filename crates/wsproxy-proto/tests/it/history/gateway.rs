@@ -131,12 +131,12 @@ impl Instance {
 
     /// Takes the next message from the channel.
     pub(crate) fn deliver(&mut self, redis: &Redis, now: u64) -> bool {
-        let Some((serial, _)) = self.queue.pop_front() else { return false };
+        let Some((serial, sent)) = self.queue.pop_front() else { return false };
         let message = &redis.truth[serial];
         let log = message.log;
         let Some(reader) = &mut self.readers[log] else { return true };
         let kept = || (serial, self.bounds.message_bytes);
-        let since = self.fed.err().unwrap_or(now);
+        let since = sent.min(self.fed.err().unwrap_or(now));
         match reader.accept((message.id, message.prev), since, kept) {
             Verdict::Deliver => self.offer(log, serial, true, redis),
             Verdict::Duplicate => self.offer(log, serial, false, redis),
@@ -151,7 +151,7 @@ impl Instance {
         let id = redis.truth[serial].id;
         for client in self.clients.iter_mut().filter(|client| client.logs.contains(&log)) {
             let bytes = self.bounds.message_bytes;
-            let is_due = match client.passed.contains(&log) {
+            let is_due = match client.passed.contains(&log) || client.fence.is_open() && !to_all {
                 true => to_all,
                 false => client.fence.offer(Some(id), || (serial, bytes)),
             };

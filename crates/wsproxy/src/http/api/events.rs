@@ -1,6 +1,6 @@
 //! Events over HTTP: to everybody, to a user, to a connection, many at once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -15,6 +15,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
+use wsproxy_proto::disconnect;
 
 use crate::{
     gateway::Gateway,
@@ -25,11 +26,16 @@ use crate::{
             publishing::{self, How},
             read,
         },
+        events::registry_of,
         rejection::Rejection,
         upgrade,
     },
+    registry::control::{DisconnectError, Target},
     telemetry::time,
 };
+
+/// Longest reason that fits into a close frame.
+const REASON_BYTES_MAX: usize = 123;
 
 /// Most messages of one batch.
 const BATCH_MAX: usize = 1000;
@@ -42,6 +48,8 @@ pub(super) fn router() -> Router<Arc<Gateway>> {
         .route("/api/v1/events/connections/{connection_id}", post(to_connection))
         .route("/api/v1/events/batch", post(batch))
         .route("/api/v1/events/history", get(read_history))
+        .route("/api/v1/events/users/{user_id}/presence", get(presence))
+        .route("/api/v1/events/disconnect", post(disconnect))
 }
 
 /// Whom an event is for.
@@ -223,4 +231,66 @@ async fn read_history(
         return Err(Rejection::bad_request("A session's history is at its own path."));
     };
     history::read(&gateway, &channel, range).await
+}
+
+async fn presence(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(user): PathId,
+) -> Result<Response, Rejection> {
+    let connections = upgrade::deadline(&gateway, async {
+        Ok(registry_of(&gateway)?.connections_of(&user).await?)
+    });
+    let connections = connections.await?;
+    Ok(Json(json!({ "user_id": user.as_str(), "connections": connections })).into_response())
+}
+
+/// Whom to send away; exactly one of the first three.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DisconnectRequest {
+    user_id: Option<String>,
+    connection_id: Option<Uuid>,
+    jti: Option<String>,
+    code: Option<u16>,
+    reason: Option<String>,
+    revoke_seconds: Option<u64>,
+}
+
+async fn disconnect(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Rejection> {
+    let request: DisconnectRequest = serde_json::from_slice(&read(body)?)
+        .map_err(|error| Rejection::bad_request(error.to_string()))?;
+    let DisconnectRequest { user_id, connection_id, jti, code, reason, revoke_seconds } = request;
+    let target = match (user_id, connection_id, jti) {
+        (Some(user), None, None) => Target::User(upgrade::id("user_id", &user)?),
+        (None, Some(connection), None) => Target::Connection(connection),
+        (None, None, Some(token)) => Target::Token(token),
+        _ => {
+            let wanted = "Give one of user_id, connection_id and jti.";
+            return Err(Rejection::bad_request(wanted));
+        }
+    };
+    if code.is_some_and(|code| !disconnect::is_sendable(code)) {
+        return Err(Rejection::bad_request("code is no close code that may be sent."));
+    }
+    if reason.as_ref().is_some_and(|reason| reason.len() > REASON_BYTES_MAX) {
+        return Err(Rejection::bad_request(format!(
+            "reason has at most {REASON_BYTES_MAX} bytes."
+        )));
+    }
+    let longest = gateway.config.events.revocation_ttl;
+    let revoke = revoke_seconds.map(|seconds| Duration::from_secs(seconds).min(longest));
+    let told = upgrade::deadline(&gateway, async {
+        let registry = registry_of(&gateway)?;
+        let told = registry.disconnect(target, code, reason.as_deref(), revoke).await;
+        told.map_err(|error| match error {
+            DisconnectError::Store(error) => error.into(),
+            DisconnectError::Bus(error) => error.into(),
+        })
+    });
+    Ok(Json(json!({ "instances": told.await? })).into_response())
 }

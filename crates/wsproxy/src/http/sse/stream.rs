@@ -5,12 +5,16 @@ use std::{
     pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame};
 use tokio::time::{Instant, Sleep, sleep_until};
-use wsproxy_conn::{End, Event, Profile};
+use wsproxy_conn::{
+    End, Event, Profile,
+    clock::{self, Micros},
+};
 use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
 
 use crate::{
@@ -24,7 +28,11 @@ use crate::{
         message,
         tap::{Tap, TapEntry},
     },
-    telemetry::metrics::{Active, Endpoint},
+    registry::Entry,
+    telemetry::{
+        metrics::{Active, Endpoint},
+        time,
+    },
 };
 
 /// What lasts exactly as long as the stream.
@@ -33,6 +41,7 @@ pub struct Held {
     pub(super) _registered: Registered,
     pub(super) _place: Place,
     pub(super) _socket_place: Option<Arc<Place>>,
+    pub(super) _entry: Option<Entry>,
     pub(super) _active: Active,
     pub(super) _active_stream: Active,
 }
@@ -54,6 +63,8 @@ pub struct EventStream<L: Logic> {
     written: Instant,
     /// When a message was written last.
     active: Instant,
+    /// When the client's credential is no longer good.
+    expires: Option<Instant>,
     messages: u64,
     bytes: u64,
     phase: Phase,
@@ -100,6 +111,7 @@ impl<L: Logic> EventStream<L> {
             timer: Box::pin(sleep_until(now + gateway.config.sse.keep_alive)),
             written: now,
             active: now,
+            expires: None,
             messages: 0,
             bytes: 0,
             phase: Phase::New,
@@ -111,8 +123,11 @@ impl<L: Logic> EventStream<L> {
     /// Lets the logic look at something, and does what it states.
     fn with_logic(&mut self, look: impl FnOnce(&mut L, &mut Deeds<'_>)) {
         let (hub, tap) = (&*self.gateway.hub, &*self.tap);
-        let mut deeds = Deeds { hub, tap, close: None };
+        let mut deeds = Deeds { hub, tap, close: None, expires: None };
         look(&mut self.logic, &mut deeds);
+        if let Some(expires) = deeds.expires {
+            self.expires = expires;
+        }
         if let Some(close) = deeds.close
             && !matches!(self.phase, Phase::Over(_))
         {
@@ -184,6 +199,10 @@ impl<L: Logic> EventStream<L> {
             let now = Instant::now();
             let alive = self.written + self.gateway.config.sse.keep_alive;
             let idle = (!idle.is_zero()).then(|| self.active + idle);
+            let ends = [idle, self.expires].into_iter().flatten().min();
+            if self.has_expired(now) {
+                return Poll::Ready(());
+            }
             if idle.is_some_and(|idle| now >= idle) {
                 self.close(&Disconnect::IDLE);
                 return Poll::Ready(());
@@ -191,11 +210,19 @@ impl<L: Logic> EventStream<L> {
             if now >= alive {
                 self.write(":\n\n", chunk);
                 let next = now + self.gateway.config.sse.keep_alive;
-                self.timer.as_mut().reset(idle.map_or(next, |idle| idle.min(next)));
+                self.timer.as_mut().reset(ends.map_or(next, |end| end.min(next)));
                 return Poll::Ready(());
             }
-            self.timer.as_mut().reset(idle.map_or(alive, |idle| idle.min(alive)));
+            self.timer.as_mut().reset(ends.map_or(alive, |end| end.min(alive)));
         }
+    }
+
+    fn has_expired(&mut self, now: Instant) -> bool {
+        let has_expired = self.expires.is_some_and(|expires| now >= expires);
+        if has_expired && matches!(self.phase, Phase::Open) {
+            self.close(&Disconnect::EXPIRED);
+        }
+        has_expired
     }
 
     /// The client is told why, and the stream ends as its format wants.
@@ -226,6 +253,7 @@ impl<L: Logic> Body for EventStream<L> {
             Phase::Open | Phase::Closing(_) => {}
         }
         this.take_ready(&mut chunk, cx);
+        this.has_expired(Instant::now());
         if chunk.is_empty() && matches!(this.phase, Phase::Open) {
             ready!(this.poll_timer(&mut chunk, cx));
         }
@@ -298,9 +326,38 @@ struct Deeds<'a> {
     hub: &'a Hub,
     tap: &'a Tap,
     close: Option<Close>,
+    /// A new time at which the stream expires.
+    expires: Option<Option<Instant>>,
 }
 
 impl Actions for Deeds<'_> {
+    fn now(&self) -> Micros {
+        clock::now()
+    }
+
+    fn send(&mut self, kind: Kind, payload: &[u8]) {
+        self.reply(kind, payload);
+    }
+
+    fn resend(&mut self, kind: Kind, message: &[u8]) {
+        self.reply(kind, message);
+    }
+
+    fn is_backed_up(&self) -> bool {
+        self.tap.waiting_bytes() > 0
+    }
+
+    /// Nobody can answer here, so nothing is asked, and nothing has to be sent again.
+    fn wake_at(&mut self, _at: Micros) {}
+
+    fn expire_at(&mut self, at: Option<u64>) {
+        let left = |at| Duration::from_secs(at).saturating_sub(time::since_epoch());
+        self.expires = Some(at.and_then(|at| Instant::now().checked_add(left(at))));
+    }
+
+    /// A client that sends nothing brings no token.
+    fn verify(&mut self, _token: &str) {}
+
     fn reply(&mut self, _kind: Kind, payload: &[u8]) {
         let event = message::event(None, payload);
         self.tap.push(match self.tap.gzip() {

@@ -241,10 +241,12 @@ impl TestInstance {
     /// Waits until nothing is left of any connection.
     pub async fn wait_empty(&self) {
         let gateway = self.gateway();
+        // The commands to all instances are followed as long as events are served.
+        let kept = usize::from(gateway.registry.is_some());
         eventually("nothing is left behind", || {
             gateway.places.taken() == 0
-                && gateway.hub.topics() == 0
-                && gateway.bus.status().channels == 0
+                && gateway.hub.topics() == kept
+                && gateway.bus.status().channels == kept
                 && gateway.runtime.budget.used() == 0
                 && self.metric("wsproxy_active_connections{endpoint=\"sessions\"}") == 0.0
                 && self.metric("wsproxy_active_connections{endpoint=\"echo\"}") == 0.0

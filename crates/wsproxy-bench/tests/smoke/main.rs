@@ -1,54 +1,22 @@
-//! The tool as a process against its own raw limit: small fleets, every message accounted for.
+//! The tool as a process against its own raw limit and against gateways: small fleets, every message accounted for.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up has failed")]
 
+mod history;
+mod servers;
+
 use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-struct Redis {
-    child: Child,
-    address: SocketAddr,
-    _folder: tempfile::TempDir,
-}
-
-impl Redis {
-    fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
-        let child = Command::new("redis-server")
-            .args(["--port", &address.port().to_string(), "--bind", "127.0.0.1"])
-            .args(["--save", "", "--appendonly", "no", "--dir"])
-            .arg(folder.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is installed");
-        let redis = Self { child, address, _folder: folder };
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while TcpStream::connect(redis.address).is_err() {
-            assert!(Instant::now() < deadline, "redis-server does not answer");
-            std::thread::yield_now();
-        }
-        redis
-    }
-}
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use servers::Redis;
 
 fn bench(arguments: &[&str]) -> (bool, Value) {
     let output = Command::new(env!("CARGO_BIN_EXE_wsproxy-bench"))
         .args(arguments)
-        .args(["--json", "--connections", "50", "--timeout", "10"])
+        .args(["--json", "--connections", "50"])
+        .args(if arguments.contains(&"--timeout") { &[][..] } else { &["--timeout", "20"] })
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

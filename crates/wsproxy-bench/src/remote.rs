@@ -1,0 +1,251 @@
+//! Fleets in processes of their own, since one process has descriptors for some 19,000 clients; told what to do
+//! line by line over pipes.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use hdrhistogram::Histogram;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::fleet::{Ending, Fleet, FleetConfig, Opening, Span, Tally};
+use crate::target::{Kind, Target};
+
+/// Which clients a process has.
+#[derive(Debug, Clone, Args)]
+pub struct Generator {
+    /// Where its clients connect.
+    #[arg(long)]
+    pub server: SocketAddr,
+    /// What the run is called.
+    #[arg(long)]
+    pub run: String,
+    /// What tokens are signed with.
+    #[arg(long)]
+    pub secret: String,
+    /// Number of its first user.
+    #[arg(long)]
+    pub first: u32,
+    /// How many users it has.
+    #[arg(long)]
+    pub count: u32,
+    /// Source addresses, from 127.0.0.1 up.
+    #[arg(long)]
+    pub sources: u32,
+    /// After so many seconds a handshake counts as failed.
+    #[arg(long)]
+    pub handshake_timeout: u64,
+}
+
+/// How many clients have come how far.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// Handshakes that succeeded.
+    pub opened: u64,
+    /// Handshakes that failed.
+    pub failed: u64,
+    /// Connections that are open now.
+    pub open_now: u64,
+    /// Messages that arrived.
+    pub delivered: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    /// Clients from `first` on connect, `rate` per second.
+    Open {
+        first: u32,
+        count: u32,
+        rate: f64,
+    },
+    Status,
+    Report,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    latency: Vec<(u64, u64)>,
+    shared_latency: Vec<(u64, u64)>,
+    handshake: Vec<(u64, u64)>,
+    failures: BTreeMap<String, u64>,
+    endings: Vec<(u16, u64)>,
+    out_of_order: u64,
+    history_lost: u64,
+    unstamped: u64,
+    pings: u64,
+}
+
+/// A fleet in another process; that process is killed when this is dropped.
+#[derive(Debug)]
+pub struct RemoteFleet {
+    child: Child,
+    asks: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    /// How many clients it has.
+    pub count: u32,
+}
+
+impl RemoteFleet {
+    /// Starts the process; no client connects yet.
+    pub fn start(generator: &Generator) -> Result<Self> {
+        let Generator { server, run, secret, first, count, sources, handshake_timeout } = generator;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["generator", "--run", run, "--secret", secret]);
+        let numbers = [
+            ("--server", server.to_string()),
+            ("--first", first.to_string()),
+            ("--count", count.to_string()),
+            ("--sources", sources.to_string()),
+            ("--handshake-timeout", handshake_timeout.to_string()),
+        ];
+        command.args(numbers.iter().flat_map(|(name, value)| [*name, value]));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("the generator does not start")?;
+        let asks = child.stdin.take().context("no pipe")?;
+        let answers = BufReader::new(child.stdout.take().context("no pipe")?);
+        Ok(Self { child, asks, answers, count: *count })
+    }
+
+    /// Lets clients from number `first` of this fleet on connect; returns at once.
+    pub fn open(&mut self, first: u32, count: u32, rate: f64) -> Result<()> {
+        self.ask::<Status>(&Ask::Open { first, count, rate }).map(|_| ())
+    }
+
+    /// How many clients have come how far.
+    pub fn status(&mut self) -> Result<Status> {
+        self.ask(&Ask::Status)
+    }
+
+    /// What was measured since the last report.
+    pub fn report(&mut self) -> Result<Tally> {
+        Ok(self.ask::<Record>(&Ask::Report)?.tally())
+    }
+
+    fn ask<T: DeserializeOwned>(&mut self, ask: &Ask) -> Result<T> {
+        let mut line = serde_json::to_string(ask)?;
+        line.push('\n');
+        self.asks.write_all(line.as_bytes()).context("a generator is gone")?;
+        line.clear();
+        self.answers.read_line(&mut line)?;
+        serde_json::from_str(&line).context("a generator is gone")
+    }
+}
+
+impl Drop for RemoteFleet {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a fleet and does what comes by lines, until they end.
+pub fn serve(generator: &Generator) -> Result<()> {
+    let Generator { server, run, secret, first, count, sources, handshake_timeout } = generator;
+    let target = Target::new(Kind::Events, "", run, false).with_users(secret, *first);
+    let fleet = Fleet::start(&FleetConfig {
+        server: *server,
+        target,
+        threads: 1,
+        sources: *sources,
+        clients: *count,
+        measured: *count,
+        handshake_timeout: Duration::from_secs(*handshake_timeout),
+    })?;
+    let mut output = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines() {
+        let answer = match serde_json::from_str(&line?)? {
+            Ask::Open { first, count, rate } => {
+                let span = Span { first, count };
+                fleet.open(Opening { span, in_flight: count.max(1), rate: Some(rate) })?;
+                serde_json::to_string(&status(&fleet))?
+            }
+            Ask::Status => serde_json::to_string(&status(&fleet))?,
+            Ask::Report => serde_json::to_string(&Record::of(&fleet.report()?))?,
+        };
+        writeln!(output, "{answer}")?;
+        output.flush()?;
+    }
+    Ok(())
+}
+
+fn status(fleet: &Fleet) -> Status {
+    let counters = fleet.counters();
+    Status {
+        opened: counters.opened(),
+        failed: counters.failed(),
+        open_now: counters.open_now(),
+        delivered: counters.delivered(),
+    }
+}
+
+impl Record {
+    fn of(tally: &Tally) -> Self {
+        let counts = |histogram: &Histogram<u64>| {
+            let recorded = histogram.iter_recorded();
+            recorded.map(|step| (step.value_iterated_to(), step.count_at_value())).collect()
+        };
+        Self {
+            latency: counts(&tally.latency),
+            shared_latency: counts(&tally.shared_latency),
+            handshake: counts(&tally.handshake),
+            failures: tally.failures.clone(),
+            endings: tally.endings.iter().map(|ending| (ending.code, ending.at_ns)).collect(),
+            out_of_order: tally.out_of_order,
+            history_lost: tally.history_lost,
+            unstamped: tally.unstamped,
+            pings: tally.pings,
+        }
+    }
+
+    fn tally(self) -> Tally {
+        let mut tally = Tally {
+            failures: self.failures,
+            out_of_order: self.out_of_order,
+            history_lost: self.history_lost,
+            unstamped: self.unstamped,
+            pings: self.pings,
+            ..Tally::default()
+        };
+        let histograms = [
+            (&mut tally.latency, self.latency),
+            (&mut tally.shared_latency, self.shared_latency),
+            (&mut tally.handshake, self.handshake),
+        ];
+        for (histogram, counts) in histograms {
+            for (value, count) in counts {
+                histogram.saturating_record_n(value, count);
+            }
+        }
+        tally.endings =
+            self.endings.into_iter().map(|(code, at_ns)| Ending { code, at_ns }).collect();
+        tally
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_measured_survives_the_way_between_processes() {
+        let mut tally = Tally { out_of_order: 3, pings: 4, ..Tally::default() };
+        for value in 1..=1000u64 {
+            tally.latency.saturating_record(value * 77_777);
+        }
+        tally.shared_latency.saturating_record(5_000_000);
+        tally.endings.push(Ending { code: 1012, at_ns: 9 });
+        let text = serde_json::to_string(&Record::of(&tally)).unwrap();
+        let back = serde_json::from_str::<Record>(&text).unwrap().tally();
+        for quantile in [0.5, 0.99, 1.0] {
+            let of = |tally: &Tally| tally.latency.value_at_quantile(quantile);
+            assert_eq!(of(&back), of(&tally));
+        }
+        assert_eq!((back.shared_latency.len(), back.out_of_order, back.pings), (1, 3, 4));
+        assert_eq!(back.codes()[&1012], 1);
+    }
+}

@@ -1,0 +1,272 @@
+//! What a client has to acknowledge, and when it is due; knows neither clocks nor connections.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use wsproxy_conn::clock::Micros;
+
+/// How patient a window is, and how large.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// A message is sent again after this time.
+    pub interval: Micros,
+    /// How often it is sent in all.
+    pub tries_max: u32,
+    /// Most messages that wait.
+    pub messages_max: usize,
+    /// Most bytes that wait.
+    pub bytes_max: usize,
+}
+
+/// The messages of one client that wait for an `ack`.
+///
+/// Invariant: never more than [`Patience::messages_max`] messages nor more than [`Patience::bytes_max`] bytes, but
+/// for a newest one that alone is larger. Beyond it the oldest is given up.
+#[derive(Debug, Default)]
+pub struct AckWindow {
+    /// By when they are due: each goes to the end when it is sent.
+    waiting: VecDeque<Waiting>,
+    bytes: usize,
+    /// Numbers them by when they were sent first.
+    added: u64,
+}
+
+/// A message that waits for an `ack`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// What the client says to acknowledge it.
+    pub event_id: Bytes,
+    /// What was sent, to be sent again.
+    pub message: Bytes,
+    /// How often it was sent.
+    pub tries: u32,
+    due: Micros,
+    number: u64,
+}
+
+/// What has to be done about a message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Due {
+    /// Send it again: this is the message.
+    Resend(Bytes),
+    /// It was sent often enough.
+    GiveUp(Waiting),
+}
+
+impl Waiting {
+    fn bytes(&self) -> usize {
+        self.event_id.len() + self.message.len() + WAITING_BYTES
+    }
+}
+
+impl AckWindow {
+    /// A message is being sent. Answers what is given up for it. One that waits already stays as it is.
+    pub fn add(
+        &mut self,
+        event_id: Bytes,
+        message: Bytes,
+        now: Micros,
+        patience: &Patience,
+    ) -> Vec<Waiting> {
+        if self.waiting.iter().any(|waiting| waiting.event_id == event_id) {
+            return Vec::new();
+        }
+        let (due, number) = (now.after(patience.interval), self.added);
+        self.added += 1;
+        let waiting = Waiting { event_id, message, tries: 1, due, number };
+        self.bytes += waiting.bytes();
+        self.waiting.push_back(waiting);
+        let mut given_up = Vec::new();
+        while self.waiting.len() > patience.messages_max.max(1)
+            || (self.bytes > patience.bytes_max && self.waiting.len() > 1)
+        {
+            let oldest = self.waiting.iter().enumerate().min_by_key(|(_, waiting)| waiting.number);
+            let Some(at) = oldest.map(|(at, _)| at) else { break };
+            given_up.extend(self.take(at));
+        }
+        given_up
+    }
+
+    /// The client has acknowledged a message; `None` where it does not wait, or no longer.
+    pub fn acked(&mut self, event_id: &[u8]) -> Option<Waiting> {
+        let at = self.waiting.iter().position(|waiting| waiting.event_id == event_id)?;
+        self.take(at)
+    }
+
+    /// The next message about which something has to be done by `now`. Ask until there is none.
+    pub fn due(&mut self, now: Micros, patience: &Patience) -> Option<Due> {
+        if self.next().is_none_or(|next| next > now) {
+            return None;
+        }
+        if self.waiting.front()?.tries >= patience.tries_max {
+            return self.take(0).map(Due::GiveUp);
+        }
+        let mut waiting = self.waiting.pop_front()?;
+        waiting.tries += 1;
+        waiting.due = now.after(patience.interval);
+        let message = waiting.message.clone();
+        self.waiting.push_back(waiting);
+        Some(Due::Resend(message))
+    }
+
+    /// The client has not even taken what was sent: everything that is due gets another interval.
+    pub fn postpone(&mut self, now: Micros, patience: &Patience) {
+        let due = self.waiting.iter().take_while(|waiting| waiting.due <= now).count();
+        self.waiting.rotate_left(due);
+        let rest = self.waiting.len() - due;
+        for waiting in self.waiting.iter_mut().skip(rest) {
+            waiting.due = now.after(patience.interval);
+        }
+    }
+
+    /// When [`Self::due`] is to be asked again.
+    #[must_use]
+    pub fn next(&self) -> Option<Micros> {
+        self.waiting.front().map(|waiting| waiting.due)
+    }
+
+    /// How many wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether none waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Everything that still waits: the client is gone.
+    pub fn drain(&mut self) -> impl Iterator<Item = Waiting> + use<> {
+        self.bytes = 0;
+        std::mem::take(&mut self.waiting).into_iter()
+    }
+
+    fn take(&mut self, at: usize) -> Option<Waiting> {
+        let waiting = self.waiting.remove(at)?;
+        self.bytes -= waiting.bytes();
+        if self.waiting.is_empty() {
+            // Most clients have nothing to acknowledge most of the time.
+            self.waiting = VecDeque::new();
+        }
+        Some(waiting)
+    }
+}
+
+/// What a waiting message costs beside its bytes, roughly.
+const WAITING_BYTES: usize = 96;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Patience =
+        Patience { interval: Micros(5), tries_max: 3, messages_max: 4, bytes_max: 10_000 };
+
+    fn add(window: &mut AckWindow, id: &str, now: u64) -> Vec<Bytes> {
+        let (id, message) = (Bytes::from(id.to_owned()), Bytes::from(format!("message {id}")));
+        let given_up = window.add(id, message, Micros(now), &PATIENCE);
+        given_up.into_iter().map(|waiting| waiting.event_id).collect()
+    }
+
+    /// What is due: `+` and the message that is sent again, `-` and the id that is given up.
+    fn due(window: &mut AckWindow, now: u64) -> Vec<String> {
+        let text = |bytes: Bytes| String::from_utf8(bytes.to_vec()).unwrap();
+        let mut all = Vec::new();
+        while let Some(due) = window.due(Micros(now), &PATIENCE) {
+            all.push(match due {
+                Due::Resend(message) => format!("+{}", text(message)),
+                Due::GiveUp(waiting) => format!("-{} {}", text(waiting.event_id), waiting.tries),
+            });
+        }
+        all
+    }
+
+    #[test]
+    fn a_message_is_sent_three_times_and_then_given_up() {
+        let mut window = AckWindow::default();
+        add(&mut window, "a", 0);
+        assert_eq!(window.next(), Some(Micros(5)));
+        assert!(due(&mut window, 4).is_empty());
+        assert_eq!(due(&mut window, 5), ["+message a"]);
+        assert!(due(&mut window, 9).is_empty());
+        assert_eq!(due(&mut window, 12), ["+message a"]);
+        assert_eq!(window.next(), Some(Micros(17)));
+        assert_eq!(due(&mut window, 17), ["-a 3"]);
+        assert_eq!((window.next(), window.bytes, window.waiting.capacity()), (None, 0, 0));
+    }
+
+    #[test]
+    fn an_ack_ends_it_whatever_its_turn_and_a_second_one_is_unknown() {
+        let mut window = AckWindow::default();
+        for (id, now) in [("a", 0), ("b", 1), ("c", 2)] {
+            add(&mut window, id, now);
+        }
+        assert_eq!(window.acked(b"b").unwrap().tries, 1);
+        assert_eq!(window.acked(b"b"), None);
+        assert_eq!(window.acked(b"other"), None);
+        assert_eq!(due(&mut window, 6), ["+message a"]);
+        assert_eq!(window.acked(b"a").unwrap().tries, 2);
+        assert_eq!(due(&mut window, 100), ["+message c"]);
+        assert_eq!(window.acked(b"c").unwrap().tries, 2);
+        assert_eq!((window.len(), window.bytes), (0, 0));
+    }
+
+    #[test]
+    fn what_waits_already_is_not_added_again() {
+        let mut window = AckWindow::default();
+        add(&mut window, "a", 0);
+        add(&mut window, "a", 3);
+        assert_eq!((window.len(), window.next()), (1, Some(Micros(5))));
+    }
+
+    #[test]
+    fn beyond_the_bound_the_oldest_is_given_up_even_where_it_was_just_sent_again() {
+        let mut window = AckWindow::default();
+        add(&mut window, "a", 0);
+        for id in ["b", "c", "d"] {
+            assert!(add(&mut window, id, 2).is_empty());
+        }
+        assert_eq!(due(&mut window, 5), ["+message a"]);
+        assert_eq!(add(&mut window, "e", 6), ["a"]);
+        assert_eq!(add(&mut window, "f", 6), ["b"]);
+        assert_eq!(window.len(), 4);
+    }
+
+    #[test]
+    fn bytes_are_bounded_but_for_the_newest_message() {
+        let mut window = AckWindow::default();
+        let mut push = |id: &'static str, bytes: usize| {
+            let message = Bytes::from(vec![b'x'; bytes]);
+            window.add(Bytes::from_static(id.as_bytes()), message, Micros(0), &PATIENCE).len()
+        };
+        assert_eq!((push("a", 4000), push("b", 4000), push("c", 4000)), (0, 0, 1));
+        assert_eq!(push("d", 100_000), 2);
+        assert_eq!(push("e", 1), 1);
+        assert_eq!((window.len(), window.bytes), (1, 2 + WAITING_BYTES));
+    }
+
+    #[test]
+    fn postponing_costs_no_try() {
+        let mut window = AckWindow::default();
+        for (id, now) in [("a", 0), ("b", 1), ("c", 7)] {
+            add(&mut window, id, now);
+        }
+        window.postpone(Micros(8), &PATIENCE);
+        assert!(due(&mut window, 11).is_empty());
+        assert_eq!(due(&mut window, 12), ["+message c"]);
+        assert_eq!(due(&mut window, 13), ["+message a", "+message b"]);
+        assert!(window.waiting.iter().is_sorted_by_key(|waiting| waiting.due));
+    }
+
+    #[test]
+    fn whoever_leaves_leaves_nothing() {
+        let mut window = AckWindow::default();
+        for id in ["a", "b"] {
+            add(&mut window, id, 0);
+        }
+        assert_eq!(window.drain().map(|waiting| waiting.event_id).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!((window.len(), window.bytes, window.next()), (0, 0, None));
+    }
+}

@@ -1,0 +1,516 @@
+//! Clients of the event endpoint: who they are, what reaches them, what they say, how long they stay.
+
+use std::time::{Duration, Instant};
+
+use jsonwebtoken::{EncodingKey, Header};
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+use wsproxy::config::Config;
+
+use crate::support::{
+    client::Client,
+    eventually,
+    gateway::{Backend, TestInstance, bearer, over_both},
+    issuer::now,
+};
+
+over_both!(
+    the_first_message_says_who_is_connected_to_what,
+    messages_reach_everybody_a_user_or_a_connection,
+    tokens_are_taken_from_three_places_and_refused_by_what_is_wrong,
+    a_client_whose_application_is_silent_is_closed,
+    what_a_client_says_goes_up_verbatim,
+    nonsense_is_answered_and_then_ends_the_connection,
+    an_acknowledged_message_is_reported_and_not_sent_again,
+    an_unacknowledged_message_is_sent_again_byte_for_byte_and_then_reported,
+    in_the_envelope_every_message_has_a_head_and_is_sent_again_with_it,
+    messages_that_wait_for_an_ack_are_bounded,
+    a_client_that_leaves_is_reported_with_what_it_owes,
+    a_connection_ends_when_its_token_expires,
+    a_newer_token_keeps_the_connection,
+    one_last_id_resumes_all_channels_in_their_order,
+    what_is_resumed_wants_its_acks_too,
+    a_thousand_messages_that_want_acks_are_resumed_at_once,
+    the_first_frame_may_say_where_to_resume,
+    without_history_messages_are_live_only,
+    nothing_is_left_of_who_went,
+);
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+/// Long enough for every test.
+const LIFE: i64 = 600;
+
+fn token(user: &str, life: i64) -> String {
+    sign(&json!({ "sub": user, "exp": now().saturating_add_signed(life) }), SECRET)
+}
+
+fn sign(claims: &Value, secret: &str) -> String {
+    let key = EncodingKey::from_secret(secret.as_bytes());
+    jsonwebtoken::encode(&Header::default(), claims, &key).unwrap()
+}
+
+async fn start(backend: &Backend) -> TestInstance {
+    start_with(backend, |_| ()).await
+}
+
+async fn start_with(backend: &Backend, change: impl FnOnce(&mut Config)) -> TestInstance {
+    let mut config = backend.config();
+    config.endpoints.events = true;
+    config.jwt.secret_key = Some(SECRET.into());
+    config.events.ack_interval = Duration::from_millis(300);
+    change(&mut config);
+    TestInstance::start(config).await
+}
+
+/// A client that has read its first message.
+struct Connected {
+    client: Client,
+    hello: Value,
+}
+
+async fn connect_with(instance: &TestInstance, user: &str, parameters: &str) -> Connected {
+    let path = format!("/ws?token={}{parameters}", token(user, LIFE));
+    let mut client = Client::connect(instance.address(), &path, &[]).await.unwrap();
+    let hello = client.json().await;
+    assert_eq!(hello["type"], "connected");
+    Connected { client, hello }
+}
+
+async fn connect(instance: &TestInstance, user: &str) -> Client {
+    connect_with(instance, user, "").await.client
+}
+
+/// Publishes an event with history; answers its id.
+async fn send(instance: &TestInstance, to: &str, event: &Value) -> String {
+    let path = format!("/api/v1/events/{to}");
+    let response = instance.api("POST", &path, &event.to_string()).await;
+    assert_eq!(response.status, 200, "{response:?}");
+    response.json()["event_id"].as_str().unwrap().to_owned()
+}
+
+fn event(n: u32) -> Value {
+    json!({ "type": "task_status_update", "data": { "n": n } })
+}
+
+fn wanting_ack(n: u32) -> Value {
+    json!({ "type": "task_status_update", "data": { "n": n }, "ack": true })
+}
+
+async fn the_first_message_says_who_is_connected_to_what(backend: Backend) {
+    let instance = start(&backend).await;
+    let before = now();
+    let Connected { client: _client, hello } = connect_with(&instance, "u-1", "").await;
+    assert_eq!(hello["user_id"], "u-1");
+    assert_eq!(hello["server_id"], *instance.gateway().server_id);
+    let connection = hello["connection_id"].as_str().unwrap();
+    assert!(connection.parse::<uuid::Uuid>().is_ok(), "{hello}");
+    assert_eq!(hello["heartbeat"], json!({ "interval": 30, "timeout": 60 }));
+    let expires_at = hello["expires_at"].as_u64().unwrap();
+    assert!((before + 600..before + 630).contains(&expires_at), "{hello}");
+    let position = hello["event_id"].as_str().unwrap();
+    assert!(position.contains('-') && hello["timestamp"].is_string(), "{hello}");
+}
+
+async fn messages_reach_everybody_a_user_or_a_connection(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut one = connect_with(&instance, "u-1", "").await;
+    let mut other = connect(&instance, "u-1").await;
+    let mut stranger = connect(&instance, "u-2").await;
+    let id = send(&instance, "broadcast", &event(1)).await;
+    for client in [&mut one.client, &mut other, &mut stranger] {
+        let message = client.json().await;
+        assert_eq!((&message["event_id"], &message["data"]["n"]), (&json!(id), &json!(1)));
+        assert_eq!(message["type"], "task_status_update");
+        assert!(message["timestamp"].is_string(), "{message}");
+    }
+    send(&instance, "users/u-1", &event(2)).await;
+    let connection = one.hello["connection_id"].as_str().unwrap();
+    send(&instance, &format!("connections/{connection}"), &event(3)).await;
+    // What workers publish by themselves is delivered as it is.
+    instance.publish("ws:broadcast", r#"{"type":"plain" }"#);
+    assert_eq!(one.client.json().await["data"]["n"], 2);
+    assert_eq!(one.client.json().await["data"]["n"], 3);
+    assert_eq!(one.client.text().await, r#"{"type":"plain" }"#);
+    assert_eq!(other.json().await["data"]["n"], 2);
+    assert_eq!(other.text().await, r#"{"type":"plain" }"#);
+    assert_eq!(stranger.text().await, r#"{"type":"plain" }"#);
+}
+
+async fn tokens_are_taken_from_three_places_and_refused_by_what_is_wrong(backend: Backend) {
+    let instance = start(&backend).await;
+    let good = token("u-1", LIFE);
+    let protocols = [("sec-websocket-protocol", format!("wsproxy.v1, bearer.{good}"))];
+    for (path, headers) in [
+        ("/ws", bearer(&good)),
+        ("/ws", protocols),
+        (&*format!("/ws?token={good}"), [("x-none", String::new())]),
+    ] {
+        let mut client = Client::connect(instance.address(), path, &headers).await.unwrap();
+        assert_eq!(client.json().await["user_id"], "u-1");
+    }
+    let refused = async |token: &str| {
+        instance.handshake("/ws", &[("authorization", &format!("Bearer {token}"))]).await
+    };
+    let exp = now() + 60;
+    refused("no.jwt").await.assert_refused(401, "malformed_credentials");
+    instance.handshake("/ws", &[]).await.assert_refused(401, "missing_credentials");
+    let forged = sign(&json!({ "sub": "u-1", "exp": exp }), "another secret of 32 bytes, or so");
+    refused(&forged).await.assert_refused(403, "invalid_token");
+    refused(&token("u-1", -60)).await.assert_refused(403, "invalid_token");
+    for claims in [
+        json!({ "sub": "u-1" }),
+        json!({ "sub": "a:b", "exp": exp }),
+        json!({ "sub": "u", "exp": exp, "nbf": exp }),
+    ] {
+        refused(&sign(&claims, SECRET)).await.assert_refused(403, "invalid_token");
+    }
+    eventually("nothing is left of the refused", || {
+        instance.metric("wsproxy_active_connections{endpoint=\"events\"}") == 0.0
+            && instance.gateway().hub.topics() == 0
+    })
+    .await;
+}
+
+async fn a_client_whose_application_is_silent_is_closed(backend: Backend) {
+    let instance = start_with(&backend, |config| {
+        config.heartbeat.interval = Duration::from_millis(500);
+        config.heartbeat.timeout = Duration::from_millis(2500);
+    })
+    .await;
+    let mut alive = connect(&instance, "u-1").await;
+    let start = Instant::now();
+    let mut silent = connect(&instance, "u-1").await;
+    let reading = async {
+        let mut pings = 0;
+        loop {
+            match silent.next().await {
+                Message::Text(text) => {
+                    let ping: Value = serde_json::from_str(&text).unwrap();
+                    assert_eq!(ping["type"], "ping");
+                    pings += 1;
+                    // A frame, but no word of the application.
+                    silent.send_message(Message::Ping("x".into())).await;
+                }
+                Message::Pong(_) => {}
+                Message::Close(Some(close)) => break (u16::from(close.code), pings),
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let answering = async {
+        loop {
+            assert_eq!(alive.json().await["type"], "ping");
+            alive.send(r#"{"type":"pong"}"#).await;
+        }
+    };
+    let (code, pings) = tokio::select! { end = reading => end, () = answering => unreachable!() };
+    assert_eq!(code, 4002);
+    assert!(start.elapsed() >= Duration::from_millis(2400), "{:?}", start.elapsed());
+    assert!((2..=5).contains(&pings), "{pings} pings");
+    drop(silent);
+    instance.wait_ended("events", "heartbeat_timeout").await;
+    alive.send(r#"{"type":"ping"}"#).await;
+    while alive.json().await["type"] != "pong" {}
+}
+
+async fn what_a_client_says_goes_up_verbatim(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut worker = instance.follow("ws:up").await;
+    let Connected { mut client, hello } = connect_with(&instance, "u-1", "").await;
+    let message = "{ \"type\" : \"x\",\n\"n\":1.50, \"t\":\"\\u00e9\u{e9}\" }";
+    client.send(r#"{"type":"pong"}"#).await;
+    client.send(message).await;
+    let received = worker.next().await;
+    assert!(received.contains(message), "{received}");
+    let received: Value = serde_json::from_str(&received).unwrap();
+    assert_eq!(received["user_id"], "u-1");
+    assert_eq!(received["connection_id"], hello["connection_id"]);
+    for n in 0..100 {
+        client.send(format!(r#"{{"n":{n}}}"#)).await;
+    }
+    for n in 0..100 {
+        assert_eq!(worker.json().await["message"]["n"], n);
+    }
+}
+
+async fn nonsense_is_answered_and_then_ends_the_connection(backend: Backend) {
+    let instance = start_with(&backend, |config| config.events.strikes_max = 3).await;
+    let mut worker = instance.follow("ws:up").await;
+    let mut client = connect(&instance, "u-1").await;
+    for bad in ["[1]", "{\"a\""] {
+        client.send(bad).await;
+        assert_eq!(client.json().await["code"], "invalid_json");
+    }
+    client.send(r#"{"good":true}"#).await;
+    assert_eq!(worker.json().await["message"], json!({ "good": true }));
+    client.send("5").await;
+    assert_eq!(client.closed().await.0, 1008);
+}
+
+async fn an_acknowledged_message_is_reported_and_not_sent_again(backend: Backend) {
+    let instance = start_with(&backend, |config| {
+        config.events.ack_interval = Duration::from_secs(2);
+    })
+    .await;
+    let mut worker = instance.follow("ws:acks").await;
+    let Connected { mut client, hello } = connect_with(&instance, "u-1", "").await;
+    let id = send(&instance, "users/u-1", &wanting_ack(1)).await;
+    let message = client.json().await;
+    assert_eq!((&message["event_id"], &message["ack"]), (&json!(id), &json!(true)));
+    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
+    let report = worker.json().await;
+    assert_eq!(report["event"], "acknowledged");
+    assert_eq!((&report["event_id"], &report["user_id"]), (&json!(id), &json!("u-1")));
+    assert_eq!(report["connection_id"], hello["connection_id"]);
+    assert_eq!(report["server_id"], *instance.gateway().server_id);
+    // Those who publish by themselves give the id.
+    instance.publish("ws:broadcast", r#"{"ack":true,"event_id":"own"}"#);
+    assert_eq!(client.text().await, r#"{"ack":true,"event_id":"own"}"#);
+    client.send(r#"{"type":"ack","ack_id":"own"}"#).await;
+    assert_eq!(worker.json().await["event_id"], "own");
+    // This one is sent again; had the others been, they would come before.
+    let id = send(&instance, "users/u-1", &wanting_ack(2)).await;
+    for _ in 0..2 {
+        assert_eq!(client.json().await["event_id"], id);
+    }
+}
+
+async fn an_unacknowledged_message_is_sent_again_byte_for_byte_and_then_reported(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut worker = instance.follow("ws:acks").await;
+    let mut client = connect(&instance, "u-1").await;
+    let start = Instant::now();
+    let id = send(&instance, "broadcast", &wanting_ack(1)).await;
+    let first = client.text().await;
+    assert!(first.starts_with(&format!(r#"{{"event_id":"{id}","#)), "{first}");
+    assert_eq!(client.text().await, first);
+    assert_eq!(client.text().await, first);
+    assert!(start.elapsed() >= Duration::from_millis(600), "{:?}", start.elapsed());
+    let report = worker.json().await;
+    assert_eq!((&report["event"], &report["tries"]), (&json!("unacknowledged"), &json!(3)));
+    assert_eq!((&report["event_id"], &report["reason"]), (&json!(id), &json!("tries")));
+    assert_eq!(instance.metric("wsproxy_event_messages_resent_total"), 2.0);
+    assert_eq!(instance.metric("wsproxy_event_acks_total{outcome=\"tries\"}"), 1.0);
+}
+
+async fn in_the_envelope_every_message_has_a_head_and_is_sent_again_with_it(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut worker = instance.follow("ws:acks").await;
+    let protocols = format!("wsproxy.id.v1, bearer.{}", token("u-1", LIFE));
+    let headers = [("sec-websocket-protocol", protocols)];
+    let mut client = Client::connect(instance.address(), "/ws", &headers).await.unwrap();
+    let hello = client.text().await;
+    let (head, hello) = hello.split_once('\n').unwrap();
+    let hello: Value = serde_json::from_str(hello).unwrap();
+    assert_eq!(hello["event_id"], head);
+    client.send(r#"{"type":"ping"}"#).await;
+    assert!(client.text().await.starts_with("\n{"));
+    client.send("nonsense").await;
+    assert!(client.text().await.starts_with("\n{"));
+    let id = send(&instance, "users/u-1", &wanting_ack(1)).await;
+    let first = client.text().await;
+    assert!(first.starts_with(&format!("{id}\n{{")), "{first}");
+    assert_eq!(client.text().await, first);
+    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
+    assert_eq!(worker.json().await["event"], "acknowledged");
+}
+
+async fn messages_that_wait_for_an_ack_are_bounded(backend: Backend) {
+    let instance = start_with(&backend, |config| {
+        config.events.ack_queue = 3;
+        config.events.ack_interval = Duration::from_secs(600);
+    })
+    .await;
+    let mut worker = instance.follow("ws:acks").await;
+    let mut client = connect(&instance, "u-1").await;
+    let mut ids = Vec::new();
+    for n in 0..5 {
+        ids.push(send(&instance, "users/u-1", &wanting_ack(n)).await);
+        assert_eq!(client.json().await["data"]["n"], n);
+    }
+    for id in &ids[..2] {
+        let report = worker.json().await;
+        assert_eq!((&report["event_id"], &report["reason"]), (&json!(id), &json!("overflow")));
+    }
+    client.send(json!({ "type": "ack", "event_id": ids[4] }).to_string()).await;
+    assert_eq!(worker.json().await["event"], "acknowledged");
+}
+
+async fn a_client_that_leaves_is_reported_with_what_it_owes(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut worker = instance.follow("ws:acks").await;
+    let mut client = connect(&instance, "u-1").await;
+    instance.publish("ws:user:u-1", r#"{"ack":true,"event_id":"e"}"#);
+    client.text().await;
+    drop(client);
+    let report = worker.json().await;
+    assert_eq!((&report["event_id"], &report["reason"]), (&json!("e"), &json!("closed")));
+}
+
+async fn a_connection_ends_when_its_token_expires(backend: Backend) {
+    let instance = start(&backend).await;
+    let path = format!("/ws?token={}", token("u-1", 2));
+    let mut client = Client::connect(instance.address(), &path, &[]).await.unwrap();
+    let hello = client.json().await;
+    assert_eq!(client.closed().await, (4401, "credential expired".into()));
+    let over = now() - hello["expires_at"].as_u64().unwrap();
+    assert!(over <= 5, "{over} s too late");
+    instance.wait_ended("events", "expired").await;
+}
+
+async fn a_newer_token_keeps_the_connection(backend: Backend) {
+    let instance = start(&backend).await;
+    let path = format!("/ws?token={}", token("u-1", 4));
+    let mut client = Client::connect(instance.address(), &path, &[]).await.unwrap();
+    let end = client.json().await["expires_at"].as_u64().unwrap();
+    let refresh = |token: &str| json!({ "type": "refresh", "token": token }).to_string();
+    for bad in ["x", &token("u-1", -60), &sign(&json!({ "sub": "u-1" }), "no secret of ours")] {
+        client.send(refresh(bad)).await;
+        let error = client.json().await;
+        assert_eq!((&error["type"], &error["code"]), (&json!("error"), &json!("invalid_token")));
+        assert!(bad == "x" || !error.to_string().contains(bad));
+    }
+    client.send(refresh(&token("u-1", LIFE))).await;
+    let refreshed = client.json().await;
+    assert_eq!(refreshed["type"], "refreshed");
+    assert!(refreshed["expires_at"].as_u64().unwrap() > end + 300, "{refreshed}");
+    eventually("the old token has expired", || now() > end + 1).await;
+    send(&instance, "users/u-1", &event(1)).await;
+    assert_eq!(client.json().await["data"]["n"], 1);
+    // And a token of somebody else is no newer one of this user.
+    client.send(refresh(&token("u-2", LIFE))).await;
+    assert_eq!(client.closed().await.0, 4401);
+}
+
+async fn one_last_id_resumes_all_channels_in_their_order(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut client = connect(&instance, "u-1").await;
+    let last = send(&instance, "users/u-1", &event(0)).await;
+    assert_eq!(client.json().await["event_id"], last);
+    client.close().await;
+    for n in 1..=30 {
+        let to = if n % 3 == 0 { "broadcast" } else { "users/u-1" };
+        send(&instance, to, &event(n)).await;
+        send(&instance, "users/u-2", &event(1000 + n)).await;
+    }
+    let parameters = format!("&last_event_id={last}");
+    let Connected { mut client, hello } = connect_with(&instance, "u-1", &parameters).await;
+    assert_eq!(hello.get("event_id"), None);
+    let resumed = client.json().await;
+    assert_eq!(resumed, json!({ "type": "resumed", "count": 30, "last_event_id": last }));
+    for n in 1..=30 {
+        assert_eq!(client.json().await["data"]["n"], n);
+    }
+    send(&instance, "broadcast", &event(31)).await;
+    assert_eq!(client.json().await["data"]["n"], 31);
+}
+
+async fn what_is_resumed_wants_its_acks_too(backend: Backend) {
+    let instance = start(&backend).await;
+    let mut worker = instance.follow("ws:acks").await;
+    let Connected { client, hello } = connect_with(&instance, "u-1", "").await;
+    client.close().await;
+    let id = send(&instance, "users/u-1", &wanting_ack(1)).await;
+    let parameters = format!("&last_event_id={}", hello["event_id"].as_str().unwrap());
+    let mut client = connect_with(&instance, "u-1", &parameters).await.client;
+    assert_eq!(client.json().await["count"], 1);
+    let first = client.text().await;
+    assert_eq!(client.text().await, first);
+    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
+    let report = worker.json().await;
+    assert_eq!((&report["event"], &report["event_id"]), (&json!("acknowledged"), &json!(id)));
+}
+
+async fn a_thousand_messages_that_want_acks_are_resumed_at_once(backend: Backend) {
+    let instance = start_with(&backend, |config| {
+        config.events.ack_interval = Duration::from_secs(600);
+        config.history.bytes_max = 8 * 1024 * 1024;
+    })
+    .await;
+    let filling = "x".repeat(1500);
+    for batch in 0..2 {
+        for to in ["broadcast", "user:u-1"] {
+            let messages = (0..500).map(|n| {
+                let message =
+                    json!({ "type": "t", "ack": true, "data": [batch, n], "filling": filling });
+                json!({ "to": to, "message": message })
+            });
+            let body = json!({ "messages": messages.collect::<Vec<_>>() }).to_string();
+            assert_eq!(instance.api("POST", "/api/v1/events/batch", &body).await.status, 200);
+        }
+    }
+    let mut client = connect_with(&instance, "u-1", "&last_event_id=0").await.client;
+    assert_eq!(client.json().await["count"], 2000);
+    for _ in 0..2000 {
+        assert_eq!(client.json().await["type"], "t");
+    }
+    client.send(r#"{"type":"ping"}"#).await;
+    assert_eq!(client.json().await["type"], "pong");
+    assert_eq!(instance.metric("wsproxy_event_acks_total{outcome=\"wanted\"}"), 2000.0);
+}
+
+async fn the_first_frame_may_say_where_to_resume(backend: Backend) {
+    let instance = start(&backend).await;
+    let Connected { client, hello } = connect_with(&instance, "u-1", "").await;
+    client.close().await;
+    send(&instance, "users/u-1", &event(1)).await;
+    let path = format!("/ws?token={}&resume=frame", token("u-1", LIFE));
+    let mut client = Client::connect(instance.address(), &path, &[]).await.unwrap();
+    let last = &hello["event_id"];
+    client.send(json!({ "type": "resume", "last_event_id": last }).to_string()).await;
+    assert_eq!(client.json().await["type"], "connected");
+    assert_eq!(client.json().await["count"], 1);
+    assert_eq!(client.json().await["data"]["n"], 1);
+    client.send(r#"{"type":"resume","last_event_id":"0"}"#).await;
+    assert_eq!(client.json().await["code"], "invalid_message");
+}
+
+async fn without_history_messages_are_live_only(backend: Backend) {
+    let instance = start_with(&backend, |config| config.events.history = false).await;
+    let Connected { mut client, hello } = connect_with(&instance, "u-1", "").await;
+    assert_eq!(hello.get("event_id"), None);
+    instance.publish("ws:user:u-1", r#"{"n":1}"#);
+    assert_eq!(client.text().await, r#"{"n":1}"#);
+    let mut second = connect_with(&instance, "u-1", "&last_event_id=0").await.client;
+    let lost = second.json().await;
+    assert_eq!((&lost["code"], &lost["reason"]), (&json!("history_lost"), &json!("disabled")));
+    instance.publish("ws:user:u-1", r#"{"n":2}"#);
+    assert_eq!(second.text().await, r#"{"n":2}"#);
+}
+
+async fn nothing_is_left_of_who_went(backend: Backend) {
+    let instance = start(&backend).await;
+    let clients = futures_util::future::join_all((0..20).map(|_| connect(&instance, "u-1"))).await;
+    assert_eq!(instance.metric("wsproxy_active_connections{endpoint=\"events\"}"), 20.0);
+    for client in clients {
+        client.close().await;
+    }
+    instance.wait_empty().await;
+    assert_eq!(instance.metric("wsproxy_active_connections{endpoint=\"events\"}"), 0.0);
+}
+
+#[tokio::test]
+async fn the_endpoint_is_only_where_it_is_switched_on() {
+    let instance = TestInstance::with(|_| ()).await;
+    instance.handshake("/ws", &[]).await.assert_refused(404, "not_found");
+    let on = start(&Backend::Memory).await;
+    on.handshake("/ws/more", &[]).await.assert_refused(404, "not_found");
+}
+
+#[tokio::test]
+async fn messages_and_reports_cross_instances() {
+    let backend = Backend::redis();
+    let (one, other) = (start(&backend).await, start(&backend).await);
+    let mut client = connect(&one, "u-1").await;
+    let mut worker = other.follow("ws:acks").await;
+    let id = send(&other, "users/u-1", &wanting_ack(1)).await;
+    assert_eq!(client.json().await["event_id"], id);
+    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
+    assert_eq!(worker.json().await["event_id"], id);
+    client.close().await;
+    send(&one, "broadcast", &event(2)).await;
+    let mut client = connect_with(&other, "u-1", &format!("&last_event_id={id}")).await.client;
+    assert_eq!(client.json().await["count"], 1);
+    assert_eq!(client.json().await["data"]["n"], 2);
+}
