@@ -15,7 +15,7 @@ use wsproxy_conn::Profile;
 use crate::{
     config::{OnBusLoss, SseToken},
     endpoint::{
-        Logic, Transport,
+        Logic,
         session::{CONTROL, SessionLogic},
     },
     gateway::Gateway,
@@ -31,7 +31,7 @@ use crate::{
         upgrade,
     },
     hub::{Sink, gzip::Deflation, tap::Tap},
-    registry::{Entry, Peer},
+    registry::{Entry, Peer, Transport},
     telemetry::metrics::Endpoint,
 };
 
@@ -192,7 +192,7 @@ pub async fn session(
     let opened = entrance.enter(gateway, opening.resume()).await?;
     debug!(session_id = %session, connection_id = %opening.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
-    let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::EventStream);
+    let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::Sse);
     Ok(opening.answer(gateway, Endpoint::Sessions, opened, None, logic))
 }
 

@@ -28,7 +28,7 @@ use crate::{
     auth,
     config::EventIds,
     endpoint::{
-        Logic, Transport,
+        Logic,
         echo::Echo,
         session::{CONTROL, SessionLogic},
     },
@@ -45,7 +45,7 @@ use crate::{
         resume::{self, Opened, Resume, Wanted},
     },
     hub::{Form, Ids, Sink, Subscription},
-    registry::Entry,
+    registry::{Entry, Transport},
     telemetry::metrics::{Active, Endpoint},
 };
 
