@@ -28,6 +28,7 @@ use crate::{
         },
     },
     hub::WANTS_ACK,
+    registry::Transport,
     telemetry::{counter::Counter, time},
 };
 
@@ -142,6 +143,7 @@ pub struct EventLogic {
     endpoint: Arc<EventEndpoint>,
     user: Id,
     connection: Uuid,
+    transport: Transport,
     opened: Micros,
     expires_at: Option<u64>,
     next_ping: Micros,
@@ -161,12 +163,14 @@ impl EventLogic {
         endpoint: Arc<EventEndpoint>,
         user: Id,
         connection: Uuid,
+        transport: Transport,
         expires_at: Option<u64>,
     ) -> Self {
         Self {
             endpoint,
             user,
             connection,
+            transport,
             opened: clock::now(),
             expires_at,
             next_ping: Micros::NEVER,
@@ -345,7 +349,8 @@ impl EventLogic {
 
 impl Logic for EventLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
-        info!(connection_id = %self.connection, user_id = %self.user, "Connection opened.");
+        info!(connection_id = %self.connection, user_id = %self.user,
+            transport = self.transport.label(), "Connection opened.");
         actions.expire_at(self.expires_at);
         self.next_ping = actions.now().after(self.endpoint.heartbeat.interval.into());
         self.plan(actions);
@@ -382,7 +387,8 @@ impl Logic for EventLogic {
             self.give_up(&waiting, Unacknowledged::Closed, actions);
         }
         let duration = std::time::Duration::from(clock::now().since(self.opened));
-        info!(connection_id = %self.connection, user_id = %self.user, reason = end.why.label,
+        info!(connection_id = %self.connection, user_id = %self.user,
+            transport = self.transport.label(), reason = end.why.label,
             code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
     }
