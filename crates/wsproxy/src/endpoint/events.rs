@@ -19,7 +19,7 @@ use wsproxy_proto::{
 
 use crate::{
     bus::{BusError, Keep, Publish},
-    config::{self, Heartbeat},
+    config::{self, Config, Heartbeat},
     endpoint::{
         Actions, Logic, PUBLISHED,
         events::{
@@ -117,12 +117,8 @@ impl Unacknowledged {
 impl EventEndpoint {
     /// Under this configuration.
     #[must_use]
-    pub fn new(
-        config: config::Events,
-        heartbeat: Heartbeat,
-        names: &Names,
-        server_id: Arc<str>,
-    ) -> Self {
+    pub fn new(config: &Config, names: &Names, server_id: &Arc<str>) -> Self {
+        let (config, heartbeat) = (config.events.clone(), config.heartbeat.clone());
         let patience = Patience {
             interval: config.ack_interval.into(),
             tries_max: config.ack_tries,
@@ -132,7 +128,7 @@ impl EventEndpoint {
         Self {
             patience,
             heartbeat,
-            server_id,
+            server_id: Arc::clone(server_id),
             up: names.events("up").into(),
             reports: names.events("acks").into(),
             config,
@@ -318,12 +314,14 @@ impl EventLogic {
     fn on_timer(&mut self, actions: &mut dyn Actions) {
         self.wakes_at = Micros::NEVER;
         let now = actions.now();
+        // Before anything of this turn waits too.
+        let is_backed_up = actions.is_backed_up();
         if now >= self.next_ping {
             self.next_ping = now.after(self.endpoint.heartbeat.interval.into());
             actions.send(Kind::Text, messages::beat("ping").as_bytes());
         }
         let patience = self.endpoint.patience;
-        if actions.is_backed_up() {
+        if is_backed_up {
             // Sending again what the client has not even read would only bring its end nearer.
             self.acks.postpone(now, &patience);
         }
