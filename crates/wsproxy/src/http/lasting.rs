@@ -65,7 +65,7 @@ impl Answer {
 
     fn poll(&mut self, stream: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.listen(stream, cx)?;
-        loop {
+        for _ in 0..FRAMES_AT_ONCE {
             ready!(self.poll_write(stream, cx))?;
             if self.over {
                 return Poll::Ready(Ok(()));
@@ -80,6 +80,9 @@ impl Answer {
                 }
             };
         }
+        // Other answers have their turn before a client for whom there is always more.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// A chunk of the body. An empty one would be its end.
@@ -163,6 +166,9 @@ fn head(parts: &Parts, chunked: bool) -> Bytes {
     head.extend_from_slice(b"\r\n");
     Bytes::from(head)
 }
+
+/// Parts of the body that are written in one go.
+const FRAMES_AT_ONCE: usize = 16;
 
 /// A client that talks more than this behind its request did not mean it.
 const HEARD_BYTES_MAX: usize = 16 * 1024;
