@@ -28,7 +28,7 @@ before(async () => {
   workers = new Machine(join(example, ".venv/bin/python"), app, {
     env: {
       REDIS_URL: redis.url, GATEWAY_URL: `http://127.0.0.1:${cable.port}`, PYTHONDONTWRITEBYTECODE: "1",
-      CHAT_TOKENS: "160", CHAT_TOKENS_PER_SECOND: "25", CHAT_CLAIM_SECONDS: "1.5",
+      CHAT_TOKENS: "160", CHAT_TOKENS_PER_SECOND: "25", CHAT_CLAIM_SECONDS: "1.5", CHAT_LEASE_SECONDS: "6",
     },
     ready: async () => (await fetch(origin)).ok,
   });
@@ -144,6 +144,21 @@ test("the worker that answers is killed; the other one goes on", async () => {
     const dead = await owner(page);
     process.kill(Number(dead.split("-")[0]), "SIGKILL");
     await until("another worker", async () => { const now = await owner(page); return now && now !== dead; });
+  });
+  await saysNothingWasLost(tab, { returned: false });
+  await tab.page.context().close();
+});
+
+test("all workers are killed for longer than the lease; a new one begins anew, and nothing that was shown goes away", async () => {
+  const tab = await whileAnswering(async ({ page }) => {
+    const before = await texts(page);
+    await workers.kill();
+    const ids = await page.locator("#answers pre").evaluateAll((all) => all.map(({ id }) => id.slice("a-".length)));
+    const stream = `session:${await session(page)}:stream:${ids[0]}`;
+    await until("the gateway ends it", async () => (await redis.ask("HGET", stream, "state")) === "error");
+    await workers.start();
+    const now = await texts(page);
+    assert.ok(before.every((text, at) => now[at].startsWith(text)));
   });
   await saysNothingWasLost(tab, { returned: false });
   await tab.page.context().close();

@@ -75,6 +75,13 @@ export class Machine {
     this.child.kill(signal);
     await over;
   }
+
+  // With all its children, at once.
+  async kill() {
+    const over = new Promise((resolve) => this.child.once("exit", resolve));
+    process.kill(-this.child.pid, "SIGKILL");
+    await over;
+  }
 }
 
 // With its data on disk before it answers, so that being killed loses nothing.
