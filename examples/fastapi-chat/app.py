@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import pathlib
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from model import tokens
 from pydantic import BaseModel, Field
 from redis import RedisError
 from redis import asyncio as aioredis
-from wsproxy import StreamEnded, StreamError, Ticket, TokenStream, Worker, WsproxyError
+from wsproxy import StreamEnded, StreamError, Ticket, TokenStream, Unavailable, Worker, WsproxyError
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
 GATEWAY_URL = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8080")
@@ -31,6 +32,9 @@ CLAIM_SECONDS = float(os.environ.get("CHAT_CLAIM_SECONDS", "3"))
 LEASE_SECONDS = float(os.environ.get("CHAT_LEASE_SECONDS", "15"))
 SESSION_SECONDS = 3600
 HERE = pathlib.Path(__file__).parent
+# What a page may send: an answer's id becomes that of a stream, with room for the number of an attempt.
+ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+PROMPT_MAX = 10_000
 
 ME = f"{os.getpid()}-{secrets.token_hex(4)}"
 worker = Worker.redis(REDIS_URL, retry_for=60)
@@ -60,7 +64,8 @@ class Session:
             await self.catch_up()
             async for message in messages:
                 match message.json():
-                    case {"type": "prompt", "id": str(answer), "text": str(prompt)} if 0 < len(answer) <= 64:
+                    case {"type": "prompt", "id": str(answer), "text": str(prompt)} if ID.fullmatch(answer):
+                        prompt = prompt[:PROMPT_MAX]
                         # The page sends a prompt again until it sees an answer, so it may be known.
                         if answer not in self.answers:
                             await write_down(self.name, answer, prompt)
@@ -92,9 +97,12 @@ class Session:
                 attempt += 1
             except StreamError:
                 return  # Somebody else goes on with it.
-            except WsproxyError as error:
+            except Unavailable as error:
                 logging.warning("The answer waits: %s", error)
                 await asyncio.sleep(1)
+            except WsproxyError:
+                logging.exception("The answer cannot be given.")
+                break
         await redis.hdel(self.jobs, answer)
         self.prompts.pop(answer, None)
 
@@ -222,8 +230,8 @@ async def create_event_source(ticket: Annotated[Ticket, Depends(lasting)]) -> di
 class Prompt(BaseModel):
     """What somebody asks; `id` is chosen by the page, so that it can ask again without being answered twice."""
 
-    id: str = Field(min_length=1, max_length=64)
-    text: str
+    id: str = Field(pattern=f"^{ID.pattern}$")
+    text: str = Field(max_length=PROMPT_MAX)
 
 
 @app.post("/prompts", status_code=202)

@@ -10,7 +10,18 @@ import pytest
 
 from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, within
 from proxy import Proxy
-from wsproxy import Gap, Receipt, Refused, StreamExists, Ticket, Unauthorized, Unavailable, Worker
+from wsproxy import (
+    Gap,
+    NotSupported,
+    Receipt,
+    Refused,
+    StreamEnded,
+    StreamExists,
+    Ticket,
+    Unauthorized,
+    Unavailable,
+    Worker,
+)
 from wsproxy.client import Client, Message, connect_session
 from wsproxy.client import TransportName as Transport
 
@@ -339,6 +350,41 @@ async def test_a_worker_that_died_is_noticed(worker: Worker, gateway: Gateway) -
         assert seen == ["stream_open", "stream_append", "stream_end"]
         merged = connection.streams["t-1"]
         assert (merged.text, merged.state, (merged.error or {}).get("code")) == ("half", "error", "worker_lost")
+
+
+async def test_another_worker_goes_on_with_a_stream(worker: Worker, gateway: Gateway) -> None:
+    async with worker.stream("s-1", "t-1", meta={"a": 1}, watch_stop=False) as first:
+        await first.append("Hel")
+        first.leave()
+    async with worker.stream("s-1", "t-1", watch_stop=False, adopt=True) as second:
+        assert (second.text, second.seq) == ("Hel", 1)
+        await second.append("lo")
+    async with client(worker, gateway.url, last_event_id="0") as connection:
+        async for _ in connection:
+            if connection.streams["t-1"].ended:
+                break
+        assert connection.streams["t-1"].text == "Hello"
+    with pytest.raises(StreamEnded):
+        async with worker.stream("s-1", "t-1", adopt=True):
+            pass
+    async with worker.stream("s-1", "t-2", watch_stop=False, adopt=True) as fresh:
+        assert fresh.seq == 0
+
+
+async def test_only_redis_adopts_what_is_no_longer_in_the_history(
+    start_gateway: StartGateway, redis: RedisServer
+) -> None:
+    gateway = start_gateway(WSPROXY_HISTORY__ENTRIES_MAX="3")
+    async with Worker.http(gateway.url, API_KEY) as over_http, Worker.redis(redis.url) as over_redis:
+        async with over_http.stream("s-1", "t-1", watch_stop=False) as stream:
+            for _ in range(5):
+                await stream.append("word ")
+            stream.leave()
+        with pytest.raises(NotSupported):
+            async with over_http.stream("s-1", "t-1", adopt=True):
+                pass
+        async with over_redis.stream("s-1", "t-1", watch_stop=False, adopt=True) as stream:
+            assert stream.text == "word " * 5
 
 
 async def test_streams_say_what_is_wrong(worker: Worker, gateway: Gateway) -> None:

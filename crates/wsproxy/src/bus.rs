@@ -271,6 +271,16 @@ pub struct HistoryLimits {
     pub ttl: Duration,
 }
 
+impl HistoryLimits {
+    /// How long an entry is held for certain, in milliseconds: less than it may live, by what the clocks of
+    /// servers that replace each other differ and by the time that a message may be on its way.
+    #[must_use]
+    pub fn retention_ms(&self) -> u64 {
+        let ttl = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
+        ttl - (ttl / 8).max(5_000).min(ttl / 2)
+    }
+}
+
 /// What became of a published message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {

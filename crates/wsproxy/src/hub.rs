@@ -122,6 +122,8 @@ pub struct Histories {
     pub epoch: Arc<str>,
     /// Key of the clock that gives the ids, where all logs share one order.
     pub clock: Option<Arc<str>>,
+    /// How topics begin which nobody has again who comes back.
+    pub private: Option<Arc<str>>,
     /// Plain messages with an `event_id` are taken into the history.
     pub capture: bool,
 }
@@ -133,6 +135,8 @@ struct Track {
     reader: Reader<Stored>,
     /// How often something may have been missing.
     turns: u64,
+    /// Nobody who comes back has this topic again.
+    is_private: bool,
 }
 
 impl Track {
@@ -329,6 +333,7 @@ impl Hub {
             histories: Arc::clone(histories),
             reader: Reader::default(),
             turns: 0,
+            is_private: histories.private.as_ref().is_some_and(|begin| topic.starts_with(&**begin)),
         });
         let state = shard.entry(Topic(topic)).or_default();
         state.subscribers.add(sink);
@@ -370,6 +375,10 @@ impl Hub {
     /// How often the bus was lost and found; odd while it is lost.
     fn outage(&self) -> u64 {
         self.outages.load(Acquire)
+    }
+
+    fn links_lost(&self) -> u64 {
+        self.bus.get().map_or(0, |bus| bus.counters().links_lost.value())
     }
 
     fn is_linked(&self) -> bool {

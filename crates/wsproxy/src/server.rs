@@ -183,26 +183,14 @@ fn compose(
         Bus::memory(&config.redis, delivery, tasks, end)
     };
     hub.connect(bus.clone());
-    let histories = |on: bool, capture, clock: Option<String>| {
-        on.then(|| Histories {
-            limits: config.history.limits(),
-            epoch: names.epoch().into(),
-            clock: clock.map(Into::into),
-            capture,
-        })
-        .map(Arc::new)
-    };
+    let (session_histories, event_histories) = histories(&config, &names);
     let registry = config.endpoints.events.then(|| {
         let settings = registry::Settings::new(&config, &server_id, &names);
         Registry::start(settings, Arc::clone(&hub), &bus)
     });
     let gateway = Arc::new(Gateway {
-        session_histories: histories(config.sessions.history, config.sessions.capture, None),
-        event_histories: histories(
-            config.events.history,
-            config.events.capture,
-            Some(names.events_clock()),
-        ),
+        session_histories,
+        event_histories,
         server_id: Arc::clone(&server_id),
         hub,
         store: bus.store(),
@@ -212,12 +200,7 @@ fn compose(
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
-        events: Arc::new(EventEndpoint::new(
-            config.events.clone(),
-            config.heartbeat.clone(),
-            &names,
-            Arc::clone(&server_id),
-        )),
+        events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),
@@ -238,6 +221,26 @@ fn compose(
     });
     gateway.metrics.connect(&gateway);
     Ok(gateway)
+}
+
+/// The histories of sessions and of events, where they have any.
+fn histories(config: &Config, names: &Names) -> (Option<Arc<Histories>>, Option<Arc<Histories>>) {
+    let limits = config.history.limits();
+    let sessions = || Histories {
+        limits,
+        epoch: names.epoch().into(),
+        clock: None,
+        private: None,
+        capture: config.sessions.capture,
+    };
+    let events = || Histories {
+        clock: Some(names.events_clock().into()),
+        private: Some(names.events_connection("").into()),
+        capture: config.events.capture,
+        ..sessions()
+    };
+    let sessions = config.sessions.history.then(|| Arc::new(sessions()));
+    (sessions, config.events.history.then(|| Arc::new(events())))
 }
 
 /// How many connections the descriptors of this process allow; at most `wanted` where that is not 0.

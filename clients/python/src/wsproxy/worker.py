@@ -199,7 +199,7 @@ class Worker:
         - ``on_cancel="leave"``: a block that is cancelled from outside (a worker that shuts down) leaves the stream
           open, so that another worker can go on with it within the lease.
         - ``adopt``: where the stream is open already, go on with it: ``text`` and ``seq`` say where it stands. One
-          that has ended raises :class:`~wsproxy.StreamEnded`. Over HTTP this needs a gateway that shows streams.
+          that has ended raises :class:`~wsproxy.StreamEnded`. Over HTTP its text must still be in the history.
         """
         _check_id("session", session)
         if stream_id is not None:

@@ -3,10 +3,10 @@
 use crate::history::{Log, Lost, Position, rule};
 
 /// Most messages that wait while a hole is filled; they are in the log too, so more are read again.
-const HELD_MAX: usize = 1000;
+const HELD_MAX: usize = 20_000;
 
 /// The same in bytes.
-const HELD_BYTES_MAX: usize = 1024 * 1024;
+const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// What the clocks of stores that replace each other may differ by; so long a client may have to read again
 /// whose log has vanished just after its reader has begun.

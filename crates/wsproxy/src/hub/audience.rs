@@ -132,7 +132,12 @@ impl Round {
     ) -> u64 {
         let notice = notice::history_lost(lost, position);
         let payload = notice.as_bytes();
-        let mut fanout = Fanout::new(Message { id: Some(position), carries_id: true, payload });
+        let mut fanout = Fanout::new(Message {
+            id: Some(position),
+            carries_id: true,
+            is_private: false,
+            payload,
+        });
         let mut told = 0;
         for sink in subscribers.iter() {
             let (target, is_due) = match sink {

@@ -56,7 +56,8 @@ impl Deliver for Delivery {
             return;
         };
         let envelope = Envelope::parse(payload);
-        let message = envelope.as_ref().map_or(Message::plain(payload), Message::from);
+        let mut message = envelope.as_ref().map_or_else(|| Message::plain(payload), Message::from);
+        message.is_private = state.track.as_ref().is_some_and(|track| track.is_private);
         let audience = match (&mut state.track, envelope) {
             (Some(track), Some(envelope)) => match track.accept(&envelope, message, since, hub) {
                 Ok(audience) => audience,
@@ -254,7 +255,7 @@ struct Identified {
 impl<'a> From<&Envelope<'a>> for Message<'a> {
     fn from(envelope: &Envelope<'a>) -> Self {
         let carries_id = envelope.event_id.is_some();
-        Self { id: Some(envelope.id), carries_id, payload: envelope.payload }
+        Self { id: Some(envelope.id), carries_id, is_private: false, payload: envelope.payload }
     }
 }
 

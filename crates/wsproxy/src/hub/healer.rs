@@ -14,7 +14,7 @@ use crate::{
         Histories, Hub, Name, State, Topics,
         audience::{Audience, Round},
         message::{Fanout, Message, Stored},
-        replay::{PAGE_ENTRIES, merge, retention_ms},
+        replay::{PAGE_ENTRIES, merge},
     },
     store::{SnapshotOf, Store, StoreError},
 };
@@ -154,7 +154,11 @@ impl Hub {
             return 0;
         }
         let wanted = holes.len();
+        let links = self.links_lost();
         let mut found = read_all(store, holes, TOGETHER_BYTES_MAX).await;
+        if self.links_lost() != links {
+            return 0; // some were read from another store than others, perhaps
+        }
         // They were not read at one moment: what is older than the first of these is complete in all.
         let first_ms = found.iter().map(|found| found.first_ms).min().unwrap_or_default();
         let limit = Position { milliseconds: first_ms, sequence: 0 };
@@ -234,7 +238,9 @@ impl Hub {
             }
             Item::Entry(entry) => {
                 let carries_id = entry.event_id.is_some();
-                let message = Message { id: Some(entry.id), carries_id, payload: &entry.data };
+                let is_private = state.track.as_ref().is_some_and(|track| track.is_private);
+                let message =
+                    Message { id: Some(entry.id), carries_id, is_private, payload: &entry.data };
                 self.deliver_one(state, Audience::All, message, round);
             }
             Item::Held(id, stored, audience) => {
@@ -307,7 +313,7 @@ async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
         let first_ms = *first_ms.get_or_insert(now_ms);
         // Every page is a healing of its own: time passes between them.
         let gap_ms = clock::now().since(clock::Micros(hole.since)).0.div_ceil(1000);
-        let (retention, clocks) = (retention_ms(&hole.histories), (now_ms, page.epoch_ms));
+        let (retention, clocks) = (hole.histories.limits.retention_ms(), (now_ms, page.epoch_ms));
         let log = page.logs.first().ok_or(Lost::Unknown);
         let mut judged = log.and_then(|log| rule::heal(behind, gap_ms, retention, clocks, log));
         let further = merge(&mut page.logs, &mut chain);

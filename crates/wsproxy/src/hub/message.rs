@@ -24,6 +24,8 @@ pub struct Message<'a> {
     pub id: Option<Position>,
     /// Whether the payload carries an id that clients can resume from.
     pub carries_id: bool,
+    /// Whether nobody can resume from its id, since whoever comes back has other topics.
+    pub is_private: bool,
     /// What the worker published.
     pub payload: &'a [u8],
 }
@@ -32,6 +34,7 @@ pub struct Message<'a> {
 #[derive(Debug)]
 pub(super) struct Stored {
     pub(super) carries_id: bool,
+    pub(super) is_private: bool,
     pub(super) payload: Bytes,
 }
 
@@ -39,20 +42,29 @@ impl<'a> Message<'a> {
     /// A plain one.
     #[must_use]
     pub const fn plain(payload: &'a [u8]) -> Self {
-        Self { id: None, carries_id: false, payload }
+        Self { id: None, carries_id: false, is_private: false, payload }
+    }
+
+    /// The id that clients are shown. A private one only misleads them, unless they acknowledge by it.
+    fn shown_id(&self) -> Option<Position> {
+        let is_shown =
+            !self.is_private || memchr::memmem::find(self.payload, br#""ack""#).is_some();
+        self.id.filter(|_| is_shown)
     }
 
     /// Copies what has to wait, and says what it weighs.
     pub(super) fn store(&self) -> (Stored, usize) {
         let payload = Bytes::copy_from_slice(self.payload);
         let bytes = payload.len() + STORED_BYTES;
-        (Stored { carries_id: self.carries_id, payload }, bytes)
+        let Self { carries_id, is_private, .. } = *self;
+        (Stored { carries_id, is_private, payload }, bytes)
     }
 }
 
 impl Stored {
     pub(super) fn message(&self, id: Position) -> Message<'_> {
-        Message { id: Some(id), carries_id: self.carries_id, payload: &self.payload }
+        let Self { carries_id, is_private, ref payload } = *self;
+        Message { id: Some(id), carries_id, is_private, payload }
     }
 }
 
@@ -119,7 +131,7 @@ impl<'a> Fanout<'a> {
     /// An event, or a part of a compressed stream that holds it. Events are text: of what is none, an event
     /// stream gets the id only.
     fn event(&mut self, deflation: Option<Deflation>, hub: &Hub) -> Option<Bytes> {
-        let Message { id, payload, .. } = self.message;
+        let (id, payload) = (self.message.shown_id(), self.message.payload);
         if !*self.is_text.get_or_insert_with(|| std::str::from_utf8(payload).is_ok()) {
             hub.counters.unframeable.add(1);
             debug!(
@@ -156,7 +168,7 @@ impl<'a> Fanout<'a> {
                 return None;
             }
         };
-        let outgoing = match (form.ids, message.id) {
+        let outgoing = match (form.ids, message.shown_id()) {
             (Ids::Envelope, id) => self.envelope[kind as usize]
                 .get_or_insert_with(|| Outgoing::new(kind, with_head(id, payload))),
             (Ids::Json, Some(id)) if !message.carries_id && kind == Kind::Text => {
@@ -281,7 +293,8 @@ mod tests {
     #[test]
     fn only_what_says_so_at_the_top_and_has_an_id_wants_an_ack() {
         let read = |id, carries_id, ids, payload: &str| {
-            let message = Message { id, carries_id, payload: payload.as_bytes() };
+            let message =
+                Message { id, carries_id, is_private: false, payload: payload.as_bytes() };
             WantsAck::read(message, ids).map(|WantsAck { payload, id_bytes }| {
                 let (id, message) = payload.split_at(id_bytes as usize);
                 [id, message].map(|bytes| String::from_utf8(bytes.to_vec()).unwrap())

@@ -132,6 +132,7 @@ impl Replay {
                 Joined::Lost(why) => lost = Some(why),
                 Joined::Not => {}
             }
+            tokio::time::sleep(AGAIN).await;
         };
         self.hub.count(found.outcome);
         debug!(outcome = ?found.outcome, "A client's history was read.");
@@ -169,7 +170,7 @@ impl Replay {
         let mut chains = vec![Log::default(); self.topics.len()];
         loop {
             // Every page is judged by itself: the store may have been rolled back between them.
-            let retention = retention_ms(&self.histories);
+            let retention = self.histories.limits.retention_ms();
             let judged = behind.and_then(|behind| rule::resume(behind, retention, &found.last));
             if let Err(lost) = judged {
                 found.lose(lost);
@@ -266,7 +267,12 @@ impl Replay {
         }
         for entry in &found.entries {
             let carries_id = entry.event_id.is_some();
-            told.tell(Message { id: Some(entry.id), carries_id, payload: &entry.data });
+            told.tell(Message {
+                id: Some(entry.id),
+                carries_id,
+                is_private: false,
+                payload: &entry.data,
+            });
         }
         for bytes in held {
             told.round.send_missed(&self.gate.target, bytes, clock::now());
@@ -303,7 +309,12 @@ impl Telling<'_> {
     fn notices(&mut self, notices: impl IntoIterator<Item = Option<String>>, id: Option<Position>) {
         for notice in notices.into_iter().flatten() {
             // A notice names its position itself, where it does.
-            self.tell(Message { id, carries_id: true, payload: notice.as_bytes() });
+            self.tell(Message {
+                id,
+                carries_id: true,
+                is_private: false,
+                payload: notice.as_bytes(),
+            });
         }
     }
 
@@ -334,11 +345,6 @@ pub(super) fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
         chain.entries.extend(std::mem::take(&mut log.entries).into_iter().filter(is_within));
     }
     behind
-}
-
-/// How long an entry is held at least.
-pub(super) fn retention_ms(histories: &Histories) -> u64 {
-    u64::try_from(histories.limits.ttl.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// When to look again whether a client can be let through.

@@ -86,6 +86,7 @@ class Client:
         self._is_open = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._refresher: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Future[None]] = set()
         self._error: WsproxyError | None = None
         self._given_up = False
         self._silence_max: float | None = None
@@ -187,7 +188,8 @@ class Client:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if connection is not None:
-            await connection.close()
+            await _close(connection)
+        await asyncio.gather(*self._closing)
         await self._transport.aclose()
         self._end(1000, "")
 
@@ -282,7 +284,8 @@ class Client:
                 self._refresher.cancel()
             # Closing politely must not hold the next attempt up.
             closing = asyncio.ensure_future(_close(connection))
-            closing.add_done_callback(lambda _: None)
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _take(self, frame: Frame) -> None:
         if frame.data is None:

@@ -25,7 +25,8 @@ class WebSocketTransport:
 
     def __init__(self, base_url: str, path: str, options: Mapping[str, Any]) -> None:
         self._url = url(base_url, path, websocket=True)
-        self._options: dict[str, Any] = {"open_timeout": OPEN_TIMEOUT, "max_size": 64 * 1024 * 1024, **options}
+        defaults = {"open_timeout": OPEN_TIMEOUT, "close_timeout": 3.0, "max_size": 64 * 1024 * 1024}
+        self._options: dict[str, Any] = {**defaults, **options}
 
     async def open(self, token: str, last_event_id: str) -> Connection:
         headers = {**self._options.get("additional_headers", {}), "Authorization": f"Bearer {token}"}

@@ -56,7 +56,7 @@ pub(super) async fn read(
     };
     let (snapshot, _) =
         upgrade::deadline(gateway, async { Ok(gateway.store.snapshot(of).await?) }).await?;
-    let retention = u64::try_from(gateway.config.history.ttl.as_millis()).unwrap_or(u64::MAX);
+    let retention = gateway.config.history.limits().retention_ms();
     let lost = match snapshot.after {
         Some(after) => rule::resume(after, retention, &snapshot).err(),
         None => Some(wsproxy_proto::history::Lost::Unknown),
