@@ -15,26 +15,6 @@ pub mod session;
 /// [`Event::tag`]: what became of a message that this connection published.
 pub const PUBLISHED: u8 = 0;
 
-/// How a client is connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transport {
-    /// It listens and sends.
-    WebSocket,
-    /// It only listens.
-    EventStream,
-}
-
-impl Transport {
-    /// As announcements, logs and the registry name it.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::WebSocket => "websocket",
-            Self::EventStream => "sse",
-        }
-    }
-}
-
 /// The logic of one connection of an endpoint: it is told what happened and states consequences.
 pub trait Logic: Send + Unpin + 'static {
     /// Messages may flow.

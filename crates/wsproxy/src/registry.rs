@@ -22,7 +22,10 @@ use wsproxy_proto::{
 use crate::{
     bus::Bus,
     config::Config,
-    hub::{Hub, tap::Tap},
+    hub::{
+        Hub,
+        tap::{Ending, Tap},
+    },
     registry::{local::Local, redis::RedisRegistry},
     store::{Store, StoreError},
     telemetry::counter::Counter,
@@ -161,7 +164,7 @@ pub struct Joining {
 pub enum Peer {
     /// A WebSocket.
     Link(Arc<Link>),
-    /// A follower over HTTP.
+    /// An event stream.
     Stream(Arc<Tap>),
 }
 
@@ -173,6 +176,17 @@ pub enum Transport {
     WebSocket,
     /// Server-sent events.
     Sse,
+}
+
+impl Transport {
+    /// As announcements, logs and the registry name it.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::WebSocket => "websocket",
+            Self::Sse => "sse",
+        }
+    }
 }
 
 /// A connection of a user, on any instance.
@@ -358,7 +372,10 @@ impl Peer {
                 link.disconnect_with(why, code, reason, now);
             }
             Self::Link(link) => link.finish_with(why, code, reason, now),
-            Self::Stream(tap) => tap.end(why),
+            Self::Stream(tap) => {
+                let ending = Ending { why, code, reason: reason.into() };
+                if *why == Disconnect::REVOKED { tap.cut_off(ending) } else { tap.end(ending) }
+            }
         }
     }
 }

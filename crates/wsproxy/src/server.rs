@@ -200,12 +200,7 @@ fn compose(
         places: Places::new(connections_max(config.limits.max_connections)),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
-        events: Arc::new(EventEndpoint::new(
-            config.events.clone(),
-            config.heartbeat.clone(),
-            &names,
-            Arc::clone(&server_id),
-        )),
+        events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,
         sessions: Arc::new(SessionEndpoint {
             config: config.sessions.clone(),

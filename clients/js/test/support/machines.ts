@@ -132,6 +132,17 @@ export class Redis extends Machine {
     });
   }
 
+  /** What is published on `channel` from now on, as it comes. */
+  async follow(channel: string): Promise<{ heard: string; end(): void }> {
+    const socket = connect(this.port, "127.0.0.1");
+    const follower = { heard: "", end: () => void socket.destroy() };
+    socket.on("error", () => undefined).on("data", (data) => (follower.heard += data));
+    socket.write(`SUBSCRIBE ${channel}\r\n`);
+    await until("the subscription", () => follower.heard.includes("subscribe"));
+    follower.heard = "";
+    return follower;
+  }
+
   override async stop(signal: NodeJS.Signals = "SIGKILL"): Promise<void> {
     await super.stop(signal);
   }

@@ -19,7 +19,7 @@ use wsproxy_proto::{
 
 use crate::{
     bus::{BusError, Keep, Publish},
-    config::{self, Heartbeat},
+    config::{self, Config, Heartbeat},
     endpoint::{
         Actions, Logic, PUBLISHED,
         events::{
@@ -28,6 +28,7 @@ use crate::{
         },
     },
     hub::WANTS_ACK,
+    registry::Transport,
     telemetry::{counter::Counter, time},
 };
 
@@ -116,12 +117,8 @@ impl Unacknowledged {
 impl EventEndpoint {
     /// Under this configuration.
     #[must_use]
-    pub fn new(
-        config: config::Events,
-        heartbeat: Heartbeat,
-        names: &Names,
-        server_id: Arc<str>,
-    ) -> Self {
+    pub fn new(config: &Config, names: &Names, server_id: &Arc<str>) -> Self {
+        let (config, heartbeat) = (config.events.clone(), config.heartbeat.clone());
         let patience = Patience {
             interval: config.ack_interval.into(),
             tries_max: config.ack_tries,
@@ -131,7 +128,7 @@ impl EventEndpoint {
         Self {
             patience,
             heartbeat,
-            server_id,
+            server_id: Arc::clone(server_id),
             up: names.events("up").into(),
             reports: names.events("acks").into(),
             config,
@@ -146,6 +143,7 @@ pub struct EventLogic {
     endpoint: Arc<EventEndpoint>,
     user: Id,
     connection: Uuid,
+    transport: Transport,
     opened: Micros,
     expires_at: Option<u64>,
     next_ping: Micros,
@@ -165,12 +163,14 @@ impl EventLogic {
         endpoint: Arc<EventEndpoint>,
         user: Id,
         connection: Uuid,
+        transport: Transport,
         expires_at: Option<u64>,
     ) -> Self {
         Self {
             endpoint,
             user,
             connection,
+            transport,
             opened: clock::now(),
             expires_at,
             next_ping: Micros::NEVER,
@@ -314,12 +314,14 @@ impl EventLogic {
     fn on_timer(&mut self, actions: &mut dyn Actions) {
         self.wakes_at = Micros::NEVER;
         let now = actions.now();
+        // Before anything of this turn waits too.
+        let is_backed_up = actions.is_backed_up();
         if now >= self.next_ping {
             self.next_ping = now.after(self.endpoint.heartbeat.interval.into());
             actions.send(Kind::Text, messages::beat("ping").as_bytes());
         }
         let patience = self.endpoint.patience;
-        if actions.is_backed_up() {
+        if is_backed_up {
             // Sending again what the client has not even read would only bring its end nearer.
             self.acks.postpone(now, &patience);
         }
@@ -347,7 +349,8 @@ impl EventLogic {
 
 impl Logic for EventLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
-        info!(connection_id = %self.connection, user_id = %self.user, "Connection opened.");
+        info!(connection_id = %self.connection, user_id = %self.user,
+            transport = self.transport.label(), "Connection opened.");
         actions.expire_at(self.expires_at);
         self.next_ping = actions.now().after(self.endpoint.heartbeat.interval.into());
         self.plan(actions);
@@ -384,7 +387,8 @@ impl Logic for EventLogic {
             self.give_up(&waiting, Unacknowledged::Closed, actions);
         }
         let duration = std::time::Duration::from(clock::now().since(self.opened));
-        info!(connection_id = %self.connection, user_id = %self.user, reason = end.why.label,
+        info!(connection_id = %self.connection, user_id = %self.user,
+            transport = self.transport.label(), reason = end.why.label,
             code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
     }

@@ -20,7 +20,8 @@ use wsproxy_proto::{
 use crate::{
     bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
-    endpoint::{Actions, Logic, PUBLISHED, Transport},
+    endpoint::{Actions, Logic, PUBLISHED},
+    registry::Transport,
     telemetry::{counter::Counter, time},
 };
 

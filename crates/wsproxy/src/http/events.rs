@@ -48,7 +48,7 @@ pub async fn open(
     let (connection, peer) = (link.id(), Peer::Link(Arc::clone(link)));
     let entered =
         entrance.enter(gateway, connection, (client, peer), Transport::WebSocket, &resume).await?;
-    let logic = entered.logic(gateway, connection);
+    let logic = entered.logic(gateway, connection, Transport::WebSocket);
     let Entered { opened, registered, .. } = entered;
     Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), registered, logic))
 }
@@ -67,7 +67,7 @@ pub async fn stream(
     let ends = (opening.client(gateway.config.events.on_bus_loss), opening.peer());
     let (connection, resume) = (opening.id(), opening.resume());
     let entered = entrance.enter(gateway, connection, ends, Transport::Sse, resume).await?;
-    let logic = entered.logic(gateway, connection);
+    let logic = entered.logic(gateway, connection, Transport::Sse);
     let Entered { opened, registered, .. } = entered;
     Ok(opening.answer(gateway, Endpoint::Events, opened, registered, logic))
 }
@@ -130,10 +130,10 @@ impl Entrance {
 }
 
 impl Entered {
-    fn logic(&self, gateway: &Gateway, connection: Uuid) -> EventLogic {
+    fn logic(&self, gateway: &Gateway, connection: Uuid, transport: Transport) -> EventLogic {
         let expires_at = self.claims.expires_at.map(|end| close_at(gateway, end));
         let user = self.claims.user.clone();
-        EventLogic::new(Arc::clone(&gateway.events), user, connection, expires_at)
+        EventLogic::new(Arc::clone(&gateway.events), user, connection, transport, expires_at)
     }
 }
 

@@ -1,36 +1,58 @@
-//! The socket under an HTTP connection, and what a long answer on it may ask for.
+//! The socket under an HTTP connection, which an answer that lasts can take away from it.
 
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::{net::TcpStream, sync::Notify};
 
-/// What the answers on a connection can ask of its socket.
-#[derive(Debug, Default)]
+/// A socket for whoever answers requests on it.
+#[derive(Debug)]
 pub struct Line {
-    /// In milliseconds; 0: as the listener set it.
-    patience: AtomicU64,
+    stream: Mutex<Option<TokioIo<TcpStream>>>,
+    taken: Notify,
     cut: Notify,
 }
 
 impl Line {
-    /// From the next write on, written bytes may stay unacknowledged for this long, and the peer's window closed.
-    pub fn be_patient(&self, unacknowledged_max: Duration) {
-        let milliseconds = u64::try_from(unacknowledged_max.as_millis()).unwrap_or(u64::MAX);
-        self.patience.store(milliseconds, Relaxed);
+    /// The line of a socket that was accepted.
+    #[must_use]
+    pub fn new(stream: TcpStream) -> Arc<Self> {
+        let stream = Mutex::new(Some(TokioIo::new(stream)));
+        Arc::new(Self { stream, taken: Notify::new(), cut: Notify::new() })
     }
 
-    /// Closes the connection, whatever is on its way.
+    /// From now on written bytes may stay unacknowledged for this long, and the peer's window closed.
+    pub fn be_patient(&self, unacknowledged_max: Duration) {
+        #[cfg(target_os = "linux")]
+        if let Some(stream) = &*self.stream.lock() {
+            // The only errors are those of a peer that left, which writing finds as well.
+            let _ = socket2::SockRef::from(stream.inner())
+                .set_tcp_user_timeout(Some(unacknowledged_max));
+        }
+    }
+
+    /// Takes the socket away from the HTTP connection, which ends without touching it; `None` the second time.
+    #[must_use]
+    pub fn take(&self) -> Option<TcpStream> {
+        let stream = self.stream.lock().take();
+        self.taken.notify_one();
+        stream.map(TokioIo::into_inner)
+    }
+
+    /// Resolves when the socket was taken.
+    pub async fn wait_taken(&self) {
+        self.taken.notified().await;
+    }
+
+    /// Tells whoever took the socket to close it, whatever is on its way.
     pub fn cut(&self) {
         self.cut.notify_one();
     }
@@ -41,77 +63,58 @@ impl Line {
     }
 }
 
-/// A socket that does what its [`Line`] is asked for.
+/// The HTTP connection's end of a [`Line`].
 #[derive(Debug)]
-pub struct LineSocket {
-    io: TokioIo<TcpStream>,
-    line: Arc<Line>,
-    /// The patience that the kernel was told.
-    told: u64,
-}
+pub struct LineSocket(pub Arc<Line>);
 
 impl LineSocket {
-    /// A socket that was accepted.
-    #[must_use]
-    pub fn new(stream: TcpStream, line: Arc<Line>) -> Self {
-        Self { io: TokioIo::new(stream), line, told: 0 }
-    }
-
-    /// The socket alone.
-    #[must_use]
-    pub fn into_inner(self) -> TcpStream {
-        self.io.into_inner()
-    }
-
-    fn obey(&mut self) {
-        let patience = self.line.patience.load(Relaxed);
-        if patience != self.told {
-            self.told = patience;
-            #[cfg(target_os = "linux")]
-            let _ = socket2::SockRef::from(self.io.inner())
-                .set_tcp_user_timeout(Some(Duration::from_millis(patience)));
+    fn with<T>(
+        &self,
+        act: impl FnOnce(Pin<&mut TokioIo<TcpStream>>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match &mut *self.0.stream.lock() {
+            Some(stream) => act(Pin::new(stream)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
     }
 }
 
 impl Read for LineSocket {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buffer)
+        self.with(|stream| stream.poll_read(cx, buffer))
     }
 }
 
 impl Write for LineSocket {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.obey();
-        Pin::new(&mut self.io).poll_write(cx, bytes)
+        self.with(|stream| stream.poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.obey();
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+        self.with(|stream| stream.poll_write_vectored(cx, slices))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_flush(cx))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_shutdown(cx))
     }
 }

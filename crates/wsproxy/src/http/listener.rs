@@ -1,13 +1,14 @@
 //! The accept loop: sockets in, requests out, and every way in which a stranger can waste our time bounded.
 
 use std::{
+    convert::Infallible,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use http::Request;
+use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioTimer;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -19,7 +20,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::http::{
+    Body,
     admission::Places,
+    lasting::{self, Lasting},
     line::{Line, LineSocket},
     routes::Routes,
 };
@@ -116,7 +119,7 @@ fn accept(
     #[cfg(target_os = "linux")]
     let _ = socket2::SockRef::from(&stream)
         .set_tcp_user_timeout(Some(gateway.config.server.header_timeout));
-    let (place, line) = (Arc::new(place), Arc::new(Line::default()));
+    let (place, line) = (Arc::new(place), Line::new(stream));
     let (routes, stop, gateway) = (routes.clone(), stop.clone(), Arc::clone(gateway));
     let tasks = gateway.tasks.clone();
     tasks.spawn(async move {
@@ -134,19 +137,19 @@ fn accept(
             // An upgraded socket keeps its place by taking this along.
             request.extensions_mut().insert(Arc::clone(&place));
             request.extensions_mut().insert(Arc::clone(&asked));
-            routes.clone().serve(request)
+            answer(routes.clone(), request, Arc::clone(&asked))
         });
-        let socket = LineSocket::new(stream, Arc::clone(&line));
+        let socket = LineSocket(Arc::clone(&line));
         let connection = builder.serve_connection(socket, service).with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let result = tokio::select! {
             result = connection.as_mut() => result,
-            () = line.wait_cut() => return,
+            () = line.wait_taken() => return,
             () = stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
                     result = connection => result,
-                    () = line.wait_cut() => return,
+                    () = line.wait_taken() => return,
                 }
             }
         };
@@ -156,6 +159,23 @@ fn accept(
             debug!(%error, address = %address.ip(), kind, "A client's request failed.");
         }
     });
+}
+
+/// Answers a request; one whose answer lasts takes the socket along.
+async fn answer(
+    routes: Routes,
+    request: Request<Incoming>,
+    line: Arc<Line>,
+) -> Result<Response<Body>, Infallible> {
+    let version = request.version();
+    let tasks = routes.gateway().tasks.clone();
+    let response = routes.serve(request).await?;
+    let Some(Lasting(profile)) = response.extensions().get().cloned() else { return Ok(response) };
+    if let Some(stream) = line.take() {
+        tasks.spawn(lasting::write(stream, line, version, profile, response));
+    }
+    // The HTTP connection is dropped now, and this with it.
+    std::future::pending().await
 }
 
 async fn refuse(mut stream: TcpStream) {

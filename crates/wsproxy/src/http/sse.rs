@@ -15,7 +15,7 @@ use wsproxy_conn::Profile;
 use crate::{
     config::{OnBusLoss, SseToken},
     endpoint::{
-        Logic, Transport,
+        Logic,
         session::{CONTROL, SessionLogic},
     },
     gateway::Gateway,
@@ -23,6 +23,7 @@ use crate::{
         Body,
         admission::Place,
         credentials,
+        lasting::Lasting,
         line::Line,
         origin,
         rejection::Rejection,
@@ -30,7 +31,7 @@ use crate::{
         upgrade,
     },
     hub::{Sink, gzip::Deflation, tap::Tap},
-    registry::{Entry, Peer},
+    registry::{Entry, Peer, Transport},
     telemetry::metrics::Endpoint,
 };
 
@@ -151,6 +152,7 @@ impl Opening {
         let is_gzip = self.tap.gzip().is_some();
         let stream = EventStream::open(gateway, label, &self.profile, self.tap, held, logic);
         let mut response = Response::new(Body::new(stream));
+        response.extensions_mut().insert(Lasting(self.profile));
         let headers = response.headers_mut();
         for (name, value) in HEADERS {
             headers.insert(name, HeaderValue::from_static(value));
@@ -190,7 +192,7 @@ pub async fn session(
     let opened = entrance.enter(gateway, opening.resume()).await?;
     debug!(session_id = %session, connection_id = %opening.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
-    let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::EventStream);
+    let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::Sse);
     Ok(opening.answer(gateway, Endpoint::Sessions, opened, None, logic))
 }
 

@@ -28,7 +28,7 @@ use crate::{
     auth,
     config::EventIds,
     endpoint::{
-        Logic, Transport,
+        Logic,
         echo::Echo,
         session::{CONTROL, SessionLogic},
     },
@@ -45,7 +45,7 @@ use crate::{
         resume::{self, Opened, Resume, Wanted},
     },
     hub::{Form, Ids, Sink, Subscription},
-    registry::Entry,
+    registry::{Entry, Transport},
     telemetry::metrics::{Active, Endpoint},
 };
 
@@ -334,7 +334,7 @@ fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
 /// The raw socket under hyper, and what hyper has read beyond the request head.
 fn socket_of(upgraded: hyper::upgrade::Upgraded) -> Option<(Socket, Bytes)> {
     match upgraded.downcast::<LineSocket>() {
-        Ok(parts) => Some((parts.io.into_inner().into(), parts.read_buf)),
+        Ok(parts) => Some((parts.io.0.take()?.into(), parts.read_buf)),
         Err(upgraded) => {
             let parts = upgraded.downcast::<TokioIo<UnixStream>>().ok()?;
             Some((parts.io.into_inner().into(), parts.read_buf))

@@ -57,8 +57,25 @@ pub enum TapEntry {
     Event(u8, Bytes),
     /// The bus was away for so long: messages may be missing here.
     Gap(Duration),
-    /// The gateway ends it for this reason; nothing follows.
-    End(&'static Disconnect),
+    /// The gateway ends it; nothing follows.
+    End(Ending),
+}
+
+/// How a tap ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ending {
+    /// The entry of the table.
+    pub why: &'static Disconnect,
+    /// The code that the reader is told.
+    pub code: u16,
+    /// The reason that the reader is told.
+    pub reason: Box<str>,
+}
+
+impl From<&'static Disconnect> for Ending {
+    fn from(why: &'static Disconnect) -> Self {
+        Self { why, code: why.code, reason: why.reason.into() }
+    }
 }
 
 impl Tap {
@@ -127,24 +144,26 @@ impl Tap {
     }
 
     /// The follower is told why, after all that waits.
-    pub(crate) fn end(&self, why: &'static Disconnect) {
+    pub(crate) fn end(&self, ending: impl Into<Ending>) {
         let mut state = self.state.lock();
         if !state.closed {
-            state.entries.push_back(TapEntry::End(why));
+            state.entries.push_back(TapEntry::End(ending.into()));
             state.closed = true;
         }
-        wake(state.waker.take());
+        let waker = state.waker.take();
+        drop(state);
+        wake(waker);
     }
 
-    /// A client that is too slow: what waits is thrown away.
-    pub(crate) fn overflow(&self) {
+    /// The same, but what waits is thrown away, even where the end was known before.
+    pub(crate) fn cut_off(&self, ending: impl Into<Ending>) {
         let mut state = self.state.lock();
-        if !state.closed {
-            self.empty(&mut state);
-            state.entries.push_back(TapEntry::End(&Disconnect::SLOW));
-            state.closed = true;
-        }
-        wake(state.waker.take());
+        self.empty(&mut state);
+        state.entries.push_back(TapEntry::End(ending.into()));
+        state.closed = true;
+        let waker = state.waker.take();
+        drop(state);
+        wake(waker);
     }
 
     fn queue(&self, entry: TapEntry) {
@@ -163,7 +182,7 @@ impl Tap {
             state.discarded += u64::from(entry.is_message());
             if self.runtime.is_some() {
                 self.empty(&mut state);
-                state.entries.push_back(TapEntry::End(&Disconnect::SLOW));
+                state.entries.push_back(TapEntry::End((&Disconnect::SLOW).into()));
             }
         }
         let waker = state.waker.take();
@@ -319,7 +338,7 @@ mod tests {
         assert_eq!((runtime.budget.used(), tap.waiting_bytes()), (0, 0));
         tap.push("after the end".into());
         assert_eq!(tap.discarded(), 13);
-        assert_eq!(tap.next_entry().await, Some(TapEntry::End(&Disconnect::SLOW)));
+        assert_eq!(tap.next_entry().await, Some(TapEntry::End((&Disconnect::SLOW).into())));
         assert_eq!(tap.next_entry().await, None);
     }
 

@@ -271,7 +271,7 @@ impl Scrape<'_, '_> {
         let help =
             "Data messages that arrived from clients, complete and valid as WebSocket messages";
         self.per_profile("messages_received", help, |p| &p.stats.messages_received)?;
-        let help = "Data messages of which the last byte was handed to the kernel; of event streams, to HTTP";
+        let help = "Data messages of which the last byte was handed to the kernel; of event streams, taken up for that";
         self.per_profile("messages_sent", help, |p| &p.stats.messages_sent)?;
         let help =
             "Data messages that waited for a client when its connection ended, or came afterwards";

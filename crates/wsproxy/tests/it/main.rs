@@ -27,6 +27,7 @@ mod scripts;
 mod sessions;
 mod slow;
 mod sse;
+mod sse_events;
 mod sse_pressure;
 mod store;
 mod streams;

@@ -184,7 +184,7 @@ impl Node {
 impl Client {
     async fn ended(&self) -> &'static Disconnect {
         match soon("the end of a connection", self.tap.next_entry()).await {
-            Some(TapEntry::End(why)) => why,
+            Some(TapEntry::End(ending)) => ending.why,
             other => panic!("{other:?} is no end"),
         }
     }

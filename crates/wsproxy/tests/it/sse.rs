@@ -285,6 +285,24 @@ async fn other_requests_are_refused_as_before() {
     answer.assert_refused(426, "upgrade_required");
 }
 
+/// Some proxies ask in the older version, which has no chunks: there the end of the connection is the end.
+#[tokio::test]
+async fn a_client_of_http_1_0_is_served_without_chunks() {
+    let instance = TestInstance::with(|_| ()).await;
+    let mut raw = Raw::connect(instance.address()).await;
+    let path = format!("/agent/ws/s?token={}", instance.token("s").await);
+    raw.write(format!("GET {path} HTTP/1.0\r\nAccept: text/event-stream\r\n\r\n").as_bytes()).await;
+    let head = raw.response().await;
+    assert_eq!((head.status, head.header("transfer-encoding")), (200, ""));
+    assert_eq!(head.header("connection"), "close");
+    instance.publish("session:s:down", "1");
+    instance.publish("session:s:control", r#"{"op":"close"}"#);
+    while raw.read().await > 0 {}
+    let expected = "retry: 1000\n\ndata: 1\n\n\
+        event: close\ndata: {\"code\":4004,\"reason\":\"ended by the backend\"}\n\n";
+    assert_eq!(String::from_utf8_lossy(raw.rest()), expected);
+}
+
 #[tokio::test]
 async fn limits_count_streams_and_connections_together() {
     let instance = TestInstance::with(|config| {

@@ -30,6 +30,10 @@ async fn a_drain_ends_streams_politely_and_announces_them(backend: Backend) {
         assert_eq!(announced.json().await["event"], "opened");
     }
     instance.publish("session:s3:down", "the last word");
+    eventually("it has arrived here", || {
+        instance.metric("wsproxy_messages_sent_total{endpoint=\"sessions\"}") == 1.0
+    })
+    .await;
     let gateway = instance.gateway().clone();
     let reading = async {
         assert_eq!(streams[3].data().await, "the last word");

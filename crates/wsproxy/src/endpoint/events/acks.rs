@@ -159,6 +159,8 @@ const WAITING_BYTES: usize = 96;
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const PATIENCE: Patience =
@@ -258,6 +260,46 @@ mod tests {
         assert_eq!(due(&mut window, 12), ["+message c"]);
         assert_eq!(due(&mut window, 13), ["+message a", "+message b"]);
         assert!(window.waiting.iter().is_sorted_by_key(|waiting| waiting.due));
+    }
+
+    proptest! {
+        /// Whatever happens, the window holds what it says, within its bounds and in the order of what is due; and
+        /// every message ends exactly once.
+        #[test]
+        fn every_message_ends_once_and_the_bounds_hold(
+            steps in prop::collection::vec((0_u8..5, 0_u64..12, 0_usize..4000), 1..200),
+        ) {
+            let mut window = AckWindow::default();
+            let (mut now, mut added, mut ended) = (0, Vec::new(), Vec::new());
+            for (kind, number, bytes) in steps {
+                now += number / 4;
+                match kind {
+                    0 | 1 => {
+                        let id = Bytes::from(added.len().to_string());
+                        added.push(id.clone());
+                        let message = Bytes::from(vec![0; bytes]);
+                        let given_up = window.add(id, message, Micros(now), &PATIENCE);
+                        ended.extend(given_up.into_iter().map(|waiting| waiting.event_id));
+                    }
+                    2 => ended.extend(window.acked(number.to_string().as_bytes()).map(|w| w.event_id)),
+                    3 => window.postpone(Micros(now), &PATIENCE),
+                    _ => while let Some(due) = window.due(Micros(now), &PATIENCE) {
+                        if let Due::GiveUp(waiting) = due {
+                            prop_assert_eq!(waiting.tries, PATIENCE.tries_max);
+                            ended.push(waiting.event_id);
+                        }
+                    },
+                }
+                prop_assert_eq!(window.bytes, window.waiting.iter().map(Waiting::bytes).sum::<usize>());
+                prop_assert!(window.len() <= PATIENCE.messages_max);
+                prop_assert!(window.bytes <= PATIENCE.bytes_max || window.len() == 1);
+                prop_assert!(window.waiting.iter().is_sorted_by_key(|waiting| waiting.due));
+            }
+            ended.extend(window.drain().map(|waiting| waiting.event_id));
+            ended.sort_unstable();
+            added.sort_unstable();
+            prop_assert_eq!(ended, added);
+        }
     }
 
     #[test]

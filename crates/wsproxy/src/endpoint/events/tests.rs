@@ -1,7 +1,5 @@
 //! The logic of one client with actions that only take notes.
 
-use std::time::Duration;
-
 use serde_json::Value;
 
 use super::*;
@@ -51,7 +49,8 @@ impl Actions for Notes {
     }
 
     fn is_backed_up(&self) -> bool {
-        self.backed_up
+        // As with a connection: what was just sent waits until the turn is over.
+        self.backed_up || !self.told.is_empty()
     }
 
     fn publish(&mut self, publish: Publish) -> Result<(), BusError> {
@@ -100,12 +99,12 @@ impl Client {
     }
 
     fn with(change: impl FnOnce(&mut config::Events)) -> Self {
-        let mut config = config::Events::default();
-        change(&mut config);
-        let heartbeat = Heartbeat { interval: Duration::from_secs(30), ..Heartbeat::default() };
-        let endpoint = EventEndpoint::new(config, heartbeat, &Names::new("p"), "gw".into());
+        let mut config = Config::default();
+        change(&mut config.events);
+        let endpoint = EventEndpoint::new(&config, &Names::new("p"), &"gw".into());
         let user = Id::parse("u-1").unwrap();
-        let mut logic = EventLogic::new(endpoint.into(), user, Uuid::nil(), Some(77));
+        let mut logic =
+            EventLogic::new(endpoint.into(), user, Uuid::nil(), Transport::WebSocket, Some(77));
         let mut notes = Notes { now: Micros(SECOND), ..Notes::default() };
         logic.on_open(&mut notes);
         Self { logic, notes }
@@ -312,6 +311,15 @@ fn a_client_that_does_not_read_gets_nothing_again() {
     client.notes.backed_up = false;
     client.pass(2);
     assert_eq!(client.notes.resent, ["message"]);
+}
+
+#[test]
+fn a_ping_does_not_keep_what_is_due_with_it_from_being_sent_again() {
+    let mut client = Client::open();
+    client.pass(25);
+    client.gets("e", "message");
+    client.pass(5);
+    assert_eq!((client.told().len(), client.notes.resent.len()), (1, 1));
 }
 
 #[test]

@@ -55,7 +55,7 @@ impl OpenStreams {
         streams.sort_unstable_by_key(|(bytes, _)| *bytes);
         while runtime.budget.is_exceeded() {
             let Some((_, worst)) = streams.pop() else { break };
-            worst.tap.overflow();
+            worst.tap.cut_off(&Disconnect::SLOW);
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::{
         Hub, Subscription,
         gzip::{self, Deflation, Gzip},
         message,
-        tap::{Tap, TapEntry},
+        tap::{Ending, Tap, TapEntry},
     },
     registry::Entry,
     telemetry::{
@@ -77,16 +77,9 @@ enum Phase {
     /// Messages flow.
     Open,
     /// The client is told next.
-    Closing(Close),
+    Closing(Ending),
     /// It was told.
     Over(End),
-}
-
-/// How a stream ends.
-struct Close {
-    why: &'static Disconnect,
-    code: u16,
-    reason: Box<str>,
 }
 
 impl<L: Logic> EventStream<L> {
@@ -127,6 +120,9 @@ impl<L: Logic> EventStream<L> {
         look(&mut self.logic, &mut deeds);
         if let Some(expires) = deeds.expires {
             self.expires = expires;
+            if let Some(at) = expires.filter(|at| *at < self.timer.deadline()) {
+                self.timer.as_mut().reset(at);
+            }
         }
         if let Some(close) = deeds.close
             && !matches!(self.phase, Phase::Over(_))
@@ -135,9 +131,8 @@ impl<L: Logic> EventStream<L> {
         }
     }
 
-    fn close(&mut self, why: &'static Disconnect) {
-        let close = Close { why, code: why.code, reason: why.reason.into() };
-        self.phase = Phase::Closing(close);
+    fn close(&mut self, ending: impl Into<Ending>) {
+        self.phase = Phase::Closing(ending.into());
     }
 
     /// Adds what the gateway itself writes.
@@ -176,7 +171,7 @@ impl<L: Logic> EventStream<L> {
             }
             // Clients are told in their own words.
             TapEntry::Gap(_) => {}
-            TapEntry::End(why) => self.close(why),
+            TapEntry::End(ending) => self.close(ending),
         }
     }
 
@@ -226,7 +221,7 @@ impl<L: Logic> EventStream<L> {
     }
 
     /// The client is told why, and the stream ends as its format wants.
-    fn tell_close(&mut self, close: &Close, chunk: &mut Chunk) {
+    fn tell_close(&mut self, close: &Ending, chunk: &mut Chunk) {
         let data = serde_json::json!({ "code": close.code, "reason": close.reason });
         self.write(&format!("event: close\ndata: {data}\n\n"), chunk);
         if let Some((_, gzip)) = &self.gzip {
@@ -270,7 +265,6 @@ impl<L: Logic> Body for EventStream<L> {
         }
         let bytes = chunk.into_bytes();
         this.bytes += bytes.len() as u64;
-        this.profile.stats.bytes_sent.fetch_add(bytes.len() as u64, Relaxed);
         Poll::Ready(Some(Ok(Frame::data(bytes))))
     }
 }
@@ -326,7 +320,7 @@ impl Chunk {
 struct Deeds<'a> {
     hub: &'a Hub,
     tap: &'a Tap,
-    close: Option<Close>,
+    close: Option<Ending>,
     /// A new time at which the stream expires.
     expires: Option<Option<Instant>>,
 }
@@ -376,7 +370,7 @@ impl Actions for Deeds<'_> {
     }
 
     fn finish(&mut self, why: &'static Disconnect, code: u16, reason: &str) {
-        self.close = Some(Close { why, code, reason: reason.into() });
+        self.close = Some(Ending { why, code, reason: reason.into() });
     }
 
     fn receipt(&self) -> Arc<dyn Receipt> {
