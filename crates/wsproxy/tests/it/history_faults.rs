@@ -278,11 +278,12 @@ async fn instances_whose_clocks_are_apart_agree() {
     let server = RedisServer::start();
     let url = server.url();
     let environment = [("REDIS_URL", url.as_str()), ("WSPROXY_SESSIONS__HISTORY", "true")];
-    let library = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
-    assert!(std::path::Path::new(library).exists(), "the package faketime is needed");
-    let apart = |offset: &'static str| {
-        [&environment[..], &[("LD_PRELOAD", library), ("FAKETIME", offset)]].concat()
-    };
+    let libraries = std::fs::read_dir("/usr/lib").unwrap().map(|entry| entry.unwrap().path());
+    let mut libraries = libraries.map(|path| path.join("faketime/libfaketime.so.1"));
+    let library = libraries.find(|path| path.exists()).expect("the package faketime is needed");
+    let library = library.to_str().unwrap();
+    let apart =
+        |offset| [&environment[..], &[("LD_PRELOAD", library), ("FAKETIME", offset)]].concat();
     let first = Binary::start(&apart("-2h")).await;
     let second = Binary::start(&apart("+3h")).await;
     let mut position = "0".to_owned();
