@@ -161,9 +161,10 @@ test("the network's return ends the wait", async () => {
     });
   `);
   await page.evaluate("session.opened()");
-  await page.context().setOffline(true);
+  // Cut first: a page that is offline may not hear of the end of its WebSocket.
   cable.cut();
   await page.waitForFunction('session.state === "waiting"');
+  await page.context().setOffline(true);
   await page.context().setOffline(false);
   await page.waitForFunction('session.state === "open"');
   expect(sockets.length).toBe(2);
