@@ -14,20 +14,24 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi.staticfiles import StaticFiles
 from model import tokens
+from pydantic import BaseModel, Field
 from redis import RedisError
 from redis import asyncio as aioredis
 from wsproxy import StreamEnded, StreamError, Ticket, TokenStream, Unavailable, Worker, WsproxyError
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
-GATEWAY_URL = os.environ.get("GATEWAY_URL", "ws://127.0.0.1:8080")
+GATEWAY_URL = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8080")
 PAUSE = 1 / float(os.environ.get("CHAT_TOKENS_PER_SECOND", "20"))
 CLAIM_SECONDS = float(os.environ.get("CHAT_CLAIM_SECONDS", "3"))
 LEASE_SECONDS = float(os.environ.get("CHAT_LEASE_SECONDS", "15"))
 SESSION_SECONDS = 3600
+HERE = pathlib.Path(__file__).parent
 # What a page may send: an answer's id becomes that of a stream, with room for the number of an attempt.
 ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 PROMPT_MAX = 10_000
@@ -57,20 +61,22 @@ class Session:
 
     async def run(self) -> None:
         async with worker.upstream(self.name) as messages:
-            # What another worker left unfinished.
-            for answer, prompt in (await redis.hgetall(self.jobs)).items():
-                self.start(answer, prompt)
+            await self.catch_up()
             async for message in messages:
                 match message.json():
                     case {"type": "prompt", "id": str(answer), "text": str(prompt)} if ID.fullmatch(answer):
                         prompt = prompt[:PROMPT_MAX]
                         # The page sends a prompt again until it sees an answer, so it may be known.
                         if answer not in self.answers:
-                            await redis.hset(self.jobs, answer, prompt)
-                            await redis.zadd("chat:sessions", {self.name: time.time() + SESSION_SECONDS})
+                            await write_down(self.name, answer, prompt)
                         self.start(answer, prompt)
                     case {"type": "stream_stop", "stream": str(stream)} if stream in self.streams:
                         self.streams[stream].stopped.set()
+
+    async def catch_up(self) -> None:
+        """Starts what was written down by another worker: left unfinished, or taken from a page over HTTP."""
+        for answer, prompt in (await redis.hgetall(self.jobs)).items():
+            self.start(answer, prompt)
 
     def start(self, answer: str, prompt: str) -> None:
         if answer not in self.answers:
@@ -131,6 +137,7 @@ class Session:
             await self.release()
         else:
             self.expires = expires
+            await self.catch_up()
             if self.task.done():
                 # A message came while Redis was away; the page sends it again.
                 self.task = asyncio.create_task(self.run())
@@ -150,6 +157,12 @@ class Session:
 
 
 sessions: dict[str, Session] = {}
+
+
+async def write_down(name: str, answer: str, prompt: str) -> None:
+    """From here on the answer is given, whoever dies."""
+    await redis.hset(f"chat:{name}:jobs", answer, prompt)
+    await redis.zadd("chat:sessions", {name: time.time() + SESSION_SECONDS})
 
 
 async def claim(name: str) -> None:
@@ -203,6 +216,35 @@ async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("cha
     return ticket.as_dict() | {"gateway": GATEWAY_URL}
 
 
+# An EventSource comes back with the URL that it has: its ticket must live as long as the page.
+lasting = worker.ticket_dependency("chat", own_session, ttl=SESSION_SECONDS)
+
+
+@app.post("/event-sources", status_code=201)
+async def create_event_source(ticket: Annotated[Ticket, Depends(lasting)]) -> dict:
+    """All that a page without a WebSocket needs: the URL for its EventSource."""
+    url = f"{GATEWAY_URL}{ticket.path}?token={quote(ticket.token)}"
+    return {"session_id": ticket.session, "url": url}
+
+
+class Prompt(BaseModel):
+    """What somebody asks; `id` is chosen by the page, so that it can ask again without being answered twice."""
+
+    id: str = Field(pattern=f"^{ID.pattern}$")
+    text: str = Field(max_length=PROMPT_MAX)
+
+
+@app.post("/prompts", status_code=202)
+async def ask(prompt: Prompt, session: Annotated[str, Depends(own_session)]) -> dict:
+    """The same as `{"type":"prompt"}` over a WebSocket, for a page that has none."""
+    await write_down(session, prompt.id, prompt.text)
+    await claim(session)
+    # If the session is another worker's, that one looks for what is written down when it renews its claim.
+    if session in sessions:
+        sessions[session].start(prompt.id, prompt.text)
+    return {"id": prompt.id}
+
+
 @app.get("/answer")
 async def whole_answer(prompt: str) -> PlainTextResponse:
     """The whole answer at once: what a page must show in the end, byte for byte."""
@@ -211,5 +253,15 @@ async def whole_answer(prompt: str) -> PlainTextResponse:
 
 @app.get("/")
 async def page() -> FileResponse:
-    """The page."""
-    return FileResponse(pathlib.Path(__file__).with_name("index.html"))
+    """The page, with the JavaScript client."""
+    return FileResponse(HERE / "index.html")
+
+
+@app.get("/sse.html")
+async def page_of_events() -> FileResponse:
+    """The page that knows only EventSource."""
+    return FileResponse(HERE / "sse.html")
+
+
+# Built by `run`.
+app.mount("/client", StaticFiles(directory=HERE / "../../clients/js/dist", check_dir=False))

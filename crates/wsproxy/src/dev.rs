@@ -35,6 +35,8 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     if config.admin.port.take().is_some() {
         warn!("admin.port is ignored: the page needs everything on one port.");
     }
+    // What the page shows is that a lost connection loses nothing.
+    config.sessions.history = true;
     let signals = Signals::new().context("cannot listen to signals")?;
     let mut started = None;
     let instance = Instance::start(config, |gateway| {

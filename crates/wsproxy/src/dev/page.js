@@ -63,7 +63,8 @@ async function connect() {
     shell();
   }
   const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(`${scheme}://${location.host}/${session.agent}/ws/${session.id}`, protocols(issued.token));
+  const resume = `last_event_id=${encodeURIComponent(session.lastEventId ?? "")}`;
+  const socket = new WebSocket(`${scheme}://${location.host}/${session.agent}/ws/${session.id}?${resume}`, protocols(issued.token));
   session.socket = socket;
   socket.onopen = () => opened(socket);
   socket.onclose = (event) => closed(socket, event);
@@ -74,7 +75,7 @@ function opened(socket) {
   const again = session.lostAt ? `again after ${Math.round(performance.now() - session.lostAt)} ms, with a fresh token` : "";
   const deflate = socket.extensions.includes("permessage-deflate") ? "permessage-deflate" : "";
   log("open", "open", [again, deflate].filter(Boolean).join(" · ") || "accepted");
-  if (session.lostAt) gap(Math.round(performance.now() - session.lostAt));
+  session.away = session.lostAt ? Math.round(performance.now() - session.lostAt) : 0;
   session.tries = 0;
   session.lostAt = 0;
   state("open", "open");
@@ -121,10 +122,15 @@ function received(data) {
   if (typeof data !== "string") return log("message", "binary", `${data.size} bytes`);
   let message;
   try { message = JSON.parse(data); } catch { return log("message", "message", data); }
+  session.lastEventId = message?.event_id ?? session.lastEventId;
   switch (message?.type) {
     case "token": return token(message.text);
     case "done": return finish();
-    case "error": return log("error", message.code, message.message);
+    case "opened": return;
+    case "resumed": return resumed(message.count);
+    case "error":
+      if (message.code === "history_lost") gap(session.away);
+      return log("error", message.code, message.message);
     case "bus_recovered": log("message", "bus recovered", `messages of ${message.gap_ms} ms may be missing`); return gap(message.gap_ms);
     default: return log("message", "message", data);
   }
@@ -145,9 +151,16 @@ function finish() {
   turn = null;
 }
 
+function resumed(count) {
+  log("open", "resumed", `${count} missed messages follow`);
+  if (!turn) return;
+  const title = `Away for ${session.away} ms. ${count} messages were missed, and come now.`;
+  stick(() => turn.append(element("span", { className: "resumed", title, textContent: "⟳" })));
+}
+
 function gap(ms) {
   if (!turn) return;
-  const title = "There is no history: what was sent meanwhile is gone.";
+  const title = "What was sent meanwhile is not held any more.";
   stick(() => turn.append(element("span", { className: "gap", title, textContent: `away ${ms} ms` })));
 }
 

@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, warn};
 use uuid::Uuid;
-use wsproxy_proto::names::Id;
+use wsproxy_proto::names::{Id, Names};
 
 use super::AGENT;
 use crate::{
-    bus::{BusError, Keep, Publish},
+    bus::{BusError, History, Keep, Publish},
     gateway::Gateway,
     http::rejection::Rejection,
     hub::{Sink, Subscription, tap::Tap},
@@ -221,10 +221,18 @@ impl Worker {
     }
 
     async fn say(&self, session: &Id, message: Value) {
+        let channel = self.gateway.names.session_down(session);
+        let history = History {
+            log: Names::log(&channel).into(),
+            clock: None,
+            event_id: None,
+            dedup: None,
+            limits: self.gateway.config.history.limits(),
+        };
         let publish = Publish {
-            channel: self.gateway.names.session_down(session).into(),
+            channel: channel.into(),
             payload: Bytes::from(message.to_string()),
-            keep: Keep::Nothing,
+            keep: Keep::History(Box::new(history)),
             receipt: None,
         };
         self.gateway.bus.publishable().await;
@@ -246,7 +254,7 @@ const ANSWER: &str = "I am the demo worker, and I hold no socket. The gateway ha
     So you can cut the connection now, and I will not notice: I keep talking, because the bus takes \
     my words whether or not you are there. Your page asks for a fresh token, opens a second \
     connection to the same session, and hears the rest of this sentence. What I said while you were \
-    away is gone, since a session has no history yet; your page marks the gap. In production I would \
+    away comes first: my words are kept for a while, and your page told the gateway the last one it had seen. In production I would \
     be a few lines of Python beside a model, and there would be many of me, restarted and deployed \
     while nobody loses a connection. That is all there is to it: tokens in, tokens out, and the \
     sockets are somebody else's worry.";
