@@ -8,7 +8,7 @@ use tracing::debug;
 use wsproxy_conn::{clock, outbox::FRAME_OVERHEAD};
 use wsproxy_proto::{
     history::{After, Entry, Fence, Log, Lost, Position, Snapshot, rule},
-    names::Id,
+    names::{Id, Names},
 };
 
 use crate::{
@@ -200,11 +200,7 @@ impl Replay {
 
     fn of(&self, after: Option<After>, wish: &Wish) -> SnapshotOf {
         SnapshotOf {
-            logs: self
-                .topics
-                .iter()
-                .map(|topic| wsproxy_proto::names::Names::log(topic).into())
-                .collect(),
+            logs: self.topics.iter().map(|topic| Names::log(topic).into()).collect(),
             epoch: Arc::clone(&self.histories.epoch),
             after,
             entries_max: PAGE_ENTRIES,

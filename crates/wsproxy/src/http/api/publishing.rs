@@ -95,7 +95,8 @@ impl How {
             return Keep::Nothing;
         }
         let log = Names::log(channel);
-        let once = self.idempotency_key.map(|key| (format!("{log}:once:{key}").into(), ONCE_FOR));
+        let once = self.idempotency_key;
+        let once = once.map(|key| (Names::published_once(&log, &key).into(), ONCE_FOR));
         Keep::History(Box::new(History {
             log: log.into(),
             clock: clock.map(Into::into),
