@@ -115,6 +115,7 @@ class Session:
         async with opened as stream:
             self.streams[name] = stream
             sent = len(stream.text)
+            print(f"Worker process {os.getpid()} answers from character {sent} on: {prompt[:40]}", flush=True)
             for token in tokens(prompt):
                 # What was said before this worker came is not said again.
                 if (sent := sent - len(token)) >= 0:

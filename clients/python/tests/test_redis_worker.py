@@ -339,10 +339,18 @@ async def test_upstream_begins_with_what_was_kept_and_goes_on(redis: RedisServer
             assert (await within(anext(second))).text == '"both"'
             assert (await within(anext(messages))).text == '"both"'
     await eventually("nobody listens", lambda: not redis.heard("session:s-1:up"))
-    # And again, on the connection that is there.
-    async with redis_worker.upstream("s-1") as messages:
-        redis.client.publish("session:s-1:up", "4")
-        assert (await within(anext(messages))).json() == 4
+
+
+async def test_a_channel_may_be_taken_again_at_any_moment(redis: RedisServer, redis_worker: Worker) -> None:
+    for number in range(60):
+        async with redis_worker.upstream("s-1") as messages:
+            redis.client.publish("session:s-1:up", str(number))
+            assert (await within(anext(messages))).json() == number
+        # At once, while it is being given up, and after that.
+        for _ in range(number % 6):
+            await asyncio.sleep(0)
+        if number % 10 == 9:
+            await eventually("nobody listens", lambda: not redis.heard("session:s-1:up"))
 
 
 async def test_an_iterator_that_is_let_go_of_unsubscribes(redis: RedisServer, redis_worker: Worker) -> None:

@@ -26,6 +26,13 @@ impl Names {
         self.session(session, "down")
     }
 
+    /// The session of a channel from the workers to its clients.
+    #[must_use]
+    pub fn session_of_down(&self, channel: &str) -> Option<Id> {
+        let rest = channel.strip_prefix(&*self.prefix)?.strip_prefix("session:")?;
+        Id::parse(rest.strip_suffix(":down")?).ok()
+    }
+
     /// Channel from the clients of a session to its worker.
     #[must_use]
     pub fn session_up(&self, session: &Id) -> String {
@@ -227,6 +234,8 @@ mod tests {
         assert_eq!(names.session_auth(&id), "session:s-1:auth");
         assert_eq!(names.agent_sessions(&id), "agent:s-1:sessions");
         assert_eq!(Names::new("eu").session_up(&id), "eu:session:s-1:up");
+        assert_eq!(Names::new("eu").session_of_down("eu:session:s-1:down"), Some(id));
+        assert_eq!(names.session_of_down("ws:user:s-1"), None);
     }
 
     #[test]

@@ -118,6 +118,8 @@ pub enum Ids {
 pub struct Histories {
     /// Bounds of their logs.
     pub limits: HistoryLimits,
+    /// Tells which topics are sessions', whose token streams are shown where their history is lost.
+    pub names: Names,
     /// Key of the time at which the store was first seen.
     pub epoch: Arc<str>,
     /// Key of the clock that gives the ids, where all logs share one order.

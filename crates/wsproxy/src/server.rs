@@ -228,6 +228,7 @@ fn histories(config: &Config, names: &Names) -> (Option<Arc<Histories>>, Option<
     let limits = config.history.limits();
     let sessions = || Histories {
         limits,
+        names: names.clone(),
         epoch: names.epoch().into(),
         clock: None,
         private: None,

@@ -40,6 +40,8 @@ class Listener:
             **(options | {"protocol": 2, "health_check_interval": 0, "retry": Retry(NoBackoff(), 0)}),
         )
         self._consumers: dict[str, list[Consumer]] = {}
+        # Of the connection that there is: what was asked for, and what of it Redis has confirmed.
+        self._sent: set[str] = set()
         self._confirmed: set[str] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -67,7 +69,7 @@ class Listener:
         if consumer in consumers:
             consumers.remove(consumer)
         if not consumers and self._consumers.pop(channel, None) is not None:
-            self._confirmed.discard(channel)
+            # Still confirmed, until it is really given up: somebody may come back before that.
             self._changed.set()
 
     async def _run(self) -> None:
@@ -89,7 +91,7 @@ class Listener:
                     warned = time.monotonic()
                     _log.warning("The subscriptions lost Redis and try again: %s", error)
             finally:
-                self._confirmed.clear()
+                self._sent, self._confirmed = set(), set()
                 # Closing must not wait for a peer that is gone.
                 await connection.disconnect(nowait=True)
             await asyncio.sleep(backoff.next())
@@ -116,19 +118,19 @@ class Listener:
                 raise result
 
     async def _write(self, connection: AbstractConnection, awaited: Counter[str]) -> None:
-        sent: set[str] = set()
         self._heard = time.monotonic()
         while True:
             self._changed.clear()
             wanted = set(self._consumers)
-            new, old = sorted(wanted - sent), sorted(sent - wanted)
+            new, old = sorted(wanted - self._sent), sorted(self._sent - wanted)
+            self._sent = wanted
+            self._confirmed.difference_update(old)
             for start in range(0, len(new), _CHANNELS_PER_COMMAND):
                 batch = new[start : start + _CHANNELS_PER_COMMAND]
                 awaited.update(batch)
                 await connection.send_command("SUBSCRIBE", *batch)
             for start in range(0, len(old), _CHANNELS_PER_COMMAND):
                 await connection.send_command("UNSUBSCRIBE", *old[start : start + _CHANNELS_PER_COMMAND])
-            sent = wanted
             try:
                 async with asyncio.timeout(_PING_INTERVAL):
                     await self._changed.wait()
@@ -150,8 +152,8 @@ class Listener:
                 channel = response[1].decode()
                 awaited[channel] -= 1
                 # One that was given up and taken again meanwhile stands only with the last of its confirmations.
-                if awaited[channel] <= 0 and channel in self._consumers:
+                if awaited[channel] <= 0 and channel in self._sent:
                     del awaited[channel]
                     self._confirmed.add(channel)
-                    for consumer in self._consumers[channel]:
+                    for consumer in self._consumers.get(channel, ()):
                         consumer.confirm(lost_for)

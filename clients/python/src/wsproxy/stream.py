@@ -29,6 +29,8 @@ _log = logging.getLogger("wsproxy")
 _CHARACTERS_PER_APPEND = 64 * 1024
 # Text that waits for the flush interval is sent earlier when it is as long as this.
 _FLUSH_CHARACTERS = 16 * 1024
+# No stream waits longer than this until a stop could be heard.
+_FOLLOW_SECONDS = 5.0
 # A worker that is being stopped does not wait longer than this to say so.
 _GOODBYE_SECONDS = 5.0
 
@@ -164,6 +166,8 @@ class TokenStream:
             # Before the stream is there, so that no stop can come too early.
             self._consumer = self._backend.follow_upstream(self._session, False)
         try:
+            if self._consumer is not None:
+                await self._confirmed(self._consumer)
             if not (self._options.adopt and await self._adopt()):
                 await self._retrying(self._open)
         except BaseException:
@@ -280,6 +284,14 @@ class TokenStream:
                 continue
             except WsproxyError as error:
                 _log.debug("The lease of stream %s was not renewed: %s", self._id, error)
+
+    async def _confirmed(self, consumer: Consumer) -> None:
+        try:
+            async with asyncio.timeout(min(_FOLLOW_SECONDS, self._options.retry_for)):
+                await consumer.confirmed()
+        except TimeoutError:
+            # It is tried further; a stream that cannot be stopped yet is better than none.
+            _log.warning("Stream %s cannot be stopped by its clients yet.", self._id)
 
     async def _watch(self, consumer: Consumer) -> None:
         async for message in _messages(consumer):

@@ -16,6 +16,7 @@ use crate::hub::{
     notice,
     subscribers::Subscribers,
 };
+use crate::store::StreamState;
 
 /// Whom a message is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,28 +127,31 @@ impl Round {
     pub(super) fn lose(
         &mut self,
         subscribers: &Subscribers,
-        lost: Lost,
-        position: Position,
+        (lost, position): (Lost, Position),
+        streams: &[StreamState],
         hub: &Hub,
     ) -> u64 {
-        let notice = notice::history_lost(lost, position);
-        let payload = notice.as_bytes();
-        let mut fanout = Fanout::new(Message {
-            id: Some(position),
-            carries_id: true,
-            is_private: false,
-            payload,
-        });
+        let mut notices = vec![notice::history_lost(lost, position)];
+        notices.extend(streams.iter().map(notice::stream_snapshot));
+        let message =
+            |payload| Message { id: Some(position), carries_id: true, is_private: false, payload };
+        let mut fanouts: Vec<_> =
+            notices.iter().map(|notice| Fanout::new(message(notice.as_bytes()))).collect();
         let mut told = 0;
         for sink in subscribers.iter() {
             let (target, is_due) = match sink {
                 Sink::Gated(gate) => (&gate.target, gate.fence.lock().lose(lost, position)),
                 sink => (sink, true),
             };
-            if is_due && let Some(bytes) = fanout.encode(target, hub) {
-                self.send(target, bytes, clock::now());
-                told += 1;
+            if !is_due {
+                continue;
             }
+            for fanout in &mut fanouts {
+                if let Some(bytes) = fanout.encode(target, hub) {
+                    self.send(target, bytes, clock::now());
+                }
+            }
+            told += 1;
         }
         told
     }

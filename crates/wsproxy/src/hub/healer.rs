@@ -16,7 +16,7 @@ use crate::{
         message::{Fanout, Message, Stored},
         replay::{PAGE_ENTRIES, merge},
     },
-    store::{SnapshotOf, Store, StoreError},
+    store::{SnapshotOf, Store, StoreError, StreamState},
 };
 
 /// So many logs are read at the same time.
@@ -48,11 +48,13 @@ struct Found {
     first_ms: u64,
     now_ms: u64,
     judged: Result<(), Lost>,
+    /// What clients are shown where it is lost.
+    streams: Vec<StreamState>,
 }
 
 /// What a topic's clients get, in the shared order.
 enum Item {
-    Lost(Lost, Position),
+    Lost(Lost, Position, Vec<StreamState>),
     Entry(wsproxy_proto::history::Entry),
     Held(Position, Stored, Audience),
 }
@@ -190,7 +192,7 @@ impl Hub {
         is_linked: bool,
         items: &mut Vec<(Position, Arc<str>, Item)>,
     ) -> bool {
-        let Found { hole, log, now_ms, judged, .. } = found;
+        let Found { hole, log, now_ms, judged, streams, .. } = found;
         let track =
             shard.get_mut(&Name(hole.topic.as_bytes())).and_then(|state| state.track.as_mut());
         let Some(track) = track else { return false };
@@ -200,7 +202,7 @@ impl Hub {
         if let Some((lost, position)) = lost {
             warn!(topic = &*topic, reason = lost.label(), "A history cannot be continued.");
             // Before all entries: whoever got those only would go on behind what is missing.
-            items.push((Position::START, Arc::clone(&topic), Item::Lost(lost, position)));
+            items.push((Position::START, Arc::clone(&topic), Item::Lost(lost, position, streams)));
         }
         if entries {
             self.counters.healed_messages.add(log.entries.len() as u64);
@@ -226,8 +228,8 @@ impl Hub {
     ) {
         let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
         match item {
-            Item::Lost(lost, position) => {
-                let told = round.lose(&state.subscribers, *lost, *position, self);
+            Item::Lost(lost, position, streams) => {
+                let told = round.lose(&state.subscribers, (*lost, *position), streams, self);
                 self.counters.history_lost[*lost as usize].add(told);
             }
             Item::Entry(entry) => {
@@ -290,6 +292,22 @@ async fn read_all(store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Foun
     found
 }
 
+/// A log that is lost begins where it ends now, with its session's token streams as they stand then.
+async fn begin_anew(store: &Store, mut found: Found) -> Result<Found, StoreError> {
+    let Hole { topic, log, histories, .. } = &found.hole;
+    let of = SnapshotOf {
+        logs: vec![Arc::clone(log)],
+        epoch: Arc::clone(&histories.epoch),
+        after: None,
+        entries_max: 1,
+        streams_of: histories.names.session_of_down(topic),
+    };
+    let (mut page, streams) = store.snapshot(of).await?;
+    found.log = page.logs.pop().unwrap_or_default();
+    (found.now_ms, found.streams) = (page.now_ms, streams);
+    Ok(found)
+}
+
 async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
     let mut chain = [Log::default()];
     let mut first_ms = None;
@@ -316,7 +334,9 @@ async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
         }
         if further.is_none() || judged.is_err() {
             let [log] = chain;
-            return Ok(Found { hole, log, first_ms, now_ms, judged });
+            let streams = Vec::new();
+            let found = Found { hole, log, first_ms, now_ms, judged, streams };
+            return if judged.is_ok() { Ok(found) } else { begin_anew(store, found).await };
         }
     }
 }

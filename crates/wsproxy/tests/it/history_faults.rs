@@ -321,3 +321,32 @@ async fn a_gate_that_overflows_is_told(backend: Backend) {
     assert_numbers(&mut client, [1]).await;
     assert_eq!(lost_count(&instance, "overflow"), 1.0);
 }
+
+#[tokio::test]
+async fn whoever_loses_its_history_in_mid_stream_is_shown_the_text_as_it_is() {
+    let mut server = RedisServer::start();
+    let instance = TestInstance::start(with_history(&server.url())).await;
+    let mut client = instance.client("s").await;
+    let change = async |change: serde_json::Value| {
+        let path = "/api/v1/sessions/s/streams/a";
+        assert_eq!(instance.api("POST", path, &change.to_string()).await.status, 200);
+    };
+    change(json!({ "op": "open", "lease_ms": 600_000 })).await;
+    change(json!({ "op": "append", "text": "kept", "lease_ms": 600_000 })).await;
+    let snapshot = server.snapshot();
+    change(json!({ "op": "append", "text": " and not", "lease_ms": 600_000 })).await;
+    for expected in ["stream_open", "stream_append", "stream_append"] {
+        assert_eq!(client.json().await["type"], expected);
+    }
+    server.kill();
+    lost(&instance).await;
+    server.put_snapshot(&snapshot);
+    server.restart();
+    assert_lost(&mut client, "unknown").await;
+    let shown = client.json().await;
+    assert_eq!((&shown["type"], &shown["text"]), (&json!("stream_snapshot"), &json!("kept")));
+    instance.ready().await;
+    change(json!({ "op": "append", "text": " again", "lease_ms": 600_000 })).await;
+    let next = client.json().await;
+    assert_eq!((&next["seq"], &next["text"]), (&json!(2), &json!(" again")));
+}
