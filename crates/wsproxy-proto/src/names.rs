@@ -75,6 +75,18 @@ impl Names {
         format!("{channel}:log")
     }
 
+    /// What remembers that a message was published into a log, by the key that its worker gave it.
+    #[must_use]
+    pub fn published_once(log: &str, key: &str) -> String {
+        format!("{log}:once:{key}")
+    }
+
+    /// What remembers that a plain message was taken into a log, by its own event id.
+    #[must_use]
+    pub fn captured(log: &str, event_id: &str) -> String {
+        format!("{log}:id:{event_id}")
+    }
+
     /// Key of the time at which this store was first seen.
     #[must_use]
     pub fn epoch(&self) -> String {

@@ -9,6 +9,8 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_proto::{history::Position, names::Names};
 
@@ -305,6 +307,24 @@ pub enum Outcome {
 pub trait Receipt: Send + Sync {
     /// Called exactly once for every publish which was accepted into the queue.
     fn published(&self, outcome: Outcome);
+}
+
+/// A receipt for somebody who awaits the outcome.
+#[must_use]
+pub fn awaited() -> (Arc<dyn Receipt>, oneshot::Receiver<Outcome>) {
+    let (sender, outcome) = oneshot::channel();
+    (Arc::new(Awaited(Mutex::new(Some(sender)))), outcome)
+}
+
+struct Awaited(Mutex<Option<oneshot::Sender<Outcome>>>);
+
+impl Receipt for Awaited {
+    fn published(&self, outcome: Outcome) {
+        if let Some(sender) = self.0.lock().take() {
+            // Whoever waited may have given up at its deadline.
+            let _ = sender.send(outcome);
+        }
+    }
 }
 
 /// Why the bus did not do what was asked.

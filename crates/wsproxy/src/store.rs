@@ -310,4 +310,4 @@ const PAGE_BYTES_MAX: usize = 1024 * 1024;
 const SCAN_MAX: usize = 4096;
 
 /// Most text of token streams that one snapshot reads: the newest streams, and at least one.
-const STREAMS_BYTES_MAX: usize = 8 * 1024 * 1024;
+const STREAMS_BYTES_MAX: usize = 2 * 1024 * 1024;

@@ -150,13 +150,13 @@ impl<M> Reader<M> {
     }
 
     /// Behind which position the log has to be read, and since when something may be missing; `None` where
-    /// nothing is, or where it has not begun.
+    /// nothing is. A reader that has not begun has no hole.
     #[must_use]
     pub fn hole(&self) -> Option<(Position, u64)> {
         Some((self.position?, self.hole.as_ref()?.since))
     }
 
-    /// Whether something may be missing, begun or not.
+    /// Whether something may be missing.
     #[must_use]
     pub const fn has_hole(&self) -> bool {
         self.hole.is_some()

@@ -18,7 +18,7 @@ use http::{StatusCode, header, request::Parts};
 use secrecy::ExposeSecret;
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use wsproxy_proto::names::Id;
+use wsproxy_proto::{disconnect, names::Id};
 
 use crate::{
     auth,
@@ -103,6 +103,22 @@ impl FromRequestParts<Arc<Gateway>> for PathId {
         id.map(Self).map_err(|error| Rejection::bad_id(format!("The id in the path {error}.")))
     }
 }
+
+/// Whether a client can be told this when its connection ends.
+fn check_close(code: Option<u16>, reason: Option<&str>) -> Result<(), Rejection> {
+    if let Some(code) = code.filter(|code| !disconnect::is_sendable(*code)) {
+        let why = format!("{code} is no close code that may be sent.");
+        return Err(Rejection::bad_request(why));
+    }
+    if reason.is_some_and(|reason| reason.len() > REASON_BYTES_MAX) {
+        let why = format!("reason has at most {REASON_BYTES_MAX} bytes.");
+        return Err(Rejection::bad_request(why));
+    }
+    Ok(())
+}
+
+/// Longest reason that fits into a close frame.
+const REASON_BYTES_MAX: usize = 123;
 
 impl IntoResponse for Rejection {
     fn into_response(self) -> Response {

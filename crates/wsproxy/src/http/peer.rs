@@ -84,10 +84,20 @@ impl<L: Logic> Handler for Peer<L> {
         if let Some(awaits) = self.awaits.take() {
             let first = serde_json::from_slice(payload).ok();
             let after = first.map(|First::Resume { last_event_id }| After::parse(&last_event_id));
-            if let Some(Ok(after)) = after {
-                // Nobody listens any more where the time for it is over.
-                let _ = awaits.send(after);
-                return;
+            match after {
+                Some(Ok(after)) => {
+                    // Nobody listens any more where the time for it is over.
+                    let _ = awaits.send(after);
+                    return;
+                }
+                Some(Err(error)) => {
+                    // It begins with what is live, and knows why.
+                    let message = format!("last_event_id {error}.");
+                    let body = serde_json::json!({ "type": "error", "code": "bad_event_id", "message": message });
+                    let (_, mut deeds) = self.parts(link, now);
+                    return deeds.reply(Kind::Text, body.to_string().as_bytes());
+                }
+                None => {}
             }
         }
         let (logic, mut deeds) = self.parts(link, now);

@@ -171,6 +171,9 @@ pub fn in_frame(
     gateway.tasks.spawn(async move {
         let timeout = owner.config.server.handshake_timeout;
         let after = tokio::time::timeout(timeout, told).await.ok().and_then(Result::ok).flatten();
+        if link.is_closing() {
+            return;
+        }
         let Unread { replay, streams_of, hello } = unread;
         let reading = replay.run(&owner.store, Wish { after, streams_of }, hello);
         match tokio::time::timeout(timeout, reading).await {

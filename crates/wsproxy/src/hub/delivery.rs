@@ -16,6 +16,7 @@ use wsproxy_conn::{
 use wsproxy_proto::{
     disconnect::Disconnect,
     history::{Envelope, check_event_id, reader::Verdict},
+    names::Names,
 };
 
 use crate::{
@@ -225,7 +226,7 @@ impl Hub {
             return false;
         };
         let Track { log, histories, .. } = track;
-        let dedup = format!("{log}:id:{event_id}");
+        let dedup = Names::captured(log, &event_id);
         let history = History {
             log: Arc::clone(log),
             clock: histories.clock.clone(),

@@ -23,12 +23,12 @@ use crate::{
 const READS: usize = 64;
 
 /// So many topics are read before their clients are served.
-const BATCH: usize = 1024;
+const BATCH: usize = 64;
 
 /// Most bytes that are held for logs which must be delivered together; further ones count as lost.
 const TOGETHER_BYTES_MAX: usize = 256 * 1024 * 1024;
 
-/// When to look again at a log that could not be read, or has no position yet.
+/// When to look again at a log that could not be read.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// A topic behind whose position something may be missing.
@@ -78,8 +78,8 @@ pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: Cancellation
             if outage % 2 == 1 {
                 break; // told again when the bus is back
             }
-            let (holes, unbegun) = hub.holes();
-            if holes.is_empty() && !unbegun {
+            let holes = hub.holes();
+            if holes.is_empty() {
                 break;
             }
             let filled = tokio::select! {
@@ -99,28 +99,22 @@ pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: Cancellation
 }
 
 impl Hub {
-    /// All holes that can be filled, and whether there are some that cannot yet.
-    fn holes(&self) -> (Vec<Hole>, bool) {
-        let (mut holes, mut unbegun) = (Vec::new(), false);
+    fn holes(&self) -> Vec<Hole> {
+        let mut holes = Vec::new();
         for shard in &self.shards {
             for (topic, state) in shard.lock().iter() {
-                let Some(track) = state.track.as_ref().filter(|track| track.reader.has_hole())
-                else {
-                    continue;
-                };
-                match track.reader.hole() {
-                    None => unbegun = true,
-                    Some((from, since)) => holes.push(Hole {
-                        topic: Arc::clone(&topic.0),
-                        log: Arc::clone(&track.log),
-                        histories: Arc::clone(&track.histories),
-                        from,
-                        since,
-                    }),
-                }
+                let Some(track) = &state.track else { continue };
+                let Some((from, since)) = track.reader.hole() else { continue };
+                holes.push(Hole {
+                    topic: Arc::clone(&topic.0),
+                    log: Arc::clone(&track.log),
+                    histories: Arc::clone(&track.histories),
+                    from,
+                    since,
+                });
             }
         }
-        (holes, unbegun)
+        holes
     }
 
     /// Reads the logs and serves their clients. Answers how many are whole.

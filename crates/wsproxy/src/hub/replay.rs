@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use tracing::debug;
-use wsproxy_conn::clock;
+use wsproxy_conn::{clock, outbox::FRAME_OVERHEAD};
 use wsproxy_proto::{
     history::{After, Entry, Fence, Log, Lost, Position, Snapshot, rule},
-    names::Id,
+    names::{Id, Names},
 };
 
 use crate::{
@@ -88,6 +88,8 @@ struct Found {
     entries: Vec<Entry>,
     streams: Vec<StreamState>,
     outcome: Outcome,
+    /// What the entries weigh where they wait, at most.
+    bytes: usize,
 }
 
 impl Replay {
@@ -159,7 +161,7 @@ impl Replay {
     ) -> Result<Found, StoreError> {
         let after = if lost.is_none() { wish.after.clone() } else { None };
         let (last, streams) = store.snapshot(self.of(after.clone(), wish)).await?;
-        let mut found = Found { last, entries: vec![], streams, outcome: Outcome::Fresh };
+        let mut found = Found { last, entries: vec![], streams, outcome: Outcome::Fresh, bytes: 0 };
         if let Some(lost) = lost {
             found.lose(lost);
         }
@@ -188,9 +190,9 @@ impl Replay {
         let mut entries: Vec<_> = chains.into_iter().flat_map(|log| log.entries).collect();
         entries.sort_unstable_by_key(|entry| entry.id);
         found.outcome = Outcome::Resumed(entries.len());
-        let bytes: usize = entries.iter().map(|entry| entry.data.len()).sum();
+        found.bytes = entries.iter().map(|entry| entry.data.len() + MISSED_BYTES).sum();
         found.entries = entries;
-        if bytes > self.gate.target.buffer_bytes() {
+        if found.bytes > self.gate.target.buffer_bytes() {
             found.lose(Lost::Overflow);
         }
         Ok(found)
@@ -198,11 +200,7 @@ impl Replay {
 
     fn of(&self, after: Option<After>, wish: &Wish) -> SnapshotOf {
         SnapshotOf {
-            logs: self
-                .topics
-                .iter()
-                .map(|topic| wsproxy_proto::names::Names::log(topic).into())
-                .collect(),
+            logs: self.topics.iter().map(|topic| Names::log(topic).into()).collect(),
             epoch: Arc::clone(&self.histories.epoch),
             after,
             entries_max: PAGE_ENTRIES,
@@ -225,11 +223,19 @@ impl Replay {
             return Joined::Not;
         }
         let mut fence = self.gate.fence.lock();
-        match fence.release(found.last.position()) {
+        let bytes_max = self.gate.target.buffer_bytes();
+        // Both wait for the client together. One that was closed for it would come back to the same.
+        let fits = |held: &Vec<Bytes>| {
+            let bytes: usize = held.iter().map(|message| message.len() + FRAME_OVERHEAD).sum();
+            found.bytes + bytes <= bytes_max
+        };
+        let held = fence.release(found.last.position());
+        let held = held.and_then(|held| if fits(&held) { Ok(held) } else { Err(Lost::Overflow) });
+        match held {
             Ok(held) => Joined::Now(shards, fence, held),
             Err(lost) => {
                 // What is read from now on has what could not wait.
-                *fence = Fence::new(self.gate.target.buffer_bytes());
+                *fence = Fence::new(bytes_max);
                 Joined::Lost(lost)
             }
         }
@@ -330,7 +336,7 @@ impl Telling<'_> {
 impl Found {
     fn lose(&mut self, lost: Lost) {
         self.outcome = Outcome::Lost(lost);
-        self.entries = Vec::new();
+        (self.entries, self.bytes) = (Vec::new(), 0);
     }
 }
 
@@ -349,6 +355,9 @@ pub(super) fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
 
 /// When to look again whether a client can be let through.
 const AGAIN: Duration = Duration::from_millis(20);
+
+/// What a missed message weighs beside its data where it waits: its place, its frame's head and its id.
+const MISSED_BYTES: usize = FRAME_OVERHEAD + 96;
 
 /// Most entries of a log that are read at once.
 pub(super) const PAGE_ENTRIES: usize = 500;

@@ -4,10 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::{
-    sync::oneshot,
-    time::{Instant, sleep, sleep_until},
-};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 use wsproxy_conn::clock;
@@ -17,7 +14,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::{BusError, Keep, Outcome, Publish, Receipt},
+    bus::{self, BusError, Keep, Outcome, Publish},
     hub::{
         Sink,
         tap::{Tap, TapEntry},
@@ -118,8 +115,7 @@ impl Registry {
     }
 
     async fn tell_all(&self, payload: Bytes) -> Result<u64, DisconnectError> {
-        let (sender, outcome) = oneshot::channel();
-        let receipt: Arc<dyn Receipt> = Arc::new(Waiter(parking_lot::Mutex::new(Some(sender))));
+        let (receipt, outcome) = bus::awaited();
         let channel = self.control_channel();
         self.hub.publish(Publish {
             channel,
@@ -230,18 +226,6 @@ async fn follow(registry: &Registry) {
                     }
                 };
             }
-        }
-    }
-}
-
-/// Somebody who awaits an outcome.
-struct Waiter(parking_lot::Mutex<Option<oneshot::Sender<Outcome>>>);
-
-impl Receipt for Waiter {
-    fn published(&self, outcome: Outcome) {
-        if let Some(sender) = self.0.lock().take() {
-            // Whoever waited may have given up at its deadline.
-            let _ = sender.send(outcome);
         }
     }
 }

@@ -26,6 +26,7 @@ over_both!(
     plain_publishes_with_an_id_are_captured,
     more_than_a_page_is_resumed_in_order,
     more_than_may_wait_for_one_client_is_told,
+    small_messages_count_with_what_it_costs_to_keep_them,
     publishes_while_clients_come_and_go_are_neither_lost_nor_doubled,
     a_malformed_event_id_is_refused,
     an_idempotency_key_publishes_once,
@@ -272,6 +273,18 @@ async fn more_than_may_wait_for_one_client_is_told(backend: Backend) {
     for _ in 0..10 {
         instance.keep("s", &large).await;
     }
+    let mut client = instance.client_with("s", "&last_event_id=0").await;
+    assert_eq!(client.json().await["reason"], "overflow");
+    keep(&instance, 0..1).await;
+    assert_numbers(&mut client, 0..1).await;
+}
+
+async fn small_messages_count_with_what_it_costs_to_keep_them(backend: Backend) {
+    let mut config = with_history(&backend);
+    config.limits.send_buffer_bytes = 64 * 1024;
+    let instance = TestInstance::start(config).await;
+    // A fifth of the room by their data alone; closed as slow, the client would come back to the same.
+    keep(&instance, 0..900).await;
     let mut client = instance.client_with("s", "&last_event_id=0").await;
     assert_eq!(client.json().await["reason"], "overflow");
     keep(&instance, 0..1).await;

@@ -166,6 +166,13 @@ async fn bad_requests_get_errors_of_the_contract() {
     for body in [r#"{"code":1006}"#, r#"{"code":"x"}"#, r#"{"connection_id":"x"}"#, "{"] {
         refused("POST", "/api/v1/sessions/s/close", body, 400, "bad_request").await;
     }
+    let reason = format!(r#"{{"reason":"{}"}}"#, "x".repeat(124));
+    refused("POST", "/api/v1/sessions/s/close", &reason, 400, "bad_request").await;
+    let key = "x".repeat(129);
+    let batch =
+        format!(r#"{{"messages":[{{"to":"session:s","message":1,"idempotency_key":"{key}"}}]}}"#);
+    let results = instance.api("POST", "/api/v1/events/batch", &batch).await.json();
+    assert_eq!(results["results"][0]["error"]["code"], "bad_request");
     refused("GET", "/api/v1/sessions/s/upstream?log=maybe", "", 400, "bad_request").await;
     refused("GET", "/api/v1/sessions/s/upstream?lgo=true", "", 400, "bad_request").await;
 }

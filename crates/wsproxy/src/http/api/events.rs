@@ -15,13 +15,12 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
-use wsproxy_proto::disconnect;
 
 use crate::{
     gateway::Gateway,
     http::{
         api::{
-            PathId, Worker,
+            PathId, Worker, check_close,
             history::{self, Range},
             publishing::{self, How},
             read,
@@ -33,9 +32,6 @@ use crate::{
     registry::control::{DisconnectError, Target},
     telemetry::time,
 };
-
-/// Longest reason that fits into a close frame.
-const REASON_BYTES_MAX: usize = 123;
 
 /// Most messages of one batch.
 const BATCH_MAX: usize = 1000;
@@ -274,14 +270,7 @@ async fn disconnect(
             return Err(Rejection::bad_request(wanted));
         }
     };
-    if code.is_some_and(|code| !disconnect::is_sendable(code)) {
-        return Err(Rejection::bad_request("code is no close code that may be sent."));
-    }
-    if reason.as_ref().is_some_and(|reason| reason.len() > REASON_BYTES_MAX) {
-        return Err(Rejection::bad_request(format!(
-            "reason has at most {REASON_BYTES_MAX} bytes."
-        )));
-    }
+    check_close(code, reason.as_deref())?;
     let longest = gateway.config.events.revocation_ttl;
     let revoke = revoke_seconds.map(|seconds| Duration::from_secs(seconds).min(longest));
     let told = upgrade::deadline(&gateway, async {

@@ -9,14 +9,13 @@ use axum::{
 };
 use bytes::Bytes;
 use http::request::Parts;
-use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use wsproxy_proto::{history::check_event_id, names::Names};
 
 use crate::{
-    bus::{History, Keep, Outcome, Publish, Receipt},
+    bus::{self, History, Keep, Outcome, Publish},
     gateway::Gateway,
     http::{rejection::Rejection, upgrade},
 };
@@ -55,11 +54,10 @@ impl FromRequestParts<Arc<Gateway>> for How {
         let query = Query::<HowQuery>::from_request_parts(parts, gateway).await;
         let Query(HowQuery { history, event_id }) =
             query.map_err(|error| Rejection::bad_request(error.body_text()))?;
-        let key = parts.headers.get("idempotency-key").map(|key| {
-            let key = key.to_str().ok().filter(|key| (1..=KEY_BYTES_MAX).contains(&key.len()));
-            let why = format!("Idempotency-Key must be 1 to {KEY_BYTES_MAX} visible characters.");
-            key.map(Into::into).ok_or_else(|| Rejection::bad_request(why))
-        });
+        let key = parts
+            .headers
+            .get("idempotency-key")
+            .map(|key| key.to_str().map(Into::into).map_err(|_| bad_key()));
         let how = Self { history, event_id, idempotency_key: key.transpose()? };
         how.check()?;
         Ok(how)
@@ -73,9 +71,13 @@ impl How {
             check_event_id(event_id)
                 .map_err(|error| Rejection::bad_request(format!("event_id {error}.")))?;
         }
-        let needs_history = self.idempotency_key.is_some();
-        if needs_history && self.history == Some(false) {
-            return Err(Rejection::bad_request("An idempotency key needs history."));
+        if let Some(key) = &self.idempotency_key {
+            if !(1..=KEY_BYTES_MAX).contains(&key.len()) {
+                return Err(bad_key());
+            }
+            if self.history == Some(false) {
+                return Err(Rejection::bad_request("An idempotency key needs history."));
+            }
         }
         Ok(())
     }
@@ -93,7 +95,8 @@ impl How {
             return Keep::Nothing;
         }
         let log = Names::log(channel);
-        let once = self.idempotency_key.map(|key| (format!("{log}:once:{key}").into(), ONCE_FOR));
+        let once = self.idempotency_key;
+        let once = once.map(|key| (Names::published_once(&log, &key).into(), ONCE_FOR));
         Keep::History(Box::new(History {
             log: log.into(),
             clock: clock.map(Into::into),
@@ -102,6 +105,11 @@ impl How {
             limits: gateway.config.history.limits(),
         }))
     }
+}
+
+fn bad_key() -> Rejection {
+    let why = format!("An idempotency key must be 1 to {KEY_BYTES_MAX} visible characters.");
+    Rejection::bad_request(why)
 }
 
 /// Publishes and waits for what becomes of it.
@@ -126,11 +134,10 @@ pub(super) fn enqueue(
     payload: Bytes,
     keep: Keep,
 ) -> Result<oneshot::Receiver<Outcome>, Rejection> {
-    let (sender, receiver) = oneshot::channel();
-    let receipt = Arc::new(Waiter(Mutex::new(Some(sender))));
+    let (receipt, outcome) = bus::awaited();
     let channel = channel.into();
     gateway.hub.publish(Publish { channel, payload, keep, receipt: Some(receipt) })?;
-    Ok(receiver)
+    Ok(outcome)
 }
 
 /// What a worker is told of an outcome.
@@ -146,18 +153,6 @@ pub(super) fn told(
         }
         Ok(Outcome::Lost) | Err(_) => {
             Err(Rejection::bus_unavailable("The bus was lost; the message may not have arrived."))
-        }
-    }
-}
-
-/// Somebody who awaits an outcome.
-struct Waiter(Mutex<Option<oneshot::Sender<Outcome>>>);
-
-impl Receipt for Waiter {
-    fn published(&self, outcome: Outcome) {
-        if let Some(sender) = self.0.lock().take() {
-            // Whoever waited may have given up at its deadline.
-            let _ = sender.send(outcome);
         }
     }
 }

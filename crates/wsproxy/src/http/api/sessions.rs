@@ -16,7 +16,6 @@ use http::{StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
-use wsproxy_proto::disconnect;
 
 use crate::{
     auth,
@@ -25,7 +24,7 @@ use crate::{
     http::{
         Body,
         api::{
-            PathId, Worker,
+            PathId, Worker, check_close,
             history::{self, Range},
             optional_json,
             publishing::{How, publish},
@@ -199,11 +198,7 @@ async fn close_session(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
     let request: CloseRequest = optional_json(body)?;
-    if let Some(code) = request.code
-        && !disconnect::is_sendable(code)
-    {
-        return Err(Rejection::bad_request(format!("{code} is no close code that may be sent.")));
-    }
+    check_close(request.code, request.reason.as_deref())?;
     let command = json!({
         "op": "close",
         "code": request.code,
