@@ -258,22 +258,26 @@ impl Hub {
 
 /// Makes the store remember since when it is known.
 async fn mark_epoch(store: &Store, epoch: &Arc<str>) {
-    let of = || SnapshotOf {
-        logs: Vec::new(),
-        epoch: Arc::clone(epoch),
-        after: None,
-        entries_max: 1,
-        streams_of: None,
-    };
-    while let Err(error) = store.snapshot(of()).await {
+    while let Err(error) = store.snapshot(clock_of(epoch)).await {
         debug!(%error, "The store cannot be asked since when it is known.");
         tokio::time::sleep(AGAIN).await;
     }
 }
 
+/// Asks for nothing but the store's clock and epoch.
+fn clock_of(epoch: &Arc<str>) -> SnapshotOf {
+    SnapshotOf {
+        logs: Vec::new(),
+        epoch: Arc::clone(epoch),
+        after: None,
+        entries_max: 1,
+        streams_of: None,
+    }
+}
+
 /// Reads what the logs of holes hold; those that cannot be read are tried again later.
 async fn read_all(store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Found> {
-    let reads = holes.into_iter().map(|hole| read(store, hole));
+    let reads = holes.into_iter().map(|hole| read_or_lose(store, hole));
     let mut reads = stream::iter(reads).buffer_unordered(READS);
     let (mut found, mut bytes) = (Vec::new(), 0_usize);
     while let Some(result) = reads.next().await {
@@ -308,7 +312,29 @@ async fn begin_anew(store: &Store, mut found: Found) -> Result<Found, StoreError
     Ok(found)
 }
 
-async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
+/// A key that holds something else is no log: waiting for it would stall all logs that share its order.
+async fn read_or_lose(store: &Store, hole: Hole) -> Result<Found, StoreError> {
+    match read(store, &hole).await {
+        Ok((log, first_ms, now_ms, judged)) => {
+            let streams = Vec::new();
+            let found = Found { hole, log, first_ms, now_ms, judged, streams };
+            if judged.is_ok() { Ok(found) } else { begin_anew(store, found).await }
+        }
+        Err(StoreError::Refused(error)) if error.contains("WRONGTYPE") => {
+            warn!(log = &*hole.log, %error, "The key of a history holds something else.");
+            let (clock, _) = store.snapshot(clock_of(&hole.histories.epoch)).await?;
+            let (log, now_ms) = (Log::default(), clock.now_ms);
+            let (judged, streams) = (Err(Lost::Unknown), Vec::new());
+            Ok(Found { hole, log, first_ms: now_ms, now_ms, judged, streams })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A log, the store's clock when its first and its last page were read, and how it is judged.
+type Pages = (Log, u64, u64, Result<(), Lost>);
+
+async fn read(store: &Store, hole: &Hole) -> Result<Pages, StoreError> {
     let mut chain = [Log::default()];
     let mut first_ms = None;
     loop {
@@ -334,9 +360,7 @@ async fn read(store: &Store, hole: Hole) -> Result<Found, StoreError> {
         }
         if further.is_none() || judged.is_err() {
             let [log] = chain;
-            let streams = Vec::new();
-            let found = Found { hole, log, first_ms, now_ms, judged, streams };
-            return if judged.is_ok() { Ok(found) } else { begin_anew(store, found).await };
+            return Ok((log, first_ms, now_ms, judged));
         }
     }
 }
