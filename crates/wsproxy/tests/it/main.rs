@@ -4,6 +4,7 @@
 #![expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
 mod attack;
+mod attack_history;
 mod bus;
 mod bus_cost;
 mod bus_faults;
