@@ -51,9 +51,10 @@ const whole = async (prompt) => (await fetch(`${origin}/answer?prompt=${encodeUR
 // A tab, with what it complained of and how often it was loaded.
 async function visit(path = "/") {
   const page = await (await browser.newContext()).newPage();
-  const seen = { complaints: [], loads: 0, sockets: 0 };
+  const seen = { complaints: [], loads: 0, sockets: 0, refusals: [] };
   page.on("pageerror", (error) => seen.complaints.push(String(error)));
   page.on("load", () => { seen.loads += 1; });
+  page.on("response", (answer) => { if (!answer.ok()) seen.refusals.push(`${answer.status()} ${answer.url()}`); });
   page.on("websocket", () => { seen.sockets += 1; });
   await page.goto(origin + path);
   return { page, seen };
@@ -71,18 +72,18 @@ const session = (page) => page.evaluate("location.hash.slice(1)");
 const owner = async (page) => redis.ask("GET", `chat:${await session(page)}:owner`);
 
 // All are being answered, and none is at its end.
-async function inMidStream(page, count = PROMPTS.length) {
+async function inMidStream({ page, seen }, count = PROMPTS.length) {
   await until("the answers have begun", async () => {
     const all = await texts(page);
     return all.length === count && all.every((text) => text.length > 100);
-  });
+  }, { details: async () => JSON.stringify([await texts(page), seen]) + gateway.output.slice(-4000) + workers.output.slice(-4000) });
   assert.deepEqual([...new Set(await states(page))].filter((state) => state !== "open" && state !== undefined), []);
 }
 
 async function whileAnswering(what, { path, prompts = PROMPTS } = {}) {
   const tab = await visit(path);
   for (const prompt of prompts) await ask(tab.page, prompt);
-  await inMidStream(tab.page, prompts.length);
+  await inMidStream(tab, prompts.length);
   await what(tab);
   await isWhole(tab, prompts);
   return tab;
@@ -202,7 +203,7 @@ test("everything dies in one answer", async () => {
 test("stop ends an answer where it is, and the next one is whole", async () => {
   const { page, seen } = await visit();
   await ask(page, "Stop me");
-  await inMidStream(page, 1);
+  await inMidStream({ page, seen }, 1);
   await page.getByRole("button", { name: "Stop" }).click();
   await until("it has stopped", async () => (await states(page))[0] === "cancelled");
   const [text] = await texts(page);
@@ -219,7 +220,7 @@ test("a second tab that is opened in mid-stream shows the same", async () => {
   let late;
   const tab = await whileAnswering(async ({ page }) => {
     late = await visit(`/#${await session(page)}`);
-    await inMidStream(late.page);
+    await inMidStream(late);
     await gateway.stop("SIGKILL");
     await gateway.start();
   });
