@@ -11,7 +11,7 @@ import pathlib
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 from urllib.parse import quote
@@ -154,7 +154,7 @@ class Session:
         tasks = [self.task, *self.answers.values()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=CLAIM_SECONDS / 4)
 
 
 sessions: dict[str, Session] = {}
@@ -177,15 +177,28 @@ async def claim(name: str) -> None:
 
 async def look_after_sessions() -> None:
     while True:
-        try:
-            for session in list(sessions.values()):
-                await session.keep()
-            await redis.zremrangebyscore("chat:sessions", 0, time.time())
-            for name in await redis.zrange("chat:sessions", 0, -1):
-                await claim(name)
-        except (RedisError, WsproxyError, OSError):
-            pass  # Redis is away: the answers wait for it, and so does this.
+        for session in list(sessions.values()):
+            await in_time(session.keep())
+        await in_time(claim_all())
         await asyncio.sleep(CLAIM_SECONDS / 4)
+
+
+async def claim_all() -> None:
+    """Takes every session that nobody has."""
+    await redis.zremrangebyscore("chat:sessions", 0, time.time())
+    for name in await redis.zrange("chat:sessions", 0, -1):
+        await claim(name)
+
+
+async def in_time(work: Coroutine[None, None, None]) -> None:
+    """One session that hangs or fails must not keep the others waiting: their claims would run out."""
+    try:
+        async with asyncio.timeout(CLAIM_SECONDS / 2):
+            await work
+    except (RedisError, WsproxyError, OSError):
+        pass  # Redis is away: the answers wait for it, and so does this. A TimeoutError is an OSError.
+    except Exception:
+        logging.exception("A session cannot be looked after.")
 
 
 @asynccontextmanager
