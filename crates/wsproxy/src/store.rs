@@ -275,6 +275,20 @@ impl Store {
         }
     }
 
+    /// A lease whose stream cannot be ended is no lease: it would be looked at for ever.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn forget_lease(&self, session: &Id, stream: &Id) -> Result<(), StoreError> {
+        match self {
+            // The embedded store keeps a lease with its stream.
+            Self::Memory(_) => Ok(()),
+            Self::Redis(store) => {
+                store.forget_lease(format!("{session}/{stream}").as_bytes()).await
+            }
+        }
+    }
+
     /// At most `count` entries of a log after the id `after`; from its start where that is empty.
     ///
     /// # Errors

@@ -46,8 +46,13 @@ async fn reap_some(gateway: &Gateway) -> Result<(), StoreError> {
                 gateway.metrics.error("stream_worker_lost");
                 info!(session_id = %session, stream = %stream, "A token stream's worker is gone; the stream is ended.");
             }
-            // Its worker came back, or another instance was faster.
-            Err(StoreError::Refused(_)) => {}
+            // Its worker came back.
+            Err(StoreError::Refused(why)) if why.starts_with("ALIVE") => {}
+            // Another instance was faster, or what it belongs to is no stream.
+            Err(StoreError::Refused(why)) => {
+                debug!(session_id = %session, stream = %stream, why, "A lease has no stream.");
+                gateway.store.forget_lease(&session, &stream).await?;
+            }
             Err(error) => return Err(error),
         }
     }

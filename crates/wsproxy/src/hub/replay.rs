@@ -122,11 +122,12 @@ impl Replay {
                 continue;
             };
             let found = self.read(store, &wish, lost).await?;
+            let encoded = self.encode(&found.entries).await;
             match self.join(&found, &turns) {
                 Joined::Now(shards, fence, held) => {
                     let after = wish.after.as_ref();
                     let mut round = Round::default();
-                    self.tell(&found, held, after, hello, &mut round);
+                    self.tell(&found, (encoded, held), after, hello, &mut round);
                     drop((fence, shards));
                     round.flush(clock::now());
                     break found;
@@ -241,11 +242,23 @@ impl Replay {
         }
     }
 
+    /// What the client gets of entries, made before anything is locked, and with pauses: a long history, or
+    /// many clients with one, must not keep others waiting.
+    async fn encode(&self, entries: &[Entry]) -> Vec<Option<Bytes>> {
+        let mut encoded = Vec::with_capacity(entries.len());
+        for entries in entries.chunks(ENCODED_AT_ONCE) {
+            let one = |entry| Fanout::new(missed(entry)).encode(&self.gate.target, &self.hub);
+            encoded.extend(entries.iter().map(one));
+            tokio::task::yield_now().await;
+        }
+        encoded
+    }
+
     /// Everything in its order.
     fn tell(
         &self,
         found: &Found,
-        held: Vec<Bytes>,
+        (encoded, held): (Vec<Option<Bytes>>, Vec<Bytes>),
         after: Option<&After>,
         hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
         round: &mut Round,
@@ -271,14 +284,12 @@ impl Replay {
             let streams = found.streams.iter().map(|stream| Some(notice::stream_snapshot(stream)));
             told.notices(streams, Some(seen));
         }
-        for entry in &found.entries {
-            let carries_id = entry.event_id.is_some();
-            told.tell(Message {
-                id: Some(entry.id),
-                carries_id,
-                is_private: false,
-                payload: &entry.data,
-            });
+        let target = &self.gate.target;
+        for (entry, bytes) in found.entries.iter().zip(encoded) {
+            if let Some(bytes) = bytes {
+                Fanout::new(missed(entry)).announce_to(target);
+                told.round.send_missed(target, bytes, clock::now());
+            }
         }
         for bytes in held {
             told.round.send_missed(&self.gate.target, bytes, clock::now());
@@ -340,6 +351,12 @@ impl Found {
     }
 }
 
+/// An entry as a message.
+fn missed(entry: &Entry) -> Message<'_> {
+    let carries_id = entry.event_id.is_some();
+    Message { id: Some(entry.id), carries_id, is_private: false, payload: &entry.data }
+}
+
 /// Appends a page to what was read before. Answers behind which position the next one begins, if there is one.
 pub(super) fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
     let ends = page.iter().filter(|log| !log.complete);
@@ -352,6 +369,9 @@ pub(super) fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
     }
     behind
 }
+
+/// So many entries are encoded before others have their turn.
+const ENCODED_AT_ONCE: usize = 32;
 
 /// When to look again whether a client can be let through.
 const AGAIN: Duration = Duration::from_millis(20);

@@ -101,13 +101,26 @@ impl RedisStore {
         let words: [&[u8]; 5] =
             [b"EVAL", LAPSED.as_bytes(), b"1", leases.as_bytes(), count.as_bytes()];
         let Reply::Array(members) = self.0.command(&words).await? else { return Err(odd_reply()) };
-        // A member that nobody could have put there is left alone.
-        let member = |reply: &Reply| {
-            let Reply::Text(member) = reply else { return None };
+        let parse = |member: &[u8]| {
             let (session, stream) = std::str::from_utf8(member).ok()?.split_once('/')?;
             Some((Id::parse(session).ok()?, Id::parse(stream).ok()?))
         };
-        Ok(members.iter().filter_map(member).collect())
+        let mut lapsed = Vec::new();
+        for member in &members {
+            let Reply::Text(member) = member else { continue };
+            match parse(member) {
+                Some(stream) => lapsed.push(stream),
+                // Nobody of ours put it there, and enough of them would hide those that are.
+                None => self.forget_lease(member).await?,
+            }
+        }
+        Ok(lapsed)
+    }
+
+    /// A lease that belongs to no stream.
+    pub(in crate::store) async fn forget_lease(&self, member: &[u8]) -> Result<(), StoreError> {
+        let leases = self.0.names().stream_leases();
+        self.0.command(&[b"ZREM", leases.as_bytes(), member]).await.map(drop)
     }
 }
 
