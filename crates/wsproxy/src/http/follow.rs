@@ -11,7 +11,7 @@ use crate::{
     gateway::Gateway,
     http::{Body, rejection::Rejection, upgrade},
     hub::{
-        Sink, Subscription,
+        Sink, Subscription, message,
         tap::{Tap, TapEntry},
     },
 };
@@ -152,13 +152,7 @@ fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
         event.push('\n');
     }
     event.push_str("event: message\n");
-    // The format has three line breaks; of a payload with any of them each line is one of the event.
-    for line in text.replace("\r\n", "\n").split(['\n', '\r']) {
-        event.push_str("data: ");
-        event.push_str(line);
-        event.push('\n');
-    }
-    event.push('\n');
+    message::push_data(&mut event, &text);
     Bytes::from(event)
 }
 

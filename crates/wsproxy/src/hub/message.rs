@@ -254,6 +254,12 @@ pub fn event(id: Option<Position>, payload: &[u8]) -> Bytes {
         // Writing into a String cannot fail.
         let _ = writeln!(event, "id: {id}");
     }
+    push_data(&mut event, &text);
+    Bytes::from(event)
+}
+
+/// Ends a server-sent event with its data, which cannot forge another one.
+pub fn push_data(event: &mut String, text: &str) {
     // The format has three line breaks; of a payload with any of them each line is one of the event.
     for line in text.replace("\r\n", "\n").split(['\n', '\r']) {
         event.push_str("data: ");
@@ -261,7 +267,6 @@ pub fn event(id: Option<Position>, payload: &[u8]) -> Bytes {
         event.push('\n');
     }
     event.push('\n');
-    Bytes::from(event)
 }
 
 /// Tells an event stream its position, without an event.
