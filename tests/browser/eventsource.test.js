@@ -5,43 +5,19 @@ import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { createServer as createHttpServer } from "node:http";
-import { createConnection, createServer } from "node:net";
+import { createConnection } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 
-const root = fileURLToPath(new URL("../..", import.meta.url));
-const binary = process.env.WSPROXY_BIN ?? `${root}/target/debug/wsproxy`;
+import { binary, freePort, until as waitFor } from "./machines.js";
+
 const KEY = "key-of-the-tests-0123456789";
 const children = [];
 let browser, pages, folder, redisPort, output = "";
 
-async function freePort() {
-  // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile.
-  for (;;) {
-    const server = createServer().listen(10_000 + Math.floor(Math.random() * 20_000), "127.0.0.1");
-    const port = await new Promise((resolve) => {
-      server.once("listening", () => resolve(server.address().port)).once("error", () => resolve(0));
-    });
-    if (port === 0) continue;
-    await new Promise((resolve) => server.close(resolve));
-    return port;
-  }
-}
-
-async function until(what, condition, ms = 20_000) {
-  const end = Date.now() + ms;
-  let last;
-  while (Date.now() < end) {
-    try {
-      if (await condition()) return;
-    } catch (error) { last = error; }
-    await new Promise((resolve) => setTimeout(resolve, 25));
-  }
-  throw new Error(`${what} did not happen within ${ms} ms: ${last ?? ""}\n${output}`);
-}
+const until = (what, condition) => waitFor(what, condition, { details: () => output });
 
 function start(command, args, env = {}) {
   const { PATH, HOME } = process.env;
