@@ -9,8 +9,12 @@ use std::{
 };
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros};
-use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
+use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros, driver::TAKEN_BYTES_MAX};
+use wsproxy_proto::{
+    names::Names,
+    rate::{ByteRate, Rate},
+    ws::receiver::Limits,
+};
 
 use crate::{
     auth::jwt::JwtVerifier,
@@ -107,6 +111,7 @@ pub fn profile(config: &Config) -> Profile {
         events_max: EVENTS_MAX,
         event_bytes_max: EVENT_BYTES_MAX,
         rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        byte_rate: ByteRate::new(limits.bytes_per_second, limits.bytes_burst, TAKEN_BYTES_MAX),
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: config.heartbeat.interval.into(),
         heartbeat_timeout: config.heartbeat.timeout.into(),
