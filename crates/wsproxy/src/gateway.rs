@@ -23,6 +23,7 @@ use crate::{
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
     http::{
         admission::{Attempts, Places},
+        sockets::Sockets,
         sse::open::OpenStreams,
     },
     hub::{Histories, Hub},
@@ -51,6 +52,10 @@ pub struct Gateway {
     pub event_streams: Arc<OpenStreams>,
     /// The places for connections of clients.
     pub places: Arc<Places>,
+    /// The places for handshakes whose credentials are not checked yet.
+    pub handshakes: Arc<Places>,
+    /// The sockets on the port of clients.
+    pub sockets: Arc<Sockets>,
     /// Attempts per client address.
     pub attempts: Attempts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
