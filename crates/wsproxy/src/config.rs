@@ -124,6 +124,14 @@ pub struct Limits {
     pub messages_per_second: u32,
     /// How many of them may come at once.
     pub message_burst: u32,
+    /// Bytes per second and connection, inflated ones included; 0: no limit.
+    pub bytes_per_second: usize,
+    /// How many of them may come at once.
+    pub bytes_burst: usize,
+    /// Connections of one user of the event endpoint at this instance; 0: no limit.
+    pub connections_per_user: usize,
+    /// Connections of one session at this instance; 0: no limit.
+    pub connections_per_session: usize,
 }
 
 /// `[heartbeat]`: how dead and idle connections are found.
@@ -401,6 +409,10 @@ impl Default for Limits {
             send_buffers_total_bytes: 1024 * 1024 * 1024,
             messages_per_second: 100,
             message_burst: 200,
+            bytes_per_second: 4 * 1024 * 1024,
+            bytes_burst: 8 * 1024 * 1024,
+            connections_per_user: 0,
+            connections_per_session: 64,
         }
     }
 }

@@ -9,8 +9,12 @@ use std::{
 };
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros};
-use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
+use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros, driver::TAKEN_BYTES_MAX};
+use wsproxy_proto::{
+    names::Names,
+    rate::{ByteRate, Rate},
+    ws::receiver::Limits,
+};
 
 use crate::{
     auth::jwt::JwtVerifier,
@@ -19,6 +23,7 @@ use crate::{
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
     http::{
         admission::{Attempts, Places},
+        sockets::Sockets,
         sse::open::OpenStreams,
     },
     hub::{Histories, Hub},
@@ -47,6 +52,10 @@ pub struct Gateway {
     pub event_streams: Arc<OpenStreams>,
     /// The places for connections of clients.
     pub places: Arc<Places>,
+    /// The places for handshakes whose credentials are not checked yet.
+    pub handshakes: Arc<Places>,
+    /// The sockets on the port of clients.
+    pub sockets: Arc<Sockets>,
     /// Attempts per client address.
     pub attempts: Attempts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
@@ -107,6 +116,7 @@ pub fn profile(config: &Config) -> Profile {
         events_max: EVENTS_MAX,
         event_bytes_max: EVENT_BYTES_MAX,
         rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        byte_rate: ByteRate::new(limits.bytes_per_second, limits.bytes_burst, TAKEN_BYTES_MAX),
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: config.heartbeat.interval.into(),
         heartbeat_timeout: config.heartbeat.timeout.into(),

@@ -16,6 +16,7 @@ pub mod peer;
 pub mod rejection;
 pub mod resume;
 pub mod routes;
+pub mod sockets;
 pub mod sse;
 pub mod upgrade;
 

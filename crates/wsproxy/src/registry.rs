@@ -276,6 +276,21 @@ impl Registry {
         Entry { registry: Arc::clone(self), connection }
     }
 
+    /// The same, unless the user has `user_max` connections here.
+    pub fn join_within(self: &Arc<Self>, joining: Joining, user_max: usize) -> Option<Entry> {
+        let connection = joining.connection;
+        let mut local = self.local.lock();
+        if local.of_user(joining.user.as_str()).take(user_max).count() >= user_max {
+            return None;
+        }
+        let is_changed = local.join(joining);
+        drop(local);
+        if is_changed {
+            self.changed.notify_one();
+        }
+        Some(Entry { registry: Arc::clone(self), connection })
+    }
+
     /// How many connections are here.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -31,6 +31,7 @@ use crate::{
         admission::{Attempts, Places},
         api, listener,
         routes::{self, Routes},
+        sockets::Sockets,
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
     registry::{self, Registry},
@@ -43,6 +44,12 @@ const DESCRIPTORS_RESERVED: usize = SOCKETS_SPARE + SOCKETS_SPARE / 2 + 64;
 
 /// Sockets beyond the allowed connections, for those that are being refused or ask for `/health`.
 const SOCKETS_SPARE: usize = 512;
+
+/// As many handshakes as this part of the connections may wait for a verdict on their credentials.
+const HANDSHAKES_PART: usize = 4;
+
+/// And so many in any case: half of the sockets to spare.
+const HANDSHAKES_MIN: usize = SOCKETS_SPARE / 2;
 
 /// How often addresses with nothing owed are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
@@ -100,17 +107,17 @@ impl Instance {
             .merge(api::router(Arc::clone(&gateway)))
             .merge(extra(&gateway))
             .fallback(routes::not_found);
-        let sockets = Places::new(gateway.places.max() + SOCKETS_SPARE);
         let accepting = CancellationToken::new();
         let data_rest = match admin {
             Some(_) => admin::events(&gateway).fallback(routes::not_found),
             None => rest.clone(),
         };
         let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
+        let sockets = Arc::clone(&gateway.sockets);
         gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
             let routes = Routes::new(Arc::clone(&gateway), false, rest);
-            let sockets = Places::new(SOCKETS_SPARE / 2);
+            let sockets = Sockets::new(SOCKETS_SPARE / 2);
             // Health and metrics answer as long as anything runs.
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
@@ -184,6 +191,7 @@ fn compose(
     };
     hub.connect(bus.clone());
     let (session_histories, event_histories) = histories(&config, &names);
+    let connections_max = connections_max(config.limits.max_connections);
     let registry = config.endpoints.events.then(|| {
         let settings = registry::Settings::new(&config, &server_id, &names);
         Registry::start(settings, Arc::clone(&hub), &bus)
@@ -197,7 +205,9 @@ fn compose(
         bus,
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
         event_streams: Arc::default(),
-        places: Places::new(connections_max(config.limits.max_connections)),
+        places: Places::new(connections_max),
+        handshakes: Places::new((connections_max / HANDSHAKES_PART).max(HANDSHAKES_MIN)),
+        sockets: Sockets::new(connections_max + SOCKETS_SPARE),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),

@@ -2,6 +2,7 @@
 
 use jsonwebtoken::AlgorithmFamily;
 use secrecy::ExposeSecret;
+use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
 use super::{Config, Jwt};
 use crate::auth::jwt;
@@ -42,6 +43,11 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
     rule(redis.publish_queue_bytes >= message, "redis.publish_queue_bytes", "at least", other);
     let (key, other) = ("limits.send_buffers_total_bytes", Some("limits.send_buffer_bytes"));
     rule(limits.send_buffers_total_bytes >= limits.send_buffer_bytes, key, "at least", other);
+
+    let (key, other) = ("limits.bytes_burst", Some("limits.bytes_per_second"));
+    let earned_max = limits.bytes_per_second.saturating_mul(BURST_SECONDS_MAX);
+    let is_earned = limits.bytes_per_second == 0 || limits.bytes_burst <= earned_max;
+    rule(is_earned, key, "at most 1000 times", other);
 
     for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &config.jwt.ca_file)] {
         let readable = file.as_ref().is_none_or(|path| std::fs::read(path).is_ok());
@@ -96,6 +102,9 @@ fn check_jwt(
         rule(fits, "jwt.public_key_file", "a PUBLIC KEY in PEM form that fits", other);
     }
 }
+
+/// Longer than this a burst of bytes cannot be remembered.
+const BURST_SECONDS_MAX: usize = (EARNING_MICROS_MAX / 1_000_000) as usize / 1000 * 1000;
 
 /// Less is guessed in no time by whoever has a token.
 const SECRET_BYTES_MIN: usize = 16;

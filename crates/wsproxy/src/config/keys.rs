@@ -193,6 +193,10 @@ pub static KEYS: &[Key] = &[
     key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Bound of what waits for all clients; beyond it the worst offender is closed."),
     key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),
     key!(limits.message_burst, Number(1, 1_000_000), "How many of them may come at once."),
+    key!(limits.bytes_per_second, Bytes(0, 16 << 30), "Bytes per second and connection, counted as they come and what compressed messages grow by; reading pauses beyond it. 0: no limit."),
+    key!(limits.bytes_burst, Bytes(0, 16 << 30), "How many of them may come at once."),
+    key!(limits.connections_per_user, Number(0, 100_000_000), "Connections of one user of the event endpoint at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
+    key!(limits.connections_per_session, Number(0, 100_000_000), "Connections of one session at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
     key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),

@@ -80,8 +80,10 @@ async fn ready(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_j
         Some("draining")
     } else if !status.connected || !status.subscribed {
         Some("bus")
-    } else if gateway.places.taken() >= gateway.places.max() {
+    } else if gateway.places.is_full() || gateway.sockets.is_full() {
         Some("full")
+    } else if gateway.handshakes.is_full() {
+        Some("handshakes")
     } else {
         None
     };

@@ -60,6 +60,10 @@ table! {
     upgrade_required = UPGRADE_REQUIRED, "upgrade_required";
     /// Attempts from this address above the rate.
     rate_limited = TOO_MANY_REQUESTS, "rate_limited";
+    /// A user or a session has as many connections as it may.
+    too_many_connections = TOO_MANY_REQUESTS, "too_many_connections";
+    /// As many handshakes as may be wait for their credentials to be checked.
+    too_many_handshakes = SERVICE_UNAVAILABLE, "too_many_handshakes";
     /// The instance holds as many connections as it may.
     full = SERVICE_UNAVAILABLE, "full";
     /// The instance is about to end.

@@ -55,7 +55,6 @@ pub(super) struct Handshake {
     deflate: Option<(Params, String)>,
     protocol: Option<&'static str>,
     on_upgrade: OnUpgrade,
-    place: Place,
     /// The place of its socket, which stays taken after the upgrade.
     socket_place: Option<Arc<Place>>,
     pub(super) link: Arc<Link>,
@@ -80,7 +79,7 @@ pub async fn session(
 ) -> Result<Response<Body>, Rejection> {
     let agent = id("agent_id", agent)?;
     let session = id("session_id", session)?;
-    let handshake = begin(gateway, &mut request, &gateway.session_profile)?;
+    let (handshake, waiting) = begin(gateway, &mut request, &gateway.session_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
     drop(request);
@@ -89,11 +88,11 @@ pub async fn session(
     let connection = handshake.link.id();
     let entrance =
         Entrance { session: &session, token, client, handler, connection, consume: true };
-    let opened = entrance.enter(gateway, &resume).await?;
+    let (opened, place) = entrance.enter(gateway, &resume, waiting).await?;
     debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, connection, Transport::WebSocket);
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
+    Ok(accept(gateway, Endpoint::Sessions, (handshake, place), Some(opened), None, logic))
 }
 
 /// A client before the door of its session.
@@ -117,7 +116,12 @@ impl Entrance<'_> {
     ///
     /// # Errors
     /// Why it may not enter, or cannot.
-    pub async fn enter(self, gateway: &Gateway, resume: &Resume) -> Result<Opened, Rejection> {
+    pub async fn enter(
+        self,
+        gateway: &Gateway,
+        resume: &Resume,
+        waiting: Waiting,
+    ) -> Result<(Opened, Place), Rejection> {
         let Self { session, token, client, handler, connection, consume: is_consumed } = self;
         let key = gateway.names.session_auth(session);
         let opening = async {
@@ -125,14 +129,24 @@ impl Entrance<'_> {
             if !known.is_some_and(|known| auth::equal(&known, token)) {
                 return Err(wrong_token());
             }
+            let place = waiting.enter(gateway)?;
+            let control = gateway.names.session_control(session).into();
+            // Every connection of the session has its handler there.
+            let most = match gateway.config.limits.connections_per_session {
+                0 => usize::MAX,
+                most => most,
+            };
+            let reserved = gateway.hub.reserve(control, handler, most).ok_or_else(|| {
+                Rejection::too_many_connections("The session has as many connections as it may.")
+            })?;
             let wanted = Wanted {
                 client,
                 topics: vec![gateway.names.session_down(session).into()],
-                further: vec![(gateway.names.session_control(session).into(), handler)],
+                reserved: Some(reserved),
                 streams_of: Some(session.clone()),
             };
-            let hello = resume.hello(connection);
-            resume::open(gateway, gateway.session_histories.as_ref(), wanted, resume, hello).await
+            let (hello, histories) = (resume.hello(connection), gateway.session_histories.as_ref());
+            Ok((resume::open(gateway, histories, wanted, resume, hello).await?, place))
         };
         let opened = deadline(gateway, opening).await?;
         // Last, so that whatever fails before leaves the token for the next try.
@@ -178,25 +192,48 @@ pub fn echo(
     gateway: &Arc<Gateway>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
-    let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
-    Ok(accept(gateway, Endpoint::Echo, handshake, None, None, Echo))
+    let (handshake, waiting) = begin(gateway, &mut request, &gateway.echo_profile)?;
+    let place = waiting.enter(gateway)?;
+    Ok(accept(gateway, Endpoint::Echo, (handshake, place), None, None, Echo))
 }
 
 /// The limits: how often an address may try, and how many there may be.
 ///
 /// # Errors
 /// One of them is reached, or the instance is about to end.
-pub fn admit<B>(gateway: &Gateway, request: &Request<B>) -> Result<Place, Rejection> {
+pub fn admit<B>(gateway: &Gateway, request: &Request<B>) -> Result<Waiting, Rejection> {
     let address = client_address(gateway, request)?;
     if gateway.is_draining() {
         return Err(Rejection::draining("The instance is about to restart."));
     }
     let now = clock::now();
     gateway.attempts.take(address, now.0.saturating_mul(1000)).map_err(Rejection::too_often)?;
-    gateway.places.take().ok_or_else(|| {
-        warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
-        Rejection::full("The instance holds as many connections as it may.")
+    if gateway.places.is_full() {
+        return Err(full(gateway));
+    }
+    gateway.handshakes.take().map(Waiting).ok_or_else(|| {
+        Rejection::too_many_handshakes("Too many connections are being opened. Try again soon.")
     })
+}
+
+/// A handshake whose credentials are not checked yet. It has no place among the connections, so that those who
+/// have no right to one, or wait long for a verdict, cannot keep others out.
+pub struct Waiting(Place);
+
+impl Waiting {
+    /// The credentials are good: it takes a place among the connections.
+    ///
+    /// # Errors
+    /// There is none left.
+    pub fn enter(self, gateway: &Gateway) -> Result<Place, Rejection> {
+        drop(self.0);
+        gateway.places.take().ok_or_else(|| full(gateway))
+    }
+}
+
+fn full(gateway: &Gateway) -> Rejection {
+    warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
+    Rejection::full("The instance holds as many connections as it may.")
 }
 
 /// What no request for a connection may have.
@@ -219,8 +256,8 @@ pub(super) fn begin(
     gateway: &Gateway,
     request: &mut Request<Incoming>,
     profile: &Arc<Profile>,
-) -> Result<Handshake, Rejection> {
-    let place = admit(gateway, request)?;
+) -> Result<(Handshake, Waiting), Rejection> {
+    let waiting = admit(gateway, request)?;
     let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
     check_form(request)?;
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
@@ -233,15 +270,15 @@ pub(super) fn begin(
         compression.enabled.then(|| deflate::negotiate(request.headers(), &policy)).flatten();
     let window_bits = deflate.as_ref().map(|(params, _)| params.server_max_window_bits);
     let (profile, runtime) = (Arc::clone(profile), Arc::clone(&gateway.runtime));
-    Ok(Handshake {
+    let handshake = Handshake {
         upgrade,
         deflate,
         protocol: credentials::select_protocol(request.headers()),
         on_upgrade: hyper::upgrade::on(&mut *request),
-        place,
         socket_place: request.extensions_mut().remove(),
         link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, clock::now()),
-    })
+    };
+    Ok((handshake, waiting))
 }
 
 /// Where the client is, behind our own proxies.
@@ -264,7 +301,7 @@ pub struct Held {
 pub(super) fn accept<L: Logic>(
     gateway: &Arc<Gateway>,
     label: Endpoint,
-    handshake: Handshake,
+    (handshake, place): (Handshake, Place),
     opened: Option<Opened>,
     registered: Option<Entry>,
     logic: L,
@@ -282,7 +319,7 @@ pub(super) fn accept<L: Logic>(
         insert(headers, header::SEC_WEBSOCKET_EXTENSIONS, &answer);
         params
     });
-    let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
+    let (link, on_upgrade) = (handshake.link, handshake.on_upgrade);
     let socket_place = handshake.socket_place;
     // An endpoint without topics has no ids.
     let envelope = handshake.protocol == Some(credentials::ENVELOPE_PROTOCOL) && opened.is_some();

@@ -282,11 +282,18 @@ impl Scrape<'_, '_> {
         self.per_profile("backpressure_events", help, |p| &p.stats.blocked)?;
         let help = "Times that reading from a client paused, since the bus or the client itself took no more";
         self.per_profile("reads_paused", help, |p| &p.stats.reads_paused)?;
+        let help =
+            "Times that reading from a client paused, since it had sent more bytes than it may";
+        self.per_profile("reads_throttled", help, |p| &p.stats.reads_throttled)?;
         let used = self.gateway.runtime.budget.used();
         let help = "Bytes that wait for clients whose sockets take no more";
         self.gauge("buffer_utilization", help, Some(&Unit::Bytes), used as i64)?;
         let help = "Connections that the instance may hold";
-        self.gauge("connections_max", help, None, self.gateway.places.max() as i64)
+        self.gauge("connections_max", help, None, self.gateway.places.max() as i64)?;
+        let help = "Handshakes whose credentials are being checked";
+        self.gauge("handshakes_waiting", help, None, self.gateway.handshakes.taken() as i64)?;
+        let help = "Attempts that were counted for a whole network, since too many addresses try";
+        self.counter("attempts_coarse", help, self.gateway.attempts.coarse.value())
     }
 
     fn latency(&mut self) -> fmt::Result {

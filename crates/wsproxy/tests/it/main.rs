@@ -26,6 +26,7 @@ mod presence;
 mod registry;
 mod scripts;
 mod sessions;
+mod shares;
 mod slow;
 mod sse;
 mod sse_events;
