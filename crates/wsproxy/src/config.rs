@@ -274,7 +274,7 @@ pub struct Events {
     pub ack_queue: usize,
     /// How long the registry keeps what nobody refreshes.
     pub registry_ttl: Duration,
-    /// How long a revocation is remembered; at least as long as tokens live.
+    /// The longest revocation that the API takes; at least as long as tokens live.
     pub revocation_ttl: Duration,
 }
 
@@ -349,6 +349,16 @@ pub struct Jwt {
     pub user_claim: String,
     /// Refuse tokens that never expire.
     pub require_exp: bool,
+    /// What tokens must say they are in their header (`typ`); `None`: anything.
+    pub typ: Option<String>,
+}
+
+impl Jwt {
+    /// The leeway in seconds, which is what tokens count in; a part of a second counts as one.
+    #[must_use]
+    pub const fn leeway_seconds(&self) -> u64 {
+        self.leeway.as_secs() + (self.leeway.subsec_nanos() > 0) as u64
+    }
 }
 
 /// `[api]`: HTTP for workers without Redis.
@@ -505,6 +515,7 @@ impl Default for Jwt {
             leeway: Duration::from_secs(5),
             user_claim: "sub".into(),
             require_exp: true,
+            typ: None,
         }
     }
 }
