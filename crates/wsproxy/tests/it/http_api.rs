@@ -133,7 +133,8 @@ async fn the_api_wants_one_of_its_keys() {
             continue;
         }
         ask(&[]).await.assert_refused(401, "missing_credentials");
-        ask(&[("authorization", "Basic x")]).await.assert_refused(401, "malformed_credentials");
+        ask(&[("authorization", "Basic x")]).await.assert_refused(401, "missing_credentials");
+        ask(&[("authorization", "Bearer")]).await.assert_refused(401, "malformed_credentials");
         ask(&[("authorization", "Bearer wrong")]).await.assert_refused(403, "invalid_token");
     }
     let refused = (routes.len() - 1) as f64;

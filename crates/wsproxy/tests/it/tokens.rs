@@ -116,13 +116,13 @@ async fn missing_and_malformed_credentials_are_401_with_a_challenge() {
     refuse(PATH, &[], "missing_credentials").await;
     refuse("/agent/ws/s?tokens=x", &[], "missing_credentials").await;
     refuse(PATH, &[("sec-websocket-protocol", "chat")], "missing_credentials").await;
+    refuse(PATH, &[("authorization", "Basic eDp5")], "missing_credentials").await;
     let header = format!("Bearer {token}");
     let (protocol, query) = (format!("bearer.{token}"), format!("{PATH}?token={token}&token=x"));
     let twice = format!("wsproxy.v1, {protocol}, {protocol}");
     let long = format!("Bearer {}", "x".repeat(8193));
     for (path, headers) in [
-        (PATH, &[("authorization", "Basic eDp5")][..]),
-        (PATH, &[("authorization", "Bearer")]),
+        (PATH, &[("authorization", "Bearer")][..]),
         (PATH, &[("authorization", &long)]),
         (PATH, &[("authorization", &header), ("authorization", &header)]),
         (PATH, &[("sec-websocket-protocol", &protocol)]),
@@ -135,8 +135,8 @@ async fn missing_and_malformed_credentials_are_401_with_a_challenge() {
     ] {
         refuse(path, headers, "malformed_credentials").await;
     }
-    assert_eq!(instance.refusals("missing_credentials"), 3.0);
-    assert_eq!(instance.refusals("malformed_credentials"), 11.0);
+    assert_eq!(instance.refusals("missing_credentials"), 4.0);
+    assert_eq!(instance.refusals("malformed_credentials"), 10.0);
     assert!(instance.connect("s", &token).await.is_ok(), "nothing of this used the token");
     instance.wait_empty().await;
 }
