@@ -51,7 +51,7 @@ impl Names {
         self.session(session, "control")
     }
 
-    /// Key of a session's one-time token.
+    /// Key of a session's token.
     #[must_use]
     pub fn session_auth(&self, session: &Id) -> String {
         self.session(session, "auth")

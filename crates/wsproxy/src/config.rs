@@ -213,8 +213,6 @@ pub struct Sessions {
     pub capture: bool,
     /// Whether JSON objects of the history carry their id.
     pub event_ids: EventIds,
-    /// What a token is good for that comes with a request for an event stream.
-    pub sse_token: SseToken,
 }
 
 /// Whether JSON objects of the history carry their id.
@@ -224,15 +222,6 @@ pub enum EventIds {
     Json,
     /// They are sent as they are; ids are only in the envelope of the subprotocol.
     None,
-}
-
-/// What a token is good for that comes with a request for an event stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SseToken {
-    /// Any number of requests until it expires, since an `EventSource` reconnects with the same URL.
-    Reusable,
-    /// One request.
-    Once,
 }
 
 /// `[history]`: bounds of the logs; workers that publish by script must give the same.
@@ -462,7 +451,6 @@ impl Default for Sessions {
             history: false,
             capture: false,
             event_ids: EventIds::Json,
-            sse_token: SseToken::Reusable,
         }
     }
 }

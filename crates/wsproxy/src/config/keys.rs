@@ -3,7 +3,7 @@
 //! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
 
 use super::{
-    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss, SseToken,
+    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
@@ -159,6 +159,14 @@ pub static SECTIONS: &[(&str, &str)] = &[
 /// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
 pub static IGNORED: &[&str] = &["DATABASE_URL"];
 
+/// Keys of earlier versions, each with what to do instead: a configuration that sets one must not lose silently what
+/// its operator wanted.
+pub(super) static REMOVED: &[(&str, &str)] = &[(
+    "sessions.sse_token",
+    "was removed: the token itself says its kind now. One that begins with \"sse.\" opens event streams until it \
+     expires (`wsproxy token --event-stream`), every other token opens one connection or event stream, once",
+)];
+
 /// Every key, by section.
 #[rustfmt::skip]
 pub static KEYS: &[Key] = &[
@@ -227,7 +235,6 @@ pub static KEYS: &[Key] = &[
     key!(sessions.history, Switch, "Clients can resume what workers publish with history, over instances and restarts."),
     key!(sessions.capture, Switch, "Take plain publishes of JSON with an event_id into the history too."),
     key!(sessions.event_ids, OneOf(&[("json", EventIds::Json), ("none", EventIds::None)]), "Whether JSON objects of the history carry their id as first member event_id; without it only the subprotocol wsproxy.id.v1 tells ids."),
-    key!(sessions.sse_token, OneOf(&[("reusable", SseToken::Reusable), ("once", SseToken::Once)]), "What a token is good for that comes with a request for server-sent events: any number of them until it expires, since an EventSource reconnects with the same URL, or one."),
 
     key!(events.history, Switch, "Clients can resume, over instances and restarts."),
     key!(events.capture, Switch, "Take plain publishes with an event_id into the history too."),

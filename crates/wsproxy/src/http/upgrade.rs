@@ -87,8 +87,9 @@ pub async fn session(
     let token = token.expose_secret().as_bytes();
     let [client, handler] = sinks(gateway, &handshake);
     let connection = handshake.link.id();
-    let entrance =
-        Entrance { session: &session, token, client, handler, connection, consume: true };
+    let transport = Transport::WebSocket;
+    let path = (&agent, &session);
+    let entrance = Entrance { path, token, client, handler, connection, transport };
     let opened = entrance.enter(gateway, &resume).await?;
     debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
@@ -98,8 +99,8 @@ pub async fn session(
 
 /// A client before the door of its session.
 pub struct Entrance<'a> {
-    /// Its session.
-    pub session: &'a Id,
+    /// The agent and the session of its path.
+    pub path: (&'a Id, &'a Id),
     /// What it shows.
     pub token: &'a [u8],
     /// Where its messages go.
@@ -108,8 +109,8 @@ pub struct Entrance<'a> {
     pub handler: Sink,
     /// Its connection.
     pub connection: Uuid,
-    /// Whether the token is used up.
-    pub consume: bool,
+    /// How it wants to be connected.
+    pub transport: Transport,
 }
 
 impl Entrance<'_> {
@@ -118,13 +119,16 @@ impl Entrance<'_> {
     /// # Errors
     /// Why it may not enter, or cannot.
     pub async fn enter(self, gateway: &Gateway, resume: &Resume) -> Result<Opened, Rejection> {
-        let Self { session, token, client, handler, connection, consume: is_consumed } = self;
+        let Self { path: (agent, session), token, client, handler, connection, transport } = self;
+        let is_for_event_streams = auth::session::is_for_event_streams(token);
+        if is_for_event_streams && transport != Transport::Sse {
+            // Before the store is asked, so that the answer says nothing about the token's value.
+            let message = "A token that begins with sse. opens event streams only.";
+            return Err(Rejection::invalid_token(message));
+        }
         let key = gateway.names.session_auth(session);
         let opening = async {
-            let known = gateway.store.load(&key).await?;
-            if !known.is_some_and(|known| auth::equal(&known, token)) {
-                return Err(wrong_token());
-            }
+            let stored = load_token(gateway, &key, (agent, token)).await?;
             let wanted = Wanted {
                 client,
                 topics: vec![gateway.names.session_down(session).into()],
@@ -132,27 +136,45 @@ impl Entrance<'_> {
                 streams_of: Some(session.clone()),
             };
             let hello = resume.hello(connection);
-            resume::open(gateway, gateway.session_histories.as_ref(), wanted, resume, hello).await
+            let histories = gateway.session_histories.as_ref();
+            let opened = resume::open(gateway, histories, wanted, resume, hello).await?;
+            if is_for_event_streams {
+                // A worker that removes the token and then closes the session reaches this client too: here, or
+                // by the subscription that has just been confirmed.
+                load_token(gateway, &key, (agent, token)).await?;
+            }
+            Ok((stored, opened))
         };
-        let opened = deadline(gateway, opening).await?;
+        let (stored, opened) = deadline(gateway, opening).await?;
         // Last, so that whatever fails before leaves the token for the next try.
-        if is_consumed && !consume(gateway, &key, token).await? {
+        if !is_for_event_streams && !consume(gateway, &key, &stored).await? {
             return Err(wrong_token());
         }
         Ok(opened)
     }
 }
 
-fn wrong_token() -> Rejection {
-    Rejection::invalid_token("The token is wrong, expired or used.")
+/// What the store holds of a session's token, if `token` opens the path of `agent` with it.
+async fn load_token(
+    gateway: &Gateway,
+    key: &str,
+    (agent, token): (&Id, &[u8]),
+) -> Result<Bytes, Rejection> {
+    let stored = gateway.store.load(key).await?;
+    stored.filter(|stored| auth::session::opens(stored, token, agent)).ok_or_else(wrong_token)
 }
 
-/// Uses up a token; `false` where another handshake was faster.
+fn wrong_token() -> Rejection {
+    Rejection::invalid_token("The token is wrong, expired, used or for another path.")
+}
+
+/// Uses up a token; `false` where another handshake was faster. Both transports come through here, and the store
+/// compares and removes in one step, so of any number of handshakes with one token exactly one wins.
 ///
 /// Outside the handshake's deadline: given up after it was sent, the token could be gone without
 /// a connection. A store that does not answer at all is found by its own watchdog.
-async fn consume(gateway: &Gateway, key: &str, token: &[u8]) -> Result<bool, Rejection> {
-    let answer = gateway.store.take_if_equal(key, token);
+async fn consume(gateway: &Gateway, key: &str, stored: &[u8]) -> Result<bool, Rejection> {
+    let answer = gateway.store.take_if_equal(key, stored);
     match tokio::time::timeout(gateway.config.redis.response_timeout, answer).await {
         Ok(taken) => Ok(taken?),
         Err(_) => Err(Rejection::deadline("The store did not answer in time.")),
