@@ -51,22 +51,40 @@ pub fn is_for_event_streams(token: &[u8]) -> bool {
     token.starts_with(EVENT_STREAM_PREFIX.as_bytes())
 }
 
-/// Whether `token` opens the path of `agent`, where the store holds `stored` for the session. Takes a time that
-/// depends on the lengths of the tokens only.
+/// Why a token does not open a session. For the operator's log: the client is not told which of them it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WrongToken {
+    /// Nothing is stored, or another token.
+    #[error("another token, or none, is stored")]
+    Token,
+    /// The token is right, and bound to another agent.
+    #[error("the token is bound to another agent")]
+    Agent,
+    /// What is stored begins with `agent/`, but is no id, a space and a token. It opens nothing: who wrote it wanted a
+    /// binding.
+    #[error("the stored value is no agent/{{agent_id}} {{token}}")]
+    Malformed,
+}
+
+/// Checks that `token` opens the path of `agent`, where the store holds `stored` for the session. Compares tokens in a
+/// time that depends on their lengths only.
 ///
-/// A stored value that begins like a bound one and is none opens nothing: whoever wrote it wanted a binding.
-#[must_use]
-pub fn opens(stored: &[u8], token: &[u8], agent: &Id) -> bool {
-    match stored.strip_prefix(BOUND_PREFIX) {
-        None => equal(stored, token),
+/// # Errors
+/// Why it does not.
+pub fn check(stored: &[u8], token: &[u8], agent: &Id) -> Result<(), WrongToken> {
+    let (bound_to, wanted) = match stored.strip_prefix(BOUND_PREFIX) {
+        None => (None, stored),
         Some(bound) => {
-            let end = bound.iter().position(|byte| *byte == b' ').unwrap_or(bound.len());
-            let (bound_to, rest) = bound.split_at(end);
-            let wanted = rest.strip_prefix(b" ").unwrap_or_default();
-            let is_agent = bound_to == agent.as_str().as_bytes();
-            equal(wanted, token) & is_agent & !token.is_empty()
+            let space = bound.iter().position(|byte| *byte == b' ').ok_or(WrongToken::Malformed)?;
+            let (id, wanted) = (&bound[..space], &bound[space + 1..]);
+            let id = std::str::from_utf8(id).ok().and_then(|id| Id::parse(id).ok());
+            (Some(id.ok_or(WrongToken::Malformed)?), wanted)
         }
+    };
+    if wanted.is_empty() || !equal(wanted, token) {
+        return Err(WrongToken::Token);
     }
+    if bound_to.is_none_or(|bound_to| bound_to == *agent) { Ok(()) } else { Err(WrongToken::Agent) }
 }
 
 #[cfg(test)]
@@ -80,26 +98,29 @@ mod tests {
     #[test]
     fn bound_tokens_open_one_agent_only() {
         let agent = id("a-1");
-        for (stored, token, is_open) in [
-            ("t", "t", true),
-            ("t", "T", false),
-            ("", "t", false),
-            ("two words", "two words", true),
-            ("agent/a-1 t", "t", true),
-            ("agent/a-1 sse.t", "sse.t", true),
-            ("agent/a-1 two words", "two words", true),
-            ("agent/a-2 t", "t", false),
-            ("agent/a-1 t", "agent/a-1 t", false),
-            ("agent/a-1 t", " t", false),
-            ("agent/a-1  t", "t", false),
-            ("agent/a-1", "agent/a-1", false),
-            ("agent/a-1", "", false),
-            ("agent/a-1 ", "", false),
-            ("agent/ t", "t", false),
-            ("agent/", "agent/", false),
+        for (stored, token, result) in [
+            ("t", "t", Ok(())),
+            ("t", "T", Err(WrongToken::Token)),
+            ("", "t", Err(WrongToken::Token)),
+            ("", "", Err(WrongToken::Token)),
+            ("two words", "two words", Ok(())),
+            ("agent/a-1 t", "t", Ok(())),
+            ("agent/a-1 sse.t", "sse.t", Ok(())),
+            ("agent/a-1 two words", "two words", Ok(())),
+            ("agent/a-2 t", "t", Err(WrongToken::Agent)),
+            ("agent/a-2 t", "u", Err(WrongToken::Token)),
+            ("agent/a-1 t", "agent/a-1 t", Err(WrongToken::Token)),
+            ("agent/a-1 t", " t", Err(WrongToken::Token)),
+            ("agent/a-1  t", "t", Err(WrongToken::Token)),
+            ("agent/a-1 ", "", Err(WrongToken::Token)),
+            ("agent/a-1", "agent/a-1", Err(WrongToken::Malformed)),
+            ("agent/a-1", "", Err(WrongToken::Malformed)),
+            ("agent/ t", "t", Err(WrongToken::Malformed)),
+            ("agent/a:b t", "t", Err(WrongToken::Malformed)),
+            ("agent/", "agent/", Err(WrongToken::Malformed)),
         ] {
-            let opened = opens(stored.as_bytes(), token.as_bytes(), &agent);
-            assert_eq!(opened, is_open, "{stored:?} {token:?}");
+            let checked = check(stored.as_bytes(), token.as_bytes(), &agent);
+            assert_eq!(checked, result, "{stored:?} {token:?}");
         }
     }
 
@@ -115,8 +136,9 @@ mod tests {
             assert_eq!(is_for_event_streams(token.as_bytes()), event_stream);
             assert!(Id::parse(&token).is_ok(), "{token} needs no encoding");
             let stored = store.load("key").await.unwrap().unwrap();
-            assert!(opens(&stored, token.as_bytes(), &id("a-1")));
-            assert_eq!(opens(&stored, token.as_bytes(), &id("a-2")), scope.agent.is_none());
+            assert_eq!(check(&stored, token.as_bytes(), &id("a-1")), Ok(()));
+            let other = check(&stored, token.as_bytes(), &id("a-2"));
+            assert_eq!(other.is_ok(), scope.agent.is_none());
         }
     }
 }

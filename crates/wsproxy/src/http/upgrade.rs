@@ -25,7 +25,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    auth,
+    auth::{self, session::WrongToken},
     config::EventIds,
     endpoint::{
         Logic,
@@ -124,7 +124,7 @@ impl Entrance<'_> {
         if is_for_event_streams && transport != Transport::Sse {
             // Before the store is asked, so that the answer says nothing about the token's value.
             let message = "A token that begins with sse. opens event streams only.";
-            return Err(Rejection::invalid_token(message));
+            return Err(Rejection::invalid_token(message).because("an event stream's token"));
         }
         let key = gateway.names.session_auth(session);
         let opening = async {
@@ -148,7 +148,7 @@ impl Entrance<'_> {
         let (stored, opened) = deadline(gateway, opening).await?;
         // Last, so that whatever fails before leaves the token for the next try.
         if !is_for_event_streams && !consume(gateway, &key, &stored).await? {
-            return Err(wrong_token());
+            return Err(wrong_token(WrongToken::Token));
         }
         Ok(opened)
     }
@@ -160,12 +160,15 @@ async fn load_token(
     key: &str,
     (agent, token): (&Id, &[u8]),
 ) -> Result<Bytes, Rejection> {
-    let stored = gateway.store.load(key).await?;
-    stored.filter(|stored| auth::session::opens(stored, token, agent)).ok_or_else(wrong_token)
+    let stored = gateway.store.load(key).await?.unwrap_or_default();
+    auth::session::check(&stored, token, agent).map_err(wrong_token)?;
+    Ok(stored)
 }
 
-fn wrong_token() -> Rejection {
+/// The cause is for the log: who shows a token is not told what is wrong with it.
+fn wrong_token(cause: WrongToken) -> Rejection {
     Rejection::invalid_token("The token is wrong, expired, used or for another path.")
+        .because(cause)
 }
 
 /// Uses up a token; `false` where another handshake was faster. Both transports come through here, and the store
