@@ -230,8 +230,8 @@ async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("cha
     return ticket.as_dict() | {"gateway": GATEWAY_URL}
 
 
-# An EventSource comes back with the URL that it has: its ticket must live as long as the page.
-lasting = worker.ticket_dependency("chat", own_session, ttl=SESSION_SECONDS)
+# An EventSource comes back with the URL that it has: its ticket opens event streams, and only these, as long as the page lives.
+lasting = worker.ticket_dependency("chat", own_session, ttl=SESSION_SECONDS, event_stream=True)
 
 
 @app.post("/event-sources", status_code=201)

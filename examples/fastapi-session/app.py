@@ -55,5 +55,5 @@ app = FastAPI(lifespan=lifespan)
 async def create(session_id: uuid.UUID = None):
     """A one-time token, with session_id a further one. Check here who asks: this example lets everybody in."""
     session, token = str(session_id or uuid.uuid4()), secrets.token_urlsafe(32)
-    await redis.set(f"session:{session}:auth", token, ex=60)
+    await redis.set(f"session:{session}:auth", f"agent/{AGENT} {token}", ex=60)  # Opens the path below, and no other.
     return {"path": f"/{AGENT}/ws/{session}", "session_id": session, "token": token}

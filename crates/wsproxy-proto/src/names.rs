@@ -51,7 +51,7 @@ impl Names {
         self.session(session, "control")
     }
 
-    /// Key of a session's one-time token.
+    /// Key of a session's token.
     #[must_use]
     pub fn session_auth(&self, session: &Id) -> String {
         self.session(session, "auth")
@@ -162,6 +162,13 @@ impl Names {
     fn session(&self, session: &Id, what: &str) -> String {
         format!("{}session:{session}:{what}", self.prefix)
     }
+
+    /// Key of a revocation in the event endpoint, of `what`: `user:{user}` or `jti:{jti}`. All of them are in one slot,
+    /// so that one command reads several.
+    #[must_use]
+    pub fn events_revoked(&self, what: &str) -> String {
+        format!("{{{}ws}}:revoked:{what}", self.prefix)
+    }
 }
 
 /// The id of a session, an agent, a room, …: safe inside a key, a channel, a path and a log line.
@@ -236,6 +243,8 @@ mod tests {
         assert_eq!(Names::new("eu").session_up(&id), "eu:session:s-1:up");
         assert_eq!(Names::new("eu").session_of_down("eu:session:s-1:down"), Some(id));
         assert_eq!(names.session_of_down("ws:user:s-1"), None);
+        assert_eq!(names.events_revoked("user:u"), "{ws}:revoked:user:u");
+        assert_eq!(Names::new("eu").events_revoked("jti:t"), "{eu:ws}:revoked:jti:t");
     }
 
     #[test]

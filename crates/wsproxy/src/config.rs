@@ -221,8 +221,6 @@ pub struct Sessions {
     pub capture: bool,
     /// Whether JSON objects of the history carry their id.
     pub event_ids: EventIds,
-    /// What a token is good for that comes with a request for an event stream.
-    pub sse_token: SseToken,
 }
 
 /// Whether JSON objects of the history carry their id.
@@ -232,15 +230,6 @@ pub enum EventIds {
     Json,
     /// They are sent as they are; ids are only in the envelope of the subprotocol.
     None,
-}
-
-/// What a token is good for that comes with a request for an event stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SseToken {
-    /// Any number of requests until it expires, since an `EventSource` reconnects with the same URL.
-    Reusable,
-    /// One request.
-    Once,
 }
 
 /// `[history]`: bounds of the logs; workers that publish by script must give the same.
@@ -282,7 +271,7 @@ pub struct Events {
     pub ack_queue: usize,
     /// How long the registry keeps what nobody refreshes.
     pub registry_ttl: Duration,
-    /// How long a revocation is remembered; at least as long as tokens live.
+    /// The longest revocation that the API takes; at least as long as tokens live.
     pub revocation_ttl: Duration,
 }
 
@@ -357,6 +346,16 @@ pub struct Jwt {
     pub user_claim: String,
     /// Refuse tokens that never expire.
     pub require_exp: bool,
+    /// What tokens must say they are in their header (`typ`); `None`: anything.
+    pub typ: Option<String>,
+}
+
+impl Jwt {
+    /// The leeway in seconds, which is what tokens count in; a part of a second counts as one.
+    #[must_use]
+    pub const fn leeway_seconds(&self) -> u64 {
+        self.leeway.as_secs() + (self.leeway.subsec_nanos() > 0) as u64
+    }
 }
 
 /// `[api]`: HTTP for workers without Redis.
@@ -464,7 +463,6 @@ impl Default for Sessions {
             history: false,
             capture: false,
             event_ids: EventIds::Json,
-            sse_token: SseToken::Reusable,
         }
     }
 }
@@ -517,6 +515,7 @@ impl Default for Jwt {
             leeway: Duration::from_secs(5),
             user_claim: "sub".into(),
             require_exp: true,
+            typ: None,
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::{
         tap::{Ending, Tap},
     },
     registry::{local::Local, redis::RedisRegistry},
-    store::{Store, StoreError},
+    store::{StoreError, memory::MemoryStore},
     telemetry::counter::Counter,
 };
 
@@ -43,7 +43,6 @@ pub struct Registry {
     settings: Settings,
     backend: Backend,
     hub: Arc<Hub>,
-    store: Store,
     /// Guards the index and the changes; held for a few steps, or one walk after an outage.
     local: Mutex<Local>,
     /// There is something to write.
@@ -58,8 +57,8 @@ pub struct Registry {
 
 /// Where the instances meet.
 enum Backend {
-    /// There is one instance: what is here is all.
-    Memory,
+    /// There is one instance: what is here is all, but for revocations, which are in the embedded store.
+    Memory(MemoryStore),
     /// In Redis.
     Redis(Box<RedisRegistry>),
 }
@@ -75,6 +74,8 @@ pub struct Settings {
     pub ttl: Duration,
     /// How long one answer of Redis may take.
     pub response_timeout: Duration,
+    /// By how many seconds clocks may differ: revocations cover what was issued so much later.
+    pub leeway: u64,
     /// How fast an instance counts as dead.
     pub pace: Pace,
 }
@@ -88,6 +89,7 @@ impl Settings {
             names: names.clone(),
             ttl: config.events.registry_ttl,
             response_timeout: config.redis.response_timeout,
+            leeway: config.jwt.leeway_seconds(),
             pace: Pace::default(),
         }
     }
@@ -241,7 +243,7 @@ impl Registry {
     #[must_use]
     pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus) -> Arc<Self> {
         let backend = match bus {
-            Bus::Memory(_) => Backend::Memory,
+            Bus::Memory(bus) => Backend::Memory(bus.store()),
             Bus::Redis(bus) => Backend::Redis(RedisRegistry::new(bus.clone(), &settings).into()),
         };
         let registry = Arc::new(Self {
@@ -249,7 +251,6 @@ impl Registry {
             settings,
             backend,
             hub,
-            store: bus.store(),
             changed: Notify::new(),
             totals: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
@@ -315,7 +316,7 @@ impl Registry {
     /// The store did not answer.
     pub async fn connections_of(&self, user: &Id) -> Result<Vec<Presence>, StoreError> {
         match &self.backend {
-            Backend::Memory => {
+            Backend::Memory(_) => {
                 Ok(self.local.lock().presence(&self.settings.server_id, user.as_str()))
             }
             Backend::Redis(redis) => redis.connections_of(user.as_str()).await,

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 
-from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
+from ._backend import (
+    Disconnection,
+    Publication,
+    StreamCall,
+    StreamReply,
+    StreamState,
+    Target,
+    TicketRequest,
+    retrying,
+)
 from ._feeds import Consumer
 from ._follower import Follower
 from .client.streams import MergedStreams
@@ -108,10 +118,16 @@ class HttpBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
-        body = {"ttl_seconds": max(1, round(ttl))}
-        answer = await self._call("POST", f"sessions/{_path(session)}/token", repeatable=True, json=body)
-        return Ticket(agent, session, answer["token"], float(answer["expires_in"]))
+    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+        body = {
+            "ttl_seconds": max(1, round(request.ttl)),
+            "event_stream": request.event_stream or None,
+            "agent_id": request.agent if request.bound else None,
+        }
+        path = f"sessions/{_path(request.session)}/token"
+        answer = await self._call("POST", path, repeatable=True, json=_without_none(body))
+        expires_in = float(answer["expires_in"])
+        return Ticket(request.agent, request.session, answer["token"], expires_in, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         target = publication.target
@@ -203,7 +219,7 @@ class HttpBackend:
                 "jti": request.jti,
                 "code": request.code,
                 "reason": request.reason,
-                "revoke_seconds": None if request.revoke is None else max(1, round(request.revoke)),
+                "revoke_seconds": None if request.revoke is None else math.ceil(request.revoke),
             }
         )
         answer = await self._call("POST", "events/disconnect", repeatable=True, json=body)

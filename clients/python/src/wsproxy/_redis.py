@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,16 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
+from ._backend import (
+    Disconnection,
+    Publication,
+    StreamCall,
+    StreamReply,
+    StreamState,
+    Target,
+    TicketRequest,
+    retrying,
+)
 from ._feeds import Consumer
 from ._listener import Listener
 from .errors import (
@@ -40,6 +50,17 @@ T = TypeVar("T")
 _IDEMPOTENCY_MS = 10 * 60 * 1000
 # How a connection ends whose token was revoked.
 _REVOKED = 4401
+# What a token begins with that opens event streams until it expires.
+_EVENT_STREAM_PREFIX = "sse."
+# Stamps a key with Redis' clock, which all workers and gateways share, and tells the gateways; a longer life that the
+# key had is not cut short. Key: the revocation. Arguments: milliseconds, channel, message.
+_REVOKE = """
+local left = redis.call('PTTL', KEYS[1])
+local now = redis.call('TIME')[1]
+if left == -1 then redis.call('SET', KEYS[1], now)
+else redis.call('SET', KEYS[1], now, 'PX', string.format('%.0f', math.max(tonumber(ARGV[1]), left))) end
+return redis.call('PUBLISH', ARGV[2], ARGV[3])
+"""
 # Errors that Redis answers before it does anything.
 _NOT_DONE = (exceptions.BusyLoadingError, exceptions.ReadOnlyError, exceptions.MaxConnectionsError)
 
@@ -117,11 +138,12 @@ class RedisBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
-        token = secrets.token_urlsafe(32)
-        key = self._key("session", session, "auth")
-        await self._do(lambda: self._redis.set(key, token, px=round(ttl * 1000)), repeatable=True)
-        return Ticket(agent, session, token, ttl)
+    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+        token = (_EVENT_STREAM_PREFIX if request.event_stream else "") + secrets.token_urlsafe(32)
+        value = f"agent/{request.agent} {token}" if request.bound else token
+        key = self._key("session", request.session, "auth")
+        await self._do(lambda: self._redis.set(key, value, px=round(request.ttl * 1000)), repeatable=True)
+        return Ticket(request.agent, request.session, token, request.ttl, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         channel = self._channel(publication.target)
@@ -221,8 +243,6 @@ class RedisBackend:
         return await self._command(self._key("session", session, "control"), command)
 
     async def disconnect(self, request: Disconnection) -> int:
-        if request.revoke is not None:
-            await self._revoke(request, request.revoke)
         command = {
             "op": "disconnect",
             "user_id": request.user,
@@ -231,17 +251,21 @@ class RedisBackend:
             "code": request.code if request.code is not None or request.revoke is None else _REVOKED,
             "reason": request.reason,
         }
-        return await self._command(self._key("ws", "control"), command)
-
-    async def _revoke(self, request: Disconnection, seconds: float) -> None:
+        channel = self._key("ws", "control")
+        if request.revoke is None:
+            return await self._command(channel, command)
         kind, name = ("user", request.user) if request.user is not None else ("jti", request.jti)
-        key = self._key("ws", "revoked", kind, name or "")
-        # Redis' clock, which all workers share.
-        now = await self._do(lambda: self._redis.time(), repeatable=True)
-        await self._do(lambda: self._redis.set(key, int(now[0]), px=round(seconds * 1000)), repeatable=True)
+        key, milliseconds = f"{{{self._key('ws')}}}:revoked:{kind}:{name}", math.ceil(request.revoke * 1000)
+        text = _command_text(command)
+
+        async def revoke() -> Any:
+            return await self._redis.eval(_REVOKE, 1, key, str(milliseconds), channel, text)
+
+        # What was revoked may be revoked again, and its connections ended.
+        return int(await self._do(revoke, repeatable=True))
 
     async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
-        text = json.dumps({name: value for name, value in command.items() if value is not None})
+        text = _command_text(command)
         # Ending what has ended changes nothing, so this may be said twice.
         return int(await self._do(lambda: self._redis.publish(channel, text), repeatable=True))
 
@@ -325,6 +349,10 @@ def _lost(after: str, entries: list[Any], first: list[Any], end: str) -> str | N
 def _order(position: str) -> tuple[int, int]:
     milliseconds, _, sequence = position.partition("-")
     return int(milliseconds or 0), int(sequence or 0)
+
+
+def _command_text(command: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in command.items() if value is not None})
 
 
 def _receipt(answer: Any) -> Receipt:

@@ -28,12 +28,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right to open one connection of a session, once, within ``expires_in`` seconds."""
+    """The right to open a session within ``expires_in`` seconds: one connection or event stream, once.
+
+    With ``event_stream`` any number of event streams until then, and no WebSocket.
+    """
 
     agent: str
     session: str
     token: str = field(repr=False)
     expires_in: float
+    event_stream: bool = False
 
     @property
     def path(self) -> str:

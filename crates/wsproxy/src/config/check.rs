@@ -1,6 +1,6 @@
 //! Rules between keys; knows values, not where they came from.
 
-use jsonwebtoken::AlgorithmFamily;
+use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::ExposeSecret;
 use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
@@ -70,7 +70,7 @@ fn check_jwt(
     mut rule: impl FnMut(bool, &'static str, &'static str, Option<&'static str>),
 ) {
     let (secret, file, url) = (&jwt.secret_key, &jwt.public_key_file, &jwt.jwks_url);
-    let is_hmac = |algorithm: &jsonwebtoken::Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
+    let is_hmac = |algorithm: &Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
     let shares = jwt.algorithms.iter().any(is_hmac);
     let publishes = jwt.algorithms.iter().any(|algorithm| !is_hmac(algorithm));
     let (key, other) = ("jwt.algorithms", Some("jwt.algorithms"));
@@ -83,9 +83,9 @@ fn check_jwt(
     );
 
     let length = secret.as_ref().map_or(usize::MAX, |secret| secret.expose_secret().len());
-    let allowed = "at least 16 bytes long, better 32, to be used with";
+    let (bytes_min, allowed) = secret_bytes_min(&jwt.algorithms);
     // Deployments without events may have one for other services, of whatever length.
-    rule(!shares || !in_use || length >= SECRET_BYTES_MIN, "jwt.secret_key", allowed, other);
+    rule(!in_use || length >= bytes_min, "jwt.secret_key", allowed, other);
 
     let public = file.is_some() || url.is_some();
     let allowed = "those of public keys (RS256, ES256, EdDSA, …), since HS… need";
@@ -103,8 +103,26 @@ fn check_jwt(
     }
 }
 
+/// How long a secret must be for these algorithms: as long as the hash (RFC 7518, 3.2). For HS256 half of that is
+/// accepted with a warning, since existing deployments have shorter secrets; less is guessed in no time by whoever
+/// has a token.
+fn secret_bytes_min(algorithms: &[Algorithm]) -> (usize, &'static str) {
+    if algorithms.contains(&Algorithm::HS512) {
+        (
+            64,
+            "at least 64 bytes long, as long as the hash of HS512 (RFC 7518, 3.2), to be used with",
+        )
+    } else if algorithms.contains(&Algorithm::HS384) {
+        (
+            48,
+            "at least 48 bytes long, as long as the hash of HS384 (RFC 7518, 3.2), to be used with",
+        )
+    } else if algorithms.contains(&Algorithm::HS256) {
+        (16, "at least 16 bytes long, better 32, to be used with")
+    } else {
+        (0, "")
+    }
+}
+
 /// Longer than this a burst of bytes cannot be remembered.
 const BURST_SECONDS_MAX: usize = (EARNING_MICROS_MAX / 1_000_000) as usize / 1000 * 1000;
-
-/// Less is guessed in no time by whoever has a token.
-const SECRET_BYTES_MIN: usize = 16;

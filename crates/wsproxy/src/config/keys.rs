@@ -3,7 +3,7 @@
 //! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
 
 use super::{
-    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss, SseToken,
+    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
@@ -159,6 +159,14 @@ pub static SECTIONS: &[(&str, &str)] = &[
 /// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
 pub static IGNORED: &[&str] = &["DATABASE_URL"];
 
+/// Keys of earlier versions, each with what to do instead: a configuration that sets one must not lose silently what
+/// its operator wanted.
+pub(super) static REMOVED: &[(&str, &str)] = &[(
+    "sessions.sse_token",
+    "was removed: the token itself says its kind now. One that begins with \"sse.\" opens event streams until it \
+     expires (`wsproxy token --event-stream`), every other token opens one connection or event stream, once",
+)];
+
 /// Every key, by section.
 #[rustfmt::skip]
 pub static KEYS: &[Key] = &[
@@ -231,7 +239,6 @@ pub static KEYS: &[Key] = &[
     key!(sessions.history, Switch, "Clients can resume what workers publish with history, over instances and restarts."),
     key!(sessions.capture, Switch, "Take plain publishes of JSON with an event_id into the history too."),
     key!(sessions.event_ids, OneOf(&[("json", EventIds::Json), ("none", EventIds::None)]), "Whether JSON objects of the history carry their id as first member event_id; without it only the subprotocol wsproxy.id.v1 tells ids."),
-    key!(sessions.sse_token, OneOf(&[("reusable", SseToken::Reusable), ("once", SseToken::Once)]), "What a token is good for that comes with a request for server-sent events: any number of them until it expires, since an EventSource reconnects with the same URL, or one."),
 
     key!(events.history, Switch, "Clients can resume, over instances and restarts."),
     key!(events.capture, Switch, "Take plain publishes with an event_id into the history too."),
@@ -241,7 +248,7 @@ pub static KEYS: &[Key] = &[
     key!(events.ack_tries, Number(1, 100), "How often it is sent before it is reported."),
     key!(events.ack_queue, Number(1, 100_000), "Most messages of a connection that wait for an ack.").alias("MESSAGE_QUEUE_SIZE"),
     key!(events.registry_ttl, Time(10_000, 30 * DAY), "How long the registry keeps what nobody refreshes."),
-    key!(events.revocation_ttl, Time(1_000, 400 * DAY), "How long a revocation is remembered; at least as long as tokens live."),
+    key!(events.revocation_ttl, Time(1_000, 400 * DAY), "The longest revocation (revoke_seconds) that the API takes; a longer one is refused. At least as long as tokens live."),
 
     key!(history.entries_max, Number(1, 1_000_000), "Most entries of a log."),
     key!(history.bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of a log."),
@@ -252,7 +259,7 @@ pub static KEYS: &[Key] = &[
     key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects."),
     key!(sse.compression, Switch, "Compress where the client accepts gzip."),
 
-    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones.").alias("SECRET_KEY").secret(),
+    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret(),
     key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "The algorithms that are accepted. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
     key!(jwt.public_key_file, Optional(File), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
     key!(jwt.jwks_url, Optional(rule::JWKS_URL), "Where the issuer publishes its public keys."),
@@ -261,9 +268,10 @@ pub static KEYS: &[Key] = &[
     key!(jwt.ca_file, Optional(File), "Further CA certificates (PEM) for jwt.jwks_url."),
     key!(jwt.audience, List(rule::CLAIM), "Tokens must be for one of these (aud). Empty: tokens that are for somebody in particular are refused."),
     key!(jwt.issuer, Optional(rule::CLAIM), "Tokens must be issued by this one (iss). Not set: by anybody who has the key."),
-    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours."),
+    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours: a token is good until its exp and this, from its nbf less this, and an iat that is further ahead is refused."),
     key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=|, or an integer."),
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
+    key!(jwt.typ, Optional(rule::TYP), "Tokens must say in their header that they are of this type (typ), such as \"at+jwt\"; compared without regard to case, with or without \"application/\". Not set: of any."),
 
     key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
 ];

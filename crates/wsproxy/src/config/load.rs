@@ -14,7 +14,7 @@ use super::{
     Config,
     check::check,
     environment::{Environment, PREFIX},
-    keys::{IGNORED, KEYS, Key, SECTIONS},
+    keys::{IGNORED, KEYS, Key, REMOVED, SECTIONS},
     kind::{Raw, quoted},
     problem::{Origin, Problem, Problems, nearest},
 };
@@ -130,11 +130,15 @@ impl Loader {
             self.variable(key, environment);
         }
         for name in environment.ours().filter(|name| !known.contains(*name)) {
-            let near = nearest(name, known.iter().map(String::as_str));
-            let message = near.map_or_else(
-                || format!("unknown variable; keys are {PREFIX}SECTION__KEY"),
-                |near| format!("unknown variable; did you mean {near}?"),
-            );
+            let own =
+                |path: &str| format!("{PREFIX}{}", path.replace('.', "__")).to_ascii_uppercase();
+            let message = removed(|path| own(path) == name).unwrap_or_else(|| {
+                let near = nearest(name, known.iter().map(String::as_str));
+                near.map_or_else(
+                    || format!("unknown variable; keys are {PREFIX}SECTION__KEY"),
+                    |near| format!("unknown variable; did you mean {near}?"),
+                )
+            });
             self.complain(Origin::Env(printable(name)), String::new(), message);
         }
     }
@@ -245,9 +249,10 @@ impl File<'_> {
                     loader.set(known, &raw(value.get_ref()), shown.to_owned(), origin);
                 }
                 None => {
-                    let hint = hint(name, key);
-                    let key = printable(&format!("{name}.{key}"));
-                    loader.complain(origin, key, format!("unknown key{hint}"));
+                    let path = format!("{name}.{key}");
+                    let message = removed(|removed| removed == path)
+                        .unwrap_or_else(|| format!("unknown key{}", hint(name, key)));
+                    loader.complain(origin, printable(&path), message);
                 }
             }
         }
@@ -257,6 +262,11 @@ impl File<'_> {
         let before = self.text.get(..span.start).unwrap_or(self.text);
         Origin::File { path: self.path.clone(), line: before.matches('\n').count() + 1 }
     }
+}
+
+/// What to do instead of a key of an earlier version, whose path fits.
+fn removed(fits: impl Fn(&str) -> bool) -> Option<String> {
+    REMOVED.iter().find(|(path, _)| fits(path)).map(|(_, instead)| (*instead).into())
 }
 
 /// The same name in another section, else what looks most like it, in its own section first.

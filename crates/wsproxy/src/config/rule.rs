@@ -93,6 +93,15 @@ pub(super) const CLAIM: Text = Text {
     read: |text| (1..=512).contains(&text.len()).then(|| text.to_owned()),
 };
 
+/// The type of a token: a media type, whose `application/` may be left out.
+pub(super) const TYP: Text = Text {
+    allowed: "1 to 128 visible ASCII characters",
+    read: |text| {
+        let good = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+        good.then(|| text.to_owned())
+    },
+};
+
 fn level(text: &str) -> Option<String> {
     let text = text.to_ascii_lowercase();
     // Existing deployments use Python's names; to the filter they would be names of modules.

@@ -21,7 +21,10 @@ use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
 use super::{AGENT, open_session, worker::Worker};
-use crate::http::{api, rejection::Rejection, upgrade};
+use crate::{
+    auth::session::Scope,
+    http::{api, rejection::Rejection, upgrade},
+};
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -103,6 +106,9 @@ fn file(kind: &str, text: &'static str) -> Response {
 #[serde(deny_unknown_fields)]
 struct SessionRequest {
     session_id: Option<String>,
+    /// The token opens event streams until it expires, as an `EventSource` needs it.
+    #[serde(default)]
+    event_stream: bool,
 }
 
 /// Where a real application has its login.
@@ -110,13 +116,20 @@ async fn session(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let session = match api::optional_json::<SessionRequest>(body)?.session_id {
+    let SessionRequest { session_id, event_stream } = api::optional_json(body)?;
+    let session = match session_id {
         Some(id) => upgrade::id("session_id", &id)?,
         None => new_session(),
     };
-    let token = open_session(&worker, &session).await?;
+    let token = open_session(&worker, &session, &Scope { agent: None, event_stream }).await?;
     let body = json!({ "agent_id": AGENT, "session_id": session.as_str(), "token": token });
     Ok((StatusCode::CREATED, Json(body)).into_response())
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CutRequest {
+    session_id: Option<String>,
 }
 
 /// Drops the session's TCP connections without a word, as a lost network does.
@@ -124,7 +137,7 @@ async fn cut(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let id = api::optional_json::<SessionRequest>(body)?.session_id;
+    let id = api::optional_json::<CutRequest>(body)?.session_id;
     let id = id.ok_or_else(|| Rejection::bad_request("session_id is missing."))?;
     let wanted = worker.connections(&upgrade::id("session_id", &id)?);
     let links = worker.gateway().runtime.links();

@@ -57,6 +57,8 @@ pub struct EventEndpoint {
     /// Channel that tells workers what was acknowledged.
     reports: Arc<str>,
     patience: Patience,
+    /// `jwt.leeway`: for so many seconds after its `exp` a token stays good.
+    leeway: u64,
     /// What happened; the metrics read it.
     pub counters: EventCounters,
 }
@@ -118,6 +120,7 @@ impl EventEndpoint {
     /// Under this configuration.
     #[must_use]
     pub fn new(config: &Config, names: &Names, server_id: &Arc<str>) -> Self {
+        let leeway = config.jwt.leeway_seconds();
         let (config, heartbeat) = (config.events.clone(), config.heartbeat.clone());
         let patience = Patience {
             interval: config.ack_interval.into(),
@@ -127,6 +130,7 @@ impl EventEndpoint {
         };
         Self {
             patience,
+            leeway,
             heartbeat,
             server_id: Arc::clone(server_id),
             up: names.events("up").into(),
@@ -157,7 +161,7 @@ pub struct EventLogic {
 }
 
 impl EventLogic {
-    /// A client that is about to be connected, with a token that is good until `expires_at` (unix seconds).
+    /// A client that is about to be connected, with a token whose `exp` is `expires_at` (unix seconds).
     #[must_use]
     pub fn new(
         endpoint: Arc<EventEndpoint>,
@@ -227,6 +231,12 @@ impl EventLogic {
         actions.verify(token);
     }
 
+    /// The token is good until its `exp` and the leeway, here as in the handshake.
+    fn close_in_time(&self, actions: &mut dyn Actions) {
+        let leeway = self.endpoint.leeway;
+        actions.expire_at(self.expires_at.map(|end| end.saturating_add(leeway)));
+    }
+
     fn on_verdict(&mut self, verdict: Option<Verdict>, actions: &mut dyn Actions) {
         self.is_refreshing = false;
         let counters = &self.endpoint.counters;
@@ -235,7 +245,7 @@ impl EventLogic {
                 counters.refreshed.add(1);
                 debug!(connection_id = %self.connection, "A newer token was accepted.");
                 self.expires_at = expires_at;
-                actions.expire_at(expires_at);
+                self.close_in_time(actions);
                 tell(&messages::refreshed(expires_at), actions);
             }
             Some(Verdict::Good { .. }) => {
@@ -351,7 +361,7 @@ impl Logic for EventLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
         info!(connection_id = %self.connection, user_id = %self.user,
             transport = self.transport.label(), "Connection opened.");
-        actions.expire_at(self.expires_at);
+        self.close_in_time(actions);
         self.next_ping = actions.now().after(self.endpoint.heartbeat.interval.into());
         self.plan(actions);
     }

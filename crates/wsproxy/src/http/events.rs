@@ -142,7 +142,7 @@ impl Entrance {
 
 impl Entered {
     fn logic(&self, gateway: &Gateway, connection: Uuid, transport: Transport) -> EventLogic {
-        let expires_at = self.claims.expires_at.map(|end| close_at(gateway, end));
+        let expires_at = self.claims.expires_at;
         let user = self.claims.user.clone();
         EventLogic::new(Arc::clone(&gateway.events), user, connection, transport, expires_at)
     }
@@ -259,14 +259,6 @@ pub fn look_at(
         };
         link.notify(Event { tag: VERIFIED, number: 0, payload: verdict.to_bytes() });
     });
-}
-
-/// A token is good until it expires; one that is taken a little later, since clocks differ, must not end what it
-/// has just opened.
-fn close_at(gateway: &Gateway, expires_at: u64) -> u64 {
-    let now = time::since_epoch().as_secs();
-    let leeway = gateway.jwt.as_ref().map_or(0, |verifier| verifier.leeway());
-    if expires_at > now { expires_at } else { expires_at.saturating_add(leeway) }
 }
 
 /// To everybody, to this user, to this connection.

@@ -42,7 +42,7 @@ table! {
     missing_credentials = UNAUTHORIZED, "missing_credentials";
     /// Something in the place of a credential that is none.
     malformed_credentials = UNAUTHORIZED, "malformed_credentials";
-    /// Wrong, expired or used.
+    /// Wrong, expired, used, or of a kind that does not open this.
     invalid_token = FORBIDDEN, "invalid_token";
     /// A page of this origin may not connect.
     origin_not_allowed = FORBIDDEN, "origin_not_allowed";

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use wsproxy_conn::Profile;
 
 use crate::{
-    config::{OnBusLoss, SseToken},
+    config::OnBusLoss,
     endpoint::{
         Logic,
         session::{CONTROL, SessionLogic},
@@ -180,13 +180,12 @@ pub async fn session(
     let token = token.expose_secret().as_bytes();
     let config = &gateway.config.sessions;
     let entrance = upgrade::Entrance {
-        session: &session,
+        path: (&agent, &session),
         token,
         client: opening.client(config.on_bus_loss),
         handler: opening.handler(CONTROL),
         connection: opening.id(),
-        // An EventSource comes back with the same URL, and so with the same token.
-        consume: config.sse_token == SseToken::Once,
+        transport: Transport::Sse,
     };
     let opened = entrance.enter(gateway, opening.resume(), waiting).await?;
     debug!(session_id = %session, connection_id = %opening.id(), "Authenticated and subscribed.");

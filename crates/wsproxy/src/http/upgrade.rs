@@ -25,7 +25,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    auth,
+    auth::{self, session::WrongToken},
     config::EventIds,
     endpoint::{
         Logic,
@@ -86,8 +86,9 @@ pub async fn session(
     let token = token.expose_secret().as_bytes();
     let [client, handler] = sinks(gateway, &handshake);
     let connection = handshake.link.id();
-    let entrance =
-        Entrance { session: &session, token, client, handler, connection, consume: true };
+    let transport = Transport::WebSocket;
+    let path = (&agent, &session);
+    let entrance = Entrance { path, token, client, handler, connection, transport };
     let (opened, place) = entrance.enter(gateway, &resume, waiting).await?;
     debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
@@ -97,8 +98,8 @@ pub async fn session(
 
 /// A client before the door of its session.
 pub struct Entrance<'a> {
-    /// Its session.
-    pub session: &'a Id,
+    /// The agent and the session of its path.
+    pub path: (&'a Id, &'a Id),
     /// What it shows.
     pub token: &'a [u8],
     /// Where its messages go.
@@ -107,8 +108,8 @@ pub struct Entrance<'a> {
     pub handler: Sink,
     /// Its connection.
     pub connection: Uuid,
-    /// Whether the token is used up.
-    pub consume: bool,
+    /// How it wants to be connected.
+    pub transport: Transport,
 }
 
 impl Entrance<'_> {
@@ -122,51 +123,79 @@ impl Entrance<'_> {
         resume: &Resume,
         waiting: Waiting,
     ) -> Result<(Opened, Place), Rejection> {
-        let Self { session, token, client, handler, connection, consume: is_consumed } = self;
+        let Self { path: (agent, session), token, client, handler, connection, transport } = self;
+        let is_for_event_streams = auth::session::is_for_event_streams(token);
+        if is_for_event_streams && transport != Transport::Sse {
+            // Before the store is asked, so that the answer says nothing about the token's value.
+            let message = "A token that begins with sse. opens event streams only.";
+            return Err(Rejection::invalid_token(message).because("an event stream's token"));
+        }
         let key = gateway.names.session_auth(session);
         let opening = async {
-            let known = gateway.store.load(&key).await?;
-            if !known.is_some_and(|known| auth::equal(&known, token)) {
-                return Err(wrong_token());
-            }
+            let stored = load_token(gateway, &key, (agent, token)).await?;
             let place = waiting.enter(gateway)?;
-            let control = gateway.names.session_control(session).into();
-            // Every connection of the session has its handler there.
-            let most = match gateway.config.limits.connections_per_session {
-                0 => usize::MAX,
-                most => most,
-            };
-            let reserved = gateway.hub.reserve(control, handler, most).ok_or_else(|| {
-                Rejection::too_many_connections("The session has as many connections as it may.")
-            })?;
+            let reserved = reserve(gateway, session, handler)?;
             let wanted = Wanted {
                 client,
                 topics: vec![gateway.names.session_down(session).into()],
                 reserved: Some(reserved),
                 streams_of: Some(session.clone()),
             };
-            let (hello, histories) = (resume.hello(connection), gateway.session_histories.as_ref());
-            Ok((resume::open(gateway, histories, wanted, resume, hello).await?, place))
+            let hello = resume.hello(connection);
+            let histories = gateway.session_histories.as_ref();
+            let opened = resume::open(gateway, histories, wanted, resume, hello).await?;
+            if is_for_event_streams {
+                // A worker that removes the token and then closes the session reaches this client too: here, or
+                // by the subscription that has just been confirmed.
+                load_token(gateway, &key, (agent, token)).await?;
+            }
+            Ok((stored, opened, place))
         };
-        let opened = deadline(gateway, opening).await?;
+        let (stored, opened, place) = deadline(gateway, opening).await?;
         // Last, so that whatever fails before leaves the token for the next try.
-        if is_consumed && !consume(gateway, &key, token).await? {
-            return Err(wrong_token());
+        if !is_for_event_streams && !consume(gateway, &key, &stored).await? {
+            return Err(wrong_token(WrongToken::Token));
         }
-        Ok(opened)
+        Ok((opened, place))
     }
 }
 
-fn wrong_token() -> Rejection {
-    Rejection::invalid_token("The token is wrong, expired or used.")
+/// A place among the connections of a session: every one of them has its handler at the topic of its commands.
+fn reserve(gateway: &Gateway, session: &Id, handler: Sink) -> Result<Subscription, Rejection> {
+    let control = gateway.names.session_control(session).into();
+    let most = match gateway.config.limits.connections_per_session {
+        0 => usize::MAX,
+        most => most,
+    };
+    gateway.hub.reserve(control, handler, most).ok_or_else(|| {
+        Rejection::too_many_connections("The session has as many connections as it may.")
+    })
 }
 
-/// Uses up a token; `false` where another handshake was faster.
+/// What the store holds of a session's token, if `token` opens the path of `agent` with it.
+async fn load_token(
+    gateway: &Gateway,
+    key: &str,
+    (agent, token): (&Id, &[u8]),
+) -> Result<Bytes, Rejection> {
+    let stored = gateway.store.load(key).await?.unwrap_or_default();
+    auth::session::check(&stored, token, agent).map_err(wrong_token)?;
+    Ok(stored)
+}
+
+/// The cause is for the log: who shows a token is not told what is wrong with it.
+fn wrong_token(cause: WrongToken) -> Rejection {
+    Rejection::invalid_token("The token is wrong, expired, used or for another path.")
+        .because(cause)
+}
+
+/// Uses up a token; `false` where another handshake was faster. Both transports come through here, and the store
+/// compares and removes in one step, so of any number of handshakes with one token exactly one wins.
 ///
 /// Outside the handshake's deadline: given up after it was sent, the token could be gone without
 /// a connection. A store that does not answer at all is found by its own watchdog.
-async fn consume(gateway: &Gateway, key: &str, token: &[u8]) -> Result<bool, Rejection> {
-    let answer = gateway.store.take_if_equal(key, token);
+async fn consume(gateway: &Gateway, key: &str, stored: &[u8]) -> Result<bool, Rejection> {
+    let answer = gateway.store.take_if_equal(key, stored);
     match tokio::time::timeout(gateway.config.redis.response_timeout, answer).await {
         Ok(taken) => Ok(taken?),
         Err(_) => Err(Rejection::deadline("The store did not answer in time.")),

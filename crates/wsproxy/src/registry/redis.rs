@@ -255,6 +255,20 @@ impl RedisRegistry {
         Ok(values.into_iter().map(value).collect())
     }
 
+    /// The values of keys in slots of their own, in their order.
+    pub(super) async fn load_each(
+        &self,
+        keys: &[String],
+    ) -> Result<Vec<Option<Bytes>>, StoreError> {
+        let values =
+            keys.iter().map(async |key| match self.command(&[b"GET", key.as_bytes()]).await? {
+                Reply::Text(value) => Ok(Some(value)),
+                Reply::Null => Ok(None),
+                _ => Err(odd_reply()),
+            });
+        try_join_all(values).await
+    }
+
     /// Sets a key to the present in seconds and publishes a message. A longer life that the key had is
     /// not cut short. Answers how many received the message.
     pub(super) async fn stamp(
@@ -384,6 +398,7 @@ return {redis.call('ZRANGEBYSCORE',KEYS[1],'('..now,'+inf'),redis.call('ZRANGEBY
 
 /// Key: what is stamped. Arguments: TTL, channel, message.
 const STAMP: &str = "\
-local ttl=math.max(tonumber(ARGV[1]),redis.call('PTTL',KEYS[1])) \
-redis.call('SET',KEYS[1],redis.call('TIME')[1],'PX',string.format('%.0f',ttl)) \
+local left=redis.call('PTTL',KEYS[1]) local now=redis.call('TIME')[1] \
+if left==-1 then redis.call('SET',KEYS[1],now) else \
+redis.call('SET',KEYS[1],now,'PX',string.format('%.0f',math.max(tonumber(ARGV[1]),left))) end \
 return redis.call('PUBLISH',ARGV[2],ARGV[3])";

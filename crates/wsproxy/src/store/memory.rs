@@ -81,7 +81,7 @@ impl MemoryStore {
         &self.names
     }
 
-    pub(super) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
+    pub(crate) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
         match self.state.lock().live(key) {
             None => Ok(None),
             Some(Value::Plain(value)) => Ok(Some(value.clone())),
@@ -91,6 +91,19 @@ impl MemoryStore {
 
     pub(super) fn save(&self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
         self.state.lock().save(key, value, ttl)
+    }
+
+    /// Sets a key as [`Self::save`] does, but does not cut a longer life short that it had.
+    pub(crate) fn save_for_longer(
+        &self,
+        key: &str,
+        value: &[u8],
+        ttl: Duration,
+    ) -> Result<(), StoreError> {
+        let mut state = self.state.lock();
+        let now = state.purge();
+        let left = state.entries.get(key).map_or(Duration::ZERO, |entry| entry.expires - now);
+        state.save(key, value, ttl.max(left))
     }
 
     pub(super) fn remove(&self, key: &str) -> Result<bool, StoreError> {

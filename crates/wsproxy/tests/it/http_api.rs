@@ -8,9 +8,40 @@ use crate::support::{
     http::{self, Stream},
     raw::Raw,
     soon,
+    sse::Events,
 };
 
-over_both!(a_worker_serves_a_session_over_http_alone, upstream_is_followed_after_what_was_kept,);
+over_both!(
+    a_worker_serves_a_session_over_http_alone,
+    tokens_are_made_for_event_streams_and_for_an_agent,
+    upstream_is_followed_after_what_was_kept,
+);
+
+async fn tokens_are_made_for_event_streams_and_for_an_agent(backend: Backend) {
+    let instance = TestInstance::start(backend.config()).await;
+    let make = async |body: &str| {
+        let made = instance.api("POST", "/api/v1/sessions/s/token", body).await;
+        assert_eq!(made.status, 201, "{made:?}");
+        made.json()["token"].as_str().unwrap().to_owned()
+    };
+    let events = async |agent: &str, token: &str| {
+        let path = format!("/{agent}/ws/s?token={token}");
+        Events::open(instance.address(), &path, &[]).await.err().map(|refused| refused.status)
+    };
+    let token = make(r#"{"event_stream":true,"ttl_seconds":60}"#).await;
+    assert!(token.starts_with("sse."), "{token}");
+    assert_eq!(events("agent", &token).await, None);
+    assert_eq!(events("other", &token).await, None);
+    instance.refused("s", &token).await.assert_refused(403, "invalid_token");
+
+    let token = make(r#"{"event_stream":true,"agent_id":"agent"}"#).await;
+    assert_eq!(events("agent", &token).await, None);
+    assert_eq!(events("other", &token).await, Some(403));
+    let token = make(r#"{"event_stream":false,"agent_id":"agent"}"#).await;
+    assert_eq!(events("other", &token).await, Some(403));
+    assert!(instance.connect("s", &token).await.is_ok());
+    assert_eq!(events("agent", &token).await, Some(403));
+}
 
 async fn a_worker_serves_a_session_over_http_alone(backend: Backend) {
     let instance = TestInstance::start(backend.config()).await;
@@ -133,7 +164,8 @@ async fn the_api_wants_one_of_its_keys() {
             continue;
         }
         ask(&[]).await.assert_refused(401, "missing_credentials");
-        ask(&[("authorization", "Basic x")]).await.assert_refused(401, "malformed_credentials");
+        ask(&[("authorization", "Basic x")]).await.assert_refused(401, "missing_credentials");
+        ask(&[("authorization", "Bearer")]).await.assert_refused(401, "malformed_credentials");
         ask(&[("authorization", "Bearer wrong")]).await.assert_refused(403, "invalid_token");
     }
     let refused = (routes.len() - 1) as f64;
@@ -160,9 +192,19 @@ async fn bad_requests_get_errors_of_the_contract() {
     let messages = "/api/v1/sessions/s/messages";
     refused("POST", messages, &"x".repeat(1001), 413, "too_large").await;
     assert_eq!(instance.api("POST", messages, &"x".repeat(1000)).await.status, 200);
-    for body in ["x", "[]", r#"{"ttl":1}"#, r#"{"ttl_seconds":0}"#, r#"{"ttl_seconds":-1}"#] {
+    for body in [
+        "x",
+        "[]",
+        r#"{"ttl":1}"#,
+        r#"{"ttl_seconds":0}"#,
+        r#"{"ttl_seconds":-1}"#,
+        r#"{"event_stream":"yes"}"#,
+        r#"{"agent_id":7}"#,
+    ] {
         refused("POST", "/api/v1/sessions/s/token", body, 400, "bad_request").await;
     }
+    let bad_agent = r#"{"agent_id":"a b"}"#;
+    refused("POST", "/api/v1/sessions/s/token", bad_agent, 400, "bad_id").await;
     for body in [r#"{"code":1006}"#, r#"{"code":"x"}"#, r#"{"connection_id":"x"}"#, "{"] {
         refused("POST", "/api/v1/sessions/s/close", body, 400, "bad_request").await;
     }

@@ -34,6 +34,8 @@ over_both!(
     connections_come_and_go,
     a_command_reaches_whom_it_names_and_nobody_else,
     revoked_tokens_are_known,
+    a_revocation_covers_clocks_that_are_ahead_by_the_leeway,
+    a_later_revocation_does_not_cut_an_earlier_one_short,
     health_tells_counts,
     a_drained_instance_leaves_nothing,
 );
@@ -80,7 +82,8 @@ impl Node {
         hub.connect(bus.clone());
         let response_timeout = config.response_timeout;
         let server_id = name.into();
-        let settings = Settings { server_id, names, ttl: HOUR, response_timeout, pace };
+        let settings =
+            Settings { server_id, names, ttl: HOUR, response_timeout, leeway: LEEWAY, pace };
         Self { registry: Registry::start(settings, Arc::clone(&hub), &bus), hub, bus, end }
     }
 
@@ -200,6 +203,9 @@ fn totals(local: u64, alive: u64, dead: u64) -> Totals {
 }
 
 /// Seconds since 1970, an hour from now.
+/// By how many seconds clocks may differ.
+const LEEWAY: u64 = 5;
+
 fn later() -> u64 {
     crate::support::issuer::now() + 3600
 }
@@ -258,6 +264,31 @@ async fn a_command_reaches_whom_it_names_and_nobody_else(backend: Backend) {
     assert_eq!(clients[2].ended().await, &Disconnect::BACKEND);
     assert_eq!(node.registry.counters.bad_commands.value(), 6);
     assert!(bystander.lives());
+    node.close().await;
+}
+
+async fn a_later_revocation_does_not_cut_an_earlier_one_short(backend: Backend) {
+    let node = Node::over(&backend).await;
+    let short = Duration::from_millis(50);
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    node.disconnect(Target::User(id("u")), Some(short)).await;
+    node.disconnect(Target::User(id("v")), Some(short)).await;
+    let deadline = Instant::now() + crate::support::PATIENCE;
+    while node.is_revoked("v", None, None).await {
+        assert!(Instant::now() < deadline, "a revocation does not expire");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(node.is_revoked("u", None, None).await);
+    node.close().await;
+}
+
+async fn a_revocation_covers_clocks_that_are_ahead_by_the_leeway(backend: Backend) {
+    let node = Node::over(&backend).await;
+    let before = crate::support::issuer::now();
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    let after = crate::support::issuer::now();
+    assert!(node.is_revoked("u", None, Some(before + LEEWAY)).await);
+    assert!(!node.is_revoked("u", None, Some(after + LEEWAY + 1)).await);
     node.close().await;
 }
 
@@ -371,15 +402,36 @@ async fn everything_expires() {
 }
 
 #[tokio::test]
-async fn a_later_revocation_does_not_cut_an_earlier_one_short() {
+async fn revocations_are_stored_in_one_slot_with_their_time() {
     let server = RedisServer::start();
     let node = Node::on(&server, "node", FAST).await;
+    let key = "{ws}:revoked:user:u";
     node.disconnect(Target::User(id("u")), Some(HOUR)).await;
-    node.disconnect(Target::User(id("u")), Some(Duration::from_secs(1))).await;
-    assert!(server.call(&["PTTL", "ws:revoked:user:u"]).integer() > 3_000_000);
-    // Whatever somebody else wrote there is no licence.
-    server.call(&["SET", "ws:revoked:user:u", "yes"]);
+    assert!(server.call(&["PTTL", key]).integer() > 3_000_000);
+    // Whatever somebody else wrote there is no licence, and stays as long as that one wanted.
+    server.call(&["SET", key, "yes"]);
     assert!(node.is_revoked("u", None, Some(later())).await);
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    assert_eq!(server.call(&["PTTL", key]).integer(), -1);
+    node.disconnect(Target::Token("t".into()), Some(HOUR)).await;
+    assert!(server.call(&["PTTL", "{ws}:revoked:jti:t"]).integer() > 3_000_000);
+    node.close().await;
+}
+
+#[tokio::test]
+async fn revocations_of_the_version_before_still_count() {
+    let server = RedisServer::start();
+    let node = Node::on(&server, "node", FAST).await;
+    server.call(&["SET", "ws:revoked:user:u", "1000", "EX", "600"]);
+    server.call(&["SET", "ws:revoked:jti:t", "1000", "EX", "600"]);
+    assert!(node.is_revoked("u", None, Some(1000 + LEEWAY)).await);
+    assert!(!node.is_revoked("u", None, Some(1001 + LEEWAY)).await);
+    assert!(node.is_revoked("v", Some("t"), Some(later())).await);
+    // The later of two counts.
+    server.call(&["SET", "{ws}:revoked:user:u", "500", "EX", "600"]);
+    assert!(node.is_revoked("u", None, Some(1000)).await);
+    server.call(&["SET", "{ws}:revoked:user:u", "2000", "EX", "600"]);
+    assert!(node.is_revoked("u", None, Some(2000)).await);
     node.close().await;
 }
 

@@ -94,6 +94,36 @@ fn names_of_older_gateways_work() {
 }
 
 #[test]
+fn removed_keys_say_what_replaced_them() {
+    for result in [
+        load_file("[sessions]\nsse_token = 'once'\n"),
+        load_env([("WSPROXY_SESSIONS__SSE_TOKEN", "reusable")]),
+    ] {
+        let problem = problem(result);
+        assert!(problem.contains("was removed") && problem.contains("\"sse.\""), "{problem}");
+    }
+}
+
+#[test]
+fn secrets_are_as_long_as_the_hash() {
+    let load = |algorithms: &str, bytes: usize| {
+        load_env([
+            ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+            ("SECRET_KEY", &"x".repeat(bytes)),
+            ("ALGORITHM", algorithms),
+        ])
+    };
+    for (algorithms, bytes_min) in
+        [("HS256", 16), ("HS384", 48), ("HS512", 64), ("HS256,HS384", 48), ("HS512,HS256", 64)]
+    {
+        assert!(load(algorithms, bytes_min).is_ok(), "{algorithms}");
+        let problem = problem(load(algorithms, bytes_min - 1));
+        assert!(problem.contains(&format!("at least {bytes_min} bytes")), "{problem}");
+        assert!(problem.starts_with("env SECRET_KEY: jwt.secret_key = \"***\""), "{problem}");
+    }
+}
+
+#[test]
 fn all_problems_are_reported_at_once_with_line_value_and_what_is_allowed() {
     let text = "[server]\nport = 99999\nprot = 1\n[sesions]\n[log]\nformat = 'xml'\n";
     let file = file(text);

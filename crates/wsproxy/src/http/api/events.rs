@@ -271,8 +271,8 @@ async fn disconnect(
         }
     };
     check_close(code, reason.as_deref())?;
-    let longest = gateway.config.events.revocation_ttl;
-    let revoke = revoke_seconds.map(|seconds| Duration::from_secs(seconds).min(longest));
+    let revoke =
+        revoke_seconds.map(|seconds| revocation(&gateway, &target, seconds)).transpose()?;
     let told = upgrade::deadline(&gateway, async {
         let registry = registry_of(&gateway)?;
         let told = registry.disconnect(target, code, reason.as_deref(), revoke).await;
@@ -282,4 +282,20 @@ async fn disconnect(
         })
     });
     Ok(Json(json!({ "instances": told.await? })).into_response())
+}
+
+/// How long a revocation is to be remembered. One that would be shorter than what was asked for is refused: the worker
+/// would believe that a token stays out which comes in again.
+fn revocation(gateway: &Gateway, target: &Target, seconds: u64) -> Result<Duration, Rejection> {
+    if matches!(target, Target::Connection(_)) {
+        let message = "revoke_seconds needs a user_id or a jti: a connection has no token to name.";
+        return Err(Rejection::bad_request(message));
+    }
+    let (asked, longest) = (Duration::from_secs(seconds), gateway.config.events.revocation_ttl);
+    if asked.is_zero() || asked > longest {
+        let longest = longest.as_secs();
+        let message = format!("revoke_seconds must be 1 to {longest} ([events] revocation_ttl).");
+        return Err(Rejection::bad_request(message));
+    }
+    Ok(asked)
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
-    auth,
+    auth::session::{self, Scope},
     bus::Keep,
     gateway::Gateway,
     http::{
@@ -62,6 +62,11 @@ pub(super) fn router() -> Router<Arc<Gateway>> {
 #[serde(deny_unknown_fields)]
 struct TokenRequest {
     ttl_seconds: Option<u64>,
+    /// Event streams until it expires, rather than one connection.
+    #[serde(default)]
+    event_stream: bool,
+    /// Only the path of this agent.
+    agent_id: Option<String>,
 }
 
 async fn create_token(
@@ -80,10 +85,11 @@ async fn create_token(
             )));
         }
     };
+    let agent = request.agent_id.map(|agent| upgrade::id("agent_id", &agent)).transpose()?;
+    let scope = Scope { agent, event_stream: request.event_stream };
     let key = gateway.names.session_auth(&session);
-    let token =
-        upgrade::deadline(&gateway, async { Ok(auth::issue(&gateway.store, &key, ttl).await?) })
-            .await?;
+    let issued = async { Ok(session::issue(&gateway.store, &key, ttl, &scope).await?) };
+    let token = upgrade::deadline(&gateway, issued).await?;
     let body =
         json!({ "session_id": session.as_str(), "token": token, "expires_in": ttl.as_secs() });
     Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
