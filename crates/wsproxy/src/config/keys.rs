@@ -3,12 +3,13 @@
 //! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
 
 use super::{
-    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss, SseToken,
+    Config, DownFrames, EventIds, ForwardedHeader, LogFormat, NoReceiver, OnBusLoss, SseToken,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
         Switch, Time,
     },
+    origin::OriginKind,
     rule,
 };
 
@@ -173,7 +174,8 @@ pub static KEYS: &[Key] = &[
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
     key!(server.trusted_proxies, List(Network), "Load balancers whose X-Forwarded-For or Forwarded is believed."),
-    key!(server.allowed_origins, List(rule::ORIGIN), "Browser origins that may connect. Empty: any."),
+    key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "Which of the two these load balancers write, so that the other one, which a client may have written, is ignored; auto: either, and where both are there they must name the same client."),
+    key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
 
     key!(admin.bind, Optional(Address), "Address of the port below. Not set: that of [server]."),
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port").alias("METRICS_PORT"),

@@ -46,6 +46,8 @@ table! {
     invalid_token = FORBIDDEN, "invalid_token";
     /// A page of this origin may not connect.
     origin_not_allowed = FORBIDDEN, "origin_not_allowed";
+    /// This instance does not answer to that name.
+    host_not_allowed = FORBIDDEN, "host_not_allowed";
     /// Nothing here.
     not_found = NOT_FOUND, "not_found";
     /// Something here, but not for this method.

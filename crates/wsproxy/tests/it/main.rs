@@ -17,6 +17,7 @@ mod heartbeat;
 mod history;
 mod history_faults;
 mod history_store;
+mod hosts;
 mod http_api;
 mod jwt;
 mod limits;
