@@ -1,4 +1,4 @@
-//! Whom to believe: one-time tokens, JSON Web Tokens and the comparison of secrets; knows neither
+//! Whom to believe: one-time tokens, JSON Web Tokens, keys of the worker API and the comparison of secrets; knows neither
 //! requests nor endpoints.
 
 use std::time::Duration;
@@ -8,6 +8,7 @@ use subtle::ConstantTimeEq;
 
 use crate::store::{Store, StoreError};
 
+pub mod api_keys;
 mod claims;
 mod jwks;
 pub mod jwt;

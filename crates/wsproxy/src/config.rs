@@ -1,5 +1,6 @@
 //! The configuration in the types that the code needs; knows nothing of files and environments.
 
+pub mod api_key;
 mod check;
 pub mod environment;
 pub mod host;
@@ -17,7 +18,11 @@ use ipnet::IpNet;
 use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
 
-use self::origin::OriginRule;
+use self::{
+    api_key::ApiKey,
+    kind::{Kind, List, Raw},
+    origin::OriginRule,
+};
 
 /// Everything an operator can set. One field per section of the file.
 #[derive(Debug, Clone, Default)]
@@ -373,8 +378,17 @@ pub struct Jwt {
 /// `[api]`: HTTP for workers without Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Api {
-    /// Bearer keys; without one the API answers 401 to everybody.
+    /// Bearer keys with all scopes and no name; without any key the API answers 401 to everybody.
     pub keys: Vec<SecretString>,
+    /// The file that `keys` were read from, where they were; no key of the configuration sets it.
+    pub keys_file: Option<std::path::PathBuf>,
+    /// Bearer keys with a name and scopes.
+    pub key: Vec<ApiKey>,
+}
+
+/// The keys of the worker API in the text of a file; `None` where something in it is no key.
+pub(crate) fn read_api_keys(text: &str) -> Option<Vec<SecretString>> {
+    List(kind::Secret(rule::API_KEY)).read(&Raw::Text(text.into()))
 }
 
 impl Default for Server {

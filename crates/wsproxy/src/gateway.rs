@@ -13,7 +13,7 @@ use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros};
 use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
 
 use crate::{
-    auth::jwt::JwtVerifier,
+    auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     config::Config,
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
@@ -24,7 +24,7 @@ use crate::{
     hub::{Histories, Hub},
     registry::Registry,
     store::Store,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, throttle::Throttle},
 };
 
 /// A running instance.
@@ -49,6 +49,10 @@ pub struct Gateway {
     pub places: Arc<Places>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// The keys of workers.
+    pub api_keys: Arc<ApiKeys>,
+    /// Failed calls of workers are logged through this.
+    pub api_failures: Throttle,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
     /// Who is connected to the event endpoint; `None` where that is not served.

@@ -4,6 +4,7 @@
 
 use super::{
     Config, DownFrames, EventIds, ForwardedHeader, LogFormat, NoReceiver, OnBusLoss, SseToken,
+    api_key::ApiKeyTables,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
@@ -29,6 +30,7 @@ pub struct Key {
     /// Never shown; may be read from a file that `NAME_FILE` names.
     pub secret: bool,
     pub(super) allowed: fn() -> String,
+    pub(super) explain: fn(&Raw) -> Option<String>,
     pub(super) read: fn(&mut Config, &Raw) -> bool,
     pub(super) write: fn(&Config) -> String,
 }
@@ -102,6 +104,7 @@ macro_rules! key {
             flag: None,
             secret: false,
             allowed: || allowed(&$kind, |config| &config.$section.$field),
+            explain: |raw| explain(&$kind, |config| &config.$section.$field, raw),
             read: |config, raw| {
                 let value = $kind.read(raw);
                 value.map(|value| config.$section.$field = value).is_some()
@@ -121,6 +124,7 @@ const fn absent(name: &'static str) -> Key {
         flag: None,
         secret: false,
         allowed: || "false, since this endpoint is not in this version".into(),
+        explain: |_| None,
         read: |_, raw| Switch.read(raw) == Some(false),
         write: |_| "false".into(),
     }
@@ -129,6 +133,10 @@ const fn absent(name: &'static str) -> Key {
 /// The field tells which [`Kind`] is meant where one serves several types.
 fn allowed<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
     kind.allowed()
+}
+
+fn explain<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T, raw: &Raw) -> Option<String> {
+    kind.explain(raw)
 }
 
 /// The sections, in the order of the file.
@@ -263,7 +271,8 @@ pub static KEYS: &[Key] = &[
     key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=|, or an integer."),
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
 
-    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
+    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers 401 to everybody.").secret(),
+    key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret(),
 ];
 
 const HOUR: u64 = 3_600_000;
