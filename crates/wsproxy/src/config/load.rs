@@ -188,7 +188,7 @@ impl Loader {
                 origin: Some(self.origins.get(broken.key).unwrap_or(&Origin::Default).clone()),
                 key: broken.key.into(),
                 value: Some(self.written(broken.key)),
-                message: format!("must be {}{}", broken.allowed, other.unwrap_or_default()),
+                message: broken.message + &other.unwrap_or_default(),
             });
         }
     }
