@@ -147,10 +147,8 @@ impl ApiKeys {
             }
         }
         let mut known = entry.secrets.write();
-        let text = |secrets: &[SecretString]| -> Vec<String> {
-            secrets.iter().map(|secret| secret.expose_secret().to_owned()).collect()
-        };
-        let is_changed = text(&known) != text(&secrets);
+        let text = |secret: &SecretString| secret.expose_secret().to_owned();
+        let is_changed = !known.iter().map(text).eq(secrets.iter().map(text));
         *known = secrets;
         Ok(is_changed)
     }
