@@ -1,9 +1,10 @@
-//! Whom to believe: tokens of sessions, JSON Web Tokens and the comparison of secrets; knows neither
+//! Whom to believe: tokens of sessions, JSON Web Tokens, keys of the worker API and the comparison of secrets; knows neither
 //! requests nor endpoints.
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use subtle::ConstantTimeEq;
 
+pub mod api_keys;
 mod claims;
 mod jwks;
 pub mod jwt;

@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use secrecy::ExposeSecret;
 use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_proto::{history::Position, names::Names};
@@ -32,6 +33,15 @@ pub enum Bus {
     Memory(MemoryBus),
     /// Redis or what speaks like it.
     Redis(RedisBus),
+}
+
+/// Checks that the URL of Redis, where there is one, can be used; opens nothing.
+///
+/// # Errors
+/// What is wrong with it, without quoting it.
+pub(crate) fn check_url(config: &config::Redis) -> Result<(), String> {
+    let url = config.url.as_ref().map(|url| redis::check_url(url.expose_secret()));
+    url.transpose().map(drop).map_err(str::to_owned)
 }
 
 impl Bus {

@@ -1,10 +1,13 @@
 //! The configuration in the types that the code needs; knows nothing of files and environments.
 
+pub mod api_key;
 mod check;
 pub mod environment;
+pub mod host;
 pub mod keys;
 mod kind;
 pub mod load;
+pub mod origin;
 pub mod problem;
 pub mod render;
 mod rule;
@@ -14,6 +17,12 @@ use std::{net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
+
+use self::{
+    api_key::ApiKey,
+    kind::{Kind, List, Raw},
+    origin::OriginRule,
+};
 
 /// Everything an operator can set. One field per section of the file.
 #[derive(Debug, Clone, Default)]
@@ -75,8 +84,23 @@ pub struct Server {
     pub header_bytes_max: usize,
     /// Addresses whose `X-Forwarded-For` or `Forwarded` is believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// Answer only requests that name this machine; no key sets it, `wsproxy dev` does.
+    pub local_hosts_only: bool,
+    /// Which header of a trusted proxy names the client.
+    pub forwarded_header: ForwardedHeader,
     /// Browser origins that may connect, `https://app.example` or `https://*.example`; `*`: any. Empty: any.
-    pub allowed_origins: Vec<String>,
+    pub allowed_origins: Vec<OriginRule>,
+}
+
+/// Which header of a trusted proxy names the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForwardedHeader {
+    /// Either; where both are there they must name the same client.
+    Auto,
+    /// `X-Forwarded-For`, whatever `Forwarded` says.
+    XForwardedFor,
+    /// `Forwarded`, whatever `X-Forwarded-For` says.
+    Forwarded,
 }
 
 /// `[admin]`: health, metrics and API on a port of their own.
@@ -361,8 +385,17 @@ impl Jwt {
 /// `[api]`: HTTP for workers without Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Api {
-    /// Bearer keys; without one the API answers 401 to everybody.
+    /// Bearer keys with all scopes and no name; without any key the API answers 401 to everybody.
     pub keys: Vec<SecretString>,
+    /// The file that `keys` were read from, where they were; no key of the configuration sets it.
+    pub keys_file: Option<std::path::PathBuf>,
+    /// Bearer keys with a name and scopes.
+    pub key: Vec<ApiKey>,
+}
+
+/// The keys of the worker API in the text of a file; `None` where something in it is no key.
+pub(crate) fn read_api_keys(text: &str) -> Option<Vec<SecretString>> {
+    List(kind::Secret(rule::API_KEY)).read(&Raw::Text(text.into()))
 }
 
 impl Default for Server {
@@ -379,6 +412,8 @@ impl Default for Server {
             header_timeout: Duration::from_secs(10),
             header_bytes_max: 16 * 1024,
             trusted_proxies: Vec::new(),
+            local_hosts_only: false,
+            forwarded_header: ForwardedHeader::Auto,
             allowed_origins: Vec::new(),
         }
     }

@@ -37,6 +37,8 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     }
     // What the page shows is that a lost connection loses nothing.
     config.sessions.history = true;
+    // Other machines cannot reach it, but pages of theirs in this machine's browser try.
+    config.server.local_hosts_only = config.server.bind.is_loopback();
     let signals = Signals::new().context("cannot listen to signals")?;
     let mut started = None;
     let instance = Instance::start(config, |gateway| {

@@ -17,7 +17,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    auth::jwt::JwtVerifier,
+    auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     config::Config,
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
@@ -29,7 +29,7 @@ use crate::{
     hub::{Histories, Hub},
     registry::Registry,
     store::Store,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, throttle::Throttle},
 };
 
 /// A running instance.
@@ -58,6 +58,10 @@ pub struct Gateway {
     pub sockets: Arc<Sockets>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// The keys of workers.
+    pub api_keys: Arc<ApiKeys>,
+    /// Failed calls of workers are logged through this.
+    pub api_failures: Throttle,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
     /// Who is connected to the event endpoint; `None` where that is not served.

@@ -8,6 +8,7 @@ pub mod cors;
 pub mod credentials;
 pub mod events;
 pub mod follow;
+pub mod host;
 pub mod lasting;
 pub mod line;
 pub mod listener;

@@ -17,7 +17,7 @@ use wsproxy_conn::{Runtime, clock};
 use wsproxy_proto::names::Names;
 
 use crate::{
-    auth::jwt::JwtVerifier,
+    auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     cli::exit::Failure,
     config::Config,
@@ -27,7 +27,7 @@ use crate::{
     },
     gateway::{self, Gateway},
     http::{
-        admin,
+        admin::{self, Details},
         admission::{Attempts, Places},
         api, listener,
         routes::{self, Routes},
@@ -36,7 +36,7 @@ use crate::{
     hub::{Histories, Hub, delivery::Delivery, healer},
     registry::{self, Registry},
     shutdown, streams,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, throttle::Throttle},
 };
 
 /// Descriptors that are no connection's: sockets to spare on both ports, listeners, the bus, logs.
@@ -50,6 +50,9 @@ const HANDSHAKES_PART: usize = 4;
 
 /// And so many in any case: half of the sockets to spare.
 const HANDSHAKES_MIN: usize = SOCKETS_SPARE / 2;
+
+/// How often the files of API keys are read again.
+const READ_KEYS_EVERY: Duration = Duration::from_secs(2);
 
 /// How often addresses with nothing owed are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
@@ -102,14 +105,18 @@ impl Instance {
 
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let gateway = compose(config, &background, &background_end)?;
-        let rest = admin::router(Arc::clone(&gateway))
+        let told = if admin.is_some() { Details::Always } else { Details::WithKey };
+        let rest = admin::probes(&gateway, told)
+            .merge(admin::metrics(&gateway))
             .merge(admin::events(&gateway))
             .merge(api::router(Arc::clone(&gateway)))
             .merge(extra(&gateway))
             .fallback(routes::not_found);
         let accepting = CancellationToken::new();
         let data_rest = match admin {
-            Some(_) => admin::events(&gateway).fallback(routes::not_found),
+            Some(_) => admin::probes(&gateway, Details::Never)
+                .merge(admin::events(&gateway))
+                .fallback(routes::not_found),
             None => rest.clone(),
         };
         let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
@@ -183,6 +190,11 @@ fn compose(
     let (tasks, end) = (background, background_end.clone());
     let jwt = config.endpoints.events.then(|| JwtVerifier::new(&config.jwt, tasks, end.clone()));
     let jwt = jwt.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
+    let api_keys = ApiKeys::new(&config.api).map_err(anyhow::Error::msg);
+    let api_keys = Arc::new(api_keys.context(Failure::Config)?);
+    if api_keys.has_files() {
+        background.spawn(read_keys_again(Arc::clone(&api_keys), background_end.clone()));
+    }
     let bus = if config.redis.url.is_some() {
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
@@ -209,6 +221,8 @@ fn compose(
         handshakes: Places::new((connections_max / HANDSHAKES_PART).max(HANDSHAKES_MIN)),
         sockets: Sockets::new(connections_max + SOCKETS_SPARE),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        api_keys,
+        api_failures: Throttle::default(),
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,
@@ -231,6 +245,21 @@ fn compose(
     });
     gateway.metrics.connect(&gateway);
     Ok(gateway)
+}
+
+/// Keys of the worker API change in their files while the instance runs.
+async fn read_keys_again(keys: Arc<ApiKeys>, end: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            () = tokio::time::sleep(READ_KEYS_EVERY) => {}
+        }
+        // A file system may take its time, and connections must not wait for it.
+        let keys = Arc::clone(&keys);
+        if let Err(error) = tokio::task::spawn_blocking(move || keys.read_again()).await {
+            warn!(%error, "The files of API keys cannot be read again.");
+        }
+    }
 }
 
 /// The histories of sessions and of events, where they have any.

@@ -83,6 +83,11 @@ struct Trouble {
     fault: Option<String>,
 }
 
+/// Checks a URL as [`RedisBus::new`] reads it.
+pub(super) fn check_url(url: &str) -> Result<(), &'static str> {
+    Address::parse(url).map(drop)
+}
+
 impl RedisBus {
     pub(super) fn new(
         config: &config::Redis,

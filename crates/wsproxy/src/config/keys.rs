@@ -3,12 +3,14 @@
 //! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
 
 use super::{
-    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss,
+    Config, DownFrames, EventIds, ForwardedHeader, LogFormat, NoReceiver, OnBusLoss,
+    api_key::ApiKeyTables,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
         Switch, Time,
     },
+    origin::OriginKind,
     rule,
 };
 
@@ -28,6 +30,7 @@ pub struct Key {
     /// Never shown; may be read from a file that `NAME_FILE` names.
     pub secret: bool,
     pub(super) allowed: fn() -> String,
+    pub(super) explain: fn(&Raw) -> Option<String>,
     pub(super) read: fn(&mut Config, &Raw) -> bool,
     pub(super) write: fn(&Config) -> String,
 }
@@ -101,6 +104,7 @@ macro_rules! key {
             flag: None,
             secret: false,
             allowed: || allowed(&$kind, |config| &config.$section.$field),
+            explain: |raw| explain(&$kind, |config| &config.$section.$field, raw),
             read: |config, raw| {
                 let value = $kind.read(raw);
                 value.map(|value| config.$section.$field = value).is_some()
@@ -120,6 +124,7 @@ const fn absent(name: &'static str) -> Key {
         flag: None,
         secret: false,
         allowed: || "false, since this endpoint is not in this version".into(),
+        explain: |_| None,
         read: |_, raw| Switch.read(raw) == Some(false),
         write: |_| "false".into(),
     }
@@ -128,6 +133,10 @@ const fn absent(name: &'static str) -> Key {
 /// The field tells which [`Kind`] is meant where one serves several types.
 fn allowed<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
     kind.allowed()
+}
+
+fn explain<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T, raw: &Raw) -> Option<String> {
+    kind.explain(raw)
 }
 
 /// The sections, in the order of the file.
@@ -181,7 +190,8 @@ pub static KEYS: &[Key] = &[
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
     key!(server.trusted_proxies, List(Network), "Load balancers whose X-Forwarded-For or Forwarded is believed."),
-    key!(server.allowed_origins, List(rule::ORIGIN), "Browser origins that may connect. Empty: any."),
+    key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "Which of the two these load balancers write, so that the other one, which a client may have written, is ignored; auto: either, and where both are there they must name the same client."),
+    key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
 
     key!(admin.bind, Optional(Address), "Address of the port below. Not set: that of [server]."),
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port").alias("METRICS_PORT"),
@@ -273,7 +283,8 @@ pub static KEYS: &[Key] = &[
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
     key!(jwt.typ, Optional(rule::TYP), "Tokens must say in their header that they are of this type (typ), such as \"at+jwt\"; compared without regard to case, with or without \"application/\". Not set: of any."),
 
-    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
+    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers 401 to everybody.").secret(),
+    key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret(),
 ];
 
 const HOUR: u64 = 3_600_000;

@@ -111,7 +111,7 @@ impl Loader {
                 origin: Some(origin.clone()),
                 key: key.path(),
                 value: Some(printable(&value)),
-                message: format!("must be {}", key.allowed()),
+                message: (key.explain)(raw).unwrap_or_else(|| format!("must be {}", key.allowed())),
             });
             self.bad.insert(key.path());
         }
@@ -163,7 +163,12 @@ impl Loader {
             if let Some(path) = environment.path(&file).filter(|_| key.secret) {
                 let origin = Origin::Env(file);
                 return match std::fs::read_to_string(&path) {
-                    Ok(text) => self.set(key, &Raw::Text(text), String::new(), origin),
+                    Ok(text) => {
+                        if key.path() == API_KEYS {
+                            self.config.api.keys_file = Some(path);
+                        }
+                        self.set(key, &Raw::Text(text), String::new(), origin);
+                    }
                     Err(error) => {
                         let message = format!("cannot read {}: {error}", path.display());
                         self.complain(origin, key.path(), message);
@@ -187,7 +192,7 @@ impl Loader {
                 origin: Some(self.origins.get(broken.key).unwrap_or(&Origin::Default).clone()),
                 key: broken.key.into(),
                 value: Some(self.written(broken.key)),
-                message: format!("must be {}{}", broken.allowed, other.unwrap_or_default()),
+                message: broken.message + &other.unwrap_or_default(),
             });
         }
     }
@@ -294,17 +299,31 @@ fn raw(value: &DeValue<'_>) -> Raw {
     };
     match value {
         DeValue::Array(values) => {
-            let values: Option<_> = values.iter().map(|value| scalar(value.get_ref())).collect();
-            values.map_or(Raw::Nested, Raw::List)
+            let list: Option<_> = values.iter().map(|value| scalar(value.get_ref())).collect();
+            let tables =
+                || values.iter().map(|value| table(value.get_ref())).collect::<Option<_>>();
+            list.map(Raw::List).or_else(|| tables().map(Raw::Tables)).unwrap_or(Raw::Nested)
         }
         value => scalar(value).map_or(Raw::Nested, Raw::Text),
     }
+}
+
+fn table(value: &DeValue<'_>) -> Option<Vec<(String, Raw)>> {
+    let DeValue::Table(fields) = value else { return None };
+    let field = |(name, value): (&Spanned<_>, &Spanned<_>)| {
+        let name: &toml::de::DeString<'_> = name.get_ref();
+        (name.to_string(), raw(value.get_ref()))
+    };
+    Some(fields.iter().map(field).collect())
 }
 
 /// One short line, whatever was given.
 fn printable(text: &str) -> String {
     text.chars().take(120).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
+
+/// The key whose file is read again while the instance runs.
+const API_KEYS: &str = "api.keys";
 
 #[cfg(test)]
 mod tests;

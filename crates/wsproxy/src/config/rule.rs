@@ -45,12 +45,6 @@ pub(super) const API_KEY: Text = Text {
     },
 };
 
-/// What a browser's `Origin` may be.
-pub(super) const ORIGIN: Text = Text {
-    allowed: "an origin such as \"https://app.example\", \"https://*.example\" or \"*\", without a path",
-    read: origin,
-};
-
 /// A secret that signs tokens. How long it must be depends on whether it is used.
 pub(super) const JWT_SECRET: Text = Text {
     allowed: "the secret itself, up to 4096 bytes; a PEM key belongs into jwt.public_key_file",
@@ -138,27 +132,6 @@ fn redis_url(text: &str) -> Option<String> {
     (good && printable).then(|| text.to_owned())
 }
 
-/// Lower case and without the scheme's own port, since that is how browsers send it.
-fn origin(text: &str) -> Option<String> {
-    let text = text.to_ascii_lowercase();
-    if text == "*" {
-        return Some(text);
-    }
-    let (scheme, host) = text.split_once("://")?;
-    let named = scheme.starts_with(|c: char| c.is_ascii_lowercase())
-        && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
-    let concrete = host.strip_prefix("*.").unwrap_or(host);
-    if !named || !is_host(concrete) || concrete.contains('*') {
-        return None;
-    }
-    let own_port = match scheme {
-        "http" => ":80",
-        "https" => ":443",
-        _ => "",
-    };
-    Some(format!("{scheme}://{}", host.strip_suffix(own_port).unwrap_or(host)))
-}
-
 /// A name or an address, brackets around one of version 6, and perhaps a port.
 fn is_host(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[') {
@@ -186,25 +159,6 @@ mod tests {
         assert!(level("info,wsproxy::bus=debug").is_some());
         for bad in ["", "verbose", "info,", "wsproxy=loud", "=info", "info debug"] {
             assert_eq!(level(bad), None, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn origins_are_spelled_as_browsers_send_them() {
-        for (given, kept) in [
-            ("https://App.example", "https://app.example"),
-            ("https://*.example:8443", "https://*.example:8443"),
-            ("https://a.example:443", "https://a.example"),
-            ("http://[::1]:3000", "http://[::1]:3000"),
-            ("chrome-extension://abcdef", "chrome-extension://abcdef"),
-            ("*", "*"),
-        ] {
-            assert_eq!(origin(given).as_deref(), Some(kept));
-        }
-        let bad =
-            ["", "app.example", "https://", "https://a/", "https://a.*", "https://a:x", "://a"];
-        for bad in bad {
-            assert_eq!(origin(bad), None, "{bad:?}");
         }
     }
 

@@ -13,7 +13,6 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, StatusCode,
     header::{self, HOST, ORIGIN},
-    uri::Authority,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -23,7 +22,8 @@ use wsproxy_proto::names::Id;
 use super::{AGENT, open_session, worker::Worker};
 use crate::{
     auth::session::Scope,
-    http::{api, rejection::Rejection, upgrade},
+    config::host::Authority,
+    http::{api, host, rejection::Rejection, upgrade},
 };
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -67,7 +67,6 @@ async fn guard(bind: IpAddr, request: Request, next: Next) -> Response {
     let headers = response.headers_mut();
     for (name, value) in [
         (header::CONTENT_SECURITY_POLICY, POLICY),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
         (header::CACHE_CONTROL, "no-store"),
         (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
@@ -80,22 +79,12 @@ async fn guard(bind: IpAddr, request: Request, next: Next) -> Response {
 fn is_own_page(headers: &HeaderMap, bind: IpAddr) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
-    let Some(authority) = authority(host) else { return false };
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let known = match host.parse::<IpAddr>() {
-        // An address is not a name that somebody could lead elsewhere.
-        Ok(address) => address.is_loopback() || address == bind || bind.is_unspecified(),
-        Err(_) => host.eq_ignore_ascii_case("localhost"),
-    };
+    let Some(own) = host.to_str().ok().and_then(Authority::parse) else { return false };
     let origin = headers.get(ORIGIN).map(|origin| {
         let origin = origin.to_str().unwrap_or_default();
-        origin.split_once("://").and_then(|(_, rest)| rest.parse::<Authority>().ok())
+        origin.split_once("://").and_then(|(_, place)| Authority::parse(place))
     });
-    known && origin.is_none_or(|origin| origin == Some(authority))
-}
-
-fn authority(value: &HeaderValue) -> Option<Authority> {
-    value.to_str().ok()?.parse().ok()
+    host::is_local(&own, bind) && origin.is_none_or(|origin| origin == Some(own))
 }
 
 fn file(kind: &str, text: &'static str) -> Response {

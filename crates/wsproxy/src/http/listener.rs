@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::{
     body::{Body as _, Incoming},
     server::conn::http1,
@@ -42,7 +42,7 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 
 /// The answer to those who come when even the places for refusing are taken.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
-retry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
+x-content-type-options: nosniff\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
 {\"error\":{\"code\":\"full\",\"message\":\"The instance holds as many connections as it may.\",\"retryable\":true}}";
 
 /// Where a request came from, as an extension of the request.
@@ -189,7 +189,10 @@ async fn answer(
     }
     let version = request.version();
     let gateway = Arc::clone(routes.gateway());
-    let response = routes.serve(request).await?;
+    let mut response = routes.serve(request).await?;
+    // A body is never what a browser guesses that it might be.
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     let tasks = &gateway.tasks;
     let Some(Lasting(profile)) = response.extensions().get().cloned() else {
         // An upgrade and a body without end are no silence.

@@ -46,6 +46,18 @@ table! {
     invalid_token = FORBIDDEN, "invalid_token";
     /// A page of this origin may not connect.
     origin_not_allowed = FORBIDDEN, "origin_not_allowed";
+    /// The API key lacks the scope `sessions`.
+    missing_scope_sessions = FORBIDDEN, "missing_scope_sessions";
+    /// The API key lacks the scope `events`.
+    missing_scope_events = FORBIDDEN, "missing_scope_events";
+    /// The API key lacks the scope `rooms`.
+    missing_scope_rooms = FORBIDDEN, "missing_scope_rooms";
+    /// The API key lacks the scope `agents`.
+    missing_scope_agents = FORBIDDEN, "missing_scope_agents";
+    /// The API key lacks the scope `admin`.
+    missing_scope_admin = FORBIDDEN, "missing_scope_admin";
+    /// This instance does not answer to that name.
+    host_not_allowed = FORBIDDEN, "host_not_allowed";
     /// Nothing here.
     not_found = NOT_FOUND, "not_found";
     /// Something here, but not for this method.

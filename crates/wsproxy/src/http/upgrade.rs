@@ -274,9 +274,6 @@ pub fn check_form(request: &Request<Incoming>) -> Result<(), Rejection> {
         // Its bytes would be taken for frames, and a proxy in front may see them otherwise.
         return Err(Rejection::bad_request("A request for a connection has no body."));
     }
-    if request.headers().get_all(header::HOST).iter().count() > 1 {
-        return Err(Rejection::bad_request("There is more than one Host header."));
-    }
     Ok(())
 }
 
@@ -312,10 +309,19 @@ pub(super) fn begin(
 
 /// Where the client is, behind our own proxies.
 pub fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
-    let peer = request.extensions().get::<RemoteAddress>();
+    address_of(gateway, request.headers(), request.extensions())
+}
+
+/// The same for a request in parts.
+pub fn address_of(
+    gateway: &Gateway,
+    headers: &HeaderMap,
+    extensions: &http::Extensions,
+) -> Result<IpAddr, Rejection> {
+    let peer = extensions.get::<RemoteAddress>();
     let peer = peer.ok_or_else(|| Rejection::internal("The peer's address is unknown."))?;
-    let trusted = &gateway.config.server.trusted_proxies;
-    Ok(address::client(peer.0, request.headers(), trusted))
+    let server = &gateway.config.server;
+    Ok(address::client(peer.0, headers, &server.trusted_proxies, server.forwarded_header))
 }
 
 /// What lasts exactly as long as its connection.

@@ -117,6 +117,12 @@ struct KindLabels {
     kind: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ApiCallLabels {
+    key: String,
+    outcome: &'static str,
+}
+
 impl Metrics {
     /// All metrics at zero; [`Self::connect`] gives them the instance they read from.
     #[must_use]
@@ -245,6 +251,7 @@ impl Collector for Source {
         scrape.bus()?;
         scrape.keys()?;
         scrape.registry()?;
+        scrape.api()?;
         scrape.process()
     }
 }
@@ -479,6 +486,24 @@ impl Scrape<'_, '_> {
         ];
         for (name, help, field) in fields {
             self.counter(name, help, counters.map_or(0, |counters| field(counters).value()))?;
+        }
+        Ok(())
+    }
+
+    /// By the names of keys, which the operator chose and which are as many as the configuration has.
+    fn api(&mut self) -> fmt::Result {
+        let help = "Calls of the worker API with a known key: accepted, or refused since the key \
+            lacks the scope";
+        let mut family =
+            self.encoder.encode_descriptor("api_calls", help, None, MetricType::Counter)?;
+        for entry in self.gateway.api_keys.entries() {
+            for (outcome, counter) in
+                [("accepted", &entry.accepted), ("missing_scope", &entry.refused)]
+            {
+                family
+                    .encode_family(&ApiCallLabels { key: entry.name().to_owned(), outcome })?
+                    .encode_counter::<NoLabelSet, _, u64>(&counter.value(), None)?;
+            }
         }
         Ok(())
     }

@@ -194,6 +194,8 @@ async fn a_wrong_password_is_503_and_never_shown() {
     let response = instance.refused("s", "x").await;
     response.assert_refused(503, "bus_unavailable");
     let health = instance.get("/health").await;
+    assert_eq!((health.status, health.body.as_str()), (503, r#"{"status":"degraded"}"#));
+    let health = instance.api("GET", "/health", "").await;
     assert_eq!(health.status, 503);
     assert!(health.body.contains("WRONGPASS"), "{health:?}");
     for body in [response.body, health.body, instance.get("/metrics").await.body] {

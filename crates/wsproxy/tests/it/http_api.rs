@@ -224,10 +224,14 @@ async fn health_readiness_info_and_document_say_what_is() {
     let instance = TestInstance::with(|config| config.server.server_id = Some("one".into())).await;
     let _client = instance.client("s").await;
     let health = instance.get("/health").await;
-    assert_eq!(health.status, 200);
-    let health = health.json();
-    assert_eq!((&health["status"], &health["server_id"]), (&json!("ok"), &json!("one")));
+    assert_eq!((health.status, health.json()), (200, json!({ "status": "healthy" })));
+    let wrong = [("authorization", "Bearer wrong-key-0123456789")];
+    let wrong = http::request(instance.address(), "GET", "/health", &wrong, b"").await;
+    assert_eq!((wrong.status, wrong.json()), (200, json!({ "status": "healthy" })));
+    let health = instance.api("GET", "/health", "").await.json();
+    assert_eq!((&health["status"], &health["server_id"]), (&json!("healthy"), &json!("one")));
     assert_eq!((&health["bus"]["kind"], &health["bus"]["channels"]), (&json!("memory"), &json!(2)));
+    assert!(health["version"].is_string() && health["bus"]["error"].is_null());
     assert_eq!(instance.get("/ready").await.json(), json!({ "ready": true }));
     let info = instance.api("GET", "/api/v1/info", "").await.json();
     assert_eq!(info["connections"], json!({ "active": 1, "max": 1000 }));
@@ -242,16 +246,28 @@ async fn admin_routes_can_have_a_port_of_their_own() {
     let instance = TestInstance::with(|config| config.admin.port = Some(0)).await;
     assert_ne!(instance.address(), instance.admin_address());
     let mut client = instance.client("s").await;
-    for path in ["/health", "/ready", "/metrics", "/api/v1/info"] {
-        let key = format!("Bearer {API_KEY}");
-        let headers = [("authorization", key.as_str())];
-        let main = http::request(instance.address(), "GET", path, &headers, b"").await;
-        main.assert_refused(404, "not_found");
+    let key = format!("Bearer {API_KEY}");
+    let headers = [("authorization", key.as_str())];
+    let on_the_main_port =
+        async |path: &str| http::request(instance.address(), "GET", path, &headers, b"").await;
+    for path in ["/metrics", "/api/v1/info", "/api/v1/openapi.json", "/api/v1/sessions/s/history"] {
+        on_the_main_port(path).await.assert_refused(404, "not_found");
         assert_eq!(instance.api("GET", path, "").await.status, 200, "{path}");
     }
+    // Probes are answered on both, but strangers are told no more than they ask for.
+    assert_eq!(on_the_main_port("/health").await.json(), json!({ "status": "healthy" }));
+    assert_eq!(on_the_main_port("/ready").await.json(), json!({ "ready": true }));
+    let health = instance.get("/health").await.json();
+    assert!(health["version"].is_string() && health["bus"]["connected"] == true, "{health}");
+    assert_eq!(instance.get("/ready").await.json(), json!({ "ready": true }));
     let response = http::handshake(instance.admin_address(), "/agent/ws/s", &[]).await;
     response.assert_refused(404, "not_found");
     instance.assert_serves(&mut client, "s").await;
+    instance.gateway().draining.store(true, std::sync::atomic::Ordering::Relaxed);
+    let ready = on_the_main_port("/ready").await;
+    assert_eq!((ready.status, ready.json()), (503, json!({ "ready": false })));
+    let ready = instance.get("/ready").await;
+    assert_eq!((ready.status, &ready.json()["reason"]), (503, &json!("draining")));
 }
 
 #[tokio::test]

@@ -249,7 +249,9 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
         asking.push(raw);
     };
     assert!((512..530).contains(&asking.len()), "{} were taken", asking.len());
-    one_more.response().await.assert_refused(503, "full");
+    let refused = one_more.response().await;
+    refused.assert_refused(503, "full");
+    assert_eq!(refused.header("x-content-type-options"), "nosniff");
     one_more.end().await;
     clients[0].send("undisturbed").await;
     assert_eq!(clients[0].text().await, "undisturbed");

@@ -295,7 +295,7 @@ async fn limits_count_streams_and_connections_together() {
 async fn pages_of_other_origins_are_told_what_they_may_do() {
     let instance = TestInstance::with(|config| {
         config.server.allowed_origins =
-            vec!["https://app.example".into(), "https://*.example.org".into()];
+            vec!["https://app.example".parse().unwrap(), "https://*.example.org".parse().unwrap()];
     })
     .await;
     let token = instance.stream_token("s").await;

@@ -308,7 +308,7 @@ async fn missing_and_malformed_credentials_are_401_with_a_challenge() {
 #[tokio::test]
 async fn a_token_survives_a_handshake_that_failed_for_another_reason() {
     let instance = TestInstance::with(|config| {
-        config.server.allowed_origins = vec!["https://app.example".into()];
+        config.server.allowed_origins = vec!["https://app.example".parse().unwrap()];
         config.limits.max_connections = 1;
     })
     .await;

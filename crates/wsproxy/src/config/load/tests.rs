@@ -258,6 +258,38 @@ fn secrets_come_from_files_too() {
 }
 
 #[test]
+fn keys_of_the_api_are_tables_of_the_file_or_json() {
+    let tables = "[[api.key]]\nname = 'a'\nsecret = '0123456789abcdef'\nscopes = ['sessions']\n\
+                  [[api.key]]\nname = 'b'\nsecret = 'fedcba9876543210'\nscopes = ['events', 'admin']\n";
+    let inline = "[api]\nkey = [{ name = 'a', secret = '0123456789abcdef', scopes = ['sessions'] },\n\
+                  { name = 'b', secret = 'fedcba9876543210', scopes = ['events', 'admin'] }]";
+    let json = r#"[{"name":"a","secret":"0123456789abcdef","scopes":["sessions"]},
+                   {"name":"b","secret":"fedcba9876543210","scopes":["events","admin"]}]"#;
+    let in_a_file = file(json);
+    let in_a_file = [("WSPROXY_API__KEY_FILE", in_a_file.path().to_str().unwrap())];
+    for loaded in [
+        load_file(tables),
+        load_file(inline),
+        load_env([("WSPROXY_API__KEY", json)]),
+        load_env(in_a_file),
+    ] {
+        let shown = key("api.key").write(&loaded.unwrap().config);
+        assert_eq!(
+            shown,
+            "[{ name = \"a\", secret = \"***\", scopes = [\"sessions\"] }, \
+             { name = \"b\", secret = \"***\", scopes = [\"events\", \"admin\"] }]"
+        );
+    }
+    let text = "[[api.key]]\nname = 'a'\nsecret = '0123456789abcdef'\nscope = ['sessions']";
+    assert_eq!(
+        problem(load_file(text)),
+        ":1: api.key = ***: of key 1, a field is unknown; did you mean scopes?"
+    );
+    let table = "[api.key]\nname = 'a'\nsecret = '0123456789abcdef'\nscopes = ['sessions']";
+    assert!(problem(load_file(table)).starts_with(":1: api.key = ***: must be a list of tables"));
+}
+
+#[test]
 fn broken_toml_is_reported_with_its_line() {
     let problems = load_file("[server]\nport = \n[log\nlevel = 'x'\n").unwrap_err().0;
     let lines: Vec<_> = problems.iter().map(|problem| problem.origin.clone()).collect();

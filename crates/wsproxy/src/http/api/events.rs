@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use crate::{
+    config::api_key::Scope,
     gateway::Gateway,
     http::{
         api::{
@@ -163,7 +164,7 @@ struct BatchMessage {
 
 /// Publishes in the given order. Each message has its own result: one that is wrong stops no other.
 async fn batch(
-    _worker: Worker,
+    worker: Worker,
     State(gateway): State<Arc<Gateway>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
@@ -176,7 +177,7 @@ async fn batch(
         let mut waiting = Vec::with_capacity(batch.messages.len());
         for message in batch.messages {
             gateway.bus.publishable().await;
-            waiting.push(enqueue(&gateway, message));
+            waiting.push(enqueue(&gateway, &worker, message));
         }
         let mut results = Vec::with_capacity(waiting.len());
         for outcome in waiting {
@@ -193,6 +194,7 @@ async fn batch(
 
 fn enqueue(
     gateway: &Gateway,
+    worker: &Worker,
     BatchMessage { to, message, history, idempotency_key }: BatchMessage,
 ) -> Result<tokio::sync::oneshot::Receiver<crate::bus::Outcome>, Rejection> {
     let how = How { history, event_id: None, idempotency_key };
@@ -208,6 +210,7 @@ fn enqueue(
             (channel, payload, keep)
         }
         To::Session(channel) => {
+            worker.check(Scope::Sessions)?;
             let keep = how.keep(gateway, &channel, false, None);
             (channel, message.to_string().into(), keep)
         }
