@@ -60,7 +60,7 @@ impl MemoryBus {
         Self(shared)
     }
 
-    pub(super) fn store(&self) -> MemoryStore {
+    pub(crate) fn store(&self) -> MemoryStore {
         self.0.store.clone()
     }
 

@@ -25,6 +25,7 @@ mod metrics;
 mod presence;
 mod registry;
 mod scripts;
+mod session_log;
 mod sessions;
 mod slow;
 mod sse;
