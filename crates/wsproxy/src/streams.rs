@@ -1,4 +1,4 @@
-//! Ends token streams whose worker has died: nobody renewed their lease.
+//! Ends token streams whose worker has died, so that their lease has run out.
 
 use std::{sync::Arc, time::Duration};
 
@@ -90,8 +90,8 @@ async fn end_stream(gateway: &Gateway, session: &Id, stream: &Id) -> Result<(), 
         }
         // The worker came back.
         Err(StoreError::Refused(why)) if says(why, "ALIVE") => Ok(()),
-        // Another instance was faster, or the stream has expired. Only these two say that nobody waits for
-        // an end. A full Redis, missing replicas or a key of another kind say nothing of the kind.
+        // Another instance was faster, or the stream has expired. Only these two say that no client waits
+        // for an end. A full Redis, missing replicas or a key of another kind do not.
         Err(StoreError::Refused(why)) if says(why, "NOSTREAM") || says(why, "ENDED") => {
             debug!(session_id = %session, stream = %stream, why, "A lease has no open stream.");
             gateway.store.forget_lease(session, stream).await

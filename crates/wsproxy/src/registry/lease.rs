@@ -45,7 +45,7 @@ pub struct Lease {
     connections: AtomicU64,
     closing: CancellationToken,
     tasks: TaskTracker,
-    /// What it counts; the metrics read it.
+    /// Counters that the metrics read.
     pub counters: LeaseCounters,
 }
 
@@ -119,7 +119,7 @@ pub struct LeaseCounters {
     pub sessions_reaped: Counter,
 }
 
-/// The latest renewal, for whoever keeps state in Redis.
+/// The latest renewal, for the parts of an instance that keep state in Redis under the lease.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Beat {
     /// Renewals so far.
@@ -290,7 +290,7 @@ impl Lease {
             lapses: before.lapses + u64::from(lapsed),
             holder,
         });
-        // Last: whoever sees that the lease is held also sees that it had lapsed.
+        // Last: a writer that sees the lease held also sees the lapse before it.
         let since = unbroken.map_or(begun, |held| held.since);
         let until = begun + self.settings.pace.lease;
         *self.held.lock() = Some(Held { since, until });

@@ -93,7 +93,7 @@ impl Members {
     ) -> Result<(Bytes, Vec<(Uuid, Arc<str>)>), StoreError> {
         let (next, fields) = self.commands.scan(&self.key(server), cursor).await?;
         let entry = |(connection, user): (Bytes, Bytes)| {
-            // A field that is no id is nobody's connection.
+            // A field that is no id is no connection of a gateway.
             let connection = Uuid::try_parse_ascii(&connection).ok()?;
             Some((connection, std::str::from_utf8(&user).ok()?.into()))
         };

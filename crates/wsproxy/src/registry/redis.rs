@@ -1,4 +1,4 @@
-//! What the event endpoint's registry asks of Redis; knows no task.
+//! Commands of the event endpoint's registry to Redis; knows no task.
 
 use std::{sync::Arc, time::Duration};
 

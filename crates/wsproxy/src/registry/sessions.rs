@@ -56,7 +56,7 @@ pub struct SessionLog {
     changed: Notify,
     closing: CancellationToken,
     tasks: TaskTracker,
-    /// What it counts; the metrics read it.
+    /// Counters that the metrics read.
     pub counters: SessionLogCounters,
 }
 
@@ -202,6 +202,7 @@ impl SessionLog {
     }
 }
 
-/// Most bytes of announcements that wait: some 150,000. While Redis is away nobody can come in, so only
-/// endings wait; this is reached where Redis refuses for long what sessions come and go on.
+/// Upper bound of waiting announcements, in bytes: some 150,000 of them. While Redis is away no client can
+/// come in, so only endings wait. The bound is reached where Redis refuses the log for long, but lets
+/// clients come and go.
 const WAITING_BYTES_MAX: usize = 64 * 1024 * 1024;

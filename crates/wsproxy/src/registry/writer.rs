@@ -98,7 +98,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Whether what is written now stays: Redis answers, and nobody takes this instance for dead.
+    /// Whether changes that are written now stay: Redis answers, and the lease runs.
     fn may_write(&self) -> bool {
         self.linked && self.registry.lease.is_held()
     }

@@ -49,7 +49,7 @@ const FAST: Pace = Pace {
 
 const LOG: &str = "{agent:a:sessions}:log";
 
-/// What an instance has below its sessions.
+/// The parts of an instance below its sessions.
 struct Node {
     log: Arc<SessionLog>,
     lease: Arc<Lease>,
@@ -248,7 +248,7 @@ async fn a_follower_goes_on_behind_its_last_entry(backend: Backend) {
     // The older path says the same.
     let old = format!("/api/v1/agents/agent/sessions/events?after={}", ids[4]);
     Stream::open(&instance, &old).await.expect(&format!("id: {}\n", ids[5])).await;
-    // An entry that the log does not have: nobody can say what came between.
+    // An entry that the log does not have: something may be missing behind it.
     let mut lost = Stream::open(&instance, &format!("{path}&after=5-5")).await;
     lost.expect("event: history_lost\ndata: {\"reason\":\"trimmed\"}\n").await;
     lost.expect(&format!("id: {}\n", ids[5])).await;
@@ -433,7 +433,7 @@ async fn an_outage_makes_no_hole_and_no_false_end() {
             "{story:?}"
         );
     }
-    // Both were away as long as a dead instance is: whoever came back first has not buried the other.
+    // Both were away as long as a dead instance is: the one that came back first has not buried the other.
     tokio::time::sleep(FAST.refresh * 10).await;
     for connection in open {
         assert_eq!(story(&server, LOG, connection), ["opened"]);

@@ -171,8 +171,8 @@ impl SessionKeys {
     }
 }
 
-/// Key: log. Arguments: channel, most entries, TTL, announcements. Whoever is woken by the channel finds
-/// the announcement in the log.
+/// Key: log. Arguments: channel, most entries, TTL, announcements. A follower that the channel wakes finds
+/// the announcement in the log, so the log comes first.
 const ANNOUNCE: &str = "\
 local t=redis.call('TIME') local now=t[1]*1000+math.floor(t[2]/1000) \
 for i=4,#ARGV do redis.call('XADD',KEYS[1],'MAXLEN',ARGV[2],'*','data',ARGV[i]) end \

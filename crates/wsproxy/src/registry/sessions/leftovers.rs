@@ -102,7 +102,7 @@ pub(super) async fn announce_lost(
                 entries.push(entry);
                 payloads.extend(words);
             }
-            // No gateway wrote it, so nobody waits for its end.
+            // No gateway wrote it, so no worker waits for its end.
             None => done.push(entry),
         }
     }

@@ -66,7 +66,7 @@ pub(super) struct Item {
     pub(super) what: What,
 }
 
-/// What an announcement says.
+/// Content of an announcement.
 #[derive(Debug)]
 pub(super) enum What {
     /// The connection opened; `again`: it was announced before.
@@ -210,7 +210,7 @@ impl Outbox {
         Some(waiting)
     }
 
-    /// Nobody rests any longer.
+    /// Ends all rests.
     pub(super) fn wake_all(&mut self) {
         self.ready.extend(std::mem::take(&mut self.resting).into_values());
     }
