@@ -63,6 +63,12 @@ impl Names {
         format!("{}agent:{agent}:sessions", self.prefix)
     }
 
+    /// Log of what is announced there.
+    #[must_use]
+    pub fn agent_sessions_log(&self, agent: &Id) -> String {
+        format!("{{{}}}:log", self.agent_sessions(agent))
+    }
+
     /// Channel of an instance's own, for the probe of the bus.
     #[must_use]
     pub fn probe(&self, server: &str) -> String {
@@ -240,6 +246,8 @@ mod tests {
         assert_eq!(names.session_control(&id), "session:s-1:control");
         assert_eq!(names.session_auth(&id), "session:s-1:auth");
         assert_eq!(names.agent_sessions(&id), "agent:s-1:sessions");
+        assert_eq!(names.agent_sessions_log(&id), "{agent:s-1:sessions}:log");
+        assert_eq!(Names::new("eu").agent_sessions_log(&id), "{eu:agent:s-1:sessions}:log");
         assert_eq!(Names::new("eu").session_up(&id), "eu:session:s-1:up");
         assert_eq!(Names::new("eu").session_of_down("eu:session:s-1:down"), Some(id));
         assert_eq!(names.session_of_down("ws:user:s-1"), None);

@@ -243,6 +243,12 @@ pub struct Sessions {
     pub history: bool,
     /// Plain publishes of JSON with an `event_id` are taken into the history.
     pub capture: bool,
+    /// Announcements of opened and closed sessions are kept in a log.
+    pub events_log: bool,
+    /// Most entries of an agent's log.
+    pub events_log_entries_max: u64,
+    /// How long an entry is held, and a log after its last entry.
+    pub events_log_ttl: Duration,
     /// Whether JSON objects of the history carry their id.
     pub event_ids: EventIds,
 }
@@ -497,6 +503,9 @@ impl Default for Sessions {
             token_ttl: Duration::from_secs(60),
             history: false,
             capture: false,
+            events_log: false,
+            events_log_entries_max: 10_000,
+            events_log_ttl: Duration::from_secs(24 * 3600),
             event_ids: EventIds::Json,
         }
     }

@@ -27,7 +27,7 @@ use crate::{
         sse::open::OpenStreams,
     },
     hub::{Histories, Hub},
-    registry::Registry,
+    registry::{Registry, lease::Lease, sessions::SessionLog},
     store::Store,
     telemetry::{metrics::Metrics, throttle::Throttle},
 };
@@ -66,6 +66,10 @@ pub struct Gateway {
     pub jwt: Option<JwtVerifier>,
     /// Who is connected to the event endpoint; `None` where that is not served.
     pub registry: Option<Arc<Registry>>,
+    /// The lease of this instance; `None` where nothing needs one.
+    pub lease: Option<Arc<Lease>>,
+    /// Where opened and closed sessions are kept; `None` where they are only announced.
+    pub session_log: Option<Arc<SessionLog>>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
     /// `/ws`

@@ -3,6 +3,7 @@
 pub mod address;
 pub mod admin;
 pub mod admission;
+pub mod announcements;
 pub mod api;
 pub mod cors;
 pub mod credentials;

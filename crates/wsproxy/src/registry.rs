@@ -26,21 +26,25 @@ use crate::{
         Hub,
         tap::{Ending, Tap},
     },
-    registry::{local::Local, redis::RedisRegistry},
+    registry::{lease::Lease, local::Local, redis::RedisRegistry},
     store::{StoreError, memory::MemoryStore},
     telemetry::counter::Counter,
 };
 
+mod commands;
 pub mod control;
+pub mod lease;
 mod local;
-mod reaper;
+mod members;
 mod redis;
 mod revocation;
+pub mod sessions;
 mod writer;
 
 /// The connections of this instance, and the way to all others. Cheap to read; see [`Self::join`].
 pub struct Registry {
     settings: Settings,
+    lease: Arc<Lease>,
     backend: Backend,
     hub: Arc<Hub>,
     /// Guards the index and the changes; held for a few steps, or one walk after an outage.
@@ -72,12 +76,8 @@ pub struct Settings {
     pub names: Names,
     /// How long an entry is kept that nobody renews.
     pub ttl: Duration,
-    /// How long one answer of Redis may take.
-    pub response_timeout: Duration,
     /// By how many seconds clocks may differ: revocations cover what was issued so much later.
     pub leeway: u64,
-    /// How fast an instance counts as dead.
-    pub pace: Pace,
 }
 
 impl Settings {
@@ -88,33 +88,7 @@ impl Settings {
             server_id: Arc::clone(server_id),
             names: names.clone(),
             ttl: config.events.registry_ttl,
-            response_timeout: config.redis.response_timeout,
             leeway: config.jwt.leeway_seconds(),
-            pace: Pace::default(),
-        }
-    }
-}
-
-/// How fast an instance counts as dead.
-#[derive(Debug, Clone, Copy)]
-pub struct Pace {
-    /// An instance that was silent for so long is dead.
-    pub lease: Duration,
-    /// How often it shows that it is not.
-    pub refresh: Duration,
-    /// How long after a failure it tries again.
-    pub retry: Duration,
-    /// How long a change may wait for others, so that those that cancel each other are never written.
-    pub linger: Duration,
-}
-
-impl Default for Pace {
-    fn default() -> Self {
-        Self {
-            lease: Duration::from_secs(15),
-            refresh: Duration::from_secs(5),
-            retry: Duration::from_secs(1),
-            linger: Duration::from_millis(20),
         }
     }
 }
@@ -128,10 +102,6 @@ pub struct RegistryCounters {
     pub failures: Counter,
     /// Times that all connections were written again since Redis had lost them.
     pub rewrites: Counter,
-    /// Dead instances that were removed by this one.
-    pub servers_reaped: Counter,
-    /// Connections of dead instances that were removed by this one.
-    pub connections_reaped: Counter,
     /// Connections that were sent away by a command or a revocation.
     pub disconnected: Counter,
     /// Commands that made no sense.
@@ -239,16 +209,19 @@ pub struct Entry {
 }
 
 impl Registry {
-    /// Starts what it does in the background, until [`Self::close`].
+    /// Starts what it does in the background, until [`Self::close`]. The lease must outlive it.
     #[must_use]
-    pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus) -> Arc<Self> {
+    pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus, lease: &Arc<Lease>) -> Arc<Self> {
         let backend = match bus {
             Bus::Memory(bus) => Backend::Memory(bus.store()),
-            Bus::Redis(bus) => Backend::Redis(RedisRegistry::new(bus.clone(), &settings).into()),
+            Bus::Redis(bus) => {
+                Backend::Redis(RedisRegistry::new(bus.clone(), &settings, lease.settings()).into())
+            }
         };
         let registry = Arc::new(Self {
             local: Mutex::new(Local::new(matches!(backend, Backend::Redis(_)))),
             settings,
+            lease: Arc::clone(lease),
             backend,
             hub,
             changed: Notify::new(),
@@ -260,7 +233,6 @@ impl Registry {
         registry.tasks.spawn(control::run(Arc::clone(&registry)));
         if matches!(registry.backend, Backend::Redis(_)) {
             registry.tasks.spawn(writer::run(Arc::clone(&registry)));
-            registry.tasks.spawn(reaper::run(Arc::clone(&registry)));
         }
         registry
     }

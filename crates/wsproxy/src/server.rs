@@ -34,7 +34,11 @@ use crate::{
         sockets::Sockets,
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
-    registry::{self, Registry},
+    registry::{
+        self, Registry,
+        lease::{self, Lease},
+        sessions::{self, SessionLog},
+    },
     shutdown, streams,
     telemetry::{metrics::Metrics, throttle::Throttle},
 };
@@ -204,10 +208,17 @@ fn compose(
     hub.connect(bus.clone());
     let (session_histories, event_histories) = histories(&config, &names);
     let connections_max = connections_max(config.limits.max_connections);
-    let registry = config.endpoints.events.then(|| {
+    let logs_sessions = config.endpoints.sessions && config.sessions.events_log;
+    let lease = (config.endpoints.events || logs_sessions)
+        .then(|| Lease::start(lease::Settings::new(&config, &server_id, &names), &bus));
+    let registry = lease.as_ref().filter(|_| config.endpoints.events).map(|lease| {
         let settings = registry::Settings::new(&config, &server_id, &names);
-        Registry::start(settings, Arc::clone(&hub), &bus)
+        Registry::start(settings, Arc::clone(&hub), &bus, lease)
     });
+    let session_log = lease
+        .as_ref()
+        .filter(|_| logs_sessions)
+        .map(|lease| SessionLog::start(sessions::Limits::new(&config.sessions), &hub, &bus, lease));
     let gateway = Arc::new(Gateway {
         session_histories,
         event_histories,
@@ -226,7 +237,10 @@ fn compose(
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,
+        lease,
+        session_log: session_log.clone(),
         sessions: Arc::new(SessionEndpoint {
+            log: session_log,
             config: config.sessions.clone(),
             names: names.clone(),
             server_id,

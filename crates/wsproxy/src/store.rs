@@ -275,7 +275,7 @@ impl Store {
         }
     }
 
-    /// A lease whose stream cannot be ended is no lease: it would be looked at for ever.
+    /// Removes the lease of a stream that does not exist or has ended, so that it is not looked at again.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -302,6 +302,17 @@ impl Store {
         match self {
             Self::Memory(store) => store.read_log(key, after, count),
             Self::Redis(store) => store.read_log(key, after, count).await,
+        }
+    }
+
+    /// The id of the last entry of a log; `None`: there is no log, or it is empty.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn log_end(&self, key: &str) -> Result<Option<String>, StoreError> {
+        match self {
+            Self::Memory(store) => store.log_end(key),
+            Self::Redis(store) => store.log_end(key).await,
         }
     }
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ._backoff import Backoff
-from ._feeds import Consumer
+from ._feeds import Consumer, Subscription
 from .errors import Unavailable
-from .types import Failure, History, Outcome, Presence, Receipt, Ticket, UpstreamMessage
+from .types import Failure, GapCallback, History, Outcome, Presence, Receipt, Ticket, UpstreamMessage
 
 T = TypeVar("T")
 
@@ -110,6 +110,9 @@ class Backend(Protocol):
     async def take_kept(self, session: str) -> list[UpstreamMessage]: ...
     def follow_upstream(self, session: str, kept: bool) -> Consumer: ...
     def follow_sessions(self, agent: str) -> Consumer: ...
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]: ...
     async def aclose(self) -> None: ...
 
 

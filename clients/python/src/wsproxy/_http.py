@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -21,7 +21,7 @@ from ._backend import (
     TicketRequest,
     retrying,
 )
-from ._feeds import Consumer
+from ._feeds import Consumer, Subscription
 from ._follower import Follower
 from .client.streams import MergedStreams
 from .errors import (
@@ -37,7 +37,9 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Failure, History, HistoryEvent, Presence, Receipt, Ticket, UpstreamMessage
+from .types import Failure, GapCallback, History, HistoryEvent, Presence, Receipt, Ticket, UpstreamMessage
+
+T = TypeVar("T")
 
 # What the gateway takes in one call.
 _BATCH_MAX = 1000
@@ -261,13 +263,28 @@ class HttpBackend:
         return self._shared(path)
 
     def follow_sessions(self, agent: str) -> Consumer:
-        return self._shared(f"agents/{_path(agent)}/sessions/events")
+        return self._shared(f"sessions/events?agent={_path(agent)}", resumes=True)
 
-    def _shared(self, path: str) -> Consumer:
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]:
+        path = f"sessions/events?agent={_path(agent)}&after={after or '0'}"
+
+        def open_own() -> Consumer:
+            # Of its own: one that joined a running stream would not begin where it wants to.
+            forget: Callable[[], object] = lambda: self._own.discard(follower)  # noqa: E731
+            follower = Follower(self._client, path, error_of, forget, resumes=True, paced=True)
+            self._own.add(follower)
+            return follower.open()
+
+        return Subscription(open_own, parse, on_gap)
+
+    def _shared(self, path: str, *, resumes: bool = False) -> Consumer:
         follower = self._followers.get(path)
         if follower is None or follower.over:
             forget: Callable[[], object] = lambda: self._followers.pop(path, None)  # noqa: E731
-            follower = self._followers[path] = Follower(self._client, path, error_of, forget)
+            follower = Follower(self._client, path, error_of, forget, resumes=resumes)
+            self._followers[path] = follower
         return follower.open()
 
     async def aclose(self) -> None:

@@ -26,7 +26,8 @@ from ._backend import (
     TicketRequest,
     retrying,
 )
-from ._feeds import Consumer
+from ._backoff import Backoff
+from ._feeds import Consumer, Subscription
 from ._listener import Listener
 from .errors import (
     InvalidRequest,
@@ -39,7 +40,18 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Failure, History, HistoryEvent, Limits, Presence, Receipt, Ticket, UpstreamMessage
+from .types import (
+    Failure,
+    Gap,
+    GapCallback,
+    History,
+    HistoryEvent,
+    Limits,
+    Presence,
+    Receipt,
+    Ticket,
+    UpstreamMessage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +60,8 @@ T = TypeVar("T")
 
 # As long as the gateway remembers the keys of its HTTP API.
 _IDEMPOTENCY_MS = 10 * 60 * 1000
+# Entries of a log that are read at a time.
+_PAGE = 200
 # How a connection ends whose token was revoked.
 _REVOKED = 4401
 # What a token begins with that opens event streams until it expires.
@@ -319,9 +333,61 @@ class RedisBackend:
     def follow_sessions(self, agent: str) -> Consumer:
         return self._listener.open(self._key("agent", agent, "sessions"))
 
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]:
+        log = _Log("{" + self._key("agent", agent, "sessions") + "}:log", after)
+        # For ever: a reader waits for Redis to come back.
+        return Subscription(lambda: self.follow_sessions(agent), parse, on_gap, log=lambda: self._read_for_ever(log))
+
+    async def _read_for_ever(self, log: _Log) -> list[UpstreamMessage | Gap]:
+        backoff = Backoff(base=0.1, cap=5.0)
+        while True:
+            try:
+                with _errors():
+                    return await log.read(self._redis)
+            except Unavailable:
+                await asyncio.sleep(backoff.next(0.0))
+
     async def aclose(self) -> None:
         await self._listener.aclose()
         await self._redis.aclose()
+
+
+class _Log:
+    """A log of announcements, read from an entry on. Tells where that entry is no longer there."""
+
+    def __init__(self, key: str, after: str) -> None:
+        self._key = key
+        # The last entry that was read; empty: none.
+        self._after = after
+        self._has_read = False
+        # Whether that entry should still be there: if it is not, later ones may have been removed too.
+        self._is_held = True
+
+    async def read(self, redis: Redis) -> list[UpstreamMessage | Gap]:
+        found: list[UpstreamMessage | Gap] = []
+        entries = cast("list[Any]", await redis.xrange(self._key, self._after or "-", "+", count=_PAGE + 1))
+        if self._after and entries and _text(entries[0][0]) == self._after:
+            entries = entries[1:]
+            self._is_held = True
+        elif self._after and entries:
+            if self._is_held:
+                found.append(Gap(0.0, "history_lost"))
+        elif self._after:
+            end = await redis.xrevrange(self._key, count=1)
+            if end:
+                # The log is newer than what was read of it: Redis was emptied and its clock set back.
+                found.append(Gap(0.0, "history_lost"))
+                entries = cast("list[Any]", await redis.xrange(self._key, count=_PAGE))
+            elif not self._has_read:
+                found.append(Gap(0.0, "history_lost"))
+            self._is_held = False
+        self._has_read = True
+        if entries:
+            self._after, self._is_held = _text(entries[-1][0]), True
+        found += [UpstreamMessage(fields.get(b"data", b""), _text(name)) for name, fields in entries]
+        return found
 
 
 def _text(value: Any) -> str:

@@ -255,13 +255,25 @@ class Worker:
             take if kept else None,
         )
 
-    def session_events(self, agent: str, *, on_gap: GapCallback | None = None) -> Subscription[SessionEvent]:
+    def session_events(
+        self, agent: str, *, after: str | None = None, on_gap: GapCallback | None = None
+    ) -> Subscription[SessionEvent]:
         """Connections of an agent's sessions that open and close, for ever; see :meth:`upstream` for outages.
 
-        Every worker that follows gets all of them. An instance that is killed announces nothing.
+        Every worker that follows gets all of them. Without ``after`` those that come from now on.
+
+        With the gateway's ``[sessions] events_log`` on they are kept, also the ends of sessions whose gateway
+        instance was killed. ``after="0"`` begins with all that are kept; ``after`` an ``event_id`` goes on behind it.
+        No outage makes a gap then; ``on_gap`` is called with ``history_lost`` only where the log no longer has the
+        entry. Announcements come at least once: of one ``connection_id``, an ``event`` that repeats the one before it
+        is a duplicate. One that was closed as ``server_lost`` may open again, if its instance was only frozen.
         """
         _check_id("agent", agent)
-        return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
+        if after is None:
+            return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
+        if not re.fullmatch(r"0|\d{1,20}-\d{1,20}", after):
+            raise InvalidRequest("after must be 0 or the event_id of a session event.")
+        return self._backend.read_sessions(agent, "" if after in ("0", "0-0") else after, _session_event, on_gap)
 
     async def close_session(
         self, session: str, *, code: int | None = None, reason: str | None = None, connection: str | None = None
@@ -491,6 +503,7 @@ def _session_event(message: UpstreamMessage) -> SessionEvent | None:
             reason=raw.get("reason"),
             code=raw.get("code"),
             duration_ms=raw.get("duration_ms"),
+            event_id=message.event_id,
             raw=raw,
         )
     except (ValueError, KeyError, TypeError):

@@ -178,7 +178,7 @@ impl RedisBus {
         }
     }
 
-    pub(super) fn counters(&self) -> &BusCounters {
+    pub(crate) fn counters(&self) -> &BusCounters {
         &self.0.counters
     }
 

@@ -248,6 +248,9 @@ pub static KEYS: &[Key] = &[
 
     key!(sessions.history, Switch, "Clients can resume what workers publish with history, over instances and restarts."),
     key!(sessions.capture, Switch, "Take plain publishes of JSON with an event_id into the history too."),
+    key!(sessions.events_log, Switch, "Keep announcements of opened and closed sessions in the stream {agent:{agent_id}:sessions}:log, at least once, also for an instance that was killed."),
+    key!(sessions.events_log_entries_max, Number(1, 10_000_000), "Most entries of such a log."),
+    key!(sessions.events_log_ttl, Time(1_000, 30 * DAY), "How long an entry is held, and a log after its last entry."),
     key!(sessions.event_ids, OneOf(&[("json", EventIds::Json), ("none", EventIds::None)]), "Whether JSON objects of the history carry their id as first member event_id; without it only the subprotocol wsproxy.id.v1 tells ids."),
 
     key!(events.history, Switch, "Clients can resume, over instances and restarts."),

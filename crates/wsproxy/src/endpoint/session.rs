@@ -21,7 +21,10 @@ use crate::{
     bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
     endpoint::{Actions, Logic, PUBLISHED},
-    registry::Transport,
+    registry::{
+        Transport,
+        sessions::{Record, SessionLog},
+    },
     telemetry::{counter::Counter, time},
 };
 
@@ -32,7 +35,6 @@ pub const CONTROL: u8 = 1;
 const JSON_DEPTH_MAX: usize = 128;
 
 /// What all sessions have in common.
-#[derive(Debug)]
 pub struct SessionEndpoint {
     /// `[sessions]`
     pub config: Sessions,
@@ -40,6 +42,8 @@ pub struct SessionEndpoint {
     pub names: Names,
     /// Which instance this is.
     pub server_id: Arc<str>,
+    /// Where opened and closed sessions are kept; `None`: they are only announced.
+    pub log: Option<Arc<SessionLog>>,
     /// What went wrong; the metrics read it.
     pub counters: SessionCounters,
 }
@@ -60,7 +64,6 @@ pub struct SessionCounters {
 }
 
 /// One client of a session.
-#[derive(Debug)]
 pub struct SessionLogic {
     endpoint: Arc<SessionEndpoint>,
     agent: Id,
@@ -158,17 +161,19 @@ impl SessionLogic {
         warn!(session_id = %self.session, connection_id = %self.connection, error, "A worker's command makes no sense.");
     }
 
-    /// What all announcements of this connection begin with.
-    fn announcement(&self, event: &str) -> serde_json::Value {
-        serde_json::json!({
-            "event": event,
-            "agent_id": self.agent.as_str(),
-            "session_id": self.session.as_str(),
-            "connection_id": self.connection,
-            "transport": self.transport.label(),
-            "server_id": &*self.endpoint.server_id,
-            "timestamp": time::rfc3339(),
-        })
+    fn record(&self, opened: &str) -> Record {
+        Record {
+            agent: self.agent.clone(),
+            session: self.session.clone(),
+            transport: self.transport,
+            opened: opened.into(),
+        }
+    }
+
+    /// The members that all announcements of this connection begin with.
+    fn announcement(&self, event: &str, now: &str) -> serde_json::Value {
+        let server_id = &self.endpoint.server_id;
+        self.record(now).announcement(event, self.connection, server_id, now)
     }
 
     fn announce(&self, event: &serde_json::Value, actions: &mut dyn Actions) {
@@ -189,7 +194,11 @@ impl Logic for SessionLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
             transport = self.transport.label(), "Connection opened.");
-        self.announce(&self.announcement("opened"), actions);
+        let now = time::rfc3339();
+        match &self.endpoint.log {
+            Some(log) => log.opened(self.connection, self.record(&now)),
+            None => self.announce(&self.announcement("opened", &now), actions),
+        }
     }
 
     fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
@@ -224,7 +233,7 @@ impl Logic for SessionLogic {
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
             transport = self.transport.label(), reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
-        let mut event = self.announcement("closed");
+        let mut event = self.announcement("closed", &time::rfc3339());
         event["reason"] = end.why.label.into();
         event["code"] = end.code.into();
         event["duration_ms"] = (duration.as_millis() as u64).into();
@@ -232,7 +241,10 @@ impl Logic for SessionLogic {
         event["messages_out"] = sent.0.into();
         event["bytes_in"] = self.bytes_in.into();
         event["bytes_out"] = sent.1.into();
-        self.announce(&event, actions);
+        match &self.endpoint.log {
+            Some(log) => log.closed(self.connection, event.to_string().into()),
+            None => self.announce(&event, actions),
+        }
     }
 }
 

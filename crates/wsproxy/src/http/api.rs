@@ -37,6 +37,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("post", "/api/v1/sessions/{session_id}/messages"),
     ("post", "/api/v1/sessions/{session_id}/close"),
     ("get", "/api/v1/sessions/{session_id}/upstream"),
+    ("get", "/api/v1/sessions/events"),
     ("get", "/api/v1/agents/{agent_id}/sessions/events"),
     ("get", "/api/v1/sessions/{session_id}/history"),
     ("post", "/api/v1/sessions/{session_id}/streams/{stream_id}"),

@@ -146,6 +146,14 @@ impl MemoryStore {
         }
     }
 
+    pub(super) fn log_end(&self, key: &str) -> Result<Option<String>, StoreError> {
+        match self.state.lock().live(key) {
+            None => Ok(None),
+            Some(Value::Log(log)) => Ok(log.back().map(|(position, _)| position.to_string())),
+            Some(_) => Err(wrong_kind()),
+        }
+    }
+
     /// Appends to a log, of which at most `entries_max` stay, and lets it live for `ttl` from now.
     pub(crate) fn append(
         &self,

@@ -22,7 +22,7 @@ use wsproxy_proto::history::Lost;
 use crate::{
     auth::jwt::{JwksCounters, JwtVerifier},
     gateway::Gateway,
-    registry::RegistryCounters,
+    registry::{RegistryCounters, lease::LeaseCounters, sessions::SessionLogCounters},
     telemetry::counter,
 };
 
@@ -252,6 +252,8 @@ impl Collector for Source {
         scrape.keys()?;
         scrape.registry()?;
         scrape.api()?;
+        scrape.lease()?;
+        scrape.session_log()?;
         scrape.process()
     }
 }
@@ -460,7 +462,7 @@ impl Scrape<'_, '_> {
     fn registry(&mut self) -> fmt::Result {
         let counters = self.gateway.registry.as_ref().map(|registry| &registry.counters);
         type Field = fn(&RegistryCounters) -> &counter::Counter;
-        let fields: [(&str, &str, Field); 8] = [
+        let fields: [(&str, &str, Field); 6] = [
             ("registry_written", "Changes written to the registry", |c| &c.written),
             ("registry_failures", "Times that Redis did not do what the registry asked", |c| {
                 &c.failures
@@ -470,12 +472,6 @@ impl Scrape<'_, '_> {
                 "Times that all was written again since Redis had lost it",
                 |c| &c.rewrites,
             ),
-            ("registry_servers_reaped", "Dead instances that this one removed", |c| {
-                &c.servers_reaped
-            }),
-            ("registry_connections_reaped", "Connections of dead instances that it removed", |c| {
-                &c.connections_reaped
-            }),
             ("control_disconnects", "Connections ended by a command or a revocation", |c| {
                 &c.disconnected
             }),
@@ -506,6 +502,53 @@ impl Scrape<'_, '_> {
             }
         }
         Ok(())
+    }
+
+    fn lease(&mut self) -> fmt::Result {
+        let counters = self.gateway.lease.as_ref().map(|lease| &lease.counters);
+        type Field = fn(&LeaseCounters) -> &counter::Counter;
+        let fields: [(&str, &str, Field); 4] = [
+            ("lease_failures", "Renewals of the lease that Redis did not do", |c| &c.failures),
+            ("registry_servers_reaped", "Lost instances that this one removed", |c| {
+                &c.servers_reaped
+            }),
+            ("registry_connections_reaped", "Connections of lost instances that it removed", |c| {
+                &c.connections_reaped
+            }),
+            (
+                "registry_sessions_reaped",
+                "Sessions of lost instances whose end it announced",
+                |c| &c.sessions_reaped,
+            ),
+        ];
+        for (name, help, field) in fields {
+            self.counter(name, help, counters.map_or(0, |counters| field(counters).value()))?;
+        }
+        Ok(())
+    }
+
+    fn session_log(&mut self) -> fmt::Result {
+        let log = self.gateway.session_log.as_ref();
+        type Field = fn(&SessionLogCounters) -> &counter::Counter;
+        let fields: [(&str, &str, Field); 5] = [
+            ("session_log_appended", "Announcements that are in a log", |c| &c.appended),
+            ("session_log_retried", "Announcements that a log did not take yet", |c| &c.retried),
+            ("session_log_dropped", "Announcements that did not fit into what may wait", |c| {
+                &c.dropped
+            }),
+            (
+                "session_log_lost",
+                "Sessions of an earlier run of this instance whose end was announced",
+                |c| &c.lost,
+            ),
+            ("session_log_reopened", "Open sessions that were announced again", |c| &c.reopened),
+        ];
+        for (name, help, field) in fields {
+            self.counter(name, help, log.map_or(0, |log| field(&log.counters).value()))?;
+        }
+        let help = "Bytes of announcements that wait for a log";
+        let waiting = log.map_or(0, |log| log.waiting_bytes());
+        self.gauge("session_log_waiting", help, Some(&Unit::Bytes), waiting as i64)
     }
 
     fn process(&mut self) -> fmt::Result {

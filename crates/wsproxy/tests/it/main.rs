@@ -27,6 +27,7 @@ mod metrics;
 mod presence;
 mod registry;
 mod scripts;
+mod session_log;
 mod sessions;
 mod shares;
 mod slow;

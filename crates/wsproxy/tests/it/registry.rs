@@ -15,8 +15,10 @@ use wsproxy::{
         tap::{Tap, TapEntry},
     },
     registry::{
-        Entry, Joining, Pace, Peer, Presence, Registry, Settings, Totals, Transport,
+        Entry, Joining, Peer, Presence, Registry, Settings, Totals, Transport,
         control::Target,
+        lease::{self, Lease, Pace},
+        sessions::Limits,
     },
 };
 use wsproxy_proto::{disconnect::Disconnect, names::Names};
@@ -57,6 +59,7 @@ const SLOW: Pace =
 /// What an instance has below its endpoints.
 struct Node {
     registry: Arc<Registry>,
+    lease: Arc<Lease>,
     hub: Arc<Hub>,
     bus: Bus,
     end: CancellationToken,
@@ -80,11 +83,19 @@ impl Node {
             None => Bus::memory(&config, delivery, &tasks, end.clone()),
         };
         hub.connect(bus.clone());
-        let response_timeout = config.response_timeout;
-        let server_id = name.into();
-        let settings =
-            Settings { server_id, names, ttl: HOUR, response_timeout, leeway: LEEWAY, pace };
-        Self { registry: Registry::start(settings, Arc::clone(&hub), &bus), hub, bus, end }
+        let server_id: Arc<str> = name.into();
+        let lease = lease::Settings {
+            server_id: Arc::clone(&server_id),
+            names: names.clone(),
+            response_timeout: config.response_timeout,
+            index_ttl: HOUR,
+            announcements: Limits { entries_max: 100, ttl: HOUR },
+            pace,
+        };
+        let lease = Lease::start(lease, &bus);
+        let settings = Settings { server_id, names, ttl: HOUR, leeway: LEEWAY };
+        let registry = Registry::start(settings, Arc::clone(&hub), &bus, &lease);
+        Self { registry, lease, hub, bus, end }
     }
 
     /// One that follows commands.
@@ -180,6 +191,7 @@ impl Node {
 
     async fn close(&self) {
         soon("the end", self.registry.close()).await;
+        soon("the end of the lease", self.lease.close()).await;
         self.end.cancel();
     }
 }
@@ -513,7 +525,7 @@ async fn a_killed_instance_is_ignored_then_counted_as_dead_then_removed() {
     looks.wait_totals(totals(1, 1, 0)).await;
     let event = soon("an event", events.next()).await.unwrap();
     assert_eq!(event, r#"{"event":"server_lost","server_id":"killed"}"#);
-    let reaped = |node: &Node| node.registry.counters.servers_reaped.value();
+    let reaped = |node: &Node| node.lease.counters.servers_reaped.value();
     assert_eq!(reaped(&reaper) + reaped(&second), 1);
     assert_eq!(server.call(&["HLEN", "ws:user:u1:connections"]), Answer::Integer(1));
     assert_eq!(server.call(&["EXISTS", "ws:server:killed:connections"]), Answer::Integer(0));
@@ -598,7 +610,7 @@ async fn an_instance_that_was_taken_for_dead_comes_back() {
     let other = Node::on(&server, "other", FAST).await;
     other.wait_present("u", 1).await;
     proxy.set(Faults { stall_up: true, stall_down: true, ..Faults::default() });
-    let reaped = || other.registry.counters.servers_reaped.value() == 1;
+    let reaped = || other.lease.counters.servers_reaped.value() == 1;
     eventually("the frozen instance is removed", reaped).await;
     other.wait_present("u", 0).await;
     proxy.set(Faults::default());

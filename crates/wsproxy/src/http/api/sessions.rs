@@ -12,10 +12,11 @@ use axum::{
     routing::{get, post},
 };
 use bytes::Bytes;
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
+use wsproxy_proto::names::Id;
 
 use crate::{
     auth::session::{self, Scope},
@@ -23,6 +24,7 @@ use crate::{
     gateway::Gateway,
     http::{
         Body,
+        announcements::{self, Start},
         api::{
             PathId, Worker, check_close,
             history::{self, Range},
@@ -55,7 +57,8 @@ pub(super) fn router() -> Router<Arc<Gateway>> {
         .route("/api/v1/sessions/{session_id}/streams/{stream_id}", post(change_stream))
         .route("/api/v1/sessions/{session_id}/close", post(close_session))
         .route("/api/v1/sessions/{session_id}/upstream", get(follow_upstream))
-        .route("/api/v1/agents/{agent_id}/sessions/events", get(follow_sessions))
+        .route("/api/v1/sessions/events", get(follow_sessions))
+        .route("/api/v1/agents/{agent_id}/sessions/events", get(follow_sessions_of))
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -233,10 +236,41 @@ async fn follow_upstream(
     follow::follow(&gateway, gateway.names.session_up(&session), log).await
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionsQuery {
+    agent: Option<String>,
+    after: Option<String>,
+    #[serde(default)]
+    log: bool,
+}
+
 async fn follow_sessions(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    PathId(agent): PathId,
+    headers: HeaderMap,
+    query: Result<Query<SessionsQuery>, QueryRejection>,
 ) -> Result<http::Response<Body>, Rejection> {
-    follow::follow(&gateway, gateway.names.agent_sessions(&agent), None).await
+    let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    let agent = query.agent.as_deref();
+    let agent = agent.ok_or_else(|| Rejection::bad_request("agent is missing."))?;
+    let agent = Id::parse(agent).map_err(|error| Rejection::bad_id(format!("agent {error}.")))?;
+    let start = Start::read(&headers, query.after.as_deref(), query.log)?;
+    announcements::follow(&gateway, &agent, start).await
+}
+
+/// The same at an older path.
+async fn follow_sessions_of(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(agent): PathId,
+    headers: HeaderMap,
+    query: Result<Query<SessionsQuery>, QueryRejection>,
+) -> Result<http::Response<Body>, Rejection> {
+    let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    if query.agent.is_some() {
+        return Err(Rejection::bad_request("The agent stands in the path."));
+    }
+    let start = Start::read(&headers, query.after.as_deref(), query.log)?;
+    announcements::follow(&gateway, &agent, start).await
 }
