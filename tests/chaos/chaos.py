@@ -58,6 +58,8 @@ class Plan:
         sessions, users = ["s1", "s2", "s3"], ["u1", "u2"]
         people = [Person(world, name, form) for name in sessions for form in ("ws", "id", "sse")]
         people += [Person(world, f"user:{name}", form) for name in users for form in ("ws", "id", "sse")]
+        for channel in (names.session("s1"), names.user("u1"), names.BROADCAST):
+            await world.reader(channel)
         publishers = Publishers(world, sessions, users, self.capture)
         tasks = [asyncio.create_task(person.live()) for person in people]
         tasks += publishers.start()

@@ -80,7 +80,9 @@ async def instance_stands_still(world, random):
     """An instance stands still, and Redis may cut it off meanwhile."""
     gateway = _any_instance(world, random)
     gateway.freeze()
-    await asyncio.sleep(random.uniform(0.3, 3.0))
+    # Longer than the ttl, where that is short.
+    is_short = world.limits.ttl_ms < 10_000
+    await asyncio.sleep(random.uniform(0.3, world.limits.ttl_ms / 700 if is_short else 3.0))
     if random.random() < 0.5:
         await world.master.cut("pubsub")
         await asyncio.sleep(0.3)
@@ -101,6 +103,14 @@ async def instance_cut_off(world, random):
     address.cut()
     await asyncio.sleep(random.uniform(0.2, 2.0))
     address.lead_to(world.master)
+
+
+async def network_stalls(world, random):
+    """Nothing passes between an instance and Redis for a while; both believe that they are connected."""
+    address = _any_instance(world, random).address
+    address.stall()
+    await asyncio.sleep(random.choice([0.3, 2.0, 5.0]))
+    address.flow()
 
 
 async def forged(world, random):
@@ -182,6 +192,7 @@ HARMLESS = [
     instance_stands_still,
     instance_drained,
     instance_cut_off,
+    network_stalls,
     forged,
 ]
 FORGETFUL = [emptied, emptied_in_a_millisecond, replica_promoted, two_masters, links_apart, clock_set]

@@ -50,7 +50,7 @@ async def run_world(name, world, play):
             result.violations = await world.judge()
             result.notes = world.notes
             result.seen = sum(client.view.count("message") for client in world.clients)
-            result.lost = sum(client.view.count("lost") for client in world.clients)
+            result.lost = sum(client.view.count("lost") + client.view.count("gap") for client in world.clients)
             if (result.violations or result.error) and os.environ.get("CHAOS_KEEP"):
                 world.keep(os.environ["CHAOS_KEEP"], name)
     except Exception:

@@ -195,6 +195,8 @@ class Address:
         self.port = free_port()
         self._links = set()
         self._listener = None
+        self._flows = asyncio.Event()
+        self._flows.set()
 
     async def start(self):
         """Begins to listen."""
@@ -203,6 +205,14 @@ class Address:
     def lead_to(self, target):
         """New connections go to this server; nobody: they are closed at once. Old ones stay where they are."""
         self.target = target
+
+    def stall(self):
+        """Nothing passes any more, and nobody is told: a network that swallows packets."""
+        self._flows.clear()
+
+    def flow(self):
+        """What waited passes."""
+        self._flows.set()
 
     def cut(self):
         """Cuts all connections."""
@@ -233,6 +243,7 @@ class Address:
 
     async def _pump(self, reader, writer):
         while data := await reader.read(65536):
+            await self._flows.wait()
             writer.write(data)
             await writer.drain()
         # What was said before the end is still read, also by an instance that stands still just now.

@@ -61,6 +61,14 @@ class Publishers:
             return names.user(self.random.choice(self.users))
         return names.connection(self.random.choice(connections))
 
+    def _own_id(self, label):
+        if self.random.random() > 0.3:
+            return ""
+        if not self.world.expectations.lossless and self.random.random() < 0.2:
+            # Used again and again: clients may be told that nobody knows where it leads.
+            return f"job-{self.random.randint(1, 5)}"
+        return f"own-{label}"
+
     async def _repeat(self, attempt):
         """As documented: what has no answer is sent again with the same key."""
         end = time.monotonic() + GIVE_UP_SECONDS
@@ -75,12 +83,15 @@ class Publishers:
         if started is None:
             return True
         label, channel = self._label("lua"), self._channel()
-        own_id = f"own-{label}" if self.random.random() < 0.3 else ""
-        has_key = self.random.random() < 0.5
+        own_id, has_key = self._own_id(label), self.random.random() < 0.5
+        limits = self.world.limits
+        if not self.world.expectations.lossless and self.random.random() < 0.1:
+            # A worker whose bounds are smaller than the gateway's.
+            limits = names.Limits(entries_max=20, ttl_ms=1500)
 
         async def attempt():
             with contextlib.suppress(OSError, RedisError):
-                await self.world.publish(label, channel, own_id, label if has_key else "")
+                await self.world.publish(label, channel, own_id, label if has_key else "", limits=limits)
                 return True
             # Without a key it may be there already.
             return not has_key
@@ -126,7 +137,7 @@ class Publishers:
         if started is None:
             return True
         label, channel = self._label("api"), self._channel()
-        own_id = f"own-{label}" if self.random.random() < 0.3 else ""
+        own_id = self._own_id(label)
         self.world.truth.sending(label, channel)
         path = self._path(channel, own_id)
         body = self.world.payload(label, channel, own_id)
@@ -208,6 +219,9 @@ class Publishers:
 
     async def end(self, world):
         """Every token stream that Redis still knows has an end; those whose workers died, within their lease."""
+        if world.clock:
+            # A lease ends by the clock of Redis, and nobody knows when that is.
+            return
 
         async def open_streams():
             still = []

@@ -64,6 +64,7 @@ class Truth:
         self.plain = set()
         self.captured = set()
         self.forged = set()
+        self.own_ids = {}
         self.texts = {}
         self._number = 0
 
@@ -131,6 +132,8 @@ class Truth:
         entry = Entry(channel, label, position, own_id, parent, begins, server, self._number, sent_at)
         self.entries.setdefault(channel, {}).setdefault(label, []).append(entry)
         self.tails[server, channel] = entry
+        if own_id:
+            self.own_ids.setdefault(own_id, []).append(entry)
         self.channels.setdefault(label, channel)
         self._text(payload)
 
@@ -159,15 +162,6 @@ class Truth:
         """The entries with this label, and with this position where it is known."""
         held = self.entries.get(channel, {}).get(label, [])
         return {entry for entry in held if position is None or entry.position == position}
-
-    def older_copies(self, entry):
-        """The entry, and those with its own id that came before it: a client may be taken behind the oldest."""
-        same, at = {entry}, entry.parent
-        while at is not None and entry.own_id:
-            if at.own_id == entry.own_id:
-                same.add(at)
-            at = at.parent
-        return same
 
     def unseen(self, channel, label, position):
         """A client got a message of which no server was seen: it died just then, and has forgotten it."""

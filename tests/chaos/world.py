@@ -14,6 +14,7 @@ import tempfile
 import time
 
 import httpx
+from readers import Reader
 from redis.exceptions import RedisError
 
 import names
@@ -130,6 +131,13 @@ class World:
             client = Client(self, name or f"c{len(self.clients)}", [names.session(target)], form)
         self.clients.append(client)
         return client
+
+    async def reader(self, channel):
+        """A reader of a history over HTTP."""
+        reader = Reader(self, f"c{len(self.clients)}", channel)
+        self.clients.append(reader)
+        await reader.come(self.gateways[0])
+        return reader
 
     async def opened(self, target, form="ws", gateway=None, asked=""):
         """A client that is connected, and has been told where it stands."""
@@ -288,7 +296,7 @@ class World:
                     await asyncio.sleep(0.2)
                 continue
             # A client that begins anew gets what is published from then on.
-            now = (client.view.count("connect"), client.view.count("lost"))
+            now = tuple(client.view.count(kind) for kind in ("connect", "lost", "gap"))
             marks, state = (marks if state == now else {}), now
             connection = [names.connection(client.connection_id)] if client.connection_id else []
             for channel in [*client.view.channels, *connection]:

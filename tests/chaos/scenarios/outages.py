@@ -48,6 +48,8 @@ async def calm(world):
     """Nothing goes wrong: every message comes once, in order, live or after coming back; no counter of losses moves."""
     *_, away = await everybody(world, gateways=3)
     users = [await world.opened("user:u", form, world.gateways[n % 3]) for n, form in enumerate(("ws", "id", "sse"))]
+    for channel in (SESSION, names.user("u"), names.BROADCAST):
+        await world.reader(channel)
     for n in range(60):
         await world.publish(f"s.{n}", SESSION, f"own-{n}" if n % 5 == 0 else "", f"key-{n}" if n % 3 == 0 else "")
         await world.publish(f"u.{n}", (names.BROADCAST, names.user("u"))[n % 2])
@@ -128,6 +130,19 @@ async def one_instance_cut_off(world):
             world.gateways[0].address.cut()
             await asyncio.sleep(1.5)
             world.gateways[0].address.lead_to(world.master)
+            await world.ready()
+        await asyncio.sleep(0.3)
+
+
+@scenario(lossless=True)
+async def network_stalls(world):
+    """Nothing passes between one instance and Redis for a while, and neither end is told."""
+    await everybody(world)
+    async with Traffic(world):
+        for pause in (0.5, 5.0):
+            world.gateways[0].address.stall()
+            await asyncio.sleep(pause)
+            world.gateways[0].address.flow()
             await world.ready()
         await asyncio.sleep(0.3)
 
