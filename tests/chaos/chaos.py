@@ -60,7 +60,9 @@ class Plan:
         people += [Person(world, f"user:{name}", form) for name in users for form in ("ws", "id", "sse")]
         for channel in (names.session("s1"), names.user("u1"), names.BROADCAST):
             await world.reader(channel)
-        publishers = Publishers(world, sessions, users, self.capture)
+        for name, transport in (("p1", "websocket"), ("p2", "sse")):
+            await world.packaged(name, transport)
+        publishers = Publishers(world, [*sessions, "p1", "p2"], users, self.capture)
         tasks = [asyncio.create_task(person.live()) for person in people]
         tasks += publishers.start()
         try:

@@ -2,7 +2,7 @@
 
 No other file of the chaos suite spells a key. `WSPROXY_NAMES=v1` selects the spelling of versions up to 0.3, so that
 the same scenarios can be run against an older binary; `WSPROXY_SCRIPTS` and `WSPROXY_PACKAGE` name the folders of its
-scripts and of its Python package.
+scripts and of its Python package (that one is a matter of `run`).
 """
 
 import json
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FORM = os.environ.get("WSPROXY_NAMES", "v2")
 SCRIPTS = pathlib.Path(os.environ.get("WSPROXY_SCRIPTS", ROOT / "spec/scripts"))
-PACKAGE = pathlib.Path(os.environ.get("WSPROXY_PACKAGE", ROOT / "clients/python/src"))
 BINARY = pathlib.Path(os.environ.get("WSPROXY_BIN", ROOT / "target/debug/wsproxy"))
 if FORM not in ("v1", "v2"):
     raise SystemExit(f"WSPROXY_NAMES is v1 or v2, not {FORM!r}.")
@@ -94,6 +93,11 @@ def history(channel):
 def token_key(name):
     """The one-time token of a session."""
     return f"session:{name}:auth"
+
+
+def announcements(agent):
+    """The log in which opened and closed sessions of an agent are kept."""
+    return f"{{agent:{agent}:sessions}}:log"
 
 
 CLOCK = "ws:clock" if _IS_OLD else "{ws}:clock"

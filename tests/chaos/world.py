@@ -9,11 +9,11 @@ import json
 import pathlib
 import random
 import shutil
-import sys
 import tempfile
 import time
 
 import httpx
+from packaged import PackageClient
 from readers import Reader
 from redis.exceptions import RedisError
 
@@ -22,8 +22,6 @@ import oracle
 from clients import Client, Refused
 from parts import API_KEY, SECRET, Address, Clock, Gateway, Server, connect, until
 from truth import Truth
-
-sys.path.insert(0, str(names.PACKAGE))
 from wsproxy import Limits, Worker
 
 # Everybody has to have everything this long after the faults have ended.
@@ -42,6 +40,19 @@ LOSSES = [
     "wsproxy_uncaptured_messages_total",
     "wsproxy_log_lines_dropped_total",
 ]
+
+
+class AnyInstance:
+    """A target of an address: one of the instances that are up, another one for each connection."""
+
+    def __init__(self, world):
+        self._world = world
+
+    @property
+    def port(self):
+        """Where the next connection goes."""
+        up = [gateway for gateway in self._world.gateways if gateway.is_up]
+        return self._world.random.choice(up or self._world.gateways).port
 
 
 class World:
@@ -64,6 +75,7 @@ class World:
         self._moves_clock = moves_clock
         self._locks = {}
         self._packages = []
+        self.front = None
 
     async def __aenter__(self):
         # In memory where there is such a place: every acknowledged write waits for the disk.
@@ -81,7 +93,7 @@ class World:
         for client in self.clients:
             with contextlib.suppress(Exception):
                 await client.leave()
-        for part in [*self.gateways, *self.addresses, *self.servers]:
+        for part in [*self.gateways, *self.addresses, *filter(None, [self.front]), *self.servers]:
             with contextlib.suppress(OSError, RedisError, RuntimeError):
                 await part.stop()
         for one in (self.workers, *self._packages):
@@ -138,6 +150,16 @@ class World:
         self.clients.append(reader)
         await reader.come(self.gateways[0])
         return reader
+
+    async def packaged(self, session, transport):
+        """A client of the Python package."""
+        if self.front is None:
+            self.front = Address(AnyInstance(self))
+            await self.front.start()
+        client = PackageClient(self, f"c{len(self.clients)}", session, transport)
+        self.clients.append(client)
+        await client.come()
+        return client
 
     async def opened(self, target, form="ws", gateway=None, asked=""):
         """A client that is connected, and has been told where it stands."""

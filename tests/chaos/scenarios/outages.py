@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import time
 
 from redis.exceptions import RedisError
@@ -16,8 +17,8 @@ from scenarios.identity import SESSION, everybody
 class Traffic:
     """A worker that publishes on and on, with an idempotency key, and repeats what was not acknowledged."""
 
-    def __init__(self, world, channel=SESSION, pause=0.02):
-        self.world, self.channel, self.pause, self.count = world, channel, pause, 0
+    def __init__(self, world, channel=SESSION, pause=0.02, mark="t"):
+        self.world, self.channel, self.pause, self.mark, self.count = world, channel, pause, mark, 0
 
     async def __aenter__(self):
         self.task = asyncio.create_task(self._run())
@@ -33,7 +34,7 @@ class Traffic:
 
     async def _run(self):
         while channel := self.channel:
-            label = f"t.{self.count}"
+            label = f"{self.mark}.{self.count}"
             while True:
                 with contextlib.suppress(RedisError, OSError):
                     await self.world.publish(label, channel, once=label)
@@ -151,8 +152,11 @@ async def network_stalls(world):
 async def instances_come_and_go(world):
     """Instances are killed, frozen, thawed, drained and started; clients come back on whatever instance there is."""
     clients = await everybody(world, gateways=3)
+    for transport in ("websocket", "sse"):
+        await world.packaged(transport, transport)
     one, two, three = world.gateways
-    async with Traffic(world):
+    channels = [names.session(name) for name in ("websocket", "sse")]
+    async with Traffic(world), Traffic(world, channels[0], mark="u"), Traffic(world, channels[1], mark="v"):
         one.kill()
         two.freeze()
         for client in clients:
@@ -167,6 +171,42 @@ async def instances_come_and_go(world):
             if not client.is_open:
                 await client.come(world.gateways[n % 3])
         await asyncio.sleep(0.3)
+
+
+@scenario(lossless=True, settings={"WSPROXY_SESSIONS__EVENTS_LOG": "true"})
+async def announcements_kept(world):
+    """Sessions open and close while Redis is killed and an instance dies for good: every one that a client has seen
+    open is announced as opened and, by whoever notices, as closed."""
+    clients = await everybody(world)
+    opened = len(clients)
+    for n, client in enumerate(clients):
+        if n % 2:
+            await client.leave()
+            await client.come(world.gateways[1])
+            opened += 1
+    await world.restart_redis()
+    world.gateways[0].kill()
+    await world.ready()
+    for client in clients:
+        await client.leave()
+
+    async def told():
+        entries = await world.master.client.xrange(names.announcements("demo"))
+        said = [json.loads(fields[b"data"]) for _, fields in entries]
+        return [{each["connection_id"] for each in said if each["event"] == event} for event in ("opened", "closed")]
+
+    async def is_whole():
+        begun, ended = await told()
+        return len(begun) == opened and begun == ended
+
+    with contextlib.suppress(TimeoutError):
+        # An instance that is dead is noticed after its lease.
+        await until("all ends are announced", is_whole, 30)
+    begun, ended = await told()
+    world.notes.append(f"{opened} connections, {len(begun)} opened and {len(ended)} closed are announced")
+    world.expect(len(begun) == opened, f"{opened} connections were opened, and {len(begun)} announced")
+    world.expect(begun == ended, f"{len(begun - ended)} connections have no end, {len(ended - begun)} no beginning")
+    await world.gateways[0].start()
 
 
 @scenario(lossless=True)
