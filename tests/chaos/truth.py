@@ -56,6 +56,7 @@ class Truth:
 
     def __init__(self):
         self.entries = {}
+        self.positions = {}
         self.tails = {}
         self.sent = {}
         self.channels = {}
@@ -122,7 +123,10 @@ class Truth:
             return
         if any(each.server == server and each.position == position for each in self.find(channel, label)):
             return
-        begins = names.is_start(previous)
+        # A log that is new may begin behind a position that belongs to no message.
+        positions = self.positions.setdefault(channel, set())
+        begins = names.is_start(previous) or previous not in positions
+        positions.add(position)
         parent = self.tails.get((server, channel))
         if parent is None and not begins:
             parent = UNKNOWN
