@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -154,13 +155,18 @@ def main():
             return 64
         wanted += known.values() if name == "all" else [known[name]]
     print(f"{names.BINARY} with the names of {names.FORM}; repeat random rounds with --seed {seed}", flush=True)
-    results = asyncio.run(everything(asked, wanted * asked.repeat, seed, is_short))
+    try:
+        results = asyncio.run(everything(asked, wanted * asked.repeat, seed, is_short))
+    except asyncio.CancelledError:
+        return 143
     table(results)
     return 0 if all(each.verdict == "held" for each in results) else 1
 
 
 async def everything(asked, wanted, seed, is_short):
     """Scenarios first, then random rounds: in short one with a fixed seed, and one with a seed of today."""
+    # All that was started is ended, also by whoever ends this.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     results = list(await run_scenarios(wanted, seed, asked.at_once)) if wanted else []
     if is_short:
         results += await run_rounds(1, 0, 1)
