@@ -260,7 +260,8 @@ class Judge:
             self._fail(f"was told history_lost ({item.said.get('reason')}) although Redis has lost nothing")
 
     def _gap(self, item):
-        """A reader of a history was told that something behind its position may be missing."""
+        """A reader of a history was told that something behind its position may be missing: it begins anew."""
+        self.seen = []
         self.at = {channel: Anywhere() for channel in self._watched()}
         if self.expected.lossless or self.expected.calm:
             self._fail(f"was told history_lost ({item.said.get('reason')}) although Redis has lost nothing")
