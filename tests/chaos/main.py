@@ -17,6 +17,8 @@ from world import World
 
 # No scenario takes longer, unless something hangs.
 SCENARIO_SECONDS = 120
+# The short form begins no further round after this long, so that it ends within three minutes.
+SHORT_SECONDS = 150
 
 
 @dataclass
@@ -134,7 +136,7 @@ def arguments():
     parser.add_argument("--seed", type=int, help="seed of the first random round; without it a random one")
     parser.add_argument("--rounds", type=int, default=0, help="run so many random rounds")
     parser.add_argument("--minutes", type=float, default=0.0, help="run random rounds for so long")
-    parser.add_argument("--at-once", type=int, default=3, metavar="N", help="scenarios that run at the same time (3)")
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="scenarios that run at the same time (4)")
     parser.add_argument("--repeat", type=int, default=1, help="run the scenarios so often")
     return parser.parse_args()
 
@@ -165,12 +167,16 @@ def main():
 
 async def everything(asked, wanted, seed, is_short):
     """Scenarios first, then random rounds: in short one with a fixed seed, and one with a seed of today."""
+    started = time.monotonic()
     # All that was started is ended, also by whoever ends this.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     results = list(await run_scenarios(wanted, seed, asked.at_once)) if wanted else []
     if is_short:
-        results += await run_rounds(1, 0, 1)
-        results += await run_rounds(seed, 0, 1)
+        for first in (1, seed):
+            if time.monotonic() - started < SHORT_SECONDS:
+                results += await run_rounds(first, 0, 1)
+            else:
+                print(f"There is no time left for the round --seed {first}.", flush=True)
     elif asked.rounds or asked.minutes:
         results += await run_rounds(seed, asked.minutes, asked.rounds)
     return results
