@@ -9,7 +9,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::HistoryLimits,
+    bus::{HistoryLimits, not_done::NotDone},
     store::{memory::MemoryStore, redis::RedisStore},
 };
 
@@ -183,7 +183,15 @@ pub enum StoreError {
     /// Too much is waiting, or the embedded store holds as much as it may.
     #[error("the store is full")]
     Full,
-    /// The store answered with an error: a retry will not help.
+    /// Nothing was done, for a reason that is known.
+    #[error("{}: {error}", refusal.reason())]
+    NotDone {
+        /// The reason.
+        refusal: NotDone,
+        /// The store's own words, for logs.
+        error: String,
+    },
+    /// The store answered with an error of another kind: a retry will not help.
     #[error("the store refused: {0}")]
     Refused(String),
     /// The instance is ending.

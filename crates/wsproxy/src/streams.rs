@@ -49,9 +49,15 @@ async fn reap_some(gateway: &Gateway) -> Result<(), StoreError> {
             // Its worker came back.
             Err(StoreError::Refused(why)) if why.starts_with("ALIVE") => {}
             // Another instance was faster, or what it belongs to is no stream.
-            Err(StoreError::Refused(why)) => {
+            Err(StoreError::Refused(why))
+                if why.starts_with("NOSTREAM") || why.starts_with("ENDED") =>
+            {
                 debug!(session_id = %session, stream = %stream, why, "A lease has no stream.");
                 gateway.store.forget_lease(&session, &stream).await?;
+            }
+            // This one stays, and must not keep the others from their end.
+            Err(error @ (StoreError::Refused(_) | StoreError::NotDone { .. })) => {
+                debug!(session_id = %session, stream = %stream, %error, "A token stream cannot be ended now.");
             }
             Err(error) => return Err(error),
         }

@@ -7,6 +7,7 @@ use http::{HeaderMap, Response, StatusCode, header};
 use serde_json::json;
 
 use crate::{
+    bus::Status,
     gateway::Gateway,
     http::{Body, api},
     registry::Totals,
@@ -39,7 +40,7 @@ async fn events_health(
     State(gateway): State<Arc<Gateway>>,
 ) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
-    let healthy = status.connected && status.subscribed && !gateway.is_draining();
+    let healthy = is_whole(&status) && !gateway.is_draining();
     let connections = match &gateway.registry {
         Some(registry) => registry.totals().await,
         None => Totals::default(),
@@ -56,7 +57,7 @@ async fn events_health(
 /// Is the process alive, and does it reach its bus?
 async fn health(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
-    let healthy = status.connected && status.subscribed;
+    let healthy = is_whole(&status);
     let body = json!({
         "status": if healthy { "ok" } else { "degraded" },
         "server_id": &*gateway.server_id,
@@ -67,10 +68,16 @@ async fn health(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_
             "connected": status.connected,
             "subscribed": status.subscribed,
             "channels": status.channels,
-            "error": status.last_error,
+            "writable": status.refusal.is_none(),
+            "error": status.last_error.or(status.refusal.map(|why| why.reason().to_owned())),
         },
     });
     (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
+}
+
+/// Whether everything that a client may ask for can be done.
+fn is_whole(status: &Status) -> bool {
+    status.connected && status.subscribed && status.refusal.is_none()
 }
 
 /// Should clients be sent here?
@@ -80,6 +87,8 @@ async fn ready(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_j
         Some("draining")
     } else if !status.connected || !status.subscribed {
         Some("bus")
+    } else if status.refusal.is_some() {
+        Some("bus_refuses_writes")
     } else if gateway.places.taken() >= gateway.places.max() {
         Some("full")
     } else {

@@ -112,7 +112,7 @@ impl Routes {
             error = rejection.cause,
             "Handshake refused."
         );
-        let mut response = rejection.response();
+        let mut response = rejection.clone().for_client().response();
         if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
         }
