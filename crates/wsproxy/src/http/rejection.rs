@@ -118,14 +118,14 @@ impl Rejection {
         self
     }
 
-    /// For a client, who is not told how the store is.
+    /// For a client, who is not told how the store is: to try again later is all that it can do.
     #[must_use]
-    pub fn for_client(mut self) -> Self {
-        if self.code == NOT_DONE {
-            self.cause.get_or_insert(self.message);
-            self.message = "Not done: the store cannot be used now.".into();
+    pub fn for_client(&self) -> Self {
+        if self.code != NOT_DONE {
+            return self.clone();
         }
-        self
+        let message = "Not done: the store cannot be used now.".into();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
     }
 
     /// Attempts from this address above the rate; one can succeed after `wait`.
