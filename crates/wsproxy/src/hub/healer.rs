@@ -77,6 +77,10 @@ pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: Cancellation
         }
         tokio::select! {
             () = hub.holes.notified() => {}
+            () = hub.broken.due() => {
+                hub.tell_broken();
+                continue;
+            }
             () = end.cancelled() => return,
         }
         let begun = clock::now();
@@ -125,6 +129,14 @@ impl Broken {
         let mut untold = self.untold.lock();
         untold.0 += 1;
         untold.1 = Some((Arc::clone(topic), lost));
+    }
+
+    /// Resolves when a line may be written about those that are left; never where none is.
+    async fn due(&self) {
+        if self.untold.lock().0 == 0 {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
