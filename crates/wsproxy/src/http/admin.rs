@@ -7,7 +7,7 @@ use http::{HeaderMap, Response, StatusCode, header};
 use serde_json::json;
 
 use crate::{
-    bus::Status,
+    bus::{Status, not_done::NotDone},
     gateway::Gateway,
     http::{Body, api},
     registry::Totals,
@@ -69,7 +69,7 @@ async fn health(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_
             "subscribed": status.subscribed,
             "channels": status.channels,
             "writable": status.refusal.is_none(),
-            "error": status.last_error.or(status.refusal.map(|why| why.reason().to_owned())),
+            "error": status.last_error.as_deref().or_else(|| status.refusal.map(NotDone::reason)),
         },
     });
     (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))

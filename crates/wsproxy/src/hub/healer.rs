@@ -119,21 +119,27 @@ pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: Cancellation
 /// Histories that could not be continued and of which no line in the log tells yet.
 #[derive(Debug, Default)]
 pub struct Broken {
-    /// How many, and one of them.
-    untold: Mutex<(usize, Option<(Arc<str>, Lost)>)>,
+    untold: Mutex<Untold>,
     lines: Throttle,
+}
+
+#[derive(Debug, Default)]
+struct Untold {
+    topics: usize,
+    /// One of them.
+    last: Option<(Arc<str>, Lost)>,
 }
 
 impl Broken {
     fn note(&self, topic: &Arc<str>, lost: Lost) {
         let mut untold = self.untold.lock();
-        untold.0 += 1;
-        untold.1 = Some((Arc::clone(topic), lost));
+        untold.topics += 1;
+        untold.last = Some((Arc::clone(topic), lost));
     }
 
     /// Resolves when a line may be written about those that are left; never where none is.
     async fn due(&self) {
-        if self.untold.lock().0 == 0 {
+        if self.untold.lock().topics == 0 {
             std::future::pending::<()>().await;
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -144,10 +150,10 @@ impl Hub {
     /// One line for all histories that could not be continued; the rest with the next one.
     fn tell_broken(&self) {
         let mut untold = self.broken.untold.lock();
-        if untold.0 == 0 || self.broken.lines.pass().is_none() {
+        if untold.topics == 0 || self.broken.lines.pass().is_none() {
             return;
         }
-        if let (topics, Some((topic, lost))) = std::mem::take(&mut *untold) {
+        if let Untold { topics, last: Some((topic, lost)) } = std::mem::take(&mut *untold) {
             let (topic, reason) = (&*topic, lost.label());
             warn!(topics, topic, reason, "Histories cannot be continued.");
         }
