@@ -189,6 +189,7 @@ pub struct Hub {
     outages: AtomicU64,
     /// Told when a log has to be read.
     holes: Notify,
+    broken: healer::Broken,
     /// What deliveries came to; the metrics read it.
     pub counters: HubCounters,
 }
@@ -232,6 +233,7 @@ impl Hub {
             bus: OnceLock::new(),
             outages: AtomicU64::new(0),
             holes: Notify::new(),
+            broken: healer::Broken::default(),
             counters: HubCounters::default(),
         })
     }

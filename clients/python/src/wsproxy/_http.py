@@ -44,6 +44,8 @@ T = TypeVar("T")
 # What the gateway takes in one call.
 _BATCH_MAX = 1000
 _BATCH_BYTES = 512 * 1024
+# Codes of refusals before anything was done.
+_NOT_DONE = ("not_done", "full", "draining", "rate_limited", "request_timeout")
 # The request was not sent, so it may be sent again.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -57,6 +59,8 @@ def error_of(response: httpx.Response) -> WsproxyError:
     except (ValueError, KeyError, TypeError):
         pass
     text = f"{message} ({response.status_code} {code})".replace(" )", ")")
+    if code == "not_done" and response.status_code == 409:
+        return InvalidRequest(text)
     match response.status_code:
         case 401 | 403:
             return Unauthorized(text)
@@ -65,8 +69,9 @@ def error_of(response: httpx.Response) -> WsproxyError:
         case 429 | 500 | 502 | 503 | 504 | 408:
             retry_after = response.headers.get("retry-after", "")
             # Whatever was refused for its number or before it was read was not done.
-            done = response.status_code not in (429, 408)
-            return Unavailable(text, in_doubt=done, retry_after=float(retry_after) if retry_after.isdigit() else None)
+            in_doubt = response.status_code not in (429, 408) and code not in _NOT_DONE
+            pause = float(retry_after) if retry_after.isdigit() else None
+            return Unavailable(text, in_doubt=in_doubt, retry_after=pause)
         case 404 | 409 | 410:
             return _stream_error(code, text) or NotFound(text)
     return InvalidRequest(text)

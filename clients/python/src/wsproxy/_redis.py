@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,20 @@ if left == -1 then redis.call('SET', KEYS[1], now)
 else redis.call('SET', KEYS[1], now, 'PX', string.format('%.0f', math.max(tonumber(ARGV[1]), left))) end
 return redis.call('PUBLISH', ARGV[2], ARGV[3])
 """
-# Errors that Redis answers before it does anything.
-_NOT_DONE = (exceptions.BusyLoadingError, exceptions.ReadOnlyError, exceptions.MaxConnectionsError)
+# Errors that Redis answers before it does anything; redis-py takes the code of these from their texts.
+_NOT_DONE = (
+    exceptions.BusyLoadingError,
+    exceptions.MaxConnectionsError,
+    exceptions.NoScriptError,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+)
+# What the others begin with. All of them pass.
+_NOT_DONE_CODES = frozenset(
+    ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN"]
+)
+# Redis before 7 puts this before an error that stopped a script.
+_IN_SCRIPT = re.compile(r"(?:ERR )?Error running script.*@user_script:\s*\d+:\s*-?", re.DOTALL)
 
 
 def script(name: str) -> str:
@@ -89,18 +102,26 @@ def _errors() -> Iterator[None]:
     """Errors of redis-py as errors of this package."""
     try:
         yield
-    except _NOT_DONE as error:
-        raise Unavailable(f"Redis cannot do it now: {error}") from error
-    except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
-        raise Unauthorized(f"Redis refused the worker: {error}") from error
-    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError) as error:
-        raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
-    except exceptions.ResponseError as error:
-        raise _script_error(str(error)) from error
+    except (exceptions.RedisError, OSError, TimeoutError) as error:
+        raise _error(error) from error
+
+
+def _error(error: Exception) -> WsproxyError:
+    match error:
+        case _ if isinstance(error, _NOT_DONE):
+            return Unavailable(f"Not done: {error}")
+        case exceptions.AuthenticationError() | exceptions.NoPermissionError():
+            return Unauthorized(f"Redis refused the worker: {error}")
+        case exceptions.ResponseError():
+            return _script_error(str(error))
+        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
+            return Unavailable(f"Redis cannot be reached: {error}", in_doubt=True)
+    return InvalidRequest(f"Redis refused: {error}")
 
 
 def _script_error(text: str) -> WsproxyError:
     # Scripts' own errors may come behind a generic `ERR`, which older versions of Redis put before them.
+    text = _IN_SCRIPT.sub("", text, count=1)
     words = text.removeprefix("ERR ").split()
     match words:
         case ["NOSTREAM", *_]:
@@ -113,8 +134,10 @@ def _script_error(text: str) -> WsproxyError:
             return StreamConflict("The stream was continued by somebody else.")
         case ["TOOLARGE", *_]:
             return TooLarge("The text of the stream is too large.")
-        case ["LOADING" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "READONLY" | "OOM" | "MISCONF", *_]:
-            return Unavailable(f"Redis cannot do it now: {text}")
+        case ["WRONGTYPE", *_]:
+            return InvalidRequest(f"Not done: {text}")
+        case [code, *_] if code in _NOT_DONE_CODES:
+            return Unavailable(f"Not done: {text}")
     return InvalidRequest(f"Redis refused: {text}")
 
 
@@ -210,13 +233,20 @@ class RedisBackend:
             for index, each in enumerate(answers):
                 # A Redis that was restarted in this moment has forgotten the script, and did not do this one.
                 if isinstance(each, exceptions.NoScriptError):
-                    keys, args = self._publish_call(publications[index])
-                    answers[index] = await self._publish(keys=keys, args=args)
+                    answers[index] = await self._publish_again(publications[index])
             return answers
 
         repeatable = all(each.idempotency_key is not None for each in publications)
         answers = await self._do(run, repeatable=repeatable)
         return [_receipt(each) if not isinstance(each, BaseException) else each for each in answers]
+
+    async def _publish_again(self, publication: Publication) -> Any:
+        keys, args = self._publish_call(publication)
+        try:
+            return await self._publish(keys=keys, args=args)
+        except exceptions.ResponseError as error:
+            # Of this message alone: the others keep their answers.
+            return error
 
     async def stream(self, call: StreamCall) -> StreamReply:
         channel = self._channel(Target("session", call.session))
@@ -430,8 +460,8 @@ def _receipt(answer: Any) -> Receipt:
 def _result(outcome: Receipt | BaseException) -> Receipt | Failure:
     if isinstance(outcome, Receipt):
         return outcome
-    if isinstance(outcome, exceptions.ResponseError):
-        outcome = _script_error(str(outcome))
+    if isinstance(outcome, exceptions.RedisError):
+        outcome = _error(outcome)
     if isinstance(outcome, WsproxyError):
         return Failure(type(outcome).__name__, str(outcome), isinstance(outcome, Unavailable))
     raise outcome

@@ -200,7 +200,7 @@ pub static KEYS: &[Key] = &[
     key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis.").flag("channel-prefix").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
-    key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back."),
+    key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back over each connection; every tenth time also over a new one."),
     key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Bound of what waits to be published; beyond it reading from clients pauses."),
     key!(redis.ca_file, Optional(File), "Further CA certificates (PEM) for rediss://."),
 

@@ -21,7 +21,7 @@ use crate::{
     bus::{BusError, Keep, Publish},
     config::{self, Config, Heartbeat},
     endpoint::{
-        Actions, Logic, PUBLISHED,
+        Actions, Logic, PUBLISHED, Unpublished,
         events::{
             acks::{AckWindow, Due, Patience, Waiting},
             messages::{FromClient, Verdict},
@@ -29,7 +29,7 @@ use crate::{
     },
     hub::WANTS_ACK,
     registry::Transport,
-    telemetry::{counter::Counter, time},
+    telemetry::{counter::Counter, throttle::Throttle, time},
 };
 
 pub mod acks;
@@ -70,8 +70,10 @@ pub struct EventCounters {
     pub invalid: Counter,
     /// Messages from clients that no worker received.
     pub unheard: Counter,
-    /// Messages from clients that the bus did not take or lost.
+    /// Messages from clients that the bus lost.
     pub lost: Counter,
+    /// Messages from clients that the bus did not take.
+    pub refused: Counter,
     /// Messages that wanted an `ack`.
     pub ack_wanted: Counter,
     /// Messages that were acknowledged.
@@ -84,6 +86,8 @@ pub struct EventCounters {
     pub acks_unknown: Counter,
     /// Reports on acknowledgements that the bus did not take.
     pub unreported: Counter,
+    /// Of log lines about these.
+    pub unreported_lines: Throttle,
     /// Newer tokens that were good.
     pub refreshed: Counter,
     /// Newer tokens that were not.
@@ -208,17 +212,19 @@ impl EventLogic {
         match actions.publish(message) {
             Ok(()) => {}
             Err(BusError::Closed) => actions.disconnect(&Disconnect::RESTART),
-            Err(_) => self.on_outcome(true, actions),
+            Err(error) => self.on_unpublished((&error).into(), actions),
         }
     }
 
-    fn on_outcome(&self, lost: bool, actions: &mut dyn Actions) {
-        if lost {
-            self.endpoint.counters.lost.add(1);
-            let message = "The message may not have reached a worker.";
-            tell(&messages::error("publish_lost", message), actions);
-        } else {
-            self.endpoint.counters.unheard.add(1);
+    fn on_unpublished(&self, unpublished: Unpublished, actions: &mut dyn Actions) {
+        let counters = &self.endpoint.counters;
+        match unpublished {
+            Unpublished::Unheard => counters.unheard.add(1),
+            Unpublished::Lost => counters.lost.add(1),
+            Unpublished::Refused { .. } => counters.refused.add(1),
+        }
+        if let Some((code, message)) = unpublished.error() {
+            tell(&messages::error(code, message), actions);
         }
     }
 
@@ -316,8 +322,12 @@ impl EventLogic {
             receipt: None,
         };
         if let Err(error) = actions.publish(report) {
-            self.endpoint.counters.unreported.add(1);
-            warn!(connection_id = %self.connection, %error, "A report on an acknowledgement is lost.");
+            let counters = &self.endpoint.counters;
+            counters.unreported.add(1);
+            if let Some(left_out) = counters.unreported_lines.pass() {
+                warn!(connection_id = %self.connection, %error, left_out,
+                    "A report on an acknowledgement is lost.");
+            }
         }
     }
 
@@ -386,7 +396,7 @@ impl Logic for EventLogic {
         match event.tag {
             TIMER => self.on_timer(actions),
             WANTS_ACK => self.await_ack(event.payload, event.number, actions),
-            PUBLISHED => self.on_outcome(event.number == 1, actions),
+            PUBLISHED => self.on_unpublished(Unpublished::from_number(event.number), actions),
             VERIFIED => self.on_verdict(Verdict::from_bytes(&event.payload), actions),
             _ => {}
         }

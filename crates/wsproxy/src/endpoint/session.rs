@@ -20,12 +20,12 @@ use wsproxy_proto::{
 use crate::{
     bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
-    endpoint::{Actions, Logic, PUBLISHED},
+    endpoint::{Actions, Logic, PUBLISHED, Unpublished},
     registry::{
         Transport,
         sessions::{Record, SessionLog},
     },
-    telemetry::{counter::Counter, time},
+    telemetry::{counter::Counter, throttle::Throttle, time},
 };
 
 /// [`Event::tag`]: a worker's command.
@@ -55,12 +55,16 @@ pub struct SessionCounters {
     pub invalid: Counter,
     /// Messages from clients that no worker received.
     pub unheard: Counter,
-    /// Messages from clients that the bus did not take or lost.
+    /// Messages from clients that the bus lost.
     pub lost: Counter,
+    /// Messages from clients that the bus did not take.
+    pub refused: Counter,
     /// Commands from workers that made no sense.
     pub bad_commands: Counter,
     /// Announcements of opened and closed sessions that the bus did not take.
     pub unannounced: Counter,
+    /// Of log lines about these.
+    pub unannounced_lines: Throttle,
 }
 
 /// One client of a session.
@@ -126,16 +130,17 @@ impl SessionLogic {
         }
     }
 
-    fn on_outcome(&self, lost: bool, actions: &mut dyn Actions) {
-        if lost {
-            self.endpoint.counters.lost.add(1);
-            let message = "The message may not have reached the worker.";
-            error_message("publish_lost", message, actions);
-        } else {
-            self.endpoint.counters.unheard.add(1);
-            if self.endpoint.config.no_receiver == NoReceiver::Error {
-                error_message("no_receiver", "No worker listens to this session.", actions);
-            }
+    fn on_unpublished(&self, unpublished: Unpublished, actions: &mut dyn Actions) {
+        let counters = &self.endpoint.counters;
+        match unpublished {
+            Unpublished::Unheard => counters.unheard.add(1),
+            Unpublished::Lost => counters.lost.add(1),
+            Unpublished::Refused { .. } => counters.refused.add(1),
+        }
+        if let Some((code, message)) = unpublished.error() {
+            error_message(code, message, actions);
+        } else if self.endpoint.config.no_receiver == NoReceiver::Error {
+            error_message("no_receiver", "No worker listens to this session.", actions);
         }
     }
 
@@ -184,8 +189,12 @@ impl SessionLogic {
             receipt: None,
         };
         if let Err(error) = actions.publish(announcement) {
-            self.endpoint.counters.unannounced.add(1);
-            warn!(session_id = %self.session, connection_id = %self.connection, %error, "An announcement is lost.");
+            let counters = &self.endpoint.counters;
+            counters.unannounced.add(1);
+            if let Some(left_out) = counters.unannounced_lines.pass() {
+                warn!(session_id = %self.session, connection_id = %self.connection, %error, left_out,
+                    "An announcement is lost.");
+            }
         }
     }
 }
@@ -216,13 +225,13 @@ impl Logic for SessionLogic {
         match actions.publish(message) {
             Ok(()) => {}
             Err(BusError::Closed) => actions.disconnect(&Disconnect::RESTART),
-            Err(_) => self.on_outcome(true, actions),
+            Err(error) => self.on_unpublished((&error).into(), actions),
         }
     }
 
     fn on_event(&mut self, event: Event, actions: &mut dyn Actions) {
         match event.tag {
-            PUBLISHED => self.on_outcome(event.number == 1, actions),
+            PUBLISHED => self.on_unpublished(Unpublished::from_number(event.number), actions),
             CONTROL => self.on_command(&event.payload, actions),
             _ => {}
         }

@@ -7,6 +7,7 @@ use http::{HeaderMap, Response, StatusCode, header, request::Parts};
 use serde_json::json;
 
 use crate::{
+    bus::{Status, not_done::NotDone},
     gateway::Gateway,
     http::{Body, api},
     registry::Totals,
@@ -57,7 +58,7 @@ async fn events_health(
     State(gateway): State<Arc<Gateway>>,
 ) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
-    let healthy = status.connected && status.subscribed && !gateway.is_draining();
+    let healthy = is_whole(&status) && !gateway.is_draining();
     let connections = match &gateway.registry {
         Some(registry) => registry.totals().await,
         None => Totals::default(),
@@ -78,7 +79,7 @@ fn health(
     parts: Parts,
 ) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
-    let healthy = status.connected && status.subscribed;
+    let healthy = is_whole(&status);
     let mut body = json!({ "status": if healthy { "healthy" } else { "degraded" } });
     let is_told = match details {
         Details::Always => true,
@@ -94,10 +95,16 @@ fn health(
             "connected": status.connected,
             "subscribed": status.subscribed,
             "channels": status.channels,
-            "error": status.last_error,
+            "writable": status.refusal.is_none(),
+            "error": status.last_error.as_deref().or_else(|| status.refusal.map(NotDone::reason)),
         });
     }
     (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
+}
+
+/// Whether everything that a client may ask for can be done.
+fn is_whole(status: &Status) -> bool {
+    status.connected && status.subscribed && status.refusal.is_none()
 }
 
 /// Should clients be sent here?
@@ -110,6 +117,8 @@ fn ready(
         Some("draining")
     } else if !status.connected || !status.subscribed {
         Some("bus")
+    } else if status.refusal.is_some() {
+        Some("bus_refuses_writes")
     } else if gateway.places.is_full() || gateway.sockets.is_full() {
         Some("full")
     } else if gateway.handshakes.is_full() {

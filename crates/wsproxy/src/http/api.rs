@@ -18,7 +18,6 @@ use http::{StatusCode, header, request::Parts};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tracing::{debug, warn};
-use wsproxy_conn::clock;
 use wsproxy_proto::{disconnect, names::Id};
 
 use crate::{
@@ -144,8 +143,7 @@ fn find_key<'a>(gateway: &'a Gateway, parts: &Parts) -> Result<Found<'a>, Reject
 
 /// Logs a refused call, never with the secret that was shown.
 fn log_refusal(gateway: &Gateway, parts: &Parts, found: Option<Found<'_>>, rejection: &Rejection) {
-    let now = clock::now().0;
-    let Some(held_back) = gateway.api_failures.pass(now, REFUSALS_EVERY_MICROS) else { return };
+    let Some(left_out) = gateway.api_failures.pass() else { return };
     let address = upgrade::address_of(gateway, &parts.headers, &parts.extensions).ok();
     warn!(
         key = found.map(tracing::field::display),
@@ -153,7 +151,7 @@ fn log_refusal(gateway: &Gateway, parts: &Parts, found: Option<Found<'_>>, rejec
         address = address.map(tracing::field::display),
         method = %parts.method,
         path = line_of(parts.uri.path()),
-        held_back,
+        left_out,
         "A call of the API was refused."
     );
 }
@@ -173,9 +171,6 @@ fn missing_scope(scope: Scope) -> Rejection {
     };
     make(format!("The API key lacks the scope {}.", scope.label()))
 }
-
-/// Strangers who try keys must not fill the log.
-const REFUSALS_EVERY_MICROS: u64 = 1_000_000;
 
 const LOGGED_PATH_BYTES_MAX: usize = 256;
 

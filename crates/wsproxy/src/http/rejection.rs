@@ -5,7 +5,12 @@ use std::time::Duration;
 use http::{HeaderValue, Response, StatusCode, header};
 use wsproxy_proto::ws::handshake::Refusal;
 
-use crate::{auth::jwt::JwtError, bus::BusError, http::Body, store::StoreError};
+use crate::{
+    auth::jwt::JwtError,
+    bus::{BusError, not_done::NotDone},
+    http::Body,
+    store::StoreError,
+};
 
 /// A refusal: what the client is told. The cause inside, if any, goes to the log only.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,8 +22,10 @@ pub struct Rejection {
     pub code: &'static str,
     /// `error.message`.
     pub message: String,
-    /// `Retry-After`; with one, `error.retryable` is true.
+    /// `Retry-After`.
     pub retry_after: Option<Duration>,
+    /// Whether the same request may be sent again without being done twice.
+    pub retryable: bool,
     /// What happened inside.
     pub cause: Option<String>,
 }
@@ -99,7 +106,42 @@ impl Rejection {
                 | StatusCode::GATEWAY_TIMEOUT
         );
         let retry_after = retryable.then_some(Duration::from_secs(1));
-        Self { status, code, message, retry_after, cause: None }
+        Self { status, code, message, retry_after, retryable, cause: None }
+    }
+
+    /// The bus or the store certainly did not do it.
+    #[must_use]
+    pub fn not_done(refusal: NotDone) -> Self {
+        let status = match refusal {
+            NotDone::WrongType => StatusCode::CONFLICT,
+            _ if refusal.is_passing() => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let message = format!("Not done: {}.", refusal.reason());
+        Self { retryable: true, ..Self::new(status, NOT_DONE, message) }
+    }
+
+    /// More waits for the bus than may; this was not put behind it.
+    fn overloaded() -> Self {
+        let message = "Not done: the bus is overloaded.".into();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
+    }
+
+    /// It is not known whether the request was done: only one that can be `repeated` may be sent again.
+    #[must_use]
+    pub fn in_doubt(mut self, repeated: bool) -> Self {
+        self.retryable &= repeated || self.code == NOT_DONE;
+        self
+    }
+
+    /// For a client, who is not told how the store is: to try again later is all that it can do.
+    #[must_use]
+    pub fn for_client(&self) -> Self {
+        if self.code != NOT_DONE {
+            return self.clone();
+        }
+        let message = "Not done: the store cannot be used now.".into();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
     }
 
     /// Attempts from this address above the rate; one can succeed after `wait`.
@@ -130,7 +172,7 @@ impl Rejection {
         serde_json::json!({ "error": {
             "code": self.code,
             "message": self.message,
-            "retryable": self.retry_after.is_some(),
+            "retryable": self.retryable,
         }})
     }
 
@@ -161,6 +203,9 @@ impl Rejection {
     }
 }
 
+/// `error.code` where certainly nothing was done.
+const NOT_DONE: &str = "not_done";
+
 /// A wait as a client is told it: rounded up, since earlier than that it would fail again.
 fn retry_seconds(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
@@ -180,8 +225,9 @@ impl From<Refusal> for Rejection {
 impl From<BusError> for Rejection {
     fn from(error: BusError) -> Self {
         match error {
-            BusError::Full => Self::bus_unavailable("The bus is overloaded.").because(error),
+            BusError::Full => Self::overloaded().because(error),
             BusError::Closed => Self::draining("The instance is ending.").because(error),
+            BusError::NotDone(refusal) => Self::not_done(refusal).because(error),
             BusError::Unreachable(_) | BusError::Refused(_) => {
                 Self::bus_unavailable("The bus cannot be used now.").because(error)
             }
@@ -191,7 +237,15 @@ impl From<BusError> for Rejection {
 
 impl From<StoreError> for Rejection {
     fn from(error: StoreError) -> Self {
-        Self::bus_unavailable("The store cannot be used now.").because(error)
+        let rejection = match &error {
+            StoreError::NotDone { refusal, .. } => Self::not_done(*refusal),
+            StoreError::Full => Self::not_done(NotDone::Memory),
+            StoreError::Closed => Self::draining("The instance is ending."),
+            StoreError::Lost(_) | StoreError::Refused(_) => {
+                Self::bus_unavailable("The store cannot be used now.")
+            }
+        };
+        rejection.because(error)
     }
 }
 

@@ -129,16 +129,17 @@ impl Routes {
         address: Option<IpAddr>,
     ) -> Response<Body> {
         self.gateway.metrics.handshake(Some(endpoint), rejection.code);
+        let told = rejection.for_client();
         info!(
             endpoint = endpoint.label(),
             path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
             address = address.map(tracing::field::display),
-            status = rejection.status.as_u16(),
+            status = told.status.as_u16(),
             code = rejection.code,
             error = rejection.cause,
             "Handshake refused."
         );
-        let mut response = rejection.response();
+        let mut response = told.response();
         if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
         }

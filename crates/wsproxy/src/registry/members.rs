@@ -80,7 +80,7 @@ impl Members {
         };
         match written {
             Ok(_) => Ok(true),
-            Err(StoreError::Refused(_)) => Ok(false),
+            Err(error) if error.is_of_one_key() => Ok(false),
             Err(error) => Err(error),
         }
     }
@@ -106,8 +106,8 @@ impl Members {
             let key = self.names.events_user_connections(user);
             match self.commands.call(&[b"HDEL", key.as_bytes(), connection]).await {
                 // A key of another kind holds no connection.
-                Ok(_) | Err(StoreError::Refused(_)) => Ok(()),
-                Err(error) => Err(error),
+                Err(error) if !error.is_of_one_key() => Err(error),
+                Ok(_) | Err(_) => Ok(()),
             }
         });
         try_join_all(removals).await?;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
-    bus::{memory::Request, queue::Queue},
+    bus::{memory::Request, not_done::NotDone, queue::Queue},
     store::{
         LogEntry, StoreError,
         memory::{history::HistoryLog, stream::TokenStream},
@@ -272,7 +272,8 @@ fn expiry(now: Instant, ttl: Duration) -> Instant {
 }
 
 fn wrong_kind() -> StoreError {
-    StoreError::Refused("the key holds another kind of value".into())
+    let error = "the key holds another kind of value".into();
+    StoreError::NotDone { refusal: NotDone::WrongType, error }
 }
 
 /// Most bytes that all entries may hold.

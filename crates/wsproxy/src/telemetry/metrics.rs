@@ -21,6 +21,7 @@ use wsproxy_proto::history::Lost;
 
 use crate::{
     auth::jwt::{JwksCounters, JwtVerifier},
+    bus::not_done::NotDone,
     gateway::Gateway,
     registry::{RegistryCounters, lease::LeaseCounters, sessions::SessionLogCounters},
     telemetry::counter,
@@ -334,9 +335,10 @@ impl Scrape<'_, '_> {
             ("bad_command", counters.bad_commands.value()),
             ("unannounced", counters.unannounced.value()),
             ("lost", counters.lost.value()),
+            ("refused", counters.refused.value()),
         ];
         let help = "Session messages that met trouble: clients' that are no JSON, workers' commands \
-            that make no sense, announcements and clients' messages that the bus did not take";
+            that make no sense, announcements and clients' messages that the bus did not take or lost";
         let mut family =
             self.encoder.encode_descriptor("message_errors", help, None, MetricType::Counter)?;
         for (kind, value) in values {
@@ -404,7 +406,7 @@ impl Scrape<'_, '_> {
             None,
             status.connected.into(),
         )?;
-        let help = "Whether every subscription is confirmed and the probe comes back";
+        let help = "Whether every subscription is confirmed and every probe comes back";
         self.gauge("bus_subscribed", help, None, status.subscribed.into())?;
         let help = "Bytes that wait to be published";
         self.gauge("bus_publish_queue", help, Some(&Unit::Bytes), status.queued_bytes as i64)?;
@@ -424,7 +426,7 @@ impl Scrape<'_, '_> {
             ),
             (
                 "bus_publishes_lost",
-                "Messages refused, or on their way when a link was lost",
+                "Messages that were on their way when a link was lost",
                 &counters.publish_lost,
             ),
             (
@@ -445,7 +447,21 @@ impl Scrape<'_, '_> {
         ] {
             self.counter(name, help, counter.value())?;
         }
-        Ok(())
+        let help = "Messages that were certainly not published, by why the bus refused them";
+        let mut family = self.encoder.encode_descriptor(
+            "bus_publishes_refused",
+            help,
+            None,
+            MetricType::Counter,
+        )?;
+        for refusal in NotDone::ALL {
+            let refused = counters.publish_refused[refusal as usize].value();
+            family
+                .encode_family(&ReasonLabels { reason: refusal.label() })?
+                .encode_counter::<NoLabelSet, _, u64>(&refused, None)?;
+        }
+        let help = "Whether the bus takes writes";
+        self.gauge("bus_writable", help, None, status.refusal.is_none().into())
     }
 
     fn keys(&mut self) -> fmt::Result {

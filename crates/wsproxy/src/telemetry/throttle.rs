@@ -1,39 +1,55 @@
-//! Keeps a line that strangers can cause from filling the log; knows no clock and no log.
+//! Bounds how often a kind of log line is written. Knows no log.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// Lets one line through per interval, and counts those that were held back.
+use wsproxy_conn::clock::{self, Micros};
+
+/// Lets one line of a kind through each second, and counts the others.
 #[derive(Debug, Default)]
 pub struct Throttle {
-    /// When the next line may come, in microseconds.
+    /// When the next line may be written, in microseconds of the process's clock.
     next: AtomicU64,
-    held_back: AtomicU64,
+    left_out: AtomicU64,
 }
 
 impl Throttle {
-    /// Asks for a line at `now`, with `interval` after it, both in microseconds of a monotonic clock.
-    /// The number of lines that were held back since the last one; `None` where this one is held back too.
+    /// No line was written yet.
     #[must_use]
-    pub fn pass(&self, now: u64, interval: u64) -> Option<u64> {
-        let due = |next| (now >= next).then_some(now.saturating_add(interval));
-        if self.next.fetch_update(Relaxed, Relaxed, due).is_err() {
-            self.held_back.fetch_add(1, Relaxed);
-            return None;
+    pub const fn new() -> Self {
+        Self { next: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+    }
+
+    /// Whether a line may be written now: the number of lines that were left out since the last one.
+    pub fn pass(&self) -> Option<u64> {
+        self.pass_at(clock::now())
+    }
+
+    fn pass_at(&self, Micros(now): Micros) -> Option<u64> {
+        let next = self.next.load(Relaxed);
+        let is_mine = now >= next
+            && self.next.compare_exchange(next, now + EVERY_MICROS, Relaxed, Relaxed).is_ok();
+        if is_mine {
+            return Some(self.left_out.swap(0, Relaxed));
         }
-        Some(self.held_back.swap(0, Relaxed))
+        self.left_out.fetch_add(1, Relaxed);
+        None
     }
 }
+
+const EVERY_MICROS: u64 = 1_000_000;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn one_line_per_interval_passes_and_the_others_are_counted() {
+    fn one_line_a_second_passes_and_tells_how_many_did_not() {
         let throttle = Throttle::default();
-        assert_eq!(throttle.pass(5, 100), Some(0));
-        assert_eq!((throttle.pass(6, 100), throttle.pass(104, 100)), (None, None));
-        assert_eq!(throttle.pass(105, 100), Some(2));
-        assert_eq!(throttle.pass(106, 100), None);
+        let passes = |at| throttle.pass_at(Micros(at));
+        assert_eq!(passes(5), Some(0));
+        assert_eq!([passes(6), passes(1_000_004)], [None, None]);
+        assert_eq!(passes(1_000_005), Some(2));
+        assert_eq!(passes(1_000_006), None);
+        assert_eq!(passes(9_000_000), Some(1));
     }
 }

@@ -207,9 +207,12 @@ fn an_applications_message_goes_up_verbatim() {
     assert_eq!(client.answer()["code"], "publish_lost");
     client.notes.bus = Some(BusError::Full);
     client.says("{}");
-    assert_eq!(client.answer()["code"], "publish_lost");
+    assert_eq!(client.answer()["code"], "publish_refused");
+    client.event(PUBLISHED, 3, "");
+    assert_eq!(client.answer()["code"], "publish_refused");
     let counters = client.counters();
-    assert_eq!((counters.unheard.value(), counters.lost.value()), (1, 2));
+    assert_eq!((counters.unheard.value(), counters.lost.value()), (1, 1));
+    assert_eq!(counters.refused.value(), 2);
     client.notes.bus = Some(BusError::Closed);
     client.says("{}");
     assert_eq!(client.notes.ended.unwrap().0, 1012);

@@ -14,9 +14,11 @@ use axum::{
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::{
+    bus::Outcome,
     config::api_key::Scope,
     gateway::Gateway,
     http::{
@@ -173,6 +175,7 @@ async fn batch(
     if batch.messages.len() > BATCH_MAX {
         return Err(Rejection::bad_request(format!("A batch has at most {BATCH_MAX} messages.")));
     }
+    let is_once = batch.messages.iter().all(|message| message.idempotency_key.is_some());
     let results = upgrade::deadline(&gateway, async {
         let mut waiting = Vec::with_capacity(batch.messages.len());
         for message in batch.messages {
@@ -182,21 +185,25 @@ async fn batch(
         let mut results = Vec::with_capacity(waiting.len());
         for outcome in waiting {
             let result = match outcome {
-                Ok(outcome) => publishing::told(outcome.await),
+                Ok((outcome, is_once)) => {
+                    publishing::told(outcome.await).map_err(|rejection| rejection.in_doubt(is_once))
+                }
                 Err(rejection) => Err(rejection),
             };
             results.push(result.unwrap_or_else(|rejection| rejection.body()));
         }
         Ok(results)
     });
-    Ok(Json(json!({ "results": results.await? })).into_response())
+    let results = results.await.map_err(|rejection| rejection.in_doubt(is_once))?;
+    Ok(Json(json!({ "results": results })).into_response())
 }
 
+/// What will become of the message, and whether it may be sent twice.
 fn enqueue(
     gateway: &Gateway,
     worker: &Worker,
     BatchMessage { to, message, history, idempotency_key }: BatchMessage,
-) -> Result<tokio::sync::oneshot::Receiver<crate::bus::Outcome>, Rejection> {
+) -> Result<(oneshot::Receiver<Outcome>, bool), Rejection> {
     let how = How { history, event_id: None, idempotency_key };
     how.check()?;
     let (channel, payload, keep) = match To::parse(gateway, &to)? {
@@ -215,7 +222,8 @@ fn enqueue(
             (channel, message.to_string().into(), keep)
         }
     };
-    publishing::enqueue(gateway, channel, payload, keep)
+    let is_once = publishing::is_once(&keep);
+    Ok((publishing::enqueue(gateway, channel, payload, keep)?, is_once))
 }
 
 async fn read_history(

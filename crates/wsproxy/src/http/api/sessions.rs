@@ -20,7 +20,6 @@ use wsproxy_proto::names::Id;
 
 use crate::{
     auth::session::{self, Scope},
-    bus::Keep,
     gateway::Gateway,
     http::{
         Body,
@@ -29,7 +28,7 @@ use crate::{
             PathId, Worker, check_close,
             history::{self, Range},
             optional_json,
-            publishing::{How, publish},
+            publishing::{self, How, publish},
             read,
         },
         follow,
@@ -157,11 +156,12 @@ async fn change_stream(
             StreamOp::End { outcome, error: json_bytes(error) }
         }
     };
+    let is_once = !matches!(op, StreamOp::Append { seq: None, .. });
     let command = StreamCommand { session, stream, op, limits: gateway.config.history.limits() };
     let changed = upgrade::deadline(&gateway, async {
         gateway.store.stream(command).await.map_err(stream_rejection)
     });
-    let (seq, id) = changed.await?;
+    let (seq, id) = changed.await.map_err(|rejection| rejection.in_doubt(is_once))?;
     Ok(Json(json!({ "seq": seq, "event_id": id.to_string() })).into_response())
 }
 
@@ -215,7 +215,7 @@ async fn close_session(
         "connection_id": request.connection_id,
     });
     let channel = gateway.names.session_control(&session);
-    publish(&gateway, channel, command.to_string().into(), Keep::Nothing).await
+    publishing::command(&gateway, channel, command.to_string().into()).await
 }
 
 #[derive(Debug, Deserialize)]

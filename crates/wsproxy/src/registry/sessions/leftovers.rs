@@ -117,7 +117,7 @@ pub(super) async fn announce_lost(
                 announced.count += entries.len() as u64;
                 done.extend(entries);
             }
-            Err(error @ StoreError::Refused(_)) => announced.refused = Some(error),
+            Err(error) if error.is_answer() => announced.refused = Some(error),
             Err(error) => lost = Some(error),
         }
     }

@@ -302,7 +302,7 @@ impl Writer<'_> {
         for (result, agent, items) in join_all(appends).await {
             match result {
                 Ok(()) => self.appended(&agent, &items)?,
-                Err(error @ StoreError::Refused(_)) => {
+                Err(error) if error.is_answer() => {
                     log.counters.retried.add(items.len() as u64);
                     self.complain(&error);
                     log.outbox.lock().refused(agent, items, Instant::now());
