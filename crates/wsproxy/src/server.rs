@@ -208,17 +208,8 @@ fn compose(
     hub.connect(bus.clone());
     let (session_histories, event_histories) = histories(&config, &names);
     let connections_max = connections_max(config.limits.max_connections);
-    let logs_sessions = config.endpoints.sessions && config.sessions.events_log;
-    let lease = (config.endpoints.events || logs_sessions)
-        .then(|| Lease::start(lease::Settings::new(&config, &server_id, &names), &bus));
-    let registry = lease.as_ref().filter(|_| config.endpoints.events).map(|lease| {
-        let settings = registry::Settings::new(&config, &server_id, &names);
-        Registry::start(settings, Arc::clone(&hub), &bus, lease)
-    });
-    let session_log = lease
-        .as_ref()
-        .filter(|_| logs_sessions)
-        .map(|lease| SessionLog::start(sessions::Limits::new(&config.sessions), &hub, &bus, lease));
+    let Registries { lease, registry, session_log } =
+        registries(&config, (&server_id, &names), &hub, &bus);
     let gateway = Arc::new(Gateway {
         session_histories,
         event_histories,
@@ -259,6 +250,34 @@ fn compose(
     });
     gateway.metrics.connect(&gateway);
     Ok(gateway)
+}
+
+/// The services by which an instance shares with others what is connected to it.
+struct Registries {
+    lease: Option<Arc<Lease>>,
+    registry: Option<Arc<Registry>>,
+    session_log: Option<Arc<SessionLog>>,
+}
+
+/// The registries that the configuration needs, and the lease below them.
+fn registries(
+    config: &Config,
+    (server_id, names): (&Arc<str>, &Names),
+    hub: &Arc<Hub>,
+    bus: &Bus,
+) -> Registries {
+    let logs_sessions = config.endpoints.sessions && config.sessions.events_log;
+    let lease = (config.endpoints.events || logs_sessions)
+        .then(|| Lease::start(lease::Settings::new(config, server_id, names), bus));
+    let registry = lease.as_ref().filter(|_| config.endpoints.events).map(|lease| {
+        let settings = registry::Settings::new(config, server_id, names);
+        Registry::start(settings, Arc::clone(hub), bus, lease)
+    });
+    let session_log = lease
+        .as_ref()
+        .filter(|_| logs_sessions)
+        .map(|lease| SessionLog::start(sessions::Limits::new(&config.sessions), hub, bus, lease));
+    Registries { lease, registry, session_log }
 }
 
 /// Keys of the worker API change in their files while the instance runs.

@@ -128,12 +128,13 @@ impl RedisRegistry {
         &self,
         keys: &[String],
     ) -> Result<Vec<Option<Bytes>>, StoreError> {
-        let values =
-            keys.iter().map(async |key| match self.commands.call(&[b"GET", key.as_bytes()]).await? {
+        let values = keys.iter().map(async |key| {
+            match self.commands.call(&[b"GET", key.as_bytes()]).await? {
                 Reply::Text(value) => Ok(Some(value)),
                 Reply::Null => Ok(None),
                 _ => Err(odd_reply()),
-            });
+            }
+        });
         try_join_all(values).await
     }
 
