@@ -21,9 +21,10 @@ pub(super) const SERVER_ID: Text = Text {
 
 /// What stands before the names of keys and channels.
 pub(super) const PREFIX: Text = Text {
-    allowed: "up to 64 letters, digits and -_.:{}, without the colon at its end",
+    allowed: "up to 64 letters, digits and -_.:, without the colon at its end",
     read: |text| {
-        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:{}".contains(&b);
+        // No braces: further keys of a name put the whole name into braces, which choose its slot of a cluster.
+        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
         let good = text.len() <= 64 && text.bytes().all(known) && !text.ends_with(':');
         good.then(|| text.to_owned())
     },
@@ -159,6 +160,16 @@ mod tests {
         assert!(level("info,wsproxy::bus=debug").is_some());
         for bad in ["", "verbose", "info,", "wsproxy=loud", "=info", "info debug"] {
             assert_eq!(level(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn channel_prefixes_hold_no_braces() {
+        for good in ["", "eu", "eu:prod-1", "a_b.c"] {
+            assert!((PREFIX.read)(good).is_some(), "{good}");
+        }
+        for bad in ["{eu}", "eu:{a}", "eu}", "{", "eu:", "e u", "\u{e4}"] {
+            assert!((PREFIX.read)(bad).is_none(), "{bad}");
         }
     }
 
