@@ -258,6 +258,7 @@ pub(crate) fn optional_json<T: DeserializeOwned + Default>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::rejection::{CODES, NOT_DONE};
 
     #[test]
     fn every_route_has_the_scope_of_its_family() {
@@ -274,6 +275,18 @@ mod tests {
         ] {
             assert_eq!(scope_of(path), scope, "{path}");
         }
+    }
+
+    #[test]
+    fn the_document_lists_every_error_code() {
+        let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        let code = "/components/schemas/Error/properties/error/properties/code/enum";
+        let listed = document.pointer(code).unwrap().as_array().unwrap();
+        let mut listed: Vec<_> = listed.iter().map(|code| code.as_str().unwrap()).collect();
+        let mut given = [CODES, &[NOT_DONE]].concat();
+        listed.sort_unstable();
+        given.sort_unstable();
+        assert_eq!(listed, given);
     }
 
     #[test]

@@ -37,6 +37,10 @@ macro_rules! table {
                 Self::new(StatusCode::$status, $code, message.into())
             })*
         }
+
+        /// Codes of the table.
+        #[cfg(test)]
+        pub(super) const CODES: &[&str] = &[$($code),*];
     };
 }
 
@@ -204,7 +208,7 @@ impl Rejection {
 }
 
 /// `error.code` where certainly nothing was done.
-const NOT_DONE: &str = "not_done";
+pub(super) const NOT_DONE: &str = "not_done";
 
 /// A wait as a client is told it: rounded up, since earlier than that it would fail again.
 fn retry_seconds(wait: Duration) -> u64 {
