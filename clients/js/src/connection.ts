@@ -55,6 +55,8 @@ export interface Grant {
   url: URL;
   /** The credential. */
   token: string;
+  /** Whether the credential opens event streams only. */
+  eventStream?: boolean;
 }
 
 /** The types of messages that have one. */
@@ -366,10 +368,16 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const url = new URL(grant.url);
     this.#asked = this.#position;
     if (this.#options.resume ?? true) url.searchParams.set("last_event_id", this.#asked);
-    this.#carry(turn, { url, token: grant.token, envelope: this.#options.envelope ?? true });
+    if (grant.eventStream && this.#options.transport === "websocket") {
+      const reason = "The token opens event streams only.";
+      this.problem("credentials", reason);
+      return this.#ended(turn, { code: 1006, reason, opened: false, status: 0 });
+    }
+    const target = { url, token: grant.token, envelope: this.#options.envelope ?? true };
+    this.#carry(turn, target, grant.eventStream ?? false);
   }
 
-  #carry(turn: number, target: Target): void {
+  #carry(turn: number, target: Target, eventStream: boolean): void {
     const events: TransportEvents = {
       opened: () => this.#opened(),
       frame: (frame) => this.#frame(frame),
@@ -380,7 +388,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const { sseTokenIn = "header" } = this.#options;
     const Socket = this.#socket;
     try {
-      if (this.#useSse() || !Socket) {
+      if (eventStream || this.#useSse() || !Socket) {
         const fetcher = this.#options.fetch ?? ((...a: Parameters<typeof fetch>) => fetch(...a));
         this.#transport = openSse(fetcher, target, sseTokenIn, events);
       } else {

@@ -64,8 +64,8 @@ export interface HistoryLost {
 /** Something went wrong that ends nothing by itself: told by the gateway, or found here. */
 export interface Problem {
   /**
-   * The gateway's code, such as `invalid_json`, `no_receiver`, `publish_lost`, `invalid_token`; or from here `credentials` (the
-   * function that gives them failed), `refresh`, `handler` (one of your handlers threw).
+   * The gateway's code, such as `invalid_json`, `no_receiver`, `publish_lost`, `publish_refused`, `invalid_token`; or from here
+   * `credentials` (the function that gives them failed), `refresh`, `handler` (one of your handlers threw).
    */
   code: string;
   /** The same for people. */
@@ -92,6 +92,7 @@ const GATEWAY_CODES: readonly string[] = [
   "invalid_json",
   "no_receiver",
   "publish_lost",
+  "publish_refused",
   "invalid_token",
   "invalid_message",
 ];

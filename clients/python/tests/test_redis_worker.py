@@ -37,10 +37,16 @@ def log(redis: RedisServer, session: str = "s-1") -> list[Any]:
 
 async def test_a_ticket_is_the_key_that_the_gateway_reads(redis: RedisServer, redis_worker: Worker) -> None:
     ticket = await redis_worker.issue_ticket("demo", "s-1", ttl=30)
-    assert redis.client.get("session:s-1:auth") == ticket.token
+    assert redis.client.get("session:s-1:auth") == f"agent/demo {ticket.token}"
     assert 28 < redis.client.ttl("session:s-1:auth") <= 30
     assert ticket.path == "/demo/ws/s-1"
     assert ticket.token not in repr(ticket)
+    unbound = await redis_worker.issue_ticket("demo", "s-1", bound=False)
+    assert redis.client.get("session:s-1:auth") == unbound.token
+    stream = await redis_worker.issue_ticket("demo", "s-1", event_stream=True)
+    assert (stream.event_stream, unbound.event_stream) == (True, False)
+    assert stream.token.startswith("sse.")
+    assert redis.client.get("session:s-1:auth") == f"agent/demo {stream.token}"
     fresh = await redis_worker.issue_ticket("demo")
     assert fresh.session != (await redis_worker.issue_ticket("demo")).session
 
@@ -150,10 +156,17 @@ async def test_disconnecting_and_revoking_write_what_the_gateway_reads(
     assert await redis_worker.disconnect(user="u-1", code=4401, reason="out", revoke=90) == 1
     command = json.loads(pubsub.get_message(timeout=5)["data"])
     assert command == {"op": "disconnect", "user_id": "u-1", "code": 4401, "reason": "out"}
-    assert int(redis.client.get("ws:revoked:user:u-1")) > 1_700_000_000
-    assert 80 < redis.client.ttl("ws:revoked:user:u-1") <= 90
+    revocation = "{ws}:revoked:user:u-1"
+    assert int(redis.client.get(revocation)) > 1_700_000_000
+    assert 80 < redis.client.ttl(revocation) <= 90
+    # A shorter one does not cut it short.
+    redis.client.set(revocation, 1, ex=900)
+    assert await redis_worker.disconnect(user="u-1", revoke=0.5) == 1
+    assert redis.client.ttl(revocation) > 800
+    assert int(redis.client.get(revocation)) > 1_700_000_000
+    assert json.loads(pubsub.get_message(timeout=5)["data"])["code"] == 4401
     await redis_worker.disconnect(jti="j-1", revoke=5)
-    assert redis.client.exists("ws:revoked:jti:j-1")
+    assert redis.client.exists("{ws}:revoked:jti:j-1")
     await redis_worker.close_session("s-1", reason="bye")
     seen = [json.loads(pubsub.get_message(timeout=5)["data"]) for _ in range(2)]
     assert seen == [{"op": "disconnect", "jti": "j-1", "code": 4401}, {"op": "close", "reason": "bye"}]

@@ -228,6 +228,30 @@ async def test_a_ticket_opens_once(worker: Worker, gateway: Gateway) -> None:
                 await second.send({})
 
 
+async def test_an_event_stream_ticket_opens_event_streams_until_it_expires(worker: Worker, gateway: Gateway) -> None:
+    ticket = await worker.issue_ticket("demo", "s-1", event_stream=True)
+    assert ticket.event_stream
+    for _ in range(2):
+        async with connect_session(gateway.url, "demo", "s-1", token=ticket, transport="sse") as stream:
+            await opened(stream)
+    async with connect_session(gateway.url, "demo", "s-1", token=ticket, proxy=None) as websocket:
+        with pytest.raises(Refused) as raised:
+            await within(anext(websocket))
+        assert (raised.value.status, raised.value.code) == (403, "invalid_token")
+
+
+async def test_a_ticket_opens_its_agents_path_only(worker: Worker, gateway: Gateway) -> None:
+    bound = await worker.issue_ticket("demo", "s-1")
+    async with connect_session(gateway.url, "other", "s-1", token=bound, proxy=None) as other:
+        with pytest.raises(Refused):
+            await within(anext(other))
+    async with connect_session(gateway.url, "demo", "s-1", token=bound, proxy=None) as connection:
+        await opened(connection)
+    unbound = await worker.issue_ticket("demo", "s-1", bound=False)
+    async with connect_session(gateway.url, "other", "s-1", token=unbound, proxy=None) as connection:
+        await opened(connection)
+
+
 async def test_a_key_sends_once_over_both_ways(gateway: Gateway, redis: RedisServer) -> None:
     async with Worker.redis(redis.url) as one, Worker.http(gateway.url, API_KEY) as other:
         first = await one.send("s-1", {"n": 1}, idempotency_key="k")

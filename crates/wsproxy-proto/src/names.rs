@@ -57,7 +57,7 @@ impl Names {
         self.session(session, "control")
     }
 
-    /// Key of a session's one-time token.
+    /// Key of a session's token.
     #[must_use]
     pub fn session_auth(&self, session: &Id) -> String {
         self.session(session, "auth")
@@ -67,6 +67,12 @@ impl Names {
     #[must_use]
     pub fn agent_sessions(&self, agent: &Id) -> String {
         format!("{}agent:{agent}:sessions", self.prefix)
+    }
+
+    /// Log of what is announced there.
+    #[must_use]
+    pub fn agent_sessions_log(&self, agent: &Id) -> String {
+        format!("{{{}}}:log", self.agent_sessions(agent))
     }
 
     /// Channel of an instance's own, for the probe of the bus.
@@ -173,6 +179,13 @@ impl Names {
     fn session(&self, session: &Id, what: &str) -> String {
         format!("{}session:{session}:{what}", self.prefix)
     }
+
+    /// Key of a revocation in the event endpoint, of `what`: `user:{user}` or `jti:{jti}`. All of them are in one slot,
+    /// so that one command reads several.
+    #[must_use]
+    pub fn events_revoked(&self, what: &str) -> String {
+        format!("{{{}ws}}:revoked:{what}", self.prefix)
+    }
 }
 
 /// The slot of a key in a Redis Cluster (<https://redis.io/docs/reference/cluster-spec>): CRC16 of what stands in its
@@ -267,9 +280,13 @@ mod tests {
         assert_eq!(names.session_control(&id), "session:s-1:control");
         assert_eq!(names.session_auth(&id), "session:s-1:auth");
         assert_eq!(names.agent_sessions(&id), "agent:s-1:sessions");
+        assert_eq!(names.agent_sessions_log(&id), "{agent:s-1:sessions}:log");
+        assert_eq!(Names::new("eu").agent_sessions_log(&id), "{eu:agent:s-1:sessions}:log");
         assert_eq!(Names::new("eu").session_up(&id), "eu:session:s-1:up");
         assert_eq!(Names::new("eu").session_of_down("eu:session:s-1:down"), Some(id));
         assert_eq!(names.session_of_down("ws:user:s-1"), None);
+        assert_eq!(names.events_revoked("user:u"), "{ws}:revoked:user:u");
+        assert_eq!(Names::new("eu").events_revoked("jti:t"), "{eu:ws}:revoked:jti:t");
     }
 
     #[test]

@@ -10,18 +10,20 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use secrecy::ExposeSecret;
 use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
-    bus::{memory::MemoryBus, redis::RedisBus},
+    bus::{memory::MemoryBus, not_done::NotDone, redis::RedisBus},
     config,
     store::{Store, memory::StoreLimits},
     telemetry::counter::Counter,
 };
 
 pub mod memory;
+pub mod not_done;
 pub(crate) mod queue;
 pub mod redis;
 
@@ -32,6 +34,15 @@ pub enum Bus {
     Memory(MemoryBus),
     /// Redis or what speaks like it.
     Redis(RedisBus),
+}
+
+/// Checks that the URL of Redis, where there is one, can be used; opens nothing.
+///
+/// # Errors
+/// What is wrong with it, without quoting it.
+pub(crate) fn check_url(config: &config::Redis) -> Result<(), String> {
+    let url = config.url.as_ref().map(|url| redis::check_url(url.expose_secret()));
+    url.transpose().map(drop).map_err(str::to_owned)
 }
 
 impl Bus {
@@ -156,8 +167,10 @@ impl Bus {
 pub struct Status {
     /// Every link is up.
     pub connected: bool,
-    /// The first or latest (re)subscription is complete and the probe comes back.
+    /// The first or latest (re)subscription is complete, and a probe through every other link came back.
     pub subscribed: bool,
+    /// Why nothing can be written now, though the links are up.
+    pub refusal: Option<NotDone>,
     /// Channels that are wanted.
     pub channels: usize,
     /// Bytes that wait to be published.
@@ -177,8 +190,10 @@ pub struct BusCounters {
     pub publish_kept: Counter,
     /// Of these, messages that are in a history now.
     pub publish_stored: Counter,
-    /// Messages that were refused or on their way when the link was lost.
+    /// Messages that were on their way when the link was lost.
     pub publish_lost: Counter,
+    /// Messages that were refused and certainly not published, by [`NotDone`].
+    pub publish_refused: [Counter; NotDone::ALL.len()],
     /// Messages that met a full queue.
     pub publish_full: Counter,
     /// Times that a link was lost.
@@ -187,7 +202,7 @@ pub struct BusCounters {
     pub connects: Counter,
     /// Connection attempts that failed.
     pub connects_failed: Counter,
-    /// Probes which did not come back.
+    /// Probes which did not come back: a link is deaf, or two links end at different servers.
     pub probe_failures: Counter,
     /// Channels that the server refused.
     pub subscribe_errors: Counter,
@@ -306,7 +321,9 @@ pub enum Outcome {
         /// It was there already, and was not published again.
         duplicate: bool,
     },
-    /// The bus refused it or was lost while it was on its way; it may or may not have arrived.
+    /// It was certainly neither published nor kept.
+    Refused(NotDone),
+    /// The bus was lost while it was on its way: nobody knows whether it has arrived.
     Lost,
 }
 
@@ -343,7 +360,10 @@ pub enum BusError {
     /// The publish queue is full; wait until it is not.
     #[error("the publish queue is full")]
     Full,
-    /// The bus answered with an error (an ACL, a full memory): a retry will not help.
+    /// Nothing was done, for a reason that is known.
+    #[error("{}", .0.reason())]
+    NotDone(NotDone),
+    /// The bus answered with an error (an ACL): a retry will not help.
     #[error("the bus refused: {0}")]
     Refused(String),
     /// The instance is ending.

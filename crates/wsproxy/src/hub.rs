@@ -191,6 +191,7 @@ pub struct Hub {
     /// What the store's clock shows.
     store_clock: StoreClock,
     doubts: Doubts,
+    broken: healer::Broken,
     /// What deliveries came to; the metrics read it.
     pub counters: HubCounters,
 }
@@ -236,6 +237,7 @@ impl Hub {
             holes: Notify::new(),
             store_clock: StoreClock::default(),
             doubts: Doubts::default(),
+            broken: healer::Broken::default(),
             counters: HubCounters::default(),
         })
     }
@@ -256,8 +258,20 @@ impl Hub {
         self: &Arc<Self>,
         wanted: impl IntoIterator<Item = (Arc<str>, Sink)>,
     ) -> Result<Subscription, BusError> {
+        self.subscribe_beside(None, wanted).await
+    }
+
+    /// The same beside what was reserved.
+    ///
+    /// # Errors
+    /// As [`Self::subscribe`].
+    pub async fn subscribe_beside(
+        self: &Arc<Self>,
+        reserved: Option<Subscription>,
+        wanted: impl IntoIterator<Item = (Arc<str>, Sink)>,
+    ) -> Result<Subscription, BusError> {
         let bus = self.bus.get().ok_or(BusError::Closed)?;
-        let mut subscription = Subscription { hub: Arc::clone(self), sinks: Vec::new() };
+        let mut subscription = reserved.unwrap_or_else(|| self.nothing());
         for (topic, sink) in wanted {
             subscription.sinks.push((Arc::clone(&topic), sink.place()));
             self.add(topic, sink, None);
@@ -268,7 +282,26 @@ impl Hub {
         Ok(subscription)
     }
 
-    /// Adds a client to topics with histories, and further sinks to plain ones, and resolves when the bus has
+    /// Adds a sink to a topic, unless it would be more than `sinks_max` of them. The bus learns of it where
+    /// [`Self::subscribe_beside`] or [`Self::hold`] is given what is returned here.
+    #[must_use]
+    pub fn reserve(
+        self: &Arc<Self>,
+        topic: Arc<str>,
+        sink: Sink,
+        sinks_max: usize,
+    ) -> Option<Subscription> {
+        let mut subscription = self.nothing();
+        subscription.sinks.push((Arc::clone(&topic), sink.place()));
+        let sinks = self.add(topic, sink, None);
+        (sinks <= sinks_max).then_some(subscription)
+    }
+
+    fn nothing(self: &Arc<Self>) -> Subscription {
+        Subscription { hub: Arc::clone(self), sinks: Vec::new() }
+    }
+
+    /// Adds a client to topics with histories beside what was reserved, and resolves when the bus has
     /// confirmed all of them. Messages for the client wait until the returned replay has run.
     ///
     /// # Errors
@@ -278,19 +311,15 @@ impl Hub {
         client: Sink,
         topics: Vec<Arc<str>>,
         histories: Arc<Histories>,
-        further: impl IntoIterator<Item = (Arc<str>, Sink)>,
+        reserved: Option<Subscription>,
     ) -> Result<(Subscription, Replay), BusError> {
         let bus = self.bus.get().ok_or(BusError::Closed)?;
-        let mut subscription = Subscription { hub: Arc::clone(self), sinks: Vec::new() };
+        let mut subscription = reserved.unwrap_or_else(|| self.nothing());
         let gate = Gate::new(client);
         for topic in &topics {
             let sink = Sink::Gated(Arc::clone(&gate));
             subscription.sinks.push((Arc::clone(topic), sink.place()));
             self.add(Arc::clone(topic), sink, Some(&histories));
-        }
-        for (topic, sink) in further {
-            subscription.sinks.push((Arc::clone(&topic), sink.place()));
-            self.add(topic, sink, None);
         }
         subscription.sinks.shrink_to_fit();
         let all = subscription.sinks.iter().map(|(topic, _)| Arc::clone(topic)).collect();
@@ -332,7 +361,8 @@ impl Hub {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    fn add(&self, topic: Arc<str>, sink: Sink, histories: Option<&Arc<Histories>>) {
+    /// Returns how many sinks the topic has now.
+    fn add(&self, topic: Arc<str>, sink: Sink, histories: Option<&Arc<Histories>>) -> usize {
         let mut shard = self.shard(topic.as_bytes()).lock();
         let track = histories.map(|histories| Track {
             log: histories.names.log(&topic).into(),
@@ -346,6 +376,7 @@ impl Hub {
         if state.track.is_none() {
             state.track = track.map(Box::new);
         }
+        state.subscribers.len()
     }
 
     fn remove(&self, topic: &Arc<str>, place: Place) {

@@ -9,7 +9,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::HistoryLimits,
+    bus::{HistoryLimits, not_done::NotDone},
     store::{memory::MemoryStore, redis::RedisStore},
 };
 
@@ -185,12 +185,39 @@ pub enum StoreError {
     /// Too much is waiting, or the embedded store holds as much as it may.
     #[error("the store is full")]
     Full,
-    /// The store answered with an error: a retry will not help.
+    /// Nothing was done, for a reason that is known.
+    #[error("{}: {error}", refusal.reason())]
+    NotDone {
+        /// The reason.
+        refusal: NotDone,
+        /// The store's own words, for logs.
+        error: String,
+    },
+    /// The store answered with an error of another kind: a retry will not help.
     #[error("the store refused: {0}")]
     Refused(String),
     /// The instance is ending.
     #[error("the store is closed")]
     Closed,
+}
+
+impl StoreError {
+    /// Whether the store has answered: it is reached, and may take other requests.
+    #[must_use]
+    pub const fn is_answer(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::NotDone { .. })
+    }
+
+    /// Whether the store has refused for a reason of the key or the user: waiting does not help, and other keys may be
+    /// taken.
+    #[must_use]
+    pub const fn is_of_one_key(&self) -> bool {
+        match self {
+            Self::Refused(_) => true,
+            Self::NotDone { refusal, .. } => !refusal.is_passing(),
+            Self::Lost(_) | Self::Full | Self::Closed => false,
+        }
+    }
 }
 
 impl Store {
@@ -292,7 +319,7 @@ impl Store {
         }
     }
 
-    /// A lease whose stream cannot be ended is no lease: it would be looked at for ever.
+    /// Removes the lease of a stream that does not exist or has ended, so that it is not looked at again.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -319,6 +346,17 @@ impl Store {
         match self {
             Self::Memory(store) => store.read_log(key, after, count),
             Self::Redis(store) => store.read_log(key, after, count).await,
+        }
+    }
+
+    /// The id of the last entry of a log; `None`: there is no log, or it is empty.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn log_end(&self, key: &str) -> Result<Option<String>, StoreError> {
+        match self {
+            Self::Memory(store) => store.log_end(key),
+            Self::Redis(store) => store.log_end(key).await,
         }
     }
 

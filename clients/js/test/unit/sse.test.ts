@@ -65,6 +65,25 @@ test("the token may be in the URL, where a preflight is not wanted", async () =>
   expect([url.searchParams.get("token"), request.headers.authorization]).toEqual(["secret", undefined]);
 });
 
+test("a token of event streams opens these at once, again and again, and no WebSocket", async () => {
+  const { made } = session({ getTicket: () => "sse.secret" });
+  for (let n = 0; n < 2; n += 1) {
+    const listener = await gateway.listeners.next();
+    expect(listener.request.headers.authorization).toBe("Bearer sse.secret");
+    answer(listener);
+    listener.response.write(":\n\n");
+    await made.opened();
+    expect(made.transport).toBe("sse");
+    listener.response.destroy();
+  }
+  expect(gateway.peers.size).toBe(0);
+
+  const other = session({ transport: "websocket", getTicket: () => "sse.secret" });
+  const error = await other.made.once("error");
+  expect([error.code, error.message]).toEqual(["credentials", "The token opens event streams only."]);
+  expect([gateway.peers.size, gateway.refused]).toEqual([0, 0]);
+});
+
 test("a close event ends it as the code advises", async () => {
   const { made } = session({ transport: "sse" });
   const listener = await gateway.listeners.next();

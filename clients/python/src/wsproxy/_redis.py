@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +17,18 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
-from ._feeds import Consumer
+from ._backend import (
+    Disconnection,
+    Publication,
+    StreamCall,
+    StreamReply,
+    StreamState,
+    Target,
+    TicketRequest,
+    retrying,
+)
+from ._backoff import Backoff
+from ._feeds import Consumer, Subscription
 from ._listener import Listener
 from .errors import (
     InvalidRequest,
@@ -29,7 +41,18 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Failure, History, HistoryEvent, Limits, Presence, Receipt, Ticket, UpstreamMessage
+from .types import (
+    Failure,
+    Gap,
+    GapCallback,
+    History,
+    HistoryEvent,
+    Limits,
+    Presence,
+    Receipt,
+    Ticket,
+    UpstreamMessage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,10 +61,35 @@ T = TypeVar("T")
 
 # As long as the gateway remembers the keys of its HTTP API.
 _IDEMPOTENCY_MS = 10 * 60 * 1000
+# Entries of a log that are read at a time.
+_PAGE = 200
 # How a connection ends whose token was revoked.
 _REVOKED = 4401
-# Errors that Redis answers before it does anything.
-_NOT_DONE = (exceptions.BusyLoadingError, exceptions.ReadOnlyError, exceptions.MaxConnectionsError)
+# What a token begins with that opens event streams until it expires.
+_EVENT_STREAM_PREFIX = "sse."
+# Stamps a key with Redis' clock, which all workers and gateways share, and tells the gateways; a longer life that the
+# key had is not cut short. Key: the revocation. Arguments: milliseconds, channel, message.
+_REVOKE = """
+local left = redis.call('PTTL', KEYS[1])
+local now = redis.call('TIME')[1]
+if left == -1 then redis.call('SET', KEYS[1], now)
+else redis.call('SET', KEYS[1], now, 'PX', string.format('%.0f', math.max(tonumber(ARGV[1]), left))) end
+return redis.call('PUBLISH', ARGV[2], ARGV[3])
+"""
+# Errors that Redis answers before it does anything; redis-py takes the code of these from their texts.
+_NOT_DONE = (
+    exceptions.BusyLoadingError,
+    exceptions.MaxConnectionsError,
+    exceptions.NoScriptError,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+)
+# What the others begin with. All of them pass.
+_NOT_DONE_CODES = frozenset(
+    ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN"]
+)
+# Redis before 7 puts this before an error that stopped a script.
+_IN_SCRIPT = re.compile(r"(?:ERR )?Error running script.*@user_script:\s*\d+:\s*-?", re.DOTALL)
 
 
 def script(name: str) -> str:
@@ -54,18 +102,26 @@ def _errors() -> Iterator[None]:
     """Errors of redis-py as errors of this package."""
     try:
         yield
-    except _NOT_DONE as error:
-        raise Unavailable(f"Redis cannot do it now: {error}") from error
-    except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
-        raise Unauthorized(f"Redis refused the worker: {error}") from error
-    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError) as error:
-        raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
-    except exceptions.ResponseError as error:
-        raise _script_error(str(error)) from error
+    except (exceptions.RedisError, OSError, TimeoutError) as error:
+        raise _error(error) from error
+
+
+def _error(error: Exception) -> WsproxyError:
+    match error:
+        case _ if isinstance(error, _NOT_DONE):
+            return Unavailable(f"Not done: {error}")
+        case exceptions.AuthenticationError() | exceptions.NoPermissionError():
+            return Unauthorized(f"Redis refused the worker: {error}")
+        case exceptions.ResponseError():
+            return _script_error(str(error))
+        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
+            return Unavailable(f"Redis cannot be reached: {error}", in_doubt=True)
+    return InvalidRequest(f"Redis refused: {error}")
 
 
 def _script_error(text: str) -> WsproxyError:
     # Scripts' own errors may come behind a generic `ERR`, which older versions of Redis put before them.
+    text = _IN_SCRIPT.sub("", text, count=1)
     words = text.removeprefix("ERR ").split()
     match words:
         case ["NOSTREAM", *_]:
@@ -78,8 +134,10 @@ def _script_error(text: str) -> WsproxyError:
             return StreamConflict("The stream was continued by somebody else.")
         case ["TOOLARGE", *_]:
             return TooLarge("The text of the stream is too large.")
-        case ["LOADING" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "READONLY" | "OOM" | "MISCONF", *_]:
-            return Unavailable(f"Redis cannot do it now: {text}")
+        case ["WRONGTYPE", *_]:
+            return InvalidRequest(f"Not done: {text}")
+        case [code, *_] if code in _NOT_DONE_CODES:
+            return Unavailable(f"Not done: {text}")
     return InvalidRequest(f"Redis refused: {text}")
 
 
@@ -117,11 +175,12 @@ class RedisBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
-        token = secrets.token_urlsafe(32)
-        key = self._key("session", session, "auth")
-        await self._do(lambda: self._redis.set(key, token, px=round(ttl * 1000)), repeatable=True)
-        return Ticket(agent, session, token, ttl)
+    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+        token = (_EVENT_STREAM_PREFIX if request.event_stream else "") + secrets.token_urlsafe(32)
+        value = f"agent/{request.agent} {token}" if request.bound else token
+        key = self._key("session", request.session, "auth")
+        await self._do(lambda: self._redis.set(key, value, px=round(request.ttl * 1000)), repeatable=True)
+        return Ticket(request.agent, request.session, token, request.ttl, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         channel = self._channel(publication.target)
@@ -174,13 +233,20 @@ class RedisBackend:
             for index, each in enumerate(answers):
                 # A Redis that was restarted in this moment has forgotten the script, and did not do this one.
                 if isinstance(each, exceptions.NoScriptError):
-                    keys, args = self._publish_call(publications[index])
-                    answers[index] = await self._publish(keys=keys, args=args)
+                    answers[index] = await self._publish_again(publications[index])
             return answers
 
         repeatable = all(each.idempotency_key is not None for each in publications)
         answers = await self._do(run, repeatable=repeatable)
         return [_receipt(each) if not isinstance(each, BaseException) else each for each in answers]
+
+    async def _publish_again(self, publication: Publication) -> Any:
+        keys, args = self._publish_call(publication)
+        try:
+            return await self._publish(keys=keys, args=args)
+        except exceptions.ResponseError as error:
+            # Of this message alone: the others keep their answers.
+            return error
 
     async def stream(self, call: StreamCall) -> StreamReply:
         channel = self._channel(Target("session", call.session))
@@ -221,8 +287,6 @@ class RedisBackend:
         return await self._command(self._key("session", session, "control"), command)
 
     async def disconnect(self, request: Disconnection) -> int:
-        if request.revoke is not None:
-            await self._revoke(request, request.revoke)
         command = {
             "op": "disconnect",
             "user_id": request.user,
@@ -231,17 +295,21 @@ class RedisBackend:
             "code": request.code if request.code is not None or request.revoke is None else _REVOKED,
             "reason": request.reason,
         }
-        return await self._command(self._key("ws", "control"), command)
-
-    async def _revoke(self, request: Disconnection, seconds: float) -> None:
+        channel = self._key("ws", "control")
+        if request.revoke is None:
+            return await self._command(channel, command)
         kind, name = ("user", request.user) if request.user is not None else ("jti", request.jti)
-        key = self._key("ws", "revoked", kind, name or "")
-        # Redis' clock, which all workers share.
-        now = await self._do(lambda: self._redis.time(), repeatable=True)
-        await self._do(lambda: self._redis.set(key, int(now[0]), px=round(seconds * 1000)), repeatable=True)
+        key, milliseconds = f"{{{self._key('ws')}}}:revoked:{kind}:{name}", math.ceil(request.revoke * 1000)
+        text = _command_text(command)
+
+        async def revoke() -> Any:
+            return await self._redis.eval(_REVOKE, 1, key, str(milliseconds), channel, text)
+
+        # What was revoked may be revoked again, and its connections ended.
+        return int(await self._do(revoke, repeatable=True))
 
     async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
-        text = json.dumps({name: value for name, value in command.items() if value is not None})
+        text = _command_text(command)
         # Ending what has ended changes nothing, so this may be said twice.
         return int(await self._do(lambda: self._redis.publish(channel, text), repeatable=True))
 
@@ -295,9 +363,61 @@ class RedisBackend:
     def follow_sessions(self, agent: str) -> Consumer:
         return self._listener.open(self._key("agent", agent, "sessions"))
 
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]:
+        log = _Log("{" + self._key("agent", agent, "sessions") + "}:log", after)
+        # For ever: a reader waits for Redis to come back.
+        return Subscription(lambda: self.follow_sessions(agent), parse, on_gap, log=lambda: self._read_for_ever(log))
+
+    async def _read_for_ever(self, log: _Log) -> list[UpstreamMessage | Gap]:
+        backoff = Backoff(base=0.1, cap=5.0)
+        while True:
+            try:
+                with _errors():
+                    return await log.read(self._redis)
+            except Unavailable:
+                await asyncio.sleep(backoff.next(0.0))
+
     async def aclose(self) -> None:
         await self._listener.aclose()
         await self._redis.aclose()
+
+
+class _Log:
+    """A log of announcements, read from an entry on. Tells where that entry is no longer there."""
+
+    def __init__(self, key: str, after: str) -> None:
+        self._key = key
+        # The last entry that was read; empty: none.
+        self._after = after
+        self._has_read = False
+        # Whether that entry should still be there: if it is not, later ones may have been removed too.
+        self._is_held = True
+
+    async def read(self, redis: Redis) -> list[UpstreamMessage | Gap]:
+        found: list[UpstreamMessage | Gap] = []
+        entries = cast("list[Any]", await redis.xrange(self._key, self._after or "-", "+", count=_PAGE + 1))
+        if self._after and entries and _text(entries[0][0]) == self._after:
+            entries = entries[1:]
+            self._is_held = True
+        elif self._after and entries:
+            if self._is_held:
+                found.append(Gap(0.0, "history_lost"))
+        elif self._after:
+            end = await redis.xrevrange(self._key, count=1)
+            if end:
+                # The log is newer than what was read of it: Redis was emptied and its clock set back.
+                found.append(Gap(0.0, "history_lost"))
+                entries = cast("list[Any]", await redis.xrange(self._key, count=_PAGE))
+            elif not self._has_read:
+                found.append(Gap(0.0, "history_lost"))
+            self._is_held = False
+        self._has_read = True
+        if entries:
+            self._after, self._is_held = _text(entries[-1][0]), True
+        found += [UpstreamMessage(fields.get(b"data", b""), _text(name)) for name, fields in entries]
+        return found
 
 
 def _text(value: Any) -> str:
@@ -327,6 +447,10 @@ def _order(position: str) -> tuple[int, int]:
     return int(milliseconds or 0), int(sequence or 0)
 
 
+def _command_text(command: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in command.items() if value is not None})
+
+
 def _receipt(answer: Any) -> Receipt:
     if isinstance(answer, int):
         return Receipt(answer, None)
@@ -336,8 +460,8 @@ def _receipt(answer: Any) -> Receipt:
 def _result(outcome: Receipt | BaseException) -> Receipt | Failure:
     if isinstance(outcome, Receipt):
         return outcome
-    if isinstance(outcome, exceptions.ResponseError):
-        outcome = _script_error(str(outcome))
+    if isinstance(outcome, exceptions.RedisError):
+        outcome = _error(outcome)
     if isinstance(outcome, WsproxyError):
         return Failure(type(outcome).__name__, str(outcome), isinstance(outcome, Unavailable))
     raise outcome

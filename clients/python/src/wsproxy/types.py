@@ -28,12 +28,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right to open one connection of a session, once, within ``expires_in`` seconds."""
+    """The right to open a session within ``expires_in`` seconds: one connection or event stream, once.
+
+    With ``event_stream`` any number of event streams until then, and no WebSocket.
+    """
 
     agent: str
     session: str
     token: str = field(repr=False)
     expires_in: float
+    event_stream: bool = False
 
     @property
     def path(self) -> str:
@@ -99,12 +103,13 @@ class Outgoing:
 class Gap:
     """Messages may be missing here: the way to the bus was interrupted for ``seconds``.
 
-    ``reason`` is ``connection`` (the way was interrupted), ``bus`` (the gateway lost its bus) or ``overflow`` (the
-    reader of the iterator was too slow and the oldest messages were dropped).
+    ``reason`` is ``connection`` (the way was interrupted), ``bus`` (the gateway lost its bus), ``overflow`` (the
+    reader of the iterator was too slow and the oldest messages were dropped) or ``history_lost`` (the log that is
+    read no longer has the entry behind which to go on).
     """
 
     seconds: float
-    reason: Literal["connection", "bus", "overflow"]
+    reason: Literal["connection", "bus", "overflow", "history_lost"]
 
 
 GapCallback: TypeAlias = Callable[[Gap], Awaitable[None] | None]
@@ -135,7 +140,9 @@ class UpstreamMessage:
 class SessionEvent:
     """A connection of a session was opened or closed. The fields from ``reason`` on are there for ``closed`` only.
 
-    ``raw`` is the whole announcement.
+    With the ``reason`` ``server_lost`` the gateway instance of the connection was killed, and nobody knows
+    ``duration_ms``. ``event_id`` is the position in the log, where announcements are kept. ``raw`` is the whole
+    announcement.
     """
 
     event: Literal["opened", "closed"]
@@ -147,6 +154,7 @@ class SessionEvent:
     reason: str | None = None
     code: int | None = None
     duration_ms: int | None = None
+    event_id: str | None = field(default=None, compare=False)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from ._backend import Backend, Disconnection, Publication, Target
+from ._backend import Backend, Disconnection, Publication, Target, TicketRequest
 from ._feeds import Subscription
 from ._http import HttpBackend
 from ._redis import RedisBackend
@@ -94,26 +94,47 @@ class Worker:
 
     # ---- sessions ----
 
-    async def issue_ticket(self, agent: str, session: str | None = None, *, ttl: float = 60.0) -> Ticket:
-        """The right to open one connection of a session, once, within ``ttl`` seconds (at most a day).
+    async def issue_ticket(
+        self,
+        agent: str,
+        session: str | None = None,
+        *,
+        ttl: float = 60.0,
+        event_stream: bool = False,
+        bound: bool = True,
+    ) -> Ticket:
+        """The right to open one connection or event stream of a session, once, within ``ttl`` seconds (at most a day).
 
-        Without ``session`` a fresh one is named. A session has one ticket at a time: a further call replaces one
-        that was not used. Whoever gets the ticket reads the session: check who asks.
+        With ``event_stream`` it opens any number of event streams until it expires, and no WebSocket: for an
+        ``EventSource``, which comes back with the URL that it has. Choose a ``ttl`` as long as a page stays open.
+
+        The ticket opens the session under this ``agent`` only; with ``bound=False`` under any agent id, so that the
+        client chooses which workers are told of its connection.
+
+        Without ``session`` a fresh one is named. A session has one ticket at a time: a further call replaces the one
+        before. Whoever gets the ticket reads the session: check who asks.
         """
         _check_id("agent", agent)
         session = session if session is not None else str(uuid.uuid4())
         _check_id("session", session)
         if not 0 < ttl <= _TICKET_TTL_MAX:
             raise InvalidRequest(f"ttl must be above 0 and at most {_TICKET_TTL_MAX:.0f} seconds.")
-        return await self._backend.issue_ticket(agent, session, ttl)
+        return await self._backend.issue_ticket(TicketRequest(agent, session, ttl, event_stream, bound))
 
     def ticket_dependency(
-        self, agent: str, session: Callable[..., Awaitable[str | None] | str | None], *, ttl: float = 60.0
+        self,
+        agent: str,
+        session: Callable[..., Awaitable[str | None] | str | None],
+        *,
+        ttl: float = 60.0,
+        event_stream: bool = False,
+        bound: bool = True,
     ) -> Callable[..., Awaitable[Ticket]]:
         """A dependency for FastAPI (or anything that calls by signature) that issues a ticket.
 
         ``session`` decides who may open what: it is a dependency itself, its parameters are resolved as usual, and it
-        answers the session's id (``None`` for a fresh one) or raises, for example ``HTTPException(403)``::
+        answers the session's id (``None`` for a fresh one) or raises, for example ``HTTPException(403)``. All else is
+        as for :meth:`issue_ticket`::
 
             async def own_session(user: Annotated[User, Depends(signed_in)], session_id: str | None = None):
                 if session_id is not None and not await owns(user, session_id):
@@ -130,7 +151,7 @@ class Worker:
         async def dependency(**arguments: Any) -> Ticket:
             answer = session(**arguments)
             named = await answer if inspect.isawaitable(answer) else answer
-            return await self.issue_ticket(agent, named, ttl=ttl)
+            return await self.issue_ticket(agent, named, ttl=ttl, event_stream=event_stream, bound=bound)
 
         # The caller's parameters, with annotations that do not depend on the module they were written in.
         signature, hints = inspect.signature(session), typing.get_type_hints(session, include_extras=True)
@@ -234,13 +255,25 @@ class Worker:
             take if kept else None,
         )
 
-    def session_events(self, agent: str, *, on_gap: GapCallback | None = None) -> Subscription[SessionEvent]:
+    def session_events(
+        self, agent: str, *, after: str | None = None, on_gap: GapCallback | None = None
+    ) -> Subscription[SessionEvent]:
         """Connections of an agent's sessions that open and close, for ever; see :meth:`upstream` for outages.
 
-        Every worker that follows gets all of them. An instance that is killed announces nothing.
+        Every worker that follows gets all of them. Without ``after`` those that come from now on.
+
+        With the gateway's ``[sessions] events_log`` on they are kept, also the ends of sessions whose gateway
+        instance was killed. ``after="0"`` begins with all that are kept; ``after`` an ``event_id`` goes on behind it.
+        No outage makes a gap then; ``on_gap`` is called with ``history_lost`` only where the log no longer has the
+        entry. Announcements come at least once: of one ``connection_id``, an ``event`` that repeats the one before it
+        is a duplicate. One that was closed as ``server_lost`` may open again, if its instance was only frozen.
         """
         _check_id("agent", agent)
-        return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
+        if after is None:
+            return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
+        if not re.fullmatch(r"0|\d{1,20}-\d{1,20}", after):
+            raise InvalidRequest("after must be 0 or the event_id of a session event.")
+        return self._backend.read_sessions(agent, "" if after in ("0", "0-0") else after, _session_event, on_gap)
 
     async def close_session(
         self, session: str, *, code: int | None = None, reason: str | None = None, connection: str | None = None
@@ -339,8 +372,12 @@ class Worker:
         """Ends connections to the event endpoint: of a user, of one token (``jti``), or one connection.
 
         With ``revoke`` the user's tokens issued until now, or the token, are refused for so many seconds: choose at
-        least as long as tokens live. ``code`` is 4004, with ``revoke`` 4401, where it is not
-        given. Answers the number of gateway instances that were told.
+        least as long as tokens live. Tokens that are issued within the gateway's ``[jwt] leeway`` (5 s) after that are
+        refused too. A time that is longer than the gateway's ``[events] revocation_ttl`` raises
+        :class:`~wsproxy.InvalidRequest` over HTTP, and is kept as it is over Redis.
+
+        ``code`` is 4004, with ``revoke`` 4401, where it is not given. Answers the number of gateway instances that were
+        told.
         """
         if sum(each is not None for each in (user, connection, jti)) != 1:
             raise InvalidRequest("Exactly one of user, connection and jti is needed.")
@@ -466,6 +503,7 @@ def _session_event(message: UpstreamMessage) -> SessionEvent | None:
             reason=raw.get("reason"),
             code=raw.get("code"),
             duration_ms=raw.get("duration_ms"),
+            event_id=message.event_id,
             raw=raw,
         )
     except (ValueError, KeyError, TypeError):

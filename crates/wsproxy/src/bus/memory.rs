@@ -17,6 +17,7 @@ use wsproxy_proto::{
 use crate::{
     bus::{
         BusCounters, BusError, Deliver, History, Keep, Outcome, Publish, Status,
+        not_done::NotDone,
         queue::{Back, Queue},
     },
     config,
@@ -64,7 +65,7 @@ impl MemoryBus {
         Self(shared)
     }
 
-    pub(super) fn store(&self) -> MemoryStore {
+    pub(crate) fn store(&self) -> MemoryStore {
         self.0.store.clone()
     }
 
@@ -109,6 +110,7 @@ impl MemoryBus {
             subscribed: true,
             channels: self.0.subscribed.lock().len(),
             queued_bytes: self.0.queue.bytes(),
+            refusal: None,
             last_error: None,
         }
     }
@@ -194,9 +196,8 @@ impl Shared {
                 Outcome::Kept
             }
             Err(error) => {
-                self.counters.publish_lost.add(1);
                 tracing::debug!(%error, "A message that nobody received could not be kept.");
-                Outcome::Lost
+                self.refused(&error)
             }
         }
     }
@@ -212,9 +213,8 @@ impl Shared {
         let appended = match appended {
             Ok(appended) => appended,
             Err(error) => {
-                self.counters.publish_lost.add(1);
                 tracing::debug!(%error, "A message could not be kept in its history.");
-                return Outcome::Lost;
+                return self.refused(&error);
             }
         };
         self.counters.published.add(1);
@@ -227,6 +227,16 @@ impl Shared {
         let message = Envelope { id, prev, event_id, payload: &publish.payload }.encode();
         let heard = self.hand_over(&publish.channel, &message, last, deliver);
         Outcome::Stored { receivers: heard.into(), id, duplicate: false }
+    }
+
+    fn refused(&self, error: &StoreError) -> Outcome {
+        let refusal = match error {
+            StoreError::Full => NotDone::Memory,
+            StoreError::NotDone { refusal, .. } => *refusal,
+            StoreError::Refused(_) | StoreError::Lost(_) | StoreError::Closed => NotDone::Other,
+        };
+        self.counters.publish_refused[refusal as usize].add(1);
+        Outcome::Refused(refusal)
     }
 
     /// Says whether anybody wants it.

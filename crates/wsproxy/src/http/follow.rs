@@ -1,9 +1,9 @@
 //! A topic as server-sent events, for workers that follow it over HTTP.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{Stream, stream};
 use http::{HeaderValue, Response, header};
 use tracing::debug;
 
@@ -17,10 +17,14 @@ use crate::{
 };
 
 /// What may wait for a follower; beyond it the stream ends with an `overflow` event.
-const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+pub(super) const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// A comment is sent when nothing else was for this long, so that proxies keep the stream open.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// The last event of a follower that is too slow.
+pub(super) const OVERFLOW: Bytes =
+    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n");
 
 /// Most entries of a log that are read at once; further ones when these have been sent.
 const PAGE_ENTRIES: usize = 100;
@@ -50,13 +54,20 @@ pub async fn follow(
     .await?;
     let gateway = Arc::clone(gateway);
     let follower = Follower { gateway, tap, kept, log, over: false, _subscription: subscription };
-    let mut response = Response::new(Body::from_stream(stream::unfold(follower, Follower::next)));
+    Ok(response(stream::unfold(follower, Follower::next)))
+}
+
+/// An answer of server-sent events.
+pub(super) fn response(
+    events: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
+) -> Response<Body> {
+    let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // nginx would hold the stream back in its buffer.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    response
 }
 
 struct Follower {
@@ -70,7 +81,7 @@ struct Follower {
 }
 
 impl Follower {
-    async fn next(mut self) -> Option<(Result<Bytes, std::convert::Infallible>, Self)> {
+    async fn next(mut self) -> Option<(Result<Bytes, Infallible>, Self)> {
         if self.over {
             return None;
         }
@@ -96,7 +107,7 @@ impl Follower {
                 Some(TapEntry::End(_)) => return None,
                 None => {
                     self.over = true;
-                    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n")
+                    OVERFLOW
                 }
             },
             () = tokio::time::sleep(KEEP_ALIVE) => Bytes::from_static(b":\n\n"),
@@ -145,7 +156,7 @@ fn page_entries(entry_bytes_max: usize) -> usize {
 }
 
 /// An event of a payload, in which every line gets its own `data:` as the format wants.
-fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
+pub(super) fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
     let text = String::from_utf8_lossy(payload);
     let mut event = String::with_capacity(text.len() + 32);
     if let Some(id) = id {

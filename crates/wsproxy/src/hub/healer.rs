@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream};
 use hashbrown::HashMap;
-use parking_lot::MutexGuard;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -15,6 +15,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
+    bus::not_done::NotDone,
     hub::{
         Histories, Hub, Name, Place, Sink, State, Topics,
         audience::{Audience, Round},
@@ -22,6 +23,7 @@ use crate::{
         replay::{Gate, PAGE_ENTRIES},
     },
     store::{SnapshotOf, Store, StoreError, StreamState},
+    telemetry::throttle::Throttle,
 };
 
 /// So many logs are read at the same time.
@@ -29,6 +31,12 @@ const READS: usize = 64;
 
 /// So many topics are read before their clients are served.
 const BATCH: usize = 64;
+
+/// Of log lines about keys that are no histories.
+static ODD_KEYS: Throttle = Throttle::new();
+
+/// The same about histories that are whole again.
+static HEALINGS: Throttle = Throttle::new();
 
 /// Most bytes that are held for logs which must be delivered together; further ones count as lost.
 const TOGETHER_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -75,6 +83,10 @@ pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
                     () = end.cancelled() => return,
                 }
             }
+            () = hub.broken.due() => {
+                hub.tell_broken();
+                continue;
+            }
             () = end.cancelled() => return,
         }
         let begun = clock::now();
@@ -93,18 +105,66 @@ pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
                 () = end.cancelled() => return,
             };
             healed += filled;
+            hub.tell_broken();
             if filled == 0 {
                 tokio::time::sleep(AGAIN).await;
             }
         }
         let milliseconds = clock::now().since(begun).0 / 1000;
-        if healed > 0 {
-            info!(topics = healed, milliseconds, "Histories were read again and are whole.");
+        if healed > 0
+            && let Some(left_out) = HEALINGS.pass()
+        {
+            info!(
+                topics = healed,
+                milliseconds, left_out, "Histories were read again and are whole."
+            );
         }
     }
 }
 
+/// Histories that could not be continued and of which no line in the log tells yet.
+#[derive(Debug, Default)]
+pub struct Broken {
+    untold: Mutex<Untold>,
+    lines: Throttle,
+}
+
+#[derive(Debug, Default)]
+struct Untold {
+    topics: usize,
+    /// One of them.
+    last: Option<(Arc<str>, Lost)>,
+}
+
+impl Broken {
+    fn note(&self, topic: &Arc<str>, lost: Lost) {
+        let mut untold = self.untold.lock();
+        untold.topics += 1;
+        untold.last = Some((Arc::clone(topic), lost));
+    }
+
+    /// Resolves when a line may be written about those that are left; never where none is.
+    async fn due(&self) {
+        if self.untold.lock().topics == 0 {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
 impl Hub {
+    /// One line for all histories that could not be continued; the rest with the next one.
+    fn tell_broken(&self) {
+        let mut untold = self.broken.untold.lock();
+        if untold.topics == 0 || self.broken.lines.pass().is_none() {
+            return;
+        }
+        if let Untold { topics, last: Some((topic, lost)) } = std::mem::take(&mut *untold) {
+            let (topic, reason) = (&*topic, lost.label());
+            warn!(topics, topic, reason, "Histories cannot be continued.");
+        }
+    }
+
     fn holes(&self) -> Vec<Hole> {
         let mut holes = Vec::new();
         for shard in &self.shards {
@@ -288,7 +348,7 @@ impl Hub {
         let Some(Filled { lost, entries, held, whole }) = filled else { return false };
         let topic = hole.topic;
         if let Some((lost, position)) = lost {
-            warn!(topic = &*topic, reason = lost.label(), "A history cannot be continued.");
+            self.broken.note(&topic, lost);
             // Before all entries: whoever got those only would go on behind what is missing.
             items.push((Position::START, Arc::clone(&topic), Item::Lost(lost, position, streams)));
         }
@@ -391,8 +451,11 @@ async fn read_or_lose(hub: &Hub, store: &Store, hole: Hole) -> Result<Found, Sto
             Ok(Found { hole, log, moment, judged: Ok(()), streams: Vec::new() })
         }
         Ok((Err(lost), _)) => begin_anew(store, hole, lost).await,
-        Err(StoreError::Refused(error)) if error.contains("WRONGTYPE") => {
-            warn!(log = &*hole.log, %error, "The key of a history holds something else.");
+        Err(StoreError::NotDone { refusal: NotDone::WrongType, error }) => {
+            if let Some(left_out) = ODD_KEYS.pass() {
+                let log = &*hole.log;
+                warn!(log, %error, left_out, "The key of a history holds something else.");
+            }
             let (log, moment) = (Log::default(), (u64::MAX, u64::MAX));
             Ok(Found { hole, log, moment, judged: Err(Lost::Unknown), streams: Vec::new() })
         }

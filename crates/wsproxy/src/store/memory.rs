@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
-    bus::{memory::Request, queue::Queue},
+    bus::{memory::Request, not_done::NotDone, queue::Queue},
     store::{
         LogEntry, StoreError,
         memory::{
@@ -93,7 +93,7 @@ impl MemoryStore {
         &self.names
     }
 
-    pub(super) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
+    pub(crate) fn load(&self, key: &str) -> Result<Option<Bytes>, StoreError> {
         match self.state.lock().live(key) {
             None => Ok(None),
             Some(Value::Plain(value)) => Ok(Some(value.clone())),
@@ -103,6 +103,19 @@ impl MemoryStore {
 
     pub(super) fn save(&self, key: &str, value: &[u8], ttl: Duration) -> Result<(), StoreError> {
         self.state.lock().save(key, value, ttl)
+    }
+
+    /// Sets a key as [`Self::save`] does, but does not cut a longer life short that it had.
+    pub(crate) fn save_for_longer(
+        &self,
+        key: &str,
+        value: &[u8],
+        ttl: Duration,
+    ) -> Result<(), StoreError> {
+        let mut state = self.state.lock();
+        let now = state.purge();
+        let left = state.entries.get(key).map_or(Duration::ZERO, |entry| entry.expires - now);
+        state.save(key, value, ttl.max(left))
     }
 
     pub(super) fn remove(&self, key: &str) -> Result<bool, StoreError> {
@@ -141,6 +154,17 @@ impl MemoryStore {
                     data: data.clone(),
                 };
                 Ok(log.range(from..).take(count).map(entry).collect())
+            }
+            Some(_) => Err(wrong_kind()),
+        }
+    }
+
+    pub(super) fn log_end(&self, key: &str) -> Result<Option<String>, StoreError> {
+        match self.state.lock().live(key) {
+            None => Ok(None),
+            Some(Value::Log(log)) => {
+                let id = |((milliseconds, sequence), _): &_| format!("{milliseconds}-{sequence}");
+                Ok(log.back().map(id))
             }
             Some(_) => Err(wrong_kind()),
         }
@@ -302,7 +326,8 @@ fn expiry(now: Instant, ttl: Duration) -> Instant {
 }
 
 fn wrong_kind() -> StoreError {
-    StoreError::Refused("the key holds another kind of value".into())
+    let error = "the key holds another kind of value".into();
+    StoreError::NotDone { refusal: NotDone::WrongType, error }
 }
 
 /// What an entry costs beside its key and value, roughly.

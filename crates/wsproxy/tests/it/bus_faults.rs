@@ -65,10 +65,15 @@ async fn a_killed_server_comes_back_with_every_channel_and_no_answer_goes_astray
                     let saved = store.save(&key, key.as_bytes(), Duration::from_secs(60)).await;
                     match store.load(&key).await {
                         Ok(Some(value)) => assert_eq!(value, key),
-                        Ok(None) | Err(StoreError::Lost(_)) => {}
+                        // Redis may still be loading.
+                        Ok(None) | Err(StoreError::Lost(_) | StoreError::NotDone { .. }) => {}
                         Err(error) => panic!("{error}"),
                     }
-                    assert!(matches!(saved, Ok(()) | Err(StoreError::Lost(_))), "{saved:?}");
+                    let passing = matches!(
+                        saved,
+                        Ok(()) | Err(StoreError::Lost(_) | StoreError::NotDone { .. })
+                    );
+                    assert!(passing, "{saved:?}");
                     answers += 1;
                 }
                 answers

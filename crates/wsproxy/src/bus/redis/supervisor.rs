@@ -50,17 +50,20 @@ impl Supervisor {
         let attempts = async {
             loop {
                 tokio::time::sleep(self.delay()).await;
+                // Taken before the server's name is looked up: of two links that differ the newer stays.
+                let birth = shared.next_birth();
                 let name = format!("{}-{}", shared.client_name, self.purpose.name());
                 match shared.connector.connect(&name).await {
-                    Ok(link) => break link,
+                    Ok(link) => break (link, birth),
                     Err(fault) => self.failed(&fault),
                 }
             }
         };
-        let link = tokio::select! {
-            link = attempts => link,
+        let (mut link, birth) = tokio::select! {
+            made = attempts => made,
             () = shared.shutdown.cancelled() => return None,
         };
+        link.birth = birth;
         self.up_since = Some(Instant::now());
         shared.counters.connects.add(1);
         shared.health.up(self.purpose);

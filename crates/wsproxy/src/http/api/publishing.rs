@@ -120,12 +120,36 @@ pub(super) async fn publish(
     payload: Bytes,
     keep: Keep,
 ) -> Result<Response, Rejection> {
+    let is_once = is_once(&keep);
+    send(gateway, channel, payload, keep).await.map_err(|rejection| rejection.in_doubt(is_once))
+}
+
+/// The same for a command, which may be given twice.
+pub(super) async fn command(
+    gateway: &Gateway,
+    channel: String,
+    payload: Bytes,
+) -> Result<Response, Rejection> {
+    send(gateway, channel, payload, Keep::Nothing).await
+}
+
+async fn send(
+    gateway: &Gateway,
+    channel: String,
+    payload: Bytes,
+    keep: Keep,
+) -> Result<Response, Rejection> {
     let answer = upgrade::deadline(gateway, async {
         gateway.bus.publishable().await;
         let outcome = enqueue(gateway, channel, payload, keep)?;
         told(outcome.await)
     });
     Ok(Json(answer.await?).into_response())
+}
+
+/// Whether a message that is published twice arrives once.
+pub(super) fn is_once(keep: &Keep) -> bool {
+    matches!(keep, Keep::History(history) if history.dedup.is_some())
 }
 
 /// Puts a message into the queue of the bus.
@@ -157,6 +181,7 @@ pub(super) fn told(
             let event_id = id.to_string();
             Ok(json!({ "receivers": receivers, "event_id": event_id, "duplicate": duplicate }))
         }
+        Ok(Outcome::Refused(refusal)) => Err(Rejection::not_done(refusal)),
         Ok(Outcome::Lost) | Err(_) => {
             Err(Rejection::bus_unavailable("The bus was lost; the message may not have arrived."))
         }

@@ -163,8 +163,9 @@ impl RedisStore {
             let Reply::Text(member) = member else { continue };
             match parse(member) {
                 Some(stream) => lapsed.push(stream),
-                // Nobody of ours put it there, and enough of them would hide those that are.
-                None => self.forget_lease(member).await?,
+                // Nobody of ours put it there, and enough of them would hide those that are. A Redis that
+                // refuses to remove it now must not hide the others either.
+                None => drop(self.forget_lease(member).await),
             }
         }
         Ok(lapsed)

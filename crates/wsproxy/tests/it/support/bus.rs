@@ -46,7 +46,7 @@ impl TestBus {
             (Recorder::default(), TaskTracker::new(), CancellationToken::new());
         let bus = Bus::memory(
             config,
-            &wsproxy::config::Limits::default(),
+            &config::Limits::default(),
             Box::new(seen.clone()),
             &tasks,
             shutdown.clone(),
