@@ -224,7 +224,9 @@ class HttpBackend:
             path = "events/history"
             parameters["channel"] = str(target)
         answer = await self._call("GET", path, repeatable=True, params=parameters)
-        events = tuple(HistoryEvent(each["event_id"], _data(each)) for each in answer["events"])
+        events = tuple(
+            HistoryEvent(each["event_id"], _data(each), each.get("own_event_id")) for each in answer["events"]
+        )
         complete, position = bool(answer["complete"]), str(answer["position"])
         # The gateway tells the end of the log, of which an incomplete page is not the last.
         if events and not complete:
