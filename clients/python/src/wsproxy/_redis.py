@@ -47,7 +47,7 @@ return redis.call('ZADD', KEYS[1], string.format('%.0f', ends), ARGV[2])
 """
 # Most bytes of a page of a history.
 _PAGE_BYTES = 64 * 1024 * 1024
-# The head of a log is kept at least so long after the last message.
+# The head of a log is kept for an eighth longer than this, or than the log.
 _HEAD_SECONDS_MIN = 3600.0
 # As long as the gateway remembers the keys of its HTTP API.
 _IDEMPOTENCY_MS = 10 * 60 * 1000
@@ -332,7 +332,7 @@ class RedisBackend:
             is_whole=bool(is_whole),
             is_known=bool(known),
             age_ms=int(now) - _milliseconds(resolved),
-            head_ms=round(max(self._limits.ttl, _HEAD_SECONDS_MIN) * 1000),
+            head_ms=round(max(self._limits.ttl, _HEAD_SECONDS_MIN) * 1125),
         )
         last = events[-1].event_id if events else _text(head) or START
         return History(events, bool(complete), last, lost)
