@@ -13,6 +13,7 @@ import httpx
 from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
 from ._feeds import Consumer
 from ._follower import Follower
+from ._positions import START
 from .client.streams import MergedStreams
 from .errors import (
     InvalidRequest,
@@ -217,7 +218,7 @@ class HttpBackend:
         ]
 
     async def history(self, target: Target, after: str, limit: int) -> History:
-        parameters: dict[str, str | int] = {"after": after, "limit": limit}
+        parameters: dict[str, str | int] = {"after": "0" if after == START else after, "limit": limit}
         if target.kind == "session":
             path = f"sessions/{_path(target.id)}/history"
         else:
