@@ -17,7 +17,7 @@ use wsproxy_proto::{history::Position, names::Names};
 use crate::{
     bus::{memory::MemoryBus, redis::RedisBus},
     config,
-    store::Store,
+    store::{Store, memory::StoreLimits},
     telemetry::counter::Counter,
 };
 
@@ -39,11 +39,14 @@ impl Bus {
     #[must_use]
     pub fn memory(
         config: &config::Redis,
+        limits: &config::Limits,
         deliver: Box<dyn Deliver>,
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
-        Self::Memory(MemoryBus::new(config, deliver, tasks, shutdown))
+        let share = limits.store_bytes as f64 * limits.store_logs_share;
+        let limits = StoreLimits { bytes: limits.store_bytes, log_bytes: share as usize };
+        Self::Memory(MemoryBus::new(config, limits, deliver, tasks, shutdown))
     }
 
     /// The bus on Redis. Returns at once and connects in the background, for ever.
@@ -240,6 +243,8 @@ pub enum Keep {
         log: Arc<str>,
         /// Most entries kept (approximately: Redis trims whole nodes).
         entries_max: u64,
+        /// Most bytes kept, except for a newest entry that alone is larger.
+        bytes_max: u64,
         /// The stream expires this long after its last entry.
         ttl: Duration,
     },
@@ -258,6 +263,8 @@ pub struct History {
     pub event_id: Option<Box<str>>,
     /// A key that is set with it for so long; where it is set already nothing is published again.
     pub dedup: Option<(Arc<str>, Duration)>,
+    /// Nothing is published where the log knows the event id already.
+    pub unique: bool,
     /// Bounds of the log.
     pub limits: HistoryLimits,
 }
@@ -274,12 +281,12 @@ pub struct HistoryLimits {
 }
 
 impl HistoryLimits {
-    /// How long an entry is held for certain, in milliseconds: less than it may live, by what the clocks of
-    /// servers that replace each other differ and by the time that a message may be on its way.
+    /// How long it is known of a log without new entries that it has none. Every message and every client that
+    /// opens renews it.
     #[must_use]
-    pub fn retention_ms(&self) -> u64 {
-        let ttl = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
-        ttl - (ttl / 8).max(5_000).min(ttl / 2)
+    pub fn head_ttl(&self) -> Duration {
+        let longer = self.ttl.max(HEAD_TTL_MIN);
+        longer + longer / 8
     }
 }
 
@@ -343,6 +350,9 @@ pub enum BusError {
     #[error("the bus is closed")]
     Closed,
 }
+
+/// Workers may write with a smaller ttl than the gateway's; the scripts keep heads for so long at least.
+const HEAD_TTL_MIN: Duration = Duration::from_secs(3600);
 
 /// What a queued message costs beside its bytes, roughly.
 const QUEUED_OVERHEAD_BYTES: usize = 128;

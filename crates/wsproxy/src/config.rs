@@ -124,6 +124,10 @@ pub struct Limits {
     pub messages_per_second: u32,
     /// How many of them may come at once.
     pub message_burst: u32,
+    /// What the embedded store may hold.
+    pub store_bytes: usize,
+    /// The part of it that logs and token streams may take.
+    pub store_logs_share: f64,
 }
 
 /// `[heartbeat]`: how dead and idle connections are found.
@@ -195,8 +199,10 @@ pub struct Endpoints {
 pub struct Sessions {
     /// What a client's message meets when no worker listens.
     pub no_receiver: NoReceiver,
-    /// Most entries of `session:{id}:up:log`.
+    /// Most entries of `{session:<id>:up}:log`.
     pub up_log_entries_max: u64,
+    /// Most bytes of that stream.
+    pub up_log_bytes_max: usize,
     /// That log expires this long after its last entry.
     pub up_log_ttl: Duration,
     /// Invalid messages after which the connection is closed; 0: never.
@@ -298,7 +304,7 @@ pub enum NoReceiver {
     Ignore,
     /// An `error` message with code `no_receiver`.
     Error,
-    /// It is kept in `session:{id}:up:log`.
+    /// It is kept in `{session:<id>:up}:log`.
     Queue,
 }
 
@@ -401,6 +407,8 @@ impl Default for Limits {
             send_buffers_total_bytes: 1024 * 1024 * 1024,
             messages_per_second: 100,
             message_burst: 200,
+            store_bytes: 256 * 1024 * 1024,
+            store_logs_share: 0.8,
         }
     }
 }
@@ -444,6 +452,7 @@ impl Default for Sessions {
         Self {
             no_receiver: NoReceiver::Ignore,
             up_log_entries_max: 1000,
+            up_log_bytes_max: 1024 * 1024,
             up_log_ttl: Duration::from_secs(3600),
             strikes_max: 10,
             down_frames: DownFrames::Auto,

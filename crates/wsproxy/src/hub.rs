@@ -14,10 +14,7 @@ use hashbrown::{Equivalent, HashMap};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tracing::warn;
-use wsproxy_conn::{
-    Link,
-    clock::{self, Micros},
-};
+use wsproxy_conn::{Link, clock};
 use wsproxy_proto::{
     history::{Lost, Position, Reader},
     names::Names,
@@ -29,6 +26,7 @@ use crate::{
     hub::{
         message::Stored,
         replay::{Gate, Replay},
+        store_clock::StoreClock,
         subscribers::Subscribers,
         tap::Tap,
     },
@@ -36,12 +34,14 @@ use crate::{
 };
 
 mod audience;
+mod capture;
 pub mod delivery;
 pub mod gzip;
 pub mod healer;
 pub mod message;
 pub mod notice;
 pub mod replay;
+mod store_clock;
 mod subscribers;
 pub mod tap;
 
@@ -120,11 +120,10 @@ pub struct Histories {
     pub limits: HistoryLimits,
     /// Tells which topics are sessions', whose token streams are shown where their history is lost.
     pub names: Names,
-    /// Key of the time at which the store was first seen.
-    pub epoch: Arc<str>,
     /// Key of the clock that gives the ids, where all logs share one order.
     pub clock: Option<Arc<str>>,
-    /// How topics begin which nobody has again who comes back.
+    /// Prefix of topics of one connection each. A client that comes back has another connection, so these are
+    /// never resumed.
     pub private: Option<Arc<str>>,
     /// Plain messages with an `event_id` are taken into the history.
     pub capture: bool,
@@ -142,10 +141,10 @@ struct Track {
 }
 
 impl Track {
-    /// Something may be missing behind what came until `since`.
-    fn interrupt(&mut self, since: Micros) {
+    /// Something may be missing behind the reader's position.
+    fn interrupt(&mut self) {
         self.turns += 1;
-        self.reader.interrupt(since.0);
+        self.reader.interrupt();
     }
 }
 
@@ -189,6 +188,8 @@ pub struct Hub {
     outages: AtomicU64,
     /// Told when a log has to be read.
     holes: Notify,
+    /// What the store's clock shows.
+    store_clock: StoreClock,
     /// What deliveries came to; the metrics read it.
     pub counters: HubCounters,
 }
@@ -232,6 +233,7 @@ impl Hub {
             bus: OnceLock::new(),
             outages: AtomicU64::new(0),
             holes: Notify::new(),
+            store_clock: StoreClock::default(),
             counters: HubCounters::default(),
         })
     }
@@ -331,7 +333,7 @@ impl Hub {
     fn add(&self, topic: Arc<str>, sink: Sink, histories: Option<&Arc<Histories>>) {
         let mut shard = self.shard(topic.as_bytes()).lock();
         let track = histories.map(|histories| Track {
-            log: Names::log(&topic).into(),
+            log: histories.names.log(&topic).into(),
             histories: Arc::clone(histories),
             reader: Reader::default(),
             turns: 0,
@@ -416,6 +418,20 @@ struct ShardLocks<'a> {
 }
 
 impl ShardLocks<'_> {
+    /// From now on the client behind this gate gets the topic's messages directly.
+    fn ungate(&mut self, topic: &str, gate: &Arc<Gate>) {
+        let number = self.hub.shard_number(topic.as_bytes());
+        let Some((_, shard)) = self.shards.iter_mut().find(|(other, _)| *other == number) else {
+            return;
+        };
+        let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
+        for sink in state.subscribers.iter_mut() {
+            if matches!(sink, Sink::Gated(other) if Arc::ptr_eq(other, gate)) {
+                *sink = gate.target.clone();
+            }
+        }
+    }
+
     fn track(&mut self, topic: &str) -> Option<&mut Track> {
         let number = self.hub.shard_number(topic.as_bytes());
         let (_, shard) = self.shards.iter_mut().find(|(other, _)| *other == number)?;

@@ -115,8 +115,7 @@ impl Instance {
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
-        let epoch = gateway.names.epoch().into();
-        background.spawn(healer::run(hub, store, epoch, background_end.clone()));
+        background.spawn(healer::run(hub, store, background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }
@@ -180,7 +179,7 @@ fn compose(
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
     } else {
-        Bus::memory(&config.redis, delivery, tasks, end)
+        Bus::memory(&config.redis, &config.limits, delivery, tasks, end)
     };
     hub.connect(bus.clone());
     let (session_histories, event_histories) = histories(&config, &names);
@@ -229,7 +228,6 @@ fn histories(config: &Config, names: &Names) -> (Option<Arc<Histories>>, Option<
     let sessions = || Histories {
         limits,
         names: names.clone(),
-        epoch: names.epoch().into(),
         clock: None,
         private: None,
         capture: config.sessions.capture,

@@ -42,13 +42,15 @@ pub struct LogEntry {
 pub struct SnapshotOf {
     /// Keys of the logs.
     pub logs: Vec<Arc<str>>,
-    /// Key of the epoch.
-    pub epoch: Arc<str>,
+    /// Key of the clock that they share.
+    pub clock: Option<Arc<str>>,
+    /// A log of which nothing is known gets a head that lives so long.
+    pub head_ttl: Option<Duration>,
     /// The entries behind this are wanted; `None`: none.
     pub after: Option<After>,
     /// At most so many entries of each log; further ones with the next call.
     pub entries_max: usize,
-    /// The session whose token streams are wanted too.
+    /// The log is that of a session, whose token streams are wanted too.
     pub streams_of: Option<Id>,
 }
 
@@ -264,6 +266,21 @@ impl Store {
         }
     }
 
+    /// Lets the heads of logs live on for `ttl`. Answers which of them are there, in their order.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn keep_heads(
+        &self,
+        logs: &[Arc<str>],
+        ttl: Duration,
+    ) -> Result<Vec<bool>, StoreError> {
+        match self {
+            Self::Memory(store) => Ok(store.keep_heads(logs, ttl)),
+            Self::Redis(store) => store.keep_heads(logs, ttl).await,
+        }
+    }
+
     /// Open token streams whose lease has run out, at most `count`.
     ///
     /// # Errors
@@ -319,9 +336,6 @@ impl Store {
 
 /// Most bytes of one log that one snapshot reads, except for one entry that alone is larger.
 const PAGE_BYTES_MAX: usize = 1024 * 1024;
-
-/// So many entries of a log are searched for an event id.
-const SCAN_MAX: usize = 4096;
 
 /// Most text of token streams that one snapshot reads: the newest streams, and at least one.
 const STREAMS_BYTES_MAX: usize = 2 * 1024 * 1024;

@@ -41,6 +41,12 @@ impl<M> Fence<M> {
         Self { bytes_max, state: State::Holding { held: Vec::new(), bytes: 0 } }
     }
 
+    /// Open: the client has everything up to `seen`.
+    #[must_use]
+    pub const fn opened(seen: Position) -> Self {
+        Self { bytes_max: 0, state: State::Open { seen } }
+    }
+
     /// A live message, of a history where it has an id. `true` where it is to be delivered now; where it has
     /// to wait, `message` makes what is kept of it, and how many bytes that is.
     pub fn offer(&mut self, ids: Option<Ids>, message: impl FnOnce() -> (M, usize)) -> bool {

@@ -86,8 +86,8 @@ fn number(digits: &[u8]) -> Option<u64> {
 }
 
 fn tag(digits: &[u8]) -> Option<u32> {
-    let is_tag = digits.len() == 8
-        && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let is_tag =
+        digits.len() == 8 && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let text = is_tag.then(|| std::str::from_utf8(digits).ok())??;
     u32::from_str_radix(text, 16).ok()
 }
@@ -102,8 +102,20 @@ mod tests {
             assert_eq!(Position::parse(text.as_bytes()).unwrap().to_string(), text);
         }
         for bad in [
-            "", "-", "1", "1-", "-1", "1-0", "01-0-00000000", "1-00-00000000", "+1-0-00000000", "1-1-1",
-            "1-1-0000000A", "1-1-00000000-", "0-1-00000000", "18446744073709551616-0-00000000",
+            "",
+            "-",
+            "1",
+            "1-",
+            "-1",
+            "1-0",
+            "01-0-00000000",
+            "1-00-00000000",
+            "+1-0-00000000",
+            "1-1-1",
+            "1-1-0000000A",
+            "1-1-00000000-",
+            "0-1-00000000",
+            "18446744073709551616-0-00000000",
         ] {
             assert_eq!(Position::parse(bad.as_bytes()), None, "{bad}");
         }

@@ -116,7 +116,8 @@ impl World {
             }
             Step::Advance(milliseconds) => {
                 self.redis.advance(milliseconds);
-                for instance in self.instances.iter_mut().filter(|one| one.linked && !one.is_cut()) {
+                for instance in self.instances.iter_mut().filter(|one| one.linked && !one.is_cut())
+                {
                     instance.keep_heads(&mut self.redis);
                 }
             }

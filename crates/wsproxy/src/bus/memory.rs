@@ -20,7 +20,10 @@ use crate::{
         queue::{Back, Queue},
     },
     config,
-    store::{StoreError, StreamCommand, memory::MemoryStore},
+    store::{
+        StoreError, StreamCommand,
+        memory::{MemoryStore, StoreLimits},
+    },
 };
 
 /// Channels and messages inside this process. Clones share one bus.
@@ -45,13 +48,14 @@ pub(crate) enum Request {
 impl MemoryBus {
     pub(super) fn new(
         config: &config::Redis,
+        limits: StoreLimits,
         deliver: Box<dyn Deliver>,
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
         let queue = Arc::new(Queue::new(config.publish_queue_bytes));
         let shared = Arc::new(Shared {
-            store: MemoryStore::new(Names::new(&config.channel_prefix), queue.clone()),
+            store: MemoryStore::new(Names::new(&config.channel_prefix), queue.clone(), limits),
             queue,
             subscribed: Mutex::default(),
             counters: BusCounters::default(),
@@ -178,11 +182,12 @@ impl Shared {
             self.counters.published.add(1);
             return Outcome::Received(1);
         }
-        let Keep::Unheard { log, entries_max, ttl } = &publish.keep else {
+        let Keep::Unheard { log, entries_max, bytes_max, ttl } = &publish.keep else {
             self.counters.published.add(1);
             return Outcome::Received(0);
         };
-        match self.store.append(log, publish.payload.clone(), *entries_max, *ttl) {
+        let bounds = (*entries_max, *bytes_max);
+        match self.store.append(log, publish.payload.clone(), bounds, *ttl) {
             Ok(()) => {
                 self.counters.published.add(1);
                 self.counters.publish_kept.add(1);
@@ -203,7 +208,8 @@ impl Shared {
         last: bool,
         deliver: &mut dyn Deliver,
     ) -> Outcome {
-        let appended = match self.store.append_history(history, publish.payload.clone()) {
+        let appended = self.store.append_history(history, publish.payload.clone());
+        let appended = match appended {
             Ok(appended) => appended,
             Err(error) => {
                 self.counters.publish_lost.add(1);

@@ -184,6 +184,7 @@ impl RedisBus {
 
     /// Runs a script; `words` are the number of keys, the keys and the arguments.
     pub(crate) async fn run(&self, script: &Script, words: &[&[u8]]) -> Result<Reply, StoreError> {
+        debug_assert!(has_one_slot(words), "a script must touch one slot");
         let call = |is_loaded| [&script.call(is_loaded)[..], words].concat();
         match self.command(&call(true)).await {
             // It certainly did not run; with its text it does, and is known from then on.
@@ -257,6 +258,15 @@ impl Health {
         let fault = troubles.iter().find_map(|trouble| trouble.fault.clone());
         (troubles.iter().all(|trouble| trouble.up), fault)
     }
+}
+
+/// Whether all keys of a script are in one slot of a Redis Cluster; `words` begin with how many keys there are.
+fn has_one_slot(words: &[&[u8]]) -> bool {
+    let count = words.first().and_then(|count| std::str::from_utf8(count).ok()?.parse().ok());
+    let keys = words.iter().skip(1).take(count.unwrap_or(0));
+    let mut slots = keys.map(|key| wsproxy_proto::names::slot(key));
+    let first = slots.next();
+    slots.all(|slot| Some(slot) == first)
 }
 
 /// Milliseconds as Redis wants them: a whole number above zero that it can add to its clock.

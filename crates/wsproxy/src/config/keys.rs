@@ -7,7 +7,7 @@ use super::{
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
-        Switch, Time,
+        Share, Switch, Time,
     },
     rule,
 };
@@ -193,6 +193,8 @@ pub static KEYS: &[Key] = &[
     key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Bound of what waits for all clients; beyond it the worst offender is closed."),
     key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),
     key!(limits.message_burst, Number(1, 1_000_000), "How many of them may come at once."),
+    key!(limits.store_bytes, Bytes(1 << 20, 1 << 40), "What the embedded store may hold (without Redis)."),
+    key!(limits.store_logs_share, Share, "The part of it that logs and token streams may take; the rest is for tokens."),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
     key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),
@@ -216,8 +218,9 @@ pub static KEYS: &[Key] = &[
     absent("agents"),
     absent("tunnel"),
 
-    key!(sessions.no_receiver, OneOf(&[("ignore", NoReceiver::Ignore), ("error", NoReceiver::Error), ("queue", NoReceiver::Queue)]), "What a client's message meets when no worker listens: nothing, an error message, or the stream session:{id}:up:log."),
+    key!(sessions.no_receiver, OneOf(&[("ignore", NoReceiver::Ignore), ("error", NoReceiver::Error), ("queue", NoReceiver::Queue)]), "What a client's message meets when no worker listens: nothing, an error message, or the stream {session:<id>:up}:log."),
     key!(sessions.up_log_entries_max, Number(1, 1_000_000), "Most entries of that stream."),
+    key!(sessions.up_log_bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of that stream."),
     key!(sessions.up_log_ttl, Time(1_000, 30 * DAY), "It expires this long after its last entry."),
     key!(sessions.strikes_max, Number(0, 1_000_000), "Invalid messages after which a connection is closed; 0: never."),
     key!(sessions.down_frames, OneOf(&[("auto", DownFrames::Auto), ("text", DownFrames::Text), ("binary", DownFrames::Binary)]), "How messages from workers are framed; auto: text where they are UTF-8, else binary."),

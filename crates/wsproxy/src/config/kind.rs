@@ -71,6 +71,24 @@ impl<T: TryFrom<u64> + TryInto<u64> + Copy> Kind<T> for Number {
     }
 }
 
+/// A part of one, above 0.
+pub(super) struct Share;
+
+impl Kind<f64> for Share {
+    fn allowed(&self) -> String {
+        "a number above 0, at most 1".into()
+    }
+
+    fn read(&self, raw: &Raw) -> Option<f64> {
+        let share: f64 = raw.text()?.parse().ok()?;
+        (share > 0.0 && share <= 1.0).then_some(share)
+    }
+
+    fn write(&self, value: &f64) -> String {
+        value.to_string()
+    }
+}
+
 /// A size in bytes between two others.
 pub(super) struct Bytes(pub(super) u64, pub(super) u64);
 

@@ -118,6 +118,7 @@ impl SessionLogic {
             NoReceiver::Queue => Keep::Unheard {
                 log: self.endpoint.names.session_up_log(&self.session).into(),
                 entries_max: self.endpoint.config.up_log_entries_max,
+                bytes_max: self.endpoint.config.up_log_bytes_max as u64,
                 ttl: self.endpoint.config.up_log_ttl,
             },
         }

@@ -25,20 +25,20 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Most entries of a log that are read at once; further ones when these have been sent.
 const PAGE_ENTRIES: usize = 100;
 
-/// Answers with a stream of `topic`'s messages, after those of `log`.
+/// Answers with a stream of `topic`'s messages, after those of `logs` in turn.
 ///
 /// The topic is subscribed first, so nothing is missed in between; what was appended in that
 /// moment is in the log or in the stream, never in both.
 pub async fn follow(
     gateway: &Arc<Gateway>,
     topic: String,
-    log: Option<String>,
+    logs: VecDeque<String>,
 ) -> Result<Response<Body>, Rejection> {
     let tap = Tap::new(FOLLOWER_BYTES_MAX);
     let sink = Sink::Tap(Arc::clone(&tap));
     // Redis trims whole nodes, so there may be somewhat more than the configured number.
     let left = gateway.config.sessions.up_log_entries_max.saturating_mul(2);
-    let mut log = log.map(|key| Log { key, after: String::new(), left });
+    let mut log = Some(Logs { keys: logs, after: String::new(), left });
     let (subscription, kept) = upgrade::deadline(gateway, async {
         let subscription = gateway.hub.subscribe([(topic.into(), sink)]).await?;
         let kept = match &mut log {
@@ -64,7 +64,7 @@ struct Follower {
     tap: Arc<Tap>,
     kept: VecDeque<Bytes>,
     /// What is not read yet.
-    log: Option<Log>,
+    log: Option<Logs>,
     over: bool,
     _subscription: Subscription,
 }
@@ -106,29 +106,31 @@ impl Follower {
     }
 }
 
-/// A log that is being read from its start to its end.
-struct Log {
-    key: String,
+/// Logs that are being read from their starts to their ends.
+struct Logs {
+    keys: VecDeque<String>,
     /// The last entry that was read.
     after: String,
     /// Most entries that are still read.
     left: u64,
 }
 
-impl Log {
+impl Logs {
     /// The next entries as events; none at the end.
     async fn page(&mut self, gateway: &Gateway) -> Result<VecDeque<Bytes>, Rejection> {
         let count = page_entries(gateway.config.limits.max_message_bytes);
         let count = count.min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        if count == 0 {
-            return Ok(VecDeque::new());
+        while let Some(key) = self.keys.front().filter(|_| count > 0) {
+            let entries = gateway.store.read_log(key, &self.after, count).await?;
+            if let Some(last) = entries.last() {
+                self.left -= entries.len() as u64;
+                self.after.clone_from(&last.id);
+                return Ok(entries.iter().map(|one| event(Some(&one.id), &one.data)).collect());
+            }
+            self.keys.pop_front();
+            self.after.clear();
         }
-        let entries = gateway.store.read_log(&self.key, &self.after, count).await?;
-        self.left -= entries.len() as u64;
-        if let Some(last) = entries.last() {
-            self.after.clone_from(&last.id);
-        }
-        Ok(entries.iter().map(|entry| event(Some(&entry.id), &entry.data)).collect())
+        Ok(VecDeque::new())
     }
 }
 

@@ -75,7 +75,13 @@ impl Node {
         let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
         let bus = match url {
             Some(_) => Bus::redis(&config, name, &names, delivery, &tasks, end.clone()).unwrap(),
-            None => Bus::memory(&config, delivery, &tasks, end.clone()),
+            None => Bus::memory(
+                &config,
+                &wsproxy::config::Limits::default(),
+                delivery,
+                &tasks,
+                end.clone(),
+            ),
         };
         hub.connect(bus.clone());
         let response_timeout = config.response_timeout;

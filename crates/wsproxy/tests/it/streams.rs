@@ -74,8 +74,9 @@ impl TestBus {
 
     async fn snapshot(&self) -> (Snapshot, Vec<StreamState>) {
         let of = SnapshotOf {
-            logs: vec!["session:s:down:log".into()],
-            epoch: "wsproxy:epoch".into(),
+            logs: vec!["{session:s:down}:log".into()],
+            clock: None,
+            head_ttl: None,
             after: Some(After::Position(Position::START)),
             entries_max: 100_000,
             streams_of: Some(id("s")),
@@ -326,7 +327,7 @@ async fn a_snapshot_holds_position_and_streams_of_one_moment(bus: TestBus) {
                 let last = snapshot.logs[0].entries.last().unwrap();
                 let told: Value = serde_json::from_slice(&last.data).unwrap();
                 let seq = told["seq"].as_u64().unwrap_or_default();
-                assert_eq!((snapshot.logs[0].last, streams[0].seq), (Some(last.id), seq));
+                assert_eq!((snapshot.logs[0].head, streams[0].seq), (Some(last.id), seq));
                 assert_eq!(streams[0].text.len() as u64, seq);
                 if seq == 300 {
                     return;

@@ -132,7 +132,8 @@ impl Instance {
         let begun = |reader: &Option<Reader<usize>>| {
             reader.as_ref().is_some_and(|one| one.position().is_some() && !one.has_hole())
         };
-        let logs: Vec<_> = (0..self.readers.len()).filter(|log| begun(&self.readers[*log])).collect();
+        let logs: Vec<_> =
+            (0..self.readers.len()).filter(|log| begun(&self.readers[*log])).collect();
         for log in logs {
             if !redis.keep_head(log) {
                 self.interrupt();
@@ -270,7 +271,17 @@ impl Instance {
         }
         let fence = Fence::new(self.bounds.fence_bytes);
         let replay = Some(Replay::default());
-        self.clients.push(Client { id, logs, view, after, early: 0, lost: None, fence, passed: Vec::new(), replay });
+        self.clients.push(Client {
+            id,
+            logs,
+            view,
+            after,
+            early: 0,
+            lost: None,
+            fence,
+            passed: Vec::new(),
+            replay,
+        });
     }
 
     pub(crate) fn close(&mut self, number: usize) -> View {
@@ -367,7 +378,15 @@ impl Instance {
 
 impl Read {
     fn new(log: usize, from: Position) -> Self {
-        Self { log, from, judged: None, pages: Pages::default(), behind: from, found: Log::default(), published: 0 }
+        Self {
+            log,
+            from,
+            judged: None,
+            pages: Pages::default(),
+            behind: from,
+            found: Log::default(),
+            published: 0,
+        }
     }
 
     /// Answers the moment up to which it is complete.

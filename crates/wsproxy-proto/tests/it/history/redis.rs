@@ -66,8 +66,7 @@ pub(crate) struct Redis {
 
 impl Redis {
     pub(crate) fn new(logs: usize, entries_max: usize) -> Self {
-        let data =
-            Data { logs: vec![None; logs], heads: vec![None; logs], ..Data::default() };
+        let data = Data { logs: vec![None; logs], heads: vec![None; logs], ..Data::default() };
         let saved = (0, data.clone());
         let (truth, anchors) = (Vec::new(), u32::MAX);
         Self { now: 10_000, skew: 0, store: 0, truth, entries_max, anchors, data, saved }
@@ -168,13 +167,7 @@ impl Redis {
         Snapshot { now_ms: self.now, moment, after, known: false, logs }
     }
 
-    fn read(
-        &mut self,
-        log: usize,
-        after: Option<Position>,
-        page: usize,
-        anchor: bool,
-    ) -> Log {
+    fn read(&mut self, log: usize, after: Option<Position>, page: usize, anchor: bool) -> Log {
         let is_new = anchor && self.data.heads[log].is_none();
         if is_new {
             self.anchors -= 1;
@@ -185,7 +178,8 @@ impl Redis {
         let head = self.data.heads[log];
         let stored = self.data.logs[log].clone().unwrap_or_default();
         let all: Vec<Entry> = stored.entries.iter().map(|serial| self.entry(*serial)).collect();
-        let behind = all.iter().filter(|entry| after.is_some_and(|after| after.is_before(entry.id)));
+        let behind =
+            all.iter().filter(|entry| after.is_some_and(|after| after.is_before(entry.id)));
         let mut entries: Vec<Entry> = behind.cloned().collect();
         let complete = entries.len() <= page;
         entries.truncate(page);
@@ -194,8 +188,7 @@ impl Redis {
         let is_first = |first: &Published| {
             !self.truth.iter().any(|other| other.log == log && other.id == first.prev)
         };
-        let is_from_start =
-            first.map_or(head.is_none_or(|head| !head.is_used), is_first);
+        let is_from_start = first.map_or(head.is_none_or(|head| !head.is_used), is_first);
         let head = head.map(|head| head.position);
         Log { head, is_new, is_from_start, is_private: false, entries, complete }
     }

@@ -397,8 +397,8 @@ fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) 
             let Publish { channel, payload, .. } = publish;
             script::spell_publish(channel, payload, history, is_script_loaded, out);
         }
-        Keep::Unheard { log, entries_max, ttl } => {
-            resp::command(out, 8);
+        Keep::Unheard { log, entries_max, bytes_max, ttl } => {
+            resp::command(out, 9);
             resp::word(out, b"EVAL");
             resp::word(out, PUBLISH_OR_KEEP.as_bytes());
             resp::number(out, 1);
@@ -407,6 +407,7 @@ fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) 
             resp::word(out, &publish.payload);
             resp::number(out, (*entries_max).max(1));
             resp::number(out, crate::bus::redis::milliseconds(*ttl));
+            resp::number(out, *bytes_max);
         }
     }
 }
@@ -438,13 +439,22 @@ fn reply(value: &Value<'_>) -> Result<Reply, StoreError> {
     Err(StoreError::Refused(text))
 }
 
-/// Answers how many received it, or -1 where it was kept instead.
+/// Answers how many received it, or -1 where it was kept instead. Every entry says in `sum` how many bytes of data
+/// were kept until then, so that the oldest can go where they are too many.
 const PUBLISH_OR_KEEP: &str = "\
-local n=redis.call('PUBLISH',ARGV[1],ARGV[2]) \
+local call,log,data=redis.call,KEYS[1],ARGV[2] \
+local n=call('PUBLISH',ARGV[1],data) \
 if n>0 then return n end \
-redis.call('XADD',KEYS[1],'MAXLEN','~',ARGV[3],'*','data',ARGV[2]) \
-redis.call('PEXPIRE',KEYS[1],ARGV[4]) \
-return -1";
+local function sum_of(entry) return tonumber(entry[2][4] or 0) or 0 end \
+local last=call('XREVRANGE',log,'+','-','COUNT',1)[1] \
+local sum=#data+(last and sum_of(last) or 0) \
+local id=call('XADD',log,'MAXLEN','~',ARGV[3],'*','data',data,'sum',string.format('%.0f',sum)) \
+call('PEXPIRE',log,ARGV[4]) \
+while true do \
+local first=call('XRANGE',log,'-','+','COUNT',1)[1] \
+if not first or first[1]==id or sum-sum_of(first)+#(first[2][2] or '')<=tonumber(ARGV[5]) then return -1 end \
+call('XDEL',log,first[1]) \
+end";
 
 /// So much is spelled ahead of the socket; the rest stays queued, where the loss of a link spares it.
 const OUTPUT_BYTES: usize = 128 * 1024;

@@ -226,7 +226,7 @@ async fn read_history(
     let To::Events(channel) = To::parse(&gateway, channel)? else {
         return Err(Rejection::bad_request("A session's history is at its own path."));
     };
-    history::read(&gateway, &channel, range).await
+    history::read(&gateway, &channel, Some(gateway.names.events_clock()), range).await
 }
 
 async fn presence(

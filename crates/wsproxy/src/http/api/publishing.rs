@@ -12,7 +12,7 @@ use http::request::Parts;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use wsproxy_proto::{history::check_event_id, names::Names};
+use wsproxy_proto::history::{check_event_id, envelope};
 
 use crate::{
     bus::{self, History, Keep, Outcome, Publish},
@@ -94,14 +94,15 @@ impl How {
         if !self.history.unwrap_or(by_default || needed) {
             return Keep::Nothing;
         }
-        let log = Names::log(channel);
+        let log = gateway.names.log(channel);
         let once = self.idempotency_key;
-        let once = once.map(|key| (Names::published_once(&log, &key).into(), ONCE_FOR));
+        let once = once.map(|key| (gateway.names.published_once(channel, &key).into(), ONCE_FOR));
         Keep::History(Box::new(History {
             log: log.into(),
             clock: clock.map(Into::into),
-            event_id: self.event_id.filter(|id| !id.is_empty()),
+            event_id: self.event_id,
             dedup: once,
+            unique: false,
             limits: gateway.config.history.limits(),
         }))
     }
@@ -134,6 +135,11 @@ pub(super) fn enqueue(
     payload: Bytes,
     keep: Keep,
 ) -> Result<oneshot::Receiver<Outcome>, Rejection> {
+    if keep == Keep::Nothing && envelope::is_reserved(&payload) {
+        return Err(Rejection::bad_request(
+            "A message must not begin with the bytes FF, H and a digit.",
+        ));
+    }
     let (receipt, outcome) = bus::awaited();
     let channel = channel.into();
     gateway.hub.publish(Publish { channel, payload, keep, receipt: Some(receipt) })?;

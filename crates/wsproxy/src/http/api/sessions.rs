@@ -1,6 +1,6 @@
 //! Sessions over HTTP: tokens, messages, streams, history, what clients say.
 
-use std::{ops::RangeInclusive, sync::Arc, time::Duration};
+use std::{collections::VecDeque, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -112,7 +112,7 @@ async fn read_history(
     if range.channel.is_some() {
         return Err(Rejection::bad_request("A session has one channel."));
     }
-    history::read(&gateway, &gateway.names.session_down(&session), range).await
+    history::read(&gateway, &gateway.names.session_down(&session), None, range).await
 }
 
 /// What a worker does with a token stream.
@@ -223,8 +223,11 @@ async fn follow_upstream(
     query: Result<Query<FollowQuery>, QueryRejection>,
 ) -> Result<http::Response<Body>, Rejection> {
     let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
-    let log = query.log.then(|| gateway.names.session_up_log(&session));
-    follow::follow(&gateway, gateway.names.session_up(&session), log).await
+    let names = &gateway.names;
+    // For one version messages may stand under the earlier name too; these are older.
+    let logs = [names.session_up_log_before(&session), names.session_up_log(&session)];
+    let logs = logs.into_iter().filter(|_| query.log).collect();
+    follow::follow(&gateway, names.session_up(&session), logs).await
 }
 
 async fn follow_sessions(
@@ -232,5 +235,5 @@ async fn follow_sessions(
     State(gateway): State<Arc<Gateway>>,
     PathId(agent): PathId,
 ) -> Result<http::Response<Body>, Rejection> {
-    follow::follow(&gateway, gateway.names.agent_sessions(&agent), None).await
+    follow::follow(&gateway, gateway.names.agent_sessions(&agent), VecDeque::new()).await
 }
