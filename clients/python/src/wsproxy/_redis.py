@@ -322,7 +322,7 @@ class RedisBackend:
             return await cast("Awaitable[list[Any]]", self._read(keys=keys, args=args))
 
         now, _, resolved, known, logs, _ = await self._do(read, repeatable=True)
-        head, is_whole, complete, fields = logs[0]
+        head, _, is_whole, _, complete, fields = logs[0]
         entries = [fields[n : n + 4] for n in range(0, len(fields), 4)]
         events = tuple(HistoryEvent(_text(name), data, _text(own) or None) for name, _, own, data in entries)
         lost = lost_behind(

@@ -8,8 +8,9 @@
 --   moment: the last id of the clock, or the time as an id: what is not above it is complete
 --   resolved: `after`, or the position of the entry with event_id; "": there is none, "?": there are several
 --   known: 1 if it is of a message to one connection, which none of the logs holds
---   log: {head, 1 if its entries are all of its life, 1 if these are all behind `after`,
---         {position, prev, event_id, data, position, …}}; head is "" where there is none
+--   log: {head, 1 if the head was made now, 1 if the entries begin where the log's life does, 1 if nobody who comes
+--         back has this log, 1 if these are all behind `after`, {position, prev, event_id, data, position, …}};
+--         head is "" where there is none, and `1-0-<tag>` where its life has no entry yet
 --   stream, in the order in which they were opened: {stream, state, seq, text, meta, error}
 local call, match = redis.call, string.match
 local logs, clock = tonumber(ARGV[1]), KEYS[tonumber(ARGV[1]) + 1]
@@ -18,8 +19,8 @@ local head_ms, streams_bytes_max = ARGV[6], tonumber(ARGV[7])
 
 local time = call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local moment = clock and (call('XREVRANGE', clock, '+', '-', 'COUNT', 1)[1] or {})[1]
-  or string.format('%.0f-0', now)
+local moment = string.format('%.0f-0', now)
+if clock then moment = (call('XREVRANGE', clock, '+', '-', 'COUNT', 1)[1] or {''})[1] end
 
 local function beside(log, what)
   return string.sub(log, 1, -4) .. what
@@ -51,9 +52,20 @@ elseif connections and after ~= '' and after ~= '0-0' and find(connections, afte
 end
 local resolved, from = after, match(after, '^%d+%-%d+')
 
+-- Nobody who comes back has the log of a connection again.
+local function is_private(log)
+  return match(log, '}:connection:[^:]*:log$') ~= nil
+end
+
+-- Answers head, sum, and 1 if it was made now.
 local function head_of(log)
-  local head = call('GET', beside(log, 'head'))
-  if head then return match(head, '^(%S+) (%d+)') end
+  local key = beside(log, 'head')
+  local head = call('GET', key)
+  if head then
+    if head_ms ~= '' then call('PEXPIRE', key, head_ms, 'GT') end
+    local position, sum = match(head, '^(%S+) (%d+)')
+    return position, sum, 0
+  end
   local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
   local position, sum, removed = '', 0, 0
   if last then
@@ -61,14 +73,13 @@ local function head_of(log)
     tag, _, sum, removed = meta_of(last)
     position = last[1] .. '-' .. tag
   end
-  -- Nobody who comes back has the log of a connection again.
-  if head_ms == '' or match(log, '}:connection:[^:]*:log$') then return position, sum end
+  if head_ms == '' or is_private(log) then return position, sum, 0 end
+  local is_new = position == '' and 1 or 0
   if position == '' then
-    local tag = string.sub(redis.sha1hex(log .. time[1] .. time[2]), 1, 8)
-    position = moment .. '-' .. tag
+    position = '1-0-' .. string.sub(redis.sha1hex(log .. time[1] .. time[2]), 1, 8)
   end
-  call('SET', beside(log, 'head'), string.format('%s %.0f %s', position, sum, removed), 'PX', head_ms)
-  return position, sum
+  call('SET', key, string.format('%s %.0f %s', position, sum, removed), 'PX', head_ms)
+  return position, sum, is_new
 end
 
 local function page(log)
@@ -94,11 +105,11 @@ end
 
 local answer = {}
 for n = 1, logs do
-  local head, sum = head_of(KEYS[n])
+  local head, sum, is_new = head_of(KEYS[n])
   local list, complete, is_start = {}, 1, nil
   if from and after ~= head then list, complete, is_start = page(KEYS[n]) end
   if is_start == nil then is_start = tonumber(sum or 0) == 0 end
-  answer[n] = {head, is_start and 1 or 0, complete, list}
+  answer[n] = {head, is_new, is_start and 1 or 0, is_private(KEYS[n]) and 1 or 0, complete, list}
 end
 
 local streams = {}
