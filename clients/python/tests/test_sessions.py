@@ -120,6 +120,28 @@ async def test_an_id_of_the_workers_own_resumes(worker: Worker, gateway: Gateway
         assert await messages(connection, 2) == [{"event_id": f"mine-{n}", "n": n} for n in (1, 2)]
 
 
+async def test_an_id_that_two_messages_have_is_said_to_be_lost(worker: Worker, gateway: Gateway) -> None:
+    for number in range(2):
+        await worker.send("s-1", {"n": number}, event_id="mine")
+    async with client(worker, gateway.url, last_event_id="mine") as connection:
+        notice = await within(anext(connection))
+        assert (notice.is_history_lost, notice.json()["reason"]) == (True, "ambiguous")
+
+
+@BOTH
+async def test_messages_that_share_a_member_event_id_all_arrive_over_a_cut(
+    worker: Worker, gateway: Gateway, transport: Transport
+) -> None:
+    async with Proxy(gateway.port) as proxy, client(worker, proxy.url, transport) as connection:
+        await opened(connection)
+        for number in range(6):
+            message = {"event_id": "evt_9", "n": number}
+            await worker.send("s-1", message, history=number % 3 != 2)
+            assert await messages(connection, 1) == [message]
+            if number == 3:
+                proxy.cut()
+
+
 @BOTH
 async def test_a_position_that_is_not_held_is_said_to_be_lost(
     worker: Worker, gateway: Gateway, transport: Transport
