@@ -26,7 +26,7 @@ use crate::{
     hub::{
         message::Stored,
         replay::{Gate, Replay},
-        store_clock::StoreClock,
+        store_clock::{Doubts, StoreClock},
         subscribers::Subscribers,
         tap::Tap,
     },
@@ -190,6 +190,7 @@ pub struct Hub {
     holes: Notify,
     /// What the store's clock shows.
     store_clock: StoreClock,
+    doubts: Doubts,
     /// What deliveries came to; the metrics read it.
     pub counters: HubCounters,
 }
@@ -234,6 +235,7 @@ impl Hub {
             outages: AtomicU64::new(0),
             holes: Notify::new(),
             store_clock: StoreClock::default(),
+            doubts: Doubts::default(),
             counters: HubCounters::default(),
         })
     }

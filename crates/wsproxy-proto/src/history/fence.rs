@@ -20,7 +20,8 @@ pub type Ids = (Position, Position);
 pub enum Released<M> {
     /// It is open. What waited and was not read follows.
     Open(Vec<M>),
-    /// What waited does not follow what was read: both are of different lives of a log. It stays closed.
+    /// What waited does not follow what was read: both are of different lives of a log. The logs are to be read
+    /// again, behind a new fence.
     Torn,
     /// Something is missing, as [`Lost::Overflow`] where more came than could wait. It stays closed: the client is
     /// to be told, behind a new fence and with a new reading of its logs.

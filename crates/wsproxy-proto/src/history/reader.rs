@@ -19,6 +19,8 @@ pub struct Reader<M> {
     began: Position,
     /// Up to here some client has read by itself, maybe further than the channel has brought.
     ahead: Position,
+    /// Where the life of the log began in which it reads, where that is known.
+    life: Option<Position>,
     hole: Option<Box<Hole<M>>>,
 }
 
@@ -70,7 +72,8 @@ pub struct Filled<M> {
 
 impl<M> Default for Reader<M> {
     fn default() -> Self {
-        Self { position: None, began: Position::START, ahead: Position::START, hole: None }
+        let (began, ahead) = (Position::START, Position::START);
+        Self { position: None, began, ahead, life: None, hole: None }
     }
 }
 
@@ -83,7 +86,7 @@ impl<M> Reader<M> {
     #[must_use]
     pub fn begin(&mut self, at: Position) -> bool {
         if self.position.is_none() {
-            (self.position, self.began) = (Some(at), at);
+            (self.position, self.began, self.life) = (Some(at), at, life_of(at));
             return true;
         }
         self.ahead = self.ahead.later(at);
@@ -117,6 +120,12 @@ impl<M> Reader<M> {
             return Verdict::Held;
         }
         match rule::step(self.position, id, prev, latest_ms) {
+            // The link lost nothing, so what begins another life comes next, although its id may be lower.
+            rule::Step::Gap if self.begins_another_life(id, prev, latest_ms) => {
+                (self.position, self.began, self.ahead) = (Some(id), prev, Position::START);
+                self.life = Some(id);
+                Verdict::Deliver
+            }
             // What a client has read by itself must come over the channel too, unless it was of another life.
             rule::Step::Next if self.passes_ahead(id) => {
                 self.interrupt();
@@ -125,6 +134,9 @@ impl<M> Reader<M> {
             rule::Step::Next => {
                 if self.position.replace(id).is_none() {
                     self.began = prev;
+                }
+                if prev.is_beginning() {
+                    self.life = Some(if prev == Position::START { id } else { prev });
                 }
                 Verdict::Deliver
             }
@@ -135,6 +147,11 @@ impl<M> Reader<M> {
                 Verdict::Hole
             }
         }
+    }
+
+    fn begins_another_life(&self, id: Position, prev: Position, latest_ms: u64) -> bool {
+        let is_plausible = id.milliseconds <= latest_ms && !id.is_beginning();
+        is_plausible && prev == Position::START && self.life.is_some_and(|life| life != id)
     }
 
     fn passes_ahead(&self, id: Position) -> bool {
@@ -215,6 +232,7 @@ impl<M> Reader<M> {
             Err(lost) => {
                 let position = log.position();
                 (self.began, self.ahead) = (position, Position::START);
+                self.life = life_of(position);
                 filled.lost = Some((lost, position));
                 position
             }
@@ -246,6 +264,11 @@ impl<M> Reader<M> {
         }
         judged
     }
+}
+
+/// A log that is at its beginning begins there.
+fn life_of(at: Position) -> Option<Position> {
+    at.is_beginning().then_some(at)
 }
 
 impl<M> Default for Hole<M> {

@@ -119,6 +119,9 @@ impl Deliver for Delivery {
             hub.outages.fetch_add(1, Release);
             warn!(error = cause, topics = hub.topics(), "The bus is lost.");
         }
+        if let Some(store_ms) = hub.store_clock.now_ms(clock::now()) {
+            hub.doubts.lost(store_ms);
+        }
         for shard in &hub.shards {
             let mut shard = shard.lock();
             for track in shard.values_mut().filter_map(|state| state.track.as_mut()) {

@@ -8,7 +8,8 @@ use tracing::debug;
 use wsproxy_conn::{clock, outbox::FRAME_OVERHEAD};
 use wsproxy_proto::{
     history::{
-        After, Entry, Fence, Log, Lost, Pages, Position, Snapshot, fence::Released, pages::Since,
+        After, Entry, Fence, Log, Lost, Pages, Position, Resolved, Snapshot, fence::Released,
+        pages::Since,
     },
     names::Id,
 };
@@ -142,8 +143,8 @@ impl Replay {
                 Joined::Lost(why) => lost = Some(why),
                 Joined::Not => {}
                 Joined::Early if early == 0 => early += 1,
-                // What is early again, or does not fit, is of another life of a log than what was delivered.
-                Joined::Early | Joined::Torn => self.interrupt(),
+                // What is early again is of another life of a log than what was delivered.
+                Joined::Early => self.interrupt(),
             }
             tokio::time::sleep(AGAIN).await;
         };
@@ -183,7 +184,12 @@ impl Replay {
         let mut pages = Pages::default();
         let head_ms =
             u64::try_from(self.histories.limits.head_ttl().as_millis()).unwrap_or(u64::MAX);
-        let resolved = found.last.after;
+        let mut resolved = found.last.after;
+        if let (Some(After::Event(_)), Resolved::At(at)) = (&after, resolved)
+            && self.hub.doubts.concern(at.milliseconds)
+        {
+            resolved = Resolved::Ambiguous;
+        }
         loop {
             let pushed = resolved
                 .position()
@@ -258,7 +264,11 @@ impl Replay {
                 return Joined::Now(shards, fence, held);
             }
             Released::Open(_) => Lost::Overflow,
-            Released::Torn => return Joined::Torn,
+            Released::Torn => {
+                // What waits is in what is read from now on, or of a life of a log that has ended.
+                *fence = Fence::new(bytes_max);
+                return Joined::Not;
+            }
             Released::Lost(lost) => lost,
         };
         // What is read from now on has what could not wait.
@@ -343,8 +353,6 @@ enum Joined<'a> {
     Not,
     /// What was read ends before the instance began to read.
     Early,
-    /// What waited does not follow what was read.
-    Torn,
 }
 
 /// Writes to the client of a replay.

@@ -341,8 +341,9 @@ impl Instance {
         let held = match client.fence.release(&heads) {
             Released::Open(held) => held,
             Released::Torn => {
+                // What waits is in what is read from now on, or of a life that has ended.
+                client.fence = Fence::new(self.bounds.fence_bytes);
                 client.replay = Some(Replay { outages: self.outages, ..Replay::default() });
-                self.interrupt();
                 return;
             }
             Released::Lost(lost) => {
