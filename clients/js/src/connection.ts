@@ -427,8 +427,10 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     if (eventId !== undefined) {
       if (this.#seen.has(eventId)) return this.duplicate(text(own) || eventId);
       this.#seen.add(eventId);
-      // A message that is sent again because nobody acknowledged it must not take the position back.
-      if (!isBehind(eventId, this.#position)) this.#position = eventId;
+      // A message that is sent again because nobody acknowledged it must not take the position back. Any other that is behind is of
+      // another life of the log.
+      const isAsked = isObject(data) && data["ack"] === true;
+      if (!isAsked || !isBehind(eventId, this.#position)) this.#position = eventId;
     }
     if (isObject(data) && this.consume(data, eventId)) return;
 

@@ -154,6 +154,22 @@ async def test_messages_that_share_a_member_event_id_are_all_delivered(fake: Fak
     assert fake.positions == ["", "6-2-000000aa"]
 
 
+async def test_the_position_goes_on_in_another_life_of_the_log(fake: FakeGateway) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.say({"n": 0}, "9-0-000000aa")
+        # A log that begins anew may have lower ids.
+        await peer.say({"n": 1}, "3-0-000000bb")
+        await peer.say({"n": 2}, "4-0-000000bb")
+        await peer.say({"n": 1}, "3-0-000000bb")
+        await peer.connection.close(1012, "restart")
+
+    fake.scripts = [first, wait]
+    async with session(fake) as client:
+        assert [each["n"] for each in await data(client, 3)] == [0, 1, 2]
+        await eventually("it is back", lambda: len(fake.positions) == 2)
+    assert fake.positions == ["", "4-0-000000bb"]
+
+
 async def test_without_positions_beside_messages_only_positions_in_them_count(fake: FakeGateway) -> None:
     fake.has_history = False
 

@@ -124,6 +124,15 @@ test("messages that share a member event_id of the application's are all deliver
   expect((await gateway.peers.next()).lastEventId).toBe("5-2-000000aa");
 });
 
+test("the position goes on in another life of the log, whose ids may be lower", async () => {
+  const session = open();
+  const first = await gateway.peers.next();
+  first.say(token(9), token(3), token(4), token(3));
+  await messages(session, 3);
+  first.drop();
+  expect((await gateway.peers.next()).lastEventId).toBe("4-0-000000aa");
+});
+
 test("without the envelope only a member that is a position is one", async () => {
   const session = open<{ n: number }>();
   const first = await gateway.peers.next();

@@ -356,10 +356,13 @@ class Client:
             self._silence_max = float(heartbeat.get("interval", 30)) + float(heartbeat.get("timeout", 60))
 
     async def _is_new(self, message: Message, event_id: str) -> bool:
-        # One that is sent again for want of an acknowledgement must not take the position back.
-        if order(event_id) >= order(self._position):
+        is_repeated = event_id in self._recent
+        # One that is sent again for want of an acknowledgement must not take the position back. Any other that is lower
+        # is of another life of the log.
+        is_old = is_repeated or message.object.get("ack") is True
+        if not is_old or order(event_id) >= order(self._position):
             self._position = event_id
-        if event_id in self._recent:
+        if is_repeated:
             # Sent again for want of an acknowledgement, which was lost if the loop is done with it.
             ack_id = _ack_id(message)
             if self._recent[event_id] and ack_id is not None:
