@@ -26,9 +26,9 @@ async def work():
             if kind == "up" and name in sessions and message["type"] == "message":
                 sessions[name][0].put_nowait(data)
             elif kind == "up" and name in sessions and message["type"] == "subscribe":
-                log = f"session:{name}:up:log"  # First, also after an outage, what came while nobody listened.
-                for _, kept in (await redis.pipeline().xrange(log).delete(log).execute())[0]:
-                    sessions[name][0].put_nowait(kept["data"])
+                for log in (f"session:{name}:up:log", f"{{session:{name}:up}}:log"):  # First, also after an outage, what
+                    for _, kept in (await redis.pipeline().xrange(log).delete(log).execute())[0]:  # came while nobody listened.
+                        sessions[name][0].put_nowait(kept["data"])
             elif kind == "sessions" and message["type"] == "message":
                 event = json.loads(data)
                 name, owner = event["session_id"], f"session:{event['session_id']}:owner"

@@ -14,7 +14,7 @@
 --       lease still runs), BADJSON, BADOP.
 -- State, text and index live for ttl_ms after the last change or longer, by an eighth at most; so does a lease.
 -- Leases are found in the zset `streams:leases` (`<session>/<stream>` by end in ms), which has another slot: write
--- it before `open` and remove from it after `end`. It may name ends that are too early, never too late.
+-- it before `open` and `renew`, and remove from it after `end`. It may name ends that are too early, never too late.
 
 -- append begins (the same in publish.lua and stream.lua)
 local call, match = redis.call, string.match

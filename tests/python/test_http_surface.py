@@ -80,7 +80,7 @@ async def test_the_log_is_replayed_to_a_follower_that_comes_late(api_gateway, ap
     async with open_session(api_gateway, make_token(api)) as client:
         await client.send("1")
         await client.send("2")
-        until("both are kept", lambda: redis.client.xlen("session:s-1:up:log") == 2)
+        until("both are kept", lambda: redis.client.xlen("{session:s-1:up}:log") == 2)
         with api.stream("GET", "sessions/s-1/upstream", params={"log": "true"}) as response:
             upstream = Events(response)
             await client.send("3")
@@ -91,7 +91,7 @@ def test_a_long_log_is_replayed_to_its_end(api, redis):
     wanted = [str(number) for number in range(1_500)]
     with redis.client.pipeline() as pipeline:
         for number in wanted:
-            pipeline.xadd("session:s-1:up:log", {"data": number})
+            pipeline.xadd("{session:s-1:up}:log", {"data": number})
         pipeline.execute()
     with api.stream("GET", "sessions/s-1/upstream", params={"log": "true"}) as response:
         upstream = Events(response)

@@ -58,8 +58,8 @@ class Chat:
 
     def streams(self) -> MergedStreams:
         streams = MergedStreams()
-        for _, fields in self.redis.client.xrange(f"session:{self.session}:down:log"):
-            streams.feed(json.loads(fields["data"]))
+        for text in self.redis.texts(f"{{session:{self.session}:down}}:log"):
+            streams.feed(json.loads(text))
         return streams
 
     def last(self, answer: str) -> Any:
@@ -156,10 +156,11 @@ def test_the_answer_is_whole_after_all_workers_were_away_for_longer_than_the_lea
     chat.env["CHAT_TOKENS_PER_SECOND"] = "100"
     # What the gateway does when the lease has run out.
     lost = ROOT / "clients/python/src/wsproxy/scripts/stream.lua"
-    state, session = f"session:{chat.session}:stream:{answer}", chat.session
-    keys = [f"session:{session}:down:log", state, f"{state}:text", f"session:{session}:streams", "streams:leases"]
-    args = ["lost", f"session:{session}:down", session, answer, 1000, 1 << 20, 3_600_000, 0]
-    chat.redis.client.zadd("streams:leases", {f"{session}/{answer}": 1})
+    name = f"session:{chat.session}:down"
+    state = f"{{{name}}}:stream:{answer}"
+    keys = [f"{{{name}}}:log", state, f"{state}:text", f"{{{name}}}:streams"]
+    args = ["lost", name, answer, 1000, 1 << 20, 3_600_000, 0]
+    chat.redis.client.hset(state, "ends", 1)
     chat.redis.client.eval(lost.read_text(), len(keys), *keys, *args)
     assert chat.last(answer).error["code"] == "worker_lost"
     chat.start()

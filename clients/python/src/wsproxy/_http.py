@@ -23,6 +23,7 @@ from ._backend import (
 )
 from ._feeds import Consumer, Subscription
 from ._follower import Follower
+from ._positions import START
 from .client.streams import MergedStreams
 from .errors import (
     InvalidRequest,
@@ -240,14 +241,16 @@ class HttpBackend:
         ]
 
     async def history(self, target: Target, after: str, limit: int) -> History:
-        parameters: dict[str, str | int] = {"after": after, "limit": limit}
+        parameters: dict[str, str | int] = {"after": "0" if after == START else after, "limit": limit}
         if target.kind == "session":
             path = f"sessions/{_path(target.id)}/history"
         else:
             path = "events/history"
             parameters["channel"] = str(target)
         answer = await self._call("GET", path, repeatable=True, params=parameters)
-        events = tuple(HistoryEvent(each["event_id"], _data(each)) for each in answer["events"])
+        events = tuple(
+            HistoryEvent(each["event_id"], _data(each), each.get("own_event_id")) for each in answer["events"]
+        )
         complete, position = bool(answer["complete"]), str(answer["position"])
         # The gateway tells the end of the log, of which an incomplete page is not the last.
         if events and not complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -30,6 +31,7 @@ from ._backend import (
 from ._backoff import Backoff
 from ._feeds import Consumer, Subscription
 from ._listener import Listener
+from ._positions import START, lost_behind, parse
 from .errors import (
     InvalidRequest,
     StreamConflict,
@@ -55,10 +57,21 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 T = TypeVar("T")
 
+# Enters a token stream into the leases, by the clock of Redis. It is a script of its own, since the leases have a slot
+# of their own. Key: the leases. Arguments: milliseconds, member.
+_LEASE = """
+local time = redis.call('TIME')
+local ends = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
+return redis.call('ZADD', KEYS[1], string.format('%.0f', ends), ARGV[2])
+"""
+# Most bytes of a page of a history.
+_PAGE_BYTES = 64 * 1024 * 1024
+# The head of a log is kept for an eighth longer than this, or than the log.
+_HEAD_SECONDS_MIN = 3600.0
 # As long as the gateway remembers the keys of its HTTP API.
 _IDEMPOTENCY_MS = 10 * 60 * 1000
 # Entries of a log that are read at a time.
@@ -155,6 +168,8 @@ class RedisBackend:
         self._retry_for = retry_for
         self._publish = self._redis.register_script(script("publish.lua"))
         self._stream = self._redis.register_script(script("stream.lua"))
+        self._read = self._redis.register_script(script("read.lua"))
+        self._lease = self._redis.register_script(_LEASE)
 
     def _key(self, *parts: str) -> str:
         return self._prefix + ":".join(parts)
@@ -167,6 +182,19 @@ class RedisBackend:
                 return self._key("session", target.id, "down")
             case kind:
                 return self._key("ws", kind, target.id)
+
+    def _log(self, target: Target) -> str:
+        """The key of a log. All keys of events share the hash tag ``{ws}``, those of a session's channel its name."""
+        match target.kind:
+            case "session":
+                return f"{{{self._channel(target)}}}:log"
+            case "broadcast":
+                return f"{{{self._key('ws')}}}:broadcast:log"
+            case kind:
+                return f"{{{self._key('ws')}}}:{kind}:{target.id}:log"
+
+    def _clock(self) -> str:
+        return f"{{{self._key('ws')}}}:clock"
 
     async def _do(self, call: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
         async def attempt(_: int) -> T:
@@ -199,15 +227,16 @@ class RedisBackend:
 
     def _publish_call(self, publication: Publication) -> tuple[list[str], list[Any]]:
         channel, limits = self._channel(publication.target), self._limits
-        keys = [f"{channel}:log"]
+        log = self._log(publication.target)
+        keys = [log]
         session = publication.target.kind == "session"
         if not session:
-            keys.append(self._key("ws", "clock"))
+            keys.append(self._clock())
         dedup_ms = 0
         if publication.idempotency_key is not None:
             keys += [""] if session else []
             # Under the name that the gateway gives it, so that a key counts over both ways.
-            keys.append(f"{channel}:log:once:{publication.idempotency_key}")
+            keys.append(_beside(log, f"once:{publication.idempotency_key}"))
             dedup_ms = _IDEMPOTENCY_MS
         args: list[Any] = [channel, publication.payload, limits.entries_max, limits.bytes_max]
         return keys, [*args, round(limits.ttl * 1000), publication.event_id or "", dedup_ms]
@@ -249,12 +278,12 @@ class RedisBackend:
             return error
 
     async def stream(self, call: StreamCall) -> StreamReply:
-        channel = self._channel(Target("session", call.session))
-        state = self._key("session", call.session, "stream", call.stream)
-        keys = [f"{channel}:log", state, f"{state}:text"]
-        keys += [self._key("session", call.session, "streams"), self._key("streams", "leases")]
+        target = Target("session", call.session)
+        log = self._log(target)
+        state = _beside(log, f"stream:{call.stream}")
+        keys = [log, state, f"{state}:text", _beside(log, "streams")]
         limits = self._limits
-        args: list[Any] = [call.op, channel, call.session, call.stream, limits.entries_max, limits.bytes_max]
+        args: list[Any] = [call.op, self._channel(target), call.stream, limits.entries_max, limits.bytes_max]
         args += [round(limits.ttl * 1000), round(call.lease * 1000)]
         match call.op:
             case "open":
@@ -263,12 +292,35 @@ class RedisBackend:
                 args += [call.text.encode(), "" if call.seq is None else call.seq]
             case "end":
                 args += [call.outcome, json.dumps(call.error, ensure_ascii=False) if call.error else ""]
-        with _errors():
-            answer = await cast("Awaitable[list[Any]]", self._stream(keys=keys, args=args))
+        async with self._leased(call):
+            with _errors():
+                answer = await cast("Awaitable[list[Any]]", self._stream(keys=keys, args=args))
         return StreamReply(int(answer[0]), _text(answer[1]) or None)
 
+    @contextlib.asynccontextmanager
+    async def _leased(self, call: StreamCall) -> AsyncIterator[None]:
+        """Keeps the leases, in which the gateway looks for streams whose worker died.
+
+        A stream must never be open without a lease, so it is entered before ``open`` and removed after ``end``.
+        """
+        leases, member = self._key("streams", "leases"), f"{call.session}/{call.stream}"
+        if call.op == "open":
+            with _errors():
+                await self._lease(keys=[leases], args=[round(call.lease * 1000), member])
+        try:
+            yield
+        except StreamExists:
+            # The lease of the stream that is there ends earlier, perhaps: the gateway looks now.
+            with contextlib.suppress(exceptions.RedisError, OSError):
+                await self._redis.zadd(leases, {member: 0}, lt=True)
+            raise
+        if call.op == "end":
+            # Where this fails the gateway removes it, when it finds that the stream has ended.
+            with contextlib.suppress(exceptions.RedisError, OSError):
+                await self._redis.zrem(leases, member)
+
     async def stream_state(self, session: str, stream: str) -> StreamState | None:
-        key = self._key("session", session, "stream", stream)
+        key = _beside(self._log(Target("session", session)), f"stream:{stream}")
 
         async def read() -> list[Any]:
             # One transaction, so that text and number belong together.
@@ -327,34 +379,47 @@ class RedisBackend:
         return [_presence(name, entry) for name, entry in entries.items() if entry.get("server_id") in alive]
 
     async def history(self, target: Target, after: str, limit: int) -> History:
-        log = f"{self._channel(target)}:log"
+        keys = [self._log(target)]
+        if target.kind != "session":
+            keys.append(self._clock())
+        is_position = after == START or parse(after) is not None
+        position, event_id = (after, "") if is_position else ("", after)
+        args: list[Any] = [1, position, event_id, limit, _PAGE_BYTES, "", ""]
 
         async def read() -> list[Any]:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xrange(log, f"({after}", "+", count=limit)
-                pipeline.xrange(log, "-", "+", count=1)
-                pipeline.xrevrange(log, "+", "-", count=1)
-                pipeline.time()
-                return await pipeline.execute()
+            return await cast("Awaitable[list[Any]]", self._read(keys=keys, args=args))
 
-        entries, first, last, now = await self._do(read, repeatable=True)
-        events = tuple(HistoryEvent(_text(name), fields[b"data"]) for name, fields in entries)
-        end = _text(last[0][0]) if last else f"0-{_milliseconds(now)}"
-        complete = not events or events[-1].event_id == end
-        position = events[-1].event_id if events else end
-        return History(events, complete, position, _lost(after, entries, first, end))
+        now, _, resolved, known, logs, _ = await self._do(read, repeatable=True)
+        head, _, is_whole, _, complete, fields = logs[0]
+        entries = [fields[n : n + 4] for n in range(0, len(fields), 4)]
+        events = tuple(HistoryEvent(_text(name), data, _text(own) or None) for name, _, own, data in entries)
+        lost = lost_behind(
+            _text(resolved),
+            head=_text(head),
+            previous=_text(entries[0][1]) if entries else _text(head),
+            is_whole=bool(is_whole),
+            is_known=bool(known),
+            age_ms=int(now) - _milliseconds(resolved),
+            head_ms=round(max(self._limits.ttl, _HEAD_SECONDS_MIN) * 1125),
+        )
+        last = events[-1].event_id if events else _text(head) or START
+        return History(events, bool(complete), last, lost)
 
     async def take_kept(self, session: str) -> list[UpstreamMessage]:
-        log = self._key("session", session, "up", "log")
+        up = self._key("session", session, "up")
+        # A gateway of the version before writes under the first name; what it kept is the older.
+        logs = [f"{up}:log", f"{{{up}}}:log"]
 
         async def take() -> list[Any]:
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xrange(log)
-                pipeline.delete(log)
+                for log in logs:
+                    pipeline.xrange(log)
+                    pipeline.delete(log)
                 return await pipeline.execute()
 
         # Not repeatable by the rules, but what was deleted and not received is lost either way.
-        entries = (await self._do(take, repeatable=True))[0]
+        older, _, newer, _ = await self._do(take, repeatable=True)
+        entries = [*older, *newer]
         return [UpstreamMessage(fields[b"data"], _text(name)) for name, fields in entries]
 
     def follow_upstream(self, session: str, kept: bool) -> Consumer:
@@ -424,27 +489,14 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
 
 
-def _milliseconds(now: tuple[int, int]) -> int:
-    return int(now[0]) * 1000 + int(now[1]) // 1000
+def _beside(log: str, what: str) -> str:
+    """A key that belongs to the same channel as a log, and has its slot."""
+    return log.removesuffix("log") + what
 
 
-def _lost(after: str, entries: list[Any], first: list[Any], end: str) -> str | None:
-    """Each entry names the one before it: who has seen that one misses nothing."""
-    if not first or after == end:
-        return None
-    if after.startswith("0-"):
-        return None if _text(first[0][1].get(b"prev")) == "0-0" else "trimmed"
-    if not entries:
-        return "unknown"
-    before = _text(entries[0][1].get(b"prev"))
-    if before == after:
-        return None
-    return "trimmed" if _order(before) > _order(after) else "unknown"
-
-
-def _order(position: str) -> tuple[int, int]:
-    milliseconds, _, sequence = position.partition("-")
-    return int(milliseconds or 0), int(sequence or 0)
+def _milliseconds(position: Any) -> int:
+    parsed = parse(_text(position))
+    return parsed[0] if parsed is not None else 0
 
 
 def _command_text(command: Mapping[str, Any]) -> str:

@@ -120,7 +120,8 @@ GapCallback: TypeAlias = Callable[[Gap], Awaitable[None] | None]
 class UpstreamMessage:
     """What a client of a session sent: JSON, as the gateway let it through.
 
-    ``event_id`` is the position in ``session:{id}:up:log`` where the message was kept while nobody listened.
+    ``event_id`` is the entry's id in the log of the session's upstream, where the message was kept while nobody
+    listened.
     """
 
     data: bytes
@@ -170,10 +171,11 @@ class Presence:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEvent:
-    """One kept message: its position and its bytes."""
+    """One kept message: its position, its bytes, and the event id that the worker gave it, if it gave one."""
 
     event_id: str
     data: bytes
+    own_event_id: str | None = None
 
     def json(self) -> Any:
         """The parsed message."""
@@ -185,8 +187,8 @@ class History:
     """A page of history, oldest first.
 
     ``complete`` tells that nothing is kept behind these messages; ``position`` is the ``after`` of the next call.
-    ``lost`` tells why something may be missing before them: ``trimmed``, ``unknown``, ``expired`` or ``emptied``;
-    ``None`` means that nothing is.
+    ``lost`` tells why something may be missing before them: ``trimmed``, ``unknown``, ``expired``, ``emptied`` or
+    ``ambiguous``; ``None`` means that nothing is.
     """
 
     events: tuple[HistoryEvent, ...]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ._backend import Backend, Disconnection, Publication, Target, TicketRequest
 from ._feeds import Subscription
 from ._http import HttpBackend
+from ._positions import START, is_event_id, is_plain, is_reserved
 from ._redis import RedisBackend
 from .errors import InvalidRequest
 from .stream import StreamOptions, TokenStream
@@ -35,7 +36,7 @@ from .types import (
 )
 
 _ID = re.compile(r"[A-Za-z0-9\-_.~@+=|]{1,128}")
-_EVENT_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
+_KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
 _TICKET_TTL_MAX = 24 * 3600.0
 
 
@@ -176,12 +177,14 @@ class Worker:
         """Sends a message to all clients of a session: ``bytes`` and ``str`` verbatim, all else as JSON.
 
         With ``history`` (the gateway's ``[sessions] history`` must be on) a client that is away gets it when it comes
-        back. ``event_id`` (at most 128 bytes without spaces) is an id of your own from which clients may resume; a
-        message that is a mapping gets it as a member. A message whose ``idempotency_key`` (at most 128 characters)
+        back. ``event_id`` is an id of your own from which clients may resume: give each message another one, of at most
+        128 bytes without spaces, that does not look like a position (``0``, ``7-1``, ``7-1-0a``). A message that is a
+        mapping gets it as a member, unless it has one. A message whose ``idempotency_key`` (at most 128 characters)
         was used within ten minutes is not sent again, and its receipt says ``duplicate``.
 
         Without history the message is gone for whoever is away, and an outage raises
-        :class:`~wsproxy.Unavailable` with ``in_doubt`` instead of repeating.
+        :class:`~wsproxy.Unavailable` with ``in_doubt`` instead of repeating. Bytes that begin with ``FF``, ``H`` and a
+        digit are refused then: the gateway would take them for a message with history.
         """
         target = Target("session", _check_id("session", session))
         return await self._publish(target, message, history, event_id, idempotency_key)
@@ -350,13 +353,13 @@ class Worker:
         for number, each in enumerate(messages):
             target = _target(each.to)
             message = _event_body(each.message) if isinstance(each.message, Event) else each.message
-            event_id = message.get("event_id")
+            own = None
             if target.kind != "session":
-                message = _complete(message)
-            own = event_id if isinstance(event_id, str) else None
-            publications.append(
-                Publication(target, encode(message), True, _check_event_id(own), _check_key(f"{key}-{number}"))
-            )
+                own, message = _own_id(message), _complete(message)
+            elif isinstance(each.message, Event):
+                # It stays a member of the message, which means nothing to the gateway.
+                _check_event_id(each.message.event_id)
+            publications.append(Publication(target, encode(message), True, own, _check_key(f"{key}-{number}")))
         return await self._backend.batch(publications) if publications else []
 
     async def disconnect(
@@ -398,7 +401,8 @@ class Worker:
     ) -> History:
         """What is kept for a session, a user, or (without either) for everybody, oldest first.
 
-        ``after`` is a position (a receipt's ``event_id``); ``limit`` the most messages of this page.
+        ``after`` is a position (a receipt's ``event_id``), an event id of your own, or ``0-0`` for all that is kept;
+        ``limit`` is the most messages of this page.
         """
         if session is not None and user is not None:
             raise InvalidRequest("Either session or user, not both.")
@@ -408,9 +412,9 @@ class Worker:
             target = Target("session", _check_id("session", session))
         else:
             target = Target("broadcast") if user is None else Target("user", _check_id("user", user))
-        if not re.fullmatch(r"\d{1,20}-\d{1,20}", after):
-            raise InvalidRequest("after must be a position such as 1732190000000-0.")
-        return await self._backend.history(target, after, limit)
+        if not is_plain(after):
+            raise InvalidRequest("after must be a position such as 1732190000000-0-5d2c0f6a, or an event id.")
+        return await self._backend.history(target, START if after == "0" else after, limit)
 
     # ---- what both kinds of messages share ----
 
@@ -428,7 +432,10 @@ class Worker:
         if history:
             # One's own key makes a repetition after a lost answer harmless.
             key = _check_key(key) if key is not None else uuid.uuid4().hex
-        return await self._backend.publish(Publication(target, encode(message), history, event_id, key))
+        payload = encode(message)
+        if not history and is_reserved(payload):
+            raise InvalidRequest("A message without history must not begin with the bytes FF, H and a digit.")
+        return await self._backend.publish(Publication(target, payload, history, event_id, key))
 
 
 def _check_id(what: str, name: str) -> str:
@@ -445,13 +452,24 @@ def _connection_id(text: str) -> str:
 
 
 def _check_event_id(event_id: str | None) -> str | None:
-    if event_id is not None and not (_EVENT_ID.fullmatch(event_id) and len(event_id.encode()) <= 128):
-        raise InvalidRequest("An event_id has 1 to 128 bytes without spaces and control characters.")
+    if event_id is not None and not is_event_id(event_id):
+        raise InvalidRequest(
+            "An event_id has 1 to 128 bytes without spaces and control characters, and does not look like a position."
+        )
     return event_id
 
 
+def _own_id(event: Mapping[str, Any]) -> str | None:
+    event_id = event.get("event_id")
+    if event_id is None and "event_id" not in event:
+        return None
+    if not isinstance(event_id, str):
+        raise InvalidRequest("An event_id is a string.")
+    return _check_event_id(event_id)
+
+
 def _check_key(key: str) -> str:
-    if not _EVENT_ID.fullmatch(key):
+    if not _KEY.fullmatch(key):
         raise InvalidRequest("An idempotency key has 1 to 128 characters without spaces and control characters.")
     return key
 

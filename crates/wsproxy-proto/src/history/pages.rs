@@ -29,18 +29,18 @@ impl Pages {
     pub fn push(
         &mut self,
         since: Since,
-        head_ms: u64,
+        ttl_ms: u64,
         page: &mut Snapshot,
     ) -> Result<Option<Position>, Lost> {
         match (since, self.expected.is_empty()) {
-            (Since::Client(after), true) => rule::resume(after, head_ms, page)?,
+            (Since::Client(after), true) => rule::resume(after, ttl_ms, page)?,
             (Since::Reader(last), true) => {
-                let judge = |log| rule::heal(last, head_ms, page.now_ms, log);
+                let judge = |log| rule::heal(last, ttl_ms, page.now_ms, log);
                 page.logs.iter().try_for_each(judge)?;
             }
             (_, false) => {
                 let mut logs = page.logs.iter().zip(&self.expected);
-                logs.try_for_each(|(log, last)| rule::heal(*last, head_ms, page.now_ms, log))?;
+                logs.try_for_each(|(log, last)| rule::heal(*last, ttl_ms, page.now_ms, log))?;
             }
         }
         let behind = self.merge(&mut page.logs);

@@ -41,12 +41,12 @@ pub fn step(last: Option<Position>, id: Position, prev: Position, latest_ms: u64
 
 /// Whether a client that saw everything up to `after` misses nothing but the entries of `snapshot`.
 ///
-/// The logs share one order, so one position stands for all of them. `head_ms`: how long a log without new entries
-/// is known to have none.
+/// The logs share one order, so one position stands for all of them. `ttl_ms`: how long
+/// entries are held.
 ///
 /// # Errors
 /// Why something may be missing.
-pub fn resume(after: Position, head_ms: u64, snapshot: &Snapshot) -> Result<(), Lost> {
+pub fn resume(after: Position, ttl_ms: u64, snapshot: &Snapshot) -> Result<(), Lost> {
     if after == Position::START {
         let is_whole = snapshot.logs.iter().all(|log| log.is_from_start);
         return if is_whole { Ok(()) } else { Err(Lost::Trimmed) };
@@ -56,11 +56,11 @@ pub fn resume(after: Position, head_ms: u64, snapshot: &Snapshot) -> Result<(), 
     for log in snapshot.logs.iter().filter(|log| !log.is_private) {
         let previous = log.previous();
         if log.is_new || log.head.is_none() {
-            return Err(gone(after, head_ms, snapshot.now_ms));
+            return Err(gone(after, ttl_ms, snapshot.now_ms));
         } else if previous == after {
             is_known = true;
         } else if after.is_before(previous) {
-            return Err(Lost::Trimmed);
+            return Err(trimmed(after, ttl_ms, snapshot.now_ms));
         } else if previous == Position::START {
             // Its life began behind the position: what was in an earlier one is not known.
             return Err(Lost::Unknown);
@@ -74,20 +74,29 @@ pub fn resume(after: Position, head_ms: u64, snapshot: &Snapshot) -> Result<(), 
 ///
 /// # Errors
 /// Why something may be missing.
-pub fn heal(last: Position, head_ms: u64, now_ms: u64, log: &Log) -> Result<(), Lost> {
+pub fn heal(last: Position, ttl_ms: u64, now_ms: u64, log: &Log) -> Result<(), Lost> {
     let previous = log.previous();
     if previous == last {
         Ok(())
     } else if log.is_new || log.head.is_none() {
-        Err(gone(last, head_ms, now_ms))
+        Err(gone(last, ttl_ms, now_ms))
     } else if last.is_before(previous) {
-        Err(Lost::Trimmed)
+        Err(trimmed(last, ttl_ms, now_ms))
     } else {
         Err(Lost::Unknown)
     }
 }
 
-/// Why a log has no head: nobody asked for it or wrote for so long, or it was removed.
-const fn gone(last: Position, head_ms: u64, now_ms: u64) -> Lost {
-    if now_ms.saturating_sub(last.milliseconds) >= head_ms { Lost::Expired } else { Lost::Emptied }
+/// Why a log has no head: nobody asked for it or wrote for longer than it lives, or it was removed.
+const fn gone(last: Position, ttl_ms: u64, now_ms: u64) -> Lost {
+    if !last.is_beginning() && is_old(last, ttl_ms, now_ms) { Lost::Expired } else { Lost::Emptied }
+}
+
+/// Why entries behind a position are held no more.
+const fn trimmed(last: Position, ttl_ms: u64, now_ms: u64) -> Lost {
+    if !last.is_beginning() && is_old(last, ttl_ms, now_ms) { Lost::Expired } else { Lost::Trimmed }
+}
+
+const fn is_old(last: Position, ttl_ms: u64, now_ms: u64) -> bool {
+    now_ms.saturating_sub(last.milliseconds) >= ttl_ms
 }

@@ -122,7 +122,8 @@ function received(data) {
   if (typeof data !== "string") return log("message", "binary", `${data.size} bytes`);
   let message;
   try { message = JSON.parse(data); } catch { return log("message", "message", data); }
-  session.lastEventId = message?.event_id ?? session.lastEventId;
+  // A member of the application's own is no position.
+  if (/^\d+-\d+-[\da-f]{8}$/.test(message?.event_id)) session.lastEventId = message.event_id;
   switch (message?.type) {
     case "token": return token(message.text);
     case "done": return finish();

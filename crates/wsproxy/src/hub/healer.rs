@@ -467,14 +467,14 @@ async fn read_or_lose(hub: &Hub, store: &Store, hole: Hole) -> Result<Found, Sto
 type Whole = (Result<Log, Lost>, (u64, u64));
 
 async fn read(hub: &Hub, store: &Store, hole: &Hole) -> Result<Whole, StoreError> {
-    let head_ms = u64::try_from(hole.histories.limits.head_ttl().as_millis()).unwrap_or(u64::MAX);
+    let ttl_ms = u64::try_from(hole.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
     let (mut pages, mut behind, mut moment) = (Pages::default(), hole.from, None);
     loop {
         let of = hole.snapshot_of(Some(After::Position(behind)), None);
         let (mut page, _) = store.snapshot(of).await?;
         hub.store_clock.seen(page.now_ms, clock::now());
         let first = *moment.get_or_insert(page.moment);
-        match pages.push(Since::Reader(hole.from), head_ms, &mut page) {
+        match pages.push(Since::Reader(hole.from), ttl_ms, &mut page) {
             Ok(Some(further)) => behind = further,
             Ok(None) => {
                 let log = pages.into_logs().pop().ok_or(Lost::Unknown);

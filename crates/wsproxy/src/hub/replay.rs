@@ -182,8 +182,7 @@ impl Replay {
             return Ok(found);
         }
         let mut pages = Pages::default();
-        let head_ms =
-            u64::try_from(self.histories.limits.head_ttl().as_millis()).unwrap_or(u64::MAX);
+        let ttl_ms = u64::try_from(self.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
         let mut resolved = found.last.after;
         if let (Some(After::Event(_)), Resolved::At(at)) = (&after, resolved)
             && self.hub.doubts.concern(at.milliseconds)
@@ -193,7 +192,7 @@ impl Replay {
         loop {
             let pushed = resolved
                 .position()
-                .and_then(|after| pages.push(Since::Client(after), head_ms, &mut found.last));
+                .and_then(|after| pages.push(Since::Client(after), ttl_ms, &mut found.last));
             let further = match pushed {
                 Ok(Some(further)) => further,
                 Ok(None) => break,

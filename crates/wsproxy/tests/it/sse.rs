@@ -67,7 +67,7 @@ async fn positions_come_with_events_and_resume(backend: Backend) {
     let instance = TestInstance::start(config).await;
     let mut events = Events::session(&instance, "s", &[]).await;
     let begin = events.event().await.unwrap();
-    assert!(begin.data.is_none() && begin.id.as_ref().unwrap().starts_with("0-"), "{begin:?}");
+    assert!(begin.data.is_none() && begin.id.as_ref().unwrap().starts_with("1-0-"), "{begin:?}");
     let mut ids = Vec::new();
     for n in 0..6 {
         ids.push(instance.keep("s", &format!("[{n}]")).await);

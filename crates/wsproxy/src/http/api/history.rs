@@ -55,9 +55,9 @@ pub(super) async fn read(
     };
     let (snapshot, _) =
         upgrade::deadline(gateway, async { Ok(gateway.store.snapshot(of).await?) }).await?;
-    let head_ttl = gateway.config.history.limits().head_ttl();
-    let head_ms = u64::try_from(head_ttl.as_millis()).unwrap_or(u64::MAX);
-    let judge = |after| rule::resume(after, head_ms, &snapshot);
+    let ttl = gateway.config.history.limits().ttl;
+    let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+    let judge = |after| rule::resume(after, ttl_ms, &snapshot);
     // A log that was never written has lost nothing.
     let is_empty = snapshot.logs.iter().all(|log| log.head.is_none());
     let lost = match snapshot.after.position() {

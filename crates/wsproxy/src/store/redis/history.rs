@@ -54,7 +54,7 @@ impl RedisStore {
         let member = format!("{session}/{stream}");
         let lease = op.lease().unwrap_or(Duration::ZERO);
         // Leases have another slot. One that is noted too early is looked at in vain, once.
-        if matches!(op, StreamOp::Open { .. }) {
+        if matches!(op, StreamOp::Open { .. } | StreamOp::Renew { .. }) {
             self.note_lease(&member, lease).await?;
         }
         let done = self.0.run(&script::STREAM, &self.stream_words(command).slices()).await;
