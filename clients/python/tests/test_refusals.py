@@ -16,7 +16,7 @@ from wsproxy._redis import _script_error
 
 
 def log(redis: RedisServer) -> list[Any]:
-    entries: list[Any] = redis.client.xrange("session:s-1:down:log")
+    entries: list[Any] = redis.client.xrange("{session:s-1:down}:log")
     return [json.loads(fields["data"]) for _, fields in entries]
 
 
@@ -67,7 +67,7 @@ async def test_a_lasting_refusal_says_that_nothing_was_done(
 
 @pytest.mark.asyncio
 async def test_a_key_of_another_kind_is_said_and_not_waited_for(redis: RedisServer, redis_worker: Worker) -> None:
-    redis.client.set("session:s-1:down:log", "x")
+    redis.client.set("{session:s-1:down}:log", "x")
     with pytest.raises(InvalidRequest, match="Not done: WRONGTYPE"):
         await within(redis_worker.send("s-1", {}))
 

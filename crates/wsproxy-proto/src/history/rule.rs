@@ -67,7 +67,13 @@ pub fn resume(after: Position, ttl_ms: u64, snapshot: &Snapshot) -> Result<(), L
         }
     }
     // Of the logs that do not hold it the client has seen everything that is not above its position.
-    if is_known { Ok(()) } else { Err(Lost::Unknown) }
+    if is_known {
+        Ok(())
+    } else if snapshot.logs.iter().all(|log| log.previous().is_beginning()) {
+        Err(Lost::Emptied)
+    } else {
+        Err(Lost::Unknown)
+    }
 }
 
 /// Whether an instance that had seen everything of a log up to `last` misses nothing but the entries of `log`.
@@ -82,6 +88,8 @@ pub fn heal(last: Position, ttl_ms: u64, now_ms: u64, log: &Log) -> Result<(), L
         Err(gone(last, ttl_ms, now_ms))
     } else if last.is_before(previous) {
         Err(trimmed(last, ttl_ms, now_ms))
+    } else if previous.is_beginning() {
+        Err(Lost::Emptied)
     } else {
         Err(Lost::Unknown)
     }

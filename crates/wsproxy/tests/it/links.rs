@@ -153,7 +153,7 @@ async fn clients_get_what_was_published_at_the_newer_server_meanwhile() {
     assert_eq!(client.text().await, "\"c0\"");
     new.replica_of(old.port());
     eventually("the replica has it all", || {
-        new.call(&["EXISTS", "session:s:down:log"]).integer() == 1
+        new.call(&["EXISTS", "{session:s:down}:log"]).integer() == 1
     })
     .await;
     new.replica_of_no_one();

@@ -112,7 +112,7 @@ async fn workers_and_operators_are_told_why() {
     }
     assert!(instance.connect("s", &token).await.is_ok(), "the token was not used up");
     // The log of this session is none: nothing to wait for.
-    server.call(&["SET", "session:odd:down:log", "x"]);
+    server.call(&["SET", "{session:odd:down}:log", "x"]);
     let answer = instance.api("POST", "/api/v1/sessions/odd/messages?history=true", "1").await;
     answer.assert_refused(409, "not_done");
 }
@@ -152,7 +152,7 @@ async fn a_client_is_told_that_its_message_was_not_delivered() {
     set(&server, STATES[0].2);
     client.send("2").await;
     eventually("the next one is kept", || {
-        server.call(&["XLEN", "session:s:up:log"]).integer() == 1
+        server.call(&["XLEN", "{session:s:up}:log"]).integer() == 1
     })
     .await;
 }

@@ -203,7 +203,7 @@ async fn streams_that_cannot_be_ended_keep_no_other_waiting() {
     // More than one round looks at, all older than the one that can be ended.
     for n in 0..250 {
         let session = format!("odd{n}");
-        server.call(&["SET", &format!("session:{session}:stream:a"), "a string"]);
+        server.call(&["SET", &format!("{{session:{session}:down}}:stream:a"), "a string"]);
         server.call(&["ZADD", "streams:leases", &n.to_string(), &format!("{session}/a")]);
     }
     server.call(&["ZADD", "streams:leases", "1", "gone/a", "1", "no member of ours"]);

@@ -1,7 +1,7 @@
 -- Publishes a message and appends it to the history of its channel, atomically.
 --
 -- KEYS  log of the channel: `{<channel>}:log`; of an event channel `ws:<rest>`: `{ws}:<rest>:log`
---       clock (a stream of ids, `{ws}:clock`) for logs that share one order; absent or "": the log's own
+--       clock (a stream of ids, `{ws}:clock`) for logs that share one order; absent, "" or the log again: its own
 --       once: set to the position for once_ms; where it is set already nothing happens; absent or "": none
 -- ARGV  channel, payload, entries_max, bytes_max, ttl_ms, event_id ("": none), once_ms (0 or absent: none),
 --       unique ("1": nothing happens where the log knows event_id already; absent or "": publish again)
@@ -155,7 +155,7 @@ if ARGV[8] == '1' and event_id ~= '' then
   first = find(index_of(log), event_id)
   if first then return {0, first ~= '' and first or '0-0', 1} end
 end
-local receivers, position = append(log, clock ~= '' and clock, ARGV[1], ARGV[2],
+local receivers, position = append(log, clock ~= '' and clock ~= log and clock, ARGV[1], ARGV[2],
   entries_max, tonumber(ARGV[4]), ttl, event_id)
 if once and once ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', once, position, 'PX', ARGV[7]) end
 local is_private = string.find(log, '}:connection:', 1, true)

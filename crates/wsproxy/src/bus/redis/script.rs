@@ -70,7 +70,8 @@ pub(super) fn spell_publish(
     resp::number(out, keys as u64);
     resp::word(out, history.log.as_bytes());
     if keys > 1 {
-        resp::word(out, clock.unwrap_or_default().as_bytes());
+        // An empty key would have a slot of its own.
+        resp::word(out, clock.unwrap_or(&history.log).as_bytes());
     }
     if let Some((key, _)) = dedup {
         resp::word(out, key.as_bytes());

@@ -64,7 +64,8 @@ pub(super) async fn read(
         Ok(Position::START) if is_empty => None,
         after => after.and_then(judge).err(),
     };
-    let position = snapshot.position().to_string();
+    // In the form that `after` takes.
+    let position = After::Position(snapshot.position()).to_string();
     let log = snapshot.logs.into_iter().next().unwrap_or_default();
     let events: Vec<Value> = log.entries.iter().map(entry).collect();
     let body = json!({
