@@ -279,7 +279,7 @@ impl Registry {
     /// Whether everything here is in Redis, as far as this instance knows.
     #[must_use]
     pub fn is_written(&self) -> bool {
-        !self.local.lock().has_changes()
+        self.local.lock().is_written()
     }
 
     /// The connections of a user, on all instances that are alive.

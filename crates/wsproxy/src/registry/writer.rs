@@ -178,8 +178,12 @@ impl Writer<'_> {
         let Registry { local, settings, counters, .. } = self.registry;
         let writes = local.lock().take(&settings.server_id, BATCH);
         match self.redis.write(&writes).await {
-            Ok(0) => counters.written.add(writes.len() as u64),
+            Ok(0) => {
+                local.lock().written();
+                counters.written.add(writes.len() as u64);
+            }
             Ok(refused) => {
+                local.lock().written();
                 counters.failures.add(refused);
                 warn!(refused, "Redis refused to write entries of the registry.");
             }

@@ -125,6 +125,7 @@ async fn every_answer_forbids_to_guess_its_type() {
     let origin = ("origin", "https://app.example");
     let preflight = [origin, ("access-control-request-method", "GET")];
     let events = ("accept", "text/event-stream");
+    let reusable = instance.stream_token("e").await;
     let path = "/agent/ws/s";
     let socket = [&upgrade[..], &[("authorization", bearer.as_str())]].concat();
     for (method, path, headers, status) in [
@@ -143,7 +144,7 @@ async fn every_answer_forbids_to_guess_its_type() {
         ("GET", path, &[], 426),
         ("GET", path, &upgrade, 401),
         ("GET", path, &[events, ("authorization", "Bearer x")], 403),
-        ("GET", &format!("{path}?token={token}"), &[events, origin], 200),
+        ("GET", &format!("/agent/ws/e?token={reusable}"), &[events, origin], 200),
         ("GET", path, &socket, 101),
     ] {
         let answer = http::request(instance.address(), method, path, headers, b"").await;

@@ -103,7 +103,7 @@ async fn workers_and_operators_are_told_why() {
         }
         let ready = instance.get("/ready").await;
         assert_eq!((ready.status, &ready.json()["reason"]), (503, &"bus_refuses_writes".into()));
-        let health = instance.get("/health").await.json();
+        let health = instance.api("GET", "/health", "").await.json();
         assert_eq!(health["bus"]["error"], why.reason());
         assert_eq!(instance.metric("wsproxy_bus_writable"), 0.0);
         set(&server, end);

@@ -71,10 +71,18 @@ struct Writer<'a> {
     check: bool,
     /// When the hash is compared with what is open here.
     reconcile_at: Option<Instant>,
-    /// Changes of the hash that belong to what is in a log already: a new value, or none.
-    settle: HashMap<Uuid, Option<Bytes>>,
+    /// Changes of the hash that belong to what is in a log already.
+    settle: HashMap<Uuid, Settlement>,
     linked: bool,
     complained: Option<Instant>,
+}
+
+/// A change of the hash after an append to a log.
+struct Settlement {
+    /// The new value of the field; `None`: the field is removed.
+    value: Option<Bytes>,
+    /// Links to Redis that there had been before the append.
+    connects: u64,
 }
 
 impl Writer<'_> {
@@ -178,11 +186,22 @@ impl Writer<'_> {
         let entered: Vec<_> = self
             .settle
             .iter()
-            .filter_map(|(connection, value)| Some((*connection, value.clone()?)))
+            .filter_map(|(connection, change)| Some((*connection, change.value.clone()?)))
             .collect();
-        let left = self.settle.iter().filter(|(_, value)| value.is_none()).map(|(id, _)| *id);
-        keys.change(&self.log.server_id, entered.into_iter(), left).await?;
-        self.settle.clear();
+        let left = self.settle.iter().filter(|(_, change)| change.value.is_none());
+        keys.change(&self.log.server_id, entered.into_iter(), left.map(|(id, _)| *id)).await?;
+        let connects = keys.connects();
+        // Behind a new link there may be another Redis. It has the mark of an announcement now that it has not seen.
+        let unproven: HashSet<_> = self
+            .settle
+            .drain()
+            .filter(|(_, change)| change.value.is_some() && change.connects != connects)
+            .map(|(connection, _)| connection)
+            .collect();
+        if !unproven.is_empty() {
+            let again = self.log.outbox.lock().announce_again(&unproven);
+            self.log.counters.reopened.add(again as u64);
+        }
         Ok(())
     }
 
@@ -294,6 +313,7 @@ impl Writer<'_> {
             batch.into_iter().for_each(|(agent, items)| outbox.give_back(agent, items));
             return Err(error);
         }
+        let connects = keys.connects();
         let appends = batch.into_iter().map(async |(agent, items)| {
             let payloads = items.iter().map(|item| payload(log, item)).collect();
             (keys.append(&agent, payloads).await, agent, items)
@@ -301,7 +321,7 @@ impl Writer<'_> {
         let mut lost = None;
         for (result, agent, items) in join_all(appends).await {
             match result {
-                Ok(()) => self.appended(&agent, &items)?,
+                Ok(()) => self.appended(&agent, &items, connects)?,
                 Err(error) if error.is_answer() => {
                     log.counters.retried.add(items.len() as u64);
                     self.complain(&error);
@@ -334,7 +354,7 @@ impl Writer<'_> {
         keys.change(&self.log.server_id, entered.into_iter(), std::iter::empty()).await
     }
 
-    fn appended(&mut self, agent: &Id, items: &[Item]) -> Result<(), StoreError> {
+    fn appended(&mut self, agent: &Id, items: &[Item], connects: u64) -> Result<(), StoreError> {
         self.log.counters.appended.add(items.len() as u64);
         self.log.outbox.lock().done(agent, items);
         for Item { connection, what } in items {
@@ -342,7 +362,7 @@ impl Writer<'_> {
                 What::Opened { record, .. } => Some(record.store(true)?),
                 What::Closed(_) => None,
             };
-            self.settle.insert(*connection, value);
+            self.settle.insert(*connection, Settlement { value, connects });
         }
         Ok(())
     }
