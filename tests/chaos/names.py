@@ -127,8 +127,15 @@ def stream_call(op, name, stream, limits, lease_ms, *more):
     channel, state = session(name), _stream_state(name, stream)
     keys = [log(channel), state, f"{state}:text"]
     keys += [f"session:{name}:streams", "streams:leases"] if _IS_OLD else [_derived(channel, "streams")]
-    arguments = [op, channel, name, stream, limits.entries_max, limits.bytes_max, limits.ttl_ms, lease_ms, *more]
-    return keys, arguments
+    arguments = [op, channel, *([name] if _IS_OLD else []), stream]
+    return keys, [*arguments, limits.entries_max, limits.bytes_max, limits.ttl_ms, lease_ms, *more]
+
+
+async def note_lease(client, name, stream, lease_ms):
+    """Writes the lease of a token stream where the script does not: it has another slot."""
+    if not _IS_OLD:
+        seconds, micros = await client.time()
+        await client.zadd("streams:leases", {f"{name}/{stream}": seconds * 1000 + micros // 1000 + lease_ms})
 
 
 def _stream_state(name, stream):

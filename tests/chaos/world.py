@@ -245,6 +245,8 @@ class World:
         if op == "append":
             self.truth.sending(names.stream_label(stream, op, more[1]), names.session(session))
         keys, arguments = names.stream_call(op, session, stream, self.limits, lease_ms, *more)
+        if op in ("open", "renew"):
+            await names.note_lease(self.master.client, session, stream, lease_ms)
         return await self.stream_script(keys=keys, args=arguments)
 
     async def api(self, gateway, method, path, body=None, **headers):
