@@ -75,6 +75,8 @@ struct Shared {
     scout: Outlet,
     /// The number of the newest connection.
     births: AtomicU64,
+    /// Command links that were made.
+    command_links: AtomicU64,
     /// A publishing or command link was made.
     links_changed: Notify,
     health: Health,
@@ -130,6 +132,7 @@ impl RedisBus {
             commands: Arc::new(Pipeline::new(COMMAND_QUEUE_BYTES)),
             scout: Outlet::default(),
             births: AtomicU64::new(0),
+            command_links: AtomicU64::new(0),
             links_changed: Notify::new(),
             health: Health::default(),
             counters: BusCounters::default(),
@@ -202,6 +205,11 @@ impl RedisBus {
 
     pub(crate) fn counters(&self) -> &BusCounters {
         &self.0.counters
+    }
+
+    /// Number of links for commands so far. With another number commands may reach another server.
+    pub(crate) fn command_links(&self) -> u64 {
+        self.0.command_links.load(Ordering::Acquire)
     }
 
     /// How keys and channels are spelled.

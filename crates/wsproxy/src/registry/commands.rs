@@ -73,9 +73,9 @@ impl Commands {
         Ok(integer(&self.call(&[b"HLEN", key.as_bytes()]).await?)?.unsigned_abs())
     }
 
-    /// How often links to Redis were made. Another number says that Redis may be another one since.
-    pub(super) fn connects(&self) -> u64 {
-        self.bus.counters().connects.value()
+    /// Number of links for these commands so far. Another number says that Redis may be another one since.
+    pub(super) fn links(&self) -> u64 {
+        self.bus.command_links()
     }
 }
 

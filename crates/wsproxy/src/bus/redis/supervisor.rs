@@ -1,6 +1,9 @@
 //! Keeps one link made: connects, waits, connects again, and says so in log and status.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use wsproxy_proto::backoff::Backoff;
@@ -66,6 +69,9 @@ impl Supervisor {
         link.birth = birth;
         self.up_since = Some(Instant::now());
         shared.counters.connects.add(1);
+        if matches!(self.purpose, Purpose::Command) {
+            shared.command_links.fetch_add(1, Ordering::Release);
+        }
         shared.health.up(self.purpose);
         let address = shared.connector.address();
         tracing::info!(link = self.purpose.name(), %address, "Connected to Redis.");

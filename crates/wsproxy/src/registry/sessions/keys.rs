@@ -157,9 +157,9 @@ impl SessionKeys {
         self.commands.call(&[b"DEL", key.as_bytes()]).await.map(drop)
     }
 
-    /// How often links to Redis were made.
-    pub(super) fn connects(&self) -> u64 {
-        self.commands.connects()
+    /// Number of links to Redis so far.
+    pub(super) fn links(&self) -> u64 {
+        self.commands.links()
     }
 
     fn reaped_key(&self, server: &str) -> String {

@@ -45,7 +45,7 @@ pub(super) async fn run(log: Arc<SessionLog>) {
         beats: log.lease.beats(),
         wait_until: None,
         lapses: 0,
-        connects: 0,
+        links: 0,
         check: false,
         reconcile_at: None,
         settle: HashMap::new(),
@@ -66,7 +66,7 @@ struct Writer<'a> {
     wait_until: Option<Instant>,
     /// Lapses of the lease, and links to Redis, that the hash was compared after.
     lapses: u64,
-    connects: u64,
+    links: u64,
     /// The lease was renewed: the hash is kept alive and counted.
     check: bool,
     /// When the hash is compared with what is open here.
@@ -82,7 +82,7 @@ struct Settlement {
     /// The new value of the field; `None`: the field is removed.
     value: Option<Bytes>,
     /// Links to Redis that there had been before the append.
-    connects: u64,
+    links: u64,
 }
 
 impl Writer<'_> {
@@ -190,12 +190,12 @@ impl Writer<'_> {
             .collect();
         let left = self.settle.iter().filter(|(_, change)| change.value.is_none());
         keys.change(&self.log.server_id, entered.into_iter(), left.map(|(id, _)| *id)).await?;
-        let connects = keys.connects();
+        let links = keys.links();
         // Behind a new link there may be another Redis. It has the mark of an announcement now that it has not seen.
         let unproven: HashSet<_> = self
             .settle
             .drain()
-            .filter(|(_, change)| change.value.is_some() && change.connects != connects)
+            .filter(|(_, change)| change.value.is_some() && change.links != links)
             .map(|(connection, _)| connection)
             .collect();
         if !unproven.is_empty() {
@@ -212,14 +212,14 @@ impl Writer<'_> {
             let mut outbox = self.log.outbox.lock();
             (outbox.is_idle(), outbox.open_count(), outbox.take_overflow())
         };
-        let connects = keys.connects();
+        let links = keys.links();
         let entries = keys.keep(&self.log.server_id).await?;
         let differs = idle && entries != open as u64;
-        let changed = beat.lapses > self.lapses || connects != self.connects;
+        let changed = beat.lapses > self.lapses || links != self.links;
         if differs && !changed {
             warn!(entries, open, "Redis has lost or kept sessions: they are compared.");
         }
-        (self.lapses, self.connects) = (beat.lapses, connects);
+        (self.lapses, self.links) = (beat.lapses, links);
         if differs || changed || overflow {
             self.reconcile_at = Some(Instant::now());
         }
@@ -313,7 +313,7 @@ impl Writer<'_> {
             batch.into_iter().for_each(|(agent, items)| outbox.give_back(agent, items));
             return Err(error);
         }
-        let connects = keys.connects();
+        let links = keys.links();
         let appends = batch.into_iter().map(async |(agent, items)| {
             let payloads = items.iter().map(|item| payload(log, item)).collect();
             (keys.append(&agent, payloads).await, agent, items)
@@ -321,7 +321,7 @@ impl Writer<'_> {
         let mut lost = None;
         for (result, agent, items) in join_all(appends).await {
             match result {
-                Ok(()) => self.appended(&agent, &items, connects)?,
+                Ok(()) => self.appended(&agent, &items, links)?,
                 Err(error) if error.is_answer() => {
                     log.counters.retried.add(items.len() as u64);
                     self.complain(&error);
@@ -354,7 +354,7 @@ impl Writer<'_> {
         keys.change(&self.log.server_id, entered.into_iter(), std::iter::empty()).await
     }
 
-    fn appended(&mut self, agent: &Id, items: &[Item], connects: u64) -> Result<(), StoreError> {
+    fn appended(&mut self, agent: &Id, items: &[Item], links: u64) -> Result<(), StoreError> {
         self.log.counters.appended.add(items.len() as u64);
         self.log.outbox.lock().done(agent, items);
         for Item { connection, what } in items {
@@ -362,7 +362,7 @@ impl Writer<'_> {
                 What::Opened { record, .. } => Some(record.store(true)?),
                 What::Closed(_) => None,
             };
-            self.settle.insert(*connection, Settlement { value, connects });
+            self.settle.insert(*connection, Settlement { value, links });
         }
         Ok(())
     }
