@@ -110,7 +110,7 @@ impl MemoryBus {
             subscribed: true,
             channels: self.0.subscribed.lock().len(),
             queued_bytes: self.0.queue.bytes(),
-            refusal: None,
+            refusal: self.0.store.is_full().then_some(NotDone::Memory),
             last_error: None,
         }
     }

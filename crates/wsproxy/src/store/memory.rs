@@ -88,6 +88,13 @@ impl MemoryStore {
         Self { state: Arc::new(Mutex::new(state)), names, requests }
     }
 
+    /// Whether it takes no entry of a log any more, or nothing at all.
+    pub(crate) fn is_full(&self) -> bool {
+        let mut state = self.state.lock();
+        state.purge();
+        state.check_log_room(TOKEN_BYTES).is_err()
+    }
+
     /// How keys and channels are spelled.
     pub(crate) fn names(&self) -> &Names {
         &self.names
@@ -330,6 +337,9 @@ fn wrong_kind() -> StoreError {
     StoreError::NotDone { refusal: NotDone::WrongType, error }
 }
 
+/// What a token or a small message takes, roughly.
+const TOKEN_BYTES: usize = 1024;
+
 /// What an entry costs beside its key and value, roughly.
 const ENTRY_BYTES: usize = 128;
 
@@ -357,8 +367,13 @@ mod tests {
         let append = |n: usize| {
             store.append(&format!("log-{n}"), megabyte.clone().into(), (9, u64::MAX), minute)
         };
+        assert!(!store.is_full());
         assert_eq!((0..100).take_while(|n| append(*n).is_ok()).count(), 59);
         store.save("token", b"t", minute).unwrap();
+        let rest = vec![0; 900 * 1024];
+        store.append("rest", rest.into(), (9, u64::MAX), minute).unwrap();
+        while store.append("rest", vec![0; 512].into(), (9000, u64::MAX), minute).is_ok() {}
+        assert!(store.is_full());
     }
 
     #[test]
