@@ -109,6 +109,8 @@ def gateway(redis: int, settings: dict | None = None):
         "REDIS_URL": f"redis://127.0.0.1:{redis}",
         "WSPROXY_SERVER__BIND": "127.0.0.1",
         "WSPROXY_LIMITS__MAX_CONNECTIONS": "19000",
+        # A fan-out is one session with all its clients.
+        "WSPROXY_LIMITS__CONNECTIONS_PER_SESSION": "0",
         "LOG_LEVEL": "warn",
         **(settings or {}),
     }

@@ -5,6 +5,8 @@ session without one takes it, and goes on with its answers where the other stopp
 """
 
 import asyncio
+import hashlib
+import hmac
 import logging
 import os
 import pathlib
@@ -16,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Cookie, Depends, FastAPI, HTTPException, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from model import tokens
@@ -26,6 +28,8 @@ from redis import asyncio as aioredis
 from wsproxy import StreamEnded, StreamError, Ticket, TokenStream, Unavailable, Worker, WsproxyError
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
+# Signs users and the names of their sessions. All workers have the same one, and keep it over restarts.
+SECRET = os.environ["CHAT_SECRET"].encode()
 GATEWAY_URL = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8080")
 PAUSE = 1 / float(os.environ.get("CHAT_TOKENS_PER_SECOND", "20"))
 CLAIM_SECONDS = float(os.environ.get("CHAT_CLAIM_SECONDS", "3"))
@@ -215,11 +219,34 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
-async def own_session(session_id: str | None = None) -> str:
-    """Which session the caller may open. Check here who asks: this example lets everybody in who knows its id."""
-    if session_id is not None and len(session_id) < 16:
-        raise HTTPException(403, "Session ids are long enough that nobody can guess them.")
-    return session_id or secrets.token_urlsafe(16)
+def seal(*parts: str) -> str:
+    """What only this application can put behind a name."""
+    return hmac.new(SECRET, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def is_sealed(mark: str, *parts: str) -> bool:
+    return hmac.compare_digest(mark.encode(), seal(*parts).encode())
+
+
+async def user(response: Response, chat_user: Annotated[str | None, Cookie()] = None) -> str:
+    """Who asks. Put your login here: this example makes a user of every browser, and knows it again by its cookie."""
+    name, _, mark = (chat_user or "").partition(".")
+    if not is_sealed(mark, "user", name):
+        name = secrets.token_urlsafe(16)
+        cookie = f"{name}.{seal('user', name)}"
+        response.set_cookie("chat_user", cookie, max_age=SESSION_SECONDS * 24, httponly=True, samesite="lax")
+    return name
+
+
+async def own_session(asking: Annotated[str, Depends(user)], session_id: str | None = None) -> str:
+    """A session of the caller's: a new one, or the named one, whose id shows that it was made for this user."""
+    if session_id is None:
+        name = secrets.token_urlsafe(16)
+        return f"{name}.{seal('session', asking, name)}"
+    name, _, mark = session_id.partition(".")
+    if not is_sealed(mark, "session", asking, name):
+        raise HTTPException(403, "The session is another user's.")
+    return session_id
 
 
 @app.post("/sessions", status_code=201)
@@ -230,8 +257,8 @@ async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("cha
     return ticket.as_dict() | {"gateway": GATEWAY_URL}
 
 
-# An EventSource comes back with the URL that it has: its ticket must live as long as the page.
-lasting = worker.ticket_dependency("chat", own_session, ttl=SESSION_SECONDS)
+# An EventSource comes back with the URL that it has: its ticket opens event streams, and only these, as long as the page lives.
+lasting = worker.ticket_dependency("chat", own_session, ttl=SESSION_SECONDS, event_stream=True)
 
 
 @app.post("/event-sources", status_code=201)

@@ -1,10 +1,11 @@
 """A backend behind wsproxy: it issues tokens and streams answers over Redis, and never holds a socket."""
-import asyncio, json, os, secrets, uuid
+import asyncio, hmac, json, os, secrets, uuid
 from contextlib import asynccontextmanager
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from redis import asyncio as aioredis, backoff
 
 AGENT, WORKER = "demo", secrets.token_hex(8)
+SECRET = os.environ.get("SESSION_SECRET", secrets.token_hex()).encode()  # The same for all workers, where there are several.
 retry = aioredis.retry.Retry(backoff.ExponentialWithJitterBackoff(cap=1), -1)  # The default ends the reader after seconds.
 redis = aioredis.from_url(os.environ.get("REDIS_URL", "redis://127.0.0.1"), retry=retry, health_check_interval=10, decode_responses=True)
 
@@ -25,9 +26,9 @@ async def work():
             if kind == "up" and name in sessions and message["type"] == "message":
                 sessions[name][0].put_nowait(data)
             elif kind == "up" and name in sessions and message["type"] == "subscribe":
-                log = f"session:{name}:up:log"  # First, also after an outage, what came while nobody listened.
-                for _, kept in (await redis.pipeline().xrange(log).delete(log).execute())[0]:
-                    sessions[name][0].put_nowait(kept["data"])
+                for log in (f"session:{name}:up:log", f"{{session:{name}:up}}:log"):  # First, also after an outage, what
+                    for _, kept in (await redis.pipeline().xrange(log).delete(log).execute())[0]:  # came while nobody listened.
+                        sessions[name][0].put_nowait(kept["data"])
             elif kind == "sessions" and message["type"] == "message":
                 event = json.loads(data)
                 name, owner = event["session_id"], f"session:{event['session_id']}:owner"
@@ -52,8 +53,11 @@ async def lifespan(_):
 app = FastAPI(lifespan=lifespan)
 
 @app.post("/sessions", status_code=201)
-async def create(session_id: uuid.UUID = None):
-    """A one-time token, with session_id a further one. Check here who asks: this example lets everybody in."""
+async def create(session_id: uuid.UUID = None, proof: str = ""):
+    """A one-time token for a new session; with session_id and its proof a further one. Put your login in front of this."""
     session, token = str(session_id or uuid.uuid4()), secrets.token_urlsafe(32)
-    await redis.set(f"session:{session}:auth", token, ex=60)
-    return {"path": f"/{AGENT}/ws/{session}", "session_id": session, "token": token}
+    own = hmac.new(SECRET, session.encode(), "sha256").hexdigest()  # Only who was given the session knows it.
+    if session_id and not hmac.compare_digest(own.encode(), proof.encode()):
+        raise HTTPException(403, "The session is somebody else's.")
+    await redis.set(f"session:{session}:auth", f"agent/{AGENT} {token}", ex=60)  # Opens the path below, and no other.
+    return {"path": f"/{AGENT}/ws/{session}", "session_id": session, "proof": own, "token": token}

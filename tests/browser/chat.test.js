@@ -28,7 +28,7 @@ before(async () => {
   workers = new Machine(join(example, ".venv/bin/python"), app, {
     env: {
       REDIS_URL: redis.url, GATEWAY_URL: `http://127.0.0.1:${cable.port}`, PYTHONDONTWRITEBYTECODE: "1",
-      CHAT_TOKENS: "160", CHAT_TOKENS_PER_SECOND: "25", CHAT_CLAIM_SECONDS: "1.5", CHAT_LEASE_SECONDS: "6",
+      CHAT_SECRET: "a-secret-of-the-tests", CHAT_TOKENS: "160", CHAT_TOKENS_PER_SECOND: "25", CHAT_CLAIM_SECONDS: "1.5", CHAT_LEASE_SECONDS: "6",
     },
     ready: async () => (await fetch(origin)).ok,
   });
@@ -49,8 +49,8 @@ after(async () => {
 const whole = async (prompt) => (await fetch(`${origin}/answer?prompt=${encodeURIComponent(prompt)}`)).text();
 
 // A tab, with what it complained of and how often it was loaded.
-async function visit(path = "/") {
-  const page = await (await browser.newContext()).newPage();
+async function visit(path = "/", context) {
+  const page = await (context ?? await browser.newContext()).newPage();
   const seen = { complaints: [], loads: 0, sockets: 0, refusals: [] };
   page.on("pageerror", (error) => seen.complaints.push(String(error)));
   page.on("load", () => { seen.loads += 1; });
@@ -219,16 +219,29 @@ test("stop ends an answer where it is, and the next one is whole", async () => {
 test("a second tab that is opened in mid-stream shows the same", async () => {
   let late;
   const tab = await whileAnswering(async ({ page }) => {
-    late = await visit(`/#${await session(page)}`);
+    late = await visit(`/#${await session(page)}`, page.context());
     await inMidStream(late);
     await gateway.stop("SIGKILL");
     await gateway.start();
   });
   await isWhole(late);
-  for (const each of [tab, late]) {
-    await saysNothingWasLost(each, true);
-    await each.page.context().close();
-  }
+  for (const each of [tab, late]) await saysNothingWasLost(each, true);
+  await tab.page.context().close();
+});
+
+test("another user who has the address gets a session of their own", async () => {
+  const tab = await whileAnswering(async ({ page }) => {
+    const address = await session(page);
+    const stranger = await visit(`/#${address}`);
+    await until("a session of their own", async () => {
+      const { state } = await status(stranger.page);
+      return state === "open" && await session(stranger.page) !== address;
+    });
+    assert.deepEqual(await texts(stranger.page), []);
+    assert.deepEqual(stranger.seen.refusals.map((each) => each.split(" ")[0]), ["403"]);
+    await stranger.page.context().close();
+  }, { prompts: PROMPTS.slice(0, 1) });
+  await tab.page.context().close();
 });
 
 test("a plain EventSource goes on after the gateway was killed, and after a cut", async () => {

@@ -75,7 +75,7 @@ test("an EventSource comes back after a restart and has missed nothing", async (
     return answer.json();
   };
   const publish = async (n) => (await api("messages?history=true", JSON.stringify({ n }))).event_id;
-  const { token } = await api("token");
+  const { token } = await api("token", JSON.stringify({ event_stream: true }));
 
   const page = await browser.newPage();
   await page.goto(origin);

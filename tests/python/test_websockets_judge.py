@@ -191,9 +191,9 @@ async def test_nobody_upstream_is_said_or_kept(start_gateway, session, redis):
     async with client(start_gateway(WSPROXY_SESSIONS__NO_RECEIVER="queue"), token=session()) as connection:
         await connection.send("[1]")
         await connection.send("[2]")
-        until("both are kept", lambda: redis.client.xlen("session:s-1:up:log") == 2)
-        assert [fields["data"] for _, fields in redis.client.xrange("session:s-1:up:log")] == ["[1]", "[2]"]
-        assert redis.client.ttl("session:s-1:up:log") > 0
+        until("both are kept", lambda: redis.client.xlen("{session:s-1:up}:log") == 2)
+        assert [fields["data"] for _, fields in redis.client.xrange("{session:s-1:up}:log")] == ["[1]", "[2]"]
+        assert redis.client.ttl("{session:s-1:up}:log") > 0
 
 
 @pytest.mark.asyncio

@@ -8,10 +8,10 @@ import {
   type Connected,
   type HistoryLost,
   isBehind,
-  isEventId,
   isGatewayError,
   type JsonObject,
   number,
+  position,
   type Problem,
   type Received,
   type Resumed,
@@ -55,6 +55,8 @@ export interface Grant {
   url: URL;
   /** The credential. */
   token: string;
+  /** Whether the credential opens event streams only. */
+  eventStream?: boolean;
 }
 
 /** The types of messages that have one. */
@@ -132,7 +134,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     return this.#state === "open" ? this.#transport?.kind : undefined;
   }
 
-  /** The id after which a new connection would resume; empty where there is none. Store it to resume after a reload. */
+  /** The position after which a new connection would resume; empty where there is none. Store it to resume after a reload. */
   get lastEventId(): string {
     return this.#position;
   }
@@ -259,8 +261,8 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   /** All handlers have run: `ok` unless one of them threw, or there is none. */
   protected handled(_received: Received<M>, _ok: boolean): void {}
 
-  /** A message came that came before; its own id, or its position. */
-  protected duplicate(_eventId: string): void {}
+  /** A message came that came before. `ackId`: by what it is acknowledged. */
+  protected duplicate(_ackId: string): void {}
 
   /** The transport is open no longer, or never was. */
   protected ended(): void {}
@@ -280,9 +282,9 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     if (what === "online" && this.#position !== "") this.#try();
   }
 
-  /** Lets the message with these ids come again. */
-  protected forget(...ids: string[]): void {
-    for (const id of ids) this.#seen.delete(id);
+  /** Lets the message at this position come again. */
+  protected forget(position: string): void {
+    this.#seen.delete(position);
   }
 
   /** Ends the present connection as if `end` had come from the other side. */
@@ -366,10 +368,16 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const url = new URL(grant.url);
     this.#asked = this.#position;
     if (this.#options.resume ?? true) url.searchParams.set("last_event_id", this.#asked);
-    this.#carry(turn, { url, token: grant.token, envelope: this.#options.envelope ?? true });
+    if (grant.eventStream && this.#options.transport === "websocket") {
+      const reason = "The token opens event streams only.";
+      this.problem("credentials", reason);
+      return this.#ended(turn, { code: 1006, reason, opened: false, status: 0 });
+    }
+    const target = { url, token: grant.token, envelope: this.#options.envelope ?? true };
+    this.#carry(turn, target, grant.eventStream ?? false);
   }
 
-  #carry(turn: number, target: Target): void {
+  #carry(turn: number, target: Target, eventStream: boolean): void {
     const events: TransportEvents = {
       opened: () => this.#opened(),
       frame: (frame) => this.#frame(frame),
@@ -380,7 +388,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const { sseTokenIn = "header" } = this.#options;
     const Socket = this.#socket;
     try {
-      if (this.#useSse() || !Socket) {
+      if (eventStream || this.#useSse() || !Socket) {
         const fetcher = this.#options.fetch ?? ((...a: Parameters<typeof fetch>) => fetch(...a));
         this.#transport = openSse(fetcher, target, sseTokenIn, events);
       } else {
@@ -421,16 +429,17 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#hasHeard = true;
     const data = parse(body);
     if (isObject(data) && this.notice(data, id)) return;
-    const own = isObject(data) ? text(data["event_id"]) || undefined : undefined;
-    const eventId = id || own;
+    const own = isObject(data) ? data["event_id"] : undefined;
+    // Where no positions come beside messages, a JSON object has its own as a member. Any other value there is the application's.
+    const eventId = id === undefined ? position(own) : id || undefined;
     if (eventId !== undefined) {
-      const ids = [eventId, own ?? eventId];
-      if (ids.some((id) => this.#seen.has(id))) return this.duplicate(own ?? eventId);
-      for (const id of ids) this.#seen.add(id);
+      if (this.#seen.has(eventId)) return this.duplicate(text(own) || eventId);
+      this.#seen.add(eventId);
+      // A message that is sent again because nobody acknowledged it must not take the position back. Any other that is behind is of
+      // another life of the log.
+      const isAsked = isObject(data) && data["ack"] === true;
+      if (!isAsked || !isBehind(eventId, this.#position)) this.#position = eventId;
     }
-    const position = id ?? own;
-    // A message that is sent again because nobody acknowledged it must not take the position back.
-    if (position && isEventId(position) && !isBehind(position, this.#position)) this.#position = position;
     if (isObject(data) && this.consume(data, eventId)) return;
 
     const received: Received<M> = { data: data as M, eventId, raw: body };

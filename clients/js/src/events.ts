@@ -130,15 +130,16 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
   }
 
   protected override handled({ eventId, data }: Received<EventMessage<T>>, ok: boolean): void {
-    if (!eventId || (data as { ack?: unknown } | null)?.ack !== true) return;
+    if ((data as { ack?: unknown } | null)?.ack !== true) return;
+    const ackId = text(data.event_id) || eventId;
     // What could not be handled may come again.
-    if (!ok) this.forget(eventId, data.event_id);
-    else if (this.#options.autoAck ?? true) this.ack(data.event_id);
+    if (!ok && eventId) this.forget(eventId);
+    if (ok && ackId && (this.#options.autoAck ?? true)) this.ack(ackId);
   }
 
-  protected override duplicate(eventId: string): void {
+  protected override duplicate(ackId: string): void {
     // The acknowledgement was lost, or is on its way.
-    if (this.#acked.has(eventId)) this.ack(eventId);
+    if (this.#acked.has(ackId)) this.ack(ackId);
   }
 
   protected override ended(): void {

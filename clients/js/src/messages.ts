@@ -4,7 +4,7 @@
 export interface Received<M> {
   /** The message: parsed where it is JSON, else its text or bytes. */
   data: M;
-  /** Its event id, where it was published with history. */
+  /** Its position, where it was published with history. A member `event_id` of its own is another thing. */
   eventId: string | undefined;
   /** The message as it came. */
   raw: string | Uint8Array;
@@ -54,7 +54,7 @@ export interface Resumed {
 /** Messages are missing and cannot be had again: reload whatever is built from them. */
 export interface HistoryLost {
   /** Why. */
-  reason: "trimmed" | "unknown" | "expired" | "emptied" | "overflow" | "disabled" | (string & {});
+  reason: "trimmed" | "unknown" | "expired" | "emptied" | "ambiguous" | "overflow" | "disabled" | (string & {});
   /** The same for people. */
   message: string;
   /** Where the stream goes on. */
@@ -64,8 +64,8 @@ export interface HistoryLost {
 /** Something went wrong that ends nothing by itself: told by the gateway, or found here. */
 export interface Problem {
   /**
-   * The gateway's code, such as `invalid_json`, `no_receiver`, `publish_lost`, `invalid_token`; or from here `credentials` (the
-   * function that gives them failed), `refresh`, `handler` (one of your handlers threw).
+   * The gateway's code, such as `invalid_json`, `no_receiver`, `publish_lost`, `publish_refused`, `invalid_token`; or from here
+   * `credentials` (the function that gives them failed), `refresh`, `handler` (one of your handlers threw).
    */
   code: string;
   /** The same for people. */
@@ -92,6 +92,7 @@ const GATEWAY_CODES: readonly string[] = [
   "invalid_json",
   "no_receiver",
   "publish_lost",
+  "publish_refused",
   "invalid_token",
   "invalid_message",
 ];
@@ -101,22 +102,22 @@ export function isGatewayError(message: JsonObject): boolean {
   return GATEWAY_CODES.includes(text(message["code"]) ?? "");
 }
 
-/** Whether the gateway takes `id` as something to resume after. */
-export function isEventId(id: string): boolean {
-  return !/[\s\p{Cc}]/u.test(id) && new TextEncoder().encode(id).length <= 128;
+/** `value` if it is a position `milliseconds-sequence-tag`. */
+export function position(value: unknown): string | undefined {
+  return typeof value === "string" && /^[1-9]\d{0,19}-(0|[1-9]\d{0,19})-[\da-f]{8}$/.test(value) ? value : undefined;
 }
 
 /**
- * Whether the position `next` is behind `last`. Positions are `ms-seq`; ids that workers gave have no order, so the one that
- * came later counts as the later one.
+ * Whether the position `next` is behind `last`. The tag is no part of the order; ids that workers gave have none, so the one
+ * that came later counts as the later one.
  */
 export function isBehind(next: string, last: string): boolean {
-  const [a, b] = [position(next), position(last)];
+  const [a, b] = [order(next), order(last)];
   if (!a || !b) return false;
   return a[0] === b[0] ? a[1] < b[1] : a[0] < b[0];
 }
 
-function position(id: string): [bigint, bigint] | undefined {
-  const parts = /^(\d{1,20})-(\d{1,20})$/.exec(id);
+function order(id: string): [bigint, bigint] | undefined {
+  const parts = /^(\d{1,20})-(\d{1,20})(-[\da-f]{8})?$/.exec(id);
   return parts ? [BigInt(parts[1] as string), BigInt(parts[2] as string)] : undefined;
 }

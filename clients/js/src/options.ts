@@ -43,7 +43,7 @@ export interface ConnectionOptions {
   silenceMs?: number;
   /** How many messages `send` keeps while there is no connection. Default 256. */
   queueMax?: number;
-  /** How many event ids are remembered to recognise duplicates. Default 2048. */
+  /** How many positions are remembered to recognise duplicates. Default 2048. */
   dedupMax?: number;
   /** Ends the connection when aborted. */
   signal?: AbortSignal;

@@ -1,4 +1,4 @@
-// The session endpoint: one-time tickets, any messages both ways, token streams.
+// The session endpoint: tickets, any messages both ways, token streams.
 
 import { Connection, type Grant } from "./connection.ts";
 import type { JsonObject } from "./messages.ts";
@@ -6,11 +6,14 @@ import { text } from "./messages.ts";
 import type { ConnectionOptions, CredentialRequest } from "./options.ts";
 import { TokenStream } from "./streams.ts";
 
-/** What opens a session once. A text is a token. */
+/**
+ * What opens a session: once, or, where the token begins with `sse.`, event streams until it expires and no WebSocket. A text is
+ * a token.
+ */
 export type Ticket =
   | string
   | {
-      /** The one-time token. */
+      /** The token. */
       token: string;
       /** Path, or whole URL, of the session; instead of `agent` and `session`. */
       path?: string;
@@ -28,10 +31,15 @@ export interface SessionOptions extends ConnectionOptions {
   agent?: string;
   /** The session's id. */
   session?: string;
-  /** Gets a fresh ticket from your backend; called before every connection, since each opens only one. Call `close()` to give up. */
+  /**
+   * Gets a fresh ticket from your backend; called before every connection or event stream, since each opens only one. With the
+   * token of an event stream (`sse.…`) only these are opened, whatever carries other connections. Call `close()` to give up.
+   */
   getTicket: (request: CredentialRequest) => Ticket | Promise<Ticket>;
 }
 
+/** What a token begins with that opens event streams only, any number of them until it expires. */
+const EVENT_STREAM_PREFIX = "sse.";
 /** Ended streams that nobody holds are forgotten beyond this number. */
 const STREAMS_MAX = 64;
 
@@ -77,12 +85,13 @@ export class Session<M = unknown> extends Connection<M> {
     const ticket = await this.#options.getTicket(request);
     const { token, path, agent = this.#options.agent, session = this.#options.session } =
       typeof ticket === "string" ? { token: ticket } : ticket;
-    if (path !== undefined) return { token, url: new URL(path, this.base) };
+    const eventStream = token.startsWith(EVENT_STREAM_PREFIX);
+    if (path !== undefined) return { token, url: new URL(path, this.base), eventStream };
     const url = new URL(this.base);
     if (agent !== undefined && session !== undefined) {
       url.pathname = `${url.pathname.replace(/\/$/, "")}/${encodeURIComponent(agent)}/ws/${encodeURIComponent(session)}`;
     }
-    return { token, url };
+    return { token, url, eventStream };
   }
 
   protected override notice(message: JsonObject, id: string | undefined): boolean {

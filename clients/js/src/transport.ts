@@ -6,7 +6,7 @@ import type { End } from "./advice.ts";
 export interface Frame {
   /** Text, or bytes of a binary message. */
   body: string | Uint8Array;
-  /** Its position, where the transport carries ids beside messages: empty for one without history. Else it is in the message. */
+  /** Its position, where the transport carries it beside messages: empty for one without history. Else it is in the message. */
   id?: string;
 }
 

@@ -1,4 +1,4 @@
-// The WebSocket transport: credentials through the subprotocol, event ids in the envelope where it was agreed on.
+// The WebSocket transport: credentials through the subprotocol, positions in the envelope where it was agreed on.
 
 import type { Frame, Target, Transport, TransportEvents } from "./transport.ts";
 
@@ -24,7 +24,7 @@ export function bearer(token: string): string {
   return `bearer64.${btoa(bytes).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "")}`;
 }
 
-/** Takes the event id off a message in the envelope: `<event id or empty>\n<payload>`. */
+/** Takes the position off a message in the envelope: `<position or empty>\n<payload>`. */
 export function unwrap(body: string | Uint8Array): Frame {
   const text = typeof body === "string";
   const end = text ? body.indexOf("\n") : body.indexOf(10);

@@ -198,7 +198,7 @@ test("events in a browser, over WebSocket and over server-sent events", async ()
 
 test("whoever knows only EventSource resumes as well", async () => {
   const { page } = await visit();
-  const ticket = await gateway.ticket("b-5");
+  const ticket = await gateway.ticket("b-5", true);
   await page.evaluate(`
     window.heard = [];
     window.source = new EventSource("${cable.url}/demo/ws/b-5?token=${ticket}");

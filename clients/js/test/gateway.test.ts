@@ -173,6 +173,23 @@ test("a stream from its start for who comes late", async () => {
   expect((await messages(session, 5)).map(({ data }) => data.n)).toEqual(numbers(0, 5));
 });
 
+test("messages that share a member event_id of the application's come all, over a cut", async () => {
+  const [session, id] = open();
+  await session.once("connected");
+  const heard: number[] = [];
+  session.on("message", ({ data }) => heard.push(data.n));
+  for (const n of numbers(0, 6)) {
+    const how = n % 3 === 2 ? "" : "?history=true";
+    await gateway.api(`sessions/${id}/messages${how}`, { event_id: "evt_9", n });
+    await until("it arrived", () => heard.length === n + 1);
+    if (n === 3) {
+      cable.cut();
+      await until("it is back", () => session.state === "open" && session.connectionId !== undefined);
+    }
+  }
+  expect(heard).toEqual(numbers(0, 6));
+});
+
 test("a position that was never given out is told as lost, and the live stream goes on", async () => {
   const [session, id] = open({ lastEventId: "never-given-out" });
   expect((await session.once("historyLost")).reason).toBe("unknown");

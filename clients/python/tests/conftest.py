@@ -113,6 +113,10 @@ class RedisServer:
     def kill(self) -> None:
         self.process.stop(signal.SIGKILL)
 
+    def texts(self, log: str) -> list[str]:
+        """What a log holds, oldest first."""
+        return [fields["data"] for _, fields in self.client.xrange(log)]
+
     def heard(self, channel: str) -> int:
         return int(self.client.pubsub_numsub(channel)[0][1])
 

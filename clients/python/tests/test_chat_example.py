@@ -32,6 +32,7 @@ class Chat:
             "REDIS_URL": redis.url,
             "PYTHONPATH": str(ROOT / "clients/python/src"),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "CHAT_SECRET": "a-secret-of-the-tests",
             "CHAT_TOKENS": "60",
             "CHAT_TOKENS_PER_SECOND": "20",
             "CHAT_CLAIM_SECONDS": "1",
@@ -39,7 +40,8 @@ class Chat:
         }
         self.folder = folder
         self.start()
-        self.session = httpx.post(f"{self.url}/sessions").json()["session_id"]
+        self.user = httpx.Client(base_url=self.url)
+        self.session = self.user.post("/sessions").json()["session_id"]
 
     def start(self) -> None:
         self.process = Process("uvicorn", self.command, self.folder, self.env)
@@ -56,8 +58,8 @@ class Chat:
 
     def streams(self) -> MergedStreams:
         streams = MergedStreams()
-        for _, fields in self.redis.client.xrange(f"session:{self.session}:down:log"):
-            streams.feed(json.loads(fields["data"]))
+        for text in self.redis.texts(f"{{session:{self.session}:down}}:log"):
+            streams.feed(json.loads(text))
         return streams
 
     def last(self, answer: str) -> Any:
@@ -87,7 +89,33 @@ class Chat:
 def chat(tmp_path: pathlib.Path, redis: RedisServer) -> Iterator[Chat]:
     made = Chat(tmp_path, redis)
     yield made
+    made.user.close()
     made.process.stop()
+
+
+def test_a_user_gets_tickets_for_own_sessions_only(chat: Chat) -> None:
+    own = {"session_id": chat.session}
+    prompt = {"id": "a", "text": "mine"}
+    assert chat.user.post("/sessions", params=own).json()["session_id"] == chat.session
+    assert chat.user.post("/event-sources", params=own).status_code == 201
+    assert chat.user.post("/prompts", params=own, json=prompt).status_code == 202
+    token = chat.redis.client.get(f"session:{chat.session}:auth")
+    name, mark = chat.session.split(".")
+    with httpx.Client(base_url=chat.url) as other:
+        theirs = other.post("/sessions").json()["session_id"]
+        their_name, their_mark = theirs.split(".")
+        foreign = [chat.session, f"{name}.{their_mark}", f"{their_name}.{mark}", name, f"{name}.", "", "a" * 16, "ä.ö"]
+        for session_id in foreign:
+            for path, body in [("/sessions", None), ("/event-sources", None), ("/prompts", prompt)]:
+                answer = other.post(path, params={"session_id": session_id}, json=body)
+                assert answer.status_code == 403, (path, session_id)
+        # Nor does a cookie that this application did not make name a user.
+        user = chat.user.cookies["chat_user"].split(".")[0]
+        for cookie in [f"{user}.", f"{user}.{mark}", user]:
+            answer = httpx.post(f"{chat.url}/sessions", params=own, cookies={"chat_user": cookie})
+            assert answer.status_code == 403, cookie
+        assert other.post("/sessions", params={"session_id": theirs}).status_code == 201
+    assert chat.redis.client.get(f"session:{chat.session}:auth") == token, "nobody else replaced the token"
 
 
 def test_a_prompt_is_answered_once_though_it_is_sent_again(chat: Chat) -> None:
@@ -128,10 +156,11 @@ def test_the_answer_is_whole_after_all_workers_were_away_for_longer_than_the_lea
     chat.env["CHAT_TOKENS_PER_SECOND"] = "100"
     # What the gateway does when the lease has run out.
     lost = ROOT / "clients/python/src/wsproxy/scripts/stream.lua"
-    state, session = f"session:{chat.session}:stream:{answer}", chat.session
-    keys = [f"session:{session}:down:log", state, f"{state}:text", f"session:{session}:streams", "streams:leases"]
-    args = ["lost", f"session:{session}:down", session, answer, 1000, 1 << 20, 3_600_000, 0]
-    chat.redis.client.zadd("streams:leases", {f"{session}/{answer}": 1})
+    name = f"session:{chat.session}:down"
+    state = f"{{{name}}}:stream:{answer}"
+    keys = [f"{{{name}}}:log", state, f"{state}:text", f"{{{name}}}:streams"]
+    args = ["lost", name, answer, 1000, 1 << 20, 3_600_000, 0]
+    chat.redis.client.hset(state, "ends", 1)
     chat.redis.client.eval(lost.read_text(), len(keys), *keys, *args)
     assert chat.last(answer).error["code"] == "worker_lost"
     chat.start()

@@ -6,7 +6,7 @@ import asyncio
 import http
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -35,7 +35,8 @@ class Peer:
         self.last_event_id = parse_qs(urlsplit(request.path).query, keep_blank_values=True)["last_event_id"][0]
 
     async def say(self, message: Any, event_id: str = "") -> None:
-        await self.connection.send(f"{event_id}\n{json.dumps(message)}")
+        head = f"{event_id}\n" if self.connection.subprotocol == "wsproxy.id.v1" else ""
+        await self.connection.send(head + json.dumps(message))
 
     async def hear(self) -> Any:
         return json.loads(await within(self.connection.recv()))
@@ -49,6 +50,7 @@ class FakeGateway:
         self.tokens: list[str] = []
         self.positions: list[str] = []
         self.retry_after = ""
+        self.has_history = True
         self.server: Server
 
     @property
@@ -82,8 +84,14 @@ async def wait(peer: Peer) -> None:
 @pytest_asyncio.fixture
 async def fake() -> AsyncIterator[FakeGateway]:
     fake = FakeGateway()
-    protocols = [Subprotocol("wsproxy.id.v1")]
-    async with serve(fake.serve, "127.0.0.1", 0, subprotocols=protocols, process_request=fake.refuse) as server:
+    protocols = [Subprotocol("wsproxy.id.v1"), Subprotocol("wsproxy.v1")]
+
+    def select(_: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol:
+        return next(each for each in protocols if each in offered and (fake.has_history or each == "wsproxy.v1"))
+
+    async with serve(
+        fake.serve, "127.0.0.1", 0, subprotocols=protocols, select_subprotocol=select, process_request=fake.refuse
+    ) as server:
         fake.server = server
         yield fake
 
@@ -104,66 +112,119 @@ async def data(client: Client, count: int) -> list[Any]:
 
 async def test_each_connection_has_a_fresh_token_and_the_last_position(fake: FakeGateway) -> None:
     async def first(peer: Peer) -> None:
-        await peer.say({"type": "opened", "connection_id": "c", "event_id": "5-0"})
-        await peer.say({"n": 1}, "6-0")
-        await peer.say({"n": 2}, "6-1")
+        await peer.say({"type": "opened", "connection_id": "c", "event_id": "5-0-000000aa"})
+        await peer.say({"n": 1}, "6-0-000000aa")
+        await peer.say({"n": 2}, "6-1-000000aa")
         await peer.connection.close(1012, "restart")
 
     async def second(peer: Peer) -> None:
-        await peer.say({"type": "resumed", "count": 2, "last_event_id": "6-1"})
+        await peer.say({"type": "resumed", "count": 2, "last_event_id": "6-1-000000aa"})
         # One that was seen already, as after a loss of the bus.
-        await peer.say({"n": 2}, "6-1")
-        await peer.say({"n": 3}, "7-0")
+        await peer.say({"n": 2}, "6-1-000000aa")
+        await peer.say({"n": 3}, "7-0-000000aa")
         await wait(peer)
 
     fake.scripts = [first, second]
     async with session(fake) as client:
         assert await data(client, 3) == [{"n": 1}, {"n": 2}, {"n": 3}]
-        assert client.last_event_id == "7-0"
+        assert client.last_event_id == "7-0-000000aa"
     assert fake.tokens == ["t-0", "t-1"]
-    assert fake.positions == ["", "6-1"]
+    assert fake.positions == ["", "6-1-000000aa"]
     assert client.closed == (1000, "")
+
+
+async def test_messages_that_share_a_member_event_id_are_all_delivered(fake: FakeGateway) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.say({"event_id": "evt_9", "n": 0}, "6-0-000000aa")
+        # Published plain: it has no position.
+        await peer.say({"event_id": "evt_9", "n": 1})
+        await peer.say({"event_id": "1732190000000000-7", "n": 2}, "6-1-000000aa")
+        # Another life of the log has used this id again.
+        await peer.say({"event_id": "evt_9", "n": 3}, "6-1-000000bb")
+        await peer.say({"event_id": "evt_9", "n": 4}, "6-2-000000aa")
+        await peer.say({"event_id": "evt_9", "n": 4}, "6-2-000000aa")
+        await peer.say({"event_id": "other", "n": 5})
+        await peer.connection.close(1012, "restart")
+
+    fake.scripts = [first, wait]
+    async with session(fake) as client:
+        assert [each["n"] for each in await data(client, 6)] == list(range(6))
+        assert client.last_event_id == "6-2-000000aa"
+        await eventually("it is back", lambda: len(fake.positions) == 2)
+    assert fake.positions == ["", "6-2-000000aa"]
+
+
+async def test_the_position_goes_on_in_another_life_of_the_log(fake: FakeGateway) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.say({"n": 0}, "9-0-000000aa")
+        # A log that begins anew may have lower ids.
+        await peer.say({"n": 1}, "3-0-000000bb")
+        await peer.say({"n": 2}, "4-0-000000bb")
+        await peer.say({"n": 1}, "3-0-000000bb")
+        await peer.connection.close(1012, "restart")
+
+    fake.scripts = [first, wait]
+    async with session(fake) as client:
+        assert [each["n"] for each in await data(client, 3)] == [0, 1, 2]
+        await eventually("it is back", lambda: len(fake.positions) == 2)
+    assert fake.positions == ["", "4-0-000000bb"]
+
+
+async def test_without_positions_beside_messages_only_positions_in_them_count(fake: FakeGateway) -> None:
+    fake.has_history = False
+
+    async def first(peer: Peer) -> None:
+        for number, event_id in enumerate(["6-0-000000aa", "evt_9", "evt_9", "9-9", "6-0-000000aa", 7, None, "0"]):
+            await peer.say({"event_id": event_id, "n": number})
+        await peer.connection.close(1012, "restart")
+
+    fake.scripts = [first, wait]
+    async with session(fake) as client:
+        assert [each["n"] for each in await data(client, 7)] == [0, 1, 2, 3, 5, 6, 7]
+        assert client.last_event_id == "6-0-000000aa"
+        await eventually("it is back", lambda: len(fake.positions) == 2)
+    assert fake.positions == ["", "6-0-000000aa"]
 
 
 async def test_a_position_told_at_the_start_counts_only_where_nothing_is_to_come(fake: FakeGateway) -> None:
     async def lost_at_once(peer: Peer) -> None:
-        await peer.say({"type": "connected", "connection_id": "c", "event_id": "9-0", "expires_at": None})
+        await peer.say({"type": "connected", "connection_id": "c", "event_id": "9-0-000000aa", "expires_at": None})
         await peer.connection.close(1012)
 
     fake.scripts = [lost_at_once, wait]
-    async with events(fake, last_event_id="3-0"):
+    async with events(fake, last_event_id="3-0-000000aa"):
         await eventually("it is back", lambda: len(fake.positions) == 2)
     async with events(fake):
         fake.scripts = [lost_at_once, wait]
         await eventually("it is back", lambda: len(fake.positions) == 4)
-    assert fake.positions == ["3-0", "3-0", "", "9-0"]
+    assert fake.positions == ["3-0-000000aa", "3-0-000000aa", "", "9-0-000000aa"]
 
 
 async def test_lost_history_is_said_and_the_stream_goes_on_from_there(fake: FakeGateway) -> None:
     async def first(peer: Peer) -> None:
-        await peer.say({"type": "error", "code": "history_lost", "reason": "trimmed", "event_id": "8-0"})
+        await peer.say({"type": "error", "code": "history_lost", "reason": "trimmed", "event_id": "8-0-000000aa"})
         await peer.connection.close(1012)
 
     fake.scripts = [first, wait]
-    async with session(fake, last_event_id="3-0") as client:
+    async with session(fake, last_event_id="3-0-000000aa") as client:
         message = await within(anext(client))
         assert message.is_history_lost
-        assert client.last_event_id == "8-0"
+        assert client.last_event_id == "8-0-000000aa"
         await eventually("it is back", lambda: len(fake.positions) == 2)
-    assert fake.positions == ["3-0", "8-0"]
+    assert fake.positions == ["3-0-000000aa", "8-0-000000aa"]
 
 
 async def test_a_stream_whose_beginning_was_lost_is_read_again(fake: FakeGateway) -> None:
     async def first(peer: Peer) -> None:
-        await peer.say({"n": 1}, "6-0")
-        await peer.say({"type": "error", "code": "history_lost", "reason": "emptied", "event_id": "9-0"})
-        await peer.say({"type": "stream_append", "stream": "t", "seq": 2, "text": "lo"}, "9-1")
+        await peer.say({"n": 1}, "6-0-000000aa")
+        await peer.say({"type": "error", "code": "history_lost", "reason": "emptied", "event_id": "9-0-000000aa"})
+        await peer.say({"type": "stream_append", "stream": "t", "seq": 2, "text": "lo"}, "9-1-000000aa")
         await wait(peer)
 
     async def second(peer: Peer) -> None:
-        await peer.say({"type": "stream_open", "stream": "t", "meta": {}}, "8-0")
-        await peer.say({"type": "stream_append", "stream": "t", "seq": 1, "text": "Hel"}, "9-0")
-        await peer.say({"type": "stream_append", "stream": "t", "seq": 2, "text": "lo"}, "9-1")
+        await peer.say({"type": "stream_open", "stream": "t", "meta": {}}, "8-0-000000aa")
+        await peer.say({"type": "stream_append", "stream": "t", "seq": 1, "text": "Hel"}, "9-0-000000aa")
+        await peer.say({"type": "stream_append", "stream": "t", "seq": 2, "text": "lo"}, "9-1-000000aa")
         await wait(peer)
 
     fake.scripts = [first, second]
@@ -252,7 +313,7 @@ async def test_pings_are_answered_and_silence_is_noticed(fake: FakeGateway) -> N
         hello = {
             "type": "connected",
             "connection_id": "c-1",
-            "event_id": "1-0",
+            "event_id": "1-0-000000aa",
             "heartbeat": {"interval": 0.2, "timeout": 0.3},
         }
         await peer.say(hello | {"expires_at": None})
@@ -272,12 +333,12 @@ async def test_a_message_is_acknowledged_when_it_is_done(fake: FakeGateway) -> N
     done = asyncio.Event()
 
     async def first(peer: Peer) -> None:
-        await peer.say({"type": "a", "ack": True}, "2-0")
+        await peer.say({"type": "a", "ack": True}, "2-0-000000aa")
         # Again, since nobody said anything: the loop is not done with it.
-        await peer.say({"type": "a", "ack": True}, "2-0")
-        await peer.say({"type": "b", "event_id": "own", "ack": True}, "3-0")
+        await peer.say({"type": "a", "ack": True}, "2-0-000000aa")
+        await peer.say({"type": "b", "event_id": "own", "ack": True}, "3-0-000000aa")
         heard.append(await peer.hear())
-        await peer.say({"type": "a", "ack": True}, "2-0")
+        await peer.say({"type": "a", "ack": True}, "2-0-000000aa")
         heard.extend([await peer.hear(), await peer.hear()])
         done.set()
         await wait(peer)
@@ -291,15 +352,15 @@ async def test_a_message_is_acknowledged_when_it_is_done(fake: FakeGateway) -> N
         following = asyncio.ensure_future(anext(client))
         await within(done.wait())
         following.cancel()
-    assert heard[0] == {"type": "ack", "event_id": "2-0"}
-    assert sorted(each["event_id"] for each in heard[1:]) == ["2-0", "own"]
+    assert heard[0] == {"type": "ack", "event_id": "2-0-000000aa"}
+    assert sorted(each["event_id"] for each in heard[1:]) == ["2-0-000000aa", "own"]
 
 
 async def test_a_token_is_renewed_before_it_ends(fake: FakeGateway) -> None:
     heard: list[Any] = []
 
     async def first(peer: Peer) -> None:
-        hello = {"type": "connected", "connection_id": "c-1", "event_id": "1-0"}
+        hello = {"type": "connected", "connection_id": "c-1", "event_id": "1-0-000000aa"}
         await peer.say(hello | {"expires_at": time.time() + 1})
         heard.append(await peer.hear())
         await peer.say({"type": "refreshed", "expires_at": time.time() + 1.2})
@@ -337,15 +398,29 @@ async def test_workers_may_use_the_gateways_words(fake: FakeGateway) -> None:
 
     async def first(peer: Peer) -> None:
         for kind in kinds:
-            await peer.say({"type": kind, "mine": True}, f"5-{len(kind)}{kind[0]}")
+            await peer.say({"type": kind, "mine": True}, f"5-{kinds.index(kind)}-000000aa")
         await wait(peer)
 
     fake.scripts = [first]
     async with session(fake) as client:
-        assert [each["type"] for each in await data(client, 5)] == [
-            "opened",
-            "connected",
-            "resumed",
-            "refreshed",
-            "ping",
-        ]
+        assert [each["type"] for each in await data(client, 5)] == kinds
+
+
+async def test_a_worker_may_say_what_the_gateway_says_of_a_loss(fake: FakeGateway) -> None:
+    mine = {"type": "error", "code": "history_lost", "event_id": "evt_9"}
+    theirs = {"type": "error", "code": "history_lost", "reason": "trimmed", "event_id": "8-0-000000aa"}
+
+    async def first(peer: Peer) -> None:
+        await peer.say(mine, "7-0-000000aa")
+        await peer.connection.close(1012)
+
+    async def second(peer: Peer) -> None:
+        await peer.say(theirs, "8-0-000000aa")
+        await peer.connection.close(1012)
+
+    fake.scripts = [first, second, wait]
+    async with session(fake) as client:
+        assert await data(client, 2) == [mine, theirs]
+        assert client.last_event_id == "8-0-000000aa"
+        await eventually("it is back", lambda: len(fake.positions) == 3)
+    assert fake.positions == ["", "7-0-000000aa", "8-0-000000aa"]

@@ -36,7 +36,7 @@ async def test_a_ticket_is_a_dependency(redis: RedisServer, redis_worker: Worker
         mine = await http.post("/sessions", params={"session_id": "ann-1"})
         assert mine.status_code == 201
         assert mine.json()["path"] == "/demo/ws/ann-1"
-        assert redis.client.get("session:ann-1:auth") == mine.json()["token"]
+        assert redis.client.get("session:ann-1:auth") == f"agent/demo {mine.json()['token']}"
         assert (await http.post("/sessions")).json()["session_id"]
         assert (await http.post("/sessions", params={"session_id": "bob-1"})).status_code == 403
         assert (await http.post("/sessions", headers={"x-user": ""}, params={"session_id": "x"})).status_code != 500

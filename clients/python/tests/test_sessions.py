@@ -120,12 +120,34 @@ async def test_an_id_of_the_workers_own_resumes(worker: Worker, gateway: Gateway
         assert await messages(connection, 2) == [{"event_id": f"mine-{n}", "n": n} for n in (1, 2)]
 
 
+async def test_an_id_that_two_messages_have_is_said_to_be_lost(worker: Worker, gateway: Gateway) -> None:
+    for number in range(2):
+        await worker.send("s-1", {"n": number}, event_id="mine")
+    async with client(worker, gateway.url, last_event_id="mine") as connection:
+        notice = await within(anext(connection))
+        assert (notice.is_history_lost, notice.json()["reason"]) == (True, "ambiguous")
+
+
+@BOTH
+async def test_messages_that_share_a_member_event_id_all_arrive_over_a_cut(
+    worker: Worker, gateway: Gateway, transport: Transport
+) -> None:
+    async with Proxy(gateway.port) as proxy, client(worker, proxy.url, transport) as connection:
+        await opened(connection)
+        for number in range(6):
+            message = {"event_id": "evt_9", "n": number}
+            await worker.send("s-1", message, history=number % 3 != 2)
+            assert await messages(connection, 1) == [message]
+            if number == 3:
+                proxy.cut()
+
+
 @BOTH
 async def test_a_position_that_is_not_held_is_said_to_be_lost(
     worker: Worker, gateway: Gateway, transport: Transport
 ) -> None:
     await worker.send("s-1", {"n": 0})
-    async with client(worker, gateway.url, transport, last_event_id="77-7") as connection:
+    async with client(worker, gateway.url, transport, last_event_id="77-7-0123abcd") as connection:
         message = await within(anext(connection))
         assert message.is_history_lost
         await opened_or_lost(connection)
@@ -170,14 +192,14 @@ async def test_a_redis_that_comes_back_empty_is_told(worker: Worker, gateway: Ga
 
 
 def order(position: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in (position or "").split("-"))
+    return tuple(int(part) for part in (position or "").split("-")[:2])
 
 
 async def test_what_clients_send_reaches_the_worker(worker: Worker, gateway: Gateway, redis: RedisServer) -> None:
     async with client(worker, gateway.url) as connection:
         await connection.send({"n": 0})
         await connection.send({"n": 1})
-        await eventually("both are kept", lambda: redis.client.xlen("session:s-1:up:log") == 2)
+        await eventually("both are kept", lambda: redis.client.xlen("{session:s-1:up}:log") == 2)
         async with worker.upstream("s-1") as upstream:
             await connection.send({"n": 2})
             seen = [(await within(anext(upstream))) for _ in range(3)]
@@ -228,6 +250,30 @@ async def test_a_ticket_opens_once(worker: Worker, gateway: Gateway) -> None:
                 await second.send({})
 
 
+async def test_an_event_stream_ticket_opens_event_streams_until_it_expires(worker: Worker, gateway: Gateway) -> None:
+    ticket = await worker.issue_ticket("demo", "s-1", event_stream=True)
+    assert ticket.event_stream
+    for _ in range(2):
+        async with connect_session(gateway.url, "demo", "s-1", token=ticket, transport="sse") as stream:
+            await opened(stream)
+    async with connect_session(gateway.url, "demo", "s-1", token=ticket, proxy=None) as websocket:
+        with pytest.raises(Refused) as raised:
+            await within(anext(websocket))
+        assert (raised.value.status, raised.value.code) == (403, "invalid_token")
+
+
+async def test_a_ticket_opens_its_agents_path_only(worker: Worker, gateway: Gateway) -> None:
+    bound = await worker.issue_ticket("demo", "s-1")
+    async with connect_session(gateway.url, "other", "s-1", token=bound, proxy=None) as other:
+        with pytest.raises(Refused):
+            await within(anext(other))
+    async with connect_session(gateway.url, "demo", "s-1", token=bound, proxy=None) as connection:
+        await opened(connection)
+    unbound = await worker.issue_ticket("demo", "s-1", bound=False)
+    async with connect_session(gateway.url, "other", "s-1", token=unbound, proxy=None) as connection:
+        await opened(connection)
+
+
 async def test_a_key_sends_once_over_both_ways(gateway: Gateway, redis: RedisServer) -> None:
     async with Worker.redis(redis.url) as one, Worker.http(gateway.url, API_KEY) as other:
         first = await one.send("s-1", {"n": 1}, idempotency_key="k")
@@ -241,9 +287,10 @@ async def test_history_is_the_same_over_both_ways(gateway: Gateway, redis: Redis
     async with Worker.redis(redis.url) as one, Worker.http(gateway.url, API_KEY) as other:
         empty = [await each.history(session="s-1") for each in (one, other)]
         assert [(each.events, each.lost, each.complete) for each in empty] == [((), None, True)] * 2
-        receipts = [await one.send("s-1", {"n": number}) for number in range(5)]
+        receipts = [await one.send("s-1", {"n": number}) for number in range(4)]
+        receipts.append(await one.send("s-1", {"n": 4}, event_id="mine"))
         await other.send("s-1", b"\xff")
-        for after in ("0-0", receipts[1].event_id, receipts[4].event_id, "5-5"):
+        for after in ("0-0", "0", receipts[1].event_id, receipts[4].event_id, "mine", "5-5-00000000", "5-5", "other"):
             for limit in (2, 100):
                 pages = [await each.history(session="s-1", after=after or "", limit=limit) for each in (one, other)]
                 assert pages[0].events == pages[1].events

@@ -28,7 +28,10 @@ impl Channel {
     /// A channel and its log.
     #[must_use]
     pub fn new(name: String) -> Self {
-        let log = format!("{name}:log");
+        let log = match name.strip_prefix("ws:") {
+            Some(rest) => format!("{{ws}}:{rest}:log"),
+            None => format!("{{{name}}}:log"),
+        };
         Self { name, log }
     }
 
@@ -108,14 +111,14 @@ mod tests {
         let mut output = Vec::new();
         Script::new(b"d", None).push(&channel, b"p", None, &mut output);
         let rest = ["c", "p", "1000", "1048576", "3600000", ""];
-        assert_eq!(words(&output), [&["EVALSHA", "d", "1", "c:log"], &rest[..]].concat());
+        assert_eq!(words(&output), [&["EVALSHA", "d", "1", "{c}:log"], &rest[..]].concat());
         output.clear();
         Script::new(b"d", Some("k".to_owned())).push(&channel, b"p", None, &mut output);
-        assert_eq!(words(&output)[2..5], ["2", "c:log", "k"]);
+        assert_eq!(words(&output)[2..5], ["2", "{c}:log", "k"]);
         output.clear();
         let once = Some(Once { key: "o" });
         Script::new(b"d", None).push(&channel, b"p", once, &mut output);
-        assert_eq!(words(&output)[2..6], ["3", "c:log", "", "o"]);
+        assert_eq!(words(&output)[2..6], ["3", "{c}:log", "", "o"]);
         assert_eq!(words(&output).last().map(String::as_str), Some("120000"));
     }
 }

@@ -209,8 +209,10 @@ mod tests {
         let target = Target::new(Kind::Wsproxy, "", "r1", false).resuming();
         let text = |position| String::from_utf8(target.request(&server, 7, position)).unwrap();
         assert!(text(None).starts_with("GET /bench/ws/r1-7?last_event_id= HTTP/1.1\r\n"));
-        let position = Position { milliseconds: 5, sequence: 1 };
-        assert!(text(Some(position)).starts_with("GET /bench/ws/r1-7?last_event_id=5-1 HTTP"));
+        let position = Position { milliseconds: 5, sequence: 1, tag: 9 };
+        assert!(
+            text(Some(position)).starts_with("GET /bench/ws/r1-7?last_event_id=5-1-00000009 HTTP")
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 
 use wsproxy_proto::{
     disconnect::Disconnect,
-    rate::Bucket,
+    rate::{Bucket, ByteBucket},
     ws::{
         deflate::{Inflaters, Params},
         frame::{Kind, Role},
@@ -28,6 +28,17 @@ use crate::{
 /// Bytes taken from a socket at once.
 const READ_BYTES: usize = 64 * 1024;
 
+/// The same where messages may be compressed: each byte can become a thousand, all of which must be
+/// handled before the connection can be made to wait.
+const READ_COMPRESSED_BYTES: usize = 16 * 1024;
+
+/// Most bytes that one read can come to, inflated: deflate makes at most 1,032 of one.
+pub const TAKEN_BYTES_MAX: usize = READ_COMPRESSED_BYTES * 1033;
+
+/// KiB that are still read, and thrown away, once the connection is ending. The peer may have sent so much before
+/// it could see the close frame.
+const DISCARDED_KIB_MAX: u16 = 4096;
+
 /// Messages after which the handler is shown its events, though more was read.
 const MESSAGES_MAX: usize = 256;
 
@@ -44,6 +55,10 @@ thread_local! {
 pub trait Handler: Send + Unpin + 'static {
     /// Whether what this client sends can be passed on; `Pending` pauses reading from it.
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+    /// Whether it must be asked with [`Self::poll_ready`] before it gets a further message.
+    fn is_full(&self) -> bool {
+        false
+    }
     /// A complete, valid data message. Text is UTF-8.
     fn on_message(&mut self, kind: Kind, payload: &[u8], link: &Arc<Link>, now: Micros);
     /// Something that another task left with [`Link::notify`].
@@ -72,15 +87,32 @@ pub struct Driver<H: Handler> {
     link: Arc<Link>,
     handler: H,
     receiver: Receiver,
+    /// Messages of this client.
     bucket: Bucket,
-    /// What still comes from the peer is read and thrown away.
-    deaf: bool,
+    /// Bytes of this client.
+    bytes: ByteBucket,
+    /// KiB thrown away since the connection began to end.
+    discarded_kib: u16,
+    hearing: Hearing,
     /// Nothing more comes from the peer at all.
     ended_reading: bool,
-    /// We have said all we had to say, and told the kernel.
-    finished_writing: bool,
-    /// The peer is not read, since the bus takes no more or the peer does not read either.
-    paused: bool,
+}
+
+/// What becomes of what the peer sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Hearing {
+    /// It is read and handled.
+    Attentive,
+    /// The same; some of it may have come while the peer was not read.
+    CatchingUp,
+    /// It is not read: the bus takes no more, the peer does not read either, or it has sent too many bytes.
+    Paused,
+    /// The same; and the link holds bytes that were read before, until the handler takes messages again.
+    Holding,
+    /// It is read and thrown away, since the peer has broken the protocol or has said its last.
+    Deaf,
+    /// The same, and the kernel knows that nothing more comes from us.
+    Finished,
 }
 
 impl<H: Handler> Driver<H> {
@@ -96,16 +128,15 @@ impl<H: Handler> Driver<H> {
         let now = clock::now();
         let receiver = Receiver::new(Role::Server, link.profile().receive, deflate);
         link.attach(socket, now);
-        let bucket = Bucket::default();
         let mut driver = Self {
             link,
             handler,
             receiver,
-            bucket,
-            deaf: false,
+            bucket: Bucket::default(),
+            bytes: ByteBucket::default(),
+            discarded_kib: 0,
+            hearing: Hearing::Attentive,
             ended_reading: false,
-            finished_writing: false,
-            paused: false,
         };
         if !leftover.is_empty() {
             let received = &driver.link.profile().stats.bytes_received;
@@ -134,24 +165,31 @@ impl<H: Handler> Driver<H> {
         if look.phase == Phase::Dead || (look.drained && look.peer_closed) {
             return Round::Over;
         }
-        if look.phase == Phase::Closing && look.drained && self.deaf && !self.finished_writing {
+        if look.phase == Phase::Closing && look.drained && self.hearing == Hearing::Deaf {
             // The peer broke the protocol: it gets our close frame, then the end of the stream.
             // Closing the socket now would make the kernel answer unread bytes with a reset,
             // which can overtake the frame. The peer's own end, or the deadline, ends the rest.
             socket.finish_writing();
-            self.finished_writing = true;
+            self.hearing = Hearing::Finished;
         }
         let may_read = self.may_read(look.phase, look.reply_bytes, now, cx);
-        if may_read && socket.poll_read_ready(cx).is_ready() {
+        if may_read && self.hearing == Hearing::Holding {
+            self.hearing = Hearing::CatchingUp;
+            self.receive(&mut link.take_held(), now);
+            self.link.flush(now);
+            progress = true;
+        } else if may_read && socket.poll_read_ready(cx).is_ready() {
             self.read(socket, now);
             progress = true;
+        } else if may_read && self.hearing == Hearing::CatchingUp {
+            self.hearing = Hearing::Attentive;
         }
         if progress { Round::Progress } else { Round::Idle }
     }
 
-    /// Back pressure: a client is not read while the bus takes nothing more, nor while it
-    /// leaves unread what its own messages caused. The former is not its fault, the latter is:
-    /// if it lasts, the client counts as dead.
+    /// Back pressure: a client is not read while the bus takes nothing more or more bytes came than the client may
+    /// send, nor while it leaves unread what its own messages caused. In the last case, if it lasts, the client
+    /// counts as dead: only there its silence is its own.
     fn may_read(
         &mut self,
         phase: Phase,
@@ -160,15 +198,29 @@ impl<H: Handler> Driver<H> {
         cx: &mut Context<'_>,
     ) -> bool {
         if phase != Phase::Open {
-            return !self.ended_reading;
+            return !self.ended_reading && self.discarded_kib < DISCARDED_KIB_MAX;
         }
         let bus_ready = self.handler.poll_ready(cx).is_ready();
-        self.link.set_paused(!bus_ready, now);
-        let may_read = bus_ready && reply_bytes <= self.link.profile().reply_bytes_max;
-        if !may_read && !self.paused {
-            self.link.profile().stats.reads_paused.fetch_add(1, Relaxed);
+        let wait = self.link.profile().byte_rate.map_or(0, |rate| self.bytes.wait(rate, now.0));
+        if wait > 0 {
+            self.link.read_at(now.after(Micros(wait)));
         }
-        self.paused = !may_read;
+        self.link.set_paused(!bus_ready || wait > 0, now);
+        let profile = self.link.profile();
+        let may_read = bus_ready && wait == 0 && reply_bytes <= profile.reply_bytes_max;
+        match self.hearing {
+            Hearing::Attentive | Hearing::CatchingUp if !may_read => {
+                let stats = &profile.stats;
+                let paused = if wait > 0 { &stats.reads_throttled } else { &stats.reads_paused };
+                paused.fetch_add(1, Relaxed);
+                if self.hearing == Hearing::Attentive {
+                    self.bucket.settle(nanos(now));
+                }
+                self.hearing = Hearing::Paused;
+            }
+            Hearing::Paused if may_read => self.hearing = Hearing::CatchingUp,
+            _ => {}
+        }
         may_read
     }
 
@@ -179,7 +231,8 @@ impl<H: Handler> Driver<H> {
     }
 
     fn read(&mut self, socket: &Socket, now: Micros) {
-        READ_BUFFER.with_borrow_mut(|buffer| match socket.try_read(buffer) {
+        let most = if self.receiver.inflates() { READ_COMPRESSED_BYTES } else { READ_BYTES };
+        READ_BUFFER.with_borrow_mut(|buffer| match socket.try_read(&mut buffer[..most]) {
             Ok(0) => {
                 self.ended_reading = true;
                 self.link.peer_left();
@@ -195,6 +248,9 @@ impl<H: Handler> Driver<H> {
                 }
                 self.receive(&mut buffer[..count], now);
                 self.link.flush(now);
+                if count < most && self.hearing == Hearing::CatchingUp {
+                    self.hearing = Hearing::Attentive;
+                }
             }
             Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
             Err(_) => self.link.abort(),
@@ -202,10 +258,17 @@ impl<H: Handler> Driver<H> {
     }
 
     fn receive(&mut self, bytes: &mut [u8], now: Micros) {
+        let count = bytes.len();
         INFLATERS.with_borrow_mut(|inflaters| {
             let mut input = Input::new(bytes);
             let mut messages = 0_usize;
-            while !self.deaf {
+            while !self.is_deaf() {
+                if self.handler.is_full() && !input.is_empty() && !self.link.is_closing() {
+                    self.link.hold(input.rest());
+                    self.link.profile().stats.reads_paused.fetch_add(1, Relaxed);
+                    self.hearing = Hearing::Holding;
+                    break;
+                }
                 if messages >= MESSAGES_MAX {
                     // What they led to must not pile up behind them.
                     messages = 0;
@@ -219,8 +282,12 @@ impl<H: Handler> Driver<H> {
                         messages += 1;
                         let profile = self.link.profile();
                         profile.stats.messages_received.fetch_add(1, Relaxed);
-                        let nanos = now.0.saturating_mul(1000);
-                        if profile.rate.is_some_and(|rate| self.bucket.take(rate, nanos).is_err()) {
+                        let is_late = self.hearing == Hearing::CatchingUp;
+                        let (bucket, at) = (&mut self.bucket, nanos(now));
+                        if profile.rate.is_some_and(|rate| match is_late {
+                            true => bucket.take_late(rate, at).is_err(),
+                            false => bucket.take(rate, at).is_err(),
+                        }) {
                             self.link.disconnect(&Disconnect::RATE, now);
                             continue;
                         }
@@ -236,17 +303,41 @@ impl<H: Handler> Driver<H> {
                         // What answers earlier messages of the same read still goes out.
                         self.link.flush(now);
                         self.link.peer_closed(close.map(|(code, _)| code), now);
-                        self.deaf = true;
+                        self.hearing = Hearing::Deaf;
                     }
                     Err(violation) => {
                         self.link.flush(now);
                         self.link.disconnect(violation.entry(), now);
-                        self.deaf = true;
+                        self.hearing = Hearing::Deaf;
                     }
                 }
             }
+            let held = if self.hearing == Hearing::Holding { input.rest().len() } else { 0 };
+            self.account(count - held + input.inflated(), now);
         });
     }
+
+    /// Bytes came, or were made of what came.
+    fn account(&mut self, bytes: usize, now: Micros) {
+        if self.link.is_closing() {
+            let kib = u16::try_from(bytes.div_ceil(1024)).unwrap_or(u16::MAX);
+            self.discarded_kib = self.discarded_kib.saturating_add(kib);
+            if self.discarded_kib >= DISCARDED_KIB_MAX {
+                // The peer learns that nobody listens; it has until the deadline to read our close frame.
+                self.hearing = self.hearing.max(Hearing::Deaf);
+            }
+        } else if let Some(rate) = self.link.profile().byte_rate {
+            self.bytes.take(rate, bytes, now.0);
+        }
+    }
+
+    fn is_deaf(&self) -> bool {
+        self.hearing >= Hearing::Deaf
+    }
+}
+
+const fn nanos(now: Micros) -> u64 {
+    now.0.saturating_mul(1000)
 }
 
 impl<H: Handler> Drop for Driver<H> {

@@ -95,6 +95,8 @@ struct Rare {
     /// How it ends, once that is known.
     ending: Option<Ending>,
     agenda: Agenda,
+    /// Bytes that were read, and that the handler does not take yet.
+    held: Vec<u8>,
 }
 
 /// What waits for a connection's handler.
@@ -343,6 +345,16 @@ impl Link {
 
     pub(crate) fn take_events(&self) -> Option<Box<Events>> {
         self.state.lock().events.take()
+    }
+
+    /// Keeps what was read until [`Self::take_held`]; never more than one read.
+    pub(crate) fn hold(&self, bytes: &[u8]) {
+        self.state.lock().rare.get_or_insert_default().held = bytes.to_vec();
+    }
+
+    pub(crate) fn take_held(&self) -> Vec<u8> {
+        let mut state = self.state.lock();
+        state.rare.as_mut().map(|rare| std::mem::take(&mut rare.held)).unwrap_or_default()
     }
 
     /// The socket takes bytes again.

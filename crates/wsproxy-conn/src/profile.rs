@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use wsproxy_proto::{rate::Rate, ws::receiver::Limits};
+use wsproxy_proto::{
+    rate::{ByteRate, Rate},
+    ws::receiver::Limits,
+};
 
 use crate::clock::Micros;
 
@@ -27,6 +30,8 @@ pub struct Profile {
     pub event_bytes_max: usize,
     /// Messages per second; `None`: no limit.
     pub rate: Option<Rate>,
+    /// Bytes per second, inflated ones included; reading pauses beyond it. `None`: no limit.
+    pub byte_rate: Option<ByteRate>,
     /// What is a sign of life.
     pub heartbeat: Heartbeat,
     /// A ping is sent when nothing was heard for this long.
@@ -72,6 +77,8 @@ pub struct Stats {
     pub blocked: AtomicU64,
     /// Times that reading from a client paused.
     pub reads_paused: AtomicU64,
+    /// Times that reading from a client paused, since it had sent more bytes than its rate allows.
+    pub reads_throttled: AtomicU64,
     /// Time from the bus to the kernel.
     pub latency: Latency,
 }

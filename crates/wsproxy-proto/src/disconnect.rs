@@ -68,6 +68,8 @@ table! {
     REVOKED = 4401, "credential revoked", "revoked", false;
     /// The socket failed, or the peer left without a close frame; nothing is sent.
     GONE = 1006, "", "gone", true;
+    /// The instance of the connection was killed; another one says so to workers, nobody to the client.
+    SERVER_LOST = 1006, "", "server_lost", true;
 }
 
 impl Disconnect {

@@ -10,12 +10,14 @@ use bytes::Bytes;
 
 pub mod envelope;
 pub mod fence;
+pub mod pages;
 pub mod position;
 pub mod reader;
 pub mod rule;
 
 pub use envelope::Envelope;
 pub use fence::Fence;
+pub use pages::Pages;
 pub use position::Position;
 pub use reader::Reader;
 
@@ -43,39 +45,62 @@ impl After {
         if text == "0" {
             return Ok(Some(Self::Position(Position::START)));
         }
-        if let Some(position) = Position::parse(text.as_bytes()) {
-            return Ok(Some(Self::Position(position)));
+        match Position::parse(text.as_bytes()) {
+            Some(position) if position != Position::START => Ok(Some(Self::Position(position))),
+            // Also the form that positions once had: no event has such an id, so it is not held.
+            _ if is_plain(text) => Ok(Some(Self::Event(text.into()))),
+            _ => Err(BadEventId),
         }
-        check_event_id(text)?;
-        Ok(Some(Self::Event(text.into())))
     }
 }
 
 impl fmt::Display for After {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Position(Position::START) => f.write_str("0"),
             Self::Position(position) => position.fmt(f),
             Self::Event(id) => f.write_str(id),
         }
     }
 }
 
-/// A worker's event id must fit into an envelope, a query and a line of an event stream.
+/// A worker's event id must fit into an envelope, a query and a line of an event stream, and must not look like a
+/// position: neither as positions are written nor as they once were.
 ///
 /// # Errors
 /// It does not.
 pub fn check_event_id(text: &str) -> Result<(), BadEventId> {
-    let is_plain = |c: char| !c.is_whitespace() && !c.is_control();
-    if text.len() <= EVENT_ID_BYTES_MAX && text.chars().all(is_plain) {
+    if !text.is_empty() && is_plain(text) && !looks_like_a_position(text) {
         Ok(())
     } else {
         Err(BadEventId)
     }
 }
 
-/// Why a text is no event id.
+fn is_plain(text: &str) -> bool {
+    let is_plain = |c: char| !c.is_whitespace() && !c.is_control();
+    text.len() <= EVENT_ID_BYTES_MAX && text.chars().all(is_plain)
+}
+
+fn looks_like_a_position(text: &str) -> bool {
+    let is_number = |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit());
+    let is_tag = |word: &str| !word.is_empty() && word.bytes().all(|b| b.is_ascii_hexdigit());
+    let words: Vec<_> = text.splitn(4, '-').collect();
+    match words[..] {
+        ["0"] => true,
+        [milliseconds, sequence] => is_number(milliseconds) && is_number(sequence),
+        [milliseconds, sequence, tag] => {
+            is_number(milliseconds) && is_number(sequence) && is_tag(tag)
+        }
+        _ => false,
+    }
+}
+
+/// Why a text is no event id of a worker's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("is longer than {EVENT_ID_BYTES_MAX} bytes or holds spaces or control characters")]
+#[error(
+    "is empty, longer than {EVENT_ID_BYTES_MAX} bytes, holds spaces or control characters, or looks like a position"
+)]
 pub struct BadEventId;
 
 /// An entry of a log.
@@ -94,10 +119,15 @@ pub struct Entry {
 /// One log at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Log {
-    /// The last entry's id; `None` where there is no log.
-    pub last: Option<Position>,
-    /// Id and `prev` of the oldest entry that is held.
-    pub first: Option<(Position, Position)>,
+    /// Where it ends: the last entry of its life, held or not, or where its life began without one. `None` where
+    /// nothing is known of it.
+    pub head: Option<Position>,
+    /// The head was made when it was read, since there was none.
+    pub is_new: bool,
+    /// Whether its entries begin where its life does; meant only where all that are held were asked for.
+    pub is_from_start: bool,
+    /// Nobody who comes back has this log again, so nobody's position depends on it.
+    pub is_private: bool,
     /// The entries behind what was asked for, oldest first.
     pub entries: Vec<Entry>,
     /// Whether these are all; otherwise further ones follow behind the last of them.
@@ -105,22 +135,37 @@ pub struct Log {
 }
 
 impl Log {
-    /// Whether the entries follow each other without a hole.
+    /// Whether the entries follow each other without a hole, and end where the log does.
     #[must_use]
     pub fn is_chain(&self) -> bool {
-        self.entries.windows(2).all(|pair| pair[1].prev == pair[0].id)
+        let is_whole = self.entries.windows(2).all(|pair| pair[1].prev == pair[0].id);
+        let end = self.entries.last().map(|entry| entry.id);
+        is_whole && (!self.complete || end.is_none() || end == self.head)
     }
 
-    /// Where a reader is that has seen all of it at `now_ms`.
+    /// The position before its entries: whoever has seen it misses nothing but these.
     #[must_use]
-    pub fn position(&self, now_ms: u64) -> Position {
-        self.last.unwrap_or_else(|| Position::nothing_at(now_ms))
+    pub fn previous(&self) -> Position {
+        let next = self.entries.first().map(|next| next.prev);
+        next.unwrap_or_else(|| self.position())
     }
 
-    /// Forgets the entries at or behind `limit`. Logs with one order are not read at one moment; only what is
-    /// older than the first of these moments is complete in all of them.
-    pub fn cut(&mut self, limit: Position) {
-        self.entries.truncate(self.entries.partition_point(|entry| entry.id < limit));
+    /// Whether anything lies behind what was asked for.
+    #[must_use]
+    pub const fn has_entries(&self) -> bool {
+        !self.entries.is_empty()
+    }
+
+    /// Where a reader is that has seen all of it.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.head.unwrap_or(Position::START)
+    }
+
+    /// Forgets the entries above `moment`. Logs with one order are not read at one moment; only what is not above
+    /// the first of these moments is complete in all of them.
+    pub fn cut(&mut self, moment: (u64, u64)) {
+        self.entries.truncate(self.entries.partition_point(|entry| entry.id.id() <= moment));
     }
 }
 
@@ -129,20 +174,48 @@ impl Log {
 pub struct Snapshot {
     /// The store's clock, in milliseconds.
     pub now_ms: u64,
-    /// When the store was first seen, by its own clock: anything older was emptied since.
-    pub epoch_ms: u64,
-    /// What was asked for as a position; `None` where nothing was asked or the event id is not held.
-    pub after: Option<Position>,
+    /// The latest id of all logs that share an order; entries that are written later are above it.
+    pub moment: (u64, u64),
+    /// What was asked for as a position.
+    pub after: Resolved,
+    /// That position is of a message to one connection of the same order, which no log here holds.
+    pub known: bool,
     /// In the order in which they were asked for.
     pub logs: Vec<Log>,
+}
+
+/// The position that a client named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Resolved {
+    /// Nothing was asked for, or no entry has this event id.
+    #[default]
+    Nothing,
+    /// It is here.
+    At(Position),
+    /// Several entries have this event id: nobody knows which one the client has seen.
+    Ambiguous,
+}
+
+impl Resolved {
+    /// The position.
+    ///
+    /// # Errors
+    /// There is none, or there are several.
+    pub const fn position(self) -> Result<Position, Lost> {
+        match self {
+            Self::At(position) => Ok(position),
+            Self::Nothing => Err(Lost::Unknown),
+            Self::Ambiguous => Err(Lost::Ambiguous),
+        }
+    }
 }
 
 impl Snapshot {
     /// Where a reader is that has seen all of this.
     #[must_use]
     pub fn position(&self) -> Position {
-        let last = self.logs.iter().filter_map(|log| log.last).max();
-        last.unwrap_or_else(|| Position::nothing_at(self.now_ms))
+        let heads = self.logs.iter().filter_map(|log| log.head);
+        heads.fold(Position::START, Position::later)
     }
 }
 
@@ -155,12 +228,15 @@ pub enum Lost {
     /// The position was never held here, or the store was rolled back to a time before it.
     #[error("this position is not held")]
     Unknown,
-    /// The position is older than anything that is held.
-    #[error("this position is older than what is held")]
+    /// Nothing has happened for so long that nothing is known any more.
+    #[error("this position is older than what is known")]
     Expired,
     /// The store was emptied since.
     #[error("the history was emptied since")]
     Emptied,
+    /// A worker gave this event id to several messages.
+    #[error("several messages have this event id")]
+    Ambiguous,
     /// More came meanwhile than may wait for one client.
     #[error("more was missed than may wait for one client")]
     Overflow,
@@ -171,11 +247,12 @@ pub enum Lost {
 
 impl Lost {
     /// All of them, for metrics and documentation.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Trimmed,
         Self::Unknown,
         Self::Expired,
         Self::Emptied,
+        Self::Ambiguous,
         Self::Overflow,
         Self::Disabled,
     ];
@@ -188,6 +265,7 @@ impl Lost {
             Self::Unknown => "unknown",
             Self::Expired => "expired",
             Self::Emptied => "emptied",
+            Self::Ambiguous => "ambiguous",
             Self::Overflow => "overflow",
             Self::Disabled => "disabled",
         }

@@ -42,6 +42,12 @@ impl Names {
     /// Stream that keeps what no worker was there to receive.
     #[must_use]
     pub fn session_up_log(&self, session: &Id) -> String {
+        self.kept(&self.session_up(session), "log")
+    }
+
+    /// The name that this stream had in an earlier version; still read, never written.
+    #[must_use]
+    pub fn session_up_log_before(&self, session: &Id) -> String {
         self.session(session, "up:log")
     }
 
@@ -51,7 +57,7 @@ impl Names {
         self.session(session, "control")
     }
 
-    /// Key of a session's one-time token.
+    /// Key of a session's token.
     #[must_use]
     pub fn session_auth(&self, session: &Id) -> String {
         self.session(session, "auth")
@@ -63,6 +69,12 @@ impl Names {
         format!("{}agent:{agent}:sessions", self.prefix)
     }
 
+    /// Log of what is announced there.
+    #[must_use]
+    pub fn agent_sessions_log(&self, agent: &Id) -> String {
+        format!("{{{}}}:log", self.agent_sessions(agent))
+    }
+
     /// Channel of an instance's own, for the probe of the bus.
     #[must_use]
     pub fn probe(&self, server: &str) -> String {
@@ -71,44 +83,49 @@ impl Names {
 
     /// The log of a channel's history.
     #[must_use]
-    pub fn log(channel: &str) -> String {
-        format!("{channel}:log")
+    pub fn log(&self, channel: &str) -> String {
+        self.kept(channel, "log")
     }
 
-    /// What remembers that a message was published into a log, by the key that its worker gave it.
+    /// A key that belongs to a channel: the channel in literal braces, so that a Redis Cluster keeps both in one
+    /// slot. All channels of events share one slot, since they share one clock.
     #[must_use]
-    pub fn published_once(log: &str, key: &str) -> String {
-        format!("{log}:once:{key}")
+    pub fn kept(&self, channel: &str, what: &str) -> String {
+        let events = channel.strip_prefix(&*self.prefix).and_then(|rest| rest.strip_prefix("ws:"));
+        match events {
+            Some(rest) => format!("{{{}ws}}:{rest}:{what}", self.prefix),
+            None => format!("{{{channel}}}:{what}"),
+        }
     }
 
-    /// What remembers that a plain message was taken into a log, by its own event id.
+    /// What remembers that a message was published into a channel's log, by the key that its worker gave it.
     #[must_use]
-    pub fn captured(log: &str, event_id: &str) -> String {
-        format!("{log}:id:{event_id}")
+    pub fn published_once(&self, channel: &str, key: &str) -> String {
+        self.kept(channel, &format!("once:{key}"))
     }
 
-    /// Key of the time at which this store was first seen.
+    /// A key beside a log: `what` in place of its last word.
     #[must_use]
-    pub fn epoch(&self) -> String {
-        format!("{}wsproxy:epoch", self.prefix)
+    pub fn beside(log: &str, what: &str) -> String {
+        format!("{}{what}", log.strip_suffix("log").unwrap_or(log))
     }
 
-    /// Key or channel of a token stream: its state, or its text where `what` is `:text`.
+    /// Key of a token stream: its state, or its text where `what` is `:text`.
     #[must_use]
     pub fn stream(&self, session: &Id, stream: &Id, what: &str) -> String {
-        self.session(session, &format!("stream:{stream}{what}"))
+        self.kept(&self.session_down(session), &format!("stream:{stream}{what}"))
     }
 
     /// What the keys of a session's token streams begin with; the id follows.
     #[must_use]
     pub fn stream_prefix(&self, session: &Id) -> String {
-        self.session(session, "stream:")
+        self.kept(&self.session_down(session), "stream:")
     }
 
     /// Index of a session's token streams.
     #[must_use]
     pub fn session_streams(&self, session: &Id) -> String {
-        self.session(session, "streams")
+        self.kept(&self.session_down(session), "streams")
     }
 
     /// Leases of all open token streams.
@@ -144,7 +161,7 @@ impl Names {
     /// Stream that gives the ids of all events, so that they are in one order.
     #[must_use]
     pub fn events_clock(&self) -> String {
-        self.events("clock")
+        format!("{{{}ws}}:clock", self.prefix)
     }
 
     /// A key of an instance that serves events: its lease, or what `what` adds.
@@ -162,6 +179,29 @@ impl Names {
     fn session(&self, session: &Id, what: &str) -> String {
         format!("{}session:{session}:{what}", self.prefix)
     }
+
+    /// Key of a revocation in the event endpoint, of `what`: `user:{user}` or `jti:{jti}`. All of them are in one slot,
+    /// so that one command reads several.
+    #[must_use]
+    pub fn events_revoked(&self, what: &str) -> String {
+        format!("{{{}ws}}:revoked:{what}", self.prefix)
+    }
+}
+
+/// The slot of a key in a Redis Cluster (<https://redis.io/docs/reference/cluster-spec>): CRC16 of what stands in its
+/// first braces, or of all of it.
+#[must_use]
+pub fn slot(key: &[u8]) -> u16 {
+    let tag = key.iter().position(|&byte| byte == b'{').and_then(|open| {
+        let rest = &key[open + 1..];
+        let close = rest.iter().position(|&byte| byte == b'}')?;
+        (close > 0).then_some(&rest[..close])
+    });
+    let step = |crc: u16, byte: &u8| {
+        let shift = |crc: u16, _| if crc & 0x8000 == 0 { crc << 1 } else { (crc << 1) ^ 0x1021 };
+        (0..8).fold(crc ^ (u16::from(*byte) << 8), shift)
+    };
+    tag.unwrap_or(key).iter().fold(0, step) % 16384
 }
 
 /// The id of a session, an agent, a room, …: safe inside a key, a channel, a path and a log line.
@@ -229,13 +269,32 @@ mod tests {
         let names = Names::new("");
         assert_eq!(names.session_down(&id), "session:s-1:down");
         assert_eq!(names.session_up(&id), "session:s-1:up");
-        assert_eq!(names.session_up_log(&id), "session:s-1:up:log");
+        assert_eq!(names.session_up_log(&id), "{session:s-1:up}:log");
+        assert_eq!(names.log("session:s-1:down"), "{session:s-1:down}:log");
+        assert_eq!(names.log("ws:user:u-1"), "{ws}:user:u-1:log");
+        assert_eq!(names.stream(&id, &id, ":text"), "{session:s-1:down}:stream:s-1:text");
+        assert_eq!(names.published_once("session:s-1:down", "k"), "{session:s-1:down}:once:k");
+        assert_eq!(Names::beside("{ws}:broadcast:log", "head"), "{ws}:broadcast:head");
+        assert_eq!(Names::new("eu").log("eu:ws:broadcast"), "{eu:ws}:broadcast:log");
+        assert_eq!(Names::new("eu").events_clock(), "{eu:ws}:clock");
         assert_eq!(names.session_control(&id), "session:s-1:control");
         assert_eq!(names.session_auth(&id), "session:s-1:auth");
         assert_eq!(names.agent_sessions(&id), "agent:s-1:sessions");
+        assert_eq!(names.agent_sessions_log(&id), "{agent:s-1:sessions}:log");
+        assert_eq!(Names::new("eu").agent_sessions_log(&id), "{eu:agent:s-1:sessions}:log");
         assert_eq!(Names::new("eu").session_up(&id), "eu:session:s-1:up");
         assert_eq!(Names::new("eu").session_of_down("eu:session:s-1:down"), Some(id));
         assert_eq!(names.session_of_down("ws:user:s-1"), None);
+        assert_eq!(names.events_revoked("user:u"), "{ws}:revoked:user:u");
+        assert_eq!(Names::new("eu").events_revoked("jti:t"), "{eu:ws}:revoked:jti:t");
+    }
+
+    #[test]
+    fn slots_are_those_of_redis() {
+        // As `CLUSTER KEYSLOT` answers.
+        assert_eq!((slot(b"123456789"), slot(b"foo")), (12739, 12182));
+        assert_eq!(slot(b"{session:s-1:down}:log"), slot(b"session:s-1:down"));
+        assert_eq!(slot(b"{}a"), slot(b"{}a"));
     }
 
     #[test]

@@ -43,6 +43,24 @@ impl Bucket {
         Ok(())
     }
 
+    /// Takes one event that may have happened earlier than `now`, but not before the last one or
+    /// [`Self::settle`]: time in which nobody looked counts as time in which events could happen.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_late(&mut self, rate: Rate, now: u64) -> Result<(), u64> {
+        if self.next > now.saturating_add(rate.tolerance) {
+            return Err(self.next - now - rate.tolerance);
+        }
+        self.next += rate.interval;
+        Ok(())
+    }
+
+    /// Time until `now` in which nothing happened is no credit for later.
+    pub fn settle(&mut self, now: u64) {
+        self.next = self.next.max(now);
+    }
+
     /// Whether nothing is owed at `now`, so that the state may be forgotten.
     #[must_use]
     pub fn is_idle(&self, now: u64) -> bool {
@@ -50,10 +68,109 @@ impl Bucket {
     }
 }
 
+/// A limit in bytes: `burst` bytes at once, and `per_second` of them for as long as one likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteRate {
+    per_second: u64,
+    /// Microseconds that may be owed.
+    tolerance: u32,
+    /// Microseconds that are owed at most, whatever was taken at once.
+    owed_max: u32,
+}
+
+impl ByteRate {
+    /// `None` where `per_second` is 0: no limit. `taken_max` is the most that is ever taken at once; a debt
+    /// beyond `burst` and that is forgiven.
+    ///
+    /// A burst that takes longer to earn than [`EARNING_MICROS_MAX`] is cut to what that time earns.
+    #[must_use]
+    pub fn new(per_second: usize, burst: usize, taken_max: usize) -> Option<Self> {
+        if per_second == 0 {
+            return None;
+        }
+        let per_second = per_second as u64;
+        let span = |bytes| cost(per_second, bytes).min(EARNING_MICROS_MAX);
+        let tolerance = span(burst);
+        Some(Self { per_second, tolerance, owed_max: tolerance + span(taken_max) })
+    }
+}
+
+/// The state of one party that a [`ByteRate`] limits: 4 bytes.
+///
+/// It keeps the low half of the caller's microseconds, which comes round after 71 minutes. A party that was silent
+/// for just so long may wait once for what it can owe beyond the tolerance, that is for one read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ByteBucket {
+    /// When nothing is owed any more, in microseconds of the caller's clock.
+    clear: u32,
+}
+
+impl ByteBucket {
+    /// Takes `bytes` at `now` (microseconds of any monotonic clock), whether they are left or not.
+    pub fn take(&mut self, rate: ByteRate, bytes: usize, now: u64) {
+        let owed = self.owed(rate, now).saturating_add(cost(rate.per_second, bytes));
+        self.clear = (now as u32).wrapping_add(owed.min(rate.owed_max));
+    }
+
+    /// Microseconds until bytes may be taken again; 0 where they may be now.
+    #[must_use]
+    pub fn wait(&self, rate: ByteRate, now: u64) -> u64 {
+        u64::from(self.owed(rate, now).saturating_sub(rate.tolerance))
+    }
+
+    fn owed(&self, rate: ByteRate, now: u64) -> u32 {
+        let owed = self.clear.wrapping_sub(now as u32);
+        // More than can be owed is a time that is over.
+        if owed > rate.owed_max { 0 } else { owed }
+    }
+}
+
+/// Longest time in which a burst of bytes is earned: 17 minutes.
+pub const EARNING_MICROS_MAX: u32 = 1 << 30;
+
+/// Rounded up, so that nothing is free.
+fn cost(per_second: u64, bytes: usize) -> u32 {
+    let micros = (bytes as u64).saturating_mul(1_000_000).div_ceil(per_second);
+    u32::try_from(micros).unwrap_or(u32::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     const S: u64 = 1_000_000_000;
+
+    #[test]
+    fn bytes_pass_in_a_burst_and_then_at_their_rate() {
+        let rate = ByteRate::new(1000, 4000, 500).unwrap();
+        let mut bucket = ByteBucket::default();
+        // The clock's low half comes round in the middle of it.
+        let start = (7_u64 << 32) - 5_000_000;
+        let mut taken = 0;
+        for millis in 0..20_000 {
+            let now = start + millis * 1000;
+            while bucket.wait(rate, now) == 0 {
+                bucket.take(rate, 100, now);
+                taken += 100;
+            }
+            assert!(bucket.wait(rate, now) <= 100_000);
+        }
+        assert!((23_900..=24_200).contains(&taken), "{taken} bytes in 20 s");
+    }
+
+    #[test]
+    fn no_silence_and_no_take_leads_to_a_long_wait() {
+        let rate = ByteRate::new(1000, 4000, 500).unwrap();
+        for minutes in 0..200 {
+            for seconds in 0..60 {
+                let mut bucket = ByteBucket::default();
+                bucket.take(rate, usize::MAX, 1);
+                let wait = bucket.wait(rate, 1 + (minutes * 60 + seconds) * 1_000_000);
+                assert!(wait <= 500_000, "{wait} microseconds after {minutes}:{seconds}");
+            }
+        }
+        assert_eq!(ByteRate::new(0, 4000, 500), None);
+        assert_eq!(size_of::<ByteBucket>(), 4);
+    }
 
     #[test]
     fn a_burst_passes_then_the_rate_holds() {
@@ -65,6 +182,17 @@ mod tests {
         assert!(bucket.take(rate, now + S / 10).is_ok());
         let passed = (1..=100).filter(|i| bucket.take(rate, now + S / 10 + i * S / 100).is_ok());
         assert_eq!(passed.count(), 10);
+    }
+
+    #[test]
+    fn events_that_are_seen_late_are_not_a_burst() {
+        let rate = Rate::new(10, 1000, 5).unwrap();
+        let mut bucket = Bucket::default();
+        bucket.settle(50 * S);
+        // Two seconds later: what the rate allows for them, and the burst.
+        assert_eq!((0..100).filter(|_| bucket.take_late(rate, 52 * S).is_ok()).count(), 25);
+        bucket.settle(100 * S);
+        assert_eq!((0..100).filter(|_| bucket.take_late(rate, 100 * S).is_ok()).count(), 5);
     }
 
     #[test]

@@ -1,32 +1,20 @@
-//! Whom to believe: one-time tokens, JSON Web Tokens and the comparison of secrets; knows neither
+//! Whom to believe: tokens of sessions, JSON Web Tokens, keys of the worker API and the comparison of secrets; knows neither
 //! requests nor endpoints.
-
-use std::time::Duration;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use subtle::ConstantTimeEq;
 
-use crate::store::{Store, StoreError};
-
+pub mod api_keys;
 mod claims;
 mod jwks;
 pub mod jwt;
 mod key;
+pub mod session;
 
 /// 256 random bits, in characters that every kind of credential allows.
 #[must_use]
 pub fn new_token() -> String {
     BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>())
-}
-
-/// Makes a one-time token and stores it under `key` for `ttl`.
-///
-/// # Errors
-/// The store did not take it.
-pub async fn issue(store: &Store, key: &str, ttl: Duration) -> Result<String, StoreError> {
-    let token = new_token();
-    store.save(key, token.as_bytes(), ttl).await?;
-    Ok(token)
 }
 
 /// Whether two secrets are one, in a time that depends on their lengths only.

@@ -10,18 +10,20 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use secrecy::ExposeSecret;
 use tokio::sync::oneshot;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_proto::{history::Position, names::Names};
 
 use crate::{
-    bus::{memory::MemoryBus, redis::RedisBus},
+    bus::{memory::MemoryBus, not_done::NotDone, redis::RedisBus},
     config,
-    store::Store,
+    store::{Store, memory::StoreLimits},
     telemetry::counter::Counter,
 };
 
 pub mod memory;
+pub mod not_done;
 pub(crate) mod queue;
 pub mod redis;
 
@@ -34,16 +36,28 @@ pub enum Bus {
     Redis(RedisBus),
 }
 
+/// Checks that the URL of Redis, where there is one, can be used; opens nothing.
+///
+/// # Errors
+/// What is wrong with it, without quoting it.
+pub(crate) fn check_url(config: &config::Redis) -> Result<(), String> {
+    let url = config.url.as_ref().map(|url| redis::check_url(url.expose_secret()));
+    url.transpose().map(drop).map_err(str::to_owned)
+}
+
 impl Bus {
     /// The embedded bus. Its one task runs on `tasks` until `shutdown`, then delivers what is queued.
     #[must_use]
     pub fn memory(
         config: &config::Redis,
+        limits: &config::Limits,
         deliver: Box<dyn Deliver>,
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
-        Self::Memory(MemoryBus::new(config, deliver, tasks, shutdown))
+        let share = limits.store_bytes as f64 * limits.store_logs_share;
+        let limits = StoreLimits { bytes: limits.store_bytes, log_bytes: share as usize };
+        Self::Memory(MemoryBus::new(config, limits, deliver, tasks, shutdown))
     }
 
     /// The bus on Redis. Returns at once and connects in the background, for ever.
@@ -153,8 +167,10 @@ impl Bus {
 pub struct Status {
     /// Every link is up.
     pub connected: bool,
-    /// The first or latest (re)subscription is complete and the probe comes back.
+    /// The first or latest (re)subscription is complete, and a probe through every other link came back.
     pub subscribed: bool,
+    /// Why nothing can be written now, though the links are up.
+    pub refusal: Option<NotDone>,
     /// Channels that are wanted.
     pub channels: usize,
     /// Bytes that wait to be published.
@@ -174,8 +190,10 @@ pub struct BusCounters {
     pub publish_kept: Counter,
     /// Of these, messages that are in a history now.
     pub publish_stored: Counter,
-    /// Messages that were refused or on their way when the link was lost.
+    /// Messages that were on their way when the link was lost.
     pub publish_lost: Counter,
+    /// Messages that were refused and certainly not published, by [`NotDone`].
+    pub publish_refused: [Counter; NotDone::ALL.len()],
     /// Messages that met a full queue.
     pub publish_full: Counter,
     /// Times that a link was lost.
@@ -184,7 +202,7 @@ pub struct BusCounters {
     pub connects: Counter,
     /// Connection attempts that failed.
     pub connects_failed: Counter,
-    /// Probes which did not come back.
+    /// Probes which did not come back: a link is deaf, or two links end at different servers.
     pub probe_failures: Counter,
     /// Channels that the server refused.
     pub subscribe_errors: Counter,
@@ -240,6 +258,8 @@ pub enum Keep {
         log: Arc<str>,
         /// Most entries kept (approximately: Redis trims whole nodes).
         entries_max: u64,
+        /// Most bytes kept, except for a newest entry that alone is larger.
+        bytes_max: u64,
         /// The stream expires this long after its last entry.
         ttl: Duration,
     },
@@ -258,6 +278,8 @@ pub struct History {
     pub event_id: Option<Box<str>>,
     /// A key that is set with it for so long; where it is set already nothing is published again.
     pub dedup: Option<(Arc<str>, Duration)>,
+    /// Nothing is published where the log knows the event id already.
+    pub unique: bool,
     /// Bounds of the log.
     pub limits: HistoryLimits,
 }
@@ -274,12 +296,12 @@ pub struct HistoryLimits {
 }
 
 impl HistoryLimits {
-    /// How long an entry is held for certain, in milliseconds: less than it may live, by what the clocks of
-    /// servers that replace each other differ and by the time that a message may be on its way.
+    /// How long it is known of a log without new entries that it has none. Every message and every client that
+    /// opens renews it.
     #[must_use]
-    pub fn retention_ms(&self) -> u64 {
-        let ttl = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
-        ttl - (ttl / 8).max(5_000).min(ttl / 2)
+    pub fn head_ttl(&self) -> Duration {
+        let longer = self.ttl.max(HEAD_TTL_MIN);
+        longer + longer / 8
     }
 }
 
@@ -299,7 +321,9 @@ pub enum Outcome {
         /// It was there already, and was not published again.
         duplicate: bool,
     },
-    /// The bus refused it or was lost while it was on its way; it may or may not have arrived.
+    /// It was certainly neither published nor kept.
+    Refused(NotDone),
+    /// The bus was lost while it was on its way: nobody knows whether it has arrived.
     Lost,
 }
 
@@ -336,13 +360,19 @@ pub enum BusError {
     /// The publish queue is full; wait until it is not.
     #[error("the publish queue is full")]
     Full,
-    /// The bus answered with an error (an ACL, a full memory): a retry will not help.
+    /// Nothing was done, for a reason that is known.
+    #[error("{}", .0.reason())]
+    NotDone(NotDone),
+    /// The bus answered with an error (an ACL): a retry will not help.
     #[error("the bus refused: {0}")]
     Refused(String),
     /// The instance is ending.
     #[error("the bus is closed")]
     Closed,
 }
+
+/// Workers may write with a smaller ttl than the gateway's; the scripts keep heads for so long at least.
+const HEAD_TTL_MIN: Duration = Duration::from_secs(3600);
 
 /// What a queued message costs beside its bytes, roughly.
 const QUEUED_OVERHEAD_BYTES: usize = 128;

@@ -31,7 +31,7 @@ enum Command {
     /// Check, show or explain the configuration.
     #[command(subcommand)]
     Config(config::ConfigCommand),
-    /// Make a one-time token that opens a session.
+    /// Make a token that opens a session: once, or event streams until it expires.
     Token(token::TokenArgs),
     /// Sign a JSON Web Token that opens /ws with jwt.secret_key, to try things out.
     Jwt(jwt::JwtArgs),

@@ -1,10 +1,13 @@
 //! The configuration in the types that the code needs; knows nothing of files and environments.
 
+pub mod api_key;
 mod check;
 pub mod environment;
+pub mod host;
 pub mod keys;
 mod kind;
 pub mod load;
+pub mod origin;
 pub mod problem;
 pub mod render;
 mod rule;
@@ -14,6 +17,12 @@ use std::{net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
+
+use self::{
+    api_key::ApiKey,
+    kind::{Kind, List, Raw},
+    origin::OriginRule,
+};
 
 /// Everything an operator can set. One field per section of the file.
 #[derive(Debug, Clone, Default)]
@@ -75,8 +84,23 @@ pub struct Server {
     pub header_bytes_max: usize,
     /// Addresses whose `X-Forwarded-For` or `Forwarded` is believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// Answer only requests that name this machine; no key sets it, `wsproxy dev` does.
+    pub local_hosts_only: bool,
+    /// Which header of a trusted proxy names the client.
+    pub forwarded_header: ForwardedHeader,
     /// Browser origins that may connect, `https://app.example` or `https://*.example`; `*`: any. Empty: any.
-    pub allowed_origins: Vec<String>,
+    pub allowed_origins: Vec<OriginRule>,
+}
+
+/// Which header of a trusted proxy names the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForwardedHeader {
+    /// Either; where both are there they must name the same client.
+    Auto,
+    /// `X-Forwarded-For`, whatever `Forwarded` says.
+    XForwardedFor,
+    /// `Forwarded`, whatever `X-Forwarded-For` says.
+    Forwarded,
 }
 
 /// `[admin]`: health, metrics and API on a port of their own.
@@ -124,6 +148,18 @@ pub struct Limits {
     pub messages_per_second: u32,
     /// How many of them may come at once.
     pub message_burst: u32,
+    /// What the embedded store may hold.
+    pub store_bytes: usize,
+    /// The part of it that logs and token streams may take.
+    pub store_logs_share: f64,
+    /// Bytes per second and connection, inflated ones included; 0: no limit.
+    pub bytes_per_second: usize,
+    /// How many of them may come at once.
+    pub bytes_burst: usize,
+    /// Connections of one user of the event endpoint at this instance; 0: no limit.
+    pub connections_per_user: usize,
+    /// Connections of one session at this instance; 0: no limit.
+    pub connections_per_session: usize,
 }
 
 /// `[heartbeat]`: how dead and idle connections are found.
@@ -195,8 +231,10 @@ pub struct Endpoints {
 pub struct Sessions {
     /// What a client's message meets when no worker listens.
     pub no_receiver: NoReceiver,
-    /// Most entries of `session:{id}:up:log`.
+    /// Most entries of `{session:<id>:up}:log`.
     pub up_log_entries_max: u64,
+    /// Most bytes of that stream.
+    pub up_log_bytes_max: usize,
     /// That log expires this long after its last entry.
     pub up_log_ttl: Duration,
     /// Invalid messages after which the connection is closed; 0: never.
@@ -211,10 +249,14 @@ pub struct Sessions {
     pub history: bool,
     /// Plain publishes of JSON with an `event_id` are taken into the history.
     pub capture: bool,
+    /// Announcements of opened and closed sessions are kept in a log.
+    pub events_log: bool,
+    /// Most entries of an agent's log.
+    pub events_log_entries_max: u64,
+    /// How long an entry is held, and a log after its last entry.
+    pub events_log_ttl: Duration,
     /// Whether JSON objects of the history carry their id.
     pub event_ids: EventIds,
-    /// What a token is good for that comes with a request for an event stream.
-    pub sse_token: SseToken,
 }
 
 /// Whether JSON objects of the history carry their id.
@@ -224,15 +266,6 @@ pub enum EventIds {
     Json,
     /// They are sent as they are; ids are only in the envelope of the subprotocol.
     None,
-}
-
-/// What a token is good for that comes with a request for an event stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SseToken {
-    /// Any number of requests until it expires, since an `EventSource` reconnects with the same URL.
-    Reusable,
-    /// One request.
-    Once,
 }
 
 /// `[history]`: bounds of the logs; workers that publish by script must give the same.
@@ -274,7 +307,7 @@ pub struct Events {
     pub ack_queue: usize,
     /// How long the registry keeps what nobody refreshes.
     pub registry_ttl: Duration,
-    /// How long a revocation is remembered; at least as long as tokens live.
+    /// The longest revocation that the API takes; at least as long as tokens live.
     pub revocation_ttl: Duration,
 }
 
@@ -298,7 +331,7 @@ pub enum NoReceiver {
     Ignore,
     /// An `error` message with code `no_receiver`.
     Error,
-    /// It is kept in `session:{id}:up:log`.
+    /// It is kept in `{session:<id>:up}:log`.
     Queue,
 }
 
@@ -349,13 +382,32 @@ pub struct Jwt {
     pub user_claim: String,
     /// Refuse tokens that never expire.
     pub require_exp: bool,
+    /// What tokens must say they are in their header (`typ`); `None`: anything.
+    pub typ: Option<String>,
+}
+
+impl Jwt {
+    /// The leeway in seconds, which is what tokens count in; a part of a second counts as one.
+    #[must_use]
+    pub const fn leeway_seconds(&self) -> u64 {
+        self.leeway.as_secs() + (self.leeway.subsec_nanos() > 0) as u64
+    }
 }
 
 /// `[api]`: HTTP for workers without Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Api {
-    /// Bearer keys; without one the API answers 401 to everybody.
+    /// Bearer keys with all scopes and no name; without any key the API answers 401 to everybody.
     pub keys: Vec<SecretString>,
+    /// The file that `keys` were read from, where they were; no key of the configuration sets it.
+    pub keys_file: Option<std::path::PathBuf>,
+    /// Bearer keys with a name and scopes.
+    pub key: Vec<ApiKey>,
+}
+
+/// The keys of the worker API in the text of a file; `None` where something in it is no key.
+pub(crate) fn read_api_keys(text: &str) -> Option<Vec<SecretString>> {
+    List(kind::Secret(rule::API_KEY)).read(&Raw::Text(text.into()))
 }
 
 impl Default for Server {
@@ -372,6 +424,8 @@ impl Default for Server {
             header_timeout: Duration::from_secs(10),
             header_bytes_max: 16 * 1024,
             trusted_proxies: Vec::new(),
+            local_hosts_only: false,
+            forwarded_header: ForwardedHeader::Auto,
             allowed_origins: Vec::new(),
         }
     }
@@ -401,6 +455,12 @@ impl Default for Limits {
             send_buffers_total_bytes: 1024 * 1024 * 1024,
             messages_per_second: 100,
             message_burst: 200,
+            store_bytes: 256 * 1024 * 1024,
+            store_logs_share: 0.8,
+            bytes_per_second: 4 * 1024 * 1024,
+            bytes_burst: 8 * 1024 * 1024,
+            connections_per_user: 0,
+            connections_per_session: 64,
         }
     }
 }
@@ -444,6 +504,7 @@ impl Default for Sessions {
         Self {
             no_receiver: NoReceiver::Ignore,
             up_log_entries_max: 1000,
+            up_log_bytes_max: 1024 * 1024,
             up_log_ttl: Duration::from_secs(3600),
             strikes_max: 10,
             down_frames: DownFrames::Auto,
@@ -451,8 +512,10 @@ impl Default for Sessions {
             token_ttl: Duration::from_secs(60),
             history: false,
             capture: false,
+            events_log: false,
+            events_log_entries_max: 10_000,
+            events_log_ttl: Duration::from_secs(24 * 3600),
             event_ids: EventIds::Json,
-            sse_token: SseToken::Reusable,
         }
     }
 }
@@ -505,6 +568,7 @@ impl Default for Jwt {
             leeway: Duration::from_secs(5),
             user_claim: "sub".into(),
             require_exp: true,
+            typ: None,
         }
     }
 }

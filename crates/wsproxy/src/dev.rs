@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::{
-    auth,
+    auth::session::{self, Scope},
     config::Config,
     dev::worker::Worker,
     gateway::Gateway,
@@ -37,6 +37,8 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     }
     // What the page shows is that a lost connection loses nothing.
     config.sessions.history = true;
+    // Other machines cannot reach it, but pages of theirs in this machine's browser try.
+    config.server.local_hosts_only = config.server.bind.is_loopback();
     let signals = Signals::new().context("cannot listen to signals")?;
     let mut started = None;
     let instance = Instance::start(config, |gateway| {
@@ -59,13 +61,18 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// A session of the demo's with a fresh one-time token. The worker listens before anybody can use it.
-async fn open_session(worker: &Arc<Worker>, session: &Id) -> Result<String, Rejection> {
+/// A session of the demo's with a fresh token. The worker listens before anybody can use it.
+async fn open_session(
+    worker: &Arc<Worker>,
+    session: &Id,
+    scope: &Scope,
+) -> Result<String, Rejection> {
     let gateway: &Gateway = worker.gateway();
     let key = gateway.names.session_auth(session);
+    let ttl = gateway.config.sessions.token_ttl;
     upgrade::deadline(gateway, async {
         worker.adopt(session).await?;
-        Ok(auth::issue(&gateway.store, &key, gateway.config.sessions.token_ttl).await?)
+        Ok(session::issue(&gateway.store, &key, ttl, scope).await?)
     })
     .await
 }
@@ -74,7 +81,7 @@ async fn open_session(worker: &Arc<Worker>, session: &Id) -> Result<String, Reje
 async fn prove(worker: &Arc<Worker>, address: SocketAddr) -> String {
     let session = page::new_session();
     let proof = async {
-        let token = open_session(worker, &session).await?;
+        let token = open_session(worker, &session, &Scope::default()).await?;
         probe::round_trip(address, &format!("/{AGENT}/ws/{session}"), &token).await
     };
     let proof = timeout(PROOF_TIMEOUT, proof).await.unwrap_or_else(|_| Err(anyhow!("timeout")));

@@ -15,6 +15,68 @@ pub mod session;
 /// [`Event::tag`]: what became of a message that this connection published.
 pub const PUBLISHED: u8 = 0;
 
+/// What became of a client's message that no worker has got, as far as its client is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unpublished {
+    /// No worker listens.
+    Unheard,
+    /// Nobody knows.
+    Lost,
+    /// The bus certainly did not publish it. Where it is `passing`, it may be sent again.
+    Refused {
+        /// Whether waiting can help.
+        passing: bool,
+    },
+}
+
+impl Unpublished {
+    const ALL: [Self; 4] = [
+        Self::Unheard,
+        Self::Lost,
+        Self::Refused { passing: true },
+        Self::Refused { passing: false },
+    ];
+
+    /// [`Event::number`] of an event [`PUBLISHED`].
+    #[must_use]
+    pub fn from_number(number: u64) -> Self {
+        let place = usize::try_from(number).ok();
+        place.and_then(|place| Self::ALL.get(place).copied()).unwrap_or(Self::Lost)
+    }
+
+    fn number(self) -> u64 {
+        Self::ALL.iter().position(|one| *one == self).map_or(1, |place| place as u64)
+    }
+
+    /// Code and message for the client; `None` where no worker listens, which is no error.
+    #[must_use]
+    pub const fn error(self) -> Option<(&'static str, &'static str)> {
+        Some(match self {
+            Self::Unheard => return None,
+            Self::Lost => ("publish_lost", "The message may not have reached a worker."),
+            Self::Refused { passing: true } => {
+                ("publish_refused", "The message was not delivered. It may be sent again later.")
+            }
+            Self::Refused { passing: false } => (
+                "publish_refused",
+                "The message was not delivered, and sending it again will not help.",
+            ),
+        })
+    }
+}
+
+impl From<&BusError> for Unpublished {
+    fn from(error: &BusError) -> Self {
+        match error {
+            BusError::NotDone(refusal) => Self::Refused { passing: refusal.is_passing() },
+            // Nothing was put into the queue.
+            BusError::Full | BusError::Closed => Self::Refused { passing: true },
+            BusError::Refused(_) => Self::Refused { passing: false },
+            BusError::Unreachable(_) => Self::Lost,
+        }
+    }
+}
+
 /// The logic of one connection of an endpoint: it is told what happened and states consequences.
 pub trait Logic: Send + Unpin + 'static {
     /// Messages may flow.
@@ -60,12 +122,14 @@ pub trait Actions {
 
 impl Receipt for Link {
     fn published(&self, outcome: Outcome) {
-        let number = match outcome {
+        let unpublished = match outcome {
             Outcome::Received(receivers) if receivers > 0 => return,
             Outcome::Kept | Outcome::Stored { .. } => return,
-            Outcome::Received(_) => 0,
-            Outcome::Lost => 1,
+            Outcome::Received(_) => Unpublished::Unheard,
+            Outcome::Refused(refusal) => Unpublished::Refused { passing: refusal.is_passing() },
+            Outcome::Lost => Unpublished::Lost,
         };
+        let number = unpublished.number();
         self.notify(Event { tag: PUBLISHED, number, payload: Bytes::new() });
     }
 }

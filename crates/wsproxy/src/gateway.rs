@@ -9,22 +9,27 @@ use std::{
 };
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros};
-use wsproxy_proto::{names::Names, rate::Rate, ws::receiver::Limits};
+use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros, driver::TAKEN_BYTES_MAX};
+use wsproxy_proto::{
+    names::Names,
+    rate::{ByteRate, Rate},
+    ws::receiver::Limits,
+};
 
 use crate::{
-    auth::jwt::JwtVerifier,
+    auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     config::Config,
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
     http::{
         admission::{Attempts, Places},
+        sockets::Sockets,
         sse::open::OpenStreams,
     },
     hub::{Histories, Hub},
-    registry::Registry,
+    registry::{Registry, lease::Lease, sessions::SessionLog},
     store::Store,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, throttle::Throttle},
 };
 
 /// A running instance.
@@ -47,12 +52,24 @@ pub struct Gateway {
     pub event_streams: Arc<OpenStreams>,
     /// The places for connections of clients.
     pub places: Arc<Places>,
+    /// The places for handshakes whose credentials are not checked yet.
+    pub handshakes: Arc<Places>,
+    /// The sockets on the port of clients.
+    pub sockets: Arc<Sockets>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// The keys of workers.
+    pub api_keys: Arc<ApiKeys>,
+    /// Failed calls of workers are logged through this.
+    pub api_failures: Throttle,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
     /// Who is connected to the event endpoint; `None` where that is not served.
     pub registry: Option<Arc<Registry>>,
+    /// The lease of this instance; `None` where nothing needs one.
+    pub lease: Option<Arc<Lease>>,
+    /// Where opened and closed sessions are kept; `None` where they are only announced.
+    pub session_log: Option<Arc<SessionLog>>,
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: Arc<SessionEndpoint>,
     /// `/ws`
@@ -107,6 +124,7 @@ pub fn profile(config: &Config) -> Profile {
         events_max: EVENTS_MAX,
         event_bytes_max: EVENT_BYTES_MAX,
         rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        byte_rate: ByteRate::new(limits.bytes_per_second, limits.bytes_burst, TAKEN_BYTES_MAX),
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: config.heartbeat.interval.into(),
         heartbeat_timeout: config.heartbeat.timeout.into(),

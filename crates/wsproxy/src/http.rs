@@ -3,11 +3,13 @@
 pub mod address;
 pub mod admin;
 pub mod admission;
+pub mod announcements;
 pub mod api;
 pub mod cors;
 pub mod credentials;
 pub mod events;
 pub mod follow;
+pub mod host;
 pub mod lasting;
 pub mod line;
 pub mod listener;
@@ -16,6 +18,7 @@ pub mod peer;
 pub mod rejection;
 pub mod resume;
 pub mod routes;
+pub mod sockets;
 pub mod sse;
 pub mod upgrade;
 

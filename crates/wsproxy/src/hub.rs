@@ -14,10 +14,7 @@ use hashbrown::{Equivalent, HashMap};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tracing::warn;
-use wsproxy_conn::{
-    Link,
-    clock::{self, Micros},
-};
+use wsproxy_conn::{Link, clock};
 use wsproxy_proto::{
     history::{Lost, Position, Reader},
     names::Names,
@@ -29,6 +26,7 @@ use crate::{
     hub::{
         message::Stored,
         replay::{Gate, Replay},
+        store_clock::{Doubts, StoreClock},
         subscribers::Subscribers,
         tap::Tap,
     },
@@ -36,12 +34,14 @@ use crate::{
 };
 
 mod audience;
+mod capture;
 pub mod delivery;
 pub mod gzip;
 pub mod healer;
 pub mod message;
 pub mod notice;
 pub mod replay;
+mod store_clock;
 mod subscribers;
 pub mod tap;
 
@@ -120,11 +120,10 @@ pub struct Histories {
     pub limits: HistoryLimits,
     /// Tells which topics are sessions', whose token streams are shown where their history is lost.
     pub names: Names,
-    /// Key of the time at which the store was first seen.
-    pub epoch: Arc<str>,
     /// Key of the clock that gives the ids, where all logs share one order.
     pub clock: Option<Arc<str>>,
-    /// How topics begin which nobody has again who comes back.
+    /// Prefix of topics of one connection each. A client that comes back has another connection, so these are
+    /// never resumed.
     pub private: Option<Arc<str>>,
     /// Plain messages with an `event_id` are taken into the history.
     pub capture: bool,
@@ -142,10 +141,10 @@ struct Track {
 }
 
 impl Track {
-    /// Something may be missing behind what came until `since`.
-    fn interrupt(&mut self, since: Micros) {
+    /// Something may be missing behind the reader's position.
+    fn interrupt(&mut self) {
         self.turns += 1;
-        self.reader.interrupt(since.0);
+        self.reader.interrupt();
     }
 }
 
@@ -189,6 +188,10 @@ pub struct Hub {
     outages: AtomicU64,
     /// Told when a log has to be read.
     holes: Notify,
+    /// What the store's clock shows.
+    store_clock: StoreClock,
+    doubts: Doubts,
+    broken: healer::Broken,
     /// What deliveries came to; the metrics read it.
     pub counters: HubCounters,
 }
@@ -232,6 +235,9 @@ impl Hub {
             bus: OnceLock::new(),
             outages: AtomicU64::new(0),
             holes: Notify::new(),
+            store_clock: StoreClock::default(),
+            doubts: Doubts::default(),
+            broken: healer::Broken::default(),
             counters: HubCounters::default(),
         })
     }
@@ -252,8 +258,20 @@ impl Hub {
         self: &Arc<Self>,
         wanted: impl IntoIterator<Item = (Arc<str>, Sink)>,
     ) -> Result<Subscription, BusError> {
+        self.subscribe_beside(None, wanted).await
+    }
+
+    /// The same beside what was reserved.
+    ///
+    /// # Errors
+    /// As [`Self::subscribe`].
+    pub async fn subscribe_beside(
+        self: &Arc<Self>,
+        reserved: Option<Subscription>,
+        wanted: impl IntoIterator<Item = (Arc<str>, Sink)>,
+    ) -> Result<Subscription, BusError> {
         let bus = self.bus.get().ok_or(BusError::Closed)?;
-        let mut subscription = Subscription { hub: Arc::clone(self), sinks: Vec::new() };
+        let mut subscription = reserved.unwrap_or_else(|| self.nothing());
         for (topic, sink) in wanted {
             subscription.sinks.push((Arc::clone(&topic), sink.place()));
             self.add(topic, sink, None);
@@ -264,7 +282,26 @@ impl Hub {
         Ok(subscription)
     }
 
-    /// Adds a client to topics with histories, and further sinks to plain ones, and resolves when the bus has
+    /// Adds a sink to a topic, unless it would be more than `sinks_max` of them. The bus learns of it where
+    /// [`Self::subscribe_beside`] or [`Self::hold`] is given what is returned here.
+    #[must_use]
+    pub fn reserve(
+        self: &Arc<Self>,
+        topic: Arc<str>,
+        sink: Sink,
+        sinks_max: usize,
+    ) -> Option<Subscription> {
+        let mut subscription = self.nothing();
+        subscription.sinks.push((Arc::clone(&topic), sink.place()));
+        let sinks = self.add(topic, sink, None);
+        (sinks <= sinks_max).then_some(subscription)
+    }
+
+    fn nothing(self: &Arc<Self>) -> Subscription {
+        Subscription { hub: Arc::clone(self), sinks: Vec::new() }
+    }
+
+    /// Adds a client to topics with histories beside what was reserved, and resolves when the bus has
     /// confirmed all of them. Messages for the client wait until the returned replay has run.
     ///
     /// # Errors
@@ -274,19 +311,15 @@ impl Hub {
         client: Sink,
         topics: Vec<Arc<str>>,
         histories: Arc<Histories>,
-        further: impl IntoIterator<Item = (Arc<str>, Sink)>,
+        reserved: Option<Subscription>,
     ) -> Result<(Subscription, Replay), BusError> {
         let bus = self.bus.get().ok_or(BusError::Closed)?;
-        let mut subscription = Subscription { hub: Arc::clone(self), sinks: Vec::new() };
+        let mut subscription = reserved.unwrap_or_else(|| self.nothing());
         let gate = Gate::new(client);
         for topic in &topics {
             let sink = Sink::Gated(Arc::clone(&gate));
             subscription.sinks.push((Arc::clone(topic), sink.place()));
             self.add(Arc::clone(topic), sink, Some(&histories));
-        }
-        for (topic, sink) in further {
-            subscription.sinks.push((Arc::clone(&topic), sink.place()));
-            self.add(topic, sink, None);
         }
         subscription.sinks.shrink_to_fit();
         let all = subscription.sinks.iter().map(|(topic, _)| Arc::clone(topic)).collect();
@@ -328,10 +361,11 @@ impl Hub {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    fn add(&self, topic: Arc<str>, sink: Sink, histories: Option<&Arc<Histories>>) {
+    /// Returns how many sinks the topic has now.
+    fn add(&self, topic: Arc<str>, sink: Sink, histories: Option<&Arc<Histories>>) -> usize {
         let mut shard = self.shard(topic.as_bytes()).lock();
         let track = histories.map(|histories| Track {
-            log: Names::log(&topic).into(),
+            log: histories.names.log(&topic).into(),
             histories: Arc::clone(histories),
             reader: Reader::default(),
             turns: 0,
@@ -342,6 +376,7 @@ impl Hub {
         if state.track.is_none() {
             state.track = track.map(Box::new);
         }
+        state.subscribers.len()
     }
 
     fn remove(&self, topic: &Arc<str>, place: Place) {
@@ -416,6 +451,20 @@ struct ShardLocks<'a> {
 }
 
 impl ShardLocks<'_> {
+    /// From now on the client behind this gate gets the topic's messages directly.
+    fn ungate(&mut self, topic: &str, gate: &Arc<Gate>) {
+        let number = self.hub.shard_number(topic.as_bytes());
+        let Some((_, shard)) = self.shards.iter_mut().find(|(other, _)| *other == number) else {
+            return;
+        };
+        let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
+        for sink in state.subscribers.iter_mut() {
+            if matches!(sink, Sink::Gated(other) if Arc::ptr_eq(other, gate)) {
+                *sink = gate.target.clone();
+            }
+        }
+    }
+
     fn track(&mut self, topic: &str) -> Option<&mut Track> {
         let number = self.hub.shard_number(topic.as_bytes());
         let (_, shard) = self.shards.iter_mut().find(|(other, _)| *other == number)?;

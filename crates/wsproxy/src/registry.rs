@@ -26,24 +26,27 @@ use crate::{
         Hub,
         tap::{Ending, Tap},
     },
-    registry::{local::Local, redis::RedisRegistry},
-    store::{Store, StoreError},
+    registry::{lease::Lease, local::Local, redis::RedisRegistry},
+    store::{StoreError, memory::MemoryStore},
     telemetry::counter::Counter,
 };
 
+mod commands;
 pub mod control;
+pub mod lease;
 mod local;
-mod reaper;
+mod members;
 mod redis;
 mod revocation;
+pub mod sessions;
 mod writer;
 
 /// The connections of this instance, and the way to all others. Cheap to read; see [`Self::join`].
 pub struct Registry {
     settings: Settings,
+    lease: Arc<Lease>,
     backend: Backend,
     hub: Arc<Hub>,
-    store: Store,
     /// Guards the index and the changes; held for a few steps, or one walk after an outage.
     local: Mutex<Local>,
     /// There is something to write.
@@ -58,8 +61,8 @@ pub struct Registry {
 
 /// Where the instances meet.
 enum Backend {
-    /// There is one instance: what is here is all.
-    Memory,
+    /// There is one instance: what is here is all, but for revocations, which are in the embedded store.
+    Memory(MemoryStore),
     /// In Redis.
     Redis(Box<RedisRegistry>),
 }
@@ -73,10 +76,8 @@ pub struct Settings {
     pub names: Names,
     /// How long an entry is kept that nobody renews.
     pub ttl: Duration,
-    /// How long one answer of Redis may take.
-    pub response_timeout: Duration,
-    /// How fast an instance counts as dead.
-    pub pace: Pace,
+    /// By how many seconds clocks may differ: revocations cover what was issued so much later.
+    pub leeway: u64,
 }
 
 impl Settings {
@@ -87,32 +88,7 @@ impl Settings {
             server_id: Arc::clone(server_id),
             names: names.clone(),
             ttl: config.events.registry_ttl,
-            response_timeout: config.redis.response_timeout,
-            pace: Pace::default(),
-        }
-    }
-}
-
-/// How fast an instance counts as dead.
-#[derive(Debug, Clone, Copy)]
-pub struct Pace {
-    /// An instance that was silent for so long is dead.
-    pub lease: Duration,
-    /// How often it shows that it is not.
-    pub refresh: Duration,
-    /// How long after a failure it tries again.
-    pub retry: Duration,
-    /// How long a change may wait for others, so that those that cancel each other are never written.
-    pub linger: Duration,
-}
-
-impl Default for Pace {
-    fn default() -> Self {
-        Self {
-            lease: Duration::from_secs(15),
-            refresh: Duration::from_secs(5),
-            retry: Duration::from_secs(1),
-            linger: Duration::from_millis(20),
+            leeway: config.jwt.leeway_seconds(),
         }
     }
 }
@@ -126,10 +102,6 @@ pub struct RegistryCounters {
     pub failures: Counter,
     /// Times that all connections were written again since Redis had lost them.
     pub rewrites: Counter,
-    /// Dead instances that were removed by this one.
-    pub servers_reaped: Counter,
-    /// Connections of dead instances that were removed by this one.
-    pub connections_reaped: Counter,
     /// Connections that were sent away by a command or a revocation.
     pub disconnected: Counter,
     /// Commands that made no sense.
@@ -237,19 +209,21 @@ pub struct Entry {
 }
 
 impl Registry {
-    /// Starts what it does in the background, until [`Self::close`].
+    /// Starts what it does in the background, until [`Self::close`]. The lease must outlive it.
     #[must_use]
-    pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus) -> Arc<Self> {
+    pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus, lease: &Arc<Lease>) -> Arc<Self> {
         let backend = match bus {
-            Bus::Memory(_) => Backend::Memory,
-            Bus::Redis(bus) => Backend::Redis(RedisRegistry::new(bus.clone(), &settings).into()),
+            Bus::Memory(bus) => Backend::Memory(bus.store()),
+            Bus::Redis(bus) => {
+                Backend::Redis(RedisRegistry::new(bus.clone(), &settings, lease.settings()).into())
+            }
         };
         let registry = Arc::new(Self {
             local: Mutex::new(Local::new(matches!(backend, Backend::Redis(_)))),
             settings,
+            lease: Arc::clone(lease),
             backend,
             hub,
-            store: bus.store(),
             changed: Notify::new(),
             totals: tokio::sync::Mutex::default(),
             closing: CancellationToken::new(),
@@ -259,7 +233,6 @@ impl Registry {
         registry.tasks.spawn(control::run(Arc::clone(&registry)));
         if matches!(registry.backend, Backend::Redis(_)) {
             registry.tasks.spawn(writer::run(Arc::clone(&registry)));
-            registry.tasks.spawn(reaper::run(Arc::clone(&registry)));
         }
         registry
     }
@@ -274,6 +247,21 @@ impl Registry {
             self.changed.notify_one();
         }
         Entry { registry: Arc::clone(self), connection }
+    }
+
+    /// The same, unless the user has `user_max` connections here.
+    pub fn join_within(self: &Arc<Self>, joining: Joining, user_max: usize) -> Option<Entry> {
+        let connection = joining.connection;
+        let mut local = self.local.lock();
+        if local.of_user(joining.user.as_str()).take(user_max).count() >= user_max {
+            return None;
+        }
+        let is_changed = local.join(joining);
+        drop(local);
+        if is_changed {
+            self.changed.notify_one();
+        }
+        Some(Entry { registry: Arc::clone(self), connection })
     }
 
     /// How many connections are here.
@@ -291,7 +279,7 @@ impl Registry {
     /// Whether everything here is in Redis, as far as this instance knows.
     #[must_use]
     pub fn is_written(&self) -> bool {
-        !self.local.lock().has_changes()
+        self.local.lock().is_written()
     }
 
     /// The connections of a user, on all instances that are alive.
@@ -300,7 +288,7 @@ impl Registry {
     /// The store did not answer.
     pub async fn connections_of(&self, user: &Id) -> Result<Vec<Presence>, StoreError> {
         match &self.backend {
-            Backend::Memory => {
+            Backend::Memory(_) => {
                 Ok(self.local.lock().presence(&self.settings.server_id, user.as_str()))
             }
             Backend::Redis(redis) => redis.connections_of(user.as_str()).await,

@@ -17,7 +17,7 @@ use wsproxy_conn::{Runtime, clock};
 use wsproxy_proto::names::Names;
 
 use crate::{
-    auth::jwt::JwtVerifier,
+    auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     cli::exit::Failure,
     config::Config,
@@ -27,15 +27,20 @@ use crate::{
     },
     gateway::{self, Gateway},
     http::{
-        admin,
+        admin::{self, Details},
         admission::{Attempts, Places},
         api, listener,
         routes::{self, Routes},
+        sockets::Sockets,
     },
     hub::{Histories, Hub, delivery::Delivery, healer},
-    registry::{self, Registry},
+    registry::{
+        self, Registry,
+        lease::{self, Lease},
+        sessions::{self, SessionLog},
+    },
     shutdown, streams,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, throttle::Throttle},
 };
 
 /// Descriptors that are no connection's: sockets to spare on both ports, listeners, the bus, logs.
@@ -43,6 +48,15 @@ const DESCRIPTORS_RESERVED: usize = SOCKETS_SPARE + SOCKETS_SPARE / 2 + 64;
 
 /// Sockets beyond the allowed connections, for those that are being refused or ask for `/health`.
 const SOCKETS_SPARE: usize = 512;
+
+/// As many handshakes as this part of the connections may wait for a verdict on their credentials.
+const HANDSHAKES_PART: usize = 4;
+
+/// And so many in any case: half of the sockets to spare.
+const HANDSHAKES_MIN: usize = SOCKETS_SPARE / 2;
+
+/// How often the files of API keys are read again.
+const READ_KEYS_EVERY: Duration = Duration::from_secs(2);
 
 /// How often addresses with nothing owed are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
@@ -95,28 +109,31 @@ impl Instance {
 
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let gateway = compose(config, &background, &background_end)?;
-        let rest = admin::router(Arc::clone(&gateway))
+        let told = if admin.is_some() { Details::Always } else { Details::WithKey };
+        let rest = admin::probes(&gateway, told)
+            .merge(admin::metrics(&gateway))
             .merge(admin::events(&gateway))
             .merge(api::router(Arc::clone(&gateway)))
             .merge(extra(&gateway))
             .fallback(routes::not_found);
-        let sockets = Places::new(gateway.places.max() + SOCKETS_SPARE);
         let accepting = CancellationToken::new();
         let data_rest = match admin {
-            Some(_) => admin::events(&gateway).fallback(routes::not_found),
+            Some(_) => admin::probes(&gateway, Details::Never)
+                .merge(admin::events(&gateway))
+                .fallback(routes::not_found),
             None => rest.clone(),
         };
         let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
+        let sockets = Arc::clone(&gateway.sockets);
         gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
             let routes = Routes::new(Arc::clone(&gateway), false, rest);
-            let sockets = Places::new(SOCKETS_SPARE / 2);
+            let sockets = Sockets::new(SOCKETS_SPARE / 2);
             // Health and metrics answer as long as anything runs.
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
-        let epoch = gateway.names.epoch().into();
-        background.spawn(healer::run(hub, store, epoch, background_end.clone()));
+        background.spawn(healer::run(hub, store, background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }
@@ -176,18 +193,22 @@ fn compose(
     let (tasks, end) = (background, background_end.clone());
     let jwt = config.endpoints.events.then(|| JwtVerifier::new(&config.jwt, tasks, end.clone()));
     let jwt = jwt.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
+    let api_keys = ApiKeys::new(&config.api).map_err(anyhow::Error::msg);
+    let api_keys = Arc::new(api_keys.context(Failure::Config)?);
+    if api_keys.has_files() {
+        background.spawn(read_keys_again(Arc::clone(&api_keys), background_end.clone()));
+    }
     let bus = if config.redis.url.is_some() {
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
     } else {
-        Bus::memory(&config.redis, delivery, tasks, end)
+        Bus::memory(&config.redis, &config.limits, delivery, tasks, end)
     };
     hub.connect(bus.clone());
     let (session_histories, event_histories) = histories(&config, &names);
-    let registry = config.endpoints.events.then(|| {
-        let settings = registry::Settings::new(&config, &server_id, &names);
-        Registry::start(settings, Arc::clone(&hub), &bus)
-    });
+    let connections_max = connections_max(config.limits.max_connections);
+    let Registries { lease, registry, session_log } =
+        registries(&config, (&server_id, &names), &hub, &bus);
     let gateway = Arc::new(Gateway {
         session_histories,
         event_histories,
@@ -197,12 +218,19 @@ fn compose(
         bus,
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
         event_streams: Arc::default(),
-        places: Places::new(connections_max(config.limits.max_connections)),
+        places: Places::new(connections_max),
+        handshakes: Places::new((connections_max / HANDSHAKES_PART).max(HANDSHAKES_MIN)),
+        sockets: Sockets::new(connections_max + SOCKETS_SPARE),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        api_keys,
+        api_failures: Throttle::default(),
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,
+        lease,
+        session_log: session_log.clone(),
         sessions: Arc::new(SessionEndpoint {
+            log: session_log,
             config: config.sessions.clone(),
             names: names.clone(),
             server_id,
@@ -223,13 +251,55 @@ fn compose(
     Ok(gateway)
 }
 
+/// The services by which an instance shares with others what is connected to it.
+struct Registries {
+    lease: Option<Arc<Lease>>,
+    registry: Option<Arc<Registry>>,
+    session_log: Option<Arc<SessionLog>>,
+}
+
+/// The registries that the configuration needs, and the lease below them.
+fn registries(
+    config: &Config,
+    (server_id, names): (&Arc<str>, &Names),
+    hub: &Arc<Hub>,
+    bus: &Bus,
+) -> Registries {
+    let logs_sessions = config.endpoints.sessions && config.sessions.events_log;
+    let lease = (config.endpoints.events || logs_sessions)
+        .then(|| Lease::start(lease::Settings::new(config, server_id, names), bus));
+    let registry = lease.as_ref().filter(|_| config.endpoints.events).map(|lease| {
+        let settings = registry::Settings::new(config, server_id, names);
+        Registry::start(settings, Arc::clone(hub), bus, lease)
+    });
+    let session_log = lease
+        .as_ref()
+        .filter(|_| logs_sessions)
+        .map(|lease| SessionLog::start(sessions::Limits::new(&config.sessions), hub, bus, lease));
+    Registries { lease, registry, session_log }
+}
+
+/// Keys of the worker API change in their files while the instance runs.
+async fn read_keys_again(keys: Arc<ApiKeys>, end: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            () = tokio::time::sleep(READ_KEYS_EVERY) => {}
+        }
+        // A file system may take its time, and connections must not wait for it.
+        let keys = Arc::clone(&keys);
+        if let Err(error) = tokio::task::spawn_blocking(move || keys.read_again()).await {
+            warn!(%error, "The files of API keys cannot be read again.");
+        }
+    }
+}
+
 /// The histories of sessions and of events, where they have any.
 fn histories(config: &Config, names: &Names) -> (Option<Arc<Histories>>, Option<Arc<Histories>>) {
     let limits = config.history.limits();
     let sessions = || Histories {
         limits,
         names: names.clone(),
-        epoch: names.epoch().into(),
         clock: None,
         private: None,
         capture: config.sessions.capture,

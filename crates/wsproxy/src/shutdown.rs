@@ -118,11 +118,9 @@ impl Ending {
             self.gateway.event_streams.list().iter().for_each(OpenStream::abort);
             let _ = timeout_at(deadline + LAST_GRACE, self.gateway.tasks.wait()).await;
         }
-        if let Some(registry) = &self.gateway.registry {
-            let last = Instant::now().max(deadline) + LAST_GRACE;
-            if timeout_at(last, registry.close()).await.is_err() {
-                warn!("There was no time to leave the registry.");
-            }
+        let last = Instant::now().max(deadline) + LAST_GRACE;
+        if timeout_at(last, self.leave()).await.is_err() {
+            warn!("There was no time to leave the registry.");
         }
         // Last the bus: announcements of closed sessions are on their way.
         self.background_end.cancel();
@@ -132,6 +130,21 @@ impl Ending {
             warn!("The bus did not end in time.");
         }
         info!(drained, "Ended.");
+    }
+
+    /// Takes what other instances know of this one out of Redis. The lease goes last: while it runs, no
+    /// other instance cleans up.
+    async fn leave(&self) {
+        let Gateway { session_log, registry, lease, .. } = &*self.gateway;
+        if let Some(log) = session_log {
+            log.close().await;
+        }
+        if let Some(registry) = registry {
+            registry.close().await;
+        }
+        if let Some(lease) = lease {
+            lease.close().await;
+        }
     }
 
     /// Closes connections spread over `drain_spread`, so that they do not all come back at once.

@@ -9,7 +9,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::HistoryLimits,
+    bus::{HistoryLimits, not_done::NotDone},
     store::{memory::MemoryStore, redis::RedisStore},
 };
 
@@ -42,13 +42,15 @@ pub struct LogEntry {
 pub struct SnapshotOf {
     /// Keys of the logs.
     pub logs: Vec<Arc<str>>,
-    /// Key of the epoch.
-    pub epoch: Arc<str>,
+    /// Key of the clock that they share.
+    pub clock: Option<Arc<str>>,
+    /// A log of which nothing is known gets a head that lives so long.
+    pub head_ttl: Option<Duration>,
     /// The entries behind this are wanted; `None`: none.
     pub after: Option<After>,
     /// At most so many entries of each log; further ones with the next call.
     pub entries_max: usize,
-    /// The session whose token streams are wanted too.
+    /// The log is that of a session, whose token streams are wanted too.
     pub streams_of: Option<Id>,
 }
 
@@ -183,12 +185,39 @@ pub enum StoreError {
     /// Too much is waiting, or the embedded store holds as much as it may.
     #[error("the store is full")]
     Full,
-    /// The store answered with an error: a retry will not help.
+    /// Nothing was done, for a reason that is known.
+    #[error("{}: {error}", refusal.reason())]
+    NotDone {
+        /// The reason.
+        refusal: NotDone,
+        /// The store's own words, for logs.
+        error: String,
+    },
+    /// The store answered with an error of another kind: a retry will not help.
     #[error("the store refused: {0}")]
     Refused(String),
     /// The instance is ending.
     #[error("the store is closed")]
     Closed,
+}
+
+impl StoreError {
+    /// Whether the store has answered: it is reached, and may take other requests.
+    #[must_use]
+    pub const fn is_answer(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::NotDone { .. })
+    }
+
+    /// Whether the store has refused for a reason of the key or the user: waiting does not help, and other keys may be
+    /// taken.
+    #[must_use]
+    pub const fn is_of_one_key(&self) -> bool {
+        match self {
+            Self::Refused(_) => true,
+            Self::NotDone { refusal, .. } => !refusal.is_passing(),
+            Self::Lost(_) | Self::Full | Self::Closed => false,
+        }
+    }
 }
 
 impl Store {
@@ -264,6 +293,21 @@ impl Store {
         }
     }
 
+    /// Lets the heads of logs live on for `ttl`. Answers which of them are there, in their order.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn keep_heads(
+        &self,
+        logs: &[Arc<str>],
+        ttl: Duration,
+    ) -> Result<Vec<bool>, StoreError> {
+        match self {
+            Self::Memory(store) => Ok(store.keep_heads(logs, ttl)),
+            Self::Redis(store) => store.keep_heads(logs, ttl).await,
+        }
+    }
+
     /// Open token streams whose lease has run out, at most `count`.
     ///
     /// # Errors
@@ -275,7 +319,7 @@ impl Store {
         }
     }
 
-    /// A lease whose stream cannot be ended is no lease: it would be looked at for ever.
+    /// Removes the lease of a stream that does not exist or has ended, so that it is not looked at again.
     ///
     /// # Errors
     /// See [`StoreError`].
@@ -305,6 +349,17 @@ impl Store {
         }
     }
 
+    /// The id of the last entry of a log; `None`: there is no log, or it is empty.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub async fn log_end(&self, key: &str) -> Result<Option<String>, StoreError> {
+        match self {
+            Self::Memory(store) => store.log_end(key),
+            Self::Redis(store) => store.log_end(key).await,
+        }
+    }
+
     /// Resolves when the store has answered.
     ///
     /// # Errors
@@ -319,9 +374,6 @@ impl Store {
 
 /// Most bytes of one log that one snapshot reads, except for one entry that alone is larger.
 const PAGE_BYTES_MAX: usize = 1024 * 1024;
-
-/// So many entries of a log are searched for an event id.
-const SCAN_MAX: usize = 4096;
 
 /// Most text of token streams that one snapshot reads: the newest streams, and at least one.
 const STREAMS_BYTES_MAX: usize = 2 * 1024 * 1024;

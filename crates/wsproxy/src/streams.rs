@@ -1,33 +1,45 @@
-//! Ends token streams whose worker has died: nobody renewed their lease.
+//! Ends token streams whose worker has died, so that their lease has run out.
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::MissedTickBehavior;
+use hashbrown::{HashMap, HashSet};
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
+use wsproxy_proto::names::Id;
 
 use crate::{
     gateway::Gateway,
     store::{StoreError, StreamCommand, StreamOp},
 };
 
-/// How often they are looked for.
+/// How often lapsed leases are looked for, and the first pause after a stream could not be ended.
 const EVERY: Duration = Duration::from_secs(2);
 
-/// So many are ended at a time.
+/// Longest pause before a stream that could not be ended is tried again.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// Streams that one round ends.
 const BATCH: usize = 100;
 
-/// Looks for them until `end`. Every instance does; the store lets one of them end a stream.
+/// Lapsed leases that one round looks at. Pauses are remembered for these only.
+const LOOK_MAX: usize = 10_000;
+
+/// A token stream: session and stream id.
+type Stream = (Id, Id);
+
+/// Looks for lapsed leases until `end`. Every instance does; the store lets one of them end a stream.
 pub async fn reap(gateway: Arc<Gateway>, end: CancellationToken) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut pauses = Pauses::default();
     loop {
         tokio::select! {
             () = end.cancelled() => return,
             _ = ticks.tick() => {}
         }
         let round = tokio::select! {
-            round = reap_some(&gateway) => round,
+            round = reap_some(&gateway, &mut pauses) => round,
             () = end.cancelled() => return,
         };
         if let Err(error) = round {
@@ -36,25 +48,155 @@ pub async fn reap(gateway: Arc<Gateway>, end: CancellationToken) {
     }
 }
 
-async fn reap_some(gateway: &Gateway) -> Result<(), StoreError> {
-    for (session, stream) in gateway.store.lapsed_streams(BATCH).await? {
-        let limits = gateway.config.history.limits();
-        let command = StreamCommand { session, stream, op: StreamOp::Lost, limits };
-        let (session, stream) = (command.session.clone(), command.stream.clone());
-        match gateway.store.stream(command).await {
-            Ok(_) => {
-                gateway.metrics.error("stream_worker_lost");
-                info!(session_id = %session, stream = %stream, "A token stream's worker is gone; the stream is ended.");
+async fn reap_some(gateway: &Gateway, pauses: &mut Pauses) -> Result<(), StoreError> {
+    let lapsed = gateway.store.lapsed_streams(LOOK_MAX).await?;
+    let (mut refused, mut why) = (0, String::new());
+    for (session, stream) in pauses.due(lapsed, Instant::now()) {
+        match end_stream(gateway, &session, &stream).await {
+            Ok(()) => pauses.forget(&(session, stream)),
+            // The store itself is away, so the others would have to wait for it too.
+            Err(error @ (StoreError::Lost(_) | StoreError::Closed)) => return Err(error),
+            Err(error) => {
+                (refused, why) = (refused + 1, error.to_string());
+                pauses.refused((session, stream), Instant::now());
             }
-            // Its worker came back.
-            Err(StoreError::Refused(why)) if why.starts_with("ALIVE") => {}
-            // Another instance was faster, or what it belongs to is no stream.
-            Err(StoreError::Refused(why)) => {
-                debug!(session_id = %session, stream = %stream, why, "A lease has no stream.");
-                gateway.store.forget_lease(&session, &stream).await?;
-            }
-            Err(error) => return Err(error),
         }
     }
+    if refused > 0 {
+        gateway.metrics.error("stream_end_refused");
+        warn!(
+            streams = refused,
+            error = why,
+            "Token streams cannot be ended now; they are tried again."
+        );
+    }
     Ok(())
+}
+
+/// Ends one stream if its worker is gone. An error means that the stream may still be open.
+async fn end_stream(gateway: &Gateway, session: &Id, stream: &Id) -> Result<(), StoreError> {
+    let command = StreamCommand {
+        session: session.clone(),
+        stream: stream.clone(),
+        op: StreamOp::Lost,
+        limits: gateway.config.history.limits(),
+    };
+    let ended = gateway.store.stream(command).await;
+    match &ended {
+        Ok(_) => {
+            gateway.metrics.error("stream_worker_lost");
+            info!(session_id = %session, stream = %stream, "A token stream's worker is gone; the stream is ended.");
+            Ok(())
+        }
+        // The worker came back.
+        Err(StoreError::Refused(why)) if says(why, "ALIVE") => Ok(()),
+        // Another instance was faster, or the stream has expired. Only these two say that no client waits
+        // for an end. A full Redis, missing replicas or a key of another kind do not.
+        Err(StoreError::Refused(why)) if says(why, "NOSTREAM") || says(why, "ENDED") => {
+            debug!(session_id = %session, stream = %stream, why, "A lease has no open stream.");
+            gateway.store.forget_lease(session, stream).await
+        }
+        Err(_) => ended.map(drop),
+    }
+}
+
+/// Whether an error of the stream's script has this code. Redis before 7 puts a generic `ERR` before it.
+fn says(why: &str, code: &str) -> bool {
+    let why = why.strip_prefix("ERR ").unwrap_or(why);
+    why.split([' ', ':']).next() == Some(code)
+}
+
+/// Streams that could not be ended, and when each is tried again.
+///
+/// Invariant: holds only streams of the latest look, so at most [`LOOK_MAX`].
+#[derive(Default)]
+struct Pauses(HashMap<Stream, Pause>);
+
+struct Pause {
+    until: Instant,
+    length: Duration,
+}
+
+impl Pauses {
+    /// The streams of this round, at most [`BATCH`]: first those that were never tried, so that any number
+    /// of streams which cannot be ended keeps no other one waiting.
+    fn due(&mut self, lapsed: Vec<Stream>, now: Instant) -> Vec<Stream> {
+        {
+            let known: HashSet<&Stream> = lapsed.iter().collect();
+            self.0.retain(|stream, _| known.contains(stream));
+        }
+        let (fresh, tried): (Vec<_>, Vec<_>) =
+            lapsed.into_iter().partition(|stream| !self.0.contains_key(stream));
+        let mut tried: Vec<_> = tried
+            .into_iter()
+            .filter_map(|stream| Some((self.0.get(&stream)?.until, stream)))
+            .filter(|(until, _)| *until <= now)
+            .collect();
+        // Those that wait longest come first, so that each has its turn.
+        tried.sort_by_key(|(until, _)| *until);
+        let tried = tried.into_iter().map(|(_, stream)| stream);
+        fresh.into_iter().chain(tried).take(BATCH).collect()
+    }
+
+    fn refused(&mut self, stream: Stream, now: Instant) {
+        let pause = self.0.entry(stream).or_insert(Pause { until: now, length: EVERY });
+        pause.until = now + pause.length;
+        pause.length = (pause.length * 2).min(PAUSE_MAX);
+    }
+
+    fn forget(&mut self, stream: &Stream) {
+        self.0.remove(stream);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn streams(numbers: std::ops::Range<usize>) -> Vec<Stream> {
+        let id = |text: &str| Id::parse(text).unwrap();
+        numbers.map(|n| (id("s"), id(&format!("{n:05}")))).collect()
+    }
+
+    #[test]
+    fn only_the_scripts_own_words_count() {
+        assert!(says("NOSTREAM there is no such stream", "NOSTREAM"));
+        assert!(says("ERR ENDED finish", "ENDED"));
+        assert!(says("ENDED: finish", "ENDED"));
+        for other in
+            ["OOM command not allowed", "NOREPLICAS Not enough good replicas", "WRONGTYPE", ""]
+        {
+            assert!(!says(other, "NOSTREAM") && !says(other, "ENDED"), "{other}");
+        }
+    }
+
+    #[test]
+    fn refused_streams_pause_and_starve_no_other() {
+        let (mut pauses, start) = (Pauses::default(), Instant::now());
+        let stuck = streams(0..5000);
+        for round in 0..50 {
+            let due = pauses.due(stuck.clone(), start);
+            assert_eq!(due, stuck[round * BATCH..(round + 1) * BATCH]);
+            due.into_iter().for_each(|stream| pauses.refused(stream, start));
+        }
+        // A stream that lapses now is older than none of them, and is still tried at once.
+        let all = streams(0..5001);
+        assert_eq!(pauses.due(all.clone(), start), all[5000..]);
+        let later = pauses.due(all, start + EVERY);
+        assert_eq!((later.len(), &later[0]), (BATCH, &streams(5000..5001)[0]));
+    }
+
+    #[test]
+    fn pauses_grow_to_their_bound_and_end_with_the_lease() {
+        let (mut pauses, mut now) = (Pauses::default(), Instant::now());
+        for seconds in [2, 4, 8, 10, 10] {
+            pauses.refused(streams(0..1)[0].clone(), now);
+            now += Duration::from_secs(seconds) - Duration::from_millis(1);
+            assert!(pauses.due(streams(0..1), now).is_empty());
+            now += Duration::from_millis(1);
+            assert_eq!(pauses.due(streams(0..1), now).len(), 1);
+        }
+        assert!(pauses.due(Vec::new(), now).is_empty());
+        assert!(pauses.0.is_empty());
+    }
 }

@@ -3,4 +3,5 @@
 pub mod counter;
 pub mod log;
 pub mod metrics;
+pub mod throttle;
 pub mod time;

@@ -13,17 +13,7 @@ pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, Stri
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if let Some(path) = ca_file {
-        let certificates = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|error| format!("the CA file {} cannot be read: {error}", path.display()))?;
-        if certificates.is_empty() {
-            return Err(format!("the CA file {} holds no certificate", path.display()));
-        }
-        for certificate in certificates {
-            roots
-                .add(certificate)
-                .map_err(|error| format!("the CA file {} is no use: {error}", path.display()))?;
-        }
+        add_authorities(&mut roots, path)?;
     }
     // Named explicitly: the process-wide default may be another, or none.
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -31,4 +21,27 @@ pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, Stri
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?;
     Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// Checks that a file of authorities is of use.
+///
+/// # Errors
+/// As those of [`client_config`].
+pub(crate) fn check_ca_file(path: &Path) -> Result<(), String> {
+    add_authorities(&mut RootCertStore::empty(), path)
+}
+
+fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
+    let certificates = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| format!("the CA file {} cannot be read: {error}", path.display()))?;
+    if certificates.is_empty() {
+        return Err(format!("the CA file {} holds no certificate", path.display()));
+    }
+    for certificate in certificates {
+        roots
+            .add(certificate)
+            .map_err(|error| format!("the CA file {} is no use: {error}", path.display()))?;
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::Path,
     process::{Command, Output, Stdio},
     time::Duration,
@@ -71,6 +72,173 @@ fn all_problems_come_at_once_with_exit_code_78() {
     assert_eq!(serve.status.code(), Some(78));
 }
 
+/// The first line that `serve` says of itself, or how it ended and what it said until then.
+fn serve(env: &[(&str, &str)]) -> Result<(), (Option<i32>, String)> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
+    command.arg("serve").env_clear().envs(env.iter().copied()).stdin(Stdio::null());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let listens = lines.any(|line| {
+        let listens = line.contains("\"Listening.\"");
+        said += &(line + "\n");
+        listens
+    });
+    if listens {
+        child.kill().unwrap();
+    }
+    let code = child.wait().unwrap().code();
+    if listens { Ok(()) } else { Err((code, said)) }
+}
+
+/// Files that keys of the configuration name, by what is in them.
+fn files() -> (tempfile::TempDir, impl Fn(&str) -> String) {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().to_str().unwrap().to_owned();
+    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["a".to_owned()]).unwrap();
+    let certificate = certificate.self_signed(&key).unwrap().pem();
+    for (name, text) in [
+        ("empty", ""),
+        ("text", "no PEM at all"),
+        ("certificate", &certificate),
+        ("broken", &certificate.replace("MII", "!!!")),
+        ("public", &key.public_key_pem()),
+        ("private", &key.serialize_pem()),
+        ("key", "key-in-a-file-0123456789\n"),
+        ("keys", "key-in-a-file-0123456789\nkey-in-a-file-9876543210\n"),
+    ] {
+        fs::write(folder.path().join(name), text).unwrap();
+    }
+    (folder, move |name: &str| format!("{root}/{name}"))
+}
+
+/// Configurations, each with the key that is to blame; `""` where nothing is wrong.
+#[derive(Default)]
+struct Configurations(Vec<(String, Vec<(&'static str, String)>)>);
+
+impl Configurations {
+    fn add(&mut self, blamed: &str, env: &[(&'static str, &str)]) {
+        let env = env.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+        self.0.push((blamed.to_owned(), env));
+    }
+}
+
+fn add_urls_and_certificates(all: &mut Configurations, file: impl Fn(&str) -> String) {
+    for (url, blamed) in [
+        ("redis://h", ""),
+        ("redis://u:p@h:1/2?protocol=3", ""),
+        ("unix:///run/r%20s?db=1", ""),
+        ("redis://user@h", "redis.url"),
+        ("redis://h?db=two", "redis.url"),
+        ("redis://:%ff@h", "redis.url"),
+        ("redis://h/4294967296", "redis.url"),
+        ("unix:///r%ff", "redis.url"),
+        ("redis://h:0", "redis.url"),
+        ("redis://h:65536", "redis.url"),
+    ] {
+        all.add(blamed, &[("REDIS_URL", url)]);
+    }
+    for name in ["certificate", "empty", "text", "broken", "public", "", "missing"] {
+        let (file, good) = (file(name), name == "certificate");
+        let blamed = |key| if good { "" } else { key };
+        let redis = [("REDIS_URL", "rediss://h"), ("WSPROXY_REDIS__CA_FILE", &file)];
+        all.add(blamed("redis.ca_file"), &redis);
+        let events = [
+            ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+            ("WSPROXY_JWT__JWKS_URL", "https://issuer.example/jwks"),
+            ("ALGORITHM", "ES256"),
+            ("WSPROXY_JWT__CA_FILE", &file),
+        ];
+        all.add(blamed("jwt.ca_file"), &events);
+    }
+    for name in ["public", "certificate", "private", "empty", "text", "", "missing"] {
+        for (algorithm, fits) in [("ES256", true), ("RS256", false)] {
+            let blamed = if fits && name == "public" { "" } else { "jwt.public_key_file" };
+            let file = file(name);
+            let events = [
+                ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+                ("WSPROXY_JWT__PUBLIC_KEY_FILE", file.as_str()),
+                ("ALGORITHM", algorithm),
+            ];
+            all.add(blamed, &events);
+        }
+    }
+}
+
+fn add_secrets_and_ports(all: &mut Configurations, file: impl Fn(&str) -> String) {
+    for (secret, blamed) in [("0123456789abcdef0123456789abcdef", ""), ("short", "jwt.secret_key")]
+    {
+        all.add(blamed, &[("WSPROXY_ENDPOINTS__EVENTS", "true"), ("SECRET_KEY", secret)]);
+    }
+    for (name, blamed) in [
+        ("key", ""),
+        ("keys", "api.key"),
+        ("empty", "api.key"),
+        ("missing", "api.key"),
+        ("", "api.key"),
+    ] {
+        let key = serde_json::json!([
+            { "name": "a", "secret_file": file(name), "scopes": ["events"] },
+        ]);
+        all.add(blamed, &[("WSPROXY_API__KEY", &key.to_string())]);
+        // The same secret twice.
+        let keys = [
+            ("WSPROXY_API__KEY", &*key.to_string()),
+            ("WSPROXY_API__KEYS", "key-in-a-file-0123456789"),
+        ];
+        all.add("api.key", &keys);
+    }
+    let twice = r#"[{"name":"a","secret":"0123456789abcdef","scopes":["events"]},
+        {"name":"a","secret":"fedcba9876543210","scopes":["events"]}]"#;
+    all.add("api.key", &[("WSPROXY_API__KEY", twice)]);
+    all.add("api.keys", &[("WSPROXY_API__KEYS_FILE", &file("text"))]);
+    for (bind, admin, blamed) in [
+        ("127.0.0.1", "127.0.0.1", "admin.port"),
+        ("127.0.0.1", "::ffff:127.0.0.1", "admin.port"),
+        ("127.0.0.1", "::", "admin.port"),
+        ("127.0.0.1", "127.0.0.2", ""),
+    ] {
+        let port = free_port();
+        let ports = [("PORT", port.as_str()), ("METRICS_PORT", &port)];
+        let binds = [("WSPROXY_SERVER__BIND", bind), ("WSPROXY_ADMIN__BIND", admin)];
+        all.add(blamed, &[ports, binds].concat());
+    }
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port().to_string()
+}
+
+#[test]
+fn the_check_refuses_exactly_what_serve_refuses() {
+    let (_folder, file) = files();
+    let mut all = Configurations::default();
+    add_urls_and_certificates(&mut all, &file);
+    add_secrets_and_ports(&mut all, &file);
+    for (blamed, env) in all.0 {
+        let mut env: Vec<_> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        for (name, value) in
+            [("PORT", "0"), ("WSPROXY_SERVER__BIND", "127.0.0.1"), ("WSPROXY_SERVER__THREADS", "1")]
+        {
+            if !env.iter().any(|(known, _)| *known == name) {
+                env.push((name, value));
+            }
+        }
+        let check = wsproxy(&["config", "check"], &env);
+        let (code, said) = (check.status.code(), stderr(&check).to_owned());
+        assert_eq!(code, Some(if blamed.is_empty() { 0 } else { 78 }), "{env:?}: {said}");
+        assert!(said.contains(&blamed), "{blamed} in {said}");
+        assert!(blamed.is_empty() || said.contains("1 problem "), "{said}");
+        match serve(&env) {
+            Ok(()) => assert_eq!(code, Some(0), "{env:?}"),
+            Err(refused) => assert_eq!(refused, (code, said), "{env:?}"),
+        }
+    }
+}
+
 #[test]
 fn show_says_where_each_value_came_from() {
     let (_folder, path) = file("[server]\nport = 1\nthreads = 3\n[limits]\nmax_fragments = 7\n");
@@ -106,6 +274,14 @@ fn what_show_prints_is_a_configuration_again() {
 
 #[test]
 fn secrets_appear_in_no_output() {
+    let key = r#"[{"name":"a","secret":"hunter2-hunter2-hunter2","scopes":["events"]}]"#;
+    for key in [key, &key.replace("events", "evens"), &key.replace("hunter2-", ""), &key[1..]] {
+        for args in [["config", "show"], ["config", "check"]] {
+            let output = wsproxy(&args, &[("WSPROXY_API__KEY", key)]);
+            let both = format!("{}{}", stdout(&output), stderr(&output));
+            assert!(!both.contains("hunter2"), "{both}");
+        }
+    }
     let secret = "hunter2-hunter2-hunter2";
     let (good, bad) = (format!("redis://:{secret}@127.0.0.1:1"), format!("http://:{secret}@h"));
     for args in [["config", "show"], ["config", "check"], ["token", "s"], ["config", "example"]] {

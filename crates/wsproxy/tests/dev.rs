@@ -89,6 +89,17 @@ fn only_pages_of_this_machine_get_a_token() {
         assert_eq!(dev.ask("GET", path, "evil.example", "").0, 403, "{path}");
     }
     assert_eq!(dev.ask("POST", "/dev/session", "evil.example", "").0, 403);
+    // A foreign page whose name leads here learns nothing either.
+    let paths = ["/health", "/ready", "/metrics", "/api/v1/openapi.json", "/demo/ws/s", "/nothing"];
+    for path in paths {
+        let (status, body) = dev.ask("GET", path, "evil.example", "");
+        assert!(status == 403 && body.contains("host_not_allowed"), "{path}: {status} {body}");
+    }
+    for (path, status) in [("/health", 200), ("/metrics", 200), ("/demo/ws/s", 426)] {
+        for host in ["localhost", "127.0.0.1:1", "[::1]", &dev.address] {
+            assert_eq!(dev.ask("GET", path, host, "").0, status, "{path} {host}");
+        }
+    }
     assert_eq!(dev.ask("POST", "/dev/session", "localhost", r#"{"session_id":"a b"}"#).0, 400);
     assert_eq!(dev.ask("POST", "/dev/session", "localhost", "{").0, 400);
     assert_eq!(dev.ask("GET", "/dev/session", "localhost", "").0, 405);

@@ -193,9 +193,9 @@ export class Gateway extends Machine {
     return JSON.parse(text);
   }
 
-  /** A one-time ticket. */
-  async ticket(session: string): Promise<string> {
-    return (await this.api(`sessions/${session}/token`)).token;
+  /** A one-time ticket, or one for event streams. */
+  async ticket(session: string, eventStream = false): Promise<string> {
+    return (await this.api(`sessions/${session}/token`, eventStream ? { event_stream: true } : undefined)).token;
   }
 }
 

@@ -27,18 +27,18 @@ class Log {
   /** What a gateway says to a client that comes with this position, as frames of the envelope. */
   answer(position: string): string[] {
     const newest = this.entries.length;
-    const hello = `\n${JSON.stringify({ type: "opened", connection_id: "c", event_id: `${newest}-0` })}`;
+    const hello = `\n${JSON.stringify({ type: "opened", connection_id: "c", event_id: `${newest}-0-000000aa` })}`;
     if (position === "") return [hello];
     const after = Number(position.split("-")[0]);
     if (after < this.kept) {
-      return [hello, `\n${JSON.stringify({ type: "error", code: "history_lost", reason: "trimmed", event_id: `${newest}-0` })}`];
+      return [hello, `\n${JSON.stringify({ type: "error", code: "history_lost", reason: "trimmed", event_id: `${newest}-0-000000aa` })}`];
     }
     const missed = this.entries.slice(after).map((n) => this.frame(n));
     return [`\n${JSON.stringify({ type: "resumed", count: missed.length, last_event_id: position })}`, ...missed];
   }
 
   frame(n: number): string {
-    return `${n}-0\n${JSON.stringify({ n })}`;
+    return `${n}-0-000000aa\n${JSON.stringify({ n })}`;
   }
 }
 

@@ -42,7 +42,7 @@ async function events(options: Partial<EventsOptions> = {}): Promise<Events> {
   return connection;
 }
 
-const welcome = { type: "connected", connection_id: "c", user_id: "u", event_id: "1-0", expires_at: null, heartbeat: { interval: 30, timeout: 60 } };
+const welcome = { type: "connected", connection_id: "c", user_id: "u", event_id: "1-0-000000aa", expires_at: null, heartbeat: { interval: 30, timeout: 60 } };
 
 test("the credential is in the subprotocol and nowhere in the URL, and the position is always asked for", async () => {
   await session();
@@ -225,11 +225,11 @@ test("the network's return and a look at the page end the wait at once", async (
   page.dispatchEvent(new Event("online"));
   await turn();
   expect(FakeSocket.all.length).toBe(3);
-  FakeSocket.last.say({ type: "opened", connection_id: "c", event_id: "7-0" });
+  FakeSocket.last.say({ type: "opened", connection_id: "c", event_id: "7-0-000000aa" });
   page.dispatchEvent(new Event("online"));
   await turn();
   expect(FakeSocket.all.length).toBe(4);
-  expect(FakeSocket.last.url.searchParams.get("last_event_id")).toBe("7-0");
+  expect(FakeSocket.last.url.searchParams.get("last_event_id")).toBe("7-0-000000aa");
   connection.close();
   page.dispatchEvent(new Event("online"));
   await turn(100_000);

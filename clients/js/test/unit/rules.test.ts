@@ -3,7 +3,7 @@
 import { expect, test } from "vitest";
 import { advise, type End } from "../../src/advice.ts";
 import { fullJitter } from "../../src/backoff.ts";
-import { isBehind } from "../../src/messages.ts";
+import { isBehind, position } from "../../src/messages.ts";
 import { Recent } from "../../src/recent.ts";
 import { bearer, unwrap } from "../../src/websocket.ts";
 
@@ -59,11 +59,20 @@ test("the envelope carries an id or none, around text and bytes", () => {
 });
 
 test("positions are compared as numbers, other ids not at all", () => {
-  expect(isBehind("9-0", "10-0")).toBe(true);
-  expect(isBehind("10-2", "10-10")).toBe(true);
-  expect(isBehind("10-10", "10-10")).toBe(false);
-  expect(isBehind("18446744073709551615-1", "18446744073709551614-2")).toBe(false);
-  expect(isBehind("order-7", "10-10")).toBe(false);
+  expect(isBehind("9-0-000000ff", "10-0-000000aa")).toBe(true);
+  expect(isBehind("10-2-000000aa", "10-10-000000aa")).toBe(true);
+  expect(isBehind("10-10-000000aa", "10-10-000000bb")).toBe(false);
+  expect(isBehind("18446744073709551615-1-000000aa", "18446744073709551614-2-000000aa")).toBe(false);
+  expect(isBehind("order-7", "10-10-000000aa")).toBe(false);
+  // Of the version before.
+  expect(isBehind("9-0-000000aa", "10-0")).toBe(true);
+});
+
+test("a position has three parts and nothing else is one", () => {
+  for (const id of ["1732190000000-0-5d2c0f6a", "1-0-00000000", "18446744073709551615-7-0a1b2c3d"]) expect(position(id)).toBe(id);
+  for (const id of ["", "0", "0-0", "1-0", "0-1-00000000", "01-0-00000000", "1-00-00000000", "1-0-0", "1-0-0000000A", "1-0-00000000 ", 7, null]) {
+    expect(position(id)).toBe(undefined);
+  }
 });
 
 test("only the newest ids are remembered", () => {

@@ -28,7 +28,7 @@ function open<M = Down>(options: Partial<SessionOptions> = {}): Session<M> {
   return session;
 }
 
-const token = (n: number): unknown => ({ event_id: `${n}-0`, type: "token", n });
+const token = (n: number): unknown => ({ event_id: `${n}-0-000000aa`, type: "token", n });
 
 test("a dropped connection resumes after the last message; duplicates are dropped; the outcome is told", async () => {
   const session = open();
@@ -40,42 +40,42 @@ test("a dropped connection resumes after the last message; duplicates are droppe
 
   const first = await gateway.peers.next();
   expect(first.lastEventId).toBe("");
-  first.say({ type: "opened", connection_id: "c", event_id: "1-0" }, token(2), token(3), token(3));
+  first.say({ type: "opened", connection_id: "c", event_id: "1-0-000000aa" }, token(2), token(3), token(3));
   first.sayRaw("no json");
   await messages(session, 3);
   first.drop();
 
   const second = await gateway.peers.next();
-  expect(second.lastEventId).toBe("3-0");
-  second.say({ type: "resumed", count: 2, last_event_id: "3-0" }, token(4), token(3), token(5), { type: "done" });
+  expect(second.lastEventId).toBe("3-0-000000aa");
+  second.say({ type: "resumed", count: 2, last_event_id: "3-0-000000aa" }, token(4), token(3), token(5), { type: "done" });
   await done;
-  expect(heard).toEqual(["connected c 1-0", 2, 3, "resumed 2 after 3-0", 4, 5]);
-  expect(session.lastEventId).toBe("5-0");
+  expect(heard).toEqual(["connected c 1-0-000000aa", 2, 3, "resumed 2 after 3-0-000000aa", 4, 5]);
+  expect(session.lastEventId).toBe("5-0-000000aa");
 });
 
 test("a connection lost before anything came resumes from where it began", async () => {
   const session = open();
   const first = await gateway.peers.next();
-  first.say({ type: "opened", connection_id: "c", event_id: "17-3" });
+  first.say({ type: "opened", connection_id: "c", event_id: "17-3-000000aa" });
   await session.once("connected");
   first.drop();
   const second = await gateway.peers.next();
-  expect(second.lastEventId).toBe("17-3");
+  expect(second.lastEventId).toBe("17-3-000000aa");
   // What is the position now is not what this client has: the messages that were missed have not come yet.
-  second.say({ type: "connected", connection_id: "d", event_id: "20-0" });
+  second.say({ type: "connected", connection_id: "d", event_id: "20-0-000000aa" });
   await session.once("connected");
   second.drop();
-  expect((await gateway.peers.next()).lastEventId).toBe("17-3");
+  expect((await gateway.peers.next()).lastEventId).toBe("17-3-000000aa");
 });
 
 test("a lost history is told, and the stream goes on from the position that it names", async () => {
-  const session = open({ lastEventId: "5-0" });
+  const session = open({ lastEventId: "5-0-000000aa" });
   const first = await gateway.peers.next();
-  expect(first.lastEventId).toBe("5-0");
-  first.say({ type: "error", code: "history_lost", reason: "emptied", message: "Redis was emptied.", event_id: "0-9" });
-  expect(await session.once("historyLost")).toEqual({ reason: "emptied", message: "Redis was emptied.", eventId: "0-9" });
+  expect(first.lastEventId).toBe("5-0-000000aa");
+  first.say({ type: "error", code: "history_lost", reason: "emptied", message: "Redis was emptied.", event_id: "1-0-000000aa" });
+  expect(await session.once("historyLost")).toEqual({ reason: "emptied", message: "Redis was emptied.", eventId: "1-0-000000aa" });
   first.drop();
-  expect((await gateway.peers.next()).lastEventId).toBe("0-9");
+  expect((await gateway.peers.next()).lastEventId).toBe("1-0-000000aa");
 });
 
 test("with the envelope, text and bytes of any kind resume, and the worker's own words are the worker's", async () => {
@@ -85,55 +85,78 @@ test("with the envelope, text and bytes of any kind resume, and the worker's own
   session.on("message", ({ data, eventId }) => heard.push([data, eventId]));
   const peer = await gateway.peers.next();
   expect(peer.offered).toEqual(["wsproxy.id.v1", "wsproxy.v1", "bearer.t"]);
-  peer.sayRaw('\n{"type":"opened","connection_id":"c","event_id":"1-0"}');
-  peer.sayRaw("2-0\nplain\ntext");
-  peer.sayRaw(Buffer.from([51, 45, 48, 10, 0, 255, 10]));
-  peer.sayRaw('4-0\n{"event_id":"mine","type":"resumed","count":1}');
-  peer.sayRaw("4-0\nagain");
+  peer.sayRaw('\n{"type":"opened","connection_id":"c","event_id":"1-0-000000aa"}');
+  peer.sayRaw("2-0-000000aa\nplain\ntext");
+  peer.sayRaw(Buffer.concat([Buffer.from("3-0-000000aa\n"), Buffer.from([0, 255, 10])]));
+  peer.sayRaw('4-0-000000aa\n{"event_id":"mine","type":"resumed","count":1}');
+  peer.sayRaw("4-0-000000aa\nagain");
   peer.sayRaw("\nwithout history");
   const done = new Promise((resolve) => session.on("message", ({ data }) => data === "without history" && resolve(0)));
   await done;
   expect(heard).toEqual([
-    ["plain\ntext", "2-0"],
-    [Uint8Array.of(0, 255, 10), "3-0"],
-    [{ event_id: "mine", type: "resumed", count: 1 }, "4-0"],
+    ["plain\ntext", "2-0-000000aa"],
+    [Uint8Array.of(0, 255, 10), "3-0-000000aa"],
+    [{ event_id: "mine", type: "resumed", count: 1 }, "4-0-000000aa"],
     ["without history", undefined],
   ]);
-  expect(session.lastEventId).toBe("4-0");
+  expect(session.lastEventId).toBe("4-0-000000aa");
 });
 
-test("only what is held takes the position on: a plain publish has an id of its own but no history", async () => {
+test("messages that share a member event_id of the application's are all delivered", async () => {
   gateway.protocol = "wsproxy.id.v1";
-  const session = open<unknown>();
+  const session = open<{ n: number }>();
   const first = await gateway.peers.next();
-  first.sayRaw('5-0\n{"a":1}');
-  first.sayRaw('\n{"event_id":"uuid-1","a":2}');
-  first.sayRaw('\n{"event_id":"uuid-1","a":2}');
-  first.sayRaw('\n{"a":3}');
-  expect((await messages(session, 3)).map(({ eventId }) => eventId)).toEqual(["5-0", "uuid-1", undefined]);
-  expect(session.lastEventId).toBe("5-0");
-
-  // Without the envelope nobody can tell; but what the gateway would refuse is no position.
-  gateway.protocol = "wsproxy.v1";
+  first.sayRaw('5-0-000000aa\n{"event_id":"evt_9","n":0}');
+  // Published plain: it has no position.
+  first.sayRaw('\n{"event_id":"evt_9","n":1}');
+  first.sayRaw('5-1-000000aa\n{"event_id":"1732190000000000-7","n":2}');
+  // Another life of the log has used this id again.
+  first.sayRaw('5-1-000000bb\n{"event_id":"evt_9","n":3}');
+  first.sayRaw('5-2-000000aa\n{"event_id":"evt_9","n":4}');
+  first.sayRaw('5-2-000000aa\n{"event_id":"evt_9","n":4}');
+  first.sayRaw('\n{"event_id":"6-0-000000aa","n":5}');
+  const came = await messages(session, 6);
+  expect(came.map(({ data }) => data.n)).toEqual([0, 1, 2, 3, 4, 5]);
+  expect(came.map(({ eventId }) => eventId)).toEqual([
+    "5-0-000000aa", undefined, "5-1-000000aa", "5-1-000000bb", "5-2-000000aa", undefined,
+  ]);
   first.drop();
-  const second = await gateway.peers.next();
-  second.say({ event_id: "order-1" }, { event_id: "not a position" }, { event_id: "x".repeat(129) }, { event_id: "" });
-  await messages(session, 4);
-  expect(session.lastEventId).toBe("order-1");
+  expect((await gateway.peers.next()).lastEventId).toBe("5-2-000000aa");
+});
+
+test("the position goes on in another life of the log, whose ids may be lower", async () => {
+  const session = open();
+  const first = await gateway.peers.next();
+  first.say(token(9), token(3), token(4), token(3));
+  await messages(session, 3);
+  first.drop();
+  expect((await gateway.peers.next()).lastEventId).toBe("4-0-000000aa");
+});
+
+test("without the envelope only a member that is a position is one", async () => {
+  const session = open<{ n: number }>();
+  const first = await gateway.peers.next();
+  const ids = ["5-0-000000aa", "evt_9", "evt_9", "9-9", "5-0-000000aa", 7, null, "0", "5-1-000000AA", ""];
+  first.say(...ids.map((event_id, n) => ({ event_id, n })));
+  const came = await messages(session, 9);
+  expect(came.map(({ data }) => data.n)).toEqual([0, 1, 2, 3, 5, 6, 7, 8, 9]);
+  expect(came.map(({ eventId }) => eventId).filter(Boolean)).toEqual(["5-0-000000aa"]);
+  first.drop();
+  expect((await gateway.peers.next()).lastEventId).toBe("5-0-000000aa");
 });
 
 test("snapshots stand at the position of the loss, all of them", async () => {
   gateway.protocol = "wsproxy.id.v1";
-  const session = open<unknown>({ lastEventId: "7-0" });
+  const session = open<unknown>({ lastEventId: "7-0-000000aa" });
   const peer = await gateway.peers.next();
-  const say = (message: unknown): void => peer.sayRaw(`9-0\n${JSON.stringify(message)}`);
-  say({ type: "opened", connection_id: "c", event_id: "9-0" });
-  say({ type: "error", code: "history_lost", reason: "trimmed", message: "", event_id: "9-0" });
+  const say = (message: unknown): void => peer.sayRaw(`9-0-000000aa\n${JSON.stringify(message)}`);
+  say({ type: "opened", connection_id: "c", event_id: "9-0-000000aa" });
+  say({ type: "error", code: "history_lost", reason: "trimmed", message: "", event_id: "9-0-000000aa" });
   for (const stream of ["a", "b"]) say({ type: "stream_snapshot", stream, state: "open", seq: 2, text: `of ${stream}` });
-  peer.sayRaw("9-1\nlive");
+  peer.sayRaw("9-1-000000aa\nlive");
   await messages(session, 1);
   expect(session.streams.map(({ text }) => text)).toEqual(["of a", "of b"]);
-  expect(session.lastEventId).toBe("9-1");
+  expect(session.lastEventId).toBe("9-1-000000aa");
 });
 
 test("what is sent while away arrives in order at the next connection", async () => {
@@ -152,7 +175,7 @@ test("a ticket for another session begins anew", async () => {
   let name = "one";
   const session = open({ getTicket: () => ({ token: "t", session: name }) });
   const first = await gateway.peers.next();
-  first.say({ type: "opened", connection_id: "c", event_id: "9-0" }, { type: "stream_open", stream: "a" });
+  first.say({ type: "opened", connection_id: "c", event_id: "9-0-000000aa" }, { type: "stream_open", stream: "a" });
   await session.once("stream");
   name = "two";
   first.drop();
@@ -186,7 +209,7 @@ test("a handler that throws is told of, and the others hear the message", async 
   const problems = new Inbox<string>();
   session.on("error", ({ code }) => problems.put(code));
   expect([await problems.next(), await problems.next()]).toEqual(["handler", "handler"]);
-  expect(heard).toEqual(["1-0", "2-0"]);
+  expect(heard).toEqual(["1-0-000000aa", "2-0-000000aa"]);
 });
 
 test("a loop over the session goes over reconnects and ends with close()", async () => {
@@ -211,8 +234,8 @@ test("a token stream continues over a cut, and stop() goes up", async () => {
   const session = open();
   const opened = session.once("stream");
   const first = await gateway.peers.next();
-  const append = (id: number, seq: number, text: string): unknown => ({ event_id: `${id}-0`, type: "stream_append", stream: "a", seq, text });
-  first.say({ event_id: "1-0", type: "stream_open", stream: "a", meta: { model: "m" } }, append(2, 1, "One "));
+  const append = (id: number, seq: number, text: string): unknown => ({ event_id: `${id}-0-000000aa`, type: "stream_append", stream: "a", seq, text });
+  first.say({ event_id: "1-0-000000aa", type: "stream_open", stream: "a", meta: { model: "m" } }, append(2, 1, "One "));
   const stream = await opened;
   expect(stream).toBe(session.stream("a"));
   while (stream.seq < 1) await stream.once("update");
@@ -221,12 +244,12 @@ test("a token stream continues over a cut, and stop() goes up", async () => {
   first.drop();
 
   const second = await gateway.peers.next();
-  expect(second.lastEventId).toBe("2-0");
+  expect(second.lastEventId).toBe("2-0-000000aa");
   second.say(
-    { type: "resumed", count: 2, last_event_id: "2-0" },
+    { type: "resumed", count: 2, last_event_id: "2-0-000000aa" },
     append(3, 2, "two "),
     append(4, 3, "three."),
-    { event_id: "5-0", type: "stream_end", stream: "a", outcome: "cancelled", seq: 3 },
+    { event_id: "5-0-000000aa", type: "stream_end", stream: "a", outcome: "cancelled", seq: 3 },
   );
   await stream.finished();
   expect(stream).toMatchObject({ text: "One two three.", state: "cancelled", meta: { model: "m" }, incomplete: false });

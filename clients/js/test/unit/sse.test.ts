@@ -40,17 +40,17 @@ test("messages, positions and resume; the token is in a header", async () => {
   expect(first.url.href).toBe("http://gateway/demo/ws/s-1?last_event_id=");
   expect(first.request.headers).toMatchObject({ accept: "text/event-stream", authorization: "Bearer secret" });
   answer(first);
-  first.response.write('id: 1-0\n\n:\n\nid: 2-0\ndata: {"a":\ndata: 1}\n\n');
+  first.response.write('id: 1-0-000000aa\n\n:\n\nid: 2-0-000000aa\ndata: {"a":\ndata: 1}\n\n');
   await made.once("message");
-  expect([made.state, made.transport, made.lastEventId]).toEqual(["open", "sse", "2-0"]);
+  expect([made.state, made.transport, made.lastEventId]).toEqual(["open", "sse", "2-0-000000aa"]);
   expect(() => made.send({})).toThrow(/downstream/);
   first.response.end('event: close\ndata: {"code":1012,"reason":"restart"}\n\n');
 
   const second = await gateway.listeners.next();
-  expect(second.url.searchParams.get("last_event_id")).toBe("2-0");
+  expect(second.url.searchParams.get("last_event_id")).toBe("2-0-000000aa");
   answer(second);
   // A character in two chunks.
-  const bytes = Buffer.from('data: {"type":"resumed","count":2,"last_event_id":"2-0"}\n\nid: 2-0\ndata: twice\n\nid: 3-0\ndata: ü\n\n');
+  const bytes = Buffer.from('data: {"type":"resumed","count":2,"last_event_id":"2-0-000000aa"}\n\nid: 2-0-000000aa\ndata: twice\n\nid: 3-0-000000aa\ndata: ü\n\n');
   const at = bytes.indexOf(0xc3) + 1;
   second.response.write(bytes.subarray(0, at));
   await made.once("resumed");
@@ -63,6 +63,25 @@ test("the token may be in the URL, where a preflight is not wanted", async () =>
   session({ transport: "sse", sseTokenIn: "query" });
   const { url, request } = await gateway.listeners.next();
   expect([url.searchParams.get("token"), request.headers.authorization]).toEqual(["secret", undefined]);
+});
+
+test("a token of event streams opens these at once, again and again, and no WebSocket", async () => {
+  const { made } = session({ getTicket: () => "sse.secret" });
+  for (let n = 0; n < 2; n += 1) {
+    const listener = await gateway.listeners.next();
+    expect(listener.request.headers.authorization).toBe("Bearer sse.secret");
+    answer(listener);
+    listener.response.write(":\n\n");
+    await made.opened();
+    expect(made.transport).toBe("sse");
+    listener.response.destroy();
+  }
+  expect(gateway.peers.size).toBe(0);
+
+  const other = session({ transport: "websocket", getTicket: () => "sse.secret" });
+  const error = await other.made.once("error");
+  expect([error.code, error.message]).toEqual(["credentials", "The token opens event streams only."]);
+  expect([gateway.peers.size, gateway.refused]).toEqual([0, 0]);
 });
 
 test("a close event ends it as the code advises", async () => {

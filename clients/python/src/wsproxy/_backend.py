@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ._backoff import Backoff
-from ._feeds import Consumer
+from ._feeds import Consumer, Subscription
 from .errors import Unavailable
-from .types import Failure, History, Outcome, Presence, Receipt, Ticket, UpstreamMessage
+from .types import Failure, GapCallback, History, Outcome, Presence, Receipt, Ticket, UpstreamMessage
 
 T = TypeVar("T")
 
@@ -71,6 +71,17 @@ class StreamCall:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketRequest:
+    """What a ticket is to open, and for how long (seconds)."""
+
+    agent: str
+    session: str
+    ttl: float
+    event_stream: bool
+    bound: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnection:
     """Whose connections to the event endpoint are ended, and for how long (seconds) their tokens are refused."""
 
@@ -85,7 +96,7 @@ class Disconnection:
 class Backend(Protocol):
     """A way to the gateway. Every method raises an error of this package, and is done once or says it is in doubt."""
 
-    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket: ...
+    async def issue_ticket(self, request: TicketRequest) -> Ticket: ...
     async def publish(self, publication: Publication) -> Receipt: ...
     async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]: ...
     async def stream(self, call: StreamCall) -> StreamReply: ...
@@ -99,6 +110,9 @@ class Backend(Protocol):
     async def take_kept(self, session: str) -> list[UpstreamMessage]: ...
     def follow_upstream(self, session: str, kept: bool) -> Consumer: ...
     def follow_sessions(self, agent: str) -> Consumer: ...
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]: ...
     async def aclose(self) -> None: ...
 
 

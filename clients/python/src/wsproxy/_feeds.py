@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 # A reader that falls further behind loses the oldest and is told so; nobody else waits for it.
 _ENTRIES_MAX = 10_000
+# A log is read this often, in seconds, if its channel says nothing.
+_LOOK_AFTER = 15.0
 
 
 class Subscribed:
@@ -34,6 +36,7 @@ class Consumer:
         self._items: deque[Item] = deque()
         self._arrived = asyncio.Event()
         self._confirmed = asyncio.Event()
+        self._taken = asyncio.Event()
         self._error: Exception | None = None
         self.was_confirmed = False
 
@@ -45,9 +48,12 @@ class Consumer:
         self._items.append(item)
         self._arrived.set()
 
-    def confirm(self, gap_seconds: float) -> None:
-        """The subscription stands, after an interruption of so many seconds if it stood before."""
-        if self.was_confirmed:
+    def confirm(self, gap_seconds: float | None) -> None:
+        """The subscription stands, after an interruption of so many seconds if it stood before.
+
+        ``None``: nothing was missed in it.
+        """
+        if self.was_confirmed and gap_seconds is not None:
             self.push(Gap(gap_seconds, "connection"))
         self.was_confirmed = True
         self.push(SUBSCRIBED)
@@ -72,7 +78,18 @@ class Consumer:
                 raise self._error
             self._arrived.clear()
             await self._arrived.wait()
+        self._taken.set()
         return self._items.popleft()
+
+    async def room(self) -> None:
+        """Waits while so much is in the queue that more might be lost."""
+        while len(self._items) >= self._entries_max // 2:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def clear(self) -> None:
+        """Forgets what waits."""
+        self._items.clear()
 
     def close(self) -> None:
         """Gives the subscription up; may be called more than once, and from anywhere in the loop's thread."""
@@ -97,13 +114,17 @@ class Subscription(Generic[T]):
         parse: Callable[[UpstreamMessage], T | None],
         on_gap: GapCallback | None,
         kept: Callable[[], Awaitable[list[UpstreamMessage]]] | None = None,
+        log: Callable[[], Awaitable[list[UpstreamMessage | Gap]]] | None = None,
     ) -> None:
         self._open = open_consumer
         self._parse = parse
         self._on_gap = on_gap
         # What was kept while nobody listened: read whenever the subscription is confirmed.
         self._kept = kept
-        self._ahead: deque[UpstreamMessage] = deque()
+        self._ahead: deque[Item] = deque()
+        # What is delivered instead of the channel's messages, which then only say when to look.
+        self._log = log
+        self._look = log is not None
         self._consumer: Consumer | None = None
         self._closed = False
 
@@ -126,10 +147,7 @@ class Subscription(Generic[T]):
     async def __anext__(self) -> T:
         consumer = self._opened()
         while True:
-            if self._ahead:
-                item: Item = self._ahead.popleft()
-            else:
-                item = await consumer.next()
+            item = self._ahead.popleft() if self._ahead else await self._next(consumer)
             if isinstance(item, UpstreamMessage):
                 parsed = self._parse(item)
                 if parsed is not None:
@@ -141,6 +159,24 @@ class Subscription(Generic[T]):
                         await answer
             elif self._kept is not None:
                 self._ahead.extend(await self._kept())
+
+    async def _next(self, consumer: Consumer) -> Item:
+        if self._log is None:
+            return await consumer.next()
+        await consumer.confirmed()
+        while True:
+            if self._look:
+                self._ahead.extend(await self._log())
+                self._look = bool(self._ahead)
+                if self._ahead:
+                    return self._ahead.popleft()
+            # The look that follows finds all that the channel has said so far.
+            try:
+                await asyncio.wait_for(consumer.next(), _LOOK_AFTER)
+                consumer.clear()
+            except TimeoutError:
+                pass
+            self._look = True
 
     async def aclose(self) -> None:
         """Gives the subscription up."""

@@ -31,7 +31,16 @@ class Follower:
         path: str,
         error_of: Callable[[httpx.Response], WsproxyError],
         forget: Callable[[], object] = lambda: None,
+        *,
+        resumes: bool = False,
+        paced: bool = False,
     ) -> None:
+        """A stream that is not followed yet.
+
+        ``resumes``: where its messages have ids it can go on behind the last one, so an interruption loses none.
+        ``paced``: it has one reader, and is read no faster than that one takes messages. It begins at a position of
+        its own, so it loses nothing even before the first message.
+        """
         self._client = client
         self._path = path
         self._error_of = error_of
@@ -40,8 +49,10 @@ class Follower:
         self._task: asyncio.Task[None] | None = None
         self._standing = False
         self._heard = time.monotonic()
-        # Of entries that were kept: they are sent again after every reconnect.
+        # Of entries that were kept. A stream that can go on behind the last one does; others send them again.
         self._last_kept = (0, 0)
+        self._resumes = resumes
+        self._paced = paced
         self.over = False
 
     def open(self) -> Consumer:
@@ -99,6 +110,8 @@ class Follower:
     async def _follow(self, backoff: Backoff) -> None:
         timeout = httpx.Timeout(10.0, read=_SILENCE_MAX)
         headers = {"accept": "text/event-stream"}
+        if self._resumes and self._last_kept > (0, 0):
+            headers["last-event-id"] = "{}-{}".format(*self._last_kept)
         async with self._client.stream("GET", self._path, headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
                 await response.aread()
@@ -106,12 +119,15 @@ class Follower:
             backoff.reset()
             lost_for, self._standing = time.monotonic() - self._heard, True
             for consumer in self._consumers:
-                consumer.confirm(lost_for)
+                consumer.confirm(None if self._loses_nothing() else lost_for)
             parser = Parser()
             async for chunk in response.aiter_bytes():
                 self._heard = time.monotonic()
                 for event in parser.feed(chunk):
                     self._deliver(event)
+                if self._paced:
+                    for consumer in self._consumers:
+                        await consumer.room()
 
     def _deliver(self, event: ServerSentEvent) -> None:
         if event.data is None:
@@ -125,7 +141,14 @@ class Follower:
         elif event.event == "bus_recovered":
             self._push(Gap(float(json.loads(event.data).get("gap_ms", 0)) / 1000, "bus"))
         elif event.event == "overflow":
-            self._push(Gap(0.0, "overflow"))
+            if not self._loses_nothing():
+                self._push(Gap(0.0, "overflow"))
+        elif event.event == "history_lost":
+            self._last_kept = (0, 0)
+            self._push(Gap(0.0, "history_lost"))
+
+    def _loses_nothing(self) -> bool:
+        return self._paced or (self._resumes and self._last_kept > (0, 0))
 
     def _push(self, item: UpstreamMessage | Gap) -> None:
         for consumer in self._consumers:

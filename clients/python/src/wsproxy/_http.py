@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 
-from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
-from ._feeds import Consumer
+from ._backend import (
+    Disconnection,
+    Publication,
+    StreamCall,
+    StreamReply,
+    StreamState,
+    Target,
+    TicketRequest,
+    retrying,
+)
+from ._feeds import Consumer, Subscription
 from ._follower import Follower
+from ._positions import START
 from .client.streams import MergedStreams
 from .errors import (
     InvalidRequest,
@@ -27,11 +38,15 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Failure, History, HistoryEvent, Presence, Receipt, Ticket, UpstreamMessage
+from .types import Failure, GapCallback, History, HistoryEvent, Presence, Receipt, Ticket, UpstreamMessage
+
+T = TypeVar("T")
 
 # What the gateway takes in one call.
 _BATCH_MAX = 1000
 _BATCH_BYTES = 512 * 1024
+# Codes of refusals before anything was done.
+_NOT_DONE = ("not_done", "full", "draining", "rate_limited", "request_timeout")
 # The request was not sent, so it may be sent again.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -45,6 +60,8 @@ def error_of(response: httpx.Response) -> WsproxyError:
     except (ValueError, KeyError, TypeError):
         pass
     text = f"{message} ({response.status_code} {code})".replace(" )", ")")
+    if code == "not_done" and response.status_code == 409:
+        return InvalidRequest(text)
     match response.status_code:
         case 401 | 403:
             return Unauthorized(text)
@@ -53,8 +70,9 @@ def error_of(response: httpx.Response) -> WsproxyError:
         case 429 | 500 | 502 | 503 | 504 | 408:
             retry_after = response.headers.get("retry-after", "")
             # Whatever was refused for its number or before it was read was not done.
-            done = response.status_code not in (429, 408)
-            return Unavailable(text, in_doubt=done, retry_after=float(retry_after) if retry_after.isdigit() else None)
+            in_doubt = response.status_code not in (429, 408) and code not in _NOT_DONE
+            pause = float(retry_after) if retry_after.isdigit() else None
+            return Unavailable(text, in_doubt=in_doubt, retry_after=pause)
         case 404 | 409 | 410:
             return _stream_error(code, text) or NotFound(text)
     return InvalidRequest(text)
@@ -108,10 +126,16 @@ class HttpBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
-        body = {"ttl_seconds": max(1, round(ttl))}
-        answer = await self._call("POST", f"sessions/{_path(session)}/token", repeatable=True, json=body)
-        return Ticket(agent, session, answer["token"], float(answer["expires_in"]))
+    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+        body = {
+            "ttl_seconds": max(1, round(request.ttl)),
+            "event_stream": request.event_stream or None,
+            "agent_id": request.agent if request.bound else None,
+        }
+        path = f"sessions/{_path(request.session)}/token"
+        answer = await self._call("POST", path, repeatable=True, json=_without_none(body))
+        expires_in = float(answer["expires_in"])
+        return Ticket(request.agent, request.session, answer["token"], expires_in, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         target = publication.target
@@ -203,7 +227,7 @@ class HttpBackend:
                 "jti": request.jti,
                 "code": request.code,
                 "reason": request.reason,
-                "revoke_seconds": None if request.revoke is None else max(1, round(request.revoke)),
+                "revoke_seconds": None if request.revoke is None else math.ceil(request.revoke),
             }
         )
         answer = await self._call("POST", "events/disconnect", repeatable=True, json=body)
@@ -217,14 +241,16 @@ class HttpBackend:
         ]
 
     async def history(self, target: Target, after: str, limit: int) -> History:
-        parameters: dict[str, str | int] = {"after": after, "limit": limit}
+        parameters: dict[str, str | int] = {"after": "0" if after == START else after, "limit": limit}
         if target.kind == "session":
             path = f"sessions/{_path(target.id)}/history"
         else:
             path = "events/history"
             parameters["channel"] = str(target)
         answer = await self._call("GET", path, repeatable=True, params=parameters)
-        events = tuple(HistoryEvent(each["event_id"], _data(each)) for each in answer["events"])
+        events = tuple(
+            HistoryEvent(each["event_id"], _data(each), each.get("own_event_id")) for each in answer["events"]
+        )
         complete, position = bool(answer["complete"]), str(answer["position"])
         # The gateway tells the end of the log, of which an incomplete page is not the last.
         if events and not complete:
@@ -245,13 +271,28 @@ class HttpBackend:
         return self._shared(path)
 
     def follow_sessions(self, agent: str) -> Consumer:
-        return self._shared(f"agents/{_path(agent)}/sessions/events")
+        return self._shared(f"sessions/events?agent={_path(agent)}", resumes=True)
 
-    def _shared(self, path: str) -> Consumer:
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]:
+        path = f"sessions/events?agent={_path(agent)}&after={after or '0'}"
+
+        def open_own() -> Consumer:
+            # Of its own: one that joined a running stream would not begin where it wants to.
+            forget: Callable[[], object] = lambda: self._own.discard(follower)  # noqa: E731
+            follower = Follower(self._client, path, error_of, forget, resumes=True, paced=True)
+            self._own.add(follower)
+            return follower.open()
+
+        return Subscription(open_own, parse, on_gap)
+
+    def _shared(self, path: str, *, resumes: bool = False) -> Consumer:
         follower = self._followers.get(path)
         if follower is None or follower.over:
             forget: Callable[[], object] = lambda: self._followers.pop(path, None)  # noqa: E731
-            follower = self._followers[path] = Follower(self._client, path, error_of, forget)
+            follower = Follower(self._client, path, error_of, forget, resumes=resumes)
+            self._followers[path] = follower
         return follower.open()
 
     async def aclose(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +18,20 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from ._backend import Disconnection, Publication, StreamCall, StreamReply, StreamState, Target, retrying
-from ._feeds import Consumer
+from ._backend import (
+    Disconnection,
+    Publication,
+    StreamCall,
+    StreamReply,
+    StreamState,
+    Target,
+    TicketRequest,
+    retrying,
+)
+from ._backoff import Backoff
+from ._feeds import Consumer, Subscription
 from ._listener import Listener
+from ._positions import START, lost_behind, parse
 from .errors import (
     InvalidRequest,
     StreamConflict,
@@ -29,19 +43,66 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Failure, History, HistoryEvent, Limits, Presence, Receipt, Ticket, UpstreamMessage
+from .types import (
+    Failure,
+    Gap,
+    GapCallback,
+    History,
+    HistoryEvent,
+    Limits,
+    Presence,
+    Receipt,
+    Ticket,
+    UpstreamMessage,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 T = TypeVar("T")
 
+# Enters a token stream into the leases, by the clock of Redis. It is a script of its own, since the leases have a slot
+# of their own. Key: the leases. Arguments: milliseconds, member.
+_LEASE = """
+local time = redis.call('TIME')
+local ends = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
+return redis.call('ZADD', KEYS[1], string.format('%.0f', ends), ARGV[2])
+"""
+# Most bytes of a page of a history.
+_PAGE_BYTES = 64 * 1024 * 1024
+# The head of a log is kept for an eighth longer than this, or than the log.
+_HEAD_SECONDS_MIN = 3600.0
 # As long as the gateway remembers the keys of its HTTP API.
 _IDEMPOTENCY_MS = 10 * 60 * 1000
+# Entries of a log that are read at a time.
+_PAGE = 200
 # How a connection ends whose token was revoked.
 _REVOKED = 4401
-# Errors that Redis answers before it does anything.
-_NOT_DONE = (exceptions.BusyLoadingError, exceptions.ReadOnlyError, exceptions.MaxConnectionsError)
+# What a token begins with that opens event streams until it expires.
+_EVENT_STREAM_PREFIX = "sse."
+# Stamps a key with Redis' clock, which all workers and gateways share, and tells the gateways; a longer life that the
+# key had is not cut short. Key: the revocation. Arguments: milliseconds, channel, message.
+_REVOKE = """
+local left = redis.call('PTTL', KEYS[1])
+local now = redis.call('TIME')[1]
+if left == -1 then redis.call('SET', KEYS[1], now)
+else redis.call('SET', KEYS[1], now, 'PX', string.format('%.0f', math.max(tonumber(ARGV[1]), left))) end
+return redis.call('PUBLISH', ARGV[2], ARGV[3])
+"""
+# Errors that Redis answers before it does anything; redis-py takes the code of these from their texts.
+_NOT_DONE = (
+    exceptions.BusyLoadingError,
+    exceptions.MaxConnectionsError,
+    exceptions.NoScriptError,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+)
+# What the others begin with. All of them pass.
+_NOT_DONE_CODES = frozenset(
+    ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN"]
+)
+# Redis before 7 puts this before an error that stopped a script.
+_IN_SCRIPT = re.compile(r"(?:ERR )?Error running script.*@user_script:\s*\d+:\s*-?", re.DOTALL)
 
 
 def script(name: str) -> str:
@@ -54,18 +115,26 @@ def _errors() -> Iterator[None]:
     """Errors of redis-py as errors of this package."""
     try:
         yield
-    except _NOT_DONE as error:
-        raise Unavailable(f"Redis cannot do it now: {error}") from error
-    except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
-        raise Unauthorized(f"Redis refused the worker: {error}") from error
-    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError) as error:
-        raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
-    except exceptions.ResponseError as error:
-        raise _script_error(str(error)) from error
+    except (exceptions.RedisError, OSError, TimeoutError) as error:
+        raise _error(error) from error
+
+
+def _error(error: Exception) -> WsproxyError:
+    match error:
+        case _ if isinstance(error, _NOT_DONE):
+            return Unavailable(f"Not done: {error}")
+        case exceptions.AuthenticationError() | exceptions.NoPermissionError():
+            return Unauthorized(f"Redis refused the worker: {error}")
+        case exceptions.ResponseError():
+            return _script_error(str(error))
+        case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
+            return Unavailable(f"Redis cannot be reached: {error}", in_doubt=True)
+    return InvalidRequest(f"Redis refused: {error}")
 
 
 def _script_error(text: str) -> WsproxyError:
     # Scripts' own errors may come behind a generic `ERR`, which older versions of Redis put before them.
+    text = _IN_SCRIPT.sub("", text, count=1)
     words = text.removeprefix("ERR ").split()
     match words:
         case ["NOSTREAM", *_]:
@@ -78,8 +147,10 @@ def _script_error(text: str) -> WsproxyError:
             return StreamConflict("The stream was continued by somebody else.")
         case ["TOOLARGE", *_]:
             return TooLarge("The text of the stream is too large.")
-        case ["LOADING" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "READONLY" | "OOM" | "MISCONF", *_]:
-            return Unavailable(f"Redis cannot do it now: {text}")
+        case ["WRONGTYPE", *_]:
+            return InvalidRequest(f"Not done: {text}")
+        case [code, *_] if code in _NOT_DONE_CODES:
+            return Unavailable(f"Not done: {text}")
     return InvalidRequest(f"Redis refused: {text}")
 
 
@@ -97,6 +168,8 @@ class RedisBackend:
         self._retry_for = retry_for
         self._publish = self._redis.register_script(script("publish.lua"))
         self._stream = self._redis.register_script(script("stream.lua"))
+        self._read = self._redis.register_script(script("read.lua"))
+        self._lease = self._redis.register_script(_LEASE)
 
     def _key(self, *parts: str) -> str:
         return self._prefix + ":".join(parts)
@@ -110,6 +183,19 @@ class RedisBackend:
             case kind:
                 return self._key("ws", kind, target.id)
 
+    def _log(self, target: Target) -> str:
+        """The key of a log. All keys of events share the hash tag ``{ws}``, those of a session's channel its name."""
+        match target.kind:
+            case "session":
+                return f"{{{self._channel(target)}}}:log"
+            case "broadcast":
+                return f"{{{self._key('ws')}}}:broadcast:log"
+            case kind:
+                return f"{{{self._key('ws')}}}:{kind}:{target.id}:log"
+
+    def _clock(self) -> str:
+        return f"{{{self._key('ws')}}}:clock"
+
     async def _do(self, call: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
         async def attempt(_: int) -> T:
             with _errors():
@@ -117,11 +203,12 @@ class RedisBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, agent: str, session: str, ttl: float) -> Ticket:
-        token = secrets.token_urlsafe(32)
-        key = self._key("session", session, "auth")
-        await self._do(lambda: self._redis.set(key, token, px=round(ttl * 1000)), repeatable=True)
-        return Ticket(agent, session, token, ttl)
+    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+        token = (_EVENT_STREAM_PREFIX if request.event_stream else "") + secrets.token_urlsafe(32)
+        value = f"agent/{request.agent} {token}" if request.bound else token
+        key = self._key("session", request.session, "auth")
+        await self._do(lambda: self._redis.set(key, value, px=round(request.ttl * 1000)), repeatable=True)
+        return Ticket(request.agent, request.session, token, request.ttl, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         channel = self._channel(publication.target)
@@ -140,15 +227,16 @@ class RedisBackend:
 
     def _publish_call(self, publication: Publication) -> tuple[list[str], list[Any]]:
         channel, limits = self._channel(publication.target), self._limits
-        keys = [f"{channel}:log"]
+        log = self._log(publication.target)
+        keys = [log]
         session = publication.target.kind == "session"
         if not session:
-            keys.append(self._key("ws", "clock"))
+            keys.append(self._clock())
         dedup_ms = 0
         if publication.idempotency_key is not None:
             keys += [""] if session else []
             # Under the name that the gateway gives it, so that a key counts over both ways.
-            keys.append(f"{channel}:log:once:{publication.idempotency_key}")
+            keys.append(_beside(log, f"once:{publication.idempotency_key}"))
             dedup_ms = _IDEMPOTENCY_MS
         args: list[Any] = [channel, publication.payload, limits.entries_max, limits.bytes_max]
         return keys, [*args, round(limits.ttl * 1000), publication.event_id or "", dedup_ms]
@@ -174,21 +262,28 @@ class RedisBackend:
             for index, each in enumerate(answers):
                 # A Redis that was restarted in this moment has forgotten the script, and did not do this one.
                 if isinstance(each, exceptions.NoScriptError):
-                    keys, args = self._publish_call(publications[index])
-                    answers[index] = await self._publish(keys=keys, args=args)
+                    answers[index] = await self._publish_again(publications[index])
             return answers
 
         repeatable = all(each.idempotency_key is not None for each in publications)
         answers = await self._do(run, repeatable=repeatable)
         return [_receipt(each) if not isinstance(each, BaseException) else each for each in answers]
 
+    async def _publish_again(self, publication: Publication) -> Any:
+        keys, args = self._publish_call(publication)
+        try:
+            return await self._publish(keys=keys, args=args)
+        except exceptions.ResponseError as error:
+            # Of this message alone: the others keep their answers.
+            return error
+
     async def stream(self, call: StreamCall) -> StreamReply:
-        channel = self._channel(Target("session", call.session))
-        state = self._key("session", call.session, "stream", call.stream)
-        keys = [f"{channel}:log", state, f"{state}:text"]
-        keys += [self._key("session", call.session, "streams"), self._key("streams", "leases")]
+        target = Target("session", call.session)
+        log = self._log(target)
+        state = _beside(log, f"stream:{call.stream}")
+        keys = [log, state, f"{state}:text", _beside(log, "streams")]
         limits = self._limits
-        args: list[Any] = [call.op, channel, call.session, call.stream, limits.entries_max, limits.bytes_max]
+        args: list[Any] = [call.op, self._channel(target), call.stream, limits.entries_max, limits.bytes_max]
         args += [round(limits.ttl * 1000), round(call.lease * 1000)]
         match call.op:
             case "open":
@@ -197,12 +292,35 @@ class RedisBackend:
                 args += [call.text.encode(), "" if call.seq is None else call.seq]
             case "end":
                 args += [call.outcome, json.dumps(call.error, ensure_ascii=False) if call.error else ""]
-        with _errors():
-            answer = await cast("Awaitable[list[Any]]", self._stream(keys=keys, args=args))
+        async with self._leased(call):
+            with _errors():
+                answer = await cast("Awaitable[list[Any]]", self._stream(keys=keys, args=args))
         return StreamReply(int(answer[0]), _text(answer[1]) or None)
 
+    @contextlib.asynccontextmanager
+    async def _leased(self, call: StreamCall) -> AsyncIterator[None]:
+        """Keeps the leases, in which the gateway looks for streams whose worker died.
+
+        A stream must never be open without a lease, so it is entered before ``open`` and removed after ``end``.
+        """
+        leases, member = self._key("streams", "leases"), f"{call.session}/{call.stream}"
+        if call.op == "open":
+            with _errors():
+                await self._lease(keys=[leases], args=[round(call.lease * 1000), member])
+        try:
+            yield
+        except StreamExists:
+            # The lease of the stream that is there ends earlier, perhaps: the gateway looks now.
+            with contextlib.suppress(exceptions.RedisError, OSError):
+                await self._redis.zadd(leases, {member: 0}, lt=True)
+            raise
+        if call.op == "end":
+            # Where this fails the gateway removes it, when it finds that the stream has ended.
+            with contextlib.suppress(exceptions.RedisError, OSError):
+                await self._redis.zrem(leases, member)
+
     async def stream_state(self, session: str, stream: str) -> StreamState | None:
-        key = self._key("session", session, "stream", stream)
+        key = _beside(self._log(Target("session", session)), f"stream:{stream}")
 
         async def read() -> list[Any]:
             # One transaction, so that text and number belong together.
@@ -221,8 +339,6 @@ class RedisBackend:
         return await self._command(self._key("session", session, "control"), command)
 
     async def disconnect(self, request: Disconnection) -> int:
-        if request.revoke is not None:
-            await self._revoke(request, request.revoke)
         command = {
             "op": "disconnect",
             "user_id": request.user,
@@ -231,17 +347,21 @@ class RedisBackend:
             "code": request.code if request.code is not None or request.revoke is None else _REVOKED,
             "reason": request.reason,
         }
-        return await self._command(self._key("ws", "control"), command)
-
-    async def _revoke(self, request: Disconnection, seconds: float) -> None:
+        channel = self._key("ws", "control")
+        if request.revoke is None:
+            return await self._command(channel, command)
         kind, name = ("user", request.user) if request.user is not None else ("jti", request.jti)
-        key = self._key("ws", "revoked", kind, name or "")
-        # Redis' clock, which all workers share.
-        now = await self._do(lambda: self._redis.time(), repeatable=True)
-        await self._do(lambda: self._redis.set(key, int(now[0]), px=round(seconds * 1000)), repeatable=True)
+        key, milliseconds = f"{{{self._key('ws')}}}:revoked:{kind}:{name}", math.ceil(request.revoke * 1000)
+        text = _command_text(command)
+
+        async def revoke() -> Any:
+            return await self._redis.eval(_REVOKE, 1, key, str(milliseconds), channel, text)
+
+        # What was revoked may be revoked again, and its connections ended.
+        return int(await self._do(revoke, repeatable=True))
 
     async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
-        text = json.dumps({name: value for name, value in command.items() if value is not None})
+        text = _command_text(command)
         # Ending what has ended changes nothing, so this may be said twice.
         return int(await self._do(lambda: self._redis.publish(channel, text), repeatable=True))
 
@@ -259,34 +379,47 @@ class RedisBackend:
         return [_presence(name, entry) for name, entry in entries.items() if entry.get("server_id") in alive]
 
     async def history(self, target: Target, after: str, limit: int) -> History:
-        log = f"{self._channel(target)}:log"
+        keys = [self._log(target)]
+        if target.kind != "session":
+            keys.append(self._clock())
+        is_position = after == START or parse(after) is not None
+        position, event_id = (after, "") if is_position else ("", after)
+        args: list[Any] = [1, position, event_id, limit, _PAGE_BYTES, "", ""]
 
         async def read() -> list[Any]:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xrange(log, f"({after}", "+", count=limit)
-                pipeline.xrange(log, "-", "+", count=1)
-                pipeline.xrevrange(log, "+", "-", count=1)
-                pipeline.time()
-                return await pipeline.execute()
+            return await cast("Awaitable[list[Any]]", self._read(keys=keys, args=args))
 
-        entries, first, last, now = await self._do(read, repeatable=True)
-        events = tuple(HistoryEvent(_text(name), fields[b"data"]) for name, fields in entries)
-        end = _text(last[0][0]) if last else f"0-{_milliseconds(now)}"
-        complete = not events or events[-1].event_id == end
-        position = events[-1].event_id if events else end
-        return History(events, complete, position, _lost(after, entries, first, end))
+        now, _, resolved, known, logs, _ = await self._do(read, repeatable=True)
+        head, _, is_whole, _, complete, fields = logs[0]
+        entries = [fields[n : n + 4] for n in range(0, len(fields), 4)]
+        events = tuple(HistoryEvent(_text(name), data, _text(own) or None) for name, _, own, data in entries)
+        lost = lost_behind(
+            _text(resolved),
+            head=_text(head),
+            previous=_text(entries[0][1]) if entries else _text(head),
+            is_whole=bool(is_whole),
+            is_known=bool(known),
+            age_ms=int(now) - _milliseconds(resolved),
+            head_ms=round(max(self._limits.ttl, _HEAD_SECONDS_MIN) * 1125),
+        )
+        last = events[-1].event_id if events else _text(head) or START
+        return History(events, bool(complete), last, lost)
 
     async def take_kept(self, session: str) -> list[UpstreamMessage]:
-        log = self._key("session", session, "up", "log")
+        up = self._key("session", session, "up")
+        # A gateway of the version before writes under the first name; what it kept is the older.
+        logs = [f"{up}:log", f"{{{up}}}:log"]
 
         async def take() -> list[Any]:
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.xrange(log)
-                pipeline.delete(log)
+                for log in logs:
+                    pipeline.xrange(log)
+                    pipeline.delete(log)
                 return await pipeline.execute()
 
         # Not repeatable by the rules, but what was deleted and not received is lost either way.
-        entries = (await self._do(take, repeatable=True))[0]
+        older, _, newer, _ = await self._do(take, repeatable=True)
+        entries = [*older, *newer]
         return [UpstreamMessage(fields[b"data"], _text(name)) for name, fields in entries]
 
     def follow_upstream(self, session: str, kept: bool) -> Consumer:
@@ -295,36 +428,79 @@ class RedisBackend:
     def follow_sessions(self, agent: str) -> Consumer:
         return self._listener.open(self._key("agent", agent, "sessions"))
 
+    def read_sessions(
+        self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
+    ) -> Subscription[T]:
+        log = _Log("{" + self._key("agent", agent, "sessions") + "}:log", after)
+        # For ever: a reader waits for Redis to come back.
+        return Subscription(lambda: self.follow_sessions(agent), parse, on_gap, log=lambda: self._read_for_ever(log))
+
+    async def _read_for_ever(self, log: _Log) -> list[UpstreamMessage | Gap]:
+        backoff = Backoff(base=0.1, cap=5.0)
+        while True:
+            try:
+                with _errors():
+                    return await log.read(self._redis)
+            except Unavailable:
+                await asyncio.sleep(backoff.next(0.0))
+
     async def aclose(self) -> None:
         await self._listener.aclose()
         await self._redis.aclose()
+
+
+class _Log:
+    """A log of announcements, read from an entry on. Tells where that entry is no longer there."""
+
+    def __init__(self, key: str, after: str) -> None:
+        self._key = key
+        # The last entry that was read; empty: none.
+        self._after = after
+        self._has_read = False
+        # Whether that entry should still be there: if it is not, later ones may have been removed too.
+        self._is_held = True
+
+    async def read(self, redis: Redis) -> list[UpstreamMessage | Gap]:
+        found: list[UpstreamMessage | Gap] = []
+        entries = cast("list[Any]", await redis.xrange(self._key, self._after or "-", "+", count=_PAGE + 1))
+        if self._after and entries and _text(entries[0][0]) == self._after:
+            entries = entries[1:]
+            self._is_held = True
+        elif self._after and entries:
+            if self._is_held:
+                found.append(Gap(0.0, "history_lost"))
+        elif self._after:
+            end = await redis.xrevrange(self._key, count=1)
+            if end:
+                # The log is newer than what was read of it: Redis was emptied and its clock set back.
+                found.append(Gap(0.0, "history_lost"))
+                entries = cast("list[Any]", await redis.xrange(self._key, count=_PAGE))
+            elif not self._has_read:
+                found.append(Gap(0.0, "history_lost"))
+            self._is_held = False
+        self._has_read = True
+        if entries:
+            self._after, self._is_held = _text(entries[-1][0]), True
+        found += [UpstreamMessage(fields.get(b"data", b""), _text(name)) for name, fields in entries]
+        return found
 
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
 
 
-def _milliseconds(now: tuple[int, int]) -> int:
-    return int(now[0]) * 1000 + int(now[1]) // 1000
+def _beside(log: str, what: str) -> str:
+    """A key that belongs to the same channel as a log, and has its slot."""
+    return log.removesuffix("log") + what
 
 
-def _lost(after: str, entries: list[Any], first: list[Any], end: str) -> str | None:
-    """Each entry names the one before it: who has seen that one misses nothing."""
-    if not first or after == end:
-        return None
-    if after.startswith("0-"):
-        return None if _text(first[0][1].get(b"prev")) == "0-0" else "trimmed"
-    if not entries:
-        return "unknown"
-    before = _text(entries[0][1].get(b"prev"))
-    if before == after:
-        return None
-    return "trimmed" if _order(before) > _order(after) else "unknown"
+def _milliseconds(position: Any) -> int:
+    parsed = parse(_text(position))
+    return parsed[0] if parsed is not None else 0
 
 
-def _order(position: str) -> tuple[int, int]:
-    milliseconds, _, sequence = position.partition("-")
-    return int(milliseconds or 0), int(sequence or 0)
+def _command_text(command: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in command.items() if value is not None})
 
 
 def _receipt(answer: Any) -> Receipt:
@@ -336,8 +512,8 @@ def _receipt(answer: Any) -> Receipt:
 def _result(outcome: Receipt | BaseException) -> Receipt | Failure:
     if isinstance(outcome, Receipt):
         return outcome
-    if isinstance(outcome, exceptions.ResponseError):
-        outcome = _script_error(str(outcome))
+    if isinstance(outcome, exceptions.RedisError):
+        outcome = _error(outcome)
     if isinstance(outcome, WsproxyError):
         return Failure(type(outcome).__name__, str(outcome), isinstance(outcome, Unavailable))
     raise outcome

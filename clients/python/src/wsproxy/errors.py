@@ -28,8 +28,9 @@ class NotSupported(WsproxyError):
 
 
 class Unavailable(WsproxyError):
-    """Redis or the gateway could not be reached within the time allowed. Trying again later is right.
+    """Redis or the gateway could not be reached, or refused, for all the time allowed. Trying again later is right.
 
+    A refusal (Redis is full, has too few replicas, is loading, …) says "Not done" and why.
     ``in_doubt`` is true where the call may have been done although no answer came.
     ``retry_after`` is what the gateway asked for, in seconds.
     """

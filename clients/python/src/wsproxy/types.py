@@ -28,12 +28,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right to open one connection of a session, once, within ``expires_in`` seconds."""
+    """The right to open a session within ``expires_in`` seconds: one connection or event stream, once.
+
+    With ``event_stream`` any number of event streams until then, and no WebSocket.
+    """
 
     agent: str
     session: str
     token: str = field(repr=False)
     expires_in: float
+    event_stream: bool = False
 
     @property
     def path(self) -> str:
@@ -99,12 +103,13 @@ class Outgoing:
 class Gap:
     """Messages may be missing here: the way to the bus was interrupted for ``seconds``.
 
-    ``reason`` is ``connection`` (the way was interrupted), ``bus`` (the gateway lost its bus) or ``overflow`` (the
-    reader of the iterator was too slow and the oldest messages were dropped).
+    ``reason`` is ``connection`` (the way was interrupted), ``bus`` (the gateway lost its bus), ``overflow`` (the
+    reader of the iterator was too slow and the oldest messages were dropped) or ``history_lost`` (the log that is
+    read no longer has the entry behind which to go on).
     """
 
     seconds: float
-    reason: Literal["connection", "bus", "overflow"]
+    reason: Literal["connection", "bus", "overflow", "history_lost"]
 
 
 GapCallback: TypeAlias = Callable[[Gap], Awaitable[None] | None]
@@ -115,7 +120,8 @@ GapCallback: TypeAlias = Callable[[Gap], Awaitable[None] | None]
 class UpstreamMessage:
     """What a client of a session sent: JSON, as the gateway let it through.
 
-    ``event_id`` is the position in ``session:{id}:up:log`` where the message was kept while nobody listened.
+    ``event_id`` is the entry's id in the log of the session's upstream, where the message was kept while nobody
+    listened.
     """
 
     data: bytes
@@ -135,7 +141,9 @@ class UpstreamMessage:
 class SessionEvent:
     """A connection of a session was opened or closed. The fields from ``reason`` on are there for ``closed`` only.
 
-    ``raw`` is the whole announcement.
+    With the ``reason`` ``server_lost`` the gateway instance of the connection was killed, and nobody knows
+    ``duration_ms``. ``event_id`` is the position in the log, where announcements are kept. ``raw`` is the whole
+    announcement.
     """
 
     event: Literal["opened", "closed"]
@@ -147,6 +155,7 @@ class SessionEvent:
     reason: str | None = None
     code: int | None = None
     duration_ms: int | None = None
+    event_id: str | None = field(default=None, compare=False)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -162,10 +171,11 @@ class Presence:
 
 @dataclass(frozen=True, slots=True)
 class HistoryEvent:
-    """One kept message: its position and its bytes."""
+    """One kept message: its position, its bytes, and the event id that the worker gave it, if it gave one."""
 
     event_id: str
     data: bytes
+    own_event_id: str | None = None
 
     def json(self) -> Any:
         """The parsed message."""
@@ -177,8 +187,8 @@ class History:
     """A page of history, oldest first.
 
     ``complete`` tells that nothing is kept behind these messages; ``position`` is the ``after`` of the next call.
-    ``lost`` tells why something may be missing before them: ``trimmed``, ``unknown``, ``expired`` or ``emptied``;
-    ``None`` means that nothing is.
+    ``lost`` tells why something may be missing before them: ``trimmed``, ``unknown``, ``expired``, ``emptied`` or
+    ``ambiguous``; ``None`` means that nothing is.
     """
 
     events: tuple[HistoryEvent, ...]

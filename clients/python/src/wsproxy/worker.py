@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from ._backend import Backend, Disconnection, Publication, Target
+from ._backend import Backend, Disconnection, Publication, Target, TicketRequest
 from ._feeds import Subscription
 from ._http import HttpBackend
+from ._positions import START, is_event_id, is_plain, is_reserved
 from ._redis import RedisBackend
 from .errors import InvalidRequest
 from .stream import StreamOptions, TokenStream
@@ -35,7 +36,7 @@ from .types import (
 )
 
 _ID = re.compile(r"[A-Za-z0-9\-_.~@+=|]{1,128}")
-_EVENT_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
+_KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
 _TICKET_TTL_MAX = 24 * 3600.0
 
 
@@ -94,26 +95,47 @@ class Worker:
 
     # ---- sessions ----
 
-    async def issue_ticket(self, agent: str, session: str | None = None, *, ttl: float = 60.0) -> Ticket:
-        """The right to open one connection of a session, once, within ``ttl`` seconds (at most a day).
+    async def issue_ticket(
+        self,
+        agent: str,
+        session: str | None = None,
+        *,
+        ttl: float = 60.0,
+        event_stream: bool = False,
+        bound: bool = True,
+    ) -> Ticket:
+        """The right to open one connection or event stream of a session, once, within ``ttl`` seconds (at most a day).
 
-        Without ``session`` a fresh one is named. A session has one ticket at a time: a further call replaces one
-        that was not used. Whoever gets the ticket reads the session: check who asks.
+        With ``event_stream`` it opens any number of event streams until it expires, and no WebSocket: for an
+        ``EventSource``, which comes back with the URL that it has. Choose a ``ttl`` as long as a page stays open.
+
+        The ticket opens the session under this ``agent`` only; with ``bound=False`` under any agent id, so that the
+        client chooses which workers are told of its connection.
+
+        Without ``session`` a fresh one is named. A session has one ticket at a time: a further call replaces the one
+        before. Whoever gets the ticket reads the session: check who asks.
         """
         _check_id("agent", agent)
         session = session if session is not None else str(uuid.uuid4())
         _check_id("session", session)
         if not 0 < ttl <= _TICKET_TTL_MAX:
             raise InvalidRequest(f"ttl must be above 0 and at most {_TICKET_TTL_MAX:.0f} seconds.")
-        return await self._backend.issue_ticket(agent, session, ttl)
+        return await self._backend.issue_ticket(TicketRequest(agent, session, ttl, event_stream, bound))
 
     def ticket_dependency(
-        self, agent: str, session: Callable[..., Awaitable[str | None] | str | None], *, ttl: float = 60.0
+        self,
+        agent: str,
+        session: Callable[..., Awaitable[str | None] | str | None],
+        *,
+        ttl: float = 60.0,
+        event_stream: bool = False,
+        bound: bool = True,
     ) -> Callable[..., Awaitable[Ticket]]:
         """A dependency for FastAPI (or anything that calls by signature) that issues a ticket.
 
         ``session`` decides who may open what: it is a dependency itself, its parameters are resolved as usual, and it
-        answers the session's id (``None`` for a fresh one) or raises, for example ``HTTPException(403)``::
+        answers the session's id (``None`` for a fresh one) or raises, for example ``HTTPException(403)``. All else is
+        as for :meth:`issue_ticket`::
 
             async def own_session(user: Annotated[User, Depends(signed_in)], session_id: str | None = None):
                 if session_id is not None and not await owns(user, session_id):
@@ -130,7 +152,7 @@ class Worker:
         async def dependency(**arguments: Any) -> Ticket:
             answer = session(**arguments)
             named = await answer if inspect.isawaitable(answer) else answer
-            return await self.issue_ticket(agent, named, ttl=ttl)
+            return await self.issue_ticket(agent, named, ttl=ttl, event_stream=event_stream, bound=bound)
 
         # The caller's parameters, with annotations that do not depend on the module they were written in.
         signature, hints = inspect.signature(session), typing.get_type_hints(session, include_extras=True)
@@ -155,12 +177,14 @@ class Worker:
         """Sends a message to all clients of a session: ``bytes`` and ``str`` verbatim, all else as JSON.
 
         With ``history`` (the gateway's ``[sessions] history`` must be on) a client that is away gets it when it comes
-        back. ``event_id`` (at most 128 bytes without spaces) is an id of your own from which clients may resume; a
-        message that is a mapping gets it as a member. A message whose ``idempotency_key`` (at most 128 characters)
+        back. ``event_id`` is an id of your own from which clients may resume: give each message another one, of at most
+        128 bytes without spaces, that does not look like a position (``0``, ``7-1``, ``7-1-0a``). A message that is a
+        mapping gets it as a member, unless it has one. A message whose ``idempotency_key`` (at most 128 characters)
         was used within ten minutes is not sent again, and its receipt says ``duplicate``.
 
         Without history the message is gone for whoever is away, and an outage raises
-        :class:`~wsproxy.Unavailable` with ``in_doubt`` instead of repeating.
+        :class:`~wsproxy.Unavailable` with ``in_doubt`` instead of repeating. Bytes that begin with ``FF``, ``H`` and a
+        digit are refused then: the gateway would take them for a message with history.
         """
         target = Target("session", _check_id("session", session))
         return await self._publish(target, message, history, event_id, idempotency_key)
@@ -234,13 +258,25 @@ class Worker:
             take if kept else None,
         )
 
-    def session_events(self, agent: str, *, on_gap: GapCallback | None = None) -> Subscription[SessionEvent]:
+    def session_events(
+        self, agent: str, *, after: str | None = None, on_gap: GapCallback | None = None
+    ) -> Subscription[SessionEvent]:
         """Connections of an agent's sessions that open and close, for ever; see :meth:`upstream` for outages.
 
-        Every worker that follows gets all of them. An instance that is killed announces nothing.
+        Every worker that follows gets all of them. Without ``after`` those that come from now on.
+
+        With the gateway's ``[sessions] events_log`` on they are kept, also the ends of sessions whose gateway
+        instance was killed. ``after="0"`` begins with all that are kept; ``after`` an ``event_id`` goes on behind it.
+        No outage makes a gap then; ``on_gap`` is called with ``history_lost`` only where the log no longer has the
+        entry. Announcements come at least once: of one ``connection_id``, an ``event`` that repeats the one before it
+        is a duplicate. One that was closed as ``server_lost`` may open again, if its instance was only frozen.
         """
         _check_id("agent", agent)
-        return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
+        if after is None:
+            return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
+        if not re.fullmatch(r"0|\d{1,20}-\d{1,20}", after):
+            raise InvalidRequest("after must be 0 or the event_id of a session event.")
+        return self._backend.read_sessions(agent, "" if after in ("0", "0-0") else after, _session_event, on_gap)
 
     async def close_session(
         self, session: str, *, code: int | None = None, reason: str | None = None, connection: str | None = None
@@ -317,13 +353,13 @@ class Worker:
         for number, each in enumerate(messages):
             target = _target(each.to)
             message = _event_body(each.message) if isinstance(each.message, Event) else each.message
-            event_id = message.get("event_id")
+            own = None
             if target.kind != "session":
-                message = _complete(message)
-            own = event_id if isinstance(event_id, str) else None
-            publications.append(
-                Publication(target, encode(message), True, _check_event_id(own), _check_key(f"{key}-{number}"))
-            )
+                own, message = _own_id(message), _complete(message)
+            elif isinstance(each.message, Event):
+                # It stays a member of the message, which means nothing to the gateway.
+                _check_event_id(each.message.event_id)
+            publications.append(Publication(target, encode(message), True, own, _check_key(f"{key}-{number}")))
         return await self._backend.batch(publications) if publications else []
 
     async def disconnect(
@@ -339,8 +375,12 @@ class Worker:
         """Ends connections to the event endpoint: of a user, of one token (``jti``), or one connection.
 
         With ``revoke`` the user's tokens issued until now, or the token, are refused for so many seconds: choose at
-        least as long as tokens live. ``code`` is 4004, with ``revoke`` 4401, where it is not
-        given. Answers the number of gateway instances that were told.
+        least as long as tokens live. Tokens that are issued within the gateway's ``[jwt] leeway`` (5 s) after that are
+        refused too. A time that is longer than the gateway's ``[events] revocation_ttl`` raises
+        :class:`~wsproxy.InvalidRequest` over HTTP, and is kept as it is over Redis.
+
+        ``code`` is 4004, with ``revoke`` 4401, where it is not given. Answers the number of gateway instances that were
+        told.
         """
         if sum(each is not None for each in (user, connection, jti)) != 1:
             raise InvalidRequest("Exactly one of user, connection and jti is needed.")
@@ -361,7 +401,8 @@ class Worker:
     ) -> History:
         """What is kept for a session, a user, or (without either) for everybody, oldest first.
 
-        ``after`` is a position (a receipt's ``event_id``); ``limit`` the most messages of this page.
+        ``after`` is a position (a receipt's ``event_id``), an event id of your own, or ``0-0`` for all that is kept;
+        ``limit`` is the most messages of this page.
         """
         if session is not None and user is not None:
             raise InvalidRequest("Either session or user, not both.")
@@ -371,9 +412,9 @@ class Worker:
             target = Target("session", _check_id("session", session))
         else:
             target = Target("broadcast") if user is None else Target("user", _check_id("user", user))
-        if not re.fullmatch(r"\d{1,20}-\d{1,20}", after):
-            raise InvalidRequest("after must be a position such as 1732190000000-0.")
-        return await self._backend.history(target, after, limit)
+        if not is_plain(after):
+            raise InvalidRequest("after must be a position such as 1732190000000-0-5d2c0f6a, or an event id.")
+        return await self._backend.history(target, START if after == "0" else after, limit)
 
     # ---- what both kinds of messages share ----
 
@@ -391,7 +432,10 @@ class Worker:
         if history:
             # One's own key makes a repetition after a lost answer harmless.
             key = _check_key(key) if key is not None else uuid.uuid4().hex
-        return await self._backend.publish(Publication(target, encode(message), history, event_id, key))
+        payload = encode(message)
+        if not history and is_reserved(payload):
+            raise InvalidRequest("A message without history must not begin with the bytes FF, H and a digit.")
+        return await self._backend.publish(Publication(target, payload, history, event_id, key))
 
 
 def _check_id(what: str, name: str) -> str:
@@ -408,13 +452,24 @@ def _connection_id(text: str) -> str:
 
 
 def _check_event_id(event_id: str | None) -> str | None:
-    if event_id is not None and not (_EVENT_ID.fullmatch(event_id) and len(event_id.encode()) <= 128):
-        raise InvalidRequest("An event_id has 1 to 128 bytes without spaces and control characters.")
+    if event_id is not None and not is_event_id(event_id):
+        raise InvalidRequest(
+            "An event_id has 1 to 128 bytes without spaces and control characters, and does not look like a position."
+        )
     return event_id
 
 
+def _own_id(event: Mapping[str, Any]) -> str | None:
+    event_id = event.get("event_id")
+    if event_id is None and "event_id" not in event:
+        return None
+    if not isinstance(event_id, str):
+        raise InvalidRequest("An event_id is a string.")
+    return _check_event_id(event_id)
+
+
 def _check_key(key: str) -> str:
-    if not _EVENT_ID.fullmatch(key):
+    if not _KEY.fullmatch(key):
         raise InvalidRequest("An idempotency key has 1 to 128 characters without spaces and control characters.")
     return key
 
@@ -466,6 +521,7 @@ def _session_event(message: UpstreamMessage) -> SessionEvent | None:
             reason=raw.get("reason"),
             code=raw.get("code"),
             duration_ms=raw.get("duration_ms"),
+            event_id=message.event_id,
             raw=raw,
         )
     except (ValueError, KeyError, TypeError):

@@ -16,18 +16,21 @@ pub(super) struct Agenda {
     expiry: (Micros, &'static Disconnect),
     /// When the handler wants to be woken.
     wake_at: Micros,
+    /// When the client may be read again.
+    read_at: Micros,
 }
 
 impl Default for Agenda {
     fn default() -> Self {
-        Self { expiry: (Micros::NEVER, &Disconnect::EXPIRED), wake_at: Micros::NEVER }
+        let expiry = (Micros::NEVER, &Disconnect::EXPIRED);
+        Self { expiry, wake_at: Micros::NEVER, read_at: Micros::NEVER }
     }
 }
 
 impl Agenda {
     /// What comes first.
     pub(super) fn next(&self) -> Micros {
-        self.wake_at.min(self.expiry.0)
+        self.wake_at.min(self.read_at).min(self.expiry.0)
     }
 }
 
@@ -42,6 +45,11 @@ impl Link {
     /// is woken at the new time only.
     pub fn wake_at(&self, at: Micros) {
         self.plan(|agenda| agenda.wake_at = at);
+    }
+
+    /// Gives the task a turn soon after `at`, since it does not read its socket until then.
+    pub(crate) fn read_at(&self, at: Micros) {
+        self.plan(|agenda| agenda.read_at = at);
     }
 
     fn plan(&self, change: impl FnOnce(&mut Agenda)) {
@@ -60,12 +68,19 @@ impl Link {
 
     pub(super) fn check_agenda(&self, state: &mut State, now: Micros) {
         let Some(rare) = &mut state.rare else { return };
-        let Agenda { expiry: (expires, why), wake_at } = rare.agenda;
+        let Agenda { expiry: (expires, why), wake_at, read_at } = rare.agenda;
+        if now >= read_at {
+            rare.agenda.read_at = Micros::NEVER;
+        }
+        if now >= wake_at {
+            rare.agenda.wake_at = Micros::NEVER;
+        }
         if now >= expires {
             self.end(state, why, None, now);
         } else if now >= wake_at {
-            rare.agenda.wake_at = Micros::NEVER;
             self.leave(state, Event { tag: TIMER, number: 0, payload: Bytes::new() });
+        } else if now >= read_at {
+            state.wake();
         }
     }
 }

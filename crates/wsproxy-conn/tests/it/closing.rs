@@ -63,6 +63,43 @@ async fn a_violation_is_told_then_the_stream_ends_and_the_rest_is_thrown_away() 
     assert_eq!(connection.seen.messages.lock().len(), 1);
 }
 
+/// Says as much as is taken. Returns how much that was.
+async fn floods(connection: &mut Connection) -> usize {
+    let bytes = client_frame(Opcode::Binary, &[b'x'; 60_000], false, [1; 4]);
+    let (mut taken, mut quiet) = (0, 0);
+    while quiet < 3 && taken < 1 << 30 {
+        match connection.peer.try_write(&bytes) {
+            Ok(count) => (taken, quiet) = (taken + count, 0),
+            Err(_) => {
+                quiet += 1;
+                settle().await;
+            }
+        }
+    }
+    taken
+}
+
+#[tokio::test]
+async fn only_a_few_megabytes_are_thrown_away_after_an_ending() {
+    let mut process = Process::new();
+    for is_violation in [true, false] {
+        let mut connection = Connection::new(&process, profile());
+        if is_violation {
+            connection.peer.write_all(&[0x83, 0x80, 0, 0, 0, 0]).await.unwrap();
+        } else {
+            connection.link.disconnect(&Disconnect::BACKEND, process.now);
+        }
+        let code = close_code(&connection.hears(1).await[0]);
+        let taken = floods(&mut connection).await;
+        assert!((4 << 20..5 << 20).contains(&taken), "{taken} bytes were taken");
+        // The peer is told that nobody listens, and it has until the deadline to hear that.
+        assert!(connection.hears_all().await.is_empty());
+        assert!(!connection.task.is_finished());
+        process.pass(5200);
+        assert_eq!(connection.ends().await.1, code);
+    }
+}
+
 #[tokio::test]
 async fn finishing_writes_what_waits_first_even_to_a_peer_that_has_no_more_to_say() {
     for says_close in [true, false] {

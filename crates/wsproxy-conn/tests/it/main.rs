@@ -9,6 +9,7 @@ mod closing;
 mod heartbeat;
 mod memory;
 mod pressure;
+mod rates;
 mod rounds;
 mod stress;
 mod support;

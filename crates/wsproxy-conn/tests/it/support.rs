@@ -38,6 +38,7 @@ pub(crate) fn profile() -> Profile {
         events_max: 1024,
         event_bytes_max: 1 << 20,
         rate: None,
+        byte_rate: None,
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: Micros(30 * SECOND),
         heartbeat_timeout: Micros(90 * SECOND),
@@ -90,6 +91,8 @@ pub(crate) struct Seen {
     pub(crate) echoes: AtomicBool,
     /// Every message leads to so many events, from elsewhere.
     pub(crate) events_each: AtomicUsize,
+    /// After every so many messages the handler is full; 0: never.
+    pub(crate) full_each: AtomicUsize,
     bus_is_full: AtomicBool,
     waker: Mutex<Option<Waker>>,
 }
@@ -115,11 +118,19 @@ impl Handler for Recorder {
         if self.0.bus_is_full.load(SeqCst) { Poll::Pending } else { Poll::Ready(()) }
     }
 
+    fn is_full(&self) -> bool {
+        self.0.bus_is_full.load(SeqCst)
+    }
+
     fn on_message(&mut self, kind: Kind, payload: &[u8], link: &Arc<Link>, now: Micros) {
         if self.0.echoes.load(SeqCst) {
             link.reply(server_frame(kind.into(), payload, false), now);
         } else {
-            self.0.messages.lock().push((kind, payload.to_vec()));
+            let mut messages = self.0.messages.lock();
+            messages.push((kind, payload.to_vec()));
+            if messages.len().checked_rem(self.0.full_each.load(SeqCst)) == Some(0) {
+                self.0.bus_is_full.store(true, SeqCst);
+            }
         }
         for number in 0..self.0.events_each.load(SeqCst) {
             link.notify(Event { tag: 0, number: number as u64, payload: Bytes::new() });

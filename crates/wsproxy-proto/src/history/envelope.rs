@@ -1,11 +1,18 @@
 //! How a message of a history looks on its channel.
 //!
-//! `FF` `H1 <id> <prev> <event id or nothing>` line feed payload. No text begins with `FF`, so a plain
+//! `FF` `H2 <id> <prev> <event id or nothing>` line feed payload. No text begins with `FF`, so a plain
 //! message is taken for one only where it was made to look like one.
 
 use std::io::Write;
 
 use crate::history::{EVENT_ID_BYTES_MAX, Position};
+
+/// Whether a message begins as one of a history does, of this or another version. A plain message that does is
+/// refused where it is published: readers would take it for what it says.
+#[must_use]
+pub fn is_reserved(message: &[u8]) -> bool {
+    matches!(message, [0xff, b'H', b'0'..=b'9', ..])
+}
 
 /// A message of a history, borrowed from what was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,10 +27,10 @@ pub struct Envelope<'a> {
     pub payload: &'a [u8],
 }
 
-const MAGIC: &[u8] = b"\xffH1 ";
+const MAGIC: &[u8] = b"\xffH2 ";
 
-/// Longest head: four marks, two ids of two numbers, an event id, blanks.
-const HEAD_BYTES_MAX: usize = 4 + 2 * 42 + EVENT_ID_BYTES_MAX + 1;
+/// Longest head: four marks, two positions, an event id, blanks.
+const HEAD_BYTES_MAX: usize = 4 + 2 * 51 + EVENT_ID_BYTES_MAX + 1;
 
 impl<'a> Envelope<'a> {
     /// Reads a message; `None` where it is a plain one.
@@ -62,22 +69,23 @@ mod tests {
             &b""[..],
             b"{}",
             b"\xff",
-            b"\xffH1 ",
-            b"\xffH1 1-0 0-0\n",
-            b"\xffH1 1-0 x \n",
+            b"\xffH2 ",
+            b"\xffH2 1-0-00000001 0-0\n",
+            b"\xffH2 1-0-00000001 x \n",
+            b"\xffH1 1-0 0-0 \n",
             b"\xffH2 1-0 0-0 \n",
         ] {
             assert_eq!(Envelope::parse(plain), None, "{plain:?}");
         }
-        let long = [MAGIC, b"1-0 0-0 ", &[b'a'; 4096], b"\n"].concat();
+        let long = [MAGIC, b"1-0-00000001 0-0 ", &[b'a'; 4096], b"\n"].concat();
         assert_eq!(Envelope::parse(&long), None);
     }
 
     #[test]
     fn reads_what_it_writes() {
-        let (id, prev) = (Position { milliseconds: 17, sequence: 3 }, Position::START);
+        let (id, prev) = (Position { milliseconds: 17, sequence: 3, tag: 9 }, Position::START);
         for event_id in [None, Some("0b5e-ä")] {
-            for payload in [&b""[..], b"{\"a\":1}", b"\n\n", b"\xffH1 "] {
+            for payload in [&b""[..], b"{\"a\":1}", b"\n\n", b"\xffH2 "] {
                 let envelope = Envelope { id, prev, event_id, payload };
                 assert_eq!(Envelope::parse(&envelope.encode()), Some(envelope));
             }

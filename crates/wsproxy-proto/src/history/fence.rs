@@ -12,9 +12,25 @@ pub struct Fence<M> {
     state: State<M>,
 }
 
+/// The position of a message, and the one before it.
+pub type Ids = (Position, Position);
+
+/// What became of a release.
+#[derive(Debug)]
+pub enum Released<M> {
+    /// It is open. What waited and was not read follows.
+    Open(Vec<M>),
+    /// What waited does not follow what was read: both are of different lives of a log. The logs are to be read
+    /// again, behind a new fence.
+    Torn,
+    /// Something is missing, as [`Lost::Overflow`] where more came than could wait. It stays closed: the client is
+    /// to be told, behind a new fence and with a new reading of its logs.
+    Lost(Lost),
+}
+
 #[derive(Debug)]
 enum State<M> {
-    Holding { held: Vec<(Option<Position>, M)>, bytes: usize },
+    Holding { held: Vec<(Option<Ids>, M)>, bytes: usize },
     Lost(Lost),
     Open { seen: Position },
 }
@@ -26,9 +42,15 @@ impl<M> Fence<M> {
         Self { bytes_max, state: State::Holding { held: Vec::new(), bytes: 0 } }
     }
 
+    /// Open: the client has everything up to `seen`.
+    #[must_use]
+    pub const fn opened(seen: Position) -> Self {
+        Self { bytes_max: 0, state: State::Open { seen } }
+    }
+
     /// A live message, of a history where it has an id. `true` where it is to be delivered now; where it has
     /// to wait, `message` makes what is kept of it, and how many bytes that is.
-    pub fn offer(&mut self, id: Option<Position>, message: impl FnOnce() -> (M, usize)) -> bool {
+    pub fn offer(&mut self, ids: Option<Ids>, message: impl FnOnce() -> (M, usize)) -> bool {
         match &mut self.state {
             State::Holding { held, bytes: waiting } => {
                 let (message, bytes) = message();
@@ -36,12 +58,12 @@ impl<M> Fence<M> {
                 if *waiting > self.bytes_max {
                     self.state = State::Lost(Lost::Overflow);
                 } else {
-                    held.push((id, message));
+                    held.push((ids, message));
                 }
                 false
             }
             State::Lost(_) => false,
-            State::Open { seen } => is_new(id, seen),
+            State::Open { seen } => ids.is_none_or(|(id, _)| seen.is_before(id)),
         }
     }
 
@@ -61,29 +83,39 @@ impl<M> Fence<M> {
         is_open
     }
 
-    /// Opens: the client has everything up to `seen`. Answers what waited and is not part of that.
-    ///
-    /// # Errors
-    /// Something is missing, as [`Lost::Overflow`] where more came than could wait; it stays closed until
-    /// [`Self::reopen`].
-    pub fn release(&mut self, mut seen: Position) -> Result<Vec<M>, Lost> {
+    /// Opens: the client has everything up to `heads`, where its logs ended when they were read.
+    pub fn release(&mut self, heads: &[Position]) -> Released<M> {
+        let mut ends = heads.to_vec();
+        let seen = heads.iter().copied().fold(Position::START, Position::later);
         let mut waited = Vec::new();
         match &mut self.state {
-            State::Lost(lost) => return Err(*lost),
-            State::Holding { held, .. } => {
-                // What was read from a log to fill a hole may come over the channel once more.
-                let is_new = |(id, message)| is_new(id, &mut seen).then_some(message);
-                waited = std::mem::take(held).into_iter().filter_map(is_new).collect();
-            }
+            State::Lost(lost) => return Released::Lost(*lost),
             State::Open { .. } => {}
+            State::Holding { held, .. } => {
+                // What was read from a log may come over its channel once more.
+                let mut is_new = Vec::with_capacity(held.len());
+                for (ids, _) in held.iter() {
+                    let Some((id, prev)) = ids else {
+                        is_new.push(true);
+                        continue;
+                    };
+                    match ends.iter().position(|end| end == prev) {
+                        _ if heads.contains(id) || id.is_before(seen) => is_new.push(false),
+                        Some(end) => {
+                            ends[end] = *id;
+                            is_new.push(true);
+                        }
+                        // A copy of one that waits already.
+                        None if ends.contains(id) => is_new.push(false),
+                        None => return Released::Torn,
+                    }
+                }
+                let held = std::mem::take(held).into_iter().zip(is_new);
+                waited = held.filter_map(|((_, message), new)| new.then_some(message)).collect();
+            }
         }
         self.state = State::Open { seen };
-        Ok(waited)
-    }
-
-    /// Opens although something is missing: the client is told to begin anew at `seen`.
-    pub fn reopen(&mut self, seen: Position) {
-        self.state = State::Open { seen };
+        Released::Open(waited)
     }
 
     /// Whether it is of no more use to the messages of a log, after the one with this id was offered.
@@ -91,15 +123,8 @@ impl<M> Fence<M> {
     /// Not the reader's position counts: it may have come further than what was delivered.
     #[must_use]
     pub fn is_passed(&self, id: Position) -> bool {
-        matches!(self.state, State::Open { seen } if id >= seen)
+        matches!(self.state, State::Open { seen } if !id.is_before(seen))
     }
-}
-
-fn is_new(id: Option<Position>, seen: &mut Position) -> bool {
-    let Some(id) = id else { return true };
-    let is_new = id > *seen;
-    *seen = id.max(*seen);
-    is_new
 }
 
 /// What a waiting message costs beside its bytes, roughly.

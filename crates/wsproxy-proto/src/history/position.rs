@@ -2,51 +2,75 @@
 
 use std::fmt;
 
-/// The id of an entry, as Redis makes them: time and a number that tells entries of one time apart.
+/// The position of an entry: its id as Redis makes them, and a tag that no other entry with this id has.
 ///
-/// Two kinds of positions belong to no entry: [`Self::START`], and [`Self::nothing_at`], which no entry
-/// can have since no store's clock is at 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+/// Ids alone repeat: two masters for a moment, a log removed within a millisecond and a clock set back all give
+/// an id again. Two positions are one entry only if their tags are equal too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Position {
     /// Milliseconds since 1970 by the store's clock.
     pub milliseconds: u64,
     /// Number within them.
     pub sequence: u64,
+    /// What distinguishes entries with one id.
+    pub tag: u32,
 }
 
 impl Position {
     /// Before everything.
-    pub const START: Self = Self { milliseconds: 0, sequence: 0 };
+    pub const START: Self = Self { milliseconds: 0, sequence: 0, tag: 0 };
 
-    /// Where a reader is that found no log at this time (milliseconds of the store's clock).
+    /// Whether no entry can be before it: the start, or where a log was when it had no entry yet (`1-0-tag`).
     #[must_use]
-    pub const fn nothing_at(milliseconds: u64) -> Self {
-        Self { milliseconds: 0, sequence: milliseconds }
+    pub const fn is_beginning(self) -> bool {
+        self.milliseconds <= 1
     }
 
-    /// Whether it is the id of an entry.
+    /// The id, by which positions are ordered. It is no identity.
     #[must_use]
-    pub const fn is_entry(self) -> bool {
-        self.milliseconds > 0
+    pub const fn id(self) -> (u64, u64) {
+        (self.milliseconds, self.sequence)
     }
 
-    /// The time of the entry, or at which there was none.
+    /// Whether its id is lower than that of `other`.
     #[must_use]
-    pub const fn time_ms(self) -> u64 {
-        if self.is_entry() { self.milliseconds } else { self.sequence }
+    pub fn is_before(self, other: Self) -> bool {
+        self.id() < other.id()
     }
 
-    /// Reads `milliseconds-sequence`: digits only, without superfluous zeros.
+    /// The later one by id.
+    #[must_use]
+    pub fn later(self, other: Self) -> Self {
+        if self.is_before(other) { other } else { self }
+    }
+
+    /// Reads `milliseconds-sequence-tag`, digits without superfluous zeros and eight hexadecimal digits; the start
+    /// is `0-0`.
     #[must_use]
     pub fn parse(text: &[u8]) -> Option<Self> {
+        if text == b"0-0" {
+            return Some(Self::START);
+        }
+        let mut words = text.splitn(3, |&byte| byte == b'-');
+        let (milliseconds, sequence) = (number(words.next()?)?, number(words.next()?)?);
+        let tag = tag(words.next()?)?;
+        (milliseconds > 0).then_some(Self { milliseconds, sequence, tag })
+    }
+
+    /// Reads an id without a tag.
+    #[must_use]
+    pub fn parse_id(text: &[u8]) -> Option<(u64, u64)> {
         let dash = text.iter().position(|&byte| byte == b'-')?;
-        Some(Self { milliseconds: number(&text[..dash])?, sequence: number(&text[dash + 1..])? })
+        Some((number(&text[..dash])?, number(&text[dash + 1..])?))
     }
 }
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.milliseconds, self.sequence)
+        if *self == Self::START {
+            return f.write_str("0-0");
+        }
+        write!(f, "{}-{}-{:08x}", self.milliseconds, self.sequence, self.tag)
     }
 }
 
@@ -61,27 +85,46 @@ fn number(digits: &[u8]) -> Option<u64> {
     }
 }
 
+fn tag(digits: &[u8]) -> Option<u32> {
+    let is_tag =
+        digits.len() == 8 && digits.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let text = is_tag.then(|| std::str::from_utf8(digits).ok())??;
+    u32::from_str_radix(text, 16).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn reads_what_it_writes_and_nothing_else() {
-        for text in ["0-0", "1732190000000-0", "0-1732190000000", "18446744073709551615-7"] {
+        for text in ["0-0", "1732190000000-0-00000000", "18446744073709551615-7-0a1b2c3d"] {
             assert_eq!(Position::parse(text.as_bytes()).unwrap().to_string(), text);
         }
-        for bad in
-            ["", "-", "1", "1-", "-1", "01-0", "1-00", "+1-0", "1-1-1", "18446744073709551616-0"]
-        {
+        for bad in [
+            "",
+            "-",
+            "1",
+            "1-",
+            "-1",
+            "1-0",
+            "01-0-00000000",
+            "1-00-00000000",
+            "+1-0-00000000",
+            "1-1-1",
+            "1-1-0000000A",
+            "1-1-00000000-",
+            "0-1-00000000",
+            "18446744073709551616-0-00000000",
+        ] {
             assert_eq!(Position::parse(bad.as_bytes()), None, "{bad}");
         }
     }
 
     #[test]
-    fn every_entry_is_behind_every_position_of_nothing() {
-        let entry = Position { milliseconds: 1, sequence: 0 };
-        assert!(
-            Position::START < Position::nothing_at(5) && Position::nothing_at(u64::MAX) < entry
-        );
+    fn tags_are_identity_and_no_order() {
+        let [a, b] = [1, 2].map(|tag| Position { milliseconds: 5, sequence: 0, tag });
+        assert!(a != b && !a.is_before(b) && !b.is_before(a));
+        assert!(Position::START.is_before(a));
     }
 }

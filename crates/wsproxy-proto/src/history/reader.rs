@@ -8,10 +8,6 @@ const HELD_MAX: usize = 20_000;
 /// The same in bytes.
 const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// What the clocks of stores that replace each other may differ by; so long a client may have to read again
-/// whose log has vanished just after its reader has begun.
-const CLOCKS_MS: u64 = 100;
-
 /// The reader of one log on one instance, for all its clients there.
 ///
 /// `M` is a message in whatever form the caller needs it.
@@ -23,14 +19,14 @@ pub struct Reader<M> {
     began: Position,
     /// Up to here some client has read by itself, maybe further than the channel has brought.
     ahead: Position,
+    /// Where the life of the log began in which it reads, where that is known.
+    life: Option<Position>,
     hole: Option<Box<Hole<M>>>,
 }
 
 /// Something may be missing behind the position.
 #[derive(Debug)]
 struct Hole<M> {
-    /// When the last message before it can have come, on the caller's clock.
-    since: u64,
     /// Live messages behind it.
     held: Vec<Live<M>>,
     held_bytes: usize,
@@ -43,6 +39,7 @@ struct Hole<M> {
 struct Live<M> {
     id: Position,
     prev: Position,
+    latest_ms: u64,
     bytes: usize,
     message: M,
 }
@@ -75,7 +72,8 @@ pub struct Filled<M> {
 
 impl<M> Default for Reader<M> {
     fn default() -> Self {
-        Self { position: None, began: Position::START, ahead: Position::START, hole: None }
+        let (began, ahead) = (Position::START, Position::START);
+        Self { position: None, began, ahead, life: None, hole: None }
     }
 }
 
@@ -88,16 +86,17 @@ impl<M> Reader<M> {
     #[must_use]
     pub fn begin(&mut self, at: Position) -> bool {
         if self.position.is_none() {
-            (self.position, self.began) = (Some(at), at);
+            (self.position, self.began, self.life) = (Some(at), at, life_of(at));
             return true;
         }
-        self.ahead = self.ahead.max(at);
-        if at.is_entry() || !self.began.is_entry() {
-            self.began <= at
-        } else {
-            // The entry at which it began may be the later one although its time is not.
-            self.began.milliseconds.saturating_add(CLOCKS_MS) < at.time_ms()
-        }
+        self.ahead = self.ahead.later(at);
+        self.began == at || self.began.is_before(at)
+    }
+
+    /// Whether all that comes from now on is behind `at`: a client that was there needs no fence any more.
+    #[must_use]
+    pub fn has_passed(&self, at: Position) -> bool {
+        self.position.is_some_and(|position| !position.is_before(at))
     }
 
     /// How far it has come.
@@ -106,54 +105,74 @@ impl<M> Reader<M> {
         self.position
     }
 
-    /// Judges a message that came over a link which was known to be whole at `since`. Where it has to wait,
-    /// `message` makes what is kept of it, and how many bytes that is.
+    /// Judges a message that came over the link while the store's clock showed `latest_ms` at most. Where it has to
+    /// wait, `message` makes what is kept of it, and how many bytes that is.
     pub fn accept(
         &mut self,
-        (id, prev): (Position, Position),
-        since: u64,
+        id: Position,
+        prev: Position,
+        latest_ms: u64,
         message: impl FnOnce() -> (M, usize),
     ) -> Verdict {
-        let live = || {
-            let (message, bytes) = message();
-            Live { id, prev, bytes, message }
-        };
         if let Some(hole) = &mut self.hole {
-            hole.hold(live());
+            let (message, bytes) = message();
+            hole.hold(Live { id, prev, latest_ms, bytes, message });
             return Verdict::Held;
         }
-        match rule::step(self.position, id, prev) {
+        match rule::step(self.position, id, prev, latest_ms) {
+            // The link lost nothing, so what begins another life comes next, although its id may be lower.
+            rule::Step::Gap if self.begins_another_life(id, prev, latest_ms) => {
+                (self.position, self.began, self.ahead) = (Some(id), prev, Position::START);
+                self.life = Some(id);
+                Verdict::Deliver
+            }
+            // What a client has read by itself must come over the channel too, unless it was of another life.
+            rule::Step::Next if self.passes_ahead(id) => {
+                self.interrupt();
+                Verdict::Hole
+            }
             rule::Step::Next => {
                 if self.position.replace(id).is_none() {
                     self.began = prev;
+                }
+                if prev.is_beginning() {
+                    self.life = Some(if prev == Position::START { id } else { prev });
                 }
                 Verdict::Deliver
             }
             rule::Step::Duplicate => Verdict::Duplicate,
             rule::Step::Gap => {
                 // It is in the log, or never will be: keeping it could only open the same hole again.
-                self.hole = Some(Box::new(Hole::new(since)));
+                self.interrupt();
                 Verdict::Hole
             }
         }
     }
 
-    /// The link is lost: until the log was read, something may be missing behind what came until `since`.
-    ///
-    /// A reader that has not begun misses nothing: whoever waits for it begins with a later snapshot.
-    pub fn interrupt(&mut self, since: u64) {
-        if self.position.is_none() {
-            return;
-        }
-        let since = self.hole.take().map_or(since, |hole| hole.since.min(since));
-        self.hole = Some(Box::new(Hole::new(since)));
+    fn begins_another_life(&self, id: Position, prev: Position, latest_ms: u64) -> bool {
+        let is_plausible = id.milliseconds <= latest_ms && !id.is_beginning();
+        is_plausible && prev == Position::START && self.life.is_some_and(|life| life != id)
     }
 
-    /// Behind which position the log has to be read, and since when something may be missing; `None` where
-    /// nothing is. A reader that has not begun has no hole.
+    fn passes_ahead(&self, id: Position) -> bool {
+        let is_behind = self.position.is_some_and(|position| position.is_before(self.ahead));
+        is_behind && !id.is_before(self.ahead) && id != self.ahead
+    }
+
+    /// The link is lost: until the log was read, something may be missing behind the position.
+    ///
+    /// A reader that has not begun misses nothing: its clients begin with a later snapshot.
+    pub fn interrupt(&mut self) {
+        if self.position.is_some() {
+            self.hole = Some(Box::default());
+        }
+    }
+
+    /// Behind which position the log has to be read; `None` where nothing is missing. A reader that has not begun
+    /// has no hole.
     #[must_use]
-    pub fn hole(&self) -> Option<(Position, u64)> {
-        Some((self.position?, self.hole.as_ref()?.since))
+    pub fn hole(&self) -> Option<Position> {
+        self.hole.as_ref().and(self.position)
     }
 
     /// Whether something may be missing.
@@ -167,24 +186,24 @@ impl<M> Reader<M> {
     /// Logs with one order must be made whole together, or a client sees a later message of one before an
     /// earlier one of the other, and its last event id no longer says what it has.
     #[must_use]
-    pub fn joins(&self, from: Position, judged: Result<(), Lost>, log: &Log, now_ms: u64) -> bool {
+    pub fn joins(&self, from: Position, judged: Result<(), Lost>, log: &Log) -> bool {
         let Some(hole) = self.hole.as_ref().filter(|hole| !hole.overflowed) else { return false };
         let judged = self.judge(from, judged, log);
         let mut position = match judged {
             Ok(()) => log.entries.last().map_or(from, |entry| entry.id),
-            Err(_) => log.position(now_ms),
+            Err(_) => log.position(),
         };
-        if judged.is_ok() && self.ahead.is_entry() && self.ahead > position {
+        if judged.is_ok() && position.is_before(self.ahead) {
             return false;
         }
         for live in &hole.held {
-            match rule::step(Some(position), live.id, live.prev) {
+            match rule::step(Some(position), live.id, live.prev, live.latest_ms) {
                 rule::Step::Next => position = live.id,
                 rule::Step::Duplicate => {}
                 rule::Step::Gap => return false,
             }
         }
-        self.position == Some(from) && log.last.is_none_or(|last| position >= last)
+        self.position == Some(from) && log.head.is_none_or(|head| !position.is_before(head))
     }
 
     /// Takes the whole of what the log holds behind `from`, judged by [`rule::heal`]. `is_linked`: the link
@@ -196,13 +215,12 @@ impl<M> Reader<M> {
         from: Position,
         judged: Result<(), Lost>,
         log: &Log,
-        now_ms: u64,
         is_linked: bool,
     ) -> Option<Filled<M>> {
         if self.position != Some(from) {
             return None;
         }
-        let whole = is_linked && self.joins(from, judged, log, now_ms);
+        let whole = is_linked && self.joins(from, judged, log);
         let judged = self.judge(from, judged, log);
         let hole = self.hole.as_mut()?;
         let mut filled = Filled { lost: None, entries: false, held: Vec::new(), whole };
@@ -212,8 +230,9 @@ impl<M> Reader<M> {
                 log.entries.last().map_or(from, |entry| entry.id)
             }
             Err(lost) => {
-                let position = log.position(now_ms);
+                let position = log.position();
                 (self.began, self.ahead) = (position, Position::START);
+                self.life = life_of(position);
                 filled.lost = Some((lost, position));
                 position
             }
@@ -223,11 +242,11 @@ impl<M> Reader<M> {
         if whole {
             self.hole = None;
             for live in held {
-                let is_new = rule::step(Some(position), live.id, live.prev) == rule::Step::Next;
-                if is_new {
+                let step = rule::step(Some(position), live.id, live.prev, live.latest_ms);
+                if step == rule::Step::Next {
                     position = live.id;
                 }
-                filled.held.push((live.id, live.message, is_new));
+                filled.held.push((live.id, live.message, step == rule::Step::Next));
             }
         }
         self.position = Some(position);
@@ -238,19 +257,27 @@ impl<M> Reader<M> {
     fn judge(&self, from: Position, judged: Result<(), Lost>, log: &Log) -> Result<(), Lost> {
         let end = log.entries.last().map_or(from, |entry| entry.id);
         let is_held = log.entries.iter().any(|entry| entry.id == self.ahead)
-            || (self.ahead > end && log.last.is_some_and(|last| last >= self.ahead));
-        if self.ahead.is_entry() && self.ahead > from && !is_held {
+            || (end.is_before(self.ahead)
+                && log.head.is_some_and(|head| !head.is_before(self.ahead)));
+        if from.is_before(self.ahead) && !is_held {
             return judged.and(Err(Lost::Unknown));
         }
         judged
     }
 }
 
-impl<M> Hole<M> {
-    const fn new(since: u64) -> Self {
-        Self { since, held: Vec::new(), held_bytes: 0, overflowed: false }
-    }
+/// A log that is at its beginning begins there.
+fn life_of(at: Position) -> Option<Position> {
+    at.is_beginning().then_some(at)
+}
 
+impl<M> Default for Hole<M> {
+    fn default() -> Self {
+        Self { held: Vec::new(), held_bytes: 0, overflowed: false }
+    }
+}
+
+impl<M> Hole<M> {
     fn hold(&mut self, live: Live<M>) {
         self.held_bytes += live.bytes;
         if self.held.len() >= HELD_MAX || self.held_bytes > HELD_BYTES_MAX {

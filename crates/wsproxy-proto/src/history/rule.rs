@@ -1,6 +1,7 @@
 //! When a reader may go on, and when it must be told that something is missing.
 //!
-//! Every rule fails closed: what cannot be shown to be complete counts as lost.
+//! Every rule goes by identity, none by time, and fails closed: what cannot be shown to be complete counts as
+//! lost.
 
 use crate::history::{Log, Lost, Position, Snapshot};
 
@@ -11,25 +12,27 @@ pub enum Step {
     Next,
     /// One that was seen.
     Duplicate,
-    /// Something between is missing.
+    /// Something between is missing, or the message is not what it says.
     Gap,
 }
 
-/// Judges a message that came over a link which was not interrupted since `last` was seen.
+/// Judges a message that came over a link which was not interrupted since `last` was seen. `latest_ms`: what the
+/// store's clock shows at most.
 ///
-/// Such a link itself loses nothing, so the first entry of a new log is the next message: the old log has
-/// expired meanwhile. `last` is `None` as long as the reader has not begun.
+/// Such a link itself loses nothing, so the first entry of a new life of the log is the next message if it is
+/// above `last`. At or below it, it may as well be one that was seen: only the log can tell.
 #[must_use]
-pub fn step(last: Option<Position>, id: Position, prev: Position) -> Step {
+pub fn step(last: Option<Position>, id: Position, prev: Position, latest_ms: u64) -> Step {
+    // Nobody but a forger names a time that has not come, or an entry behind itself.
+    if id.milliseconds > latest_ms || !prev.is_before(id) {
+        return Step::Gap;
+    }
     let Some(last) = last else { return Step::Next };
-    if prev == last {
-        Step::Next
-    } else if id <= last {
+    if id == last {
         Step::Duplicate
-    } else if prev == Position::START {
+    } else if prev == last || (prev.is_beginning() && last.is_before(id)) {
         Step::Next
-    } else if id.milliseconds < last.time_ms() {
-        // It was on its way while its log expired.
+    } else if id.is_before(last) && !prev.is_beginning() {
         Step::Duplicate
     } else {
         Step::Gap
@@ -38,106 +41,70 @@ pub fn step(last: Option<Position>, id: Position, prev: Position) -> Step {
 
 /// Whether a client that saw everything up to `after` misses nothing but the entries of `snapshot`.
 ///
-/// The logs share one order, so one position stands for all of them. `retention_ms`: how long an entry
-/// is held at least, if no other bound removes it, less what the clocks of stores that replace each other
-/// may differ by.
+/// The logs share one order, so one position stands for all of them. `ttl_ms`: how long
+/// entries are held.
 ///
 /// # Errors
 /// Why something may be missing.
-pub fn resume(after: Position, retention_ms: u64, snapshot: &Snapshot) -> Result<(), Lost> {
+pub fn resume(after: Position, ttl_ms: u64, snapshot: &Snapshot) -> Result<(), Lost> {
     if after == Position::START {
-        let from_start = |log: &Log| log.first.is_none_or(|(_, prev)| prev == Position::START);
-        return if snapshot.logs.iter().all(from_start) { Ok(()) } else { Err(Lost::Trimmed) };
+        let is_whole = snapshot.logs.iter().all(|log| log.is_from_start);
+        return if is_whole { Ok(()) } else { Err(Lost::Trimmed) };
     }
-    let emptied = snapshot.epoch_ms > after.time_ms();
-    let expired = snapshot.now_ms.saturating_sub(after.time_ms()) >= retention_ms;
-    if !after.is_entry() {
-        if emptied {
-            return Err(Lost::Emptied);
+    // The position belongs to one of the logs, or is known to belong to another one of the same order.
+    let mut is_known = snapshot.known;
+    for log in snapshot.logs.iter().filter(|log| !log.is_private) {
+        let previous = log.previous();
+        if log.is_new || log.head.is_none() {
+            return Err(gone(after, ttl_ms, snapshot.now_ms));
+        } else if previous == after {
+            is_known = true;
+        } else if after.is_before(previous) {
+            return Err(trimmed(after, ttl_ms, snapshot.now_ms));
+        } else if previous == Position::START {
+            // Its life began behind the position: what was in an earlier one is not known.
+            return Err(Lost::Unknown);
         }
-        if expired {
-            return Err(Lost::Expired);
-        }
-        return snapshot.logs.iter().try_for_each(|log| resume_from_nothing(after, log));
     }
-    let mut known = false;
-    for log in &snapshot.logs {
-        known |= resume_from_entry(after, expired, log)?;
-    }
-    // Where the position is still held, nothing was emptied since.
-    if known {
+    // Of the logs that do not hold it the client has seen everything that is not above its position.
+    if is_known {
         Ok(())
-    } else if emptied {
+    } else if snapshot.logs.iter().all(|log| log.previous().is_beginning()) {
         Err(Lost::Emptied)
-    } else if expired {
-        Err(Lost::Expired)
     } else {
         Err(Lost::Unknown)
     }
 }
 
-fn resume_from_nothing(after: Position, log: &Log) -> Result<(), Lost> {
-    match log.first {
-        None => Ok(()),
-        Some((_, prev)) if prev != Position::START => Err(Lost::Trimmed),
-        // Older than the moment at which there was none: a log of another time.
-        Some((id, _)) if id.milliseconds < after.time_ms() => Err(Lost::Unknown),
-        Some(_) => Ok(()),
-    }
-}
-
-/// Says whether the position belongs to this log.
-fn resume_from_entry(after: Position, expired: bool, log: &Log) -> Result<bool, Lost> {
-    match (log.entries.first(), log.last) {
-        (Some(next), _) if next.prev == after => Ok(true),
-        (Some(next), _) if next.prev > after => Err(Lost::Trimmed),
-        // A log that began later: an earlier one may have come and gone.
-        (Some(next), _) if next.prev == Position::START && expired => Err(Lost::Expired),
-        (Some(_), _) => Ok(false),
-        (None, Some(last)) if last == after => Ok(true),
-        (None, Some(last)) if last < after => Ok(false),
-        (None, Some(_)) => Err(Lost::Unknown),
-        (None, None) if expired => Err(Lost::Expired),
-        (None, None) => Ok(false),
-    }
-}
-
-/// Whether an instance that had seen everything of a log up to `last` when its link was lost, `gap_ms` ago,
-/// misses nothing but the entries of `log`.
+/// Whether an instance that had seen everything of a log up to `last` misses nothing but the entries of `log`.
 ///
 /// # Errors
 /// Why something may be missing.
-pub fn heal(
-    last: Position,
-    gap_ms: u64,
-    retention_ms: u64,
-    (now_ms, epoch_ms): (u64, u64),
-    log: &Log,
-) -> Result<(), Lost> {
-    let next = log.entries.first();
-    match next {
-        Some(next) if next.prev == last => return Ok(()),
-        None if log.last == Some(last) => return Ok(()),
-        Some(next) if next.prev > last => return Err(Lost::Trimmed),
-        _ => {}
+pub fn heal(last: Position, ttl_ms: u64, now_ms: u64, log: &Log) -> Result<(), Lost> {
+    let previous = log.previous();
+    if previous == last {
+        Ok(())
+    } else if log.is_new || log.head.is_none() {
+        Err(gone(last, ttl_ms, now_ms))
+    } else if last.is_before(previous) {
+        Err(trimmed(last, ttl_ms, now_ms))
+    } else if previous.is_beginning() {
+        Err(Lost::Emptied)
+    } else {
+        Err(Lost::Unknown)
     }
-    // There is no log, or one that began after `last`. That is as it should be where the old one has
-    // expired for want of entries, and nothing can have come and gone during the gap.
-    let begins = match (log.first, next) {
-        (None, _) => now_ms,
-        (Some((id, prev)), Some(_)) if prev == Position::START && id > last => id.milliseconds,
-        _ => return Err(Lost::Unknown),
-    };
-    if epoch_ms > last.time_ms().max(now_ms.saturating_sub(gap_ms)) {
-        return Err(Lost::Emptied);
-    }
-    if gap_ms >= retention_ms {
-        return Err(Lost::Expired);
-    }
-    // An older one than the moment at which there was none is a log of another time.
-    let lived = if last.is_entry() { retention_ms } else { 0 };
-    if last.time_ms().saturating_add(lived) > begins {
-        return Err(Lost::Unknown);
-    }
-    Ok(())
+}
+
+/// Why a log has no head: nobody asked for it or wrote for longer than it lives, or it was removed.
+const fn gone(last: Position, ttl_ms: u64, now_ms: u64) -> Lost {
+    if !last.is_beginning() && is_old(last, ttl_ms, now_ms) { Lost::Expired } else { Lost::Emptied }
+}
+
+/// Why entries behind a position are held no more.
+const fn trimmed(last: Position, ttl_ms: u64, now_ms: u64) -> Lost {
+    if !last.is_beginning() && is_old(last, ttl_ms, now_ms) { Lost::Expired } else { Lost::Trimmed }
+}
+
+const fn is_old(last: Position, ttl_ms: u64, now_ms: u64) -> bool {
+    now_ms.saturating_sub(last.milliseconds) >= ttl_ms
 }

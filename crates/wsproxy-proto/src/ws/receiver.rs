@@ -37,13 +37,20 @@ pub enum Event<'r> {
 pub struct Input<'a> {
     bytes: &'a mut [u8],
     at: usize,
+    inflated: usize,
 }
 
 impl<'a> Input<'a> {
     /// All of `bytes` is still to be looked at.
     #[must_use]
     pub fn new(bytes: &'a mut [u8]) -> Self {
-        Self { bytes, at: 0 }
+        Self { bytes, at: 0, inflated: 0 }
+    }
+
+    /// Bytes by which the messages that were completed here grew when they were inflated.
+    #[must_use]
+    pub const fn inflated(&self) -> usize {
+        self.inflated
     }
 
     /// Whether all bytes are used up.
@@ -52,7 +59,9 @@ impl<'a> Input<'a> {
         self.at == self.bytes.len()
     }
 
-    fn rest(&self) -> &[u8] {
+    /// What is still to be looked at.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
         &self.bytes[self.at..]
     }
 
@@ -147,6 +156,12 @@ impl Receiver {
         }))
     }
 
+    /// Whether messages may be compressed, so that few bytes can become many.
+    #[must_use]
+    pub const fn inflates(&self) -> bool {
+        self.deflate.is_some()
+    }
+
     /// Bytes that this connection holds on the heap now.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
@@ -185,7 +200,7 @@ impl Receiver {
                 self.open(&header, length, mask)?;
             }
             if let Some(opcode) = self.absorb(input)? {
-                return self.finish(opcode, inflaters).map(Some);
+                return self.finish(opcode, input, inflaters).map(Some);
             }
             if input.is_empty() {
                 return Ok(None);
@@ -264,12 +279,13 @@ impl Receiver {
         &mut self,
         header: &Header,
         range: Range<usize>,
-        input: &Input<'_>,
+        input: &mut Input<'_>,
         inflaters: &mut Inflaters,
     ) -> Result<(Opcode, Place), Disconnect> {
         let payload = &input.bytes[range.clone()];
         if header.compressed {
             self.inflate(payload, inflaters)?;
+            input.inflated += inflaters.output().len().saturating_sub(range.len());
             if header.opcode == Opcode::Text && !utf8::is_valid(inflaters.output()) {
                 return Err(Disconnect::NOT_UTF8);
             }
@@ -326,6 +342,7 @@ impl Receiver {
     fn finish(
         &mut self,
         opcode: Opcode,
+        input: &mut Input<'_>,
         inflaters: &mut Inflaters,
     ) -> Result<(Opcode, Place), Disconnect> {
         let Some(partial) = &mut self.partial else { return Ok((opcode, Place::Output)) };
@@ -335,6 +352,7 @@ impl Receiver {
             let (data, compressed) = partial.close_message()?;
             if compressed {
                 self.inflate(&data, inflaters)?;
+                input.inflated += inflaters.output().len().saturating_sub(data.len());
                 if opcode == Opcode::Text && !utf8::is_valid(inflaters.output()) {
                     return Err(Disconnect::NOT_UTF8);
                 }

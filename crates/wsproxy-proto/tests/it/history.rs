@@ -81,8 +81,6 @@ fn step(weather: Weather) -> impl Strategy<Value = Step> {
 
 struct World {
     redis: Redis,
-    /// The gateways' clock.
-    now: u64,
     instances: Vec<Instance>,
     /// Clients that are away.
     away: Vec<Option<View>>,
@@ -95,7 +93,7 @@ impl World {
         let instances = (0..INSTANCES).map(|_| Instance::new(logs, bounds)).collect();
         let away =
             (0..CLIENTS).map(|client| Some(View::new(Self::logs_of(client, logs)))).collect();
-        Self { redis: Redis::new(logs, entries_max), now: 0, instances, away, logs }
+        Self { redis: Redis::new(logs, entries_max), instances, away, logs }
     }
 
     /// The first log is everybody's.
@@ -114,24 +112,26 @@ impl World {
         match step {
             Step::Publish(log) => {
                 let serial = self.redis.publish(log);
-                self.instances.iter_mut().for_each(|instance| instance.receive(serial, self.now));
+                self.instances.iter_mut().for_each(|instance| instance.receive(serial));
             }
             Step::Advance(milliseconds) => {
-                self.now += milliseconds;
                 self.redis.advance(milliseconds);
-            }
-            Step::Deliver(i, times) => {
-                let Self { redis, now, .. } = self;
-                for _ in 0..times {
-                    self.instances[i].deliver(redis, *now);
+                for instance in self.instances.iter_mut().filter(|one| one.linked && !one.is_cut())
+                {
+                    instance.keep_heads(&mut self.redis);
                 }
             }
-            Step::Cut(i, kept) => self.instances[i].cut(self.now, kept),
-            Step::Lose(i) => self.instances[i].lose_link(self.now),
+            Step::Deliver(i, times) => {
+                for _ in 0..times {
+                    self.instances[i].deliver(&self.redis);
+                }
+            }
+            Step::Cut(i, kept) => self.instances[i].cut(kept),
+            Step::Lose(i) => self.instances[i].lose_link(),
             Step::Link(i) => self.instances[i].link(),
             Step::Heal(i, times) => {
                 for _ in 0..times {
-                    self.instances[i].heal(&mut self.redis, self.now);
+                    self.instances[i].heal(&mut self.redis);
                 }
             }
             Step::Open(client, i, wish) => self.open(client, i, wish),
@@ -148,7 +148,7 @@ impl World {
             Step::Save => self.redis.save(),
             Step::RollBack(skew) => {
                 self.redis.roll_back(skew);
-                self.instances.iter_mut().for_each(|one| one.cut(self.now, usize::MAX));
+                self.instances.iter_mut().for_each(|one| one.cut(usize::MAX));
             }
             Step::Empty => self.redis.empty(),
         }
@@ -173,7 +173,7 @@ impl World {
         for client in 0..CLIENTS {
             for instance in &mut self.instances {
                 if instance.is_cut() {
-                    instance.lose_link(self.now);
+                    instance.lose_link();
                 }
                 instance.link();
             }
@@ -184,10 +184,10 @@ impl World {
             self.run(Step::Advance(1));
             for i in 0..INSTANCES {
                 let (instance, redis) = (&mut self.instances[i], &mut self.redis);
-                while instance.deliver(redis, self.now) {
+                while instance.deliver(redis) {
                     busy = true;
                 }
-                busy |= instance.heal(redis, self.now);
+                busy |= instance.heal(redis);
                 for place in 0..instance.clients.len() {
                     busy |= instance.replay(place, redis);
                 }

@@ -14,7 +14,7 @@ pub struct Claims {
     pub jti: Option<String>,
     /// When it was made, in unix seconds.
     pub issued_at: Option<u64>,
-    /// From when on it is no longer good, in unix seconds and without leeway; `None`: never.
+    /// When it expires, in unix seconds and without the leeway for which it stays good; `None`: never.
     pub expires_at: Option<u64>,
 }
 
@@ -32,7 +32,7 @@ impl Rules {
         Self {
             audience: config.audience.clone(),
             issuer: config.issuer.clone(),
-            leeway: config.leeway.as_secs(),
+            leeway: config.leeway_seconds(),
             user_claim: config.user_claim.clone(),
             require_exp: config.require_exp,
         }
@@ -46,8 +46,15 @@ impl Rules {
             None if self.require_exp => return Err(JwtError::Missing("exp")),
             _ => {}
         }
-        if time(claims, "nbf")?.is_some_and(|start| start > now.saturating_add(self.leeway)) {
+        let latest = now.saturating_add(self.leeway);
+        if time(claims, "nbf")?.is_some_and(|start| start > latest) {
             return Err(JwtError::NotYetValid);
+        }
+        // The issuer's clock is too far ahead: a revocation, which covers what was issued until then and the leeway,
+        // would not cover this token.
+        let issued_at = time(claims, "iat")?;
+        if issued_at.is_some_and(|issued| issued > latest) {
+            return Err(JwtError::IssuedAhead);
         }
         self.check_audience(claims.get("aud"))?;
         if let Some(issuer) = &self.issuer
@@ -55,12 +62,7 @@ impl Rules {
         {
             return Err(JwtError::Issuer);
         }
-        Ok(Claims {
-            user: self.user(claims)?,
-            jti: name(claims)?,
-            issued_at: time(claims, "iat")?,
-            expires_at,
-        })
+        Ok(Claims { user: self.user(claims)?, jti: name(claims)?, issued_at, expires_at })
     }
 
     /// A token that is for somebody in particular is refused by all others: RFC 7519, 4.1.3.
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_good_from_nbf_to_exp_give_or_take_the_leeway() {
+    fn times_of_a_token_may_be_off_by_the_leeway() {
         for (claims, result) in [
             (json!({"exp": NOW - 4}), None),
             (json!({"exp": NOW - 5}), Some(JwtError::Expired)),
@@ -168,6 +170,10 @@ mod tests {
             (json!({"nbf": u64::MAX}), Some(JwtError::NotYetValid)),
             (json!({"nbf": [NOW]}), Some(JwtError::Invalid("nbf"))),
             (json!({"iat": "today"}), Some(JwtError::Invalid("iat"))),
+            (json!({"iat": NOW + 5}), None),
+            (json!({"iat": NOW as f64 + 5.9}), None),
+            (json!({"iat": NOW + 6}), Some(JwtError::IssuedAhead)),
+            (json!({"iat": u64::MAX}), Some(JwtError::IssuedAhead)),
         ] {
             assert_eq!(check(&rules(), &with(&claims)).err(), result, "{claims}");
         }

@@ -24,6 +24,8 @@ pub struct JwtVerifier {
     /// Keys that their issuer changes.
     published: Option<Arc<Jwks>>,
     rules: Rules,
+    /// What the header must say, as [`media_type`] writes it.
+    typ: Option<String>,
 }
 
 /// Why a token is not believed. Says nothing of what the token holds.
@@ -50,6 +52,12 @@ pub enum JwtError {
     /// Too early.
     #[error("The token is not valid yet.")]
     NotYetValid,
+    /// Made in the future: the issuer's clock is ahead by more than the leeway.
+    #[error("The token was issued in the future.")]
+    IssuedAhead,
+    /// The header says that it is something else, or nothing where it has to say something.
+    #[error("The token is of another type.")]
+    Type,
     /// It is for somebody else, or for nobody in particular where it has to be for us.
     #[error("The token is for another audience.")]
     Audience,
@@ -97,7 +105,19 @@ impl JwtVerifier {
             fixed.push(key.map_err(|problem| format!("jwt.public_key_file {problem}"))?);
         }
         let published = config.jwks_url.as_ref().map(|url| Jwks::start(config, url, tasks, end));
-        Ok(Self { fixed, published: published.transpose()?, rules: Rules::new(config) })
+        let (published, typ) = (published.transpose()?, config.typ.as_deref().map(media_type));
+        if published.is_some() && config.issuer.is_none() {
+            warn!(
+                "jwt.jwks_url is set without jwt.issuer: every issuer that shares these keys is believed."
+            );
+        }
+        if published.is_some() && config.audience.is_empty() {
+            warn!(
+                "jwt.jwks_url is set without jwt.audience: tokens are believed that do not say for which \
+                 application they were issued."
+            );
+        }
+        Ok(Self { fixed, published, rules: Rules::new(config), typ })
     }
 
     /// The claims of `token` at `now` (unix seconds). Waits only where the issuer has to be asked
@@ -129,6 +149,9 @@ impl JwtVerifier {
         if header.crit.is_some() {
             return Err(JwtError::Critical);
         }
+        if self.typ.is_some() && header.typ.as_deref().map(media_type) != self.typ {
+            return Err(JwtError::Type);
+        }
         if let Some(key) = self.fixed.iter().find(|key| key.is_for(header.alg)) {
             let claims = key.open(token).map_err(|error| cause(&error))?;
             return self.rules.check(&claims, now);
@@ -141,13 +164,6 @@ impl JwtVerifier {
         published
             .open(&Lookup { token, id: header.kid.as_deref(), algorithm: header.alg })
             .and_then(|claims| self.rules.check(&claims, now))
-    }
-
-    /// By how many seconds clocks may differ: a connection may live on for this long after
-    /// [`Claims::expires_at`].
-    #[must_use]
-    pub const fn leeway(&self) -> u64 {
-        self.rules.leeway
     }
 
     /// How fetching keys went, where they are published.
@@ -169,6 +185,8 @@ impl JwtError {
             Self::Signature => "signature",
             Self::Expired => "expired",
             Self::NotYetValid => "not_yet_valid",
+            Self::IssuedAhead => "issued_ahead",
+            Self::Type => "type",
             Self::Audience => "audience",
             Self::Issuer => "issuer",
             Self::Missing(_) | Self::Invalid(_) => "claim",
@@ -176,6 +194,12 @@ impl JwtError {
             Self::Unavailable => "unavailable",
         }
     }
+}
+
+/// The type in a header in one spelling: RFC 7515, 4.1.9.
+fn media_type(typ: &str) -> String {
+    let typ = typ.to_ascii_lowercase();
+    typ.strip_prefix("application/").map(ToOwned::to_owned).unwrap_or(typ)
 }
 
 /// Whether a file holds a public key for one of `algorithms`; completes "jwt.public_key_file …".

@@ -17,10 +17,14 @@ use wsproxy_proto::{
 use crate::{
     bus::{
         BusCounters, BusError, Deliver, History, Keep, Outcome, Publish, Status,
+        not_done::NotDone,
         queue::{Back, Queue},
     },
     config,
-    store::{StoreError, StreamCommand, memory::MemoryStore},
+    store::{
+        StoreError, StreamCommand,
+        memory::{MemoryStore, StoreLimits},
+    },
 };
 
 /// Channels and messages inside this process. Clones share one bus.
@@ -45,13 +49,14 @@ pub(crate) enum Request {
 impl MemoryBus {
     pub(super) fn new(
         config: &config::Redis,
+        limits: StoreLimits,
         deliver: Box<dyn Deliver>,
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
         let queue = Arc::new(Queue::new(config.publish_queue_bytes));
         let shared = Arc::new(Shared {
-            store: MemoryStore::new(Names::new(&config.channel_prefix), queue.clone()),
+            store: MemoryStore::new(Names::new(&config.channel_prefix), queue.clone(), limits),
             queue,
             subscribed: Mutex::default(),
             counters: BusCounters::default(),
@@ -60,7 +65,7 @@ impl MemoryBus {
         Self(shared)
     }
 
-    pub(super) fn store(&self) -> MemoryStore {
+    pub(crate) fn store(&self) -> MemoryStore {
         self.0.store.clone()
     }
 
@@ -105,6 +110,7 @@ impl MemoryBus {
             subscribed: true,
             channels: self.0.subscribed.lock().len(),
             queued_bytes: self.0.queue.bytes(),
+            refusal: self.0.store.is_full().then_some(NotDone::Memory),
             last_error: None,
         }
     }
@@ -178,20 +184,20 @@ impl Shared {
             self.counters.published.add(1);
             return Outcome::Received(1);
         }
-        let Keep::Unheard { log, entries_max, ttl } = &publish.keep else {
+        let Keep::Unheard { log, entries_max, bytes_max, ttl } = &publish.keep else {
             self.counters.published.add(1);
             return Outcome::Received(0);
         };
-        match self.store.append(log, publish.payload.clone(), *entries_max, *ttl) {
+        let bounds = (*entries_max, *bytes_max);
+        match self.store.append(log, publish.payload.clone(), bounds, *ttl) {
             Ok(()) => {
                 self.counters.published.add(1);
                 self.counters.publish_kept.add(1);
                 Outcome::Kept
             }
             Err(error) => {
-                self.counters.publish_lost.add(1);
                 tracing::debug!(%error, "A message that nobody received could not be kept.");
-                Outcome::Lost
+                self.refused(&error)
             }
         }
     }
@@ -203,12 +209,12 @@ impl Shared {
         last: bool,
         deliver: &mut dyn Deliver,
     ) -> Outcome {
-        let appended = match self.store.append_history(history, publish.payload.clone()) {
+        let appended = self.store.append_history(history, publish.payload.clone());
+        let appended = match appended {
             Ok(appended) => appended,
             Err(error) => {
-                self.counters.publish_lost.add(1);
                 tracing::debug!(%error, "A message could not be kept in its history.");
-                return Outcome::Lost;
+                return self.refused(&error);
             }
         };
         self.counters.published.add(1);
@@ -221,6 +227,16 @@ impl Shared {
         let message = Envelope { id, prev, event_id, payload: &publish.payload }.encode();
         let heard = self.hand_over(&publish.channel, &message, last, deliver);
         Outcome::Stored { receivers: heard.into(), id, duplicate: false }
+    }
+
+    fn refused(&self, error: &StoreError) -> Outcome {
+        let refusal = match error {
+            StoreError::Full => NotDone::Memory,
+            StoreError::NotDone { refusal, .. } => *refusal,
+            StoreError::Refused(_) | StoreError::Lost(_) | StoreError::Closed => NotDone::Other,
+        };
+        self.counters.publish_refused[refusal as usize].add(1);
+        Outcome::Refused(refusal)
     }
 
     /// Says whether anybody wants it.

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -12,19 +12,23 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use secrecy::ExposeSecret;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_proto::names::Names;
 
 use crate::{
     bus::{
         BusCounters, BusError, Deliver, Publish, Status,
+        not_done::NotDone,
         queue::Back,
         redis::{
             address::Address,
+            answer::Writes,
             connect::Connector,
             fault::Fault,
+            outlet::{Birth, Outlet},
             pipeline::{Driver, Pipeline, Request},
+            probe::Route,
             reader::Reader,
             resp::Reply,
             script::Script,
@@ -37,13 +41,16 @@ use crate::{
 };
 
 mod address;
+mod answer;
 mod connect;
 mod fault;
 mod link;
+mod outlet;
 mod pipeline;
 mod probe;
 mod reader;
 pub(crate) mod resp;
+mod scout;
 pub(crate) mod script;
 mod subscriptions;
 mod supervisor;
@@ -64,6 +71,14 @@ struct Shared {
     subscriptions: Subscriptions,
     publishes: Arc<Pipeline>,
     commands: Arc<Pipeline>,
+    /// Messages in it are published over a connection of their own.
+    scout: Outlet,
+    /// The number of the newest connection.
+    births: AtomicU64,
+    /// Command links that were made.
+    command_links: AtomicU64,
+    /// A publishing or command link was made.
+    links_changed: Notify,
     health: Health,
     counters: BusCounters,
     shutdown: CancellationToken,
@@ -75,12 +90,20 @@ struct Health {
     /// Trouble of each link, by [`Purpose`]; `None` inside: it is being made for the first time.
     troubles: Mutex<[Trouble; 3]>,
     subscribed: AtomicBool,
+    /// The links end at different servers, or one is deaf; until it is proven that they agree.
+    differ: AtomicBool,
+    writes: Writes,
 }
 
 #[derive(Default)]
 struct Trouble {
     up: bool,
     fault: Option<String>,
+}
+
+/// Checks a URL as [`RedisBus::new`] reads it.
+pub(super) fn check_url(url: &str) -> Result<(), &'static str> {
+    Address::parse(url).map(drop)
 }
 
 impl RedisBus {
@@ -107,6 +130,10 @@ impl RedisBus {
             subscriptions: Subscriptions::default(),
             publishes: Arc::new(Pipeline::new(config.publish_queue_bytes)),
             commands: Arc::new(Pipeline::new(COMMAND_QUEUE_BYTES)),
+            scout: Outlet::default(),
+            births: AtomicU64::new(0),
+            command_links: AtomicU64::new(0),
+            links_changed: Notify::new(),
             health: Health::default(),
             counters: BusCounters::default(),
             shutdown,
@@ -119,6 +146,7 @@ impl RedisBus {
         {
             tasks.spawn(Driver::new(shared.clone(), pipeline.clone(), purpose).run());
         }
+        tasks.spawn(scout::run(shared.clone()));
         Ok(Self(shared))
     }
 
@@ -165,7 +193,9 @@ impl RedisBus {
         let (connected, last_error) = self.0.health.report();
         Status {
             connected,
-            subscribed: self.0.health.subscribed.load(Ordering::Acquire),
+            subscribed: self.0.health.subscribed.load(Ordering::Acquire)
+                && self.0.are_links_proven(),
+            refusal: self.0.refusal(),
             // The probe's own channel is nobody's business.
             channels: self.0.subscriptions.len().saturating_sub(1),
             queued_bytes: self.0.publishes.queue.bytes(),
@@ -173,8 +203,13 @@ impl RedisBus {
         }
     }
 
-    pub(super) fn counters(&self) -> &BusCounters {
+    pub(crate) fn counters(&self) -> &BusCounters {
         &self.0.counters
+    }
+
+    /// Number of links for commands so far. With another number commands may reach another server.
+    pub(crate) fn command_links(&self) -> u64 {
+        self.0.command_links.load(Ordering::Acquire)
     }
 
     /// How keys and channels are spelled.
@@ -184,10 +219,11 @@ impl RedisBus {
 
     /// Runs a script; `words` are the number of keys, the keys and the arguments.
     pub(crate) async fn run(&self, script: &Script, words: &[&[u8]]) -> Result<Reply, StoreError> {
+        debug_assert!(has_one_slot(words), "a script must touch one slot");
         let call = |is_loaded| [&script.call(is_loaded)[..], words].concat();
         match self.command(&call(true)).await {
             // It certainly did not run; with its text it does, and is known from then on.
-            Err(StoreError::Refused(error)) if error.starts_with("NOSCRIPT") => {
+            Err(StoreError::NotDone { refusal: NotDone::Script, .. }) => {
                 self.command(&call(false)).await
             }
             reply => reply,
@@ -225,6 +261,31 @@ impl RedisBus {
     }
 }
 
+impl Shared {
+    /// The number of a connection that is about to be made.
+    fn next_birth(&self) -> Birth {
+        self.births.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn outlet(&self, route: Route) -> &Outlet {
+        match route {
+            Route::Publish => &self.publishes.outlet,
+            Route::Command => &self.commands.outlet,
+            Route::Fresh => &self.scout,
+        }
+    }
+
+    /// Whether a probe through every other link came back over the subscribing one.
+    fn are_links_proven(&self) -> bool {
+        self.publishes.outlet.is_proven() && self.commands.outlet.is_proven()
+    }
+
+    /// Why no writes are taken. A refusal that not even the probe repeats is over.
+    fn refusal(&self) -> Option<NotDone> {
+        self.health.writes.refusal(self.probe_interval * 3 + self.response_timeout)
+    }
+}
+
 impl Health {
     fn up(&self, purpose: Purpose) {
         self.troubles.lock()[purpose as usize] = Trouble { up: true, fault: None };
@@ -246,6 +307,14 @@ impl Health {
         self.subscribed.store(is, Ordering::Release);
     }
 
+    fn differ(&self) {
+        self.differ.store(true, Ordering::Release);
+    }
+
+    fn agree(&self) {
+        self.differ.store(false, Ordering::Release);
+    }
+
     /// The link is up, but of no use.
     fn denied(&self, why: &str) {
         self.subscribed.store(false, Ordering::Release);
@@ -255,8 +324,18 @@ impl Health {
     fn report(&self) -> (bool, Option<String>) {
         let troubles = self.troubles.lock();
         let fault = troubles.iter().find_map(|trouble| trouble.fault.clone());
-        (troubles.iter().all(|trouble| trouble.up), fault)
+        let differ = self.differ.load(Ordering::Acquire).then(|| Fault::Probe.to_string());
+        (troubles.iter().all(|trouble| trouble.up), fault.or(differ))
     }
+}
+
+/// Whether all keys of a script are in one slot of a Redis Cluster; `words` begin with how many keys there are.
+fn has_one_slot(words: &[&[u8]]) -> bool {
+    let count = words.first().and_then(|count| std::str::from_utf8(count).ok()?.parse().ok());
+    let keys = words.iter().skip(1).take(count.unwrap_or(0));
+    let mut slots = keys.map(|key| wsproxy_proto::names::slot(key));
+    let first = slots.next();
+    slots.all(|slot| Some(slot) == first)
 }
 
 /// Milliseconds as Redis wants them: a whole number above zero that it can add to its clock.

@@ -60,7 +60,9 @@ fn sign(
     claims.extend(config.audience.first().map(|audience| ("aud".into(), json!(audience))));
     claims.extend(further);
     let key = EncodingKey::from_secret(secret.expose_secret().as_bytes());
-    jsonwebtoken::encode(&Header::new(*algorithm), &claims, &key).context("cannot sign")
+    let mut header = Header::new(*algorithm);
+    header.typ = config.typ.clone().or(header.typ);
+    jsonwebtoken::encode(&header, &claims, &key).context("cannot sign")
 }
 
 fn claim(text: &str) -> Result<(String, Value), String> {
@@ -76,7 +78,7 @@ const EXAMPLE: &str = "Example:
   wsproxy serve &
   wsproxy jwt --sub alice --ttl 10m --claim role=admin
 
-The token has iat, exp and jti, and iss and aud where jwt.issuer and jwt.audience are set.
+The token has iat, exp and jti, and iss, aud and typ where jwt.issuer, jwt.audience and jwt.typ are set.
 It needs an HS algorithm in jwt.algorithms: with public keys only the issuer can sign.";
 
 #[cfg(test)]
@@ -93,6 +95,7 @@ mod tests {
             issuer: Some("https://issuer.example/".into()),
             audience: vec!["gateway".into()],
             user_claim: "uid".into(),
+            typ: Some("at+jwt".into()),
             ..config::Jwt::default()
         };
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());

@@ -1,4 +1,4 @@
-//! `wsproxy token`: a one-time token for a session, stored where the gateway looks for it.
+//! `wsproxy token`: a token for a session, stored where the gateway looks for it.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use wsproxy_proto::names::{Id, Names};
 
 use super::{exit::Failure, settings::Settings};
 use crate::{
-    auth,
+    auth::session::{self, Scope},
     bus::{Bus, Deliver},
     config::Config,
 };
@@ -22,6 +22,13 @@ pub(super) struct TokenArgs {
     /// How long the token may be used, such as 60s; sessions.token_ttl where it is not given.
     #[arg(long, value_parser = ttl)]
     ttl: Option<Duration>,
+    /// A token for event streams (EventSource): it opens any number of them until it expires, and no WebSocket.
+    /// Without this it opens one connection or event stream, once.
+    #[arg(long)]
+    event_stream: bool,
+    /// The token opens the session only under this agent id, /AGENT/ws/SESSION_ID; without this under any.
+    #[arg(long, value_name = "AGENT", value_parser = |text: &str| Id::parse(text).map_err(|e| format!("an agent id {e}")))]
+    agent: Option<Id>,
     /// Print JSON: token, session_id, expires_in (seconds).
     #[arg(long)]
     json: bool,
@@ -34,7 +41,8 @@ pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
     let ttl = args.ttl.unwrap_or(config.sessions.token_ttl);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;
-    let token = runtime.block_on(save_token(&config, &args.session_id, ttl))?;
+    let scope = Scope { agent: args.agent, event_stream: args.event_stream };
+    let token = runtime.block_on(save_token(&config, &args.session_id, ttl, &scope))?;
     if !args.json {
         return super::print(&format!("{token}\n"));
     }
@@ -48,7 +56,12 @@ pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// There is no Redis, or it did not take it.
-pub async fn save_token(config: &Config, session: &Id, ttl: Duration) -> anyhow::Result<String> {
+pub async fn save_token(
+    config: &Config,
+    session_id: &Id,
+    ttl: Duration,
+    scope: &Scope,
+) -> anyhow::Result<String> {
     if config.redis.url.is_none() {
         let problem = anyhow::anyhow!("tokens are kept in Redis, and redis.url is not set");
         return Err(problem.context(Failure::Config));
@@ -57,9 +70,9 @@ pub async fn save_token(config: &Config, session: &Id, ttl: Duration) -> anyhow:
     let names = Names::new(&config.redis.channel_prefix);
     let bus = Bus::redis(&config.redis, "token", &names, Box::new(Nobody), &tasks, end.clone());
     let store = bus.context(Failure::Config)?.store();
-    let key = names.session_auth(session);
-    let token =
-        tokio::time::timeout(config.server.handshake_timeout, auth::issue(&store, &key, ttl));
+    let key = names.session_auth(session_id);
+    let issued = session::issue(&store, &key, ttl, scope);
+    let token = tokio::time::timeout(config.server.handshake_timeout, issued);
     let token = token.await.context("Redis does not answer").context(Failure::Unavailable)?;
     end.cancel();
     token.context("Redis did not take the token").context(Failure::Unavailable)

@@ -1,30 +1,57 @@
-//! Rules between keys; knows values, not where they came from.
+//! Rules between keys, and what files and URLs must hold to be of use; knows values, not where they came from.
+//!
+//! An instance makes of its configuration what is tried here, with the same functions: so `config check`
+//! refuses what `serve` would.
 
-use jsonwebtoken::AlgorithmFamily;
+use std::{collections::HashSet, path::Path};
+
+use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::ExposeSecret;
+use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
-use super::{Config, Jwt};
-use crate::auth::jwt;
+use super::{
+    Api, Config, Jwt,
+    api_key::{ApiKey, KeySecret},
+};
+use crate::{
+    auth::{api_keys, jwt},
+    bus, tls,
+};
 
-/// A broken rule: the key to blame, the other one that it contradicts, and what is allowed.
+/// A broken rule: the key to blame, the other one that it contradicts, and what is allowed or wrong.
 pub(super) struct Broken {
     pub(super) key: &'static str,
     pub(super) other: Option<&'static str>,
-    pub(super) allowed: &'static str,
+    pub(super) message: String,
 }
 
 /// Every rule that `config` breaks.
 pub(super) fn check(config: &Config) -> Vec<Broken> {
+    let mut broken = rules(config);
+    let mut tried = |key: &'static str, result: Result<(), String>| {
+        broken.extend(result.err().map(|message| Broken { key, other: None, message }));
+    };
+    let Config { redis, jwt, .. } = config;
+    tried("redis.url", bus::check_url(redis));
+    for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &jwt.ca_file)] {
+        tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file));
+    }
+    tried("api.key", check_api_keys(&config.api));
+    broken
+}
+
+/// The rules that can be told from the values alone.
+fn rules(config: &Config) -> Vec<Broken> {
     let Config { server, admin, redis, limits, heartbeat, .. } = config;
     let mut broken = Vec::new();
     let mut rule = |holds: bool, key, allowed, other| {
         if !holds {
-            broken.push(Broken { key, other, allowed });
+            broken.push(Broken { key, other, message: format!("must be {allowed}") });
         }
     };
-    let admin_bind = admin.bind.unwrap_or(server.bind);
-    let same_address =
-        admin_bind == server.bind || admin_bind.is_unspecified() || server.bind.is_unspecified();
+    let [bind, admin_bind] =
+        [server.bind, admin.bind.unwrap_or(server.bind)].map(|bind| bind.to_canonical());
+    let same_address = admin_bind == bind || admin_bind.is_unspecified() || bind.is_unspecified();
     let same_port = server.port != 0 && admin.port == Some(server.port);
     rule(!(same_address && same_port), "admin.port", "different from", Some("server.port"));
     let has_use = admin.bind.is_none() || admin.port.is_some();
@@ -43,10 +70,11 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
     let (key, other) = ("limits.send_buffers_total_bytes", Some("limits.send_buffer_bytes"));
     rule(limits.send_buffers_total_bytes >= limits.send_buffer_bytes, key, "at least", other);
 
-    for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &config.jwt.ca_file)] {
-        let readable = file.as_ref().is_none_or(|path| std::fs::read(path).is_ok());
-        rule(readable, key, "a file that can be read", None);
-    }
+    let (key, other) = ("limits.bytes_burst", Some("limits.bytes_per_second"));
+    let earned_max = limits.bytes_per_second.saturating_mul(BURST_SECONDS_MAX);
+    let is_earned = limits.bytes_per_second == 0 || limits.bytes_burst <= earned_max;
+    rule(is_earned, key, "at most 1000 times", other);
+
     let Jwt { secret_key, public_key_file, jwks_url, .. } = &config.jwt;
     let verifies = secret_key.is_some() || public_key_file.is_some() || jwks_url.is_some();
     let allowed =
@@ -64,7 +92,7 @@ fn check_jwt(
     mut rule: impl FnMut(bool, &'static str, &'static str, Option<&'static str>),
 ) {
     let (secret, file, url) = (&jwt.secret_key, &jwt.public_key_file, &jwt.jwks_url);
-    let is_hmac = |algorithm: &jsonwebtoken::Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
+    let is_hmac = |algorithm: &Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
     let shares = jwt.algorithms.iter().any(is_hmac);
     let publishes = jwt.algorithms.iter().any(|algorithm| !is_hmac(algorithm));
     let (key, other) = ("jwt.algorithms", Some("jwt.algorithms"));
@@ -77,9 +105,9 @@ fn check_jwt(
     );
 
     let length = secret.as_ref().map_or(usize::MAX, |secret| secret.expose_secret().len());
-    let allowed = "at least 16 bytes long, better 32, to be used with";
+    let (bytes_min, allowed) = secret_bytes_min(&jwt.algorithms);
     // Deployments without events may have one for other services, of whatever length.
-    rule(!shares || !in_use || length >= SECRET_BYTES_MIN, "jwt.secret_key", allowed, other);
+    rule(!in_use || length >= bytes_min, "jwt.secret_key", allowed, other);
 
     let public = file.is_some() || url.is_some();
     let allowed = "those of public keys (RS256, ES256, EdDSA, …), since HS… need";
@@ -97,5 +125,51 @@ fn check_jwt(
     }
 }
 
-/// Less is guessed in no time by whoever has a token.
-const SECRET_BYTES_MIN: usize = 16;
+/// Names and secrets are different, and every file holds a key.
+fn check_api_keys(api: &Api) -> Result<(), String> {
+    let (mut names, mut secrets) = (HashSet::from([api_keys::NAMELESS]), HashSet::new());
+    secrets.extend(api.keys.iter().map(|secret| secret.expose_secret().to_owned()));
+    for ApiKey { name, secret, .. } in &api.key {
+        let secret = match secret {
+            KeySecret::Text(secret) => secret.expose_secret().to_owned(),
+            KeySecret::File(path) => secret_of(name, path)?,
+        };
+        if !names.insert(name) {
+            return Err(format!("must have different names; {name} is there twice"));
+        }
+        if !secrets.insert(secret) {
+            return Err(format!("must have different secrets; that of {name} is there twice"));
+        }
+    }
+    Ok(())
+}
+
+fn secret_of(name: &str, path: &Path) -> Result<String, String> {
+    let secrets = api_keys::read_file(path, false);
+    let secrets = secrets.map_err(|problem| format!("the key {name} {problem}"))?;
+    Ok(secrets.first().map(|secret| secret.expose_secret().to_owned()).unwrap_or_default())
+}
+
+/// How long a secret must be for these algorithms: as long as the hash (RFC 7518, 3.2). For HS256 half of that is
+/// accepted with a warning, since existing deployments have shorter secrets; less is guessed in no time by whoever
+/// has a token.
+fn secret_bytes_min(algorithms: &[Algorithm]) -> (usize, &'static str) {
+    if algorithms.contains(&Algorithm::HS512) {
+        (
+            64,
+            "at least 64 bytes long, as long as the hash of HS512 (RFC 7518, 3.2), to be used with",
+        )
+    } else if algorithms.contains(&Algorithm::HS384) {
+        (
+            48,
+            "at least 48 bytes long, as long as the hash of HS384 (RFC 7518, 3.2), to be used with",
+        )
+    } else if algorithms.contains(&Algorithm::HS256) {
+        (16, "at least 16 bytes long, better 32, to be used with")
+    } else {
+        (0, "")
+    }
+}
+
+/// Longer than this a burst of bytes cannot be remembered.
+const BURST_SECONDS_MAX: usize = (EARNING_MICROS_MAX / 1_000_000) as usize / 1000 * 1000;

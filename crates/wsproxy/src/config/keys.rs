@@ -3,12 +3,14 @@
 //! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
 
 use super::{
-    Config, DownFrames, EventIds, LogFormat, NoReceiver, OnBusLoss, SseToken,
+    Config, DownFrames, EventIds, ForwardedHeader, LogFormat, NoReceiver, OnBusLoss,
+    api_key::ApiKeyTables,
     environment::PREFIX,
     kind::{
         Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
-        Switch, Time,
+        Share, Switch, Time,
     },
+    origin::OriginKind,
     rule,
 };
 
@@ -28,6 +30,7 @@ pub struct Key {
     /// Never shown; may be read from a file that `NAME_FILE` names.
     pub secret: bool,
     pub(super) allowed: fn() -> String,
+    pub(super) explain: fn(&Raw) -> Option<String>,
     pub(super) read: fn(&mut Config, &Raw) -> bool,
     pub(super) write: fn(&Config) -> String,
 }
@@ -101,6 +104,7 @@ macro_rules! key {
             flag: None,
             secret: false,
             allowed: || allowed(&$kind, |config| &config.$section.$field),
+            explain: |raw| explain(&$kind, |config| &config.$section.$field, raw),
             read: |config, raw| {
                 let value = $kind.read(raw);
                 value.map(|value| config.$section.$field = value).is_some()
@@ -120,6 +124,7 @@ const fn absent(name: &'static str) -> Key {
         flag: None,
         secret: false,
         allowed: || "false, since this endpoint is not in this version".into(),
+        explain: |_| None,
         read: |_, raw| Switch.read(raw) == Some(false),
         write: |_| "false".into(),
     }
@@ -128,6 +133,10 @@ const fn absent(name: &'static str) -> Key {
 /// The field tells which [`Kind`] is meant where one serves several types.
 fn allowed<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
     kind.allowed()
+}
+
+fn explain<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T, raw: &Raw) -> Option<String> {
+    kind.explain(raw)
 }
 
 /// The sections, in the order of the file.
@@ -159,6 +168,14 @@ pub static SECTIONS: &[(&str, &str)] = &[
 /// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
 pub static IGNORED: &[&str] = &["DATABASE_URL"];
 
+/// Keys of earlier versions, each with what to do instead: a configuration that sets one must not lose silently what
+/// its operator wanted.
+pub(super) static REMOVED: &[(&str, &str)] = &[(
+    "sessions.sse_token",
+    "was removed: the token itself says its kind now. One that begins with \"sse.\" opens event streams until it \
+     expires (`wsproxy token --event-stream`), every other token opens one connection or event stream, once",
+)];
+
 /// Every key, by section.
 #[rustfmt::skip]
 pub static KEYS: &[Key] = &[
@@ -173,7 +190,8 @@ pub static KEYS: &[Key] = &[
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
     key!(server.trusted_proxies, List(Network), "Load balancers whose X-Forwarded-For or Forwarded is believed."),
-    key!(server.allowed_origins, List(rule::ORIGIN), "Browser origins that may connect. Empty: any."),
+    key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "Which of the two these load balancers write, so that the other one, which a client may have written, is ignored; auto: either, and where both are there they must name the same client."),
+    key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
 
     key!(admin.bind, Optional(Address), "Address of the port below. Not set: that of [server]."),
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port").alias("METRICS_PORT"),
@@ -182,7 +200,7 @@ pub static KEYS: &[Key] = &[
     key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis.").flag("channel-prefix").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
-    key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back."),
+    key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back over each connection; every tenth time also over a new one."),
     key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Bound of what waits to be published; beyond it reading from clients pauses."),
     key!(redis.ca_file, Optional(File), "Further CA certificates (PEM) for rediss://."),
 
@@ -193,6 +211,12 @@ pub static KEYS: &[Key] = &[
     key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Bound of what waits for all clients; beyond it the worst offender is closed."),
     key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),
     key!(limits.message_burst, Number(1, 1_000_000), "How many of them may come at once."),
+    key!(limits.store_bytes, Bytes(1 << 20, 1 << 40), "What the embedded store may hold (without Redis)."),
+    key!(limits.store_logs_share, Share, "The part of it that logs and token streams may take; the rest is for tokens."),
+    key!(limits.bytes_per_second, Bytes(0, 16 << 30), "Bytes per second and connection, counted as they come and what compressed messages grow by; reading pauses beyond it. 0: no limit."),
+    key!(limits.bytes_burst, Bytes(0, 16 << 30), "How many of them may come at once."),
+    key!(limits.connections_per_user, Number(0, 100_000_000), "Connections of one user of the event endpoint at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
+    key!(limits.connections_per_session, Number(0, 100_000_000), "Connections of one session at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
     key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),
@@ -216,8 +240,9 @@ pub static KEYS: &[Key] = &[
     absent("agents"),
     absent("tunnel"),
 
-    key!(sessions.no_receiver, OneOf(&[("ignore", NoReceiver::Ignore), ("error", NoReceiver::Error), ("queue", NoReceiver::Queue)]), "What a client's message meets when no worker listens: nothing, an error message, or the stream session:{id}:up:log."),
+    key!(sessions.no_receiver, OneOf(&[("ignore", NoReceiver::Ignore), ("error", NoReceiver::Error), ("queue", NoReceiver::Queue)]), "What a client's message meets when no worker listens: nothing, an error message, or the stream {session:<id>:up}:log."),
     key!(sessions.up_log_entries_max, Number(1, 1_000_000), "Most entries of that stream."),
+    key!(sessions.up_log_bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of that stream."),
     key!(sessions.up_log_ttl, Time(1_000, 30 * DAY), "It expires this long after its last entry."),
     key!(sessions.strikes_max, Number(0, 1_000_000), "Invalid messages after which a connection is closed; 0: never."),
     key!(sessions.down_frames, OneOf(&[("auto", DownFrames::Auto), ("text", DownFrames::Text), ("binary", DownFrames::Binary)]), "How messages from workers are framed; auto: text where they are UTF-8, else binary."),
@@ -226,8 +251,10 @@ pub static KEYS: &[Key] = &[
 
     key!(sessions.history, Switch, "Clients can resume what workers publish with history, over instances and restarts."),
     key!(sessions.capture, Switch, "Take plain publishes of JSON with an event_id into the history too."),
+    key!(sessions.events_log, Switch, "Keep announcements of opened and closed sessions in the stream {agent:{agent_id}:sessions}:log, at least once, also for an instance that was killed."),
+    key!(sessions.events_log_entries_max, Number(1, 10_000_000), "Most entries of such a log."),
+    key!(sessions.events_log_ttl, Time(1_000, 30 * DAY), "How long an entry is held, and a log after its last entry."),
     key!(sessions.event_ids, OneOf(&[("json", EventIds::Json), ("none", EventIds::None)]), "Whether JSON objects of the history carry their id as first member event_id; without it only the subprotocol wsproxy.id.v1 tells ids."),
-    key!(sessions.sse_token, OneOf(&[("reusable", SseToken::Reusable), ("once", SseToken::Once)]), "What a token is good for that comes with a request for server-sent events: any number of them until it expires, since an EventSource reconnects with the same URL, or one."),
 
     key!(events.history, Switch, "Clients can resume, over instances and restarts."),
     key!(events.capture, Switch, "Take plain publishes with an event_id into the history too."),
@@ -237,7 +264,7 @@ pub static KEYS: &[Key] = &[
     key!(events.ack_tries, Number(1, 100), "How often it is sent before it is reported."),
     key!(events.ack_queue, Number(1, 100_000), "Most messages of a connection that wait for an ack.").alias("MESSAGE_QUEUE_SIZE"),
     key!(events.registry_ttl, Time(10_000, 30 * DAY), "How long the registry keeps what nobody refreshes."),
-    key!(events.revocation_ttl, Time(1_000, 400 * DAY), "How long a revocation is remembered; at least as long as tokens live."),
+    key!(events.revocation_ttl, Time(1_000, 400 * DAY), "The longest revocation (revoke_seconds) that the API takes; a longer one is refused. At least as long as tokens live."),
 
     key!(history.entries_max, Number(1, 1_000_000), "Most entries of a log."),
     key!(history.bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of a log."),
@@ -248,7 +275,7 @@ pub static KEYS: &[Key] = &[
     key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects."),
     key!(sse.compression, Switch, "Compress where the client accepts gzip."),
 
-    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones.").alias("SECRET_KEY").secret(),
+    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret(),
     key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "The algorithms that are accepted. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
     key!(jwt.public_key_file, Optional(File), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
     key!(jwt.jwks_url, Optional(rule::JWKS_URL), "Where the issuer publishes its public keys."),
@@ -257,11 +284,13 @@ pub static KEYS: &[Key] = &[
     key!(jwt.ca_file, Optional(File), "Further CA certificates (PEM) for jwt.jwks_url."),
     key!(jwt.audience, List(rule::CLAIM), "Tokens must be for one of these (aud). Empty: tokens that are for somebody in particular are refused."),
     key!(jwt.issuer, Optional(rule::CLAIM), "Tokens must be issued by this one (iss). Not set: by anybody who has the key."),
-    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours."),
+    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours: a token is good until its exp and this, from its nbf less this, and an iat that is further ahead is refused."),
     key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=|, or an integer."),
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
+    key!(jwt.typ, Optional(rule::TYP), "Tokens must say in their header that they are of this type (typ), such as \"at+jwt\"; compared without regard to case, with or without \"application/\". Not set: of any."),
 
-    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys. Without one the API answers 401 to everybody.").secret(),
+    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers 401 to everybody.").secret(),
+    key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret(),
 ];
 
 const HOUR: u64 = 3_600_000;

@@ -15,17 +15,19 @@ use secrecy::{ExposeSecret, SecretString};
 pub(super) enum Raw {
     /// One value.
     Text(String),
-    /// A TOML array.
+    /// An array of values.
     List(Vec<String>),
-    /// A table, or an array of something else than values: nothing that a key takes.
+    /// An array of tables, each with the names and values of its fields.
+    Tables(Vec<Vec<(String, Self)>>),
+    /// A table, or an array of something else: nothing that a key takes.
     Nested,
 }
 
 impl Raw {
-    fn text(&self) -> Option<&str> {
+    pub(super) fn text(&self) -> Option<&str> {
         match self {
             Self::Text(text) => Some(text.trim()),
-            Self::List(_) | Self::Nested => None,
+            Self::List(_) | Self::Tables(_) | Self::Nested => None,
         }
     }
 }
@@ -38,6 +40,10 @@ pub(super) trait Kind<T> {
     fn read(&self, raw: &Raw) -> Option<T>;
     /// As TOML, such that [`Kind::read`] gives the same value again (secrets excepted).
     fn write(&self, value: &T) -> String;
+    /// Which part of a value is not allowed, and why; `None` where [`Kind::allowed`] says enough.
+    fn explain(&self, _raw: &Raw) -> Option<String> {
+        None
+    }
 }
 
 /// `true` or `false`.
@@ -68,6 +74,24 @@ impl<T: TryFrom<u64> + TryInto<u64> + Copy> Kind<T> for Number {
     }
     fn write(&self, value: &T) -> String {
         (*value).try_into().unwrap_or(u64::MAX).to_string()
+    }
+}
+
+/// A part of one, above 0.
+pub(super) struct Share;
+
+impl Kind<f64> for Share {
+    fn allowed(&self) -> String {
+        "a number above 0, at most 1".into()
+    }
+
+    fn read(&self, raw: &Raw) -> Option<f64> {
+        let share: f64 = raw.text()?.parse().ok()?;
+        (share > 0.0 && share <= 1.0).then_some(share)
+    }
+
+    fn write(&self, value: &f64) -> String {
+        value.to_string()
     }
 }
 
@@ -267,7 +291,7 @@ impl<T, K: Kind<T>> Kind<Vec<T>> for List<K> {
                 let values = text.split([',', '\n']).map(str::trim);
                 values.filter(|value| !value.is_empty()).map(str::to_owned).collect()
             }
-            Raw::Nested => return None,
+            Raw::Tables(_) | Raw::Nested => return None,
         };
         values.into_iter().map(|value| self.0.read(&Raw::Text(value))).collect()
     }

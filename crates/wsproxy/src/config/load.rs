@@ -14,7 +14,7 @@ use super::{
     Config,
     check::check,
     environment::{Environment, PREFIX},
-    keys::{IGNORED, KEYS, Key, SECTIONS},
+    keys::{IGNORED, KEYS, Key, REMOVED, SECTIONS},
     kind::{Raw, quoted},
     problem::{Origin, Problem, Problems, nearest},
 };
@@ -111,7 +111,7 @@ impl Loader {
                 origin: Some(origin.clone()),
                 key: key.path(),
                 value: Some(printable(&value)),
-                message: format!("must be {}", key.allowed()),
+                message: (key.explain)(raw).unwrap_or_else(|| format!("must be {}", key.allowed())),
             });
             self.bad.insert(key.path());
         }
@@ -130,11 +130,15 @@ impl Loader {
             self.variable(key, environment);
         }
         for name in environment.ours().filter(|name| !known.contains(*name)) {
-            let near = nearest(name, known.iter().map(String::as_str));
-            let message = near.map_or_else(
-                || format!("unknown variable; keys are {PREFIX}SECTION__KEY"),
-                |near| format!("unknown variable; did you mean {near}?"),
-            );
+            let own =
+                |path: &str| format!("{PREFIX}{}", path.replace('.', "__")).to_ascii_uppercase();
+            let message = removed(|path| own(path) == name).unwrap_or_else(|| {
+                let near = nearest(name, known.iter().map(String::as_str));
+                near.map_or_else(
+                    || format!("unknown variable; keys are {PREFIX}SECTION__KEY"),
+                    |near| format!("unknown variable; did you mean {near}?"),
+                )
+            });
             self.complain(Origin::Env(printable(name)), String::new(), message);
         }
     }
@@ -159,7 +163,12 @@ impl Loader {
             if let Some(path) = environment.path(&file).filter(|_| key.secret) {
                 let origin = Origin::Env(file);
                 return match std::fs::read_to_string(&path) {
-                    Ok(text) => self.set(key, &Raw::Text(text), String::new(), origin),
+                    Ok(text) => {
+                        if key.path() == API_KEYS {
+                            self.config.api.keys_file = Some(path);
+                        }
+                        self.set(key, &Raw::Text(text), String::new(), origin);
+                    }
                     Err(error) => {
                         let message = format!("cannot read {}: {error}", path.display());
                         self.complain(origin, key.path(), message);
@@ -183,7 +192,7 @@ impl Loader {
                 origin: Some(self.origins.get(broken.key).unwrap_or(&Origin::Default).clone()),
                 key: broken.key.into(),
                 value: Some(self.written(broken.key)),
-                message: format!("must be {}{}", broken.allowed, other.unwrap_or_default()),
+                message: broken.message + &other.unwrap_or_default(),
             });
         }
     }
@@ -245,9 +254,10 @@ impl File<'_> {
                     loader.set(known, &raw(value.get_ref()), shown.to_owned(), origin);
                 }
                 None => {
-                    let hint = hint(name, key);
-                    let key = printable(&format!("{name}.{key}"));
-                    loader.complain(origin, key, format!("unknown key{hint}"));
+                    let path = format!("{name}.{key}");
+                    let message = removed(|removed| removed == path)
+                        .unwrap_or_else(|| format!("unknown key{}", hint(name, key)));
+                    loader.complain(origin, printable(&path), message);
                 }
             }
         }
@@ -257,6 +267,11 @@ impl File<'_> {
         let before = self.text.get(..span.start).unwrap_or(self.text);
         Origin::File { path: self.path.clone(), line: before.matches('\n').count() + 1 }
     }
+}
+
+/// What to do instead of a key of an earlier version, whose path fits.
+fn removed(fits: impl Fn(&str) -> bool) -> Option<String> {
+    REMOVED.iter().find(|(path, _)| fits(path)).map(|(_, instead)| (*instead).into())
 }
 
 /// The same name in another section, else what looks most like it, in its own section first.
@@ -284,17 +299,31 @@ fn raw(value: &DeValue<'_>) -> Raw {
     };
     match value {
         DeValue::Array(values) => {
-            let values: Option<_> = values.iter().map(|value| scalar(value.get_ref())).collect();
-            values.map_or(Raw::Nested, Raw::List)
+            let list: Option<_> = values.iter().map(|value| scalar(value.get_ref())).collect();
+            let tables =
+                || values.iter().map(|value| table(value.get_ref())).collect::<Option<_>>();
+            list.map(Raw::List).or_else(|| tables().map(Raw::Tables)).unwrap_or(Raw::Nested)
         }
         value => scalar(value).map_or(Raw::Nested, Raw::Text),
     }
+}
+
+fn table(value: &DeValue<'_>) -> Option<Vec<(String, Raw)>> {
+    let DeValue::Table(fields) = value else { return None };
+    let field = |(name, value): (&Spanned<_>, &Spanned<_>)| {
+        let name: &toml::de::DeString<'_> = name.get_ref();
+        (name.to_string(), raw(value.get_ref()))
+    };
+    Some(fields.iter().map(field).collect())
 }
 
 /// One short line, whatever was given.
 fn printable(text: &str) -> String {
     text.chars().take(120).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
+
+/// The key whose file is read again while the instance runs.
+const API_KEYS: &str = "api.keys";
 
 #[cfg(test)]
 mod tests;

@@ -108,7 +108,9 @@ A key is looked up in this order, and the first that has it wins:
 - **Times** are whole seconds, or text with units: `30`, `\"500ms\"`, `\"1m 30s\"`.
 - **Sizes** are bytes, or text with a unit: `65536`, `\"64KiB\"`, `\"10MB\"`.
 - **Lists** are TOML arrays; in the environment, text with commas between the values.
-- **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`) can come from a file: set the variable with `_FILE` at its end, such as
+- **Lists of tables** (`api.key`) are `[[api.key]]` in the file; in the environment, a JSON array of objects:
+  `{PREFIX}API__KEY='[{\"name\":\"chat\",\"secret\":\"…\",\"scopes\":[\"sessions\"]}]'`.
+- **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`, `api.key`) can come from a file: set the variable with `_FILE` at its end, such as
   `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown.
 - Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
 

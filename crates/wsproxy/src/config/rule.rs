@@ -21,9 +21,10 @@ pub(super) const SERVER_ID: Text = Text {
 
 /// What stands before the names of keys and channels.
 pub(super) const PREFIX: Text = Text {
-    allowed: "up to 64 letters, digits and -_.:{}, without the colon at its end",
+    allowed: "up to 64 letters, digits and -_.:, without the colon at its end",
     read: |text| {
-        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:{}".contains(&b);
+        // No braces: further keys of a name put the whole name into braces, which choose its slot of a cluster.
+        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
         let good = text.len() <= 64 && text.bytes().all(known) && !text.ends_with(':');
         good.then(|| text.to_owned())
     },
@@ -43,12 +44,6 @@ pub(super) const API_KEY: Text = Text {
             && text.bytes().all(|b| b.is_ascii_graphic() && b != b',');
         good.then(|| text.to_owned())
     },
-};
-
-/// What a browser's `Origin` may be.
-pub(super) const ORIGIN: Text = Text {
-    allowed: "an origin such as \"https://app.example\", \"https://*.example\" or \"*\", without a path",
-    read: origin,
 };
 
 /// A secret that signs tokens. How long it must be depends on whether it is used.
@@ -93,6 +88,15 @@ pub(super) const CLAIM: Text = Text {
     read: |text| (1..=512).contains(&text.len()).then(|| text.to_owned()),
 };
 
+/// The type of a token: a media type, whose `application/` may be left out.
+pub(super) const TYP: Text = Text {
+    allowed: "1 to 128 visible ASCII characters",
+    read: |text| {
+        let good = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+        good.then(|| text.to_owned())
+    },
+};
+
 fn level(text: &str) -> Option<String> {
     let text = text.to_ascii_lowercase();
     // Existing deployments use Python's names; to the filter they would be names of modules.
@@ -129,27 +133,6 @@ fn redis_url(text: &str) -> Option<String> {
     (good && printable).then(|| text.to_owned())
 }
 
-/// Lower case and without the scheme's own port, since that is how browsers send it.
-fn origin(text: &str) -> Option<String> {
-    let text = text.to_ascii_lowercase();
-    if text == "*" {
-        return Some(text);
-    }
-    let (scheme, host) = text.split_once("://")?;
-    let named = scheme.starts_with(|c: char| c.is_ascii_lowercase())
-        && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
-    let concrete = host.strip_prefix("*.").unwrap_or(host);
-    if !named || !is_host(concrete) || concrete.contains('*') {
-        return None;
-    }
-    let own_port = match scheme {
-        "http" => ":80",
-        "https" => ":443",
-        _ => "",
-    };
-    Some(format!("{scheme}://{}", host.strip_suffix(own_port).unwrap_or(host)))
-}
-
 /// A name or an address, brackets around one of version 6, and perhaps a port.
 fn is_host(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[') {
@@ -181,21 +164,12 @@ mod tests {
     }
 
     #[test]
-    fn origins_are_spelled_as_browsers_send_them() {
-        for (given, kept) in [
-            ("https://App.example", "https://app.example"),
-            ("https://*.example:8443", "https://*.example:8443"),
-            ("https://a.example:443", "https://a.example"),
-            ("http://[::1]:3000", "http://[::1]:3000"),
-            ("chrome-extension://abcdef", "chrome-extension://abcdef"),
-            ("*", "*"),
-        ] {
-            assert_eq!(origin(given).as_deref(), Some(kept));
+    fn channel_prefixes_hold_no_braces() {
+        for good in ["", "eu", "eu:prod-1", "a_b.c"] {
+            assert!((PREFIX.read)(good).is_some(), "{good}");
         }
-        let bad =
-            ["", "app.example", "https://", "https://a/", "https://a.*", "https://a:x", "://a"];
-        for bad in bad {
-            assert_eq!(origin(bad), None, "{bad:?}");
+        for bad in ["{eu}", "eu:{a}", "eu}", "{", "eu:", "e u", "\u{e4}"] {
+            assert!((PREFIX.read)(bad).is_none(), "{bad}");
         }
     }
 

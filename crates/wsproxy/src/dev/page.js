@@ -122,7 +122,8 @@ function received(data) {
   if (typeof data !== "string") return log("message", "binary", `${data.size} bytes`);
   let message;
   try { message = JSON.parse(data); } catch { return log("message", "message", data); }
-  session.lastEventId = message?.event_id ?? session.lastEventId;
+  // A member of the application's own is no position.
+  if (/^\d+-\d+-[\da-f]{8}$/.test(message?.event_id)) session.lastEventId = message.event_id;
   switch (message?.type) {
     case "token": return token(message.text);
     case "done": return finish();
@@ -283,6 +284,8 @@ function shell() {
         : `R=$(curl -s -X POST ${http}/dev/session); S=$(echo "$R" | ${field("session_id")}); T=$(echo "$R" | ${field("token")})`],
     ["Connect with it, then type: {\"type\":\"prompt\",\"text\":\"hello\"}", `npx -y wscat -H "Authorization: Bearer $T" -c ${url}`],
     ["Or with Python (pip install websockets)", `websockets "${url}?token=$T"`],
+    ["Or only listen, as an EventSource does: a token for event streams, which may come back with it",
+      `curl -sN -H "Accept: text/event-stream" "${http}/${session.agent}/ws/${id ?? "$S"}?token=$(curl -s -X POST ${http}/dev/session -d '{"session_id":"'${id ?? "$S"}'","event_stream":true}' | ${field("token")})"`],
     ["Cut this session's connections", `curl -s -X POST ${http}/dev/cut -d '{"session_id":"${id ?? "'$S'"}"}'`],
     ["Watch the metrics", `curl -s ${http}/metrics | grep '^wsproxy_'`],
   ];

@@ -13,7 +13,6 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, StatusCode,
     header::{self, HOST, ORIGIN},
-    uri::Authority,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -21,7 +20,11 @@ use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
 use super::{AGENT, open_session, worker::Worker};
-use crate::http::{api, rejection::Rejection, upgrade};
+use crate::{
+    auth::session::Scope,
+    config::host::Authority,
+    http::{api, host, rejection::Rejection, upgrade},
+};
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -64,7 +67,6 @@ async fn guard(bind: IpAddr, request: Request, next: Next) -> Response {
     let headers = response.headers_mut();
     for (name, value) in [
         (header::CONTENT_SECURITY_POLICY, POLICY),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
         (header::CACHE_CONTROL, "no-store"),
         (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
@@ -77,22 +79,12 @@ async fn guard(bind: IpAddr, request: Request, next: Next) -> Response {
 fn is_own_page(headers: &HeaderMap, bind: IpAddr) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
-    let Some(authority) = authority(host) else { return false };
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let known = match host.parse::<IpAddr>() {
-        // An address is not a name that somebody could lead elsewhere.
-        Ok(address) => address.is_loopback() || address == bind || bind.is_unspecified(),
-        Err(_) => host.eq_ignore_ascii_case("localhost"),
-    };
+    let Some(own) = host.to_str().ok().and_then(Authority::parse) else { return false };
     let origin = headers.get(ORIGIN).map(|origin| {
         let origin = origin.to_str().unwrap_or_default();
-        origin.split_once("://").and_then(|(_, rest)| rest.parse::<Authority>().ok())
+        origin.split_once("://").and_then(|(_, place)| Authority::parse(place))
     });
-    known && origin.is_none_or(|origin| origin == Some(authority))
-}
-
-fn authority(value: &HeaderValue) -> Option<Authority> {
-    value.to_str().ok()?.parse().ok()
+    host::is_local(&own, bind) && origin.is_none_or(|origin| origin == Some(own))
 }
 
 fn file(kind: &str, text: &'static str) -> Response {
@@ -103,6 +95,9 @@ fn file(kind: &str, text: &'static str) -> Response {
 #[serde(deny_unknown_fields)]
 struct SessionRequest {
     session_id: Option<String>,
+    /// The token opens event streams until it expires, as an `EventSource` needs it.
+    #[serde(default)]
+    event_stream: bool,
 }
 
 /// Where a real application has its login.
@@ -110,13 +105,20 @@ async fn session(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let session = match api::optional_json::<SessionRequest>(body)?.session_id {
+    let SessionRequest { session_id, event_stream } = api::optional_json(body)?;
+    let session = match session_id {
         Some(id) => upgrade::id("session_id", &id)?,
         None => new_session(),
     };
-    let token = open_session(&worker, &session).await?;
+    let token = open_session(&worker, &session, &Scope { agent: None, event_stream }).await?;
     let body = json!({ "agent_id": AGENT, "session_id": session.as_str(), "token": token });
     Ok((StatusCode::CREATED, Json(body)).into_response())
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CutRequest {
+    session_id: Option<String>,
 }
 
 /// Drops the session's TCP connections without a word, as a lost network does.
@@ -124,7 +126,7 @@ async fn cut(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let id = api::optional_json::<SessionRequest>(body)?.session_id;
+    let id = api::optional_json::<CutRequest>(body)?.session_id;
     let id = id.ok_or_else(|| Rejection::bad_request("session_id is missing."))?;
     let wanted = worker.connections(&upgrade::id("session_id", &id)?);
     let links = worker.gateway().runtime.links();

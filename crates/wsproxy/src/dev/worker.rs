@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, warn};
 use uuid::Uuid;
-use wsproxy_proto::names::{Id, Names};
+use wsproxy_proto::names::Id;
 
 use super::AGENT;
 use crate::{
@@ -223,10 +223,11 @@ impl Worker {
     async fn say(&self, session: &Id, message: Value) {
         let channel = self.gateway.names.session_down(session);
         let history = History {
-            log: Names::log(&channel).into(),
+            log: self.gateway.names.log(&channel).into(),
             clock: None,
             event_id: None,
             dedup: None,
+            unique: false,
             limits: self.gateway.config.history.limits(),
         };
         let publish = Publish {

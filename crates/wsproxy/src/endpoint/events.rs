@@ -21,7 +21,7 @@ use crate::{
     bus::{BusError, Keep, Publish},
     config::{self, Config, Heartbeat},
     endpoint::{
-        Actions, Logic, PUBLISHED,
+        Actions, Logic, PUBLISHED, Unpublished,
         events::{
             acks::{AckWindow, Due, Patience, Waiting},
             messages::{FromClient, Verdict},
@@ -29,7 +29,7 @@ use crate::{
     },
     hub::WANTS_ACK,
     registry::Transport,
-    telemetry::{counter::Counter, time},
+    telemetry::{counter::Counter, throttle::Throttle, time},
 };
 
 pub mod acks;
@@ -57,6 +57,8 @@ pub struct EventEndpoint {
     /// Channel that tells workers what was acknowledged.
     reports: Arc<str>,
     patience: Patience,
+    /// `jwt.leeway`: for so many seconds after its `exp` a token stays good.
+    leeway: u64,
     /// What happened; the metrics read it.
     pub counters: EventCounters,
 }
@@ -68,8 +70,10 @@ pub struct EventCounters {
     pub invalid: Counter,
     /// Messages from clients that no worker received.
     pub unheard: Counter,
-    /// Messages from clients that the bus did not take or lost.
+    /// Messages from clients that the bus lost.
     pub lost: Counter,
+    /// Messages from clients that the bus did not take.
+    pub refused: Counter,
     /// Messages that wanted an `ack`.
     pub ack_wanted: Counter,
     /// Messages that were acknowledged.
@@ -82,6 +86,8 @@ pub struct EventCounters {
     pub acks_unknown: Counter,
     /// Reports on acknowledgements that the bus did not take.
     pub unreported: Counter,
+    /// Of log lines about these.
+    pub unreported_lines: Throttle,
     /// Newer tokens that were good.
     pub refreshed: Counter,
     /// Newer tokens that were not.
@@ -118,6 +124,7 @@ impl EventEndpoint {
     /// Under this configuration.
     #[must_use]
     pub fn new(config: &Config, names: &Names, server_id: &Arc<str>) -> Self {
+        let leeway = config.jwt.leeway_seconds();
         let (config, heartbeat) = (config.events.clone(), config.heartbeat.clone());
         let patience = Patience {
             interval: config.ack_interval.into(),
@@ -127,6 +134,7 @@ impl EventEndpoint {
         };
         Self {
             patience,
+            leeway,
             heartbeat,
             server_id: Arc::clone(server_id),
             up: names.events("up").into(),
@@ -157,7 +165,7 @@ pub struct EventLogic {
 }
 
 impl EventLogic {
-    /// A client that is about to be connected, with a token that is good until `expires_at` (unix seconds).
+    /// A client that is about to be connected, with a token whose `exp` is `expires_at` (unix seconds).
     #[must_use]
     pub fn new(
         endpoint: Arc<EventEndpoint>,
@@ -204,17 +212,19 @@ impl EventLogic {
         match actions.publish(message) {
             Ok(()) => {}
             Err(BusError::Closed) => actions.disconnect(&Disconnect::RESTART),
-            Err(_) => self.on_outcome(true, actions),
+            Err(error) => self.on_unpublished((&error).into(), actions),
         }
     }
 
-    fn on_outcome(&self, lost: bool, actions: &mut dyn Actions) {
-        if lost {
-            self.endpoint.counters.lost.add(1);
-            let message = "The message may not have reached a worker.";
-            tell(&messages::error("publish_lost", message), actions);
-        } else {
-            self.endpoint.counters.unheard.add(1);
+    fn on_unpublished(&self, unpublished: Unpublished, actions: &mut dyn Actions) {
+        let counters = &self.endpoint.counters;
+        match unpublished {
+            Unpublished::Unheard => counters.unheard.add(1),
+            Unpublished::Lost => counters.lost.add(1),
+            Unpublished::Refused { .. } => counters.refused.add(1),
+        }
+        if let Some((code, message)) = unpublished.error() {
+            tell(&messages::error(code, message), actions);
         }
     }
 
@@ -227,6 +237,12 @@ impl EventLogic {
         actions.verify(token);
     }
 
+    /// The token is good until its `exp` and the leeway, here as in the handshake.
+    fn close_in_time(&self, actions: &mut dyn Actions) {
+        let leeway = self.endpoint.leeway;
+        actions.expire_at(self.expires_at.map(|end| end.saturating_add(leeway)));
+    }
+
     fn on_verdict(&mut self, verdict: Option<Verdict>, actions: &mut dyn Actions) {
         self.is_refreshing = false;
         let counters = &self.endpoint.counters;
@@ -235,7 +251,7 @@ impl EventLogic {
                 counters.refreshed.add(1);
                 debug!(connection_id = %self.connection, "A newer token was accepted.");
                 self.expires_at = expires_at;
-                actions.expire_at(expires_at);
+                self.close_in_time(actions);
                 tell(&messages::refreshed(expires_at), actions);
             }
             Some(Verdict::Good { .. }) => {
@@ -306,8 +322,12 @@ impl EventLogic {
             receipt: None,
         };
         if let Err(error) = actions.publish(report) {
-            self.endpoint.counters.unreported.add(1);
-            warn!(connection_id = %self.connection, %error, "A report on an acknowledgement is lost.");
+            let counters = &self.endpoint.counters;
+            counters.unreported.add(1);
+            if let Some(left_out) = counters.unreported_lines.pass() {
+                warn!(connection_id = %self.connection, %error, left_out,
+                    "A report on an acknowledgement is lost.");
+            }
         }
     }
 
@@ -351,7 +371,7 @@ impl Logic for EventLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
         info!(connection_id = %self.connection, user_id = %self.user,
             transport = self.transport.label(), "Connection opened.");
-        actions.expire_at(self.expires_at);
+        self.close_in_time(actions);
         self.next_ping = actions.now().after(self.endpoint.heartbeat.interval.into());
         self.plan(actions);
     }
@@ -376,7 +396,7 @@ impl Logic for EventLogic {
         match event.tag {
             TIMER => self.on_timer(actions),
             WANTS_ACK => self.await_ack(event.payload, event.number, actions),
-            PUBLISHED => self.on_outcome(event.number == 1, actions),
+            PUBLISHED => self.on_unpublished(Unpublished::from_number(event.number), actions),
             VERIFIED => self.on_verdict(Verdict::from_bytes(&event.payload), actions),
             _ => {}
         }

@@ -20,9 +20,12 @@ use wsproxy_proto::{
 use crate::{
     bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
-    endpoint::{Actions, Logic, PUBLISHED},
-    registry::Transport,
-    telemetry::{counter::Counter, time},
+    endpoint::{Actions, Logic, PUBLISHED, Unpublished},
+    registry::{
+        Transport,
+        sessions::{Record, SessionLog},
+    },
+    telemetry::{counter::Counter, throttle::Throttle, time},
 };
 
 /// [`Event::tag`]: a worker's command.
@@ -32,7 +35,6 @@ pub const CONTROL: u8 = 1;
 const JSON_DEPTH_MAX: usize = 128;
 
 /// What all sessions have in common.
-#[derive(Debug)]
 pub struct SessionEndpoint {
     /// `[sessions]`
     pub config: Sessions,
@@ -40,6 +42,8 @@ pub struct SessionEndpoint {
     pub names: Names,
     /// Which instance this is.
     pub server_id: Arc<str>,
+    /// Where opened and closed sessions are kept; `None`: they are only announced.
+    pub log: Option<Arc<SessionLog>>,
     /// What went wrong; the metrics read it.
     pub counters: SessionCounters,
 }
@@ -51,16 +55,19 @@ pub struct SessionCounters {
     pub invalid: Counter,
     /// Messages from clients that no worker received.
     pub unheard: Counter,
-    /// Messages from clients that the bus did not take or lost.
+    /// Messages from clients that the bus lost.
     pub lost: Counter,
+    /// Messages from clients that the bus did not take.
+    pub refused: Counter,
     /// Commands from workers that made no sense.
     pub bad_commands: Counter,
     /// Announcements of opened and closed sessions that the bus did not take.
     pub unannounced: Counter,
+    /// Of log lines about these.
+    pub unannounced_lines: Throttle,
 }
 
 /// One client of a session.
-#[derive(Debug)]
 pub struct SessionLogic {
     endpoint: Arc<SessionEndpoint>,
     agent: Id,
@@ -118,21 +125,23 @@ impl SessionLogic {
             NoReceiver::Queue => Keep::Unheard {
                 log: self.endpoint.names.session_up_log(&self.session).into(),
                 entries_max: self.endpoint.config.up_log_entries_max,
+                bytes_max: self.endpoint.config.up_log_bytes_max as u64,
                 ttl: self.endpoint.config.up_log_ttl,
             },
         }
     }
 
-    fn on_outcome(&self, lost: bool, actions: &mut dyn Actions) {
-        if lost {
-            self.endpoint.counters.lost.add(1);
-            let message = "The message may not have reached the worker.";
-            error_message("publish_lost", message, actions);
-        } else {
-            self.endpoint.counters.unheard.add(1);
-            if self.endpoint.config.no_receiver == NoReceiver::Error {
-                error_message("no_receiver", "No worker listens to this session.", actions);
-            }
+    fn on_unpublished(&self, unpublished: Unpublished, actions: &mut dyn Actions) {
+        let counters = &self.endpoint.counters;
+        match unpublished {
+            Unpublished::Unheard => counters.unheard.add(1),
+            Unpublished::Lost => counters.lost.add(1),
+            Unpublished::Refused { .. } => counters.refused.add(1),
+        }
+        if let Some((code, message)) = unpublished.error() {
+            error_message(code, message, actions);
+        } else if self.endpoint.config.no_receiver == NoReceiver::Error {
+            error_message("no_receiver", "No worker listens to this session.", actions);
         }
     }
 
@@ -158,17 +167,19 @@ impl SessionLogic {
         warn!(session_id = %self.session, connection_id = %self.connection, error, "A worker's command makes no sense.");
     }
 
-    /// What all announcements of this connection begin with.
-    fn announcement(&self, event: &str) -> serde_json::Value {
-        serde_json::json!({
-            "event": event,
-            "agent_id": self.agent.as_str(),
-            "session_id": self.session.as_str(),
-            "connection_id": self.connection,
-            "transport": self.transport.label(),
-            "server_id": &*self.endpoint.server_id,
-            "timestamp": time::rfc3339(),
-        })
+    fn record(&self, opened: &str) -> Record {
+        Record {
+            agent: self.agent.clone(),
+            session: self.session.clone(),
+            transport: self.transport,
+            opened: opened.into(),
+        }
+    }
+
+    /// The members that all announcements of this connection begin with.
+    fn announcement(&self, event: &str, now: &str) -> serde_json::Value {
+        let server_id = &self.endpoint.server_id;
+        self.record(now).announcement(event, self.connection, server_id, now)
     }
 
     fn announce(&self, event: &serde_json::Value, actions: &mut dyn Actions) {
@@ -179,8 +190,12 @@ impl SessionLogic {
             receipt: None,
         };
         if let Err(error) = actions.publish(announcement) {
-            self.endpoint.counters.unannounced.add(1);
-            warn!(session_id = %self.session, connection_id = %self.connection, %error, "An announcement is lost.");
+            let counters = &self.endpoint.counters;
+            counters.unannounced.add(1);
+            if let Some(left_out) = counters.unannounced_lines.pass() {
+                warn!(session_id = %self.session, connection_id = %self.connection, %error, left_out,
+                    "An announcement is lost.");
+            }
         }
     }
 }
@@ -189,7 +204,11 @@ impl Logic for SessionLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
             transport = self.transport.label(), "Connection opened.");
-        self.announce(&self.announcement("opened"), actions);
+        let now = time::rfc3339();
+        match &self.endpoint.log {
+            Some(log) => log.opened(self.connection, self.record(&now)),
+            None => self.announce(&self.announcement("opened", &now), actions),
+        }
     }
 
     fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
@@ -207,13 +226,13 @@ impl Logic for SessionLogic {
         match actions.publish(message) {
             Ok(()) => {}
             Err(BusError::Closed) => actions.disconnect(&Disconnect::RESTART),
-            Err(_) => self.on_outcome(true, actions),
+            Err(error) => self.on_unpublished((&error).into(), actions),
         }
     }
 
     fn on_event(&mut self, event: Event, actions: &mut dyn Actions) {
         match event.tag {
-            PUBLISHED => self.on_outcome(event.number == 1, actions),
+            PUBLISHED => self.on_unpublished(Unpublished::from_number(event.number), actions),
             CONTROL => self.on_command(&event.payload, actions),
             _ => {}
         }
@@ -224,7 +243,7 @@ impl Logic for SessionLogic {
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
             transport = self.transport.label(), reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
-        let mut event = self.announcement("closed");
+        let mut event = self.announcement("closed", &time::rfc3339());
         event["reason"] = end.why.label.into();
         event["code"] = end.code.into();
         event["duration_ms"] = (duration.as_millis() as u64).into();
@@ -232,7 +251,10 @@ impl Logic for SessionLogic {
         event["messages_out"] = sent.0.into();
         event["bytes_in"] = self.bytes_in.into();
         event["bytes_out"] = sent.1.into();
-        self.announce(&event, actions);
+        match &self.endpoint.log {
+            Some(log) => log.closed(self.connection, event.to_string().into()),
+            None => self.announce(&event, actions),
+        }
     }
 }
 

@@ -3,24 +3,43 @@
 use std::sync::Arc;
 
 use axum::{Json, Router, extract::State, routing::get};
-use http::{HeaderMap, Response, StatusCode, header};
+use http::{HeaderMap, Response, StatusCode, header, request::Parts};
 use serde_json::json;
 
 use crate::{
+    bus::{Status, not_done::NotDone},
     gateway::Gateway,
     http::{Body, api},
     registry::Totals,
     telemetry::time,
 };
 
-/// The admin routes.
-pub fn router(gateway: Arc<Gateway>) -> Router {
+/// Who is told more of the instance than a probe needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Details {
+    /// Everybody: strangers do not reach this port.
+    Always,
+    /// Workers, who show a key of the API.
+    WithKey,
+    /// Nobody: there is another port for that.
+    Never,
+}
+
+/// `/health` and `/ready`, which every port answers.
+pub fn probes(gateway: &Arc<Gateway>, details: Details) -> Router {
     Router::new()
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
+        .route("/health", get(async move |gateway, parts| health(gateway, details, parts)))
+        .route("/ready", get(async move |gateway| ready(gateway, details)))
         .method_not_allowed_fallback(api::method_not_allowed)
-        .with_state(gateway)
+        .with_state(Arc::clone(gateway))
+}
+
+/// `/metrics`.
+pub fn metrics(gateway: &Arc<Gateway>) -> Router {
+    Router::new()
+        .route("/metrics", get(all_metrics))
+        .method_not_allowed_fallback(api::method_not_allowed)
+        .with_state(Arc::clone(gateway))
 }
 
 /// Health of the event endpoint, for the port of its clients too; nothing where it is not served.
@@ -39,7 +58,7 @@ async fn events_health(
     State(gateway): State<Arc<Gateway>>,
 ) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
-    let healthy = status.connected && status.subscribed && !gateway.is_draining();
+    let healthy = is_whole(&status) && !gateway.is_draining();
     let connections = match &gateway.registry {
         Some(registry) => registry.totals().await,
         None => Totals::default(),
@@ -54,39 +73,64 @@ async fn events_health(
 }
 
 /// Is the process alive, and does it reach its bus?
-async fn health(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_json::Value>) {
+fn health(
+    State(gateway): State<Arc<Gateway>>,
+    details: Details,
+    parts: Parts,
+) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
-    let healthy = status.connected && status.subscribed;
-    let body = json!({
-        "status": if healthy { "ok" } else { "degraded" },
-        "server_id": &*gateway.server_id,
-        "version": env!("CARGO_PKG_VERSION"),
-        "uptime_seconds": gateway.uptime().as_secs(),
-        "bus": {
+    let healthy = is_whole(&status);
+    let mut body = json!({ "status": if healthy { "healthy" } else { "degraded" } });
+    let is_told = match details {
+        Details::Always => true,
+        Details::WithKey => api::shows_key(&gateway, &parts),
+        Details::Never => false,
+    };
+    if is_told {
+        body["server_id"] = (*gateway.server_id).into();
+        body["version"] = env!("CARGO_PKG_VERSION").into();
+        body["uptime_seconds"] = gateway.uptime().as_secs().into();
+        body["bus"] = json!({
             "kind": gateway.bus.kind(),
             "connected": status.connected,
             "subscribed": status.subscribed,
             "channels": status.channels,
-            "error": status.last_error,
-        },
-    });
+            "writable": status.refusal.is_none(),
+            "error": status.last_error.as_deref().or_else(|| status.refusal.map(NotDone::reason)),
+        });
+    }
     (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
 }
 
+/// Whether everything that a client may ask for can be done.
+fn is_whole(status: &Status) -> bool {
+    status.connected && status.subscribed && status.refusal.is_none()
+}
+
 /// Should clients be sent here?
-async fn ready(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_json::Value>) {
+fn ready(
+    State(gateway): State<Arc<Gateway>>,
+    details: Details,
+) -> (StatusCode, Json<serde_json::Value>) {
     let status = gateway.bus.status();
     let reason = if gateway.is_draining() {
         Some("draining")
     } else if !status.connected || !status.subscribed {
         Some("bus")
-    } else if gateway.places.taken() >= gateway.places.max() {
+    } else if status.refusal.is_some() {
+        Some("bus_refuses_writes")
+    } else if gateway.places.is_full() || gateway.sockets.is_full() {
         Some("full")
+    } else if gateway.handshakes.is_full() {
+        Some("handshakes")
     } else {
         None
     };
     match reason {
         None => (StatusCode::OK, Json(json!({ "ready": true }))),
+        Some(_) if details == Details::Never => {
+            (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false })))
+        }
         Some(reason) => {
             let body = json!({ "ready": false, "reason": reason });
             (StatusCode::SERVICE_UNAVAILABLE, Json(body))
@@ -94,7 +138,7 @@ async fn ready(State(gateway): State<Arc<Gateway>>) -> (StatusCode, Json<serde_j
     }
 }
 
-async fn metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response<Body> {
+async fn all_metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response<Body> {
     let wants_json = headers
         .get(header::ACCEPT)
         .and_then(|accept| accept.to_str().ok())

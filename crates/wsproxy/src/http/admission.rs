@@ -11,12 +11,10 @@ use std::{
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
+use tracing::warn;
 use wsproxy_proto::rate::{Bucket, Rate};
 
-/// Most addresses remembered. An attacker with more of them has to wait for nobody to be forgotten.
-const ADDRESSES_MAX: usize = 100_000;
-
-const PURGE_EVERY_NANOS: u64 = 1_000_000_000;
+use crate::telemetry::counter::Counter;
 
 /// A number of places.
 #[derive(Debug)]
@@ -43,10 +41,23 @@ impl Places {
         self.taken.fetch_update(Relaxed, Relaxed, free).ok().map(|_| Place(Arc::clone(self)))
     }
 
+    /// Takes a place although there may be none, for somebody whose predecessor is about to leave.
+    #[must_use]
+    pub fn take_more(self: &Arc<Self>) -> Place {
+        self.taken.fetch_add(1, Relaxed);
+        Place(Arc::clone(self))
+    }
+
     /// How many are taken.
     #[must_use]
     pub fn taken(&self) -> usize {
         self.taken.load(Relaxed)
+    }
+
+    /// Whether none is left.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.taken() >= self.max
     }
 
     /// How many there are.
@@ -64,19 +75,29 @@ impl Drop for Place {
 
 /// Attempts per address and window.
 ///
-/// Invariant: remembers at most `ADDRESSES_MAX` addresses. When they are full of active ones, a
-/// further address is let through uncounted: shutting everybody out would be the attacker's aim.
+/// An address is remembered as long as it owes something. Invariant: at most [`ADDRESSES_MAX`] addresses are
+/// remembered one by one. While there are as many, a further one shares a bucket with its network (/24, or /48 of
+/// IPv6), and where too many of these are known, with the larger one around it (/16, /32); so nobody is let through
+/// uncounted, and those remembered before stay what they were. A network's bucket allows more than an address's.
 #[derive(Debug)]
 pub struct Attempts {
-    rate: Option<Rate>,
-    buckets: Mutex<Buckets>,
+    /// By level; `None`: no limit.
+    rates: Option<[Rate; LEVELS]>,
+    window: Duration,
+    known: Mutex<Known>,
+    /// Attempts that were counted for a network, since too many addresses were known.
+    pub coarse: Counter,
 }
 
 #[derive(Debug, Default)]
-struct Buckets {
-    by_address: HashMap<IpAddr, Bucket, foldhash::fast::RandomState>,
+struct Known {
+    /// One by one, then networks, then larger ones.
+    levels: [HashMap<IpAddr, Bucket, foldhash::fast::RandomState>; LEVELS],
+    /// For those who have no place even in the last of these.
+    rest: Bucket,
     /// Looking through all of them is only worth it now and then.
     purged_at: u64,
+    warned_at: Option<u64>,
 }
 
 impl Attempts {
@@ -84,7 +105,20 @@ impl Attempts {
     #[must_use]
     pub fn new(max_requests: u32, window: Duration) -> Self {
         let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX / 1_000_000);
-        Self { rate: Rate::new(max_requests, window_ms, max_requests), buckets: Mutex::default() }
+        let rates = FACTORS.map(|factor| {
+            let events = max_requests.saturating_mul(factor);
+            Rate::new(events, window_ms, events)
+        });
+        let [Some(one), Some(network), Some(larger)] = rates else {
+            return Self {
+                rates: None,
+                window,
+                known: Mutex::default(),
+                coarse: Counter::default(),
+            };
+        };
+        let rates = Some([one, network, larger]);
+        Self { rates, window, known: Mutex::default(), coarse: Counter::default() }
     }
 
     /// Counts an attempt at `now_nanos` of a monotonic clock.
@@ -92,42 +126,101 @@ impl Attempts {
     /// # Errors
     /// How long until another one can succeed.
     pub fn take(&self, address: IpAddr, now_nanos: u64) -> Result<(), Duration> {
-        let Some(rate) = self.rate else { return Ok(()) };
-        let mut buckets = self.buckets.lock();
-        if buckets.by_address.len() >= ADDRESSES_MAX {
-            if now_nanos.saturating_sub(buckets.purged_at) > PURGE_EVERY_NANOS {
-                buckets.purge(now_nanos);
-            }
-            if buckets.by_address.len() >= ADDRESSES_MAX {
-                return Ok(());
-            }
+        let Some(rates) = self.rates else { return Ok(()) };
+        let mut known = self.known.lock();
+        let (level, bucket) = known.bucket(address, now_nanos);
+        let taken = bucket.take(rates[level.min(LEVELS - 1)], now_nanos);
+        let warns = level > 0 && known.is_time_to_warn(now_nanos);
+        drop(known);
+        if level > 0 {
+            self.coarse.add(1);
         }
-        let bucket = buckets.by_address.entry(network(address)).or_default();
-        bucket.take(rate, now_nanos).map_err(Duration::from_nanos)
+        if warns {
+            warn!(addresses = ADDRESSES_MAX, window = ?self.window,
+                "Too many addresses try to connect: further ones are limited by network.");
+        }
+        taken.map_err(Duration::from_nanos)
     }
 
     /// Forgets who has nothing owed; called now and then.
     pub fn forget_idle(&self, now_nanos: u64) {
-        let mut buckets = self.buckets.lock();
-        buckets.purge(now_nanos);
-        buckets.by_address.shrink_to_fit();
+        let mut known = self.known.lock();
+        known.purge(now_nanos);
+        known.levels.iter_mut().for_each(HashMap::shrink_to_fit);
     }
 }
 
-impl Buckets {
+impl Known {
+    /// The finest bucket for an address that is known or has room, and its level.
+    fn bucket(&mut self, address: IpAddr, now_nanos: u64) -> (usize, &mut Bucket) {
+        let full = |known: &Self, level: usize, key| {
+            let map = &known.levels[level];
+            map.len() >= MAXIMA[level] && !map.contains_key(key)
+        };
+        let keys = PREFIXES.map(|bits| prefix(address, bits));
+        if full(self, 0, &keys[0]) && now_nanos.saturating_sub(self.purged_at) > PURGE_EVERY_NANOS {
+            self.purge(now_nanos);
+        }
+        match (0..LEVELS).find(|&level| !full(self, level, &keys[level])) {
+            Some(level) => (level, self.levels[level].entry(keys[level]).or_default()),
+            None => (LEVELS, &mut self.rest),
+        }
+    }
+
+    fn is_time_to_warn(&mut self, now_nanos: u64) -> bool {
+        let is_due = |at: u64| now_nanos.saturating_sub(at) > WARN_EVERY_NANOS;
+        let is_time = self.warned_at.is_none_or(is_due);
+        if is_time {
+            self.warned_at = Some(now_nanos);
+        }
+        is_time
+    }
+
     fn purge(&mut self, now_nanos: u64) {
-        self.by_address.retain(|_, bucket| !bucket.is_idle(now_nanos));
+        for map in &mut self.levels {
+            map.retain(|_, bucket| !bucket.is_idle(now_nanos));
+        }
         self.purged_at = now_nanos;
     }
 }
 
-/// An IPv6 user has a whole /64, so that is what counts as one address.
-fn network(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) & !u128::from(u64::MAX)).to_be_bytes()),
+/// What counts as one address: a user of IPv6 has a whole /64.
+#[must_use]
+pub fn network(address: IpAddr) -> IpAddr {
+    prefix(address, PREFIXES[0])
+}
+
+/// The first so many bits of an address of each family.
+fn prefix(address: IpAddr, (v4_bits, v6_bits): (u32, u32)) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => {
+            let mask = u32::MAX.checked_shl(32 - v4_bits).unwrap_or(0);
+            IpAddr::from((u32::from(v4) & mask).to_be_bytes())
+        }
+        IpAddr::V6(v6) => {
+            let mask = u128::MAX.checked_shl(128 - v6_bits).unwrap_or(0);
+            IpAddr::from((u128::from(v6) & mask).to_be_bytes())
+        }
     }
 }
+
+const LEVELS: usize = 3;
+
+/// Bits that a level looks at, of IPv4 and of IPv6.
+const PREFIXES: [(u32, u32); LEVELS] = [(32, 64), (24, 48), (16, 32)];
+
+/// Most addresses that are remembered one by one: some 4 MB.
+const ADDRESSES_MAX: usize = 100_000;
+
+/// Buckets of a level at most.
+const MAXIMA: [usize; LEVELS] = [ADDRESSES_MAX, 32_768, 65_536];
+
+/// A network has so many times the attempts of an address: not everybody there is an offender.
+const FACTORS: [u32; LEVELS] = [1, 4, 16];
+
+const PURGE_EVERY_NANOS: u64 = 1_000_000_000;
+
+const WARN_EVERY_NANOS: u64 = 60_000_000_000;
 
 #[cfg(test)]
 mod tests {
@@ -152,6 +245,51 @@ mod tests {
         assert_eq!(attempts.take("2001:db8::2".parse().unwrap(), now), Err(Duration::from_secs(1)));
         assert!(attempts.take(b, now).is_ok());
         attempts.forget_idle(now + 3_600_000_000_000);
-        assert_eq!(attempts.buckets.lock().by_address.len(), 0);
+        assert!(attempts.known.lock().levels.iter().all(HashMap::is_empty));
+    }
+
+    /// Attempts of an address that pass, of ten times as many as it may have.
+    fn passed(attempts: &Attempts, address: &str, now: u64) -> usize {
+        let address = address.parse().unwrap();
+        (0..200).filter(|_| attempts.take(address, now).is_ok()).count()
+    }
+
+    #[test]
+    fn offenders_stay_offenders_however_many_addresses_come() {
+        let attempts = Attempts::new(2, Duration::from_secs(3600));
+        let now = 1_000_000_000_000;
+        assert_eq!(passed(&attempts, "203.0.113.9", now), 2);
+        assert_eq!(attempts.coarse.value(), 0);
+        for n in 0..120_000_u32 {
+            let _ = attempts.take(IpAddr::from((0x0a00_0000 + n).to_be_bytes()), now);
+        }
+        assert_eq!(passed(&attempts, "203.0.113.9", now), 0);
+        // Others are limited by network: one that is new, one that the flood came from.
+        assert_eq!(passed(&attempts, "198.51.100.1", now), 8);
+        assert_eq!(passed(&attempts, "198.51.100.2", now), 0);
+        assert_eq!(passed(&attempts, "198.51.101.1", now), 8);
+        assert_eq!(passed(&attempts, "10.1.200.1", now), 0);
+        assert!(attempts.coarse.value() > 20_000);
+        // Once the flood is forgotten all is as it was.
+        assert_eq!(passed(&attempts, "198.51.100.2", now + 3_600_000_000_001 * 2), 2);
+    }
+
+    #[test]
+    fn a_flood_from_a_large_ipv6_network_leaves_others_their_attempts() {
+        let attempts = Attempts::new(2, Duration::from_secs(3600));
+        let now = 1_000_000_000_000;
+        for n in 0..300_000_u128 {
+            // A new /48 each time, all of one /32.
+            let address =
+                0x2001_0db8_0000_0000_0000_0000_0000_0001 | (n % 65_536) << 80 | (n >> 16) << 64;
+            let _ = attempts.take(IpAddr::from(address.to_be_bytes()), now);
+        }
+        let known = attempts.known.lock();
+        let sizes = known.levels.each_ref().map(HashMap::len);
+        drop(known);
+        assert_eq!(sizes, [ADDRESSES_MAX, 32_768, 1]);
+        // Its networks that have no bucket of their own share what the larger one has, which is used up.
+        assert_eq!(passed(&attempts, "2001:db8:4000:ffff::1", now), 0);
+        assert_eq!(passed(&attempts, "2001:db9::1", now), 32);
     }
 }

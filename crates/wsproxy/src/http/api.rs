@@ -15,15 +15,16 @@ use axum::{
 };
 use bytes::Bytes;
 use http::{StatusCode, header, request::Parts};
-use secrecy::ExposeSecret;
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use tracing::{debug, warn};
 use wsproxy_proto::{disconnect, names::Id};
 
 use crate::{
-    auth,
+    auth::api_keys::Found,
+    config::api_key::{Scope, Scopes},
     gateway::Gateway,
-    http::{credentials, rejection::Rejection},
+    http::{credentials, rejection::Rejection, upgrade},
 };
 
 /// The description of these routes, which a test compares with them.
@@ -35,6 +36,7 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("post", "/api/v1/sessions/{session_id}/messages"),
     ("post", "/api/v1/sessions/{session_id}/close"),
     ("get", "/api/v1/sessions/{session_id}/upstream"),
+    ("get", "/api/v1/sessions/events"),
     ("get", "/api/v1/agents/{agent_id}/sessions/events"),
     ("get", "/api/v1/sessions/{session_id}/history"),
     ("post", "/api/v1/sessions/{session_id}/streams/{stream_id}"),
@@ -62,8 +64,20 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .with_state(gateway)
 }
 
-/// A worker that showed one of the API keys.
-pub(super) struct Worker;
+/// A worker that showed an API key whose scopes allow the route.
+pub(super) struct Worker {
+    scopes: Scopes,
+}
+
+impl Worker {
+    /// Checks a scope that the route alone does not need.
+    ///
+    /// # Errors
+    /// The worker's key lacks it.
+    pub(super) fn check(&self, scope: Scope) -> Result<(), Rejection> {
+        if self.scopes.has(scope) { Ok(()) } else { Err(missing_scope(scope)) }
+    }
+}
 
 impl FromRequestParts<Arc<Gateway>> for Worker {
     type Rejection = Rejection;
@@ -72,20 +86,93 @@ impl FromRequestParts<Arc<Gateway>> for Worker {
         parts: &mut Parts,
         gateway: &Arc<Gateway>,
     ) -> Result<Self, Rejection> {
-        let key = credentials::from_authorization(&parts.headers)?
-            .ok_or_else(|| Rejection::missing_credentials("An API key is needed."))?;
-        // Every key is compared, so that the time does not tell which one is close.
-        let known = gateway.config.api.keys.iter().fold(false, |known, candidate| {
-            auth::equal(candidate.expose_secret().as_bytes(), key.as_bytes()) | known
-        });
-        if known {
-            Ok(Self)
-        } else {
-            gateway.metrics.error("api_key");
-            Err(Rejection::invalid_token("The API key is not known."))
+        let (method, path) = (&parts.method, parts.uri.path());
+        let found = find_key(gateway, parts);
+        let found = found.inspect_err(|rejection| log_refusal(gateway, parts, None, rejection))?;
+        let (entry, scope) = (found.entry(), scope_of(path));
+        if found.scopes().has(scope) {
+            entry.accepted.add(1);
+            debug!(key = %found, %method, path, "A worker called the API.");
+            return Ok(Self { scopes: found.scopes() });
         }
+        entry.refused.add(1);
+        gateway.metrics.error("api_key");
+        let rejection = missing_scope(scope);
+        log_refusal(gateway, parts, Some(found), &rejection);
+        Err(rejection)
     }
 }
+
+/// The scope that a route needs: that of its family. What belongs to none concerns the instance.
+fn scope_of(path: &str) -> Scope {
+    let mut segments = path.strip_prefix("/api/v1/").unwrap_or_default().split('/');
+    match (segments.next(), segments.nth(1), segments.next()) {
+        // The older path of the announcements of sessions.
+        (Some("agents"), Some("sessions"), Some("events")) => Scope::Sessions,
+        (Some("sessions"), ..) => Scope::Sessions,
+        (Some("events"), ..) => Scope::Events,
+        (Some("rooms"), ..) => Scope::Rooms,
+        (Some("agents"), ..) => Scope::Agents,
+        _ => Scope::Admin,
+    }
+}
+
+/// Whether a request shows an API key, whatever its scopes. A wrong one leaves a trace in the log.
+pub(super) fn shows_key(gateway: &Gateway, parts: &Parts) -> bool {
+    let found = find_key(gateway, parts);
+    if let Err(rejection) = &found
+        && rejection.status == StatusCode::FORBIDDEN
+    {
+        log_refusal(gateway, parts, None, rejection);
+    }
+    found.is_ok_and(|found| {
+        found.entry().accepted.add(1);
+        true
+    })
+}
+
+/// The key that a request shows.
+fn find_key<'a>(gateway: &'a Gateway, parts: &Parts) -> Result<Found<'a>, Rejection> {
+    let shown = credentials::from_authorization(&parts.headers)?
+        .ok_or_else(|| Rejection::missing_credentials("An API key is needed."))?;
+    gateway.api_keys.find(shown.as_bytes()).ok_or_else(|| {
+        gateway.metrics.error("api_key");
+        Rejection::invalid_token("The API key is not known.")
+    })
+}
+
+/// Logs a refused call, never with the secret that was shown.
+fn log_refusal(gateway: &Gateway, parts: &Parts, found: Option<Found<'_>>, rejection: &Rejection) {
+    let Some(left_out) = gateway.api_failures.pass() else { return };
+    let address = upgrade::address_of(gateway, &parts.headers, &parts.extensions).ok();
+    warn!(
+        key = found.map(tracing::field::display),
+        code = rejection.code,
+        address = address.map(tracing::field::display),
+        method = %parts.method,
+        path = line_of(parts.uri.path()),
+        left_out,
+        "A call of the API was refused."
+    );
+}
+
+/// So much of a path goes to the log.
+fn line_of(path: &str) -> &str {
+    &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)]
+}
+
+fn missing_scope(scope: Scope) -> Rejection {
+    let make = match scope {
+        Scope::Sessions => Rejection::missing_scope_sessions,
+        Scope::Events => Rejection::missing_scope_events,
+        Scope::Rooms => Rejection::missing_scope_rooms,
+        Scope::Agents => Rejection::missing_scope_agents,
+        Scope::Admin => Rejection::missing_scope_admin,
+    };
+    make(format!("The API key lacks the scope {}.", scope.label()))
+}
+
+const LOGGED_PATH_BYTES_MAX: usize = 256;
 
 /// The id in the path of a route that has one.
 pub(super) struct PathId(Id);
@@ -171,6 +258,36 @@ pub(crate) fn optional_json<T: DeserializeOwned + Default>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::rejection::{CODES, NOT_DONE};
+
+    #[test]
+    fn every_route_has_the_scope_of_its_family() {
+        for (path, scope) in [
+            ("/api/v1/sessions/s/token", Scope::Sessions),
+            ("/api/v1/sessions/events", Scope::Sessions),
+            ("/api/v1/agents/a/sessions/events", Scope::Sessions),
+            ("/api/v1/agents/u/tools", Scope::Agents),
+            ("/api/v1/events/batch", Scope::Events),
+            ("/api/v1/rooms/r", Scope::Rooms),
+            ("/api/v1/info", Scope::Admin),
+            ("/api/v1/", Scope::Admin),
+            ("/", Scope::Admin),
+        ] {
+            assert_eq!(scope_of(path), scope, "{path}");
+        }
+    }
+
+    #[test]
+    fn the_document_lists_every_error_code() {
+        let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        let code = "/components/schemas/Error/properties/error/properties/code/enum";
+        let listed = document.pointer(code).unwrap().as_array().unwrap();
+        let mut listed: Vec<_> = listed.iter().map(|code| code.as_str().unwrap()).collect();
+        let mut given = [CODES, &[NOT_DONE]].concat();
+        listed.sort_unstable();
+        given.sort_unstable();
+        assert_eq!(listed, given);
+    }
 
     #[test]
     fn the_document_describes_exactly_these_routes() {

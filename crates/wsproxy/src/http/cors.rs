@@ -2,7 +2,10 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
-use crate::http::{Body, origin};
+use crate::{
+    config::origin::OriginRule,
+    http::{Body, origin},
+};
 
 /// What a page of the request's origin may do with the answer.
 #[derive(Debug)]
@@ -15,7 +18,7 @@ pub struct Grant {
 impl Grant {
     /// `None` where the request is not a page's, or not one of a page that may connect.
     #[must_use]
-    pub fn of(headers: &HeaderMap, allowed: &[String]) -> Option<Self> {
+    pub fn of(headers: &HeaderMap, allowed: &[OriginRule]) -> Option<Self> {
         let origin = headers.get(header::ORIGIN)?;
         origin::check(headers, allowed).ok()?;
         let credentials = origin::is_listed(origin, allowed);

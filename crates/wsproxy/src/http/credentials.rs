@@ -50,10 +50,11 @@ pub fn select_protocol(headers: &HeaderMap) -> Option<&'static str> {
     [ENVELOPE_PROTOCOL, PROTOCOL].into_iter().find(offered)
 }
 
-/// The token of an `Authorization: Bearer` header; `None` where there is no such header.
+/// The token of an `Authorization: Bearer` header; `None` where there is no such header. One of another scheme belongs to
+/// somebody else: behind a proxy with a password, a browser sends `Basic` with every handshake.
 ///
 /// # Errors
-/// There are several, or it is of another scheme.
+/// There are several, or there is nothing behind `Bearer`.
 pub fn from_authorization(headers: &HeaderMap) -> Result<Option<String>, Rejection> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let Some(value) = values.next() else { return Ok(None) };
@@ -61,8 +62,12 @@ pub fn from_authorization(headers: &HeaderMap) -> Result<Option<String>, Rejecti
         return Err(malformed());
     }
     let text = value.to_str().map_err(|_| malformed())?;
-    let (scheme, token) = text.trim().split_once(' ').ok_or_else(malformed)?;
+    let text = text.trim();
+    let (scheme, token) = text.split_once(' ').unwrap_or((text, ""));
     if !scheme.eq_ignore_ascii_case("bearer") {
+        return Ok(None);
+    }
+    if token.trim().is_empty() {
         return Err(malformed());
     }
     Ok(Some(token.trim().to_owned()))
@@ -144,11 +149,23 @@ mod tests {
     }
 
     #[test]
+    fn other_schemes_of_authorization_are_passed_over() {
+        let basic = ("authorization", "Basic eDp5");
+        assert_eq!(found(&[basic], "token=C"), Ok("C".into()));
+        let both = [basic, ("sec-websocket-protocol", "wsproxy.v1, bearer.B")];
+        assert_eq!(found(&both, "token=C"), Ok("B".into()));
+        for other in ["Basic eDp5", "Basic", "Negotiate abc", "token"] {
+            assert_eq!(found(&[("authorization", other)], ""), Err("missing_credentials"));
+        }
+        let twice = [basic, ("authorization", "Bearer A")];
+        assert_eq!(found(&twice, ""), Err("malformed_credentials"));
+    }
+
+    #[test]
     fn none_malformed_and_double_credentials_are_refused() {
         assert_eq!(found(&[], ""), Err("missing_credentials"));
         for bad in [
-            (&[("authorization", "Basic x")][..], ""),
-            (&[("authorization", "Bearer")], ""),
+            (&[("authorization", "Bearer")][..], ""),
             (&[("authorization", "Bearer a"), ("authorization", "Bearer b")], ""),
             (&[("sec-websocket-protocol", "wsproxy.v1, bearer.a, bearer.b")], ""),
             (&[("sec-websocket-protocol", "wsproxy.v1, bearer64.!")], ""),

@@ -19,10 +19,13 @@ use crate::{
     },
     gateway::Gateway,
     http::{
-        Body, credentials,
+        Body,
+        admission::Place,
+        credentials,
         rejection::Rejection,
         resume::{self, Opened, Resume, Wanted},
-        sse, upgrade,
+        sse,
+        upgrade::{self, Waiting},
     },
     hub::{Form, Sink, replay::Outcome},
     registry::{Entry, Joining, Peer, Registry, Transport},
@@ -37,9 +40,9 @@ pub async fn open(
     gateway: &Arc<Gateway>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
-    let handshake = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
+    let (handshake, waiting) = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
-    let entrance = Entrance::read(gateway, &request)?;
+    let entrance = Entrance::read(gateway, &request, waiting)?;
     drop(request);
     let link = &handshake.link;
     let form = Form { frames: DownFrames::Auto, ids: handshake.ids(EventIds::Json), acks: true };
@@ -49,7 +52,8 @@ pub async fn open(
     let entered =
         entrance.enter(gateway, connection, (client, peer), Transport::WebSocket, &resume).await?;
     let logic = entered.logic(gateway, connection, Transport::WebSocket);
-    let Entered { opened, registered, .. } = entered;
+    let Entered { opened, place, registered, .. } = entered;
+    let handshake = (handshake, place);
     Ok(upgrade::accept(gateway, Endpoint::Events, handshake, Some(opened), registered, logic))
 }
 
@@ -61,15 +65,15 @@ pub async fn stream(
     gateway: &Arc<Gateway>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
-    let opening = sse::Opening::begin(gateway, &mut request, &gateway.event_profile)?;
-    let entrance = Entrance::read(gateway, &request)?;
+    let (opening, waiting) = sse::Opening::begin(gateway, &mut request, &gateway.event_profile)?;
+    let entrance = Entrance::read(gateway, &request, waiting)?;
     drop(request);
     let ends = (opening.client(gateway.config.events.on_bus_loss), opening.peer());
     let (connection, resume) = (opening.id(), opening.resume());
     let entered = entrance.enter(gateway, connection, ends, Transport::Sse, resume).await?;
     let logic = entered.logic(gateway, connection, Transport::Sse);
-    let Entered { opened, registered, .. } = entered;
-    Ok(opening.answer(gateway, Endpoint::Events, opened, registered, logic))
+    let Entered { opened, place, registered, .. } = entered;
+    Ok(opening.answer(gateway, Endpoint::Events, (opened, place), registered, logic))
 }
 
 /// A client before the door: what its request says of it.
@@ -77,20 +81,26 @@ struct Entrance {
     token: SecretString,
     address: IpAddr,
     user_agent: Option<String>,
+    waiting: Waiting,
 }
 
 /// A client behind it.
 struct Entered {
     claims: Claims,
+    place: Place,
     opened: Opened,
     registered: Option<Entry>,
 }
 
 impl Entrance {
-    fn read(gateway: &Gateway, request: &Request<Incoming>) -> Result<Self, Rejection> {
+    fn read(
+        gateway: &Gateway,
+        request: &Request<Incoming>,
+        waiting: Waiting,
+    ) -> Result<Self, Rejection> {
         let token = credentials::find(request.headers(), request.uri().query(), "token")?;
         let address = upgrade::client_address(gateway, request)?;
-        Ok(Self { token, address, user_agent: user_agent(request) })
+        Ok(Self { token, address, user_agent: user_agent(request), waiting })
     }
 
     /// Token, registry, subscriptions and what was missed, in this order and under one deadline.
@@ -104,6 +114,7 @@ impl Entrance {
     ) -> Result<Entered, Rejection> {
         let entering = async {
             let claims = authenticate(gateway, &self.token).await?;
+            let place = self.waiting.enter(gateway)?;
             let joining = Joining {
                 connection,
                 user: claims.user.clone(),
@@ -115,13 +126,13 @@ impl Entrance {
                 transport,
             };
             // First, so that a revocation from now on finds the connection.
-            let registered = gateway.registry.as_ref().map(|registry| registry.join(joining));
+            let registered = join(gateway, joining)?;
             check_revoked(gateway, &claims).await?;
             let hello = hello(gateway, connection, &claims);
             let wanted = wanted(gateway, &claims.user, connection, client);
             let histories = gateway.event_histories.as_ref();
             let opened = resume::open(gateway, histories, wanted, resume, hello).await?;
-            Ok(Entered { claims, opened, registered })
+            Ok(Entered { claims, place, opened, registered })
         };
         let entered = upgrade::deadline(gateway, entering).await?;
         debug!(user_id = %entered.claims.user, connection_id = %connection, "Authenticated and subscribed.");
@@ -131,10 +142,22 @@ impl Entrance {
 
 impl Entered {
     fn logic(&self, gateway: &Gateway, connection: Uuid, transport: Transport) -> EventLogic {
-        let expires_at = self.claims.expires_at.map(|end| close_at(gateway, end));
+        let expires_at = self.claims.expires_at;
         let user = self.claims.user.clone();
         EventLogic::new(Arc::clone(&gateway.events), user, connection, transport, expires_at)
     }
+}
+
+/// The connection in the registry, unless its user has too many.
+fn join(gateway: &Gateway, joining: Joining) -> Result<Option<Entry>, Rejection> {
+    let Some(registry) = &gateway.registry else { return Ok(None) };
+    let entry = match gateway.config.limits.connections_per_user {
+        0 => Some(registry.join(joining)),
+        most => registry.join_within(joining, most),
+    };
+    entry.map(Some).ok_or_else(|| {
+        Rejection::too_many_connections("The user has as many connections as one may.")
+    })
 }
 
 /// The first message.
@@ -238,14 +261,6 @@ pub fn look_at(
     });
 }
 
-/// A token is good until it expires; one that is taken a little later, since clocks differ, must not end what it
-/// has just opened.
-fn close_at(gateway: &Gateway, expires_at: u64) -> u64 {
-    let now = time::since_epoch().as_secs();
-    let leeway = gateway.jwt.as_ref().map_or(0, |verifier| verifier.leeway());
-    if expires_at > now { expires_at } else { expires_at.saturating_add(leeway) }
-}
-
 /// To everybody, to this user, to this connection.
 fn wanted(gateway: &Gateway, user: &Id, connection: Uuid, client: Sink) -> Wanted {
     let names = &gateway.names;
@@ -255,7 +270,7 @@ fn wanted(gateway: &Gateway, user: &Id, connection: Uuid, client: Sink) -> Wante
         names.events_connection(&connection.to_string()),
     ];
     let topics = topics.into_iter().map(Into::into).collect();
-    Wanted { client, topics, further: Vec::new(), streams_of: None }
+    Wanted { client, topics, reserved: None, streams_of: None }
 }
 
 /// Longer names are cut: every connection keeps one.

@@ -1,9 +1,9 @@
 //! A topic as server-sent events, for workers that follow it over HTTP.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{Stream, stream};
 use http::{HeaderValue, Response, header};
 use tracing::debug;
 
@@ -17,28 +17,32 @@ use crate::{
 };
 
 /// What may wait for a follower; beyond it the stream ends with an `overflow` event.
-const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+pub(super) const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// A comment is sent when nothing else was for this long, so that proxies keep the stream open.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// The last event of a follower that is too slow.
+pub(super) const OVERFLOW: Bytes =
+    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n");
 
 /// Most entries of a log that are read at once; further ones when these have been sent.
 const PAGE_ENTRIES: usize = 100;
 
-/// Answers with a stream of `topic`'s messages, after those of `log`.
+/// Answers with a stream of `topic`'s messages, after those of `logs` in turn.
 ///
 /// The topic is subscribed first, so nothing is missed in between; what was appended in that
 /// moment is in the log or in the stream, never in both.
 pub async fn follow(
     gateway: &Arc<Gateway>,
     topic: String,
-    log: Option<String>,
+    logs: VecDeque<String>,
 ) -> Result<Response<Body>, Rejection> {
     let tap = Tap::new(FOLLOWER_BYTES_MAX);
     let sink = Sink::Tap(Arc::clone(&tap));
     // Redis trims whole nodes, so there may be somewhat more than the configured number.
     let left = gateway.config.sessions.up_log_entries_max.saturating_mul(2);
-    let mut log = log.map(|key| Log { key, after: String::new(), left });
+    let mut log = Some(Logs { keys: logs, after: String::new(), left });
     let (subscription, kept) = upgrade::deadline(gateway, async {
         let subscription = gateway.hub.subscribe([(topic.into(), sink)]).await?;
         let kept = match &mut log {
@@ -50,13 +54,20 @@ pub async fn follow(
     .await?;
     let gateway = Arc::clone(gateway);
     let follower = Follower { gateway, tap, kept, log, over: false, _subscription: subscription };
-    let mut response = Response::new(Body::from_stream(stream::unfold(follower, Follower::next)));
+    Ok(response(stream::unfold(follower, Follower::next)))
+}
+
+/// An answer of server-sent events.
+pub(super) fn response(
+    events: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
+) -> Response<Body> {
+    let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // nginx would hold the stream back in its buffer.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    response
 }
 
 struct Follower {
@@ -64,13 +75,13 @@ struct Follower {
     tap: Arc<Tap>,
     kept: VecDeque<Bytes>,
     /// What is not read yet.
-    log: Option<Log>,
+    log: Option<Logs>,
     over: bool,
     _subscription: Subscription,
 }
 
 impl Follower {
-    async fn next(mut self) -> Option<(Result<Bytes, std::convert::Infallible>, Self)> {
+    async fn next(mut self) -> Option<(Result<Bytes, Infallible>, Self)> {
         if self.over {
             return None;
         }
@@ -96,7 +107,7 @@ impl Follower {
                 Some(TapEntry::End(_)) => return None,
                 None => {
                     self.over = true;
-                    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n")
+                    OVERFLOW
                 }
             },
             () = tokio::time::sleep(KEEP_ALIVE) => Bytes::from_static(b":\n\n"),
@@ -106,29 +117,31 @@ impl Follower {
     }
 }
 
-/// A log that is being read from its start to its end.
-struct Log {
-    key: String,
+/// Logs that are being read from their starts to their ends.
+struct Logs {
+    keys: VecDeque<String>,
     /// The last entry that was read.
     after: String,
     /// Most entries that are still read.
     left: u64,
 }
 
-impl Log {
+impl Logs {
     /// The next entries as events; none at the end.
     async fn page(&mut self, gateway: &Gateway) -> Result<VecDeque<Bytes>, Rejection> {
         let count = page_entries(gateway.config.limits.max_message_bytes);
         let count = count.min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        if count == 0 {
-            return Ok(VecDeque::new());
+        while let Some(key) = self.keys.front().filter(|_| count > 0) {
+            let entries = gateway.store.read_log(key, &self.after, count).await?;
+            if let Some(last) = entries.last() {
+                self.left -= entries.len() as u64;
+                self.after.clone_from(&last.id);
+                return Ok(entries.iter().map(|one| event(Some(&one.id), &one.data)).collect());
+            }
+            self.keys.pop_front();
+            self.after.clear();
         }
-        let entries = gateway.store.read_log(&self.key, &self.after, count).await?;
-        self.left -= entries.len() as u64;
-        if let Some(last) = entries.last() {
-            self.after.clone_from(&last.id);
-        }
-        Ok(entries.iter().map(|entry| event(Some(&entry.id), &entry.data)).collect())
+        Ok(VecDeque::new())
     }
 }
 
@@ -143,7 +156,7 @@ fn page_entries(entry_bytes_max: usize) -> usize {
 }
 
 /// An event of a payload, in which every line gets its own `data:` as the format wants.
-fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
+pub(super) fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
     let text = String::from_utf8_lossy(payload);
     let mut event = String::with_capacity(text.len() + 32);
     if let Some(id) = id {

@@ -8,8 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{Request, Response};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use hyper::{
+    body::{Body as _, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::TokioTimer;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::{
@@ -21,10 +25,10 @@ use tracing::{debug, warn};
 
 use crate::http::{
     Body,
-    admission::Places,
     lasting::{self, Lasting},
     line::{Line, LineSocket},
     routes::Routes,
+    sockets::{Silence, Sockets},
 };
 
 /// Connections that the kernel completes while we are busy.
@@ -38,7 +42,7 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 
 /// The answer to those who come when even the places for refusing are taken.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
-retry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
+x-content-type-options: nosniff\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
 {\"error\":{\"code\":\"full\",\"message\":\"The instance holds as many connections as it may.\",\"retryable\":true}}";
 
 /// Where a request came from, as an extension of the request.
@@ -70,11 +74,11 @@ pub fn reachable(mut address: SocketAddr) -> SocketAddr {
 }
 
 /// Accepts until `stop`. `sockets` bounds all connections of this listener, those that have not
-/// sent a request yet included.
+/// sent a request yet included: these give way to new ones.
 pub async fn run(
     listener: TcpListener,
     routes: Routes,
-    sockets: Arc<Places>,
+    sockets: Arc<Sockets>,
     stop: CancellationToken,
 ) {
     let mut warned = None;
@@ -94,6 +98,10 @@ pub async fn run(
                     warned = Some(Instant::now());
                     warn!(%error, "Accepting failed; trying again.");
                 }
+                // Where it is for want of descriptors a silent socket has one to give.
+                if sockets.close_oldest() {
+                    routes.gateway().metrics.error("silent_socket");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -104,11 +112,11 @@ fn accept(
     stream: TcpStream,
     address: SocketAddr,
     routes: &Routes,
-    sockets: &Arc<Places>,
+    sockets: &Arc<Sockets>,
     stop: &CancellationToken,
 ) {
     let gateway = routes.gateway();
-    let Some(place) = sockets.take() else {
+    let Some((place, gave_way)) = sockets.take() else {
         gateway.metrics.handshake(None, "full");
         gateway.tasks.spawn(refuse(stream));
         return;
@@ -120,6 +128,13 @@ fn accept(
     let _ = socket2::SockRef::from(&stream)
         .set_tcp_user_timeout(Some(gateway.config.server.header_timeout));
     let (place, line) = (Arc::new(place), Line::new(stream));
+    let peer = address.ip().to_canonical();
+    // Our own proxies come from few addresses with the sockets of many clients.
+    let is_proxy = gateway.config.server.trusted_proxies.iter().any(|net| net.contains(&peer));
+    let (silence, was_full) = sockets.watch((!is_proxy).then_some(peer), &line);
+    if gave_way || was_full {
+        gateway.metrics.error("silent_socket");
+    }
     let (routes, stop, gateway) = (routes.clone(), stop.clone(), Arc::clone(gateway));
     let tasks = gateway.tasks.clone();
     tasks.spawn(async move {
@@ -137,7 +152,7 @@ fn accept(
             // An upgraded socket keeps its place by taking this along.
             request.extensions_mut().insert(Arc::clone(&place));
             request.extensions_mut().insert(Arc::clone(&asked));
-            answer(routes.clone(), request, Arc::clone(&asked))
+            answer(routes.clone(), request, Arc::clone(&asked), Arc::clone(&silence))
         });
         let socket = LineSocket(Arc::clone(&line));
         let connection = builder.serve_connection(socket, service).with_upgrades();
@@ -166,11 +181,28 @@ async fn answer(
     routes: Routes,
     request: Request<Incoming>,
     line: Arc<Line>,
+    silence: Arc<Silence>,
 ) -> Result<Response<Body>, Infallible> {
+    if !silence.end() {
+        // The socket was closed just now, for another one.
+        return std::future::pending().await;
+    }
     let version = request.version();
-    let tasks = routes.gateway().tasks.clone();
-    let response = routes.serve(request).await?;
-    let Some(Lasting(profile)) = response.extensions().get().cloned() else { return Ok(response) };
+    let gateway = Arc::clone(routes.gateway());
+    let mut response = routes.serve(request).await?;
+    // A body is never what a browser guesses that it might be.
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    let tasks = &gateway.tasks;
+    let Some(Lasting(profile)) = response.extensions().get().cloned() else {
+        // An upgrade and a body without end are no silence.
+        let is_over = response.status() != StatusCode::SWITCHING_PROTOCOLS
+            && response.body().size_hint().exact().is_some();
+        if is_over && silence.begin() {
+            gateway.metrics.error("silent_socket");
+        }
+        return Ok(response);
+    };
     if let Some(stream) = line.take() {
         tasks.spawn(lasting::write(stream, line, version, profile, response));
     }

@@ -2,22 +2,24 @@
 
 use http::{HeaderMap, HeaderValue, header};
 
-use crate::http::rejection::Rejection;
+use crate::{
+    config::origin::{Origin, OriginRule},
+    http::rejection::Rejection,
+};
 
 /// Checks a browser's `Origin` against the allow-list; a client without one is no browser.
-/// An empty list allows everybody, `*` too; `https://*.example.org` any host below `example.org`.
+/// An empty list allows everybody, `*` too.
 ///
 /// # Errors
 /// The origin is not on the list, or there are several.
-pub fn check(headers: &HeaderMap, allowed: &[String]) -> Result<(), Rejection> {
+pub fn check(headers: &HeaderMap, allowed: &[OriginRule]) -> Result<(), Rejection> {
     if allowed.is_empty() {
         return Ok(());
     }
     let mut origins = headers.get_all(header::ORIGIN).iter();
     let Some(origin) = origins.next() else { return Ok(()) };
-    let known = origins.next().is_none()
-        && origin.to_str().is_ok_and(|origin| allowed.iter().any(|rule| matches(rule, origin)));
-    if known {
+    let may = allowed.contains(&OriginRule::Any) || is_listed(origin, allowed);
+    if may && origins.next().is_none() {
         Ok(())
     } else {
         Err(Rejection::origin_not_allowed("Pages of this origin may not connect."))
@@ -26,22 +28,9 @@ pub fn check(headers: &HeaderMap, allowed: &[String]) -> Result<(), Rejection> {
 
 /// Whether the operator named this origin, rather than allowing any.
 #[must_use]
-pub fn is_listed(origin: &HeaderValue, allowed: &[String]) -> bool {
-    let named = |rule: &&String| rule.as_str() != "*";
-    origin
-        .to_str()
-        .is_ok_and(|origin| allowed.iter().filter(named).any(|rule| matches(rule, origin)))
-}
-
-fn matches(rule: &str, origin: &str) -> bool {
-    if rule == "*" || rule.eq_ignore_ascii_case(origin) {
-        return true;
-    }
-    let Some((scheme, domain)) = rule.split_once("://*.") else { return false };
-    let Some((origin_scheme, host)) = origin.split_once("://") else { return false };
-    let (host, domain) = (host.to_ascii_lowercase(), domain.to_ascii_lowercase());
-    scheme.eq_ignore_ascii_case(origin_scheme)
-        && host.strip_suffix(&domain).is_some_and(|sub| sub.len() > 1 && sub.ends_with('.'))
+pub fn is_listed(origin: &HeaderValue, allowed: &[OriginRule]) -> bool {
+    let origin = origin.to_str().ok().and_then(Origin::parse);
+    origin.is_some_and(|origin| allowed.iter().any(|rule| rule.names(&origin)))
 }
 
 #[cfg(test)]
@@ -50,7 +39,8 @@ mod tests {
 
     #[test]
     fn only_listed_origins_pass() {
-        let rules = ["https://app.example".to_owned(), "https://*.example.org".to_owned()];
+        let rules = ["https://app.example", "https://*.example.org"];
+        let rules = rules.map(|rule| rule.parse::<OriginRule>().unwrap());
         let allowed = |origin: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::ORIGIN, origin.parse().unwrap());
@@ -65,11 +55,17 @@ mod tests {
             "https://evilexample.org",
             "https://app.example.evil",
             "https://app.example:8443",
+            "https://evil.com/.example.org",
+            "https://a b.example.org",
             "null",
             "",
         ] {
             assert!(!allowed(bad), "{bad}");
         }
         assert!(check(&HeaderMap::new(), &rules).is_ok());
+        let mut two = HeaderMap::new();
+        two.append(header::ORIGIN, "https://app.example".parse().unwrap());
+        two.append(header::ORIGIN, "https://app.example".parse().unwrap());
+        assert!(check(&two, &rules).is_err() && check(&two, &[OriginRule::Any]).is_err());
     }
 }

@@ -5,7 +5,12 @@ use std::time::Duration;
 use http::{HeaderValue, Response, StatusCode, header};
 use wsproxy_proto::ws::handshake::Refusal;
 
-use crate::{auth::jwt::JwtError, bus::BusError, http::Body, store::StoreError};
+use crate::{
+    auth::jwt::JwtError,
+    bus::{BusError, not_done::NotDone},
+    http::Body,
+    store::StoreError,
+};
 
 /// A refusal: what the client is told. The cause inside, if any, goes to the log only.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,8 +22,10 @@ pub struct Rejection {
     pub code: &'static str,
     /// `error.message`.
     pub message: String,
-    /// `Retry-After`; with one, `error.retryable` is true.
+    /// `Retry-After`.
     pub retry_after: Option<Duration>,
+    /// Whether the same request may be sent again without being done twice.
+    pub retryable: bool,
     /// What happened inside.
     pub cause: Option<String>,
 }
@@ -30,6 +37,10 @@ macro_rules! table {
                 Self::new(StatusCode::$status, $code, message.into())
             })*
         }
+
+        /// Codes of the table.
+        #[cfg(test)]
+        pub(super) const CODES: &[&str] = &[$($code),*];
     };
 }
 
@@ -42,10 +53,22 @@ table! {
     missing_credentials = UNAUTHORIZED, "missing_credentials";
     /// Something in the place of a credential that is none.
     malformed_credentials = UNAUTHORIZED, "malformed_credentials";
-    /// Wrong, expired or used.
+    /// Wrong, expired, used, or of a kind that does not open this.
     invalid_token = FORBIDDEN, "invalid_token";
     /// A page of this origin may not connect.
     origin_not_allowed = FORBIDDEN, "origin_not_allowed";
+    /// The API key lacks the scope `sessions`.
+    missing_scope_sessions = FORBIDDEN, "missing_scope_sessions";
+    /// The API key lacks the scope `events`.
+    missing_scope_events = FORBIDDEN, "missing_scope_events";
+    /// The API key lacks the scope `rooms`.
+    missing_scope_rooms = FORBIDDEN, "missing_scope_rooms";
+    /// The API key lacks the scope `agents`.
+    missing_scope_agents = FORBIDDEN, "missing_scope_agents";
+    /// The API key lacks the scope `admin`.
+    missing_scope_admin = FORBIDDEN, "missing_scope_admin";
+    /// This instance does not answer to that name.
+    host_not_allowed = FORBIDDEN, "host_not_allowed";
     /// Nothing here.
     not_found = NOT_FOUND, "not_found";
     /// Something here, but not for this method.
@@ -60,6 +83,10 @@ table! {
     upgrade_required = UPGRADE_REQUIRED, "upgrade_required";
     /// Attempts from this address above the rate.
     rate_limited = TOO_MANY_REQUESTS, "rate_limited";
+    /// A user or a session has as many connections as it may.
+    too_many_connections = TOO_MANY_REQUESTS, "too_many_connections";
+    /// As many handshakes as may be wait for their credentials to be checked.
+    too_many_handshakes = SERVICE_UNAVAILABLE, "too_many_handshakes";
     /// The instance holds as many connections as it may.
     full = SERVICE_UNAVAILABLE, "full";
     /// The instance is about to end.
@@ -83,7 +110,42 @@ impl Rejection {
                 | StatusCode::GATEWAY_TIMEOUT
         );
         let retry_after = retryable.then_some(Duration::from_secs(1));
-        Self { status, code, message, retry_after, cause: None }
+        Self { status, code, message, retry_after, retryable, cause: None }
+    }
+
+    /// The bus or the store certainly did not do it.
+    #[must_use]
+    pub fn not_done(refusal: NotDone) -> Self {
+        let status = match refusal {
+            NotDone::WrongType => StatusCode::CONFLICT,
+            _ if refusal.is_passing() => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let message = format!("Not done: {}.", refusal.reason());
+        Self { retryable: true, ..Self::new(status, NOT_DONE, message) }
+    }
+
+    /// More waits for the bus than may; this was not put behind it.
+    fn overloaded() -> Self {
+        let message = "Not done: the bus is overloaded.".into();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
+    }
+
+    /// It is not known whether the request was done: only one that can be `repeated` may be sent again.
+    #[must_use]
+    pub fn in_doubt(mut self, repeated: bool) -> Self {
+        self.retryable &= repeated || self.code == NOT_DONE;
+        self
+    }
+
+    /// For a client, who is not told how the store is: to try again later is all that it can do.
+    #[must_use]
+    pub fn for_client(&self) -> Self {
+        if self.code != NOT_DONE {
+            return self.clone();
+        }
+        let message = "Not done: the store cannot be used now.".into();
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
     }
 
     /// Attempts from this address above the rate; one can succeed after `wait`.
@@ -114,7 +176,7 @@ impl Rejection {
         serde_json::json!({ "error": {
             "code": self.code,
             "message": self.message,
-            "retryable": self.retry_after.is_some(),
+            "retryable": self.retryable,
         }})
     }
 
@@ -145,6 +207,9 @@ impl Rejection {
     }
 }
 
+/// `error.code` where certainly nothing was done.
+pub(super) const NOT_DONE: &str = "not_done";
+
 /// A wait as a client is told it: rounded up, since earlier than that it would fail again.
 fn retry_seconds(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
@@ -164,8 +229,9 @@ impl From<Refusal> for Rejection {
 impl From<BusError> for Rejection {
     fn from(error: BusError) -> Self {
         match error {
-            BusError::Full => Self::bus_unavailable("The bus is overloaded.").because(error),
+            BusError::Full => Self::overloaded().because(error),
             BusError::Closed => Self::draining("The instance is ending.").because(error),
+            BusError::NotDone(refusal) => Self::not_done(refusal).because(error),
             BusError::Unreachable(_) | BusError::Refused(_) => {
                 Self::bus_unavailable("The bus cannot be used now.").because(error)
             }
@@ -175,7 +241,15 @@ impl From<BusError> for Rejection {
 
 impl From<StoreError> for Rejection {
     fn from(error: StoreError) -> Self {
-        Self::bus_unavailable("The store cannot be used now.").because(error)
+        let rejection = match &error {
+            StoreError::NotDone { refusal, .. } => Self::not_done(*refusal),
+            StoreError::Full => Self::not_done(NotDone::Memory),
+            StoreError::Closed => Self::draining("The instance is ending."),
+            StoreError::Lost(_) | StoreError::Refused(_) => {
+                Self::bus_unavailable("The store cannot be used now.")
+            }
+        };
+        rejection.because(error)
     }
 }
 

@@ -119,8 +119,8 @@ pub struct Wanted {
     pub client: Sink,
     /// Its topics, which have histories where the endpoint has.
     pub topics: Vec<Arc<str>>,
-    /// Further sinks of plain topics.
-    pub further: Vec<(Arc<str>, Sink)>,
+    /// What was reserved for it.
+    pub reserved: Option<Subscription>,
     /// The session whose token streams it is shown.
     pub streams_of: Option<Id>,
 }
@@ -136,11 +136,11 @@ pub async fn open(
     resume: &Resume,
     hello: impl FnOnce(Outcome, Option<Position>) -> Option<String> + Send + 'static,
 ) -> Result<Opened, Rejection> {
-    let Wanted { client, topics, further, streams_of } = wanted;
+    let Wanted { client, topics, reserved, streams_of } = wanted;
     let hub = &gateway.hub;
     let Some(histories) = histories else {
         let sinks = topics.into_iter().map(|topic| (topic, client.clone()));
-        let subscription = hub.subscribe(sinks.chain(further)).await?;
+        let subscription = hub.subscribe_beside(reserved, sinks).await?;
         hub.greet(
             &client,
             hello(Outcome::Fresh, None),
@@ -148,7 +148,7 @@ pub async fn open(
         );
         return Ok(Opened { subscription, unread: None });
     };
-    let held = hub.hold(client, topics, Arc::clone(histories), further);
+    let held = hub.hold(client, topics, Arc::clone(histories), reserved);
     let (subscription, replay) = held.await?;
     if resume.in_frame {
         let unread = Unread { replay, streams_of, hello: Box::new(hello) };

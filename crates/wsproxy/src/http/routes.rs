@@ -13,7 +13,7 @@ use crate::{
     http::{
         Body,
         cors::{self, Grant},
-        events,
+        events, host,
         rejection::Rejection,
         sse, upgrade,
     },
@@ -40,6 +40,16 @@ enum Target<'a> {
     Echo,
 }
 
+impl Target<'_> {
+    const fn endpoint(&self) -> Endpoint {
+        match self {
+            Self::Session(..) => Endpoint::Sessions,
+            Self::Events => Endpoint::Events,
+            Self::Echo => Endpoint::Echo,
+        }
+    }
+}
+
 impl Routes {
     /// WebSocket endpoints where `data_plane`, and `rest` for all else.
     #[must_use]
@@ -59,6 +69,18 @@ impl Routes {
     /// Never: a refusal is an answer.
     pub async fn serve(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let path = request.uri().path().to_owned();
+        if let Err(rejection) = self.check_host(&request) {
+            return Ok(match self.target(&path) {
+                Some(target) => {
+                    let address = upgrade::client_address(&self.gateway, &request).ok();
+                    self.refuse(target.endpoint(), &rejection, &path, address)
+                }
+                None => {
+                    self.gateway.metrics.error("bad_request");
+                    rejection.response()
+                }
+            });
+        }
         let address = upgrade::client_address(&self.gateway, &request).ok();
         let grant = Grant::of(request.headers(), &self.gateway.config.server.allowed_origins);
         let is_events = sse::is_asked(&self.gateway, request.headers());
@@ -88,11 +110,15 @@ impl Routes {
                 self.gateway.metrics.handshake(Some(endpoint), "accepted");
                 granted(grant, response)
             }
-            Err(rejection) => {
-                let path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)];
-                granted(grant, self.refuse(endpoint, &rejection, path, address))
-            }
+            Err(rejection) => granted(grant, self.refuse(endpoint, &rejection, &path, address)),
         })
+    }
+
+    /// Which host a request names, before anything else is looked at.
+    fn check_host(&self, request: &Request<Incoming>) -> Result<(), Rejection> {
+        host::check(request)?;
+        let server = &self.gateway.config.server;
+        if server.local_hosts_only { host::check_local(request, server.bind) } else { Ok(()) }
     }
 
     fn refuse(
@@ -103,16 +129,17 @@ impl Routes {
         address: Option<IpAddr>,
     ) -> Response<Body> {
         self.gateway.metrics.handshake(Some(endpoint), rejection.code);
+        let told = rejection.for_client();
         info!(
             endpoint = endpoint.label(),
-            path,
+            path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
             address = address.map(tracing::field::display),
-            status = rejection.status.as_u16(),
+            status = told.status.as_u16(),
             code = rejection.code,
             error = rejection.cause,
             "Handshake refused."
         );
-        let mut response = rejection.response();
+        let mut response = told.response();
         if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
         }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use wsproxy_conn::Profile;
 
 use crate::{
-    config::{OnBusLoss, SseToken},
+    config::OnBusLoss,
     endpoint::{
         Logic,
         session::{CONTROL, SessionLogic},
@@ -28,7 +28,7 @@ use crate::{
         origin,
         rejection::Rejection,
         resume::{Opened, Resume},
-        upgrade,
+        upgrade::{self, Waiting},
     },
     hub::{Sink, gzip::Deflation, tap::Tap},
     registry::{Entry, Peer, Transport},
@@ -50,7 +50,6 @@ pub struct Opening {
     id: Uuid,
     tap: Arc<Tap>,
     resume: Resume,
-    place: Place,
     /// The place of its socket.
     socket_place: Option<Arc<Place>>,
     line: Arc<Line>,
@@ -66,8 +65,8 @@ impl Opening {
         gateway: &Gateway,
         request: &mut Request<Incoming>,
         profile: &Arc<Profile>,
-    ) -> Result<Self, Rejection> {
-        let place = upgrade::admit(gateway, request)?;
+    ) -> Result<(Self, Waiting), Rejection> {
+        let waiting = upgrade::admit(gateway, request)?;
         if request.method() != Method::GET {
             return Err(Rejection::method_not_allowed("An event stream is asked for with GET."));
         }
@@ -90,7 +89,7 @@ impl Opening {
         let runtime = Arc::clone(&gateway.runtime);
         let tap = Tap::of_client(profile.send_buffer_bytes, runtime, gzip);
         let (id, profile) = (Uuid::now_v7(), Arc::clone(profile));
-        Ok(Self { id, tap, resume, place, socket_place, line, profile })
+        Ok((Self { id, tap, resume, socket_place, line, profile }, waiting))
     }
 
     /// The connection's id.
@@ -128,7 +127,7 @@ impl Opening {
         self,
         gateway: &Arc<Gateway>,
         label: Endpoint,
-        opened: Opened,
+        (opened, place): (Opened, Place),
         entry: Option<Entry>,
         logic: L,
     ) -> Response<Body> {
@@ -139,7 +138,7 @@ impl Opening {
         let held = Held {
             _subscription: subscription,
             _registered: registered,
-            _place: self.place,
+            _place: place,
             _socket_place: self.socket_place,
             _entry: entry,
             _active: gateway.metrics.opened(label),
@@ -175,21 +174,20 @@ pub async fn session(
 ) -> Result<Response<Body>, Rejection> {
     let agent = upgrade::id("agent_id", agent)?;
     let session = upgrade::id("session_id", session)?;
-    let opening = Opening::begin(gateway, &mut request, &gateway.session_profile)?;
+    let (opening, waiting) = Opening::begin(gateway, &mut request, &gateway.session_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     drop(request);
     let token = token.expose_secret().as_bytes();
     let config = &gateway.config.sessions;
     let entrance = upgrade::Entrance {
-        session: &session,
+        path: (&agent, &session),
         token,
         client: opening.client(config.on_bus_loss),
         handler: opening.handler(CONTROL),
         connection: opening.id(),
-        // An EventSource comes back with the same URL, and so with the same token.
-        consume: config.sse_token == SseToken::Once,
+        transport: Transport::Sse,
     };
-    let opened = entrance.enter(gateway, opening.resume()).await?;
+    let opened = entrance.enter(gateway, opening.resume(), waiting).await?;
     debug!(session_id = %session, connection_id = %opening.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::Sse);

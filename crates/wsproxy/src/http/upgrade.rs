@@ -25,7 +25,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    auth,
+    auth::{self, session::WrongToken},
     config::EventIds,
     endpoint::{
         Logic,
@@ -55,7 +55,6 @@ pub(super) struct Handshake {
     deflate: Option<(Params, String)>,
     protocol: Option<&'static str>,
     on_upgrade: OnUpgrade,
-    place: Place,
     /// The place of its socket, which stays taken after the upgrade.
     socket_place: Option<Arc<Place>>,
     pub(super) link: Arc<Link>,
@@ -80,26 +79,27 @@ pub async fn session(
 ) -> Result<Response<Body>, Rejection> {
     let agent = id("agent_id", agent)?;
     let session = id("session_id", session)?;
-    let handshake = begin(gateway, &mut request, &gateway.session_profile)?;
+    let (handshake, waiting) = begin(gateway, &mut request, &gateway.session_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
     drop(request);
     let token = token.expose_secret().as_bytes();
     let [client, handler] = sinks(gateway, &handshake);
     let connection = handshake.link.id();
-    let entrance =
-        Entrance { session: &session, token, client, handler, connection, consume: true };
-    let opened = entrance.enter(gateway, &resume).await?;
+    let transport = Transport::WebSocket;
+    let path = (&agent, &session);
+    let entrance = Entrance { path, token, client, handler, connection, transport };
+    let (opened, place) = entrance.enter(gateway, &resume, waiting).await?;
     debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
     let logic = SessionLogic::new(endpoint, agent, session, connection, Transport::WebSocket);
-    Ok(accept(gateway, Endpoint::Sessions, handshake, Some(opened), None, logic))
+    Ok(accept(gateway, Endpoint::Sessions, (handshake, place), Some(opened), None, logic))
 }
 
 /// A client before the door of its session.
 pub struct Entrance<'a> {
-    /// Its session.
-    pub session: &'a Id,
+    /// The agent and the session of its path.
+    pub path: (&'a Id, &'a Id),
     /// What it shows.
     pub token: &'a [u8],
     /// Where its messages go.
@@ -108,8 +108,8 @@ pub struct Entrance<'a> {
     pub handler: Sink,
     /// Its connection.
     pub connection: Uuid,
-    /// Whether the token is used up.
-    pub consume: bool,
+    /// How it wants to be connected.
+    pub transport: Transport,
 }
 
 impl Entrance<'_> {
@@ -117,42 +117,85 @@ impl Entrance<'_> {
     ///
     /// # Errors
     /// Why it may not enter, or cannot.
-    pub async fn enter(self, gateway: &Gateway, resume: &Resume) -> Result<Opened, Rejection> {
-        let Self { session, token, client, handler, connection, consume: is_consumed } = self;
+    pub async fn enter(
+        self,
+        gateway: &Gateway,
+        resume: &Resume,
+        waiting: Waiting,
+    ) -> Result<(Opened, Place), Rejection> {
+        let Self { path: (agent, session), token, client, handler, connection, transport } = self;
+        let is_for_event_streams = auth::session::is_for_event_streams(token);
+        if is_for_event_streams && transport != Transport::Sse {
+            // Before the store is asked, so that the answer says nothing about the token's value.
+            let message = "A token that begins with sse. opens event streams only.";
+            return Err(Rejection::invalid_token(message).because("an event stream's token"));
+        }
         let key = gateway.names.session_auth(session);
         let opening = async {
-            let known = gateway.store.load(&key).await?;
-            if !known.is_some_and(|known| auth::equal(&known, token)) {
-                return Err(wrong_token());
-            }
+            let stored = load_token(gateway, &key, (agent, token)).await?;
+            let place = waiting.enter(gateway)?;
+            let reserved = reserve(gateway, session, handler)?;
             let wanted = Wanted {
                 client,
                 topics: vec![gateway.names.session_down(session).into()],
-                further: vec![(gateway.names.session_control(session).into(), handler)],
+                reserved: Some(reserved),
                 streams_of: Some(session.clone()),
             };
             let hello = resume.hello(connection);
-            resume::open(gateway, gateway.session_histories.as_ref(), wanted, resume, hello).await
+            let histories = gateway.session_histories.as_ref();
+            let opened = resume::open(gateway, histories, wanted, resume, hello).await?;
+            if is_for_event_streams {
+                // A worker that removes the token and then closes the session reaches this client too: here, or
+                // by the subscription that has just been confirmed.
+                load_token(gateway, &key, (agent, token)).await?;
+            }
+            Ok((stored, opened, place))
         };
-        let opened = deadline(gateway, opening).await?;
+        let (stored, opened, place) = deadline(gateway, opening).await?;
         // Last, so that whatever fails before leaves the token for the next try.
-        if is_consumed && !consume(gateway, &key, token).await? {
-            return Err(wrong_token());
+        if !is_for_event_streams && !consume(gateway, &key, &stored).await? {
+            return Err(wrong_token(WrongToken::Token));
         }
-        Ok(opened)
+        Ok((opened, place))
     }
 }
 
-fn wrong_token() -> Rejection {
-    Rejection::invalid_token("The token is wrong, expired or used.")
+/// A place among the connections of a session: every one of them has its handler at the topic of its commands.
+fn reserve(gateway: &Gateway, session: &Id, handler: Sink) -> Result<Subscription, Rejection> {
+    let control = gateway.names.session_control(session).into();
+    let most = match gateway.config.limits.connections_per_session {
+        0 => usize::MAX,
+        most => most,
+    };
+    gateway.hub.reserve(control, handler, most).ok_or_else(|| {
+        Rejection::too_many_connections("The session has as many connections as it may.")
+    })
 }
 
-/// Uses up a token; `false` where another handshake was faster.
+/// What the store holds of a session's token, if `token` opens the path of `agent` with it.
+async fn load_token(
+    gateway: &Gateway,
+    key: &str,
+    (agent, token): (&Id, &[u8]),
+) -> Result<Bytes, Rejection> {
+    let stored = gateway.store.load(key).await?.unwrap_or_default();
+    auth::session::check(&stored, token, agent).map_err(wrong_token)?;
+    Ok(stored)
+}
+
+/// The cause is for the log: who shows a token is not told what is wrong with it.
+fn wrong_token(cause: WrongToken) -> Rejection {
+    Rejection::invalid_token("The token is wrong, expired, used or for another path.")
+        .because(cause)
+}
+
+/// Uses up a token; `false` where another handshake was faster. Both transports come through here, and the store
+/// compares and removes in one step, so of any number of handshakes with one token exactly one wins.
 ///
 /// Outside the handshake's deadline: given up after it was sent, the token could be gone without
 /// a connection. A store that does not answer at all is found by its own watchdog.
-async fn consume(gateway: &Gateway, key: &str, token: &[u8]) -> Result<bool, Rejection> {
-    let answer = gateway.store.take_if_equal(key, token);
+async fn consume(gateway: &Gateway, key: &str, stored: &[u8]) -> Result<bool, Rejection> {
+    let answer = gateway.store.take_if_equal(key, stored);
     match tokio::time::timeout(gateway.config.redis.response_timeout, answer).await {
         Ok(taken) => Ok(taken?),
         Err(_) => Err(Rejection::deadline("The store did not answer in time.")),
@@ -178,25 +221,48 @@ pub fn echo(
     gateway: &Arc<Gateway>,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
-    let handshake = begin(gateway, &mut request, &gateway.echo_profile)?;
-    Ok(accept(gateway, Endpoint::Echo, handshake, None, None, Echo))
+    let (handshake, waiting) = begin(gateway, &mut request, &gateway.echo_profile)?;
+    let place = waiting.enter(gateway)?;
+    Ok(accept(gateway, Endpoint::Echo, (handshake, place), None, None, Echo))
 }
 
 /// The limits: how often an address may try, and how many there may be.
 ///
 /// # Errors
 /// One of them is reached, or the instance is about to end.
-pub fn admit<B>(gateway: &Gateway, request: &Request<B>) -> Result<Place, Rejection> {
+pub fn admit<B>(gateway: &Gateway, request: &Request<B>) -> Result<Waiting, Rejection> {
     let address = client_address(gateway, request)?;
     if gateway.is_draining() {
         return Err(Rejection::draining("The instance is about to restart."));
     }
     let now = clock::now();
     gateway.attempts.take(address, now.0.saturating_mul(1000)).map_err(Rejection::too_often)?;
-    gateway.places.take().ok_or_else(|| {
-        warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
-        Rejection::full("The instance holds as many connections as it may.")
+    if gateway.places.is_full() {
+        return Err(full(gateway));
+    }
+    gateway.handshakes.take().map(Waiting).ok_or_else(|| {
+        Rejection::too_many_handshakes("Too many connections are being opened. Try again soon.")
     })
+}
+
+/// A handshake whose credentials are not checked yet. It has no place among the connections, so that those who
+/// have no right to one, or wait long for a verdict, cannot keep others out.
+pub struct Waiting(Place);
+
+impl Waiting {
+    /// The credentials are good: it takes a place among the connections.
+    ///
+    /// # Errors
+    /// There is none left.
+    pub fn enter(self, gateway: &Gateway) -> Result<Place, Rejection> {
+        drop(self.0);
+        gateway.places.take().ok_or_else(|| full(gateway))
+    }
+}
+
+fn full(gateway: &Gateway) -> Rejection {
+    warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
+    Rejection::full("The instance holds as many connections as it may.")
 }
 
 /// What no request for a connection may have.
@@ -208,9 +274,6 @@ pub fn check_form(request: &Request<Incoming>) -> Result<(), Rejection> {
         // Its bytes would be taken for frames, and a proxy in front may see them otherwise.
         return Err(Rejection::bad_request("A request for a connection has no body."));
     }
-    if request.headers().get_all(header::HOST).iter().count() > 1 {
-        return Err(Rejection::bad_request("There is more than one Host header."));
-    }
     Ok(())
 }
 
@@ -219,8 +282,8 @@ pub(super) fn begin(
     gateway: &Gateway,
     request: &mut Request<Incoming>,
     profile: &Arc<Profile>,
-) -> Result<Handshake, Rejection> {
-    let place = admit(gateway, request)?;
+) -> Result<(Handshake, Waiting), Rejection> {
+    let waiting = admit(gateway, request)?;
     let upgrade = handshake::read_upgrade(request.method(), request.version(), request.headers())?;
     check_form(request)?;
     origin::check(request.headers(), &gateway.config.server.allowed_origins)?;
@@ -233,23 +296,32 @@ pub(super) fn begin(
         compression.enabled.then(|| deflate::negotiate(request.headers(), &policy)).flatten();
     let window_bits = deflate.as_ref().map(|(params, _)| params.server_max_window_bits);
     let (profile, runtime) = (Arc::clone(profile), Arc::clone(&gateway.runtime));
-    Ok(Handshake {
+    let handshake = Handshake {
         upgrade,
         deflate,
         protocol: credentials::select_protocol(request.headers()),
         on_upgrade: hyper::upgrade::on(&mut *request),
-        place,
         socket_place: request.extensions_mut().remove(),
         link: Link::new(Uuid::now_v7(), window_bits, profile, runtime, clock::now()),
-    })
+    };
+    Ok((handshake, waiting))
 }
 
 /// Where the client is, behind our own proxies.
 pub fn client_address<B>(gateway: &Gateway, request: &Request<B>) -> Result<IpAddr, Rejection> {
-    let peer = request.extensions().get::<RemoteAddress>();
+    address_of(gateway, request.headers(), request.extensions())
+}
+
+/// The same for a request in parts.
+pub fn address_of(
+    gateway: &Gateway,
+    headers: &HeaderMap,
+    extensions: &http::Extensions,
+) -> Result<IpAddr, Rejection> {
+    let peer = extensions.get::<RemoteAddress>();
     let peer = peer.ok_or_else(|| Rejection::internal("The peer's address is unknown."))?;
-    let trusted = &gateway.config.server.trusted_proxies;
-    Ok(address::client(peer.0, request.headers(), trusted))
+    let server = &gateway.config.server;
+    Ok(address::client(peer.0, headers, &server.trusted_proxies, server.forwarded_header))
 }
 
 /// What lasts exactly as long as its connection.
@@ -264,7 +336,7 @@ pub struct Held {
 pub(super) fn accept<L: Logic>(
     gateway: &Arc<Gateway>,
     label: Endpoint,
-    handshake: Handshake,
+    (handshake, place): (Handshake, Place),
     opened: Option<Opened>,
     registered: Option<Entry>,
     logic: L,
@@ -282,7 +354,7 @@ pub(super) fn accept<L: Logic>(
         insert(headers, header::SEC_WEBSOCKET_EXTENSIONS, &answer);
         params
     });
-    let (link, place, on_upgrade) = (handshake.link, handshake.place, handshake.on_upgrade);
+    let (link, on_upgrade) = (handshake.link, handshake.on_upgrade);
     let socket_place = handshake.socket_place;
     // An endpoint without topics has no ids.
     let envelope = handshake.protocol == Some(credentials::ENVELOPE_PROTOCOL) && opened.is_some();

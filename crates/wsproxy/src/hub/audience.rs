@@ -63,13 +63,14 @@ impl Round {
                 }
                 let frame = fanout.encode(&gate.target, hub);
                 let id = fanout.message.id;
+                let ids = id.map(|id| (id, fanout.message.prev));
                 if let Some(frame) = frame {
                     let mut held = false;
                     let hold = || {
                         held = true;
                         (frame.clone(), frame.len())
                     };
-                    let is_let_through = gate.fence.lock().offer(id, hold);
+                    let is_let_through = gate.fence.lock().offer(ids, hold);
                     if is_let_through || held {
                         fanout.announce_to(&gate.target);
                     }
@@ -124,9 +125,9 @@ impl Round {
 
     /// Tells all clients of a topic that its history cannot be continued; everybody is at `position` then.
     /// Answers how many were told; those behind a fence are told when they come through.
-    pub(super) fn lose(
+    pub(super) fn lose<'a>(
         &mut self,
-        subscribers: &Subscribers,
+        subscribers: impl Iterator<Item = &'a Sink>,
         (lost, position): (Lost, Position),
         streams: &[StreamState],
         hub: &Hub,
@@ -134,11 +135,11 @@ impl Round {
         let mut notices = vec![notice::history_lost(lost, position)];
         notices.extend(streams.iter().map(notice::stream_snapshot));
         let message =
-            |payload| Message { id: Some(position), carries_id: true, is_private: false, payload };
+            |payload| Message { id: Some(position), carries_id: true, ..Message::plain(payload) };
         let mut fanouts: Vec<_> =
             notices.iter().map(|notice| Fanout::new(message(notice.as_bytes()))).collect();
         let mut told = 0;
-        for sink in subscribers.iter() {
+        for sink in subscribers {
             let (target, is_due) = match sink {
                 Sink::Gated(gate) => (&gate.target, gate.fence.lock().lose(lost, position)),
                 sink => (sink, true),

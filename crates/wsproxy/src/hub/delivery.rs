@@ -5,9 +5,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use hashbrown::HashSet;
-use serde::Deserialize;
 use tracing::{debug, info, warn};
 use wsproxy_conn::{
     Link,
@@ -15,16 +13,16 @@ use wsproxy_conn::{
 };
 use wsproxy_proto::{
     disconnect::Disconnect,
-    history::{Envelope, check_event_id, reader::Verdict},
-    names::Names,
+    history::{Envelope, reader::Verdict},
 };
 
 use crate::{
-    bus::{Deliver, History, Keep, Publish},
+    bus::Deliver,
     config::OnBusLoss,
     hub::{
         Form, Histories, Hub, Name, Sink, Track,
         audience::{Audience, LIST_KEPT, Round},
+        capture::Capture,
         message::{Fanout, Message},
     },
 };
@@ -37,19 +35,27 @@ pub struct Delivery {
     at_once: Vec<(Arc<Link>, Form)>,
     /// When the first message of the round was read.
     since: Option<Micros>,
+    /// Plain messages of the round that are to be taken into histories.
+    captures: Vec<Capture>,
 }
 
 impl Delivery {
     /// For the reader of the bus that `hub` will be connected with.
     #[must_use]
     pub fn new(hub: Arc<Hub>) -> Self {
-        Self { hub, round: Round::default(), at_once: Vec::new(), since: None }
+        Self {
+            hub,
+            round: Round::default(),
+            at_once: Vec::new(),
+            since: None,
+            captures: Vec::new(),
+        }
     }
 }
 
 impl Deliver for Delivery {
     fn message(&mut self, channel: &[u8], payload: &[u8], last: bool) {
-        let Self { hub, round, at_once, since } = self;
+        let Self { hub, round, at_once, since, captures } = self;
         let since = *since.get_or_insert_with(clock::now);
         let mut shard = hub.shard(channel).lock();
         let Some(state) = shard.get_mut(&Name(channel)) else {
@@ -57,6 +63,9 @@ impl Deliver for Delivery {
             return;
         };
         let envelope = Envelope::parse(payload);
+        if let Some(event_id) = envelope.and_then(|envelope| envelope.event_id) {
+            captures.retain(|capture| !capture.is(channel, event_id));
+        }
         let mut message = envelope.as_ref().map_or_else(|| Message::plain(payload), Message::from);
         message.is_private = state.track.as_ref().is_some_and(|track| track.is_private);
         let audience = match (&mut state.track, envelope) {
@@ -66,16 +75,18 @@ impl Deliver for Delivery {
                     let histories = Arc::clone(&track.histories);
                     drop(shard);
                     if verdict == Verdict::Hole {
-                        hub.open_hole(&histories, since);
+                        hub.open_hole(&histories);
                     }
                     return;
                 }
             },
             (Some(track), None) if track.histories.capture => {
-                match hub.capture(channel, track, payload) {
-                    true => return,
-                    false => Audience::All,
+                if let Some(capture) = Capture::new(channel, track, payload) {
+                    captures.push(capture);
+                    return;
                 }
+                hub.counters.uncaptured.add(1);
+                Audience::All
             }
             _ => Audience::All,
         };
@@ -97,19 +108,24 @@ impl Deliver for Delivery {
     fn flush(&mut self) {
         let now = self.since.take().unwrap_or_else(clock::now);
         self.round.flush(now);
+        for capture in self.captures.drain(..) {
+            capture.publish(&self.hub);
+        }
     }
 
-    fn lost(&mut self, cause: &str, silence: Duration) {
+    fn lost(&mut self, cause: &str, _silence: Duration) {
         let hub = &self.hub;
         if hub.is_linked() {
             hub.outages.fetch_add(1, Release);
             warn!(error = cause, topics = hub.topics(), "The bus is lost.");
         }
-        let since = clock::now().since(silence.into());
+        if let Some(store_ms) = hub.store_clock.now_ms(clock::now()) {
+            hub.doubts.lost(store_ms);
+        }
         for shard in &hub.shards {
             let mut shard = shard.lock();
             for track in shard.values_mut().filter_map(|state| state.track.as_mut()) {
-                track.interrupt(since);
+                track.interrupt();
             }
         }
     }
@@ -182,9 +198,8 @@ impl Track {
         now: Micros,
         hub: &Hub,
     ) -> Result<Audience, Verdict> {
-        let since = now.since(HOLE_MARGIN).0;
-        let ids = (envelope.id, envelope.prev);
-        match self.reader.accept(ids, since, || message.store()) {
+        let Envelope { id, prev, .. } = *envelope;
+        match self.reader.accept(id, prev, hub.store_clock.latest_ms(now), || message.store()) {
             Verdict::Deliver => Ok(Audience::All),
             Verdict::Duplicate => {
                 hub.counters.duplicates.add(1);
@@ -202,66 +217,24 @@ impl Track {
 
 impl Hub {
     /// A log has a hole; where several have one order, all of them are read and go on together.
-    fn open_hole(&self, histories: &Arc<Histories>, now: Micros) {
+    pub(super) fn open_hole(&self, histories: &Arc<Histories>) {
         if histories.clock.is_some() {
-            let since = now.since(HOLE_MARGIN);
             for shard in &self.shards {
                 let mut shard = shard.lock();
                 let tracks = shard.values_mut().filter_map(|state| state.track.as_mut());
                 tracks
                     .filter(|track| Arc::ptr_eq(&track.histories, histories))
-                    .for_each(|track| track.interrupt(since));
+                    .for_each(|track| track.interrupt());
             }
         }
         self.holes.notify_one();
     }
-
-    /// Publishes a plain message again, with history; of several instances that do so one wins. `false` where
-    /// it has no id of its own, by which that could be known.
-    fn capture(&self, channel: &[u8], track: &Track, payload: &[u8]) -> bool {
-        let event_id = serde_json::from_slice::<Identified>(payload).ok().map(|m| m.event_id);
-        let event_id = event_id.filter(|id| !id.is_empty() && check_event_id(id).is_ok());
-        let (Some(event_id), Ok(channel)) = (event_id, std::str::from_utf8(channel)) else {
-            self.counters.uncaptured.add(1);
-            return false;
-        };
-        let Track { log, histories, .. } = track;
-        let dedup = Names::captured(log, &event_id);
-        let history = History {
-            log: Arc::clone(log),
-            clock: histories.clock.clone(),
-            event_id: Some(event_id),
-            dedup: Some((dedup.into(), CAPTURED_FOR)),
-            limits: histories.limits,
-        };
-        let published = self.publish(Publish {
-            channel: channel.into(),
-            payload: Bytes::copy_from_slice(payload),
-            keep: Keep::History(Box::new(history)),
-            receipt: None,
-        });
-        let counter =
-            if published.is_ok() { &self.counters.captured } else { &self.counters.uncaptured };
-        counter.add(1);
-        published.is_ok()
-    }
-}
-
-/// A message with an id of its own.
-#[derive(Deserialize)]
-struct Identified {
-    event_id: Box<str>,
 }
 
 impl<'a> From<&Envelope<'a>> for Message<'a> {
     fn from(envelope: &Envelope<'a>) -> Self {
         let carries_id = envelope.event_id.is_some();
-        Self { id: Some(envelope.id), carries_id, is_private: false, payload: envelope.payload }
+        let Envelope { id, prev, payload, .. } = *envelope;
+        Self { id: Some(id), prev, carries_id, is_private: false, payload }
     }
 }
-
-/// A link that shows a hole was whole so long ago at least: dead ones are found sooner.
-const HOLE_MARGIN: Micros = Micros(60_000_000);
-
-/// How long instances remember which plain messages one of them has taken into a history.
-const CAPTURED_FOR: Duration = Duration::from_secs(60);

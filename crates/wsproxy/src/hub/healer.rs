@@ -3,20 +3,27 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream};
-use parking_lot::MutexGuard;
+use hashbrown::HashMap;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use wsproxy_conn::clock;
-use wsproxy_proto::history::{After, Log, Lost, Position, reader::Filled, rule};
+use wsproxy_proto::{
+    history::{After, Entry, Log, Lost, Pages, Position, pages::Since, reader::Filled},
+    names::Id,
+};
 
 use crate::{
+    bus::not_done::NotDone,
     hub::{
-        Histories, Hub, Name, State, Topics,
+        Histories, Hub, Name, Place, Sink, State, Topics,
         audience::{Audience, Round},
         message::{Fanout, Message, Stored},
-        replay::{PAGE_ENTRIES, merge},
+        replay::{Gate, PAGE_ENTRIES},
     },
     store::{SnapshotOf, Store, StoreError, StreamState},
+    telemetry::throttle::Throttle,
 };
 
 /// So many logs are read at the same time.
@@ -24,6 +31,12 @@ const READS: usize = 64;
 
 /// So many topics are read before their clients are served.
 const BATCH: usize = 64;
+
+/// Of log lines about keys that are no histories.
+static ODD_KEYS: Throttle = Throttle::new();
+
+/// The same about histories that are whole again.
+static HEALINGS: Throttle = Throttle::new();
 
 /// Most bytes that are held for logs which must be delivered together; further ones count as lost.
 const TOGETHER_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -37,16 +50,14 @@ struct Hole {
     log: Arc<str>,
     histories: Arc<Histories>,
     from: Position,
-    since: u64,
 }
 
 /// What is held of its log.
 struct Found {
     hole: Hole,
     log: Log,
-    /// The store's clock when the first and the last page were read.
-    first_ms: u64,
-    now_ms: u64,
+    /// Up to where it is complete, of logs with one order.
+    moment: (u64, u64),
     judged: Result<(), Lost>,
     /// What clients are shown where it is lost.
     streams: Vec<StreamState>,
@@ -55,20 +66,27 @@ struct Found {
 /// What a topic's clients get, in the shared order.
 enum Item {
     Lost(Lost, Position, Vec<StreamState>),
-    Entry(wsproxy_proto::history::Entry),
+    Entry(Entry),
     Held(Position, Stored, Audience),
 }
 
 /// Serves until `end`.
-pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: CancellationToken) {
+pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
+    let mut keep = tokio::time::interval(KEEP_HEADS_EVERY);
+    keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        // At the start, and whenever the bus is back: an emptied store must be known as such.
-        tokio::select! {
-            () = mark_epoch(&store, &epoch) => {}
-            () = end.cancelled() => return,
-        }
         tokio::select! {
             () = hub.holes.notified() => {}
+            _ = keep.tick() => {
+                tokio::select! {
+                    () = hub.keep_heads(&store) => {}
+                    () = end.cancelled() => return,
+                }
+            }
+            () = hub.broken.due() => {
+                hub.tell_broken();
+                continue;
+            }
             () = end.cancelled() => return,
         }
         let begun = clock::now();
@@ -87,34 +105,113 @@ pub async fn run(hub: Arc<Hub>, store: Store, epoch: Arc<str>, end: Cancellation
                 () = end.cancelled() => return,
             };
             healed += filled;
+            hub.tell_broken();
             if filled == 0 {
                 tokio::time::sleep(AGAIN).await;
             }
         }
         let milliseconds = clock::now().since(begun).0 / 1000;
-        if healed > 0 {
-            info!(topics = healed, milliseconds, "Histories were read again and are whole.");
+        if healed > 0
+            && let Some(left_out) = HEALINGS.pass()
+        {
+            info!(
+                topics = healed,
+                milliseconds, left_out, "Histories were read again and are whole."
+            );
         }
     }
 }
 
+/// Histories that could not be continued and of which no line in the log tells yet.
+#[derive(Debug, Default)]
+pub struct Broken {
+    untold: Mutex<Untold>,
+    lines: Throttle,
+}
+
+#[derive(Debug, Default)]
+struct Untold {
+    topics: usize,
+    /// One of them.
+    last: Option<(Arc<str>, Lost)>,
+}
+
+impl Broken {
+    fn note(&self, topic: &Arc<str>, lost: Lost) {
+        let mut untold = self.untold.lock();
+        untold.topics += 1;
+        untold.last = Some((Arc::clone(topic), lost));
+    }
+
+    /// Resolves when a line may be written about those that are left; never where none is.
+    async fn due(&self) {
+        if self.untold.lock().topics == 0 {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
 impl Hub {
+    /// One line for all histories that could not be continued; the rest with the next one.
+    fn tell_broken(&self) {
+        let mut untold = self.broken.untold.lock();
+        if untold.topics == 0 || self.broken.lines.pass().is_none() {
+            return;
+        }
+        if let Untold { topics, last: Some((topic, lost)) } = std::mem::take(&mut *untold) {
+            let (topic, reason) = (&*topic, lost.label());
+            warn!(topics, topic, reason, "Histories cannot be continued.");
+        }
+    }
+
     fn holes(&self) -> Vec<Hole> {
         let mut holes = Vec::new();
         for shard in &self.shards {
             for (topic, state) in shard.lock().iter() {
                 let Some(track) = &state.track else { continue };
-                let Some((from, since)) = track.reader.hole() else { continue };
+                let Some(from) = track.reader.hole() else { continue };
                 holes.push(Hole {
                     topic: Arc::clone(&topic.0),
                     log: Arc::clone(&track.log),
                     histories: Arc::clone(&track.histories),
                     from,
-                    since,
                 });
             }
         }
         holes
+    }
+
+    /// Lets the heads of all logs that are read here live on: as long as there is one, it is known what came last.
+    /// A log whose head is gone was removed.
+    async fn keep_heads(&self, store: &Store) {
+        let mut kept: Vec<(Arc<str>, Arc<str>, Arc<Histories>)> = Vec::new();
+        for shard in &self.shards {
+            for (topic, state) in shard.lock().iter() {
+                let Some(track) = &state.track else { continue };
+                let is_read = track.reader.position().is_some() && !track.reader.has_hole();
+                if is_read && !track.is_private {
+                    let histories = Arc::clone(&track.histories);
+                    kept.push((Arc::clone(&topic.0), Arc::clone(&track.log), histories));
+                }
+            }
+        }
+        for topics in kept.chunks(KEPT_AT_ONCE) {
+            let logs: Vec<_> = topics.iter().map(|(_, log, _)| Arc::clone(log)).collect();
+            let ttl = topics.iter().map(|(.., histories)| histories.limits.head_ttl()).max();
+            let held = match store.keep_heads(&logs, ttl.unwrap_or_default()).await {
+                Ok(held) => held,
+                Err(error) => return debug!(%error, "The heads of logs cannot be kept now."),
+            };
+            for ((topic, ..), _) in topics.iter().zip(held).filter(|(_, held)| !held) {
+                let mut shard = self.shard(topic.as_bytes()).lock();
+                let state = shard.get_mut(&Name(topic.as_bytes()));
+                if let Some(track) = state.and_then(|state| state.track.as_mut()) {
+                    track.interrupt();
+                }
+            }
+        }
+        self.holes.notify_one();
     }
 
     /// Reads the logs and serves their clients. Answers how many are whole.
@@ -128,7 +225,7 @@ impl Hub {
             if batch.is_empty() {
                 return whole;
             }
-            for found in read_all(store, batch, usize::MAX).await {
+            for found in read_all(self, store, batch, usize::MAX).await {
                 let number = self.shard_number(found.hole.topic.as_bytes());
                 let mut shard = self.shards[number].lock();
                 let mut round = Round::default();
@@ -151,20 +248,19 @@ impl Hub {
         }
         let wanted = holes.len();
         let links = self.links_lost();
-        let mut found = read_all(store, holes, TOGETHER_BYTES_MAX).await;
+        let mut found = read_all(self, store, holes, TOGETHER_BYTES_MAX).await;
         if self.links_lost() != links {
             return 0; // some were read from another store than others, perhaps
         }
-        // They were not read at one moment: what is older than the first of these is complete in all.
-        let first_ms = found.iter().map(|found| found.first_ms).min().unwrap_or_default();
-        let limit = Position { milliseconds: first_ms, sequence: 0 };
+        // They were not read at one moment: what is not above the first of these is complete in all.
+        let limit = found.iter().map(|found| found.moment).min().unwrap_or_default();
         found.iter_mut().for_each(|found| found.log.cut(limit));
         let mut shards = self.lock_all();
         let mut joins = found.len() == wanted && self.outage() == outage;
-        for Found { hole, log, now_ms, judged, .. } in &found {
+        for Found { hole, log, judged, .. } in &found {
             let shard = &shards[self.shard_number(hole.topic.as_bytes())];
             let track = shard.get(&Name(hole.topic.as_bytes())).and_then(|s| s.track.as_ref());
-            joins &= track.is_none_or(|track| track.reader.joins(hole.from, *judged, log, *now_ms));
+            joins &= track.is_none_or(|track| track.reader.joins(hole.from, *judged, log));
         }
         let mut items = Vec::new();
         let mut whole = 0;
@@ -173,8 +269,11 @@ impl Hub {
             let shard = &mut shards[number];
             whole += usize::from(self.fill_one(shard, found, joins, &mut items));
         }
-        items.sort_by_key(|(id, ..)| *id);
         let mut round = Round::default();
+        let (lost, mut items): (Vec<_>, Vec<_>) =
+            items.into_iter().partition(|(.., item)| matches!(item, Item::Lost(..)));
+        self.lose_together(&mut shards, &lost, &mut round);
+        items.sort_by_key(|(id, ..)| id.id());
         for (_, topic, item) in items {
             let number = self.shard_number(topic.as_bytes());
             self.deliver_item(&mut shards[number], &topic, &item, &mut round);
@@ -182,6 +281,55 @@ impl Hub {
         drop(shards);
         round.flush(clock::now());
         whole
+    }
+
+    /// Tells every client of a lost log once, before all that follows, and lets it begin behind everything that
+    /// its other logs hold: one position stands for all of them.
+    fn lose_together(
+        &self,
+        shards: &mut [MutexGuard<'_, Topics>],
+        lost: &[(Position, Arc<str>, Item)],
+        round: &mut Round,
+    ) {
+        let mut clients: HashMap<Place, (Lost, Position, Sink)> = HashMap::new();
+        for (_, topic, item) in lost {
+            let Item::Lost(lost, ..) = item else { continue };
+            let shard = &shards[self.shard_number(topic.as_bytes())];
+            let Some(state) = shard.get(&Name(topic.as_bytes())) else { continue };
+            for sink in state.subscribers.iter() {
+                clients.entry(sink.place()).or_insert((*lost, Position::START, sink.clone()));
+            }
+        }
+        if clients.is_empty() {
+            return;
+        }
+        let clocked = |state: &&mut State| {
+            state.track.as_ref().is_some_and(|track| track.histories.clock.is_some())
+        };
+        for state in shards.iter_mut().flat_map(|shard| shard.values_mut()).filter(clocked) {
+            let position = state.track.as_ref().and_then(|track| track.reader.position());
+            for sink in state.subscribers.iter() {
+                if let Some((_, at, _)) = clients.get_mut(&sink.place()) {
+                    *at = at.later(position.unwrap_or(Position::START));
+                }
+            }
+        }
+        for (lost, at, sink) in clients.values_mut() {
+            let is_told = round.lose(std::iter::once(&*sink), (*lost, *at), &[], self);
+            self.counters.history_lost[*lost as usize].add(is_told);
+            if !matches!(sink, Sink::Gated(_)) {
+                *sink = Sink::Gated(Gate::open(sink.clone(), *at));
+            }
+        }
+        for state in shards.iter_mut().flat_map(|shard| shard.values_mut()).filter(clocked) {
+            for sink in state.subscribers.iter_mut() {
+                if let Some((.., gated)) = clients.get(&sink.place())
+                    && !matches!(sink, Sink::Gated(_))
+                {
+                    *sink = gated.clone();
+                }
+            }
+        }
     }
 
     /// Fills one hole; what is to be delivered goes to `items`.
@@ -192,23 +340,21 @@ impl Hub {
         is_linked: bool,
         items: &mut Vec<(Position, Arc<str>, Item)>,
     ) -> bool {
-        let Found { hole, log, now_ms, judged, streams, .. } = found;
+        let Found { hole, log, judged, streams, .. } = found;
         let track =
             shard.get_mut(&Name(hole.topic.as_bytes())).and_then(|state| state.track.as_mut());
         let Some(track) = track else { return false };
-        let filled = track.reader.fill(hole.from, judged, &log, now_ms, is_linked);
+        let filled = track.reader.fill(hole.from, judged, &log, is_linked);
         let Some(Filled { lost, entries, held, whole }) = filled else { return false };
         let topic = hole.topic;
         if let Some((lost, position)) = lost {
-            warn!(topic = &*topic, reason = lost.label(), "A history cannot be continued.");
+            self.broken.note(&topic, lost);
             // Before all entries: whoever got those only would go on behind what is missing.
             items.push((Position::START, Arc::clone(&topic), Item::Lost(lost, position, streams)));
         }
         if entries {
             self.counters.healed_messages.add(log.entries.len() as u64);
-            let item = |entry: wsproxy_proto::history::Entry| {
-                (entry.id, Arc::clone(&topic), Item::Entry(entry))
-            };
+            let item = |entry: Entry| (entry.id, Arc::clone(&topic), Item::Entry(entry));
             items.extend(log.entries.into_iter().map(item));
         }
         for (id, stored, is_new) in held {
@@ -229,14 +375,14 @@ impl Hub {
         let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
         match item {
             Item::Lost(lost, position, streams) => {
-                let told = round.lose(&state.subscribers, (*lost, *position), streams, self);
+                let told = round.lose(state.subscribers.iter(), (*lost, *position), streams, self);
                 self.counters.history_lost[*lost as usize].add(told);
             }
             Item::Entry(entry) => {
                 let carries_id = entry.event_id.is_some();
                 let is_private = state.track.as_ref().is_some_and(|track| track.is_private);
-                let message =
-                    Message { id: Some(entry.id), carries_id, is_private, payload: &entry.data };
+                let Entry { id, prev, ref data, .. } = *entry;
+                let message = Message { id: Some(id), prev, carries_id, is_private, payload: data };
                 self.deliver_one(state, Audience::All, message, round);
             }
             Item::Held(id, stored, audience) => {
@@ -256,28 +402,9 @@ impl Hub {
     }
 }
 
-/// Makes the store remember since when it is known.
-async fn mark_epoch(store: &Store, epoch: &Arc<str>) {
-    while let Err(error) = store.snapshot(clock_of(epoch)).await {
-        debug!(%error, "The store cannot be asked since when it is known.");
-        tokio::time::sleep(AGAIN).await;
-    }
-}
-
-/// Asks for nothing but the store's clock and epoch.
-fn clock_of(epoch: &Arc<str>) -> SnapshotOf {
-    SnapshotOf {
-        logs: Vec::new(),
-        epoch: Arc::clone(epoch),
-        after: None,
-        entries_max: 1,
-        streams_of: None,
-    }
-}
-
 /// Reads what the logs of holes hold; those that cannot be read are tried again later.
-async fn read_all(store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Found> {
-    let reads = holes.into_iter().map(|hole| read_or_lose(store, hole));
+async fn read_all(hub: &Hub, store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Found> {
+    let reads = holes.into_iter().map(|hole| read_or_lose(hub, store, hole));
     let mut reads = stream::iter(reads).buffer_unordered(READS);
     let (mut found, mut bytes) = (Vec::new(), 0_usize);
     while let Some(result) = reads.next().await {
@@ -296,71 +423,70 @@ async fn read_all(store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Foun
     found
 }
 
+impl Hole {
+    fn snapshot_of(&self, after: Option<After>, streams_of: Option<Id>) -> SnapshotOf {
+        SnapshotOf {
+            logs: vec![Arc::clone(&self.log)],
+            clock: self.histories.clock.clone(),
+            head_ttl: Some(self.histories.limits.head_ttl()),
+            after,
+            entries_max: PAGE_ENTRIES,
+            streams_of,
+        }
+    }
+}
+
 /// A log that is lost begins where it ends now, with its session's token streams as they stand then.
-async fn begin_anew(store: &Store, mut found: Found) -> Result<Found, StoreError> {
-    let Hole { topic, log, histories, .. } = &found.hole;
-    let of = SnapshotOf {
-        logs: vec![Arc::clone(log)],
-        epoch: Arc::clone(&histories.epoch),
-        after: None,
-        entries_max: 1,
-        streams_of: histories.names.session_of_down(topic),
-    };
-    let (mut page, streams) = store.snapshot(of).await?;
-    found.log = page.logs.pop().unwrap_or_default();
-    (found.now_ms, found.streams) = (page.now_ms, streams);
-    Ok(found)
+async fn begin_anew(store: &Store, hole: Hole, lost: Lost) -> Result<Found, StoreError> {
+    let session = hole.histories.names.session_of_down(&hole.topic);
+    let (mut page, streams) = store.snapshot(hole.snapshot_of(None, session)).await?;
+    let log = page.logs.pop().unwrap_or_default();
+    Ok(Found { hole, log, moment: page.moment, judged: Err(lost), streams })
 }
 
 /// A key that holds something else is no log: waiting for it would stall all logs that share its order.
-async fn read_or_lose(store: &Store, hole: Hole) -> Result<Found, StoreError> {
-    match read(store, &hole).await {
-        Ok((log, first_ms, now_ms, judged)) => {
-            let streams = Vec::new();
-            let found = Found { hole, log, first_ms, now_ms, judged, streams };
-            if judged.is_ok() { Ok(found) } else { begin_anew(store, found).await }
+async fn read_or_lose(hub: &Hub, store: &Store, hole: Hole) -> Result<Found, StoreError> {
+    match read(hub, store, &hole).await {
+        Ok((Ok(log), moment)) => {
+            Ok(Found { hole, log, moment, judged: Ok(()), streams: Vec::new() })
         }
-        Err(StoreError::Refused(error)) if error.contains("WRONGTYPE") => {
-            warn!(log = &*hole.log, %error, "The key of a history holds something else.");
-            let (clock, _) = store.snapshot(clock_of(&hole.histories.epoch)).await?;
-            let (log, now_ms) = (Log::default(), clock.now_ms);
-            let (judged, streams) = (Err(Lost::Unknown), Vec::new());
-            Ok(Found { hole, log, first_ms: now_ms, now_ms, judged, streams })
+        Ok((Err(lost), _)) => begin_anew(store, hole, lost).await,
+        Err(StoreError::NotDone { refusal: NotDone::WrongType, error }) => {
+            if let Some(left_out) = ODD_KEYS.pass() {
+                let log = &*hole.log;
+                warn!(log, %error, left_out, "The key of a history holds something else.");
+            }
+            let (log, moment) = (Log::default(), (u64::MAX, u64::MAX));
+            Ok(Found { hole, log, moment, judged: Err(Lost::Unknown), streams: Vec::new() })
         }
         Err(error) => Err(error),
     }
 }
 
-/// A log, the store's clock when its first and its last page were read, and how it is judged.
-type Pages = (Log, u64, u64, Result<(), Lost>);
+/// A log and the moment up to which it is complete.
+type Whole = (Result<Log, Lost>, (u64, u64));
 
-async fn read(store: &Store, hole: &Hole) -> Result<Pages, StoreError> {
-    let mut chain = [Log::default()];
-    let mut first_ms = None;
+async fn read(hub: &Hub, store: &Store, hole: &Hole) -> Result<Whole, StoreError> {
+    let ttl_ms = u64::try_from(hole.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
+    let (mut pages, mut behind, mut moment) = (Pages::default(), hole.from, None);
     loop {
-        let behind = chain[0].entries.last().map_or(hole.from, |entry| entry.id);
-        let of = SnapshotOf {
-            logs: vec![Arc::clone(&hole.log)],
-            epoch: Arc::clone(&hole.histories.epoch),
-            after: Some(After::Position(behind)),
-            entries_max: PAGE_ENTRIES,
-            streams_of: None,
-        };
+        let of = hole.snapshot_of(Some(After::Position(behind)), None);
         let (mut page, _) = store.snapshot(of).await?;
-        let now_ms = page.now_ms;
-        let first_ms = *first_ms.get_or_insert(now_ms);
-        // Every page is a healing of its own: time passes between them.
-        let gap_ms = clock::now().since(clock::Micros(hole.since)).0.div_ceil(1000);
-        let (retention, clocks) = (hole.histories.limits.retention_ms(), (now_ms, page.epoch_ms));
-        let log = page.logs.first().ok_or(Lost::Unknown);
-        let mut judged = log.and_then(|log| rule::heal(behind, gap_ms, retention, clocks, log));
-        let further = merge(&mut page.logs, &mut chain);
-        if !chain[0].is_chain() {
-            judged = judged.and(Err(Lost::Trimmed));
-        }
-        if further.is_none() || judged.is_err() {
-            let [log] = chain;
-            return Ok((log, first_ms, now_ms, judged));
+        hub.store_clock.seen(page.now_ms, clock::now());
+        let first = *moment.get_or_insert(page.moment);
+        match pages.push(Since::Reader(hole.from), ttl_ms, &mut page) {
+            Ok(Some(further)) => behind = further,
+            Ok(None) => {
+                let log = pages.into_logs().pop().ok_or(Lost::Unknown);
+                return Ok((log, first));
+            }
+            Err(lost) => return Ok((Err(lost), first)),
         }
     }
 }
+
+/// How often the heads of logs that are read here are renewed; they live for an hour at least.
+const KEEP_HEADS_EVERY: Duration = Duration::from_secs(900);
+
+/// So many heads are renewed at a time.
+const KEPT_AT_ONCE: usize = 1024;

@@ -22,6 +22,8 @@ use crate::{
 pub struct Message<'a> {
     /// Where it is in the topic's history; `None` for a plain one.
     pub id: Option<Position>,
+    /// Where the entry before it is.
+    pub prev: Position,
     /// Whether the payload carries an id that clients can resume from.
     pub carries_id: bool,
     /// Whether nobody can resume from its id, since whoever comes back has other topics.
@@ -33,6 +35,7 @@ pub struct Message<'a> {
 /// The same, for when it has to wait.
 #[derive(Debug)]
 pub(super) struct Stored {
+    pub(super) prev: Position,
     pub(super) carries_id: bool,
     pub(super) is_private: bool,
     pub(super) payload: Bytes,
@@ -42,7 +45,7 @@ impl<'a> Message<'a> {
     /// A plain one.
     #[must_use]
     pub const fn plain(payload: &'a [u8]) -> Self {
-        Self { id: None, carries_id: false, is_private: false, payload }
+        Self { id: None, prev: Position::START, carries_id: false, is_private: false, payload }
     }
 
     /// The id that clients are shown. A private one only misleads them, unless they acknowledge by it.
@@ -56,15 +59,15 @@ impl<'a> Message<'a> {
     pub(super) fn store(&self) -> (Stored, usize) {
         let payload = Bytes::copy_from_slice(self.payload);
         let bytes = payload.len() + STORED_BYTES;
-        let Self { carries_id, is_private, .. } = *self;
-        (Stored { carries_id, is_private, payload }, bytes)
+        let Self { prev, carries_id, is_private, .. } = *self;
+        (Stored { prev, carries_id, is_private, payload }, bytes)
     }
 }
 
 impl Stored {
     pub(super) fn message(&self, id: Position) -> Message<'_> {
-        let Self { carries_id, is_private, ref payload } = *self;
-        Message { id: Some(id), carries_id, is_private, payload }
+        let Self { prev, carries_id, is_private, ref payload } = *self;
+        Message { id: Some(id), prev, carries_id, is_private, payload }
     }
 }
 
@@ -222,6 +225,43 @@ struct Marked {
     event_id: Value,
 }
 
+/// Whether an object may have a member `event_id`: its name as such or with escapes in it.
+fn may_have_event_id(payload: &[u8]) -> bool {
+    memchr::memmem::find(payload, b"event_id").is_some()
+        || memchr::memmem::find(payload, b"\\u00").is_some()
+}
+
+/// Whether an object has a member `event_id`, of any value and any number of times.
+struct Members {
+    event_id: Option<()>,
+}
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Members;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> Result<Members, A::Error> {
+                let mut event_id = None;
+                while let Some(name) = map.next_key::<std::borrow::Cow<'de, str>>()? {
+                    event_id = event_id.or((name == "event_id").then_some(()));
+                    map.next_value::<serde::de::IgnoredAny>()?;
+                }
+                Ok(Members { event_id })
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
 /// The form of the subprotocol that carries ids beside opaque bytes.
 fn with_head(id: Option<Position>, payload: &[u8]) -> Vec<u8> {
     let mut message = id.map_or_else(String::new, |id| id.to_string()).into_bytes();
@@ -231,10 +271,17 @@ fn with_head(id: Option<Position>, payload: &[u8]) -> Vec<u8> {
     message
 }
 
-/// A JSON object with its id as first member; `None` where it is no object. Looks at its ends only.
+/// A JSON object with its id as first member; `None` where it is no object, or has such a member already, which
+/// stays as it is: no object has two members of one name.
 fn with_event_id(id: Position, payload: &[u8]) -> Option<Vec<u8>> {
     let rest = payload.trim_ascii().strip_prefix(b"{")?;
     let inner = rest.strip_suffix(b"}")?;
+    if may_have_event_id(payload) {
+        let Members { event_id } = serde_json::from_slice(payload).ok()?;
+        if event_id.is_some() {
+            return None;
+        }
+    }
     let mut head = String::with_capacity(payload.len() + 64);
     // Writing into a String cannot fail.
     let _ = write!(head, r#"{{"event_id":"{id}""#);
@@ -281,16 +328,19 @@ const STORED_BYTES: usize = 96;
 mod tests {
     use super::*;
 
-    const ID: Position = Position { milliseconds: 17, sequence: 2 };
+    const ID: Position = Position { milliseconds: 17, sequence: 2, tag: 9 };
 
     #[test]
     fn only_objects_get_an_id() {
         let spliced = |payload: &str| {
             with_event_id(ID, payload.as_bytes()).map(|bytes| String::from_utf8(bytes).unwrap())
         };
-        assert_eq!(spliced(r#"{"a":1}"#).unwrap(), r#"{"event_id":"17-2","a":1}"#);
-        assert_eq!(spliced(" {\n } ").unwrap(), "{\"event_id\":\"17-2\"\n }");
-        for other in ["", "{", "}", "[1]", "\"{}\"", "1", "text {}"] {
+        assert_eq!(spliced(r#"{"a":1}"#).unwrap(), r#"{"event_id":"17-2-00000009","a":1}"#);
+        assert_eq!(spliced(" {\n } ").unwrap(), "{\"event_id\":\"17-2-00000009\"\n }");
+        let inner = r#"{"a":{"event_id":1},"b":"event_id"}"#;
+        assert!(spliced(inner).unwrap().starts_with(r#"{"event_id":"17-2-00000009","a""#));
+        let own = [r#"{"event_id":1}"#, r#"{"a":1,"event_id":"x"}"#, r#"{"\u0065vent_id":null}"#];
+        for other in ["", "{", "}", "[1]", "\"{}\"", "1", "text {}"].into_iter().chain(own) {
             assert_eq!(spliced(other), None, "{other}");
         }
     }
@@ -298,8 +348,13 @@ mod tests {
     #[test]
     fn only_what_says_so_at_the_top_and_has_an_id_wants_an_ack() {
         let read = |id, carries_id, ids, payload: &str| {
-            let message =
-                Message { id, carries_id, is_private: false, payload: payload.as_bytes() };
+            let message = Message {
+                id,
+                prev: Position::START,
+                carries_id,
+                is_private: false,
+                payload: payload.as_bytes(),
+            };
             WantsAck::read(message, ids).map(|WantsAck { payload, id_bytes }| {
                 let (id, message) = payload.split_at(id_bytes as usize);
                 [id, message].map(|bytes| String::from_utf8(bytes.to_vec()).unwrap())
@@ -307,12 +362,18 @@ mod tests {
         };
         let own = r#"{"ack":true,"event_id":"e"}"#;
         let none = r#"{"ack":true}"#;
-        let spliced = r#"{"event_id":"17-2","ack":true}"#;
+        let spliced = r#"{"event_id":"17-2-00000009","ack":true}"#;
         for (id, carries_id, ids, payload, expected) in [
             (None, false, Ids::Json, own, Some(["e", own])),
             (Some(ID), true, Ids::Json, own, Some(["e", own])),
-            (Some(ID), false, Ids::Json, none, Some(["17-2", spliced])),
-            (Some(ID), false, Ids::Envelope, none, Some(["17-2", "17-2\n{\"ack\":true}"])),
+            (Some(ID), false, Ids::Json, none, Some(["17-2-00000009", spliced])),
+            (
+                Some(ID),
+                false,
+                Ids::Envelope,
+                none,
+                Some(["17-2-00000009", "17-2-00000009\n{\"ack\":true}"]),
+            ),
             (None, false, Ids::Envelope, own, Some(["e", "\n{\"ack\":true,\"event_id\":\"e\"}"])),
             (Some(ID), false, Ids::Hidden, none, None),
             (None, false, Ids::Json, none, None),
@@ -333,6 +394,6 @@ mod tests {
         let text = event(None, b"{\"a\":1}\n\nid: 9-9\ndata: forged");
         assert_eq!(text, "data: {\"a\":1}\ndata: \ndata: id: 9-9\ndata: data: forged\n\n");
         assert_eq!(event(None, b"1\r\n2\r3"), "data: 1\ndata: 2\ndata: 3\n\n");
-        assert_eq!(event(Some(ID), b"1"), "id: 17-2\ndata: 1\n\n");
+        assert_eq!(event(Some(ID), b"1"), "id: 17-2-00000009\ndata: 1\n\n");
     }
 }

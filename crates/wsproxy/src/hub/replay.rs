@@ -7,8 +7,11 @@ use parking_lot::{Mutex, MutexGuard};
 use tracing::debug;
 use wsproxy_conn::{clock, outbox::FRAME_OVERHEAD};
 use wsproxy_proto::{
-    history::{After, Entry, Fence, Log, Lost, Position, Snapshot, rule},
-    names::{Id, Names},
+    history::{
+        After, Entry, Fence, Log, Lost, Pages, Position, Resolved, Snapshot, fence::Released,
+        pages::Since,
+    },
+    names::Id,
 };
 
 use crate::{
@@ -34,6 +37,11 @@ impl Gate {
     pub(super) fn new(target: Sink) -> Arc<Self> {
         let bytes_max = target.buffer_bytes();
         Arc::new(Self { target, fence: Mutex::new(Fence::new(bytes_max)) })
+    }
+
+    /// One for a client that has everything up to `seen`, on all its topics.
+    pub(super) fn open(target: Sink, seen: Position) -> Arc<Self> {
+        Arc::new(Self { target, fence: Mutex::new(Fence::opened(seen)) })
     }
 }
 
@@ -115,7 +123,7 @@ impl Replay {
         wish: Wish,
         hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
     ) -> Result<Outcome, StoreError> {
-        let mut lost = None;
+        let (mut lost, mut early) = (None, 0);
         let found = loop {
             let Some(turns) = self.turns() else {
                 tokio::time::sleep(AGAIN).await;
@@ -134,6 +142,9 @@ impl Replay {
                 }
                 Joined::Lost(why) => lost = Some(why),
                 Joined::Not => {}
+                Joined::Early if early == 0 => early += 1,
+                // What is early again is of another life of a log than what was delivered.
+                Joined::Early => self.interrupt(),
             }
             tokio::time::sleep(AGAIN).await;
         };
@@ -162,6 +173,7 @@ impl Replay {
     ) -> Result<Found, StoreError> {
         let after = if lost.is_none() { wish.after.clone() } else { None };
         let (last, streams) = store.snapshot(self.of(after.clone(), wish)).await?;
+        self.hub.store_clock.seen(last.now_ms, clock::now());
         let mut found = Found { last, entries: vec![], streams, outcome: Outcome::Fresh, bytes: 0 };
         if let Some(lost) = lost {
             found.lose(lost);
@@ -169,27 +181,32 @@ impl Replay {
         if after.is_none() {
             return Ok(found);
         }
-        let mut behind = found.last.after.ok_or(Lost::Unknown);
-        let mut chains = vec![Log::default(); self.topics.len()];
+        let mut pages = Pages::default();
+        let ttl_ms = u64::try_from(self.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
+        let mut resolved = found.last.after;
+        if let (Some(After::Event(_)), Resolved::At(at)) = (&after, resolved)
+            && self.hub.doubts.concern(at.milliseconds)
+        {
+            resolved = Resolved::Ambiguous;
+        }
         loop {
-            // Every page is judged by itself: the store may have been rolled back between them.
-            let retention = self.histories.limits.retention_ms();
-            let judged = behind.and_then(|behind| rule::resume(behind, retention, &found.last));
-            if let Err(lost) = judged {
-                found.lose(lost);
-                return Ok(found);
-            }
-            let Some(further) = merge(&mut found.last.logs, &mut chains) else { break };
-            behind = Ok(further);
+            let pushed = resolved
+                .position()
+                .and_then(|after| pages.push(Since::Client(after), ttl_ms, &mut found.last));
+            let further = match pushed {
+                Ok(Some(further)) => further,
+                Ok(None) => break,
+                Err(lost) => {
+                    found.lose(lost);
+                    return Ok(found);
+                }
+            };
             let of = self.of(Some(After::Position(further)), &Wish::default());
             (found.last, _) = store.snapshot(of).await?;
         }
-        if !chains.iter().all(Log::is_chain) {
-            found.lose(Lost::Trimmed);
-            return Ok(found);
-        }
-        let mut entries: Vec<_> = chains.into_iter().flat_map(|log| log.entries).collect();
-        entries.sort_unstable_by_key(|entry| entry.id);
+        let mut entries: Vec<_> =
+            pages.into_logs().into_iter().flat_map(|log| log.entries).collect();
+        entries.sort_unstable_by_key(|entry| entry.id.id());
         found.outcome = Outcome::Resumed(entries.len());
         found.bytes = entries.iter().map(|entry| entry.data.len() + MISSED_BYTES).sum();
         found.entries = entries;
@@ -201,8 +218,9 @@ impl Replay {
 
     fn of(&self, after: Option<After>, wish: &Wish) -> SnapshotOf {
         SnapshotOf {
-            logs: self.topics.iter().map(|topic| Names::log(topic).into()).collect(),
-            epoch: Arc::clone(&self.histories.epoch),
+            logs: self.topics.iter().map(|topic| self.histories.names.log(topic).into()).collect(),
+            clock: self.histories.clock.clone(),
+            head_ttl: Some(self.histories.limits.head_ttl()),
             after,
             entries_max: PAGE_ENTRIES,
             streams_of: wish.streams_of.clone(),
@@ -212,16 +230,21 @@ impl Replay {
     /// Joins what was read with what waited. As long as the locks are held nothing comes between.
     fn join(&self, found: &Found, turns: &[u64]) -> Joined<'_> {
         let mut shards = self.hub.lock_for(&self.topics);
-        let mut is_covered = self.hub.is_linked();
+        if !self.hub.is_linked() {
+            return Joined::Not;
+        }
+        let mut passed = Vec::new();
         for ((topic, turn), log) in self.topics.iter().zip(turns).zip(&found.last.logs) {
             let Some(track) = shards.track(topic) else { return Joined::Not };
-            is_covered &= track.turns == *turn && !track.reader.has_hole();
-            if is_covered {
-                is_covered &= track.reader.begin(log.position(found.last.now_ms));
+            if track.turns != *turn || track.reader.has_hole() {
+                return Joined::Not;
             }
-        }
-        if !is_covered {
-            return Joined::Not;
+            if !track.reader.begin(log.position()) {
+                return Joined::Early;
+            }
+            if track.reader.has_passed(log.position()) {
+                passed.push(topic);
+            }
         }
         let mut fence = self.gate.fence.lock();
         let bytes_max = self.gate.target.buffer_bytes();
@@ -230,16 +253,38 @@ impl Replay {
             let bytes: usize = held.iter().map(|message| message.len() + FRAME_OVERHEAD).sum();
             found.bytes + bytes <= bytes_max
         };
-        let held = fence.release(found.last.position());
-        let held = held.and_then(|held| if fits(&held) { Ok(held) } else { Err(Lost::Overflow) });
-        match held {
-            Ok(held) => Joined::Now(shards, fence, held),
-            Err(lost) => {
-                // What is read from now on has what could not wait.
+        let heads: Vec<_> = found.last.logs.iter().map(Log::position).collect();
+        let lost = match fence.release(&heads) {
+            Released::Open(held) if fits(&held) => {
+                // Nothing that comes for these topics can be among what was read.
+                for topic in passed {
+                    shards.ungate(topic, &self.gate);
+                }
+                return Joined::Now(shards, fence, held);
+            }
+            Released::Open(_) => Lost::Overflow,
+            Released::Torn => {
+                // What waits is in what is read from now on, or of a life of a log that has ended.
                 *fence = Fence::new(bytes_max);
-                Joined::Lost(lost)
+                return Joined::Not;
+            }
+            Released::Lost(lost) => lost,
+        };
+        // What is read from now on has what could not wait.
+        *fence = Fence::new(bytes_max);
+        Joined::Lost(lost)
+    }
+
+    /// The logs do not belong together with what was delivered of them: they are read again, for everybody.
+    fn interrupt(&self) {
+        let mut shards = self.hub.lock_for(&self.topics);
+        for topic in &self.topics {
+            if let Some(track) = shards.track(topic) {
+                track.interrupt();
             }
         }
+        drop(shards);
+        self.hub.open_hole(&self.histories);
     }
 
     /// What the client gets of entries, made before anything is locked, and with pauses: a long history, or
@@ -305,6 +350,8 @@ enum Joined<'a> {
     Lost(Lost),
     /// What was read is not enough: it has to be read again.
     Not,
+    /// What was read ends before the instance began to read.
+    Early,
 }
 
 /// Writes to the client of a replay.
@@ -326,12 +373,7 @@ impl Telling<'_> {
     fn notices(&mut self, notices: impl IntoIterator<Item = Option<String>>, id: Option<Position>) {
         for notice in notices.into_iter().flatten() {
             // A notice names its position itself, where it does.
-            self.tell(Message {
-                id,
-                carries_id: true,
-                is_private: false,
-                payload: notice.as_bytes(),
-            });
+            self.tell(Message { id, carries_id: true, ..Message::plain(notice.as_bytes()) });
         }
     }
 
@@ -354,20 +396,8 @@ impl Found {
 /// An entry as a message.
 fn missed(entry: &Entry) -> Message<'_> {
     let carries_id = entry.event_id.is_some();
-    Message { id: Some(entry.id), carries_id, is_private: false, payload: &entry.data }
-}
-
-/// Appends a page to what was read before. Answers behind which position the next one begins, if there is one.
-pub(super) fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
-    let ends = page.iter().filter(|log| !log.complete);
-    let behind = ends.filter_map(|log| log.entries.last().map(|entry| entry.id)).min();
-    for (log, chain) in page.iter_mut().zip(chains) {
-        chain.last = log.last;
-        chain.first = chain.first.or(log.first);
-        let is_within = |entry: &Entry| behind.is_none_or(|behind| entry.id <= behind);
-        chain.entries.extend(std::mem::take(&mut log.entries).into_iter().filter(is_within));
-    }
-    behind
+    let Entry { id, prev, ref data, .. } = *entry;
+    Message { id: Some(id), prev, carries_id, is_private: false, payload: data }
 }
 
 /// So many entries are encoded before others have their turn.

@@ -59,6 +59,15 @@ impl Subscribers {
         removed
     }
 
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::One(_) => 1,
+            Self::Many(sinks) => sinks.len(),
+        }
+    }
+
     /// Whether nobody is left.
     pub(super) const fn is_empty(&self) -> bool {
         matches!(self, Self::None)

@@ -125,6 +125,7 @@ impl Registry {
         })?;
         match outcome.await {
             Ok(Outcome::Received(instances)) => Ok(instances),
+            Ok(Outcome::Refused(refusal)) => Err(BusError::NotDone(refusal).into()),
             _ => Err(BusError::Unreachable("the command may not have arrived".into()).into()),
         }
     }

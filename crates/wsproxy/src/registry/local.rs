@@ -26,6 +26,8 @@ pub(super) struct Local {
     by_user: BTreeSet<(Arc<str>, Uuid)>,
     by_token: BTreeSet<(Arc<str>, Uuid)>,
     changes: HashMap<Uuid, Change>,
+    /// Changes were taken, and it is not known yet whether they are in Redis.
+    writing: bool,
     /// What clients call themselves: many the same. Holds at most `USER_AGENTS_MAX`.
     user_agents: HashSet<Arc<str>>,
     /// Whether somebody takes the changes.
@@ -146,6 +148,16 @@ impl Local {
         !self.changes.is_empty()
     }
 
+    /// Whether Redis has taken every change.
+    pub(super) fn is_written(&self) -> bool {
+        self.changes.is_empty() && !self.writing
+    }
+
+    /// Redis has answered to what was taken.
+    pub(super) fn written(&mut self) {
+        self.writing = false;
+    }
+
     /// At most `count` changes, which Redis may know of from now on.
     pub(super) fn take(&mut self, server: &str, count: usize) -> Vec<Write> {
         let changes: Vec<_> = self.changes.extract_if(|_, _| true).take(count).collect();
@@ -161,11 +173,14 @@ impl Local {
                 Some(Write { connection, user: Arc::clone(&member.user), record })
             }
         };
-        changes.into_iter().filter_map(write).collect()
+        let writes: Vec<_> = changes.into_iter().filter_map(write).collect();
+        self.writing = !writes.is_empty();
+        writes
     }
 
     /// They may or may not have been written. What changed since then is newer.
     pub(super) fn give_back(&mut self, writes: Vec<Write>) {
+        self.writing = false;
         for Write { connection, user, .. } in writes {
             let change = match self.members.contains_key(&connection) {
                 true => Change::Join,

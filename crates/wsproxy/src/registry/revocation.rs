@@ -1,9 +1,6 @@
 //! Which tokens are no longer good although they have not expired.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use wsproxy_proto::{disconnect::Disconnect, names::Id};
@@ -20,7 +17,7 @@ impl Registry {
     /// Whether a token was revoked, by its name or with all of its user. One round trip, without a
     /// deadline of its own.
     ///
-    /// A token that does not say when it was made is refused as long as any revocation of its user is
+    /// A token that does not say when it was issued is refused as long as any revocation of its user is
     /// remembered.
     ///
     /// # Errors
@@ -31,19 +28,19 @@ impl Registry {
         token: Option<&str>,
         issued_at: Option<u64>,
     ) -> Result<bool, StoreError> {
-        let mut keys = vec![self.user_key(user.as_str())];
-        keys.extend(token.map(|token| self.token_key(token)));
-        let values = self.load_all(&keys).await?;
-        let by_user = values.first().and_then(Option::as_ref).map(|value| until(value));
-        let by_name = values.get(1).is_some_and(Option::is_some);
+        let mut names = vec![user_name(user.as_str())];
+        names.extend(token.map(token_name));
+        let stamps = self.load_stamps(&names).await?;
+        let by_user = stamps.first().copied().flatten().map(|stamp| self.covers_until(stamp));
+        let by_name = stamps.get(1).is_some_and(Option::is_some);
         Ok(by_name || by_user.is_some_and(|until| issued_at.is_none_or(|at| at <= until)))
     }
 
     /// Where a revocation is remembered; a single connection has nothing to revoke.
     pub(super) fn revocation_key(&self, target: &Target) -> Option<String> {
         match target {
-            Target::User(user) => Some(self.user_key(user.as_str())),
-            Target::Token(token) => Some(self.token_key(token)),
+            Target::User(user) => Some(self.key(&user_name(user.as_str()))),
+            Target::Token(token) => Some(self.key(&token_name(token))),
             Target::Connection(_) => None,
         }
     }
@@ -61,9 +58,9 @@ impl Registry {
             Backend::Redis(redis) => {
                 redis.stamp(key, ttl, &self.control_channel(), command).await.map(Some)
             }
-            Backend::Memory => {
+            Backend::Memory(store) => {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                self.store.save(key, now.as_secs().to_string().as_bytes(), ttl).await?;
+                store.save_for_longer(key, now.as_secs().to_string().as_bytes(), ttl)?;
                 Ok(None)
             }
         }
@@ -77,17 +74,19 @@ impl Registry {
             (local.users(), local.tokens())
         };
         for users in users.chunks(BATCH) {
-            let values = self.load_each(users, |user| self.user_key(user)).await?;
-            for (user, value) in users.iter().zip(values) {
-                if let Some(value) = value {
-                    let peers = self.local.lock().peers_issued(user, until(&value));
+            let names: Vec<_> = users.iter().map(|user| user_name(user)).collect();
+            for (user, stamp) in users.iter().zip(self.load_stamps(&names).await?) {
+                if let Some(stamp) = stamp {
+                    let until = self.covers_until(stamp);
+                    let peers = self.local.lock().peers_issued(user, until);
                     self.send_away_revoked(peers).await;
                 }
             }
         }
         for tokens in tokens.chunks(BATCH) {
-            let values = self.load_each(tokens, |token| self.token_key(token)).await?;
-            for (token, _) in tokens.iter().zip(values).filter(|(_, value)| value.is_some()) {
+            let names: Vec<_> = tokens.iter().map(|token| token_name(token)).collect();
+            let stamps = self.load_stamps(&names).await?;
+            for (token, _) in tokens.iter().zip(stamps).filter(|(_, stamp)| stamp.is_some()) {
                 let peers = self.local.lock().peers_of_token(token);
                 self.send_away_revoked(peers).await;
             }
@@ -100,38 +99,47 @@ impl Registry {
         self.send_away(peers, why, why.code, why.reason).await;
     }
 
-    async fn load_each(
-        &self,
-        names: &[Arc<str>],
-        key: impl Fn(&str) -> String,
-    ) -> Result<Vec<Option<Bytes>>, StoreError> {
-        let keys: Vec<_> = names.iter().map(|name| key(name)).collect();
-        self.load_all(&keys).await
-    }
-
-    async fn load_all(&self, keys: &[String]) -> Result<Vec<Option<Bytes>>, StoreError> {
+    /// When each of these was revoked last, in unix seconds.
+    ///
+    /// Revocations that the version before made are under its names. This version reads both, since an upgrade must
+    /// not let anybody in again; the next one does not.
+    async fn load_stamps(&self, names: &[String]) -> Result<Vec<Option<u64>>, StoreError> {
+        let keys: Vec<_> = names.iter().map(|name| self.key(name)).collect();
         match &self.backend {
-            Backend::Redis(redis) => redis.load_all(keys).await,
-            Backend::Memory => {
-                let mut values = Vec::with_capacity(keys.len());
-                for key in keys {
-                    values.push(self.store.load(key).await?);
-                }
-                Ok(values)
+            Backend::Redis(redis) => {
+                let earlier = |name| self.settings.names.events(&format!("revoked:{name}"));
+                let earlier: Vec<_> = names.iter().map(earlier).collect();
+                let (present, earlier) =
+                    tokio::try_join!(redis.load_all(&keys), redis.load_each(&earlier))?;
+                let both = present.into_iter().zip(earlier);
+                Ok(both.map(|(value, earlier)| stamp(value).max(stamp(earlier))).collect())
             }
+            Backend::Memory(store) => keys.iter().map(|key| Ok(stamp(store.load(key)?))).collect(),
         }
     }
 
-    fn user_key(&self, user: &str) -> String {
-        self.settings.names.events(&format!("revoked:user:{user}"))
+    /// A revocation covers what was issued until then by any clock that is believed: one that is ahead by more than the
+    /// leeway issues tokens that are refused.
+    const fn covers_until(&self, stamp: u64) -> u64 {
+        stamp.saturating_add(self.settings.leeway)
     }
 
-    fn token_key(&self, token: &str) -> String {
-        self.settings.names.events(&format!("revoked:jti:{token}"))
+    fn key(&self, name: &str) -> String {
+        self.settings.names.events_revoked(name)
     }
 }
 
-/// Up to when tokens are revoked, in unix seconds. What cannot be read revokes all.
-fn until(value: &[u8]) -> u64 {
-    std::str::from_utf8(value).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(u64::MAX)
+fn user_name(user: &str) -> String {
+    format!("user:{user}")
+}
+
+fn token_name(token: &str) -> String {
+    format!("jti:{token}")
+}
+
+/// The time in a stored value. One that cannot be read revokes everything.
+fn stamp(value: Option<Bytes>) -> Option<u64> {
+    let text = value?;
+    let seconds = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
+    Some(seconds.unwrap_or(u64::MAX))
 }

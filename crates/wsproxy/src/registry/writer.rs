@@ -1,20 +1,25 @@
-//! The one task that brings Redis to what is true here: the lease, and every change in batches.
+//! The one task that brings Redis to what is true here: every change in batches, and all again where
+//! Redis has lost it.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{debug, error, info, warn};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tracing::{debug, info, warn};
 
 use crate::{
     registry::{
         Backend, Registry,
-        redis::{Before, Lease, RedisRegistry},
+        commands::SCAN_START,
+        lease::{Beat, Holder},
+        redis::RedisRegistry,
     },
     store::StoreError,
 };
 
-/// Changes that are written by one command: Redis does nothing else meanwhile.
+/// Changes that are written at a time: others have their turns in between.
 const BATCH: usize = 128;
 
 /// At the end Redis gets so long.
@@ -24,11 +29,12 @@ const FAREWELL: std::time::Duration = std::time::Duration::from_secs(5);
 pub(super) async fn run(registry: Arc<Registry>) {
     let Backend::Redis(redis) = &registry.backend else { return };
     let mut writer = Writer {
+        beats: registry.lease.beats(),
         registry: &registry,
         redis,
-        due: Instant::now(),
+        due: None,
         linked: false,
-        refreshed: false,
+        lapses: 0,
         strays: false,
     };
     writer.work().await;
@@ -42,12 +48,13 @@ pub(super) async fn run(registry: Arc<Registry>) {
 struct Writer<'a> {
     registry: &'a Registry,
     redis: &'a RedisRegistry,
-    /// When the lease is refreshed.
-    due: Instant,
+    beats: watch::Receiver<Beat>,
+    /// When Redis' entries are counted: after a renewal of the lease, or some time after a failure.
+    due: Option<Instant>,
     /// Redis did what it was asked last.
     linked: bool,
-    /// The lease was refreshed at least once.
-    refreshed: bool,
+    /// Lapses of the lease that were made up for.
+    lapses: u64,
     /// Entries under our name may be left from before; they are looked for once the name is ours alone.
     strays: bool,
 }
@@ -56,28 +63,44 @@ impl Writer<'_> {
     async fn work(&mut self) {
         let registry = self.registry;
         loop {
-            if Instant::now() >= self.due {
+            if registry.closing.is_cancelled() {
+                return;
+            }
+            // Before anything is written: the lease may have lapsed, and a reaper may have been here.
+            if self.beats.has_changed().unwrap_or(false) {
+                self.due = Some(Instant::now());
+            }
+            let is_due = self.due.is_some_and(|due| Instant::now() >= due);
+            if is_due {
+                self.due = None;
                 tokio::select! {
-                    result = self.refresh() => self.note(result),
+                    result = self.check() => self.note(result),
                     () = registry.closing.cancelled() => return,
                 }
-            } else if self.linked && registry.local.lock().has_changes() {
-                if registry.closing.is_cancelled() {
-                    return;
-                }
+            } else if self.may_write() && registry.local.lock().has_changes() {
                 let result = self.write().await;
                 self.note(result);
             } else {
+                let due = self.due.unwrap_or_else(Instant::now);
                 tokio::select! {
                     () = registry.closing.cancelled() => return,
-                    () = sleep_until(self.due) => {}
-                    // Whoever comes and goes at once is never written, and a crowd is one batch.
+                    () = sleep_until(due), if self.due.is_some() => {}
+                    changed = self.beats.changed() => match changed {
+                        Ok(()) => self.due = Some(Instant::now()),
+                        Err(_) => return,
+                    },
+                    // Wait a little: short-lived connections cancel out, and bursts become one write.
                     () = registry.changed.notified(), if self.linked => {
-                        sleep(registry.settings.pace.linger).await;
+                        sleep(registry.lease.pace().linger).await;
                     }
                 }
             }
         }
+    }
+
+    /// Whether changes that are written now stay: Redis answers, and the lease runs.
+    fn may_write(&self) -> bool {
+        self.linked && self.registry.lease.is_held()
     }
 
     fn note(&mut self, result: Result<(), StoreError>) {
@@ -89,62 +112,42 @@ impl Writer<'_> {
                     warn!(%error, "The registry cannot be written now; it will be made up for.");
                 }
                 self.linked = false;
-                self.due = Instant::now() + self.registry.settings.pace.retry;
+                self.due = Some(Instant::now() + self.registry.lease.pace().retry);
             }
         }
     }
 
-    async fn refresh(&mut self) -> Result<(), StoreError> {
-        let Registry { local, settings, counters, .. } = self.registry;
+    /// Compares what Redis has with what is here.
+    async fn check(&mut self) -> Result<(), StoreError> {
+        let Registry { local, settings, lease, counters, .. } = self.registry;
+        let beat = *self.beats.borrow_and_update();
         let (count, settled) = {
             let local = local.lock();
             (local.len(), !local.has_changes())
         };
-        // From the beginning: the lease counts from when Redis does it.
-        let next = Instant::now() + settings.pace.refresh;
-        let Lease { before, entries } = self.redis.refresh(count).await?;
-        self.due = next;
-        match before {
-            Before::Ours if self.strays => {
-                self.sweep().await?;
-                self.strays = false;
+        lease.tell_connections(count);
+        let entries = self.redis.count_own().await?;
+        if beat.lapses > self.lapses {
+            let first = std::mem::replace(&mut self.lapses, beat.lapses) == 0;
+            if !first {
+                info!(connections = count, "The registry is written again.");
+                counters.rewrites.add(1);
             }
-            Before::Ours if settled && entries != count as u64 => {
-                warn!(
-                    entries,
-                    connections = count,
-                    "Redis has lost or kept entries: all are written again."
-                );
-                self.rewrite();
-            }
-            Before::Ours => {
-                let share =
-                    settings.pace.refresh.as_secs_f64() / (settings.ttl.as_secs_f64() / 2.0);
-                local.lock().rewrite_some((count as f64 * share).ceil() as usize);
-            }
-            Before::Nobodys => {
-                if self.refreshed {
-                    info!(
-                        connections = count,
-                        "The lease was lost: the registry is written again."
-                    );
-                }
-                self.rewrite();
-            }
-            Before::Anothers => {
-                if self.refreshed {
-                    error!(
-                        server_id = &*settings.server_id,
-                        "Another instance has the same SERVER_ID."
-                    );
-                }
-                self.rewrite();
-            }
-        }
-        if !self.refreshed {
-            self.refreshed = true;
-        } else if before != Before::Ours {
-            counters.rewrites.add(1);
+            self.rewrite();
+        } else if self.strays && beat.holder == Holder::Us {
+            self.sweep().await?;
+            self.strays = false;
+        } else if settled && entries != count as u64 {
+            warn!(
+                entries,
+                connections = count,
+                "Redis has lost or kept entries: all are written again."
+            );
+            self.rewrite();
+        } else {
+            let refresh = lease.pace().refresh;
+            let share = refresh.as_secs_f64() / (settings.ttl.as_secs_f64() / 2.0);
+            local.lock().rewrite_some((count as f64 * share).ceil() as usize);
         }
         Ok(())
     }
@@ -156,16 +159,15 @@ impl Writer<'_> {
 
     /// Finds what is in Redis under our name and not here.
     async fn sweep(&self) -> Result<(), StoreError> {
-        let Registry { local, settings, .. } = self.registry;
-        let start = Bytes::from_static(b"0");
-        let mut cursor = start.clone();
+        let Registry { local, .. } = self.registry;
+        let mut cursor = SCAN_START;
         loop {
-            let (next, found) = self.redis.scan(&settings.server_id, &cursor).await?;
+            let (next, found) = self.redis.scan_own(&cursor).await?;
             let strays = local.lock().remove_strays(found);
             if strays > 0 {
                 info!(strays, "Entries of an earlier run are removed.");
             }
-            if next == start {
+            if next == SCAN_START {
                 return Ok(());
             }
             cursor = next;
@@ -176,8 +178,12 @@ impl Writer<'_> {
         let Registry { local, settings, counters, .. } = self.registry;
         let writes = local.lock().take(&settings.server_id, BATCH);
         match self.redis.write(&writes).await {
-            Ok(0) => counters.written.add(writes.len() as u64),
+            Ok(0) => {
+                local.lock().written();
+                counters.written.add(writes.len() as u64);
+            }
             Ok(refused) => {
+                local.lock().written();
                 counters.failures.add(refused);
                 warn!(refused, "Redis refused to write entries of the registry.");
             }
@@ -193,6 +199,6 @@ impl Writer<'_> {
         while self.registry.local.lock().has_changes() {
             self.write().await?;
         }
-        self.redis.farewell().await
+        Ok(())
     }
 }

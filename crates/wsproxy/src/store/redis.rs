@@ -69,6 +69,18 @@ impl RedisStore {
         }
     }
 
+    pub(super) async fn log_end(&self, key: &str) -> Result<Option<String>, StoreError> {
+        let words: [&[u8]; 6] = [b"XREVRANGE", key.as_bytes(), b"+", b"-", b"COUNT", b"1"];
+        match self.0.command(&words).await? {
+            Reply::Array(entries) => {
+                let end = entries.into_iter().next().map(log_entry).transpose()?;
+                Ok(end.map(|entry| entry.id))
+            }
+            Reply::Null => Ok(None),
+            _ => Err(odd_reply()),
+        }
+    }
+
     pub(super) async fn ping(&self) -> Result<(), StoreError> {
         self.0.command(&[b"PING"]).await.map(drop)
     }

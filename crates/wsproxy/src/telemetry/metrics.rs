@@ -21,8 +21,9 @@ use wsproxy_proto::history::Lost;
 
 use crate::{
     auth::jwt::{JwksCounters, JwtVerifier},
+    bus::not_done::NotDone,
     gateway::Gateway,
-    registry::RegistryCounters,
+    registry::{RegistryCounters, lease::LeaseCounters, sessions::SessionLogCounters},
     telemetry::counter,
 };
 
@@ -115,6 +116,12 @@ struct ReasonLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabels {
     kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ApiCallLabels {
+    key: String,
+    outcome: &'static str,
 }
 
 impl Metrics {
@@ -245,6 +252,9 @@ impl Collector for Source {
         scrape.bus()?;
         scrape.keys()?;
         scrape.registry()?;
+        scrape.api()?;
+        scrape.lease()?;
+        scrape.session_log()?;
         scrape.process()
     }
 }
@@ -282,11 +292,18 @@ impl Scrape<'_, '_> {
         self.per_profile("backpressure_events", help, |p| &p.stats.blocked)?;
         let help = "Times that reading from a client paused, since the bus or the client itself took no more";
         self.per_profile("reads_paused", help, |p| &p.stats.reads_paused)?;
+        let help =
+            "Times that reading from a client paused, since it had sent more bytes than it may";
+        self.per_profile("reads_throttled", help, |p| &p.stats.reads_throttled)?;
         let used = self.gateway.runtime.budget.used();
         let help = "Bytes that wait for clients whose sockets take no more";
         self.gauge("buffer_utilization", help, Some(&Unit::Bytes), used as i64)?;
         let help = "Connections that the instance may hold";
-        self.gauge("connections_max", help, None, self.gateway.places.max() as i64)
+        self.gauge("connections_max", help, None, self.gateway.places.max() as i64)?;
+        let help = "Handshakes whose credentials are being checked";
+        self.gauge("handshakes_waiting", help, None, self.gateway.handshakes.taken() as i64)?;
+        let help = "Attempts that were counted for a whole network, since too many addresses try";
+        self.counter("attempts_coarse", help, self.gateway.attempts.coarse.value())
     }
 
     fn latency(&mut self) -> fmt::Result {
@@ -318,9 +335,10 @@ impl Scrape<'_, '_> {
             ("bad_command", counters.bad_commands.value()),
             ("unannounced", counters.unannounced.value()),
             ("lost", counters.lost.value()),
+            ("refused", counters.refused.value()),
         ];
         let help = "Session messages that met trouble: clients' that are no JSON, workers' commands \
-            that make no sense, announcements and clients' messages that the bus did not take";
+            that make no sense, announcements and clients' messages that the bus did not take or lost";
         let mut family =
             self.encoder.encode_descriptor("message_errors", help, None, MetricType::Counter)?;
         for (kind, value) in values {
@@ -388,7 +406,7 @@ impl Scrape<'_, '_> {
             None,
             status.connected.into(),
         )?;
-        let help = "Whether every subscription is confirmed and the probe comes back";
+        let help = "Whether every subscription is confirmed and every probe comes back";
         self.gauge("bus_subscribed", help, None, status.subscribed.into())?;
         let help = "Bytes that wait to be published";
         self.gauge("bus_publish_queue", help, Some(&Unit::Bytes), status.queued_bytes as i64)?;
@@ -408,7 +426,7 @@ impl Scrape<'_, '_> {
             ),
             (
                 "bus_publishes_lost",
-                "Messages refused, or on their way when a link was lost",
+                "Messages that were on their way when a link was lost",
                 &counters.publish_lost,
             ),
             (
@@ -429,7 +447,21 @@ impl Scrape<'_, '_> {
         ] {
             self.counter(name, help, counter.value())?;
         }
-        Ok(())
+        let help = "Messages that were certainly not published, by why the bus refused them";
+        let mut family = self.encoder.encode_descriptor(
+            "bus_publishes_refused",
+            help,
+            None,
+            MetricType::Counter,
+        )?;
+        for refusal in NotDone::ALL {
+            let refused = counters.publish_refused[refusal as usize].value();
+            family
+                .encode_family(&ReasonLabels { reason: refusal.label() })?
+                .encode_counter::<NoLabelSet, _, u64>(&refused, None)?;
+        }
+        let help = "Whether the bus takes writes";
+        self.gauge("bus_writable", help, None, status.refusal.is_none().into())
     }
 
     fn keys(&mut self) -> fmt::Result {
@@ -446,7 +478,7 @@ impl Scrape<'_, '_> {
     fn registry(&mut self) -> fmt::Result {
         let counters = self.gateway.registry.as_ref().map(|registry| &registry.counters);
         type Field = fn(&RegistryCounters) -> &counter::Counter;
-        let fields: [(&str, &str, Field); 8] = [
+        let fields: [(&str, &str, Field); 6] = [
             ("registry_written", "Changes written to the registry", |c| &c.written),
             ("registry_failures", "Times that Redis did not do what the registry asked", |c| {
                 &c.failures
@@ -456,12 +488,6 @@ impl Scrape<'_, '_> {
                 "Times that all was written again since Redis had lost it",
                 |c| &c.rewrites,
             ),
-            ("registry_servers_reaped", "Dead instances that this one removed", |c| {
-                &c.servers_reaped
-            }),
-            ("registry_connections_reaped", "Connections of dead instances that it removed", |c| {
-                &c.connections_reaped
-            }),
             ("control_disconnects", "Connections ended by a command or a revocation", |c| {
                 &c.disconnected
             }),
@@ -474,6 +500,71 @@ impl Scrape<'_, '_> {
             self.counter(name, help, counters.map_or(0, |counters| field(counters).value()))?;
         }
         Ok(())
+    }
+
+    /// By the names of keys, which the operator chose and which are as many as the configuration has.
+    fn api(&mut self) -> fmt::Result {
+        let help = "Calls of the worker API with a known key: accepted, or refused since the key \
+            lacks the scope";
+        let mut family =
+            self.encoder.encode_descriptor("api_calls", help, None, MetricType::Counter)?;
+        for entry in self.gateway.api_keys.entries() {
+            for (outcome, counter) in
+                [("accepted", &entry.accepted), ("missing_scope", &entry.refused)]
+            {
+                family
+                    .encode_family(&ApiCallLabels { key: entry.name().to_owned(), outcome })?
+                    .encode_counter::<NoLabelSet, _, u64>(&counter.value(), None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lease(&mut self) -> fmt::Result {
+        let counters = self.gateway.lease.as_ref().map(|lease| &lease.counters);
+        type Field = fn(&LeaseCounters) -> &counter::Counter;
+        let fields: [(&str, &str, Field); 4] = [
+            ("lease_failures", "Renewals of the lease that Redis did not do", |c| &c.failures),
+            ("registry_servers_reaped", "Lost instances that this one removed", |c| {
+                &c.servers_reaped
+            }),
+            ("registry_connections_reaped", "Connections of lost instances that it removed", |c| {
+                &c.connections_reaped
+            }),
+            (
+                "registry_sessions_reaped",
+                "Sessions of lost instances whose end it announced",
+                |c| &c.sessions_reaped,
+            ),
+        ];
+        for (name, help, field) in fields {
+            self.counter(name, help, counters.map_or(0, |counters| field(counters).value()))?;
+        }
+        Ok(())
+    }
+
+    fn session_log(&mut self) -> fmt::Result {
+        let log = self.gateway.session_log.as_ref();
+        type Field = fn(&SessionLogCounters) -> &counter::Counter;
+        let fields: [(&str, &str, Field); 5] = [
+            ("session_log_appended", "Announcements that are in a log", |c| &c.appended),
+            ("session_log_retried", "Announcements that a log did not take yet", |c| &c.retried),
+            ("session_log_dropped", "Announcements that did not fit into what may wait", |c| {
+                &c.dropped
+            }),
+            (
+                "session_log_lost",
+                "Sessions of an earlier run of this instance whose end was announced",
+                |c| &c.lost,
+            ),
+            ("session_log_reopened", "Open sessions that were announced again", |c| &c.reopened),
+        ];
+        for (name, help, field) in fields {
+            self.counter(name, help, log.map_or(0, |log| field(&log.counters).value()))?;
+        }
+        let help = "Bytes of announcements that wait for a log";
+        let waiting = log.map_or(0, |log| log.waiting_bytes());
+        self.gauge("session_log_waiting", help, Some(&Unit::Bytes), waiting as i64)
     }
 
     fn process(&mut self) -> fmt::Result {

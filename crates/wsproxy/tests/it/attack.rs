@@ -74,5 +74,5 @@ async fn an_instance_whose_redis_user_may_not_subscribe_is_not_ready() {
     assert_eq!((ready.status, ready.json()["reason"].clone()), (503, json!("bus")));
     server.call(&["ACL", "SETUSER", "gateway", "allchannels"]);
     instance.ready().await;
-    assert_eq!(instance.get("/health").await.json()["bus"]["error"], json!(null));
+    assert_eq!(instance.api("GET", "/health", "").await.json()["bus"]["error"], json!(null));
 }

@@ -30,7 +30,8 @@ async fn a_log_that_is_none_keeps_nobody_else_out_after_a_loss_of_the_bus() {
     config.jwt.secret_key = Some(SECRET.into());
     let instance = TestInstance::start(config).await;
     let (mut victim, _) = connect(&instance, "victim").await;
-    server.call(&["SET", "ws:user:victim:log", "no stream"]);
+    server.call(&["DEL", "{ws}:user:victim:head"]);
+    server.call(&["SET", "{ws}:user:victim:log", "no stream"]);
     server.call(&["CLIENT", "KILL", "TYPE", "pubsub"]);
     let lost = victim.json().await;
     assert_eq!((&lost["code"], &lost["reason"]), (&json!("history_lost"), &json!("unknown")));

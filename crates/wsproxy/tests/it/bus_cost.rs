@@ -58,10 +58,17 @@ async fn cpu_time_of_a_message_that_is_published() {
 #[ignore = "a measurement"]
 async fn cpu_time_of_a_message_that_is_published_with_history() {
     let limits = wsproxy::config::History::default().limits();
-    let logs: Vec<Arc<str>> = (0..50).map(|n| format!("ch:{n}:log").into()).collect();
+    let logs: Vec<Arc<str>> = (0..50).map(|n| format!("{{ch:{n}}}:log").into()).collect();
     measure_publishing("published with history", |n| {
         let log = logs[n % logs.len()].clone();
-        Keep::History(Box::new(History { log, clock: None, event_id: None, dedup: None, limits }))
+        Keep::History(Box::new(History {
+            log,
+            clock: None,
+            event_id: None,
+            dedup: None,
+            unique: false,
+            limits,
+        }))
     })
     .await;
 }

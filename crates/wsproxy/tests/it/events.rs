@@ -35,6 +35,8 @@ over_both!(
     without_history_messages_are_live_only,
     who_is_connected_is_known_and_can_be_sent_away,
     revoked_tokens_are_refused_at_the_door_and_later,
+    a_token_from_a_clock_that_is_ahead_is_refused_and_revoked,
+    a_revocation_is_as_long_as_asked_or_refused,
     a_flood_of_acks_of_nothing_is_only_counted,
     nothing_is_left_of_who_went,
 );
@@ -356,10 +358,16 @@ async fn a_connection_ends_when_its_token_expires(backend: Backend) {
     let path = format!("/ws?token={}", token("u-1", 2));
     let mut client = Client::connect(instance.address(), &path, &[]).await.unwrap();
     let hello = client.json().await;
+    eventually("the token has expired", || now() > hello["expires_at"].as_u64().unwrap()).await;
+    let mut late = Client::connect(instance.address(), &path, &[]).await.unwrap();
+    assert_eq!(late.json().await["type"], "connected");
     assert_eq!(client.closed().await, (4401, "credential expired".into()));
+    // Not before the leeway of 5 s is over, for which a handshake takes the token too.
     let over = now() - hello["expires_at"].as_u64().unwrap();
-    assert!(over <= 6, "{over} s too late");
-    instance.wait_ended("events", "expired").await;
+    assert!((5..=12).contains(&over), "closed {over} s after exp");
+    assert_eq!(late.closed().await, (4401, "credential expired".into()));
+    instance.handshake(&path, &[]).await.assert_refused(403, "invalid_token");
+    eventually("both ends are counted", || instance.ended("events", "expired") == 2.0).await;
 }
 
 async fn a_newer_token_keeps_the_connection(backend: Backend) {
@@ -526,6 +534,48 @@ async fn revoked_tokens_are_refused_at_the_door_and_later(backend: Backend) {
     assert_eq!(client.json().await["type"], "pong");
     revoke("new").await;
     assert_eq!(client.closed().await.0, 4401);
+}
+
+async fn a_token_from_a_clock_that_is_ahead_is_refused_and_revoked(backend: Backend) {
+    let instance = start(&backend).await;
+    let made_at = |iat: u64| sign(&json!({ "sub": "u-1", "exp": now() + 600, "iat": iat }), SECRET);
+    let path = |token: &str| format!("/ws?token={token}");
+    // The leeway is 5 s.
+    let far = made_at(now() + 30);
+    instance.handshake(&path(&far), &[]).await.assert_refused(403, "invalid_token");
+    let ahead = made_at(now() + 3);
+    let mut client = Client::connect(instance.address(), &path(&ahead), &[]).await.unwrap();
+    client.json().await;
+    client.send(json!({ "type": "refresh", "token": far }).to_string()).await;
+    assert_eq!(client.json().await["code"], "invalid_token");
+
+    let body = r#"{"user_id":"u-1","revoke_seconds":60}"#;
+    assert_eq!(instance.api("POST", "/api/v1/events/disconnect", body).await.status, 200);
+    assert_eq!(client.closed().await.0, 4401);
+    instance.handshake(&path(&ahead), &[]).await.assert_refused(403, "invalid_token");
+    let mut other = connect(&instance, "u-2").await;
+    other.send(r#"{"type":"ping"}"#).await;
+    assert_eq!(other.json().await["type"], "pong");
+}
+
+async fn a_revocation_is_as_long_as_asked_or_refused(backend: Backend) {
+    let day = Duration::from_secs(86_400);
+    let instance = start_with(&backend, |config| config.events.revocation_ttl = day).await;
+    let named = json!({ "sub": "u-1", "exp": now() + 600, "jti": "t-1", "iat": now() });
+    let path = format!("/ws?token={}", sign(&named, SECRET));
+    let disconnect = async |body: Value| {
+        instance.api("POST", "/api/v1/events/disconnect", &body.to_string()).await
+    };
+    for seconds in [0, 86_401, u64::MAX] {
+        let refused = disconnect(json!({ "jti": "t-1", "revoke_seconds": seconds })).await;
+        refused.assert_refused(400, "bad_request");
+        assert!(refused.body.contains("1 to 86400"), "{}", refused.body);
+    }
+    let connection = json!({ "connection_id": uuid::Uuid::nil(), "revoke_seconds": 60 });
+    disconnect(connection).await.assert_refused(400, "bad_request");
+    Client::connect(instance.address(), &path, &[]).await.unwrap();
+    assert_eq!(disconnect(json!({ "jti": "t-1", "revoke_seconds": 86_400 })).await.status, 200);
+    instance.handshake(&path, &[]).await.assert_refused(403, "invalid_token");
 }
 
 async fn a_flood_of_acks_of_nothing_is_only_counted(backend: Backend) {

@@ -188,7 +188,7 @@ async fn a_message_published_before_101_is_delivered_after_it() {
 #[tokio::test]
 async fn origins_of_browsers_are_held_against_the_list() {
     let instance = TestInstance::with(|config| {
-        config.server.allowed_origins = vec!["https://*.example.org".into()];
+        config.server.allowed_origins = vec!["https://*.example.org".parse().unwrap()];
     })
     .await;
     for origin in ["https://evil.example", "null", "http://a.example.org"] {

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use wsproxy::{
-    bus::{History, HistoryLimits, Keep, Outcome, Publish},
+    bus::{History, HistoryLimits, Keep, Outcome, Publish, not_done::NotDone},
     store::{SnapshotOf, StoreError},
 };
-use wsproxy_proto::history::{After, Entry, Envelope, Log, Position, Snapshot};
+use wsproxy_proto::history::{After, Entry, Envelope, Log, Position, Resolved, Snapshot};
 
 use crate::support::{
     PATIENCE,
@@ -29,7 +29,8 @@ contract!(
     large_entries_end_a_page,
     what_is_behind_a_position_that_is_not_held_is_read_all_the_same,
     without_a_position_only_the_ends_are_read,
-    the_epoch_stays,
+    a_log_of_which_nothing_is_known_gets_a_head,
+    a_log_that_is_removed_goes_on_behind_its_head,
     a_key_of_another_kind_is_neither_read_nor_written,
     payloads_and_ids_are_stored_verbatim,
 );
@@ -41,12 +42,18 @@ fn stored(channel: &str, payload: impl Into<Bytes>) -> Publish {
     with(channel, payload, |_| {})
 }
 
+/// The tests' channels all share a slot, so that they may share a clock.
+fn log_of(channel: &str) -> String {
+    format!("{{tests}}:{channel}:log")
+}
+
 fn with(channel: &str, payload: impl Into<Bytes>, change: impl FnOnce(&mut History)) -> Publish {
     let mut history = History {
-        log: format!("{channel}:log").into(),
+        log: log_of(channel).into(),
         clock: None,
         event_id: None,
         dedup: None,
+        unique: false,
         limits: LIMITS,
     };
     change(&mut history);
@@ -73,8 +80,9 @@ impl TestBus {
         entries_max: usize,
     ) -> Result<Snapshot, StoreError> {
         let of = SnapshotOf {
-            logs: channels.iter().map(|channel| format!("{channel}:log").into()).collect(),
-            epoch: "wsproxy:epoch".into(),
+            logs: channels.iter().map(|channel| log_of(channel).into()).collect(),
+            clock: None,
+            head_ttl: None,
             after,
             entries_max,
             streams_of: None,
@@ -90,8 +98,8 @@ impl TestBus {
     async fn read_all(&self, channel: &str) -> Log {
         let log = self.read(channel, at(Position::START)).await;
         assert!(log.complete && log.is_chain());
-        assert_eq!(log.last, log.entries.last().map(|entry| entry.id));
-        assert_eq!(log.first, log.entries.first().map(|entry| (entry.id, entry.prev)));
+        let last = log.entries.last().map(|entry| entry.id);
+        assert!(last.is_none() || log.head == last);
         log
     }
 }
@@ -107,7 +115,7 @@ async fn a_message_with_history_arrives_in_an_envelope_and_is_in_the_log(bus: Te
         panic!("{outcome:?}")
     };
     let second = bus.store(stored("c", "two")).await;
-    assert!(first.is_entry() && second > first);
+    assert!(!first.is_beginning() && first.is_before(second));
     bus.seen.wait_for(2).await;
     let messages = bus.seen.payloads("c");
     let envelope =
@@ -129,12 +137,13 @@ async fn every_entry_names_the_one_before_it(bus: TestBus) {
     let mut prev = Position::START;
     for n in 0..50 {
         let id = bus.store(stored("c", n.to_string())).await;
-        assert!(id > prev);
+        assert!(prev.is_before(id));
         let log = bus.read("c", at(prev)).await;
         assert_eq!(log.entries, [Entry { id, prev, event_id: None, data: n.to_string().into() }]);
         prev = id;
     }
-    assert!(bus.read_all("c").await.first.is_some_and(|(_, prev)| prev == Position::START));
+    let log = bus.read_all("c").await;
+    assert!(log.is_from_start && log.entries[0].prev == Position::START);
 }
 
 async fn a_log_holds_no_more_entries_than_it_may(bus: TestBus) {
@@ -145,7 +154,7 @@ async fn a_log_holds_no_more_entries_than_it_may(bus: TestBus) {
     }
     let log = bus.read_all("c").await;
     assert_eq!(log.entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids[293..]);
-    assert_eq!(log.first, Some((ids[293], ids[292])));
+    assert!(!log.is_from_start && log.entries[0].prev == ids[292]);
     bus.store(with("c", "x", |it| it.limits.entries_max = 0)).await;
     assert_eq!(data(&bus.read_all("c").await.entries), [b"x"]);
 }
@@ -156,13 +165,15 @@ async fn a_log_holds_no_more_bytes_than_it_may_but_always_the_newest(bus: TestBu
             (it.limits.bytes_max, it.limits.entries_max) = (bytes_max, 20)
         })
     };
+    // Every entry weighs one more than its data.
+    let weight = |held: &[usize]| held.iter().sum::<usize>() + held.len();
     let mut held: Vec<usize> = Vec::new();
     // Sizes and bounds that change from one to the next, some larger than everything.
     for n in 0..400_usize {
         let (bytes, bytes_max) = (n * 7919 % 113, if n % 50 < 40 { 1000 } else { 100 + n });
         bus.store(publish(bytes, bytes_max as u64)).await;
         held.push(bytes);
-        while held.len() > 1 && (held.iter().sum::<usize>() > bytes_max || held.len() > 20) {
+        while held.len() > 1 && (weight(&held) > bytes_max || held.len() > 20) {
             held.remove(0);
         }
         if n % 7 == 0 || n > 380 {
@@ -180,21 +191,18 @@ async fn a_log_holds_no_more_bytes_than_it_may_but_always_the_newest(bus: TestBu
 async fn entries_that_are_too_old_are_removed(bus: TestBus) {
     let ttl = Duration::from_millis(500);
     let publish = |payload: String| with("c", payload, |it| it.limits.ttl = ttl);
-    let mut first = bus.store(publish("first".into())).await;
+    let first = bus.store(publish("first".into())).await;
     let deadline = std::time::Instant::now() + PATIENCE;
     // It goes while others keep the log alive.
     loop {
         bus.store(publish("another".into())).await;
         let log = bus.read_all("c").await;
-        let (oldest, prev) = log.first.unwrap();
-        let age = log.last.unwrap().milliseconds - oldest.milliseconds;
+        let Entry { id: oldest, prev, .. } = log.entries[0];
+        let age = log.head.unwrap().milliseconds - oldest.milliseconds;
         // One 64th and what a test may wait between two messages.
         assert!(age <= 500 + 8 || log.entries.len() == 1, "{age} ms");
-        match oldest == first {
-            true => {}
-            // The machine was so busy that the log expired between two messages.
-            false if prev == Position::START => first = oldest,
-            false => return assert!(prev >= first),
+        if oldest != first {
+            return assert!(!prev.is_before(first));
         }
         assert!(std::time::Instant::now() < deadline, "the first entry stays");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -205,20 +213,22 @@ async fn a_log_expires_after_its_last_entry(bus: TestBus) {
     let publish = with("c", "x", |it| it.limits.ttl = Duration::from_millis(100));
     let first = bus.store(publish).await;
     let deadline = std::time::Instant::now() + PATIENCE;
-    while bus.read("c", None).await.last.is_some() {
+    while !bus.read("c", at(Position::START)).await.entries.is_empty() {
         assert!(std::time::Instant::now() < deadline, "the log stays");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+    // What came last is known all the same.
     let empty = bus.read("c", at(first)).await;
-    assert_eq!(empty, Log { complete: true, ..Log::default() });
+    assert_eq!(empty, Log { head: Some(first), complete: true, ..empty.clone() });
+    assert!(!bus.read("c", at(Position::START)).await.is_from_start);
     let second = bus.store(stored("c", "y")).await;
-    assert!(second > first);
-    assert_eq!(bus.read_all("c").await.first, Some((second, Position::START)));
+    assert!(first.is_before(second));
+    assert_eq!(bus.read_all("c").await.entries[0].prev, first);
 }
 
 async fn what_was_published_once_is_not_published_again(bus: TestBus) {
     let publish = |payload: &'static str| {
-        with("c", payload, |it| it.dedup = Some(("key".into(), Duration::from_secs(60))))
+        with("c", payload, |it| it.dedup = Some(("{tests}:key".into(), Duration::from_secs(60))))
     };
     bus.subscribe(&["c"]).await;
     let first = bus.store(publish("one")).await;
@@ -226,25 +236,28 @@ async fn what_was_published_once_is_not_published_again(bus: TestBus) {
         let again = bus.outcome(publish("two")).await;
         assert_eq!(again, Outcome::Stored { receivers: 0, id: first, duplicate: true });
     }
-    let other = with("c", "three", |it| it.dedup = Some(("key-3".into(), Duration::from_secs(60))));
+    let other =
+        with("c", "three", |it| it.dedup = Some(("{tests}:key-3".into(), Duration::from_secs(60))));
     bus.store(other).await;
     bus.seen.wait_for(2).await;
     assert_eq!(data(&bus.read_all("c").await.entries), [&b"one"[..], b"three"]);
-    bus.store.save("taken", b"no position", Duration::from_secs(60)).await.unwrap();
-    let taken = with("c", "x", |it| it.dedup = Some(("taken".into(), Duration::from_secs(60))));
-    assert_eq!(bus.outcome(taken).await, Outcome::Lost);
+    bus.store.save("{tests}:taken", b"no position", Duration::from_secs(60)).await.unwrap();
+    let taken =
+        with("c", "x", |it| it.dedup = Some(("{tests}:taken".into(), Duration::from_secs(60))));
+    let outcome = bus.outcome(taken).await;
+    assert!(matches!(outcome, Outcome::Lost | Outcome::Refused(NotDone::WrongType)), "{outcome:?}");
     assert_eq!(bus.read_all("c").await.entries.len(), 2);
 }
 
 async fn the_key_of_a_publish_can_be_used_again_after_its_time(bus: TestBus) {
     let publish =
-        || with("c", "x", |it| it.dedup = Some(("key".into(), Duration::from_millis(50))));
+        || with("c", "x", |it| it.dedup = Some(("{tests}:key".into(), Duration::from_millis(50))));
     let first = bus.store(publish()).await;
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
         match bus.outcome(publish()).await {
             Outcome::Stored { id, duplicate: true, .. } => assert_eq!(id, first),
-            Outcome::Stored { id, .. } => return assert!(id > first),
+            Outcome::Stored { id, .. } => return assert!(first.is_before(id)),
             outcome => panic!("{outcome:?}"),
         }
         assert!(std::time::Instant::now() < deadline, "the key stays");
@@ -254,25 +267,25 @@ async fn the_key_of_a_publish_can_be_used_again_after_its_time(bus: TestBus) {
 
 async fn logs_of_one_clock_have_one_order(bus: TestBus) {
     let channels = ["broadcast", "user", "connection"];
-    let publish = |channel: &str| with(channel, "x", |it| it.clock = Some("clock".into()));
+    let publish = |channel: &str| with(channel, "x", |it| it.clock = Some("{tests}:clock".into()));
     let mut ids = Vec::new();
     for n in 0..200 {
         ids.push(bus.store(publish(channels[n * 7 % 3])).await);
     }
-    assert!(ids.is_sorted_by(|a, b| a < b));
+    assert!(ids.is_sorted_by(|a, b| a.is_before(*b)));
     let after = ids[99];
     let snapshot = bus.read_pages(&channels, at(after), 1000).await.unwrap();
     assert_eq!(snapshot.position(), ids[199]);
-    assert_eq!(snapshot.after, Some(after));
+    assert_eq!(snapshot.after, Resolved::At(after));
     let entries = snapshot.logs.iter().flat_map(|log| &log.entries).map(|entry| entry.id);
     let mut read: Vec<Position> = entries.collect();
-    read.sort_unstable();
+    read.sort_unstable_by_key(|position| position.id());
     assert_eq!(read, ids[100..]);
     // Without the clock (it was evicted) ids of a log still grow.
-    bus.store.remove("clock").await.unwrap();
+    bus.store.remove("{tests}:clock").await.unwrap();
     for channel in channels {
-        let last = bus.read(channel, None).await.last.unwrap();
-        assert!(bus.store(publish(channel)).await > last);
+        let last = bus.read(channel, None).await.head.unwrap();
+        assert!(last.is_before(bus.store(publish(channel)).await));
     }
 }
 
@@ -285,19 +298,32 @@ async fn an_event_id_is_a_position(bus: TestBus) {
     let of = |id: &str| Some(After::Event(id.into()));
     for n in [0, 5, 84, 148, 149] {
         let snapshot = bus.read_pages(&["other", "c"], of(&format!("e-{n}")), 1000).await.unwrap();
-        assert_eq!(snapshot.after, Some(ids[n]));
+        assert_eq!(snapshot.after, Resolved::At(ids[n]));
         assert_eq!(snapshot.logs[1].entries.len(), 149 - n);
-        assert_eq!(snapshot.logs[0], Log { complete: true, ..Log::default() });
+        let nothing = Log { complete: true, is_from_start: true, ..Log::default() };
+        assert_eq!(snapshot.logs[0], nothing);
     }
     for unknown in ["e-150", "e", "17", "*", "-", "+", "01-5"] {
         let snapshot = bus.read_pages(&["c"], of(unknown), 1000).await.unwrap();
-        assert_eq!((snapshot.after, snapshot.logs[0].entries.len()), (None, 0), "{unknown}");
-        assert_eq!(snapshot.logs[0].last, ids.last().copied());
+        assert_eq!(
+            (snapshot.after, snapshot.logs[0].entries.len()),
+            (Resolved::Nothing, 0),
+            "{unknown}"
+        );
+        assert_eq!(snapshot.logs[0].head, ids.last().copied());
     }
-    // Of two with one id the newer one counts.
-    let again = bus.store(with("c", "x", |it| it.event_id = Some("e-3".into()))).await;
-    let snapshot = bus.read_pages(&["c"], of("e-3"), 1000).await.unwrap();
-    assert_eq!(snapshot.after, Some(again));
+    // Of two with one id nobody knows which one a client has seen, also where one is held no more.
+    for (id, entries_max) in [("e-3", 1000), ("e-149", 1)] {
+        let again = with("c", "x", |it| {
+            (it.event_id, it.limits.entries_max) = (Some(id.into()), entries_max);
+        });
+        bus.store(again).await;
+        let snapshot = bus.read_pages(&["c"], of(id), 1000).await.unwrap();
+        assert_eq!(snapshot.after, Resolved::Ambiguous, "{id}");
+    }
+    let other = bus.store(with("other", "x", |it| it.event_id = Some("e-148".into()))).await;
+    let both = bus.read_pages(&["c", "other"], of("e-148"), 1000).await.unwrap();
+    assert_eq!(both.after, Resolved::Ambiguous, "{other}");
 }
 
 async fn a_log_is_read_in_pages(bus: TestBus) {
@@ -343,38 +369,80 @@ async fn what_is_behind_a_position_that_is_not_held_is_read_all_the_same(bus: Te
     let first = bus.store(stored("c", "one")).await;
     let second = bus.store(stored("c", "two")).await;
     let count = async |after| bus.read("c", at(after)).await.entries.len();
-    assert_eq!(count(Position { milliseconds: 1, sequence: 7 }).await, 2);
-    assert_eq!(count(Position::nothing_at(first.milliseconds)).await, 2);
+    assert_eq!(count(Position { milliseconds: 1, sequence: 7, tag: 0 }).await, 2);
     assert_eq!(count(first).await, 1);
     assert_eq!(count(second).await, 0);
-    assert_eq!(count(Position { milliseconds: u64::MAX, sequence: u64::MAX }).await, 0);
-    assert_eq!(count(Position { milliseconds: 1, sequence: u64::MAX }).await, 2);
+    assert_eq!(count(Position { milliseconds: u64::MAX, sequence: u64::MAX, tag: 0 }).await, 0);
+    assert_eq!(count(Position { milliseconds: 1, sequence: u64::MAX, tag: 0 }).await, 2);
 }
 
 async fn without_a_position_only_the_ends_are_read(bus: TestBus) {
     let first = bus.store(stored("c", "one")).await;
     let second = bus.store(stored("c", "two")).await;
     let log = bus.read("c", None).await;
-    assert_eq!((log.first, log.last), (Some((first, Position::START)), Some(second)));
+    assert!(first.is_before(second));
+    assert_eq!(log.head, Some(second));
     assert!(log.complete && log.entries.is_empty());
 }
 
-async fn the_epoch_stays(bus: TestBus) {
-    let before = bus.read_pages(&[], None, 1).await.unwrap();
-    assert!(before.epoch_ms > 1_600_000_000_000 && before.epoch_ms <= before.now_ms);
+async fn a_log_of_which_nothing_is_known_gets_a_head(bus: TestBus) {
+    let open = async || {
+        let of = SnapshotOf {
+            logs: vec![log_of("c").into()],
+            clock: None,
+            head_ttl: Some(Duration::from_secs(60)),
+            after: None,
+            entries_max: 10,
+            streams_of: None,
+        };
+        bus.store.snapshot(of).await.unwrap().0.logs.remove(0)
+    };
+    assert_eq!(bus.read("c", None).await.head, None);
+    let made = open().await;
+    let head = made.head.unwrap();
+    assert!(made.is_new && made.is_from_start && head.is_beginning());
+    let again = open().await;
+    assert_eq!((again.head, again.is_new), (Some(head), false));
+    // The first entry follows it, and is the first of the log's life.
     let id = bus.store(stored("c", "x")).await;
-    let after = bus.read_pages(&["c"], None, 1).await.unwrap();
-    assert_eq!(after.epoch_ms, before.epoch_ms);
-    assert!(before.now_ms <= after.now_ms && id.milliseconds >= before.epoch_ms);
-    assert_eq!(bus.read_pages(&[], None, 1).await.unwrap().position().milliseconds, 0);
+    let log = bus.read_all("c").await;
+    assert_eq!((log.entries[0].prev, log.head, log.is_from_start), (head, Some(id), true));
+    assert_eq!(bus.read("c", at(head)).await.entries.len(), 1);
+    let logs = ["c", "other"].map(|channel| log_of(channel).into());
+    let kept = bus.store.keep_heads(&logs, Duration::from_secs(60)).await.unwrap();
+    assert_eq!(kept, [true, false]);
+}
+
+async fn a_log_that_is_removed_goes_on_behind_its_head(bus: TestBus) {
+    let first = bus.store(stored("c", "one")).await;
+    if bus.server.is_none() {
+        return; // The embedded store keeps both in one place.
+    }
+    assert_eq!(bus.store.remove(&log_of("c")).await, Ok(true));
+    let second = bus.store(stored("c", "two")).await;
+    assert!(first.is_before(second));
+    let log = bus.read_all("c").await;
+    assert_eq!((log.entries[0].prev, log.is_from_start), (first, false));
+    // Without both a new life begins, of which no position is one of the old.
+    for what in ["log", "head"] {
+        bus.store.remove(&format!("{{tests}}:c:{what}")).await.unwrap();
+    }
+    let third = bus.store(stored("c", "three")).await;
+    assert_eq!(bus.read_all("c").await.entries[0].prev, Position::START);
+    assert!(third != first && third != second);
 }
 
 async fn a_key_of_another_kind_is_neither_read_nor_written(bus: TestBus) {
-    bus.store.save("plain:log", b"x", Duration::from_secs(60)).await.unwrap();
-    assert_eq!(bus.outcome(stored("plain", "x")).await, Outcome::Lost);
+    bus.store.save("{tests}:plain:log", b"x", Duration::from_secs(60)).await.unwrap();
+    let refused = bus.outcome(stored("plain", "x")).await;
+    assert_eq!(refused, Outcome::Refused(NotDone::WrongType));
     let read = bus.read_pages(&["plain"], None, 1).await;
-    assert!(matches!(read, Err(StoreError::Refused(_))), "{read:?}");
-    assert_eq!(bus.bus.counters().publish_lost.value(), 1);
+    let Err(StoreError::NotDone { refusal: NotDone::WrongType, .. }) = read else {
+        panic!("{read:?}")
+    };
+    let counters = bus.bus.counters();
+    assert_eq!(counters.publish_refused[NotDone::WrongType as usize].value(), 1);
+    assert_eq!(counters.publish_lost.value(), 0);
     // The next one is none the worse for it.
     bus.store(stored("c", "x")).await;
     assert_eq!(bus.outcome(kept_message("up", "x", "up:log", 9)).await, Outcome::Kept);

@@ -8,9 +8,40 @@ use crate::support::{
     http::{self, Stream},
     raw::Raw,
     soon,
+    sse::Events,
 };
 
-over_both!(a_worker_serves_a_session_over_http_alone, upstream_is_followed_after_what_was_kept,);
+over_both!(
+    a_worker_serves_a_session_over_http_alone,
+    tokens_are_made_for_event_streams_and_for_an_agent,
+    upstream_is_followed_after_what_was_kept,
+);
+
+async fn tokens_are_made_for_event_streams_and_for_an_agent(backend: Backend) {
+    let instance = TestInstance::start(backend.config()).await;
+    let make = async |body: &str| {
+        let made = instance.api("POST", "/api/v1/sessions/s/token", body).await;
+        assert_eq!(made.status, 201, "{made:?}");
+        made.json()["token"].as_str().unwrap().to_owned()
+    };
+    let events = async |agent: &str, token: &str| {
+        let path = format!("/{agent}/ws/s?token={token}");
+        Events::open(instance.address(), &path, &[]).await.err().map(|refused| refused.status)
+    };
+    let token = make(r#"{"event_stream":true,"ttl_seconds":60}"#).await;
+    assert!(token.starts_with("sse."), "{token}");
+    assert_eq!(events("agent", &token).await, None);
+    assert_eq!(events("other", &token).await, None);
+    instance.refused("s", &token).await.assert_refused(403, "invalid_token");
+
+    let token = make(r#"{"event_stream":true,"agent_id":"agent"}"#).await;
+    assert_eq!(events("agent", &token).await, None);
+    assert_eq!(events("other", &token).await, Some(403));
+    let token = make(r#"{"event_stream":false,"agent_id":"agent"}"#).await;
+    assert_eq!(events("other", &token).await, Some(403));
+    assert!(instance.connect("s", &token).await.is_ok());
+    assert_eq!(events("agent", &token).await, Some(403));
+}
 
 async fn a_worker_serves_a_session_over_http_alone(backend: Backend) {
     let instance = TestInstance::start(backend.config()).await;
@@ -133,7 +164,8 @@ async fn the_api_wants_one_of_its_keys() {
             continue;
         }
         ask(&[]).await.assert_refused(401, "missing_credentials");
-        ask(&[("authorization", "Basic x")]).await.assert_refused(401, "malformed_credentials");
+        ask(&[("authorization", "Basic x")]).await.assert_refused(401, "missing_credentials");
+        ask(&[("authorization", "Bearer")]).await.assert_refused(401, "malformed_credentials");
         ask(&[("authorization", "Bearer wrong")]).await.assert_refused(403, "invalid_token");
     }
     let refused = (routes.len() - 1) as f64;
@@ -160,9 +192,19 @@ async fn bad_requests_get_errors_of_the_contract() {
     let messages = "/api/v1/sessions/s/messages";
     refused("POST", messages, &"x".repeat(1001), 413, "too_large").await;
     assert_eq!(instance.api("POST", messages, &"x".repeat(1000)).await.status, 200);
-    for body in ["x", "[]", r#"{"ttl":1}"#, r#"{"ttl_seconds":0}"#, r#"{"ttl_seconds":-1}"#] {
+    for body in [
+        "x",
+        "[]",
+        r#"{"ttl":1}"#,
+        r#"{"ttl_seconds":0}"#,
+        r#"{"ttl_seconds":-1}"#,
+        r#"{"event_stream":"yes"}"#,
+        r#"{"agent_id":7}"#,
+    ] {
         refused("POST", "/api/v1/sessions/s/token", body, 400, "bad_request").await;
     }
+    let bad_agent = r#"{"agent_id":"a b"}"#;
+    refused("POST", "/api/v1/sessions/s/token", bad_agent, 400, "bad_id").await;
     for body in [r#"{"code":1006}"#, r#"{"code":"x"}"#, r#"{"connection_id":"x"}"#, "{"] {
         refused("POST", "/api/v1/sessions/s/close", body, 400, "bad_request").await;
     }
@@ -182,10 +224,14 @@ async fn health_readiness_info_and_document_say_what_is() {
     let instance = TestInstance::with(|config| config.server.server_id = Some("one".into())).await;
     let _client = instance.client("s").await;
     let health = instance.get("/health").await;
-    assert_eq!(health.status, 200);
-    let health = health.json();
-    assert_eq!((&health["status"], &health["server_id"]), (&json!("ok"), &json!("one")));
+    assert_eq!((health.status, health.json()), (200, json!({ "status": "healthy" })));
+    let wrong = [("authorization", "Bearer wrong-key-0123456789")];
+    let wrong = http::request(instance.address(), "GET", "/health", &wrong, b"").await;
+    assert_eq!((wrong.status, wrong.json()), (200, json!({ "status": "healthy" })));
+    let health = instance.api("GET", "/health", "").await.json();
+    assert_eq!((&health["status"], &health["server_id"]), (&json!("healthy"), &json!("one")));
     assert_eq!((&health["bus"]["kind"], &health["bus"]["channels"]), (&json!("memory"), &json!(2)));
+    assert!(health["version"].is_string() && health["bus"]["error"].is_null());
     assert_eq!(instance.get("/ready").await.json(), json!({ "ready": true }));
     let info = instance.api("GET", "/api/v1/info", "").await.json();
     assert_eq!(info["connections"], json!({ "active": 1, "max": 1000 }));
@@ -200,16 +246,28 @@ async fn admin_routes_can_have_a_port_of_their_own() {
     let instance = TestInstance::with(|config| config.admin.port = Some(0)).await;
     assert_ne!(instance.address(), instance.admin_address());
     let mut client = instance.client("s").await;
-    for path in ["/health", "/ready", "/metrics", "/api/v1/info"] {
-        let key = format!("Bearer {API_KEY}");
-        let headers = [("authorization", key.as_str())];
-        let main = http::request(instance.address(), "GET", path, &headers, b"").await;
-        main.assert_refused(404, "not_found");
+    let key = format!("Bearer {API_KEY}");
+    let headers = [("authorization", key.as_str())];
+    let on_the_main_port =
+        async |path: &str| http::request(instance.address(), "GET", path, &headers, b"").await;
+    for path in ["/metrics", "/api/v1/info", "/api/v1/openapi.json", "/api/v1/sessions/s/history"] {
+        on_the_main_port(path).await.assert_refused(404, "not_found");
         assert_eq!(instance.api("GET", path, "").await.status, 200, "{path}");
     }
+    // Probes are answered on both, but strangers are told no more than they ask for.
+    assert_eq!(on_the_main_port("/health").await.json(), json!({ "status": "healthy" }));
+    assert_eq!(on_the_main_port("/ready").await.json(), json!({ "ready": true }));
+    let health = instance.get("/health").await.json();
+    assert!(health["version"].is_string() && health["bus"]["connected"] == true, "{health}");
+    assert_eq!(instance.get("/ready").await.json(), json!({ "ready": true }));
     let response = http::handshake(instance.admin_address(), "/agent/ws/s", &[]).await;
     response.assert_refused(404, "not_found");
     instance.assert_serves(&mut client, "s").await;
+    instance.gateway().draining.store(true, std::sync::atomic::Ordering::Relaxed);
+    let ready = on_the_main_port("/ready").await;
+    assert_eq!((ready.status, ready.json()), (503, json!({ "ready": false })));
+    let ready = instance.get("/ready").await;
+    assert_eq!((ready.status, &ready.json()["reason"]), (503, &json!("draining")));
 }
 
 #[tokio::test]

@@ -23,6 +23,7 @@ use wsproxy::{
 };
 
 use crate::support::{
+    binary::Binary,
     eventually,
     issuer::{Answer, Issuer, SigningKey, now},
     soon,
@@ -291,6 +292,25 @@ async fn keys_come_over_tls_from_those_alone_whose_certificate_is_trusted() {
     assert_eq!(issuer.requests(), 1);
     assert_eq!(Gateway::new(&stranger).verify(&key.token()).await, Err(JwtError::Unavailable));
     assert_eq!(issuer.requests(), 1);
+}
+
+#[tokio::test]
+async fn published_keys_without_issuer_or_audience_are_warned_of_once() {
+    let issuer = Issuer::start(Answer::keys(&[&SigningKey::new("a")])).await;
+    let (url, own) = (issuer.url(), ("WSPROXY_JWT__ISSUER", "https://issuer.example/"));
+    let start = async |further: &[(&str, &str)]| {
+        let mut environment = vec![
+            ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+            ("WSPROXY_JWT__ALGORITHMS", "ES256"),
+            ("WSPROXY_JWT__JWKS_URL", &url),
+        ];
+        environment.extend(further);
+        let log = Binary::start(&environment).await.log();
+        ["jwt.issuer", "jwt.audience"].map(|key| log.matches(&format!("without {key}:")).count())
+    };
+    assert_eq!(start(&[]).await, [1, 1]);
+    assert_eq!(start(&[own]).await, [0, 1]);
+    assert_eq!(start(&[own, ("WSPROXY_JWT__AUDIENCE", "gateway")]).await, [0, 0]);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use crate::support::{
     binary::Binary,
     client::Client,
     eventually,
-    gateway::{TestInstance, bearer},
+    gateway::{API_KEY, TestInstance, bearer},
     raw::Raw,
     soon,
 };
@@ -231,16 +231,31 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
     }
     let refused = Client::connect(binary.address, "/echo", &[]).await.err().unwrap();
     assert_eq!(refused.as_u16(), 503);
-    let mut silent = Vec::new();
-    for _ in 0..512 {
-        silent.push(Raw::connect(binary.address).await);
-    }
-    let mut one_more = Raw::connect(binary.address).await;
-    one_more.response().await.assert_refused(503, "full");
+    // Requests of which the body is missing: such sockets are not silent, and give way to nobody.
+    let head = format!(
+        "POST /api/v1/sessions/s/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\
+         Authorization: Bearer {API_KEY}\r\n\r\n"
+    );
+    let mut asking = Vec::new();
+    let mut one_more = loop {
+        let mut raw = Raw::connect(binary.address).await;
+        let answered = async { raw.read().await > 0 };
+        // The gateway may not have read all heads yet; then this one took a place instead.
+        let patience = Duration::from_millis(if asking.len() < 512 { 0 } else { 500 });
+        if tokio::time::timeout(patience, answered).await == Ok(true) {
+            break raw;
+        }
+        raw.write(head.as_bytes()).await;
+        asking.push(raw);
+    };
+    assert!((512..530).contains(&asking.len()), "{} were taken", asking.len());
+    let refused = one_more.response().await;
+    refused.assert_refused(503, "full");
+    assert_eq!(refused.header("x-content-type-options"), "nosniff");
     one_more.end().await;
     clients[0].send("undisturbed").await;
     assert_eq!(clients[0].text().await, "undisturbed");
-    drop(silent);
+    drop(asking);
     assert_recovers(&binary, clients).await;
     let refused = "wsproxy_handshakes_total{endpoint=\"none\",outcome=\"full\"}";
     assert!(binary.metric(refused).await >= 1.0);

@@ -3,6 +3,7 @@
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::result_large_err)]
 #![expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
+mod api_keys;
 mod attack;
 mod attack_history;
 mod bus;
@@ -17,15 +18,20 @@ mod heartbeat;
 mod history;
 mod history_faults;
 mod history_store;
+mod hosts;
 mod http_api;
 mod jwt;
 mod limits;
+mod links;
 mod memory;
 mod metrics;
 mod presence;
+mod refusals;
 mod registry;
 mod scripts;
+mod session_log;
 mod sessions;
+mod shares;
 mod slow;
 mod sse;
 mod sse_events;

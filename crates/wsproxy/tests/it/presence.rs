@@ -38,6 +38,7 @@ async fn start(backend: &Backend) -> TestInstance {
     let mut config = backend.config();
     config.endpoints.events = true;
     config.jwt.secret_key = Some(SECRET.into());
+    config.jwt.leeway = Duration::from_secs(1);
     TestInstance::start(config).await
 }
 
@@ -67,8 +68,16 @@ async fn a_revoked_user_is_sent_away_and_kept_out(backend: Backend) {
     let path = format!("/ws?token={}", token("u", "t1", 5));
     let refused = instance.handshake(&path, &[]).await;
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (403, &"invalid_token".into()));
-    // Who signs in again is welcome.
-    drop(connect(address, &token("u", "t4", -5)).await);
+    // Who signs in again is welcome, when the leeway is over.
+    let welcome = Instant::now() + PATIENCE;
+    loop {
+        let path = format!("/ws?token={}", token("u", "t4", 0));
+        match Client::connect(address, &path, &[]).await {
+            Ok(client) => break drop(client),
+            Err(_) => assert!(Instant::now() < welcome, "a newer token stays refused"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     instance.publish("ws:control", r#"{"op":"disconnect","user_id":"v","reason":"bye"}"#);
     assert_eq!(other.closed().await, (4004, "bye".into()));
     drop(connect(address, &token("v", "t3", 5)).await);

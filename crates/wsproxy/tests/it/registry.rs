@@ -15,8 +15,10 @@ use wsproxy::{
         tap::{Tap, TapEntry},
     },
     registry::{
-        Entry, Joining, Pace, Peer, Presence, Registry, Settings, Totals, Transport,
+        Entry, Joining, Peer, Presence, Registry, Settings, Totals, Transport,
         control::Target,
+        lease::{self, Lease, Pace},
+        sessions::Limits,
     },
 };
 use wsproxy_proto::{disconnect::Disconnect, names::Names};
@@ -34,6 +36,8 @@ over_both!(
     connections_come_and_go,
     a_command_reaches_whom_it_names_and_nobody_else,
     revoked_tokens_are_known,
+    a_revocation_covers_clocks_that_are_ahead_by_the_leeway,
+    a_later_revocation_does_not_cut_an_earlier_one_short,
     health_tells_counts,
     a_drained_instance_leaves_nothing,
 );
@@ -55,6 +59,7 @@ const SLOW: Pace =
 /// What an instance has below its endpoints.
 struct Node {
     registry: Arc<Registry>,
+    lease: Arc<Lease>,
     hub: Arc<Hub>,
     bus: Bus,
     end: CancellationToken,
@@ -75,13 +80,28 @@ impl Node {
         let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
         let bus = match url {
             Some(_) => Bus::redis(&config, name, &names, delivery, &tasks, end.clone()).unwrap(),
-            None => Bus::memory(&config, delivery, &tasks, end.clone()),
+            None => Bus::memory(
+                &config,
+                &wsproxy::config::Limits::default(),
+                delivery,
+                &tasks,
+                end.clone(),
+            ),
         };
         hub.connect(bus.clone());
-        let response_timeout = config.response_timeout;
-        let server_id = name.into();
-        let settings = Settings { server_id, names, ttl: HOUR, response_timeout, pace };
-        Self { registry: Registry::start(settings, Arc::clone(&hub), &bus), hub, bus, end }
+        let server_id: Arc<str> = name.into();
+        let lease = lease::Settings {
+            server_id: Arc::clone(&server_id),
+            names: names.clone(),
+            response_timeout: config.response_timeout,
+            index_ttl: HOUR,
+            announcements: Limits { entries_max: 100, ttl: HOUR },
+            pace,
+        };
+        let lease = Lease::start(lease, &bus);
+        let settings = Settings { server_id, names, ttl: HOUR, leeway: LEEWAY };
+        let registry = Registry::start(settings, Arc::clone(&hub), &bus, &lease);
+        Self { registry, lease, hub, bus, end }
     }
 
     /// One that follows commands.
@@ -177,6 +197,7 @@ impl Node {
 
     async fn close(&self) {
         soon("the end", self.registry.close()).await;
+        soon("the end of the lease", self.lease.close()).await;
         self.end.cancel();
     }
 }
@@ -200,6 +221,9 @@ fn totals(local: u64, alive: u64, dead: u64) -> Totals {
 }
 
 /// Seconds since 1970, an hour from now.
+/// By how many seconds clocks may differ.
+const LEEWAY: u64 = 5;
+
 fn later() -> u64 {
     crate::support::issuer::now() + 3600
 }
@@ -258,6 +282,31 @@ async fn a_command_reaches_whom_it_names_and_nobody_else(backend: Backend) {
     assert_eq!(clients[2].ended().await, &Disconnect::BACKEND);
     assert_eq!(node.registry.counters.bad_commands.value(), 6);
     assert!(bystander.lives());
+    node.close().await;
+}
+
+async fn a_later_revocation_does_not_cut_an_earlier_one_short(backend: Backend) {
+    let node = Node::over(&backend).await;
+    let short = Duration::from_millis(50);
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    node.disconnect(Target::User(id("u")), Some(short)).await;
+    node.disconnect(Target::User(id("v")), Some(short)).await;
+    let deadline = Instant::now() + crate::support::PATIENCE;
+    while node.is_revoked("v", None, None).await {
+        assert!(Instant::now() < deadline, "a revocation does not expire");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(node.is_revoked("u", None, None).await);
+    node.close().await;
+}
+
+async fn a_revocation_covers_clocks_that_are_ahead_by_the_leeway(backend: Backend) {
+    let node = Node::over(&backend).await;
+    let before = crate::support::issuer::now();
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    let after = crate::support::issuer::now();
+    assert!(node.is_revoked("u", None, Some(before + LEEWAY)).await);
+    assert!(!node.is_revoked("u", None, Some(after + LEEWAY + 1)).await);
     node.close().await;
 }
 
@@ -371,15 +420,36 @@ async fn everything_expires() {
 }
 
 #[tokio::test]
-async fn a_later_revocation_does_not_cut_an_earlier_one_short() {
+async fn revocations_are_stored_in_one_slot_with_their_time() {
     let server = RedisServer::start();
     let node = Node::on(&server, "node", FAST).await;
+    let key = "{ws}:revoked:user:u";
     node.disconnect(Target::User(id("u")), Some(HOUR)).await;
-    node.disconnect(Target::User(id("u")), Some(Duration::from_secs(1))).await;
-    assert!(server.call(&["PTTL", "ws:revoked:user:u"]).integer() > 3_000_000);
-    // Whatever somebody else wrote there is no licence.
-    server.call(&["SET", "ws:revoked:user:u", "yes"]);
+    assert!(server.call(&["PTTL", key]).integer() > 3_000_000);
+    // Whatever somebody else wrote there is no licence, and stays as long as that one wanted.
+    server.call(&["SET", key, "yes"]);
     assert!(node.is_revoked("u", None, Some(later())).await);
+    node.disconnect(Target::User(id("u")), Some(HOUR)).await;
+    assert_eq!(server.call(&["PTTL", key]).integer(), -1);
+    node.disconnect(Target::Token("t".into()), Some(HOUR)).await;
+    assert!(server.call(&["PTTL", "{ws}:revoked:jti:t"]).integer() > 3_000_000);
+    node.close().await;
+}
+
+#[tokio::test]
+async fn revocations_of_the_version_before_still_count() {
+    let server = RedisServer::start();
+    let node = Node::on(&server, "node", FAST).await;
+    server.call(&["SET", "ws:revoked:user:u", "1000", "EX", "600"]);
+    server.call(&["SET", "ws:revoked:jti:t", "1000", "EX", "600"]);
+    assert!(node.is_revoked("u", None, Some(1000 + LEEWAY)).await);
+    assert!(!node.is_revoked("u", None, Some(1001 + LEEWAY)).await);
+    assert!(node.is_revoked("v", Some("t"), Some(later())).await);
+    // The later of two counts.
+    server.call(&["SET", "{ws}:revoked:user:u", "500", "EX", "600"]);
+    assert!(node.is_revoked("u", None, Some(1000)).await);
+    server.call(&["SET", "{ws}:revoked:user:u", "2000", "EX", "600"]);
+    assert!(node.is_revoked("u", None, Some(2000)).await);
     node.close().await;
 }
 
@@ -461,7 +531,7 @@ async fn a_killed_instance_is_ignored_then_counted_as_dead_then_removed() {
     looks.wait_totals(totals(1, 1, 0)).await;
     let event = soon("an event", events.next()).await.unwrap();
     assert_eq!(event, r#"{"event":"server_lost","server_id":"killed"}"#);
-    let reaped = |node: &Node| node.registry.counters.servers_reaped.value();
+    let reaped = |node: &Node| node.lease.counters.servers_reaped.value();
     assert_eq!(reaped(&reaper) + reaped(&second), 1);
     assert_eq!(server.call(&["HLEN", "ws:user:u1:connections"]), Answer::Integer(1));
     assert_eq!(server.call(&["EXISTS", "ws:server:killed:connections"]), Answer::Integer(0));
@@ -546,7 +616,7 @@ async fn an_instance_that_was_taken_for_dead_comes_back() {
     let other = Node::on(&server, "other", FAST).await;
     other.wait_present("u", 1).await;
     proxy.set(Faults { stall_up: true, stall_down: true, ..Faults::default() });
-    let reaped = || other.registry.counters.servers_reaped.value() == 1;
+    let reaped = || other.lease.counters.servers_reaped.value() == 1;
     eventually("the frozen instance is removed", reaped).await;
     other.wait_present("u", 0).await;
     proxy.set(Faults::default());

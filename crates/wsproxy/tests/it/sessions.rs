@@ -209,11 +209,11 @@ async fn a_message_that_nobody_hears_is_kept_where_that_is_wanted(backend: Backe
     client.send(r#"{"n":2}"#).await;
     let kept = "wsproxy_bus_publishes_kept_total";
     eventually("both are kept", || instance.metric(kept) == 2.0).await;
-    let log = instance.gateway().store.read_log("session:s:up:log", "", 10).await.unwrap();
+    let log = instance.gateway().store.read_log("{session:s:up}:log", "", 10).await.unwrap();
     let data: Vec<_> = log.iter().map(|entry| entry.data.to_vec()).collect();
     assert_eq!(data, [br#"{"n":1}"#.to_vec(), br#"{"n":2}"#.to_vec()]);
     if let Backend::Redis(server) = &backend {
-        let ttl = server.call(&["TTL", "session:s:up:log"]).integer();
+        let ttl = server.call(&["TTL", "{session:s:up}:log"]).integer();
         assert!((90..=100).contains(&ttl), "{ttl}");
     }
     let mut worker = instance.follow("session:s:up").await;

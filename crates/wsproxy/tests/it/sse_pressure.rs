@@ -57,7 +57,7 @@ async fn a_reader_that_is_too_slow_is_told_and_counted(backend: Backend) {
     let mut config = backend.config();
     config.limits.send_buffer_bytes = 1 << 20;
     let instance = TestInstance::start(config).await;
-    let token = instance.token("s").await;
+    let token = instance.stream_token("s").await;
     let path = format!("/agent/ws/s?token={token}");
     let raw = Raw::narrow(instance.address()).await;
     let mut slow = Events::open_on(raw, &path, &[]).await.unwrap();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use wsproxy::{
-    bus::Outcome,
+    bus::{Outcome, not_done::NotDone},
     store::{Store, StoreError},
 };
 
@@ -94,13 +94,15 @@ async fn a_log_is_read_on_from_any_position(bus: TestBus) {
 async fn a_key_of_another_kind_is_refused(bus: TestBus) {
     bus.store.save("plain", b"x", MINUTE).await.unwrap();
     assert_eq!(bus.outcome(kept_message("up", "x", "log", 9)).await, Outcome::Kept);
-    assert_eq!(bus.outcome(kept_message("up", "x", "plain", 9)).await, Outcome::Lost);
+    let refused = bus.outcome(kept_message("up", "x", "plain", 9)).await;
+    assert_eq!(refused, Outcome::Refused(NotDone::WrongType));
     for refused in [
         bus.store.load("log").await.map(drop),
         bus.store.take_if_equal("log", b"x").await.map(drop),
         bus.store.read_log("plain", "", 9).await.map(drop),
     ] {
-        assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+        let Err(StoreError::NotDone { refusal, .. }) = refused else { panic!("{refused:?}") };
+        assert_eq!(refusal, NotDone::WrongType);
     }
     assert_eq!(bus.store.load("plain").await.unwrap().unwrap(), "x");
     bus.store.save("log", b"now plain", MINUTE).await.unwrap();

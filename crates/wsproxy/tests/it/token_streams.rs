@@ -2,7 +2,11 @@
 
 use serde_json::{Value, json};
 
-use crate::support::gateway::{Backend, TestInstance, over_both};
+use crate::support::{
+    eventually,
+    gateway::{Backend, TestInstance, over_both},
+    redis_server::Answer,
+};
 
 over_both!(
     a_client_sees_a_stream_grow_and_end,
@@ -155,4 +159,59 @@ async fn a_clients_stop_reaches_the_worker(backend: Backend) {
     done(&instance, json!({ "op": "open" })).await;
     client.send(r#"{"type":"stream_stop","stream":"a"}"#).await;
     assert_eq!(worker.json().await, json!({ "type": "stream_stop", "stream": "a" }));
+}
+
+/// Streams of dead workers end once Redis takes writes again, whatever it refused them for.
+async fn dead_streams_end_after(refuse: &[&str], allow: &[&str]) {
+    let backend = Backend::redis();
+    let Backend::Redis(server) = &backend else { panic!("no Redis") };
+    let instance = start(&backend).await;
+    let mut client = instance.client("s").await;
+    done(&instance, json!({ "op": "open", "lease_ms": 1000 })).await;
+    append(&instance, &["Hel"]).await;
+    assert_eq!(client.json().await["type"], "stream_open");
+    assert_eq!(client.json().await["type"], "stream_append");
+    // A fresh lease, so that the refusal comes before its end.
+    done(&instance, json!({ "op": "renew", "lease_ms": 1000 })).await;
+    server.call(refuse);
+    let refused = || instance.metric("wsproxy_errors_total{kind=\"stream_end_refused\"}") >= 2.0;
+    eventually("Redis refuses to end it", refused).await;
+    server.call(allow);
+    let end = without_id(client.json().await);
+    assert_eq!((&end["type"], &end["outcome"]), (&json!("stream_end"), &json!("error")));
+    assert_eq!(end["error"]["code"], "worker_lost");
+    assert_eq!(server.call(&["ZCARD", "streams:leases"]), Answer::Integer(0));
+}
+
+#[tokio::test]
+async fn a_dead_workers_stream_ends_after_redis_was_full() {
+    let allow = ["CONFIG", "SET", "maxmemory", "0"];
+    dead_streams_end_after(&["CONFIG", "SET", "maxmemory", "1000"], &allow).await;
+}
+
+#[tokio::test]
+async fn a_dead_workers_stream_ends_after_replicas_were_missing() {
+    let allow = ["CONFIG", "SET", "min-replicas-to-write", "0"];
+    dead_streams_end_after(&["CONFIG", "SET", "min-replicas-to-write", "1"], &allow).await;
+}
+
+#[tokio::test]
+async fn streams_that_cannot_be_ended_keep_no_other_waiting() {
+    let backend = Backend::redis();
+    let Backend::Redis(server) = &backend else { panic!("no Redis") };
+    let instance = start(&backend).await;
+    // More than one round looks at, all older than the one that can be ended.
+    for n in 0..250 {
+        let session = format!("odd{n}");
+        server.call(&["SET", &format!("{{session:{session}:down}}:stream:a"), "a string"]);
+        server.call(&["ZADD", "streams:leases", &n.to_string(), &format!("{session}/a")]);
+    }
+    server.call(&["ZADD", "streams:leases", "1", "gone/a", "1", "no member of ours"]);
+    let mut client = instance.client("s").await;
+    done(&instance, json!({ "op": "open", "lease_ms": 1000 })).await;
+    assert_eq!(client.json().await["type"], "stream_open");
+    assert_eq!(client.json().await["error"]["code"], "worker_lost");
+    // Only a lease without a stream is forgotten.
+    let left = || server.call(&["ZCARD", "streams:leases"]) == Answer::Integer(250);
+    eventually("leases of no stream are forgotten", left).await;
 }

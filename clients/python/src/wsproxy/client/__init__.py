@@ -47,6 +47,9 @@ def connect_session(
             async for message in client:
                 print(message.json())
 
+    A ticket that was issued with ``event_stream`` needs no function: it opens event streams (``transport="sse"``) until
+    it expires, and no WebSocket.
+
     ``last_event_id`` continues where an earlier client stopped (:attr:`Client.last_event_id`); ``"0"`` begins with
     everything that is kept. ``give_up_after`` seconds without a connection the iterator raises
     :class:`~wsproxy.Unavailable`; ``None`` means never. ``options`` go to ``websockets`` or

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import httpx
 
 from .._backoff import Backoff
+from .._positions import order, parse
 from ..errors import ConnectionClosed, NotSupported, Refused, Unavailable, WsproxyError
 from ..types import Payload, Ticket, encode
 from ._message import Message
@@ -34,7 +35,7 @@ StateCallback: TypeAlias = Callable[[State], None]
 
 # Messages that wait for the loop; beyond them the network waits, and the gateway decides.
 _QUEUE_MAX = 1000
-# Ids by which a repeated delivery is recognised.
+# Positions by which a repeated delivery is recognised.
 _RECENT_MAX = 10_000
 # Refusals that other tries mend; all others are final.
 _RETRYABLE = (0, 408, 429, 500, 502, 503, 504)
@@ -132,10 +133,9 @@ class Client:
             if self._error is not None:
                 raise self._error
             raise StopAsyncIteration
-        if message.event_id:
-            self._delivered = message.event_id if not message.is_history_lost else self._delivered
-        if message.is_history_lost:
-            self._delivered = message.object.get("event_id") or self._delivered
+        # Over a connection that carries no positions the notice names its own.
+        told = message.object.get("event_id") if message.is_history_lost else None
+        self._delivered = message.event_id or told or self._delivered
         self.streams.feed(message.object)
         if message.object.get("ack") is True and self._options.events and self._options.auto_ack:
             self._unacked = message
@@ -293,16 +293,20 @@ class Client:
             return
         message = Message(frame.data, frame.event_id or None)
         notice = message.object
-        if frame.event_id is None and isinstance(notice.get("event_id"), str):
-            message = Message(frame.data, notice["event_id"])
+        if frame.event_id is None:
+            # The connection carries no positions, so that a JSON object has its own as a member; so may be something
+            # of the application's, which says nothing about the history.
+            member = notice.get("event_id")
+            if isinstance(member, str) and parse(member) is not None:
+                message = Message(frame.data, member)
         match message.type:
             case "ping" if self._options.events:
                 await self._send_quietly({"type": "pong"})
                 return
-            case "opened" | "connected" | "resumed" | "refreshed" | "pong" as kind if self._is_own(kind, notice):
+            case "opened" | "connected" | "resumed" | "refreshed" | "pong" as kind if self._is_own(kind, frame, notice):
                 self._take_own(kind, notice)
                 return
-            case "error" if message.is_history_lost:
+            case "error" if message.is_history_lost and not _is_published(frame, notice):
                 # From here on: everything before is gone, and said to be.
                 self._position = str(notice.get("event_id") or self._position)
                 self._whole = set()
@@ -329,7 +333,7 @@ class Client:
                 self._position = "0"
                 raise Lost(1006, "the beginning of a stream is missing")
 
-    def _is_own(self, kind: str, notice: dict[str, Any]) -> bool:
+    def _is_own(self, kind: str, frame: Frame, notice: dict[str, Any]) -> bool:
         # Workers may use the same words; the gateway's have these members.
         member = {
             "opened": "connection_id",
@@ -337,7 +341,7 @@ class Client:
             "resumed": "count",
             "refreshed": "expires_at",
         }
-        return kind in _OWN and (member.get(kind, "type") in notice)
+        return kind in _OWN and member.get(kind, "type") in notice and not _is_published(frame, notice)
 
     def _take_own(self, kind: str, notice: dict[str, Any]) -> None:
         if kind in ("opened", "connected"):
@@ -352,9 +356,13 @@ class Client:
             self._silence_max = float(heartbeat.get("interval", 30)) + float(heartbeat.get("timeout", 60))
 
     async def _is_new(self, message: Message, event_id: str) -> bool:
-        if _order(event_id) >= _order(self._position):
+        is_repeated = event_id in self._recent
+        # One that is sent again for want of an acknowledgement must not take the position back. Any other that is lower
+        # is of another life of the log.
+        is_old = is_repeated or message.object.get("ack") is True
+        if not is_old or order(event_id) >= order(self._position):
             self._position = event_id
-        if event_id in self._recent:
+        if is_repeated:
             # Sent again for want of an acknowledgement, which was lost if the loop is done with it.
             ack_id = _ack_id(message)
             if self._recent[event_id] and ack_id is not None:
@@ -417,19 +425,16 @@ def _is_final(lost: Lost) -> bool:
     return lost.code in _FINAL or (lost.code == 1008 and "strike" in lost.reason)
 
 
+def _is_published(frame: Frame, message: dict[str, Any]) -> bool:
+    """Whether a message with the gateway's words is a worker's: it has a position that it does not name itself."""
+    return bool(frame.event_id) and frame.event_id not in (message.get("event_id"), message.get("last_event_id"))
+
+
 def _ack_id(message: Message) -> str | None:
     if message.object.get("ack") is not True:
         return None
     own = message.object.get("event_id")
-    return own if isinstance(own, str) else message.event_id
-
-
-def _order(event_id: str) -> tuple[int, int]:
-    milliseconds, _, sequence = event_id.partition("-")
-    if milliseconds.isdigit() and sequence.isdigit():
-        return int(milliseconds), int(sequence)
-    # An id of the worker's own has no order: the last one counts.
-    return (0, 0)
+    return own if isinstance(own, str) and own else message.event_id
 
 
 async def _close(connection: Connection) -> None:

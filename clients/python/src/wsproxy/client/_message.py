@@ -12,7 +12,8 @@ from typing import Any
 class Message:
     """What the gateway delivered: ``data`` is text, or bytes where it is not UTF-8.
 
-    ``event_id`` is its position in history, ``None`` where it has none.
+    ``event_id`` is its position in the history, ``None`` where it has none. A member ``event_id`` of the message is
+    the worker's, and another thing unless the worker gave none.
     """
 
     data: str | bytes

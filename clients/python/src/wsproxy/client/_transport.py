@@ -15,7 +15,7 @@ OPEN_TIMEOUT = 15.0
 class Frame:
     """Something from the gateway. ``data`` is ``None`` where only the position moves.
 
-    ``event_id`` is ``None`` where the transport does not tell ids, and empty where the message has none.
+    ``event_id`` is the position, ``None`` where the connection carries none, and empty where the message has none.
     """
 
     data: str | bytes | None

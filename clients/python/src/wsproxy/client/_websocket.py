@@ -15,7 +15,7 @@ except ImportError as error:  # pragma: no cover
 
 from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, not_opened, url
 
-# Selected where the gateway can tell ids of messages of any kind: `<event id>\n<payload>`.
+# Selected where there is a history: `<position>\n<payload>`, whatever the payload is.
 _WITH_IDS = Subprotocol("wsproxy.id.v1")
 _PLAIN = Subprotocol("wsproxy.v1")
 

@@ -1,27 +1,46 @@
 -- Publishes a message and appends it to the history of its channel, atomically.
 --
--- KEYS  log of the channel: `<channel>:log`
---       clock (a stream of ids) for logs that share one order; absent or "": the log's own
---       dedup: set to the id for dedup_ms; where it is set already nothing happens; absent or "": none
--- ARGV  channel, payload, entries_max, bytes_max, ttl_ms, event_id ("": none), dedup_ms (0 or absent: none)
--- Answers {receivers, id, 0}, or {0, id of the first time, 1}.
+-- KEYS  log of the channel: `{<channel>}:log`; of an event channel `ws:<rest>`: `{ws}:<rest>:log`
+--       clock (a stream of ids, `{ws}:clock`) for logs that share one order; absent, "" or the log again: its own
+--       once: set to the position for once_ms; where it is set already nothing happens; absent or "": none
+-- ARGV  channel, payload, entries_max, bytes_max, ttl_ms, event_id ("": none), once_ms (0 or absent: none),
+--       unique ("1": nothing happens where the log knows event_id already; absent or "": publish again)
+-- Answers {receivers, position, 0}, or {0, position of the first time, 1}.
+-- Errors: BADEVENTID. With any error of Redis' own nothing was done.
 --
--- Entry: `prev` (id before it, "0-0" for the first of a log's life), `sum` (bytes of all data so far, itself
--- included; after the colon at most what of it has been removed), `event_id` where there is one, `data`.
--- Message: byte FF, "H1 <id> <prev> <event_id>", line feed, payload.
+-- Position: `<id>-<tag>`; the id is the stream's, the tag is of this entry alone.
+-- Entry: `meta` is `<tag> <prev> <sum> <removed> <event_id>`; `data` is the payload. `prev` is the position
+-- before it ("0-0" for the first of a log's life), `sum` the bytes of all data so far and one for each entry,
+-- `removed` at most that part of it which is held no more.
+-- Message: byte FF, "H2 <position> <prev> <event_id>", line feed, payload.
+-- Beside the log, with `log` at the end of its key replaced: `head` (position, sum and removed of the last
+-- entry; outlives the log), `ids` and `ids:old` (hashes from event_id to position, "" where it was used twice).
 -- Removed are the oldest beyond entries_max or bytes_max, and what is older than ttl_ms; the newest stays.
-local call = redis.call
 
 -- append begins (the same in publish.lua and stream.lua)
-local function room(log, total, removed, bytes_max)
-  -- What the last entry says of removed bytes may be less than the truth: the first entry knows it.
+local call, match = redis.call, string.match
+
+local function is_above(id, prev)
+  local ms, seq = match(id, '(%d+)-(%d+)')
+  local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
+  return ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1)
+end
+
+local function id_after(prev)
+  local ms, seq = match(prev, '(%d+)-(%d+)')
+  return string.format('%s-%.0f', ms, seq + 1)
+end
+
+-- Removes the oldest entries until the log has room. Answers how much has been removed in all.
+local function make_room(log, total, removed, bytes_max)
   local gone, from, count, entries = {}, '-', 1, nil
   repeat
     entries = call('XRANGE', log, from, '+', 'COUNT', count)
     for _, entry in ipairs(entries) do
       local fields = entry[2]
-      local sum = tonumber(string.match(fields[4] or '', '%d+') or 0)
-      if from == '-' then removed = sum - #fields[#fields] end
+      local sum = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
+      -- The first entry knows how much was removed before it; the head may know less.
+      if from == '-' then removed = sum - #fields[#fields] - 1 end
       if total - removed <= bytes_max then break end
       gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
     end
@@ -35,48 +54,115 @@ local function room(log, total, removed, bytes_max)
   return removed
 end
 
-local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
+-- The head as the log's last entry tells it, where the head itself is gone.
+local function head_of(log)
   local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
-  local prev, total, removed = '0-0', #payload, 0
-  if last then
-    local sum, rest = string.match(last[2][4] or '', '(%d+):(%d+)')
-    prev, total, removed = last[1], (sum or 0) + total, tonumber(rest or 0)
-    if total - removed > bytes_max then removed = room(log, total, removed, bytes_max) end
+  local tag, rest = match(last and last[2][2] or '', '^(%x+) %S+ (%d+ %d+)')
+  return tag and last[1] .. '-' .. tag .. ' ' .. rest
+end
+
+-- Answers receivers, id and the one before it.
+local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
+  local head = string.sub(log, 1, -4) .. 'head'
+  local held = call('GET', head)
+  local prev, total, removed = match(held or head_of(log) or '0-0 0 0', '^(%S+) (%d+) (%d+)')
+  -- Every entry weighs one more than its data, so that the first of a life is known by its sum.
+  total = total + #payload + 1
+  if total - removed > bytes_max then removed = make_room(log, total, removed, bytes_max) end
+  if prev == '0-0' then
+    -- Redis seeds every server alike; from here on this one has numbers of its own.
+    local time = call('TIME')
+    math.randomseed(time[1] * 1000003 % 2147483648 + time[2])
   end
-  local id = '*'
+  local a, b, c = string.byte(payload, -3, -1)
+  -- The tag tells entries apart to which different lives of a log, or different masters, gave one id.
+  local tag = string.format('%08x',
+    (math.random() * 4294967296 + (a or 0) * 65536 + (b or 0) * 256 + (c or 0)) % 4294967296)
+  local wanted = '*'
   if clock then
-    id = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
-    local ms, seq = string.match(prev, '(%d+)-(%d+)')
-    local id_ms, id_seq = string.match(id, '(%d+)-(%d+)')
-    if id_ms * 1 < ms * 1 or (id_ms == ms and id_seq * 1 <= seq * 1) then
-      -- The clock was lost and time went back.
-      id = call('XADD', clock, string.format('%s-%.0f', ms, seq + 1), '', '')
+    wanted = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
+    if not is_above(wanted, prev) then wanted = call('XADD', clock, id_after(prev), '', '') end
+  end
+  local sum = string.format('%.0f', total)
+  local meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
+  local id = call('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
+  local step, is_new = ttl / 64, not id
+  if is_new then
+    removed = string.format('%.0f', total - #payload - 1)
+    meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
+    id = call('XADD', log, wanted, 'meta', meta, 'data', payload)
+    if not is_above(id, prev) then
+      -- The log was removed and its head was not, within a millisecond or while the clock went back.
+      call('XDEL', log, id)
+      id = call('XADD', log, id_after(prev), 'meta', meta, 'data', payload)
     end
   end
-  local sum = string.format('%.0f:%.0f', total, removed)
-  if event_id == '' then
-    id = call('XADD', log, 'MAXLEN', entries_max, id, 'prev', prev, 'sum', sum, 'data', payload)
-  else
-    id = call('XADD', log, 'MAXLEN', entries_max, id, 'prev', prev, 'sum', sum, 'event_id', event_id,
-      'data', payload)
-  end
+  local ms = match(id, '%d+')
+  local position = id .. '-' .. tag
+  local value = position .. ' ' .. sum .. ' ' .. removed
+  -- A head outlives its log, and shows for an hour at least that something was published.
+  local head_ms = math.ceil(math.max(ttl, 3600000) * 9 / 8)
+  if held then call('SET', head, value, 'KEEPTTL') else call('SET', head, value, 'PX', head_ms) end
   -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it.
-  local step, ms = ttl / 64, string.match(id, '%d+')
-  if math.floor(ms / step) ~= math.floor(string.match(prev, '%d+') / step) then
+  if is_new then
     call('PEXPIRE', log, math.ceil(ttl + step))
-    if last then call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0))) end
+    call('PEXPIRE', head, head_ms, 'GT')
+  elseif math.floor(ms / step) ~= math.floor(match(prev, '%d+') / step) then
+    call('PEXPIRE', log, math.ceil(ttl + step), 'GT')
+    call('PEXPIRE', head, head_ms, 'GT')
+    call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0)))
   end
-  return call('PUBLISH', channel, '\255H1 ' .. id .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload), id
+  local message = '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload
+  return call('PUBLISH', channel, message), position
 end
 -- append ends
 
-local clock, dedup, event_id = KEYS[2], KEYS[3], ARGV[6]
-if #event_id > 128 or string.find(event_id, '[%s%c]') then
-  return redis.error_reply('BADEVENTID longer than 128 bytes, or spaces or control characters in it')
+-- Event ids of a worker's own must never be taken for positions.
+local function is_event_id(text)
+  return #text <= 128 and text ~= '0' and not string.find(text, '[%s%c]')
+    and not string.find(text, '^%d+%-%d+$') and not string.find(text, '^%d+%-%d+%-%x+$')
 end
-local first = dedup and dedup ~= '' and call('GET', dedup)
+
+-- Logs of single connections share one index: a client comes back with another connection.
+local function index_of(log)
+  local connections = match(log, '^({[^}]*}:connection:)[^:]*:log$')
+  return (connections or string.sub(log, 1, -4)) .. 'ids'
+end
+
+-- The position of an event id: nil, "" where several have it.
+local function find(ids, event_id)
+  return call('HGET', ids, event_id) or call('HGET', ids .. ':old', event_id) or nil
+end
+
+local function remember(ids, event_id, position, ids_max, ttl)
+  local is_used = call('HSETNX', ids, event_id, position) == 0
+    or call('HEXISTS', ids .. ':old', event_id) == 1
+  if is_used then call('HSET', ids, event_id, '') end
+  call('PEXPIRE', ids, math.ceil(ttl * 65 / 64))
+  -- Two generations hold at least the last ids_max.
+  if call('HLEN', ids) >= ids_max then call('RENAME', ids, ids .. ':old') end
+end
+
+local log, clock, once, event_id = KEYS[1], KEYS[2], KEYS[3], ARGV[6]
+local entries_max, ttl = math.max(ARGV[3], 1), math.max(ARGV[5], 1)
+if event_id ~= '' and not is_event_id(event_id) then
+  return redis.error_reply(
+    'BADEVENTID longer than 128 bytes, with spaces or control characters, or like a position')
+end
+local first = once and once ~= '' and call('GET', once)
 if first then return {0, first, 1} end
-local receivers, id = append(KEYS[1], clock ~= '' and clock, ARGV[1], ARGV[2],
-  math.max(ARGV[3], 1), tonumber(ARGV[4]), math.max(ARGV[5], 1), event_id)
-if dedup and dedup ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', dedup, id, 'PX', ARGV[7]) end
-return {receivers, id, 0}
+if ARGV[8] == '1' and event_id ~= '' then
+  first = find(index_of(log), event_id)
+  if first then return {0, first ~= '' and first or '0-0', 1} end
+end
+local receivers, position = append(log, clock ~= '' and clock ~= log and clock, ARGV[1], ARGV[2],
+  entries_max, tonumber(ARGV[4]), ttl, event_id)
+if once and once ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', once, position, 'PX', ARGV[7]) end
+local is_private = string.find(log, '}:connection:', 1, true)
+if event_id ~= '' then
+  remember(index_of(log), event_id, position, is_private and 50000 or entries_max, ttl)
+elseif is_private and string.find(ARGV[2], '"ack"', 1, true) then
+  -- Its client acknowledges by the position, and may come back with it.
+  remember(index_of(log), position, position, 50000, ttl)
+end
+return {receivers, position, 0}

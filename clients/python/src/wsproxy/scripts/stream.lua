@@ -1,29 +1,45 @@
 -- Changes a token stream of a session and publishes the change with history, atomically.
 --
--- KEYS  log of the session's channel, state (hash `…:stream:<id>`), text (`<state>:text`), index of the
---       session's streams (zset by time of opening), leases (zset `<session>/<stream>` by end in ms)
--- ARGV  op, channel, session, stream, entries_max, bytes_max, ttl_ms, lease_ms (0 where op has none), and by op
+-- KEYS  log of the session's channel (`{session:<id>:down}:log`), and with `log` at the end replaced: state (hash,
+--       `stream:<stream>`), text (`stream:<stream>:text`), index of the session's streams (zset by time of
+--       opening, `streams`)
+-- ARGV  op, channel, stream, entries_max, bytes_max, ttl_ms, lease_ms (0 where op has none), and by op
 --       open    meta (a JSON object; "": {})
 --       append  text, seq that it must get ("": any)
 --       renew   (only the lease)
 --       end     finish|error|cancelled, error (a JSON object; "": none)
 --       lost    (ends it with the error `worker_lost` if the lease has run out)
--- Answers {seq of the last append, id of the last message}. What has taken effect already may be said again.
--- Errors: NOSTREAM, EXISTS, ENDED <outcome>, TOOLARGE, SEQ <last seq>, ALIVE (lost: the lease still runs),
---       BADJSON, BADOP.
--- State, text and index live for ttl_ms after the last change or longer, by an eighth at most; so do leases.
-local call = redis.call
+-- Answers {seq of the last append, position of the last message}. What has taken effect already may be said again.
+-- Errors: NOSTREAM, EXISTS, ENDED <outcome>, TOOLARGE, SEQ <last seq>, ALIVE <end of the lease in ms> (lost: the
+--       lease still runs), BADJSON, BADOP.
+-- State, text and index live for ttl_ms after the last change or longer, by an eighth at most; so does a lease.
+-- Leases are found in the zset `streams:leases` (`<session>/<stream>` by end in ms), which has another slot: write
+-- it before `open` and `renew`, and remove from it after `end`. It may name ends that are too early, never too late.
 
 -- append begins (the same in publish.lua and stream.lua)
-local function room(log, total, removed, bytes_max)
-  -- What the last entry says of removed bytes may be less than the truth: the first entry knows it.
+local call, match = redis.call, string.match
+
+local function is_above(id, prev)
+  local ms, seq = match(id, '(%d+)-(%d+)')
+  local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
+  return ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1)
+end
+
+local function id_after(prev)
+  local ms, seq = match(prev, '(%d+)-(%d+)')
+  return string.format('%s-%.0f', ms, seq + 1)
+end
+
+-- Removes the oldest entries until the log has room. Answers how much has been removed in all.
+local function make_room(log, total, removed, bytes_max)
   local gone, from, count, entries = {}, '-', 1, nil
   repeat
     entries = call('XRANGE', log, from, '+', 'COUNT', count)
     for _, entry in ipairs(entries) do
       local fields = entry[2]
-      local sum = tonumber(string.match(fields[4] or '', '%d+') or 0)
-      if from == '-' then removed = sum - #fields[#fields] end
+      local sum = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
+      -- The first entry knows how much was removed before it; the head may know less.
+      if from == '-' then removed = sum - #fields[#fields] - 1 end
       if total - removed <= bytes_max then break end
       gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
     end
@@ -37,46 +53,73 @@ local function room(log, total, removed, bytes_max)
   return removed
 end
 
-local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
+-- The head as the log's last entry tells it, where the head itself is gone.
+local function head_of(log)
   local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
-  local prev, total, removed = '0-0', #payload, 0
-  if last then
-    local sum, rest = string.match(last[2][4] or '', '(%d+):(%d+)')
-    prev, total, removed = last[1], (sum or 0) + total, tonumber(rest or 0)
-    if total - removed > bytes_max then removed = room(log, total, removed, bytes_max) end
+  local tag, rest = match(last and last[2][2] or '', '^(%x+) %S+ (%d+ %d+)')
+  return tag and last[1] .. '-' .. tag .. ' ' .. rest
+end
+
+-- Answers receivers, id and the one before it.
+local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
+  local head = string.sub(log, 1, -4) .. 'head'
+  local held = call('GET', head)
+  local prev, total, removed = match(held or head_of(log) or '0-0 0 0', '^(%S+) (%d+) (%d+)')
+  -- Every entry weighs one more than its data, so that the first of a life is known by its sum.
+  total = total + #payload + 1
+  if total - removed > bytes_max then removed = make_room(log, total, removed, bytes_max) end
+  if prev == '0-0' then
+    -- Redis seeds every server alike; from here on this one has numbers of its own.
+    local time = call('TIME')
+    math.randomseed(time[1] * 1000003 % 2147483648 + time[2])
   end
-  local id = '*'
+  local a, b, c = string.byte(payload, -3, -1)
+  -- The tag tells entries apart to which different lives of a log, or different masters, gave one id.
+  local tag = string.format('%08x',
+    (math.random() * 4294967296 + (a or 0) * 65536 + (b or 0) * 256 + (c or 0)) % 4294967296)
+  local wanted = '*'
   if clock then
-    id = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
-    local ms, seq = string.match(prev, '(%d+)-(%d+)')
-    local id_ms, id_seq = string.match(id, '(%d+)-(%d+)')
-    if id_ms * 1 < ms * 1 or (id_ms == ms and id_seq * 1 <= seq * 1) then
-      -- The clock was lost and time went back.
-      id = call('XADD', clock, string.format('%s-%.0f', ms, seq + 1), '', '')
+    wanted = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
+    if not is_above(wanted, prev) then wanted = call('XADD', clock, id_after(prev), '', '') end
+  end
+  local sum = string.format('%.0f', total)
+  local meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
+  local id = call('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
+  local step, is_new = ttl / 64, not id
+  if is_new then
+    removed = string.format('%.0f', total - #payload - 1)
+    meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
+    id = call('XADD', log, wanted, 'meta', meta, 'data', payload)
+    if not is_above(id, prev) then
+      -- The log was removed and its head was not, within a millisecond or while the clock went back.
+      call('XDEL', log, id)
+      id = call('XADD', log, id_after(prev), 'meta', meta, 'data', payload)
     end
   end
-  local sum = string.format('%.0f:%.0f', total, removed)
-  if event_id == '' then
-    id = call('XADD', log, 'MAXLEN', entries_max, id, 'prev', prev, 'sum', sum, 'data', payload)
-  else
-    id = call('XADD', log, 'MAXLEN', entries_max, id, 'prev', prev, 'sum', sum, 'event_id', event_id,
-      'data', payload)
-  end
+  local ms = match(id, '%d+')
+  local position = id .. '-' .. tag
+  local value = position .. ' ' .. sum .. ' ' .. removed
+  -- A head outlives its log, and shows for an hour at least that something was published.
+  local head_ms = math.ceil(math.max(ttl, 3600000) * 9 / 8)
+  if held then call('SET', head, value, 'KEEPTTL') else call('SET', head, value, 'PX', head_ms) end
   -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it.
-  local step, ms = ttl / 64, string.match(id, '%d+')
-  if math.floor(ms / step) ~= math.floor(string.match(prev, '%d+') / step) then
+  if is_new then
     call('PEXPIRE', log, math.ceil(ttl + step))
-    if last then call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0))) end
+    call('PEXPIRE', head, head_ms, 'GT')
+  elseif math.floor(ms / step) ~= math.floor(match(prev, '%d+') / step) then
+    call('PEXPIRE', log, math.ceil(ttl + step), 'GT')
+    call('PEXPIRE', head, head_ms, 'GT')
+    call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0)))
   end
-  return call('PUBLISH', channel, '\255H1 ' .. id .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload), id
+  local message = '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload
+  return call('PUBLISH', channel, message), position
 end
 -- append ends
 
-local log, state, text, index, leases = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local op, channel, session, stream = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local entries_max, bytes_max = math.max(ARGV[5], 1), tonumber(ARGV[6])
-local ttl, lease = math.max(ARGV[7], 1), math.max(ARGV[8], 1)
-local member = session .. '/' .. stream
+local log, state, text, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local op, channel, stream = ARGV[1], ARGV[2], ARGV[3]
+local entries_max, bytes_max = math.max(ARGV[4], 1), tonumber(ARGV[5])
+local ttl, lease = math.max(ARGV[6], 1), math.max(ARGV[7], 1)
 local STREAMS_MAX, TEXT_BYTES_MAX = 16, 4 * 1024 * 1024
 
 local function fail(why)
@@ -111,7 +154,6 @@ local function close(key, id, seq, outcome, error)
   if error ~= '' then rest = rest .. ',"error":' .. error end
   local position = publish('end', id, rest)
   call('HSET', key, 'state', outcome, 'error', error, 'id', position)
-  call('ZREM', leases, session .. '/' .. id)
   return position
 end
 
@@ -132,7 +174,7 @@ local held = call('HMGET', state, 'state', 'seq', 'id', 'bytes', 'due', 'lease')
 local is, seq, id, bytes = held[1], tonumber(held[2] or 0), held[3], tonumber(held[4] or 0)
 
 if op == 'open' then
-  local meta = ARGV[9] ~= '' and ARGV[9] or '{}'
+  local meta = ARGV[8] ~= '' and ARGV[8] or '{}'
   if is then
     if is == 'open' and seq == 0 and call('HGET', state, 'meta') == meta then return {0, id} end
     return fail('EXISTS there is a stream with this id')
@@ -140,22 +182,19 @@ if op == 'open' then
   if not is_object(meta) then return fail('BADJSON meta is no JSON object') end
   local now = now_ms()
   id = publish('open', stream, ',"meta":' .. meta)
-  call('HSET', state, 'state', 'open', 'seq', 0, 'id', id, 'bytes', 0, 'meta', meta, 'error', '', 'due', 0, 'lease', lease)
+  call('HSET', state, 'state', 'open', 'seq', 0, 'id', id, 'bytes', 0, 'meta', meta, 'error', '',
+    'due', 0, 'lease', lease, 'ends', string.format('%.0f', now + lease))
   call('SET', text, '')
   call('ZADD', index, now, stream)
-  call('ZADD', leases, now + lease, member)
   keep()
   forget_oldest()
   return {0, id}
 end
 
-if not is then
-  call('ZREM', leases, member)
-  return fail('NOSTREAM there is no stream with this id')
-end
+if not is then return fail('NOSTREAM there is no stream with this id') end
 
 if op == 'append' then
-  local piece, wanted = ARGV[9], tonumber(ARGV[10] or '')
+  local piece, wanted = ARGV[8], tonumber(ARGV[9] or '')
   if wanted == seq and seq > 0 and #piece <= bytes
     and call('GETRANGE', text, bytes - #piece, -1) == piece then
     return {seq, id}
@@ -170,8 +209,9 @@ if op == 'append' then
   if now >= tonumber(held[5]) or lease ~= tonumber(held[6]) then
     -- Not with every append: leases and expiry are as much longer as the next time may be away.
     local due = now + math.floor(math.min(ttl, lease) / 8)
-    call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece, 'due', due, 'lease', lease)
-    call('ZADD', leases, now + math.ceil(lease * 9 / 8), member)
+    local ends = now + math.ceil(lease * 9 / 8)
+    call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece, 'due', due, 'lease', lease,
+      'ends', string.format('%.0f', ends))
     keep()
   else
     call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece)
@@ -180,7 +220,7 @@ if op == 'append' then
 end
 
 if op == 'end' then
-  local outcome, error = ARGV[9], ARGV[10] or ''
+  local outcome, error = ARGV[8], ARGV[9] or ''
   if outcome ~= 'finish' and outcome ~= 'error' and outcome ~= 'cancelled' then
     return fail('BADOP no such outcome')
   end
@@ -194,21 +234,17 @@ if op == 'end' then
   return {seq, id}
 end
 
-if is ~= 'open' then
-  call('ZREM', leases, member)
-  return fail('ENDED ' .. is)
-end
+if is ~= 'open' then return fail('ENDED ' .. is) end
 
 if op == 'renew' then
-  call('ZADD', leases, now_ms() + lease, member)
-  call('HSET', state, 'due', 0)
+  call('HSET', state, 'due', 0, 'ends', string.format('%.0f', now_ms() + lease))
   keep()
   return {seq, id}
 end
 
 if op == 'lost' then
-  local ends = call('ZSCORE', leases, member)
-  if ends and tonumber(ends) > now_ms() then return fail('ALIVE the lease still runs') end
+  local ends = call('HGET', state, 'ends')
+  if ends and tonumber(ends) > now_ms() then return fail('ALIVE ' .. ends) end
   id = close(state, stream, seq, 'error',
     '{"code":"worker_lost","message":"the worker stopped without ending the stream"}')
   keep()

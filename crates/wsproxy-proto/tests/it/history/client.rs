@@ -2,7 +2,7 @@
 
 use wsproxy_proto::history::{Lost, Position};
 
-use crate::history::redis::{RETENTION, Redis};
+use crate::history::redis::{HEAD, Redis};
 
 /// What an application knows since it was last told to load its state.
 #[derive(Debug, Clone)]
@@ -72,7 +72,7 @@ impl View {
     fn check_told(&self, end: usize, redis: &Redis) {
         for serial in &self.seen {
             let message = &redis.truth[*serial];
-            let is_old = message.id.milliseconds + RETENTION <= redis.now;
+            let is_old = message.id.milliseconds + HEAD <= redis.now;
             let undone = message.rolled_back_at.is_some_and(|published| published <= end);
             assert!(is_old || !undone, "{serial} was undone, then came {end}: {self:?}");
         }

@@ -3,14 +3,15 @@
 use std::collections::VecDeque;
 
 use wsproxy_proto::history::{
-    Entry, Fence, Log, Lost, Position, Reader, Snapshot,
+    Fence, Log, Lost, Pages, Position, Reader, Snapshot,
+    fence::Released,
+    pages::Since,
     reader::{Filled, Verdict},
-    rule,
 };
 
 use crate::history::{
     client::View,
-    redis::{RETENTION, Redis, serial},
+    redis::{HEAD, Redis, serial},
 };
 
 /// What one message costs where it waits.
@@ -26,10 +27,10 @@ pub(crate) struct Bounds {
 pub(crate) struct Instance {
     bounds: Bounds,
     readers: Vec<Option<Reader<usize>>>,
-    /// Messages that have left the store, and when.
-    queue: VecDeque<(usize, u64)>,
-    /// The store still sends to it; when it stopped.
-    fed: Result<(), u64>,
+    /// Messages that have left the store.
+    queue: VecDeque<usize>,
+    /// The store still sends to it.
+    fed: bool,
     /// The instance takes the link for alive.
     pub(crate) linked: bool,
     /// Counts holes and losses.
@@ -43,7 +44,7 @@ pub(crate) struct Instance {
 struct Heal {
     outages: u64,
     store: u64,
-    first_ms: Option<u64>,
+    moment: Option<(u64, u64)>,
     logs: Vec<Read>,
 }
 
@@ -52,8 +53,10 @@ struct Read {
     log: usize,
     from: Position,
     judged: Option<Result<(), Lost>>,
+    pages: Pages,
+    /// Behind which position the next page is read.
+    behind: Position,
     found: Log,
-    now_ms: u64,
     published: usize,
 }
 
@@ -64,6 +67,10 @@ pub(crate) struct Client {
     pub(crate) logs: Vec<usize>,
     pub(crate) view: View,
     after: Option<Position>,
+    /// How often its snapshot was earlier than the reader.
+    early: u32,
+    /// Something is missing already, and it is to be told.
+    lost: Option<Lost>,
     fence: Fence<usize>,
     /// For these logs the fence was thrown away.
     passed: Vec<usize>,
@@ -76,7 +83,7 @@ pub(crate) struct Client {
 struct Replay {
     outages: u64,
     judged: Option<Result<(), Lost>>,
-    chains: Vec<Log>,
+    pages: Pages,
     last: Option<Snapshot>,
     /// Where the next page begins.
     behind: Option<Position>,
@@ -88,72 +95,82 @@ impl Instance {
     pub(crate) fn new(logs: usize, bounds: Bounds) -> Self {
         let readers = (0..logs).map(|_| None).collect();
         let (queue, clients) = (VecDeque::new(), Vec::new());
-        let fed = Ok(());
+        let fed = true;
         Self { bounds, readers, queue, fed, linked: true, outages: 0, heal: None, clients }
     }
 
-    pub(crate) fn receive(&mut self, serial: usize, now: u64) {
-        if self.fed.is_ok() {
-            self.queue.push_back((serial, now));
+    pub(crate) fn receive(&mut self, serial: usize) {
+        if self.fed {
+            self.queue.push_back(serial);
         }
     }
 
     /// The store sends nothing any more; of what it sent the first `kept` still arrive.
-    pub(crate) fn cut(&mut self, now: u64, kept: usize) {
-        // How long a message may be on its way counts as part of the gap.
-        let oldest = self.queue.front().map_or(now, |(_, since)| *since);
-        let since = oldest.min(self.fed.err().unwrap_or(now));
+    pub(crate) fn cut(&mut self, kept: usize) {
         self.queue.truncate(kept);
-        self.fed = Err(since);
+        self.fed = false;
     }
 
     /// The instance notices.
-    pub(crate) fn lose_link(&mut self, now: u64) {
-        self.cut(now, 0);
+    pub(crate) fn lose_link(&mut self) {
+        self.cut(0);
         self.linked = false;
-        self.interrupt(self.fed.err().unwrap());
+        self.interrupt();
     }
 
     pub(crate) const fn is_cut(&self) -> bool {
-        self.fed.is_err()
+        !self.fed
     }
 
-    fn interrupt(&mut self, since: u64) {
+    fn interrupt(&mut self) {
         self.outages += 1;
-        self.readers.iter_mut().flatten().for_each(|reader| reader.interrupt(since));
+        self.readers.iter_mut().flatten().for_each(Reader::interrupt);
+    }
+
+    /// Keeps the heads of the logs that it reads; one that is gone is a hole.
+    pub(crate) fn keep_heads(&mut self, redis: &mut Redis) {
+        let begun = |reader: &Option<Reader<usize>>| {
+            reader.as_ref().is_some_and(|one| one.position().is_some() && !one.has_hole())
+        };
+        let logs: Vec<_> =
+            (0..self.readers.len()).filter(|log| begun(&self.readers[*log])).collect();
+        for log in logs {
+            if !redis.keep_head(log) {
+                self.interrupt();
+            }
+        }
     }
 
     pub(crate) fn link(&mut self) {
         if !self.linked {
-            (self.linked, self.fed) = (true, Ok(()));
+            (self.linked, self.fed) = (true, true);
         }
     }
 
     /// Takes the next message from the channel.
-    pub(crate) fn deliver(&mut self, redis: &Redis, now: u64) -> bool {
-        let Some((serial, sent)) = self.queue.pop_front() else { return false };
+    pub(crate) fn deliver(&mut self, redis: &Redis) -> bool {
+        let Some(serial) = self.queue.pop_front() else { return false };
         let message = &redis.truth[serial];
         let log = message.log;
         let Some(reader) = &mut self.readers[log] else { return true };
         let kept = || (serial, self.bounds.message_bytes);
-        let since = sent.min(self.fed.err().unwrap_or(now));
-        match reader.accept((message.id, message.prev), since, kept) {
+        match reader.accept(message.id, message.prev, u64::MAX, kept) {
             Verdict::Deliver => self.offer(log, serial, true, redis),
             Verdict::Duplicate => self.offer(log, serial, false, redis),
             Verdict::Held => {}
             // Logs with one order wait for each other.
-            Verdict::Hole => self.interrupt(since),
+            Verdict::Hole => self.interrupt(),
         }
         true
     }
 
     fn offer(&mut self, log: usize, serial: usize, to_all: bool, redis: &Redis) {
-        let id = redis.truth[serial].id;
+        let (id, prev) = (redis.truth[serial].id, redis.truth[serial].prev);
         for client in self.clients.iter_mut().filter(|client| client.logs.contains(&log)) {
             let bytes = self.bounds.message_bytes;
             let is_due = match client.passed.contains(&log) || client.fence.is_open() && !to_all {
                 true => to_all,
-                false => client.fence.offer(Some(id), || (serial, bytes)),
+                false => client.fence.offer(Some((id, prev)), || (serial, bytes)),
             };
             if is_due {
                 client.view.see(serial, redis);
@@ -165,34 +182,33 @@ impl Instance {
     }
 
     /// Reads one page of a hole; answers whether there was something to do.
-    pub(crate) fn heal(&mut self, redis: &mut Redis, now: u64) -> bool {
+    pub(crate) fn heal(&mut self, redis: &mut Redis) -> bool {
         if !self.linked {
             return false;
         }
         if self.heal.as_ref().is_none_or(|heal| heal.outages != self.outages) {
             let holes = self.readers.iter().enumerate();
-            let holes = holes.filter_map(|(log, reader)| Some((log, reader.as_ref()?.hole()?.0)));
+            let holes = holes.filter_map(|(log, reader)| Some((log, reader.as_ref()?.hole()?)));
             let logs: Vec<_> = holes.map(|(log, from)| Read::new(log, from)).collect();
             if logs.is_empty() {
                 return false;
             }
             self.heal =
-                Some(Heal { outages: self.outages, store: redis.store, first_ms: None, logs });
+                Some(Heal { outages: self.outages, store: redis.store, moment: None, logs });
         }
         let heal = self.heal.as_mut().unwrap();
         if heal.store != redis.store {
             self.heal = None; // the connection to the store broke meanwhile
             return true;
         }
-        let Some(read) = heal.logs.iter_mut().find(|read| !read.found.complete) else {
+        let Some(read) = heal.logs.iter_mut().find(|read| read.judged.is_none()) else {
             self.fill(redis);
             return true;
         };
-        heal.first_ms.get_or_insert(redis.now);
-        if let Some(since) =
-            self.readers[read.log].as_ref().and_then(|reader| Some(reader.hole()?.1))
-        {
-            read.page(redis, now - since, self.bounds.page);
+        if self.readers[read.log].as_ref().is_some_and(Reader::has_hole) {
+            let moment = read.page(redis, self.bounds.page);
+            let first = heal.moment.get_or_insert(moment);
+            *first = moment.min(*first);
         } else {
             self.heal = None; // nobody wants it any more
         }
@@ -202,21 +218,21 @@ impl Instance {
     /// All that was read is delivered as one.
     fn fill(&mut self, redis: &Redis) {
         let mut heal = self.heal.take().unwrap();
-        let limit = Position { milliseconds: heal.first_ms.unwrap(), sequence: 0 };
+        let limit = heal.moment.unwrap();
         heal.logs.retain(|read| self.readers[read.log].is_some());
         if self.readers.len() > 1 {
             heal.logs.iter_mut().for_each(|read| read.found.cut(limit));
         }
         let joins = |read: &Read| {
             let reader = self.readers[read.log].as_ref().unwrap();
-            reader.joins(read.from, read.judged.unwrap(), &read.found, read.now_ms)
+            reader.joins(read.from, read.judged.unwrap(), &read.found)
         };
         let whole = heal.logs.iter().all(joins);
         let mut items = Vec::new();
         for read in &heal.logs {
             let reader = self.readers[read.log].as_mut().unwrap();
             let judged = read.judged.unwrap();
-            let filled = reader.fill(read.from, judged, &read.found, read.now_ms, whole);
+            let filled = reader.fill(read.from, judged, &read.found, whole);
             let Some(Filled { lost, entries, held, whole: is_whole }) = filled else { continue };
             assert_eq!(whole, is_whole);
             if let Some((lost, position)) = lost {
@@ -228,7 +244,7 @@ impl Instance {
             }
             items.extend(held.into_iter().map(|(id, serial, new)| (id, serial, read.log, new)));
         }
-        items.sort_by_key(|(id, ..)| *id);
+        items.sort_by_key(|(id, ..)| id.id());
         for (_, serial, log, to_all) in items {
             self.offer(log, serial, to_all, redis);
         }
@@ -255,7 +271,17 @@ impl Instance {
         }
         let fence = Fence::new(self.bounds.fence_bytes);
         let replay = Some(Replay::default());
-        self.clients.push(Client { id, logs, view, after, fence, passed: Vec::new(), replay });
+        self.clients.push(Client {
+            id,
+            logs,
+            view,
+            after,
+            early: 0,
+            lost: None,
+            fence,
+            passed: Vec::new(),
+            replay,
+        });
     }
 
     pub(crate) fn close(&mut self, number: usize) -> View {
@@ -293,30 +319,47 @@ impl Instance {
         let replay = client.replay.take().unwrap();
         let snapshot = replay.last.unwrap();
         let mut covered = true;
+        let mut passed = Vec::new();
         for (log, found) in client.logs.iter().zip(&snapshot.logs) {
             let reader = self.readers[*log].as_mut().unwrap();
-            covered &= reader.begin(found.position(snapshot.now_ms));
+            covered &= reader.begin(found.position());
+            if reader.has_passed(found.position()) {
+                passed.push(*log);
+            }
         }
         if !covered {
-            let outages = self.outages;
-            client.replay = Some(Replay { outages, ..Replay::default() });
+            client.early += 1;
+            client.replay = Some(Replay { outages: self.outages, ..Replay::default() });
+            // A snapshot that is early again is of another life of the log.
+            if client.early > 1 {
+                self.interrupt();
+            }
             return;
         }
         let seen = snapshot.position();
-        let held = match client.fence.release(seen) {
-            Ok(held) => held,
-            Err(lost) => {
-                let positions =
-                    client.logs.iter().filter_map(|log| self.readers[*log].as_ref()?.position());
-                let seen = positions.max().unwrap();
-                client.fence.reopen(seen);
-                // The number of an id is its place in the truth.
-                let published = if seen.is_entry() { seen.sequence as usize + 1 } else { 0 };
-                let published = published.max(replay.published);
-                client.view.tell_lost(lost, seen, published);
+        let heads: Vec<_> = snapshot.logs.iter().map(Log::position).collect();
+        let held = match client.fence.release(&heads) {
+            Released::Open(held) => held,
+            Released::Torn => {
+                // What waits is in what is read from now on, or of a life that has ended.
+                client.fence = Fence::new(self.bounds.fence_bytes);
+                client.replay = Some(Replay { outages: self.outages, ..Replay::default() });
+                return;
+            }
+            Released::Lost(lost) => {
+                // What is read from now on has what could not wait.
+                client.fence = Fence::new(self.bounds.fence_bytes);
+                (client.after, client.lost) = (None, Some(lost));
+                client.replay = Some(Replay { outages: self.outages, ..Replay::default() });
                 return;
             }
         };
+        client.passed = passed;
+        if let Some(lost) = client.lost.take() {
+            client.view.tell_lost(lost, seen, replay.published);
+            held.into_iter().for_each(|serial| client.view.see(serial, redis));
+            return;
+        }
         match replay.judged {
             None => client.view.begin(seen, replay.published),
             Some(Err(lost)) => client.view.tell_lost(lost, seen, replay.published),
@@ -324,9 +367,9 @@ impl Instance {
                 if client.after == Some(Position::START) {
                     client.view.begin(seen, replay.published);
                 }
-                let mut entries: Vec<_> =
-                    replay.chains.iter().flat_map(|log| &log.entries).collect();
-                entries.sort_by_key(|entry| entry.id);
+                let logs = replay.pages.into_logs();
+                let mut entries: Vec<_> = logs.iter().flat_map(|log| &log.entries).collect();
+                entries.sort_by_key(|entry| entry.id.id());
                 entries.into_iter().for_each(|entry| client.view.see(serial(entry), redis));
             }
         }
@@ -336,48 +379,48 @@ impl Instance {
 
 impl Read {
     fn new(log: usize, from: Position) -> Self {
-        Self { log, from, judged: None, found: Log::default(), now_ms: 0, published: 0 }
+        Self {
+            log,
+            from,
+            judged: None,
+            pages: Pages::default(),
+            behind: from,
+            found: Log::default(),
+            published: 0,
+        }
     }
 
-    fn page(&mut self, redis: &mut Redis, gap_ms: u64, page: usize) {
-        // Every page is a heal of its own: time passes between them.
-        let behind = self.found.entries.last().map_or(self.from, |entry| entry.id);
-        let mut snapshot = redis.snapshot(&[self.log], Some(behind), page);
-        (self.now_ms, self.published) = (snapshot.now_ms, redis.truth.len());
-        let clocks = (snapshot.now_ms, snapshot.epoch_ms);
-        let judged = rule::heal(behind, gap_ms, RETENTION, clocks, &snapshot.logs[0]);
-        merge(&mut snapshot.logs, std::slice::from_mut(&mut self.found));
-        let is_chain = self.found.is_chain();
-        self.judged = Some(judged.and(if is_chain { Ok(()) } else { Err(Lost::Trimmed) }));
-        self.found.complete = snapshot.logs[0].complete || self.judged != Some(Ok(()));
+    /// Answers the moment up to which it is complete.
+    fn page(&mut self, redis: &mut Redis, page: usize) -> (u64, u64) {
+        let mut snapshot = redis.snapshot(&[self.log], Some(self.behind), page, true);
+        self.published = redis.truth.len();
+        self.found = snapshot.logs[0].clone();
+        match self.pages.push(Since::Reader(self.from), HEAD, &mut snapshot) {
+            Ok(Some(behind)) => self.behind = behind,
+            Ok(None) => {
+                self.found = std::mem::take(&mut self.pages).into_logs().remove(0);
+                self.judged = Some(Ok(()));
+            }
+            Err(lost) => self.judged = Some(Err(lost)),
+        }
+        snapshot.moment
     }
 }
 
 impl Replay {
     fn page(&mut self, after: Option<Position>, logs: &[usize], redis: &mut Redis, page: usize) {
-        self.chains.resize(logs.len(), Log::default());
-        // Every page is a resume of its own: the store may have been rolled back between them.
-        let behind = self.behind.or(after);
-        let mut snapshot = redis.snapshot(logs, behind, page);
+        let mut snapshot = redis.snapshot(logs, self.behind.or(after), page, true);
         self.published = redis.truth.len();
-        let judged = behind.map(|behind| rule::resume(behind, RETENTION, &snapshot));
-        self.behind = merge(&mut snapshot.logs, &mut self.chains);
-        let is_chain = self.chains.iter().all(Log::is_chain);
-        self.judged =
-            judged.map(|judged| judged.and(if is_chain { Ok(()) } else { Err(Lost::Trimmed) }));
-        self.complete = self.behind.is_none() || self.judged != Some(Ok(()));
+        self.complete = true;
+        if let Some(after) = after {
+            match self.pages.push(Since::Client(after), HEAD, &mut snapshot) {
+                Ok(behind) => {
+                    (self.behind, self.complete) = (behind, behind.is_none());
+                    self.judged = Some(Ok(()));
+                }
+                Err(lost) => self.judged = Some(Err(lost)),
+            }
+        }
         self.last = Some(snapshot);
     }
-}
-
-/// Appends a page to what was read before. Answers behind which position the next one begins.
-fn merge(page: &mut [Log], chains: &mut [Log]) -> Option<Position> {
-    let ends = page.iter().filter(|log| !log.complete);
-    let behind = ends.filter_map(|log| log.entries.last().map(|entry| entry.id)).min();
-    for (log, chain) in page.iter_mut().zip(chains) {
-        (chain.last, chain.first) = (log.last, chain.first.or(log.first));
-        let is_within = |entry: &Entry| behind.is_none_or(|behind| entry.id <= behind);
-        chain.entries.extend(log.entries.drain(..).filter(is_within));
-    }
-    behind
 }

@@ -3,16 +3,16 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use wsproxy_proto::history::{Entry, Log, Position, Snapshot};
+use wsproxy_proto::history::{Entry, Log, Position, Resolved, Snapshot};
 
 /// How long entries are held, in milliseconds.
 const TTL: u64 = 100;
 
+/// How long heads are, in milliseconds.
+pub(crate) const HEAD: u64 = 160;
+
 /// How much the clocks of stores that replace each other may differ.
 pub(crate) const SKEW: u64 = 30;
-
-/// What the rules are told.
-pub(crate) const RETENTION: u64 = TTL - SKEW;
 
 /// What was published once, whatever became of it.
 #[derive(Debug, Clone)]
@@ -30,8 +30,16 @@ pub(crate) struct Published {
 #[derive(Debug, Clone, Default)]
 struct Data {
     logs: Vec<Option<Stored>>,
-    clock: Position,
-    epoch: Option<u64>,
+    heads: Vec<Option<Head>>,
+    clock: (u64, u64),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Head {
+    position: Position,
+    expires: u64,
+    /// Something was published in this life.
+    is_used: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -50,15 +58,18 @@ pub(crate) struct Redis {
     pub(crate) store: u64,
     pub(crate) truth: Vec<Published>,
     entries_max: usize,
+    /// Gives tags to heads without an entry.
+    anchors: u32,
     data: Data,
     saved: (usize, Data),
 }
 
 impl Redis {
     pub(crate) fn new(logs: usize, entries_max: usize) -> Self {
-        let data = Data { logs: vec![None; logs], ..Data::default() };
+        let data = Data { logs: vec![None; logs], heads: vec![None; logs], ..Data::default() };
         let saved = (0, data.clone());
-        Self { now: 10_000, skew: 0, store: 0, truth: Vec::new(), entries_max, data, saved }
+        let (truth, anchors) = (Vec::new(), u32::MAX);
+        Self { now: 10_000, skew: 0, store: 0, truth, entries_max, anchors, data, saved }
     }
 
     pub(crate) fn advance(&mut self, milliseconds: u64) {
@@ -66,28 +77,51 @@ impl Redis {
         for log in &mut self.data.logs {
             log.take_if(|log| log.expires <= self.now);
         }
+        for head in &mut self.data.heads {
+            head.take_if(|head| head.expires <= self.now);
+        }
     }
 
     /// Answers which of all that was published it is.
     pub(crate) fn publish(&mut self, log: usize) -> usize {
         let serial = self.truth.len();
-        let stored = self.data.logs[log].get_or_insert_default();
-        let prev = stored.entries.back().map_or(Position::START, |last| self.truth[*last].id);
-        // Two stores never give the same id here: the numbers go on although the clock goes back.
-        let milliseconds = self.now.max(self.data.clock.milliseconds).max(prev.milliseconds);
-        let id = Position { milliseconds, sequence: serial as u64 };
-        self.data.clock = id;
+        let prev = self.data.heads[log].map_or(Position::START, |head| head.position);
+        let (data, now) = (&mut self.data, self.now);
+        let after = |(milliseconds, sequence): (u64, u64)| match milliseconds < now {
+            true => (now, 0),
+            false => (milliseconds, sequence + 1),
+        };
+        // Several logs have one clock; a log alone has its own, which goes with it.
+        let shared = data.logs.len() > 1;
+        let last = data.logs[log].as_ref().and_then(|log| log.entries.back());
+        let own = last.map_or((0, 0), |last| self.truth[*last].id.id());
+        let mut id = after(if shared { data.clock } else { own });
+        if id <= prev.id() {
+            id = (prev.milliseconds, prev.sequence + 1);
+        }
+        data.clock = id;
+        let tag = u32::try_from(serial).unwrap();
+        let id = Position { milliseconds: id.0, sequence: id.1, tag };
         self.truth.push(Published { log, id, prev, undone: false, rolled_back_at: None });
+        let stored = data.logs[log].get_or_insert_default();
         stored.entries.push_back(serial);
-        stored.expires = self.now + TTL;
+        stored.expires = now + TTL;
+        data.heads[log] = Some(Head { position: id, expires: now + HEAD, is_used: true });
         let truth = &self.truth;
-        let is_old = |first: &mut usize| truth[*first].id.milliseconds + TTL < milliseconds;
+        let is_old = |first: &mut usize| truth[*first].id.milliseconds + TTL < id.milliseconds;
         while stored.entries.len() > self.entries_max
             || (stored.entries.len() > 1 && stored.entries.front_mut().is_some_and(is_old))
         {
             stored.entries.pop_front();
         }
         serial
+    }
+
+    /// An instance keeps the head of a log that it reads. Answers whether there is one.
+    pub(crate) fn keep_head(&mut self, log: usize) -> bool {
+        let Some(head) = &mut self.data.heads[log] else { return false };
+        head.expires = head.expires.max(self.now + HEAD);
+        true
     }
 
     /// Remembers the state to which [`Self::roll_back`] goes.
@@ -109,13 +143,10 @@ impl Redis {
         self.advance(0);
     }
 
-    /// All keys are removed; not while the clock is behind the last id, which no rule can tell from messages
-    /// that come twice, as long as the link holds.
+    /// All keys are removed.
     pub(crate) fn empty(&mut self) {
-        if self.now <= self.data.clock.milliseconds {
-            return;
-        }
-        self.data = Data { logs: vec![None; self.data.logs.len()], ..Data::default() };
+        let logs = self.data.logs.len();
+        self.data = Data { logs: vec![None; logs], heads: vec![None; logs], ..Data::default() };
         self.truth.iter_mut().for_each(|one| one.undone = true);
         self.save();
     }
@@ -126,24 +157,40 @@ impl Redis {
         logs: &[usize],
         after: Option<Position>,
         page: usize,
+        anchor: bool,
     ) -> Snapshot {
-        let epoch_ms = *self.data.epoch.get_or_insert(self.now);
-        let logs = logs.iter().map(|log| self.read(*log, after, page)).collect();
-        Snapshot { now_ms: self.now, epoch_ms, after, logs }
+        let shared = self.data.logs.len() > 1;
+        let moment = if shared { self.data.clock } else { (self.now, 0) };
+        let logs = logs.iter().map(|log| self.read(*log, after, page, anchor));
+        let logs = logs.collect();
+        let after = after.map_or(Resolved::Nothing, Resolved::At);
+        Snapshot { now_ms: self.now, moment, after, known: false, logs }
     }
 
-    fn read(&self, log: usize, after: Option<Position>, page: usize) -> Log {
-        let Some(stored) = &self.data.logs[log] else {
-            return Log { complete: true, ..Log::default() };
-        };
-        let entry = |serial: &usize| self.entry(*serial);
-        let all: Vec<Entry> = stored.entries.iter().map(entry).collect();
-        let behind = all.iter().filter(|entry| after.is_some_and(|after| entry.id > after));
+    fn read(&mut self, log: usize, after: Option<Position>, page: usize, anchor: bool) -> Log {
+        let is_new = anchor && self.data.heads[log].is_none();
+        if is_new {
+            self.anchors -= 1;
+            let position = Position { milliseconds: 1, sequence: 0, tag: self.anchors };
+            let head = Head { position, expires: self.now + HEAD, is_used: false };
+            self.data.heads[log] = Some(head);
+        }
+        let head = self.data.heads[log];
+        let stored = self.data.logs[log].clone().unwrap_or_default();
+        let all: Vec<Entry> = stored.entries.iter().map(|serial| self.entry(*serial)).collect();
+        let behind =
+            all.iter().filter(|entry| after.is_some_and(|after| after.is_before(entry.id)));
         let mut entries: Vec<Entry> = behind.cloned().collect();
         let complete = entries.len() <= page;
         entries.truncate(page);
-        let first = all.first().map(|entry| (entry.id, entry.prev));
-        Log { last: all.last().map(|entry| entry.id), first, entries, complete }
+        let first = stored.entries.front().map(|first| &self.truth[*first]);
+        // The first of a life follows nothing that was published in it.
+        let is_first = |first: &Published| {
+            !self.truth.iter().any(|other| other.log == log && other.id == first.prev)
+        };
+        let is_from_start = first.map_or(head.is_none_or(|head| !head.is_used), is_first);
+        let head = head.map(|head| head.position);
+        Log { head, is_new, is_from_start, is_private: false, entries, complete }
     }
 
     fn entry(&self, serial: usize) -> Entry {

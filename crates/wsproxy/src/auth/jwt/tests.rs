@@ -147,6 +147,33 @@ fn what_the_header_says_about_keys_and_algorithms_is_not_believed() {
 }
 
 #[test]
+fn the_type_can_be_required() {
+    let of_type =
+        |typ: &str| verifier(&config::Jwt { typ: Some(typ.into()), ..config(&[Algorithm::HS256]) });
+    let access = of_type("at+jwt");
+    for (typ, result) in [
+        (json!("at+jwt"), None),
+        (json!("AT+JWT"), None),
+        (json!("application/at+jwt"), None),
+        (json!("Application/At+Jwt"), None),
+        (json!("JWT"), Some(JwtError::Type)),
+        (json!("text/at+jwt"), Some(JwtError::Type)),
+        (json!("at+jwt "), Some(JwtError::Type)),
+        (json!(""), Some(JwtError::Type)),
+        (json!(null), Some(JwtError::Type)),
+        (json!(["at+jwt"]), Some(JwtError::Malformed)),
+    ] {
+        let token = forged(&json!({"alg": "HS256", "typ": typ}));
+        assert_eq!(access.verify_now(&token, NOW).err(), result, "{typ}");
+        let lenient = of_type("application/AT+jwt");
+        assert_eq!(lenient.verify_now(&token, NOW).err(), result, "{typ}");
+    }
+    let untyped = forged(&json!({"alg": "HS256"}));
+    assert_eq!(access.verify_now(&untyped, NOW).err(), Some(JwtError::Type));
+    assert!(verifier(&config(&[Algorithm::HS256])).verify_now(&untyped, NOW).is_ok());
+}
+
+#[test]
 fn what_is_no_token_is_malformed() {
     let verifier = verifier(&config(&[Algorithm::HS256]));
     let good = forged(&json!({"alg": "HS256"}));
@@ -209,6 +236,8 @@ fn what_a_client_is_told_follows_from_the_error() {
         (JwtError::Signature, 403, "invalid_token", false),
         (JwtError::UnknownKey, 403, "invalid_token", false),
         (JwtError::Expired, 403, "invalid_token", false),
+        (JwtError::IssuedAhead, 403, "invalid_token", false),
+        (JwtError::Type, 403, "invalid_token", false),
         (JwtError::Unavailable, 503, "issuer_unavailable", true),
     ] {
         let rejection = Rejection::from(error);

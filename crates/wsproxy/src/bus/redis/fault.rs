@@ -32,7 +32,7 @@ pub(super) enum Fault {
     #[error("the server is no master but a {0}")]
     Role(String),
     /// A message to the own channel did not come back.
-    #[error("a probe did not come back: the links are deaf or end at different servers")]
+    #[error("a probe did not come back: a link is deaf, or the links end at different servers")]
     Probe,
 }
 

@@ -14,6 +14,7 @@ use tokio::{
 
 use crate::bus::redis::{
     fault::Fault,
+    outlet::Birth,
     resp::{Broken, Scanner},
 };
 
@@ -32,6 +33,8 @@ pub(super) struct Link {
     unflushed: bool,
     /// When bytes came last.
     pub(super) last_read: Instant,
+    /// Its number among the connections of the instance.
+    pub(super) birth: Birth,
 }
 
 /// What [`Link::drive`] did.
@@ -52,6 +55,7 @@ impl Link {
             output: BytesMut::new(),
             unflushed: false,
             last_read: Instant::now(),
+            birth: 0,
         }
     }
 

@@ -1,44 +1,46 @@
 //! Requests and their replies on one link: many callers, one task, order kept, nothing awaited.
 //!
 //! Publishes go through one such pipeline and the store's commands through another. What is queued
-//! survives the loss of the link; what is on its way is told that it may or may not have arrived.
+//! survives the loss of the link; what is on its way is told that it may or may not have arrived. A
+//! publish that the server did not do since it had forgotten the script is repeated with the script.
 
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
-use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
     time::{Instant, MissedTickBehavior, interval},
 };
-use wsproxy_proto::history::Position;
 
 use crate::{
     bus::{
         Keep, Outcome, Publish, Receipt,
+        not_done::NotDone,
         queue::Queue,
         redis::{
             Shared,
+            answer::{outcome_of, refusal_of, reply_of},
             connect::check_role_answer,
             fault::{Fault, tell},
             link::{Link, Progress},
+            outlet::Outlet,
             resp::{self, Reply, Value},
             script,
-            supervisor::{Complaints, Purpose, Supervisor},
+            supervisor::{Purpose, Supervisor},
             watchdog::{Verdict, Watchdog},
         },
     },
     store::StoreError,
+    telemetry::throttle::Throttle,
 };
 
 /// The callers' end of a pipeline.
 pub(super) struct Pipeline {
     /// What waits to be written.
     pub(super) queue: Queue<Request>,
-    /// A message that overtakes the queue.
-    urgent: Mutex<Option<Publish>>,
-    nudged: Notify,
+    /// Messages that overtake the queue, and whether the link is known to end where others do.
+    pub(super) outlet: Outlet,
     condemned: Notify,
 }
 
@@ -53,10 +55,14 @@ pub(super) enum Request {
 /// Who is told about the next reply.
 enum Waiting {
     Publish(Option<Arc<dyn Receipt>>),
-    /// The same for a message of our own, which is not counted.
+    /// A publish that is repeated where the server has forgotten its script.
+    Scripted(Box<Publish>),
+    /// A message of our own, which is not counted.
     Urgent(Option<Arc<dyn Receipt>>),
     Command(oneshot::Sender<Result<Reply, StoreError>>),
     Watchdog,
+    /// Whether the server takes writes.
+    Write,
     /// That the script was loaded.
     Script,
 }
@@ -64,23 +70,7 @@ enum Waiting {
 impl Pipeline {
     /// With a queue of so many bytes.
     pub(super) fn new(queue_bytes: usize) -> Self {
-        Self {
-            queue: Queue::new(queue_bytes),
-            urgent: Mutex::default(),
-            nudged: Notify::new(),
-            condemned: Notify::new(),
-        }
-    }
-
-    /// Publishes ahead of the queue; of several that wait, the last one.
-    pub(super) fn publish_urgently(&self, publish: Publish) {
-        *self.urgent.lock() = Some(publish);
-        self.nudged.notify_one();
-    }
-
-    /// The message that overtakes the queue, if there is one.
-    pub(super) fn take_urgent(&self) -> Option<Publish> {
-        self.urgent.lock().take()
+        Self { queue: Queue::new(queue_bytes), outlet: Outlet::default(), condemned: Notify::new() }
     }
 
     /// The link, if there is one, is not to be trusted: it is made again.
@@ -98,10 +88,15 @@ pub(super) struct Driver {
     waiting: VecDeque<(Waiting, usize)>,
     waiting_bytes: usize,
     batch: Vec<Request>,
+    /// Publishes that the server did not do since it had forgotten the script. Never more than were on
+    /// their way at one time.
+    again: VecDeque<Box<Publish>>,
     /// Whether the script is called by its name; where it may not be loaded its text is sent each time.
     is_script_loaded: bool,
+    /// Whether the answer to loading it is still to come.
+    is_script_loading: bool,
     ends_at: Option<Instant>,
-    complaints: Complaints,
+    complaints: Throttle,
 }
 
 impl Driver {
@@ -114,9 +109,11 @@ impl Driver {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             batch: Vec::new(),
+            again: VecDeque::new(),
             is_script_loaded: true,
+            is_script_loading: false,
             ends_at: None,
-            complaints: Complaints::default(),
+            complaints: Throttle::default(),
         }
     }
 
@@ -141,6 +138,9 @@ impl Driver {
         let pipeline = self.pipeline.clone();
         // What was said of an earlier link does not concern this one.
         let _ = pipeline.condemned.notified().now_or_never();
+        pipeline.outlet.connected(link.birth);
+        shared.links_changed.notify_one();
+        self.is_script_loading = false;
         if self.purpose == Purpose::Publish {
             self.is_script_loaded = true;
             self.load_script(&mut link.output);
@@ -162,7 +162,7 @@ impl Driver {
                     Err(fault) => return Some(fault),
                 },
                 () = pipeline.queue.filled(), if room => {}
-                () = pipeline.nudged.notified() => {}
+                () = pipeline.outlet.nudged() => {}
                 () = pipeline.condemned.notified() => return Some(Fault::Probe),
                 _ = ticks.tick() => match watchdog.tick(Instant::now(), link.last_read) {
                     Verdict::Fine => {}
@@ -181,23 +181,33 @@ impl Driver {
     }
 
     fn is_done(&self, link: &Link) -> bool {
-        let own =
-            |(who, _): &_| matches!(who, Waiting::Watchdog | Waiting::Urgent(_) | Waiting::Script);
+        let own = |(who, _): &_| match who {
+            Waiting::Watchdog | Waiting::Write | Waiting::Urgent(_) | Waiting::Script => true,
+            Waiting::Publish(_) | Waiting::Scripted(_) | Waiting::Command(_) => false,
+        };
         let only_questions = self.waiting.iter().all(own);
-        only_questions && link.output.is_empty() && self.pipeline.queue.is_empty()
+        let is_empty = self.pipeline.queue.is_empty() && self.again.is_empty();
+        only_questions && link.output.is_empty() && is_empty
     }
 
+    /// Nothing overtakes what is repeated: that is known when the script's loading is answered.
     fn has_room(&self, link: &Link) -> bool {
-        link.output.len() < OUTPUT_BYTES
+        !self.is_script_loading
+            && link.output.len() < OUTPUT_BYTES
             && self.waiting.len() < WAITING_MAX
             && self.waiting_bytes < WAITING_BYTES_MAX
     }
 
     /// Spells what is queued, as much as may be on its way.
     fn fill(&mut self, link: &mut Link) {
-        if let Some(publish) = self.pipeline.take_urgent() {
+        if let Some(publish) = self.pipeline.outlet.take() {
             spell_publish(&publish, self.is_script_loaded, &mut link.output);
             self.waiting.push_back((Waiting::Urgent(publish.receipt), 0));
+        }
+        while self.has_room(link)
+            && let Some(publish) = self.again.pop_front()
+        {
+            self.spell(Request::Publish(*publish), &mut link.output);
         }
         while self.has_room(link) {
             let mut batch = std::mem::take(&mut self.batch);
@@ -218,7 +228,10 @@ impl Driver {
         let waiting = match request {
             Request::Publish(publish) => {
                 spell_publish(&publish, self.is_script_loaded, out);
-                Waiting::Publish(publish.receipt)
+                match publish.keep {
+                    Keep::History(_) => Waiting::Scripted(Box::new(publish)),
+                    Keep::Nothing | Keep::Unheard { .. } => Waiting::Publish(publish.receipt),
+                }
             }
             // Whoever gave up must not be served: a token would be consumed for nobody.
             Request::Command(_, caller) if caller.is_closed() => return,
@@ -234,6 +247,7 @@ impl Driver {
 
     /// Replies come in order: whoever is behind this finds the script there.
     fn load_script(&mut self, out: &mut BytesMut) {
+        self.is_script_loading = true;
         script::PUBLISH.load(out);
         self.waiting.push_back((Waiting::Script, 0));
     }
@@ -241,11 +255,18 @@ impl Driver {
     fn ask(&mut self, link: &mut Link) {
         resp::words(&mut link.output, &[b"ROLE"]);
         self.waiting.push_back((Waiting::Watchdog, 0));
+        if self.purpose == Purpose::Command {
+            // Writes nothing and makes no key, but is refused where a write would be.
+            let key = self.shared.probe_channel.as_bytes();
+            resp::words(&mut link.output, &[b"SETRANGE", key, b"0", b""]);
+            self.waiting.push_back((Waiting::Write, 0));
+        }
     }
 
     /// Hands out every reply that is there.
     fn replies(&mut self, link: &mut Link, watchdog: &mut Watchdog) -> Result<(), Fault> {
-        while let Some(frame) = link.input.next()? {
+        let Link { input, output, .. } = link;
+        while let Some(frame) = input.next()? {
             let (value, _) = Value::parse(frame)?;
             if matches!(value, Value::Push(_)) {
                 continue;
@@ -254,38 +275,9 @@ impl Driver {
                 return Err(Fault::Broken("an answer to nothing"));
             };
             self.waiting_bytes -= bytes;
-            let fault = match &value {
-                Value::Error(error) if is_of_a_replica(error) => {
-                    Some(Fault::Role("replica".into()))
-                }
-                // Somebody made Redis forget it.
-                Value::Error(error) if error.starts_with(b"NOSCRIPT") && self.is_script_loaded => {
-                    self.load_script(&mut link.output);
-                    None
-                }
-                _ => None,
-            };
-            match waiting {
-                Waiting::Publish(receipt) => {
-                    let outcome = self.published(&value);
-                    if let Some(receipt) = receipt {
-                        receipt.published(outcome);
-                    }
-                }
-                Waiting::Urgent(receipt) => {
-                    if let Some(receipt) = receipt {
-                        receipt.published(self.outcome(&value));
-                    }
-                }
-                Waiting::Command(caller) => drop(caller.send(reply(&value))),
-                Waiting::Watchdog => {
-                    watchdog.answered();
-                    check_role_answer(&value)?;
-                }
-                Waiting::Script => self.is_script_loaded &= !matches!(value, Value::Error(_)),
-            }
-            if let Some(fault) = fault {
-                return Err(fault);
+            self.replied(waiting, &value, output, watchdog)?;
+            if is_of_a_replica(&value) {
+                return Err(Fault::Role("replica".into()));
             }
         }
         if self.waiting.is_empty() && self.waiting.capacity() > WAITING_KEPT {
@@ -294,39 +286,85 @@ impl Driver {
         Ok(())
     }
 
-    fn published(&mut self, value: &Value<'_>) -> Outcome {
-        let outcome = self.outcome(value);
-        let counters = &self.shared.counters;
+    /// Hands out one reply.
+    fn replied(
+        &mut self,
+        waiting: Waiting,
+        value: &Value<'_>,
+        output: &mut BytesMut,
+        watchdog: &mut Watchdog,
+    ) -> Result<(), Fault> {
+        match waiting {
+            Waiting::Publish(receipt) => self.published(value, receipt),
+            Waiting::Scripted(publish) => {
+                // Somebody made the server forget the script, or it may not be loaded. The call was not
+                // done; further ones that were on their way fail like it and follow it in order.
+                if refusal_of(value) == Some(NotDone::Script) {
+                    if self.is_script_loaded && !self.is_script_loading {
+                        self.load_script(output);
+                    }
+                    self.again.push_back(publish);
+                } else {
+                    self.published(value, publish.receipt);
+                }
+            }
+            Waiting::Urgent(receipt) => {
+                self.complain(value);
+                if let Some(receipt) = receipt {
+                    receipt.published(outcome_of(value));
+                }
+            }
+            Waiting::Command(caller) => {
+                if let Some(refusal) = refusal_of(value) {
+                    self.shared.health.writes.answered(Some(refusal));
+                }
+                drop(caller.send(reply_of(value)));
+            }
+            Waiting::Watchdog => {
+                watchdog.answered();
+                check_role_answer(value)?;
+            }
+            Waiting::Write => self.shared.health.writes.answered(refusal_of(value)),
+            Waiting::Script => {
+                self.is_script_loading = false;
+                self.is_script_loaded &= !matches!(value, Value::Error(_));
+            }
+        }
+        Ok(())
+    }
+
+    fn published(&self, value: &Value<'_>, receipt: Option<Arc<dyn Receipt>>) {
+        self.complain(value);
+        let outcome = outcome_of(value);
+        let (counters, writes) = (&self.shared.counters, &self.shared.health.writes);
         match outcome {
             Outcome::Received(_) => counters.published.add(1),
             Outcome::Stored { .. } => {
                 counters.published.add(1);
                 counters.publish_stored.add(1);
+                writes.answered(None);
             }
             Outcome::Kept => {
                 counters.published.add(1);
                 counters.publish_kept.add(1);
+                writes.answered(None);
+            }
+            Outcome::Refused(refusal) => {
+                counters.publish_refused[refusal as usize].add(1);
+                writes.answered(Some(refusal));
             }
             Outcome::Lost => counters.publish_lost.add(1),
         }
-        outcome
+        if let Some(receipt) = receipt {
+            receipt.published(outcome);
+        }
     }
 
-    fn outcome(&mut self, value: &Value<'_>) -> Outcome {
-        match value {
-            Value::Integer(count @ 0..) => Outcome::Received(count.unsigned_abs()),
-            Value::Integer(_) => Outcome::Kept,
-            Value::Array(answer) => stored(answer).unwrap_or(Outcome::Lost),
-            refused => {
-                if self.complaints.due() {
-                    let error = match refused {
-                        Value::Error(error) => tell(error),
-                        _ => "an odd reply".into(),
-                    };
-                    tracing::warn!(error, "Redis refused to publish a message.");
-                }
-                Outcome::Lost
-            }
+    fn complain(&self, value: &Value<'_>) {
+        let Value::Error(error) = value else { return };
+        if let Some(left_out) = self.complaints.pass() {
+            let error = tell(error);
+            tracing::warn!(error, left_out, "Redis refused to publish a message.");
         }
     }
 
@@ -341,6 +379,12 @@ impl Driver {
                         receipt.published(Outcome::Lost);
                     }
                 }
+                Waiting::Scripted(publish) => {
+                    lost += 1;
+                    if let Some(receipt) = publish.receipt {
+                        receipt.published(Outcome::Lost);
+                    }
+                }
                 Waiting::Urgent(receipt) => {
                     if let Some(receipt) = receipt {
                         receipt.published(Outcome::Lost);
@@ -349,7 +393,7 @@ impl Driver {
                 Waiting::Command(caller) => {
                     drop(caller.send(Err(StoreError::Lost(cause.into()))));
                 }
-                Waiting::Watchdog | Waiting::Script => {}
+                Waiting::Watchdog | Waiting::Write | Waiting::Script => {}
             }
         }
         self.shared.counters.publish_lost.add(lost);
@@ -361,7 +405,11 @@ impl Driver {
     /// At the end: nothing more will be sent.
     fn fail_queued(&mut self) {
         self.pipeline.queue.close();
-        let mut lost = 0;
+        let again = std::mem::take(&mut self.again);
+        let mut lost = again.len() as u64;
+        for receipt in again.into_iter().filter_map(|publish| publish.receipt) {
+            receipt.published(Outcome::Lost);
+        }
         loop {
             self.pipeline.queue.take(usize::MAX, BATCH, &mut self.batch);
             if self.batch.is_empty() {
@@ -386,7 +434,8 @@ impl Driver {
     }
 }
 
-fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) {
+/// Spells a publish.
+pub(super) fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) {
     match &publish.keep {
         Keep::Nothing => {
             out.extend_from_slice(b"*3\r\n$7\r\nPUBLISH\r\n");
@@ -397,8 +446,8 @@ fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) 
             let Publish { channel, payload, .. } = publish;
             script::spell_publish(channel, payload, history, is_script_loaded, out);
         }
-        Keep::Unheard { log, entries_max, ttl } => {
-            resp::command(out, 8);
+        Keep::Unheard { log, entries_max, bytes_max, ttl } => {
+            resp::command(out, 9);
             resp::word(out, b"EVAL");
             resp::word(out, PUBLISH_OR_KEEP.as_bytes());
             resp::number(out, 1);
@@ -407,44 +456,32 @@ fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut BytesMut) 
             resp::word(out, &publish.payload);
             resp::number(out, (*entries_max).max(1));
             resp::number(out, crate::bus::redis::milliseconds(*ttl));
+            resp::number(out, *bytes_max);
         }
     }
 }
 
-/// Receivers, id, and whether it is a duplicate.
-fn stored(answer: &[Value<'_>]) -> Option<Outcome> {
-    let [Value::Integer(receivers), Value::Text(id), Value::Integer(duplicate)] = answer else {
-        return None;
-    };
-    Some(Outcome::Stored {
-        receivers: receivers.unsigned_abs(),
-        id: Position::parse(id)?,
-        duplicate: *duplicate != 0,
-    })
+fn is_of_a_replica(value: &Value<'_>) -> bool {
+    let Value::Error(error) = value else { return false };
+    error.starts_with(b"MASTERDOWN") || NotDone::of(error) == Some(NotDone::ReadOnly)
 }
 
-/// Redis before 7 tells what stopped a script in the middle of its own words.
-fn is_of_a_replica(error: &[u8]) -> bool {
-    error.starts_with(b"READONLY") || error.windows(10).any(|part| part == b"-READONLY ")
-}
-
-fn reply(value: &Value<'_>) -> Result<Reply, StoreError> {
-    let Value::Error(error) = value else { return Ok(Reply::from(value)) };
-    let text = tell(error);
-    let passing = ["READONLY", "LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "CLUSTERDOWN"];
-    if passing.contains(&text.split(' ').next().unwrap_or_default()) || is_of_a_replica(error) {
-        return Err(StoreError::Lost(text));
-    }
-    Err(StoreError::Refused(text))
-}
-
-/// Answers how many received it, or -1 where it was kept instead.
+/// Answers how many received it, or -1 where it was kept instead. Every entry says in `sum` how many bytes of data
+/// were kept until then, so that the oldest can go where they are too many.
 const PUBLISH_OR_KEEP: &str = "\
-local n=redis.call('PUBLISH',ARGV[1],ARGV[2]) \
+local call,log,data=redis.call,KEYS[1],ARGV[2] \
+local n=call('PUBLISH',ARGV[1],data) \
 if n>0 then return n end \
-redis.call('XADD',KEYS[1],'MAXLEN','~',ARGV[3],'*','data',ARGV[2]) \
-redis.call('PEXPIRE',KEYS[1],ARGV[4]) \
-return -1";
+local function sum_of(entry) return tonumber(entry[2][4] or 0) or 0 end \
+local last=call('XREVRANGE',log,'+','-','COUNT',1)[1] \
+local sum=#data+(last and sum_of(last) or 0) \
+local id=call('XADD',log,'MAXLEN','~',ARGV[3],'*','data',data,'sum',string.format('%.0f',sum)) \
+call('PEXPIRE',log,ARGV[4]) \
+while true do \
+local first=call('XRANGE',log,'-','+','COUNT',1)[1] \
+if not first or first[1]==id or sum-sum_of(first)+#(first[2][2] or '')<=tonumber(ARGV[5]) then return -1 end \
+call('XDEL',log,first[1]) \
+end";
 
 /// So much is spelled ahead of the socket; the rest stays queued, where the loss of a link spares it.
 const OUTPUT_BYTES: usize = 128 * 1024;

@@ -15,7 +15,8 @@ use crate::bus::{
         connect::check_role_answer,
         fault::{Fault, tell},
         link::{Link, Progress},
-        probe::Probe,
+        outlet::Birth,
+        probe::{Probes, Returned, Route},
         resp::{self, Push, Value},
         subscriptions::{CommandId, Settled},
         supervisor::{Complaints, Purpose, Supervisor},
@@ -34,6 +35,9 @@ pub(super) struct Reader {
     resubscription: Resubscription,
     /// Since when messages may have been missed; `None` while all is well.
     outage: Option<Instant>,
+    probes: Probes,
+    /// When a message was last sent over a connection of its own.
+    scouted: Instant,
     refusals: Complaints,
     refused_retried: Instant,
 }
@@ -57,7 +61,11 @@ enum Resubscription {
 impl Reader {
     /// Reads nothing yet.
     pub(super) fn new(shared: Arc<Shared>, deliver: Box<dyn Deliver>) -> Self {
+        let now = Instant::now();
+        let probes = Probes::new(shared.probe_channel.clone(), now);
         Self {
+            probes,
+            scouted: now,
             shared,
             deliver,
             asked: VecDeque::new(),
@@ -66,7 +74,7 @@ impl Reader {
             resubscription: Resubscription::Asking,
             outage: None,
             refusals: Complaints::default(),
-            refused_retried: Instant::now(),
+            refused_retried: now,
         }
     }
 
@@ -82,15 +90,20 @@ impl Reader {
             let Err(fault) = end else { break };
             self.shared.health.subscribed(false);
             supervisor.lost(&fault);
-            if matches!(fault, Fault::Probe) {
-                // Nobody can tell which of the two links is the wrong one.
-                self.shared.counters.probe_failures.add(1);
-                self.shared.publishes.condemn();
-            }
-            self.outage.get_or_insert(link.last_read);
-            self.deliver.lost(&fault.to_string(), link.last_read.elapsed());
+            let since = match fault {
+                // Others may have published at another server for longer than this link was silent.
+                Fault::Probe => self.probes.known_until(),
+                _ => None,
+            };
+            self.interrupted(&fault, since.unwrap_or(link.last_read));
         }
         self.shared.subscriptions.close();
+    }
+
+    /// Messages may have been missed since then.
+    fn interrupted(&mut self, fault: &Fault, since: Instant) {
+        self.outage = Some(self.outage.map_or(since, |earlier| earlier.min(since)));
+        self.deliver.lost(&fault.to_string(), since.elapsed());
     }
 
     /// Uses a link until it is of no more use; `Ok` at shutdown.
@@ -98,17 +111,20 @@ impl Reader {
         let shared = self.shared.clone();
         let (every, timeout) = (shared.probe_interval, shared.response_timeout);
         let mut watchdog = Watchdog::new(every, timeout, Instant::now());
-        let mut probe = Probe::new(shared.probe_channel.clone());
+        self.probes.renew(Instant::now());
+        shared.publishes.outlet.doubt();
+        shared.commands.outlet.doubt();
         let mut ticks = interval(Watchdog::period(every, timeout));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.ask_changes(&mut link.output);
             tokio::select! {
                 progress = link.drive() => if progress? == Progress::Read {
-                    self.round(link, &mut watchdog, &mut probe)?;
+                    self.round(link, &mut watchdog)?;
                 },
                 () = shared.subscriptions.changed() => {}
-                _ = ticks.tick() => self.tick(link, &mut watchdog, &mut probe)?,
+                () = shared.links_changed.notified() => self.prove(|_| true),
+                _ = ticks.tick() => self.tick(link, &mut watchdog)?,
                 () = shared.shutdown.cancelled() => return Ok(()),
             }
         }
@@ -144,14 +160,9 @@ impl Reader {
     }
 
     /// Takes everything that was read, then lets outboxes be written and callers go on.
-    fn round(
-        &mut self,
-        link: &mut Link,
-        watchdog: &mut Watchdog,
-        probe: &mut Probe,
-    ) -> Result<(), Fault> {
+    fn round(&mut self, link: &mut Link, watchdog: &mut Watchdog) -> Result<(), Fault> {
         let mut unflushed = Unflushed::default();
-        let Link { input, output, .. } = link;
+        let Link { input, output, birth, last_read, .. } = link;
         let result = loop {
             let (frame, last) = match input.next_and_last() {
                 Ok(Some(frame)) => frame,
@@ -160,15 +171,19 @@ impl Reader {
             };
             let taken = match Push::parse(frame) {
                 Ok(Some(push)) if push.kind == b"message" => {
-                    if !probe.returned(push.channel, push.payload) {
-                        self.deliver.message(push.channel, push.payload, last);
-                        unflushed.messages += 1;
-                        unflushed.bytes += push.payload.len();
+                    match self.probes.returned(push.channel, push.payload, *last_read) {
+                        Returned::NotOurs => {
+                            self.deliver.message(push.channel, push.payload, last);
+                            unflushed.messages += 1;
+                            unflushed.bytes += push.payload.len();
+                        }
+                        Returned::Probe(route, birth) => self.shared.outlet(route).prove(birth),
+                        Returned::Foreign => {}
                     }
                     Ok(())
                 }
                 Ok(Some(push)) => self.confirmation(&push),
-                Ok(None) => self.answer(frame, output, watchdog, probe),
+                Ok(None) => self.answer(frame, output, watchdog, *birth),
                 Err(broken) => Err(broken.into()),
             };
             if let Err(fault) = taken {
@@ -234,7 +249,7 @@ impl Reader {
         frame: &[u8],
         output: &mut BytesMut,
         watchdog: &mut Watchdog,
-        probe: &mut Probe,
+        birth: Birth,
     ) -> Result<(), Fault> {
         let (value, _) = Value::parse(frame)?;
         if matches!(value, Value::Push(_)) {
@@ -244,7 +259,8 @@ impl Reader {
             (Some(Asked::Watchdog), value) => {
                 watchdog.answered();
                 check_role_answer(&value)?;
-                if probe.fence_was_passed() { Err(Fault::Probe) } else { Ok(()) }
+                let missed = self.probes.fence_was_passed();
+                missed.map_or(Ok(()), |missed| self.missed(missed, birth))
             }
             (Some(Asked::Subscribe { id, channels, confirmed: 0 }), Value::Error(error)) => {
                 self.denied(id, channels, &tell(error), output);
@@ -295,53 +311,112 @@ impl Reader {
     }
 
     fn check_resubscription(&mut self) {
-        let Resubscription::Until(last) = self.resubscription else { return };
-        let open = self.asked.iter().any(|asked| match asked {
-            Asked::Subscribe { id, .. } => is_at_most(*id, last),
-            _ => false,
-        });
-        if open {
+        if let Resubscription::Until(last) = self.resubscription {
+            let open = self.asked.iter().any(|asked| match asked {
+                Asked::Subscribe { id, .. } => is_at_most(*id, last),
+                _ => false,
+            });
+            if open {
+                return;
+            }
+            self.resubscription = Resubscription::Done;
+            // A server that denies us our own channel most likely denies those of sessions as well.
+            self.shared.health.subscribed(self.is_heard());
+            self.prove(|_| true);
+        }
+        self.check_recovery();
+    }
+
+    /// Tells that all is well again, once it is: histories must not be read from another server.
+    fn check_recovery(&mut self) {
+        if self.resubscription != Resubscription::Done {
             return;
         }
-        self.resubscription = Resubscription::Done;
-        // A server that denies us our own channel most likely denies those of sessions as well.
-        let heard = self.shared.subscriptions.is_confirmed(&self.shared.probe_channel);
-        self.shared.health.subscribed(heard);
-        if let Some(since) = self.outage.take() {
-            let gap = since.elapsed();
-            let channels = self.shared.subscriptions.len();
-            tracing::info!(?gap, channels, "Every subscription is confirmed again.");
-            self.deliver.recovered(gap);
+        if self.shared.are_links_proven() {
+            self.shared.health.agree();
+        } else if self.is_heard() && !self.probes.are_denied() {
+            return;
+        }
+        let Some(since) = self.outage.take() else { return };
+        let gap = since.elapsed();
+        let channels = self.shared.subscriptions.len();
+        tracing::info!(?gap, channels, "Every subscription is confirmed again.");
+        self.deliver.recovered(gap);
+    }
+
+    /// Whether the instance's own channel is confirmed.
+    fn is_heard(&self) -> bool {
+        self.shared.subscriptions.is_confirmed(self.probes.channel())
+    }
+
+    /// Sends probes over links that are up, where they are wanted.
+    fn prove(&mut self, is_wanted: impl Fn(&Shared) -> bool) {
+        let shared = self.shared.clone();
+        if self.resubscription != Resubscription::Done || !self.is_heard() || !is_wanted(&shared) {
+            return;
+        }
+        for (route, purpose) in
+            [(Route::Publish, Purpose::Publish), (Route::Command, Purpose::Command)]
+        {
+            if shared.health.is_up(purpose) {
+                self.probes.send(route, shared.outlet(route));
+            }
         }
     }
 
-    fn tick(
-        &mut self,
-        link: &mut Link,
-        watchdog: &mut Watchdog,
-        probe: &mut Probe,
-    ) -> Result<(), Fault> {
-        let now = Instant::now();
-        match watchdog.tick(now, link.last_read) {
-            Verdict::Fine => {}
-            Verdict::Dead => return Err(Fault::Silent),
-            Verdict::Ask => {
-                probe.fence();
-                resp::words(&mut link.output, &[b"ROLE"]);
-                self.asked.push_back(Asked::Watchdog);
-                let heard = self.shared.subscriptions.is_confirmed(probe.channel());
-                if heard && self.shared.health.is_up(Purpose::Publish) {
-                    probe.send(&self.shared.publishes);
-                }
+    /// A probe did not come back over this connection. Of two links that differ the newer stays, since it
+    /// ends where the server's name leads now; every link that is older is made again.
+    fn missed(&mut self, (route, birth): (Route, Birth), own: Birth) -> Result<(), Fault> {
+        let shared = self.shared.clone();
+        let outlet = shared.outlet(route);
+        if route != Route::Fresh && outlet.born() != birth {
+            return Ok(()); // that connection is gone already
+        }
+        shared.counters.probe_failures.add(1);
+        shared.health.differ();
+        let newest = outlet.born().max(own);
+        for pipeline in [&shared.publishes, &shared.commands] {
+            pipeline.outlet.doubt();
+            if pipeline.outlet.born() < newest {
+                pipeline.condemn();
             }
         }
-        if probe.is_unheard() {
+        if own < newest {
             return Err(Fault::Probe);
+        }
+        let since = self.probes.known_until();
+        self.interrupted(&Fault::Probe, since.unwrap_or_else(Instant::now));
+        Ok(())
+    }
+
+    fn tick(&mut self, link: &mut Link, watchdog: &mut Watchdog) -> Result<(), Fault> {
+        let now = Instant::now();
+        match watchdog.tick(now, link.last_read) {
+            Verdict::Fine => self.prove(|shared| !shared.are_links_proven()),
+            Verdict::Dead => return Err(Fault::Silent),
+            Verdict::Ask => {
+                self.probes.fence();
+                resp::words(&mut link.output, &[b"ROLE"]);
+                self.asked.push_back(Asked::Watchdog);
+                self.prove(|_| true);
+            }
+        }
+        if let Some(missed) = self.probes.unheard() {
+            self.missed(missed, link.birth)?;
+        }
+        if now.duration_since(self.scouted) > self.shared.probe_interval * SCOUT_PROBES
+            && self.is_heard()
+            && self.shared.are_links_proven()
+        {
+            self.scouted = now;
+            self.probes.send(Route::Fresh, &self.shared.scout);
         }
         if now.duration_since(self.refused_retried) > REFUSED_RETRY {
             self.refused_retried = now;
             self.shared.subscriptions.retry_refused();
         }
+        // Where nothing can be proven no message tells that all is well again.
+        self.check_recovery();
         Ok(())
     }
 }
@@ -374,6 +449,9 @@ const ROUND_MESSAGES: u64 = 1000;
 
 /// The same in bytes.
 const ROUND_BYTES: usize = 1024 * 1024;
+
+/// After so many probes one goes over a connection of its own.
+const SCOUT_PROBES: u32 = 10;
 
 /// Denied channels are asked for again this often, since permissions change.
 const REFUSED_RETRY: std::time::Duration = std::time::Duration::from_secs(10);

@@ -3,6 +3,7 @@
 use std::sync::LazyLock;
 
 use bytes::BytesMut;
+use wsproxy_proto::names;
 
 use crate::bus::{
     History, HistoryLimits,
@@ -62,14 +63,15 @@ pub(super) fn spell_publish(
     let (clock, dedup) = (history.clock.as_deref(), history.dedup.as_ref());
     // Only the last ones may be left out.
     let keys = if dedup.is_some() { 3 } else { 1 + usize::from(clock.is_some()) };
-    resp::command(out, 10 + keys);
+    resp::command(out, 11 + keys);
     for word in PUBLISH.call(is_loaded) {
         resp::word(out, word);
     }
     resp::number(out, keys as u64);
     resp::word(out, history.log.as_bytes());
     if keys > 1 {
-        resp::word(out, clock.unwrap_or_default().as_bytes());
+        // An empty key would have a slot of its own.
+        resp::word(out, clock.unwrap_or(&history.log).as_bytes());
     }
     if let Some((key, _)) = dedup {
         resp::word(out, key.as_bytes());
@@ -81,6 +83,13 @@ pub(super) fn spell_publish(
     resp::number(out, milliseconds(ttl));
     resp::word(out, history.event_id.as_deref().unwrap_or_default().as_bytes());
     resp::number(out, dedup.map_or(0, |(_, ttl)| milliseconds(*ttl)));
+    resp::number(out, u64::from(history.unique));
+    debug_assert!(
+        [clock, dedup.map(|(key, _)| &**key)].into_iter().flatten().all(|key| {
+            key.is_empty() || names::slot(key.as_bytes()) == names::slot(history.log.as_bytes())
+        }),
+        "a script must touch one slot"
+    );
 }
 
 /// The largest number that a script can tell from its neighbours.

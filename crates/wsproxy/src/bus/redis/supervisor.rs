@@ -1,6 +1,9 @@
 //! Keeps one link made: connects, waits, connects again, and says so in log and status.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use wsproxy_proto::backoff::Backoff;
@@ -50,19 +53,25 @@ impl Supervisor {
         let attempts = async {
             loop {
                 tokio::time::sleep(self.delay()).await;
+                // Taken before the server's name is looked up: of two links that differ the newer stays.
+                let birth = shared.next_birth();
                 let name = format!("{}-{}", shared.client_name, self.purpose.name());
                 match shared.connector.connect(&name).await {
-                    Ok(link) => break link,
+                    Ok(link) => break (link, birth),
                     Err(fault) => self.failed(&fault),
                 }
             }
         };
-        let link = tokio::select! {
-            link = attempts => link,
+        let (mut link, birth) = tokio::select! {
+            made = attempts => made,
             () = shared.shutdown.cancelled() => return None,
         };
+        link.birth = birth;
         self.up_since = Some(Instant::now());
         shared.counters.connects.add(1);
+        if matches!(self.purpose, Purpose::Command) {
+            shared.command_links.fetch_add(1, Ordering::Release);
+        }
         shared.health.up(self.purpose);
         let address = shared.connector.address();
         tracing::info!(link = self.purpose.name(), %address, "Connected to Redis.");

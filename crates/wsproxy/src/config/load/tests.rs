@@ -94,6 +94,36 @@ fn names_of_older_gateways_work() {
 }
 
 #[test]
+fn removed_keys_say_what_replaced_them() {
+    for result in [
+        load_file("[sessions]\nsse_token = 'once'\n"),
+        load_env([("WSPROXY_SESSIONS__SSE_TOKEN", "reusable")]),
+    ] {
+        let problem = problem(result);
+        assert!(problem.contains("was removed") && problem.contains("\"sse.\""), "{problem}");
+    }
+}
+
+#[test]
+fn secrets_are_as_long_as_the_hash() {
+    let load = |algorithms: &str, bytes: usize| {
+        load_env([
+            ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+            ("SECRET_KEY", &"x".repeat(bytes)),
+            ("ALGORITHM", algorithms),
+        ])
+    };
+    for (algorithms, bytes_min) in
+        [("HS256", 16), ("HS384", 48), ("HS512", 64), ("HS256,HS384", 48), ("HS512,HS256", 64)]
+    {
+        assert!(load(algorithms, bytes_min).is_ok(), "{algorithms}");
+        let problem = problem(load(algorithms, bytes_min - 1));
+        assert!(problem.contains(&format!("at least {bytes_min} bytes")), "{problem}");
+        assert!(problem.starts_with("env SECRET_KEY: jwt.secret_key = \"***\""), "{problem}");
+    }
+}
+
+#[test]
 fn all_problems_are_reported_at_once_with_line_value_and_what_is_allowed() {
     let text = "[server]\nport = 99999\nprot = 1\n[sesions]\n[log]\nformat = 'xml'\n";
     let file = file(text);
@@ -225,6 +255,38 @@ fn secrets_come_from_files_too() {
     let missing = problem(load_env([("REDIS_URL_FILE", "/does/not/exist")]));
     assert!(missing.starts_with("env REDIS_URL_FILE: redis.url: cannot read /does/not/exist"));
     assert!(problem(load_env([("WSPROXY_SERVER__PORT_FILE", "/x")])).contains("unknown variable"));
+}
+
+#[test]
+fn keys_of_the_api_are_tables_of_the_file_or_json() {
+    let tables = "[[api.key]]\nname = 'a'\nsecret = '0123456789abcdef'\nscopes = ['sessions']\n\
+                  [[api.key]]\nname = 'b'\nsecret = 'fedcba9876543210'\nscopes = ['events', 'admin']\n";
+    let inline = "[api]\nkey = [{ name = 'a', secret = '0123456789abcdef', scopes = ['sessions'] },\n\
+                  { name = 'b', secret = 'fedcba9876543210', scopes = ['events', 'admin'] }]";
+    let json = r#"[{"name":"a","secret":"0123456789abcdef","scopes":["sessions"]},
+                   {"name":"b","secret":"fedcba9876543210","scopes":["events","admin"]}]"#;
+    let in_a_file = file(json);
+    let in_a_file = [("WSPROXY_API__KEY_FILE", in_a_file.path().to_str().unwrap())];
+    for loaded in [
+        load_file(tables),
+        load_file(inline),
+        load_env([("WSPROXY_API__KEY", json)]),
+        load_env(in_a_file),
+    ] {
+        let shown = key("api.key").write(&loaded.unwrap().config);
+        assert_eq!(
+            shown,
+            "[{ name = \"a\", secret = \"***\", scopes = [\"sessions\"] }, \
+             { name = \"b\", secret = \"***\", scopes = [\"events\", \"admin\"] }]"
+        );
+    }
+    let text = "[[api.key]]\nname = 'a'\nsecret = '0123456789abcdef'\nscope = ['sessions']";
+    assert_eq!(
+        problem(load_file(text)),
+        ":1: api.key = ***: of key 1, a field is unknown; did you mean scopes?"
+    );
+    let table = "[api.key]\nname = 'a'\nsecret = '0123456789abcdef'\nscopes = ['sessions']";
+    assert!(problem(load_file(table)).starts_with(":1: api.key = ***: must be a list of tables"));
 }
 
 #[test]

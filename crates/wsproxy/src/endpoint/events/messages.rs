@@ -112,7 +112,7 @@ pub enum Verdict {
     Good {
         /// Whom it is about.
         user: String,
-        /// From when on it is no longer good, in unix seconds; `None`: never.
+        /// When it expires, in unix seconds and without the leeway; `None`: never.
         expires_at: Option<u64>,
     },
     /// It is not, or that cannot be known now.
@@ -147,7 +147,7 @@ pub struct Connected<'a> {
     pub user: &'a Id,
     /// Which instance this is.
     pub server_id: &'a str,
-    /// When it expires, in unix seconds.
+    /// When its token expires, in unix seconds and without the leeway.
     pub expires_at: Option<u64>,
     /// Seconds between pings, and of silence after which it is dead.
     pub heartbeat: (f64, f64),

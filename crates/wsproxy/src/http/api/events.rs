@@ -14,9 +14,12 @@ use axum::{
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::{
+    bus::Outcome,
+    config::api_key::Scope,
     gateway::Gateway,
     http::{
         api::{
@@ -163,7 +166,7 @@ struct BatchMessage {
 
 /// Publishes in the given order. Each message has its own result: one that is wrong stops no other.
 async fn batch(
-    _worker: Worker,
+    worker: Worker,
     State(gateway): State<Arc<Gateway>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
@@ -172,29 +175,35 @@ async fn batch(
     if batch.messages.len() > BATCH_MAX {
         return Err(Rejection::bad_request(format!("A batch has at most {BATCH_MAX} messages.")));
     }
+    let is_once = batch.messages.iter().all(|message| message.idempotency_key.is_some());
     let results = upgrade::deadline(&gateway, async {
         let mut waiting = Vec::with_capacity(batch.messages.len());
         for message in batch.messages {
             gateway.bus.publishable().await;
-            waiting.push(enqueue(&gateway, message));
+            waiting.push(enqueue(&gateway, &worker, message));
         }
         let mut results = Vec::with_capacity(waiting.len());
         for outcome in waiting {
             let result = match outcome {
-                Ok(outcome) => publishing::told(outcome.await),
+                Ok((outcome, is_once)) => {
+                    publishing::told(outcome.await).map_err(|rejection| rejection.in_doubt(is_once))
+                }
                 Err(rejection) => Err(rejection),
             };
             results.push(result.unwrap_or_else(|rejection| rejection.body()));
         }
         Ok(results)
     });
-    Ok(Json(json!({ "results": results.await? })).into_response())
+    let results = results.await.map_err(|rejection| rejection.in_doubt(is_once))?;
+    Ok(Json(json!({ "results": results })).into_response())
 }
 
+/// What will become of the message, and whether it may be sent twice.
 fn enqueue(
     gateway: &Gateway,
+    worker: &Worker,
     BatchMessage { to, message, history, idempotency_key }: BatchMessage,
-) -> Result<tokio::sync::oneshot::Receiver<crate::bus::Outcome>, Rejection> {
+) -> Result<(oneshot::Receiver<Outcome>, bool), Rejection> {
     let how = How { history, event_id: None, idempotency_key };
     how.check()?;
     let (channel, payload, keep) = match To::parse(gateway, &to)? {
@@ -208,11 +217,13 @@ fn enqueue(
             (channel, payload, keep)
         }
         To::Session(channel) => {
+            worker.check(Scope::Sessions)?;
             let keep = how.keep(gateway, &channel, false, None);
             (channel, message.to_string().into(), keep)
         }
     };
-    publishing::enqueue(gateway, channel, payload, keep)
+    let is_once = publishing::is_once(&keep);
+    Ok((publishing::enqueue(gateway, channel, payload, keep)?, is_once))
 }
 
 async fn read_history(
@@ -226,7 +237,7 @@ async fn read_history(
     let To::Events(channel) = To::parse(&gateway, channel)? else {
         return Err(Rejection::bad_request("A session's history is at its own path."));
     };
-    history::read(&gateway, &channel, range).await
+    history::read(&gateway, &channel, Some(gateway.names.events_clock()), range).await
 }
 
 async fn presence(
@@ -271,8 +282,8 @@ async fn disconnect(
         }
     };
     check_close(code, reason.as_deref())?;
-    let longest = gateway.config.events.revocation_ttl;
-    let revoke = revoke_seconds.map(|seconds| Duration::from_secs(seconds).min(longest));
+    let revoke =
+        revoke_seconds.map(|seconds| revocation(&gateway, &target, seconds)).transpose()?;
     let told = upgrade::deadline(&gateway, async {
         let registry = registry_of(&gateway)?;
         let told = registry.disconnect(target, code, reason.as_deref(), revoke).await;
@@ -282,4 +293,20 @@ async fn disconnect(
         })
     });
     Ok(Json(json!({ "instances": told.await? })).into_response())
+}
+
+/// How long a revocation is to be remembered. One that would be shorter than what was asked for is refused: the worker
+/// would believe that a token stays out which comes in again.
+fn revocation(gateway: &Gateway, target: &Target, seconds: u64) -> Result<Duration, Rejection> {
+    if matches!(target, Target::Connection(_)) {
+        let message = "revoke_seconds needs a user_id or a jti: a connection has no token to name.";
+        return Err(Rejection::bad_request(message));
+    }
+    let (asked, longest) = (Duration::from_secs(seconds), gateway.config.events.revocation_ttl);
+    if asked.is_zero() || asked > longest {
+        let longest = longest.as_secs();
+        let message = format!("revoke_seconds must be 1 to {longest} ([events] revocation_ttl).");
+        return Err(Rejection::bad_request(message));
+    }
+    Ok(asked)
 }

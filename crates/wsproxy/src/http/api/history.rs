@@ -9,10 +9,7 @@ use axum::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use wsproxy_proto::{
-    history::{After, Entry, Position, rule},
-    names::Names,
-};
+use wsproxy_proto::history::{After, Entry, Lost, Position, rule};
 
 use crate::{
     gateway::Gateway,
@@ -39,6 +36,7 @@ pub(super) struct Range {
 pub(super) async fn read(
     gateway: &Arc<Gateway>,
     channel: &str,
+    clock: Option<String>,
     range: Range,
 ) -> Result<Response, Rejection> {
     let after = After::parse(range.after.as_deref().unwrap_or_default())
@@ -48,27 +46,33 @@ pub(super) async fn read(
         return Err(Rejection::bad_request(format!("limit must be 1 to {LIMIT_MAX}.")));
     }
     let of = SnapshotOf {
-        logs: vec![Names::log(channel).into()],
-        epoch: gateway.names.epoch().into(),
+        logs: vec![gateway.names.log(channel).into()],
+        clock: clock.map(Into::into),
+        head_ttl: None,
         after: Some(after.unwrap_or(After::Position(Position::START))),
         entries_max: limit,
         streams_of: None,
     };
     let (snapshot, _) =
         upgrade::deadline(gateway, async { Ok(gateway.store.snapshot(of).await?) }).await?;
-    let retention = gateway.config.history.limits().retention_ms();
-    let lost = match snapshot.after {
-        Some(after) => rule::resume(after, retention, &snapshot).err(),
-        None => Some(wsproxy_proto::history::Lost::Unknown),
+    let ttl = gateway.config.history.limits().ttl;
+    let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+    let judge = |after| rule::resume(after, ttl_ms, &snapshot);
+    // A log that was never written has lost nothing.
+    let is_empty = snapshot.logs.iter().all(|log| log.head.is_none());
+    let lost = match snapshot.after.position() {
+        Ok(Position::START) if is_empty => None,
+        after => after.and_then(judge).err(),
     };
-    let position = snapshot.position().to_string();
+    // In the form that `after` takes.
+    let position = After::Position(snapshot.position()).to_string();
     let log = snapshot.logs.into_iter().next().unwrap_or_default();
     let events: Vec<Value> = log.entries.iter().map(entry).collect();
     let body = json!({
         "events": events,
         "complete": log.complete,
         "position": position,
-        "history_lost": lost.map(wsproxy_proto::history::Lost::label),
+        "history_lost": lost.map(Lost::label),
     });
     Ok(Json(body).into_response())
 }

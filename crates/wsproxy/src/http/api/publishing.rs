@@ -12,7 +12,7 @@ use http::request::Parts;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use wsproxy_proto::{history::check_event_id, names::Names};
+use wsproxy_proto::history::{check_event_id, envelope};
 
 use crate::{
     bus::{self, History, Keep, Outcome, Publish},
@@ -94,14 +94,15 @@ impl How {
         if !self.history.unwrap_or(by_default || needed) {
             return Keep::Nothing;
         }
-        let log = Names::log(channel);
+        let log = gateway.names.log(channel);
         let once = self.idempotency_key;
-        let once = once.map(|key| (Names::published_once(&log, &key).into(), ONCE_FOR));
+        let once = once.map(|key| (gateway.names.published_once(channel, &key).into(), ONCE_FOR));
         Keep::History(Box::new(History {
             log: log.into(),
             clock: clock.map(Into::into),
-            event_id: self.event_id.filter(|id| !id.is_empty()),
+            event_id: self.event_id,
             dedup: once,
+            unique: false,
             limits: gateway.config.history.limits(),
         }))
     }
@@ -119,12 +120,36 @@ pub(super) async fn publish(
     payload: Bytes,
     keep: Keep,
 ) -> Result<Response, Rejection> {
+    let is_once = is_once(&keep);
+    send(gateway, channel, payload, keep).await.map_err(|rejection| rejection.in_doubt(is_once))
+}
+
+/// The same for a command, which may be given twice.
+pub(super) async fn command(
+    gateway: &Gateway,
+    channel: String,
+    payload: Bytes,
+) -> Result<Response, Rejection> {
+    send(gateway, channel, payload, Keep::Nothing).await
+}
+
+async fn send(
+    gateway: &Gateway,
+    channel: String,
+    payload: Bytes,
+    keep: Keep,
+) -> Result<Response, Rejection> {
     let answer = upgrade::deadline(gateway, async {
         gateway.bus.publishable().await;
         let outcome = enqueue(gateway, channel, payload, keep)?;
         told(outcome.await)
     });
     Ok(Json(answer.await?).into_response())
+}
+
+/// Whether a message that is published twice arrives once.
+pub(super) fn is_once(keep: &Keep) -> bool {
+    matches!(keep, Keep::History(history) if history.dedup.is_some())
 }
 
 /// Puts a message into the queue of the bus.
@@ -134,6 +159,11 @@ pub(super) fn enqueue(
     payload: Bytes,
     keep: Keep,
 ) -> Result<oneshot::Receiver<Outcome>, Rejection> {
+    if keep == Keep::Nothing && envelope::is_reserved(&payload) {
+        return Err(Rejection::bad_request(
+            "A message must not begin with the bytes FF, H and a digit.",
+        ));
+    }
     let (receipt, outcome) = bus::awaited();
     let channel = channel.into();
     gateway.hub.publish(Publish { channel, payload, keep, receipt: Some(receipt) })?;
@@ -151,6 +181,7 @@ pub(super) fn told(
             let event_id = id.to_string();
             Ok(json!({ "receivers": receivers, "event_id": event_id, "duplicate": duplicate }))
         }
+        Ok(Outcome::Refused(refusal)) => Err(Rejection::not_done(refusal)),
         Ok(Outcome::Lost) | Err(_) => {
             Err(Rejection::bus_unavailable("The bus was lost; the message may not have arrived."))
         }

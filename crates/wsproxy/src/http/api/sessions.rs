@@ -12,22 +12,23 @@ use axum::{
     routing::{get, post},
 };
 use bytes::Bytes;
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
+use wsproxy_proto::names::Id;
 
 use crate::{
-    auth,
-    bus::Keep,
+    auth::session::{self, Scope},
     gateway::Gateway,
     http::{
         Body,
+        announcements::{self, Start},
         api::{
             PathId, Worker, check_close,
             history::{self, Range},
             optional_json,
-            publishing::{How, publish},
+            publishing::{self, How, publish},
             read,
         },
         follow,
@@ -55,13 +56,19 @@ pub(super) fn router() -> Router<Arc<Gateway>> {
         .route("/api/v1/sessions/{session_id}/streams/{stream_id}", post(change_stream))
         .route("/api/v1/sessions/{session_id}/close", post(close_session))
         .route("/api/v1/sessions/{session_id}/upstream", get(follow_upstream))
-        .route("/api/v1/agents/{agent_id}/sessions/events", get(follow_sessions))
+        .route("/api/v1/sessions/events", get(follow_sessions))
+        .route("/api/v1/agents/{agent_id}/sessions/events", get(follow_sessions_of))
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TokenRequest {
     ttl_seconds: Option<u64>,
+    /// Event streams until it expires, rather than one connection.
+    #[serde(default)]
+    event_stream: bool,
+    /// Only the path of this agent.
+    agent_id: Option<String>,
 }
 
 async fn create_token(
@@ -80,10 +87,11 @@ async fn create_token(
             )));
         }
     };
+    let agent = request.agent_id.map(|agent| upgrade::id("agent_id", &agent)).transpose()?;
+    let scope = Scope { agent, event_stream: request.event_stream };
     let key = gateway.names.session_auth(&session);
-    let token =
-        upgrade::deadline(&gateway, async { Ok(auth::issue(&gateway.store, &key, ttl).await?) })
-            .await?;
+    let issued = async { Ok(session::issue(&gateway.store, &key, ttl, &scope).await?) };
+    let token = upgrade::deadline(&gateway, issued).await?;
     let body =
         json!({ "session_id": session.as_str(), "token": token, "expires_in": ttl.as_secs() });
     Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response())
@@ -112,7 +120,7 @@ async fn read_history(
     if range.channel.is_some() {
         return Err(Rejection::bad_request("A session has one channel."));
     }
-    history::read(&gateway, &gateway.names.session_down(&session), range).await
+    history::read(&gateway, &gateway.names.session_down(&session), None, range).await
 }
 
 /// What a worker does with a token stream.
@@ -148,11 +156,12 @@ async fn change_stream(
             StreamOp::End { outcome, error: json_bytes(error) }
         }
     };
+    let is_once = !matches!(op, StreamOp::Append { seq: None, .. });
     let command = StreamCommand { session, stream, op, limits: gateway.config.history.limits() };
     let changed = upgrade::deadline(&gateway, async {
         gateway.store.stream(command).await.map_err(stream_rejection)
     });
-    let (seq, id) = changed.await?;
+    let (seq, id) = changed.await.map_err(|rejection| rejection.in_doubt(is_once))?;
     Ok(Json(json!({ "seq": seq, "event_id": id.to_string() })).into_response())
 }
 
@@ -206,7 +215,7 @@ async fn close_session(
         "connection_id": request.connection_id,
     });
     let channel = gateway.names.session_control(&session);
-    publish(&gateway, channel, command.to_string().into(), Keep::Nothing).await
+    publishing::command(&gateway, channel, command.to_string().into()).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -223,14 +232,48 @@ async fn follow_upstream(
     query: Result<Query<FollowQuery>, QueryRejection>,
 ) -> Result<http::Response<Body>, Rejection> {
     let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
-    let log = query.log.then(|| gateway.names.session_up_log(&session));
-    follow::follow(&gateway, gateway.names.session_up(&session), log).await
+    let names = &gateway.names;
+    // For one version messages may stand under the earlier name too; these are older.
+    let logs = [names.session_up_log_before(&session), names.session_up_log(&session)];
+    let logs = logs.into_iter().filter(|_| query.log).collect();
+    follow::follow(&gateway, names.session_up(&session), logs).await
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionsQuery {
+    agent: Option<String>,
+    after: Option<String>,
+    #[serde(default)]
+    log: bool,
 }
 
 async fn follow_sessions(
     _worker: Worker,
     State(gateway): State<Arc<Gateway>>,
-    PathId(agent): PathId,
+    headers: HeaderMap,
+    query: Result<Query<SessionsQuery>, QueryRejection>,
 ) -> Result<http::Response<Body>, Rejection> {
-    follow::follow(&gateway, gateway.names.agent_sessions(&agent), None).await
+    let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    let agent = query.agent.as_deref();
+    let agent = agent.ok_or_else(|| Rejection::bad_request("agent is missing."))?;
+    let agent = Id::parse(agent).map_err(|error| Rejection::bad_id(format!("agent {error}.")))?;
+    let start = Start::read(&headers, query.after.as_deref(), query.log)?;
+    announcements::follow(&gateway, &agent, start).await
+}
+
+/// The same at an older path.
+async fn follow_sessions_of(
+    _worker: Worker,
+    State(gateway): State<Arc<Gateway>>,
+    PathId(agent): PathId,
+    headers: HeaderMap,
+    query: Result<Query<SessionsQuery>, QueryRejection>,
+) -> Result<http::Response<Body>, Rejection> {
+    let Query(query) = query.map_err(|error| Rejection::bad_request(error.body_text()))?;
+    if query.agent.is_some() {
+        return Err(Rejection::bad_request("The agent stands in the path."));
+    }
+    let start = Start::read(&headers, query.after.as_deref(), query.log)?;
+    announcements::follow(&gateway, &agent, start).await
 }

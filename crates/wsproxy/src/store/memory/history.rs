@@ -1,33 +1,58 @@
-//! Histories in the embedded store: the same bounds, links and answers as the scripts on Redis give.
+//! Histories in the embedded store: the same bounds, positions and answers as the scripts on Redis give.
 
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
-use wsproxy_proto::history::{After, Entry, Log, Position, Snapshot};
+use hashbrown::HashMap;
+use tokio::time::Instant;
+use wsproxy_proto::{
+    history::{After, Entry, Log, Position, Resolved, Snapshot},
+    names::Names,
+};
 
 use crate::{
     bus::{History, HistoryLimits},
     store::{
-        PAGE_BYTES_MAX, SCAN_MAX, STREAMS_BYTES_MAX, SnapshotOf, StoreError, StreamState,
-        memory::{BYTES_MAX, ENTRY_BYTES, Held, MemoryStore, State, Value, expiry, wrong_kind},
+        PAGE_BYTES_MAX, STREAMS_BYTES_MAX, SnapshotOf, StoreError, StreamState,
+        memory::{ENTRY_BYTES, Held, MemoryStore, State, Value, expiry, wrong_kind},
     },
 };
 
-/// The log of a channel.
-#[derive(Default)]
+/// The log of a channel. It outlives its entries, as the head of a log on Redis does.
 pub(super) struct HistoryLog {
     entries: VecDeque<Entry>,
+    /// The last entry of its life, held or not, or where its life began.
+    head: Position,
+    /// Whether the first entry that is held is the first of its life, or there was none.
+    is_from_start: bool,
+    /// The entries live until then, and what is known without them.
+    until: Instant,
+    head_until: Instant,
     /// Of data alone.
     bytes: u64,
     /// What all entries take up, roughly.
     weight: usize,
 }
 
+/// Positions of the event ids that workers gave; `None` where several messages have one.
+///
+/// Two generations hold at least the last so many as one may.
+#[derive(Default)]
+pub(super) struct Index {
+    new: HashMap<Box<str>, Option<Position>>,
+    old: HashMap<Box<str>, Option<Position>>,
+}
+
 /// What became of a message that was appended.
 pub(crate) struct Appended {
-    /// Its id.
+    /// Its position.
     pub(crate) id: Position,
-    /// The id before it; `None`: it was there already, and nothing has happened.
+    /// The position before it; `None`: it was there already, and nothing has happened.
     pub(crate) prev: Option<Position>,
 }
 
@@ -50,9 +75,24 @@ impl MemoryStore {
             }
         }
         let event_id = history.event_id.as_deref();
+        let ids = index_of(&history.log);
+        if let (true, Some(event_id)) = (history.unique, event_id) {
+            state.purge();
+            if let Some(known) = state.find(&ids, event_id)? {
+                return Ok(Appended { id: known.unwrap_or_default(), prev: None });
+            }
+        }
+        let wants_ack = memchr::memmem::find(&data, br#""ack""#).is_some();
         let (id, prev) = state.append(&history.log, event_id, data, history.limits)?;
         if let Some((key, ttl)) = &history.dedup {
             state.save(key, id.to_string().as_bytes(), *ttl)?;
+        }
+        let is_private = is_private(&history.log);
+        let ids_max = if is_private { PRIVATE_IDS_MAX } else { history.limits.entries_max };
+        if let Some(event_id) = event_id {
+            state.remember(&ids, event_id, id, ids_max, history.limits.ttl)?;
+        } else if is_private && wants_ack {
+            state.remember(&ids, &id.to_string(), id, ids_max, history.limits.ttl)?;
         }
         Ok(Appended { id, prev: Some(prev) })
     }
@@ -63,21 +103,45 @@ impl MemoryStore {
     ) -> Result<(Snapshot, Vec<StreamState>), StoreError> {
         let mut state = self.state.lock();
         state.purge();
-        let held = of.logs.iter().map(|key| state.history(key)).collect::<Result<Vec<_>, _>>()?;
-        let after = match &of.after {
-            None => None,
-            Some(After::Position(after)) => Some(*after),
-            Some(After::Event(id)) => held.iter().flatten().filter_map(|log| log.find(id)).max(),
+        let (after, known) = state.resolve(of)?;
+        let position = match after {
+            Resolved::At(position) => Some(position),
+            Resolved::Nothing | Resolved::Ambiguous => None,
         };
-        let nothing = || Log { complete: true, ..Log::default() };
-        let read = |log: &HistoryLog| log.read(after, of.entries_max);
-        let logs = held.into_iter().map(|log| log.map_or_else(nothing, read)).collect();
-        let now_ms = state.now_ms();
+        let mut logs = Vec::with_capacity(of.logs.len());
+        for key in &of.logs {
+            let is_private = is_private(key);
+            let head_ttl = of.head_ttl.filter(|_| !is_private);
+            let is_new = match head_ttl {
+                Some(ttl) => state.make_head(key, ttl)?,
+                None => false,
+            };
+            let log = state.history(key)?;
+            let read = log.map(|log| log.read(position, of.entries_max));
+            let nothing = || Log { complete: true, is_from_start: true, ..Log::default() };
+            logs.push(Log { is_new, is_private, ..read.unwrap_or_else(nothing) });
+        }
         let streams = match &of.streams_of {
             None => Vec::new(),
             Some(session) => state.streams(&self.names, session, STREAMS_BYTES_MAX)?,
         };
-        Ok((Snapshot { now_ms, epoch_ms: state.epoch_ms, after, logs }, streams))
+        let moment = state.last_position.id();
+        Ok((Snapshot { now_ms: state.now_ms(), moment, after, known, logs }, streams))
+    }
+
+    pub(in crate::store) fn keep_heads(&self, logs: &[Arc<str>], ttl: Duration) -> Vec<bool> {
+        let mut state = self.state.lock();
+        let now = state.purge();
+        let expires = expiry(now, ttl);
+        let mut keep = |log: &Arc<str>| match state.remove(log) {
+            Some((key, mut held)) => {
+                held.prolong(expires);
+                state.insert(key, held);
+                true
+            }
+            None => false,
+        };
+        logs.iter().map(&mut keep).collect()
     }
 }
 
@@ -90,7 +154,93 @@ impl State {
         }
     }
 
-    /// Appends to a log; answers the id and the one before it.
+    fn find(&self, ids: &str, event_id: &str) -> Result<Option<Option<Position>>, StoreError> {
+        match self.held(ids) {
+            None => Ok(None),
+            Some(Value::Ids(index)) => Ok(index.find(event_id)),
+            Some(_) => Err(wrong_kind()),
+        }
+    }
+
+    /// The position behind which a client continues, and whether it is of a message to one connection.
+    fn resolve(&self, of: &SnapshotOf) -> Result<(Resolved, bool), StoreError> {
+        let private = of
+            .clock
+            .as_ref()
+            .map(|clock| format!("{}connection:ids", clock.strip_suffix("clock").unwrap_or(clock)));
+        let find_private = |text: &str| match &private {
+            Some(ids) => self.find(ids, text),
+            None => Ok(None),
+        };
+        match &of.after {
+            None => Ok((Resolved::Nothing, false)),
+            Some(After::Position(after)) => {
+                let known = find_private(&after.to_string())?.is_some();
+                Ok((Resolved::At(*after), known))
+            }
+            Some(After::Event(event_id)) => {
+                let mut found = Vec::new();
+                for log in &of.logs {
+                    found.extend(self.find(&Names::beside(log, "ids"), event_id)?);
+                }
+                let private = find_private(event_id)?;
+                found.extend(private);
+                let resolved = match found[..] {
+                    [] => Resolved::Nothing,
+                    [Some(position)] => Resolved::At(position),
+                    _ => Resolved::Ambiguous,
+                };
+                Ok((resolved, private.is_some()))
+            }
+        }
+    }
+
+    fn remember(
+        &mut self,
+        ids: &str,
+        event_id: &str,
+        position: Position,
+        ids_max: u64,
+        ttl: Duration,
+    ) -> Result<(), StoreError> {
+        if !matches!(self.held(ids), None | Some(Value::Ids(_))) {
+            return Err(wrong_kind());
+        }
+        let now = Instant::now();
+        let (key, mut held) = self.remove(ids).unwrap_or_else(|| {
+            let value = Value::Ids(Box::default());
+            (ids.into(), Held { value, bytes: 0, expires: now })
+        });
+        if let Value::Ids(index) = &mut held.value {
+            index.remember(event_id, position, ids_max);
+            held.bytes = key.len() + ENTRY_BYTES * (1 + index.new.len() + index.old.len());
+        }
+        held.expires = expiry(now, ttl);
+        self.insert(key, held);
+        Ok(())
+    }
+
+    /// Gives a log of which nothing is known a head; says whether there was none.
+    fn make_head(&mut self, key: &str, ttl: Duration) -> Result<bool, StoreError> {
+        let now = Instant::now();
+        if self.history(key)?.is_some() {
+            if let Some((key, mut held)) = self.remove(key) {
+                held.prolong(expiry(now, ttl));
+                self.insert(key, held);
+            }
+            return Ok(false);
+        }
+        let head = Position { milliseconds: 1, sequence: 0, tag: self.next_tag() };
+        let bytes = key.len() + ENTRY_BYTES;
+        self.check_log_room(bytes)?;
+        let value = Value::History(HistoryLog::new(head, now));
+        let mut held = Held { value, bytes, expires: now };
+        held.prolong(expiry(now, ttl));
+        self.insert(key.into(), held);
+        Ok(true)
+    }
+
+    /// Appends to a log; answers the position and the one before it.
     pub(super) fn append(
         &mut self,
         key: &str,
@@ -100,29 +250,72 @@ impl State {
     ) -> Result<(Position, Position), StoreError> {
         let now = self.purge();
         self.history(key)?;
-        if self.bytes + key.len() + data.len() + 2 * ENTRY_BYTES > BYTES_MAX {
-            return Err(StoreError::Full);
-        }
-        let id = self.next_position();
+        self.check_log_room(key.len() + data.len() + 2 * ENTRY_BYTES)?;
+        let (milliseconds, sequence) = self.next_id();
+        let id = Position { milliseconds, sequence, tag: self.next_tag() };
         let (key, mut held) = self.remove(key).unwrap_or_else(|| {
-            let value = Value::History(HistoryLog::default());
+            let value = Value::History(HistoryLog::new(Position::START, now));
             (key.into(), Held { value, bytes: 0, expires: now })
         });
         let mut prev = Position::START;
         if let Value::History(log) = &mut held.value {
-            prev = log.entries.back().map_or(Position::START, |entry| entry.id);
+            prev = log.head;
             log.push(Entry { id, prev, event_id: event_id.map(Into::into), data }, limits);
+            log.until = expiry(now, limits.ttl);
             held.bytes = key.len() + ENTRY_BYTES + log.weight;
         }
-        held.expires = expiry(now, limits.ttl);
+        held.prolong(expiry(now, limits.head_ttl()));
         self.insert(key, held);
         Ok((id, prev))
+    }
+
+    fn next_tag(&mut self) -> u32 {
+        self.tags += 1;
+        // The upper half of a keyed hash: no other run of this process has the same.
+        (self.hasher.hash_one(self.tags) >> 32) as u32
+    }
+}
+
+impl Held {
+    /// A log without entries lives as long as its head, one with entries expires with these first.
+    fn prolong(&mut self, head_until: Instant) {
+        if let Value::History(log) = &mut self.value {
+            log.head_until = log.head_until.max(head_until);
+            self.expires = if log.entries.is_empty() { log.head_until } else { log.until };
+        }
+    }
+}
+
+impl Index {
+    fn find(&self, event_id: &str) -> Option<Option<Position>> {
+        self.new.get(event_id).or_else(|| self.old.get(event_id)).copied()
+    }
+
+    fn remember(&mut self, event_id: &str, position: Position, ids_max: u64) {
+        let is_used = self.find(event_id).is_some();
+        self.new.insert(event_id.into(), (!is_used).then_some(position));
+        if self.new.len() as u64 >= ids_max {
+            self.old = std::mem::take(&mut self.new);
+        }
     }
 }
 
 impl HistoryLog {
+    fn new(head: Position, now: Instant) -> Self {
+        let (entries, until, head_until) = (VecDeque::new(), now, now);
+        Self { entries, head, is_from_start: true, until, head_until, bytes: 0, weight: 0 }
+    }
+
+    /// Forgets the entries. Answers what the head weighs and until when it lives, if it does.
+    pub(super) fn expire(&mut self, now: Instant) -> Option<(usize, Instant)> {
+        self.is_from_start &= self.entries.is_empty();
+        self.entries = VecDeque::new();
+        (self.bytes, self.weight) = (0, 0);
+        (now < self.head_until).then_some((ENTRY_BYTES, self.head_until))
+    }
+
     fn push(&mut self, entry: Entry, limits: HistoryLimits) {
-        let bytes = entry.data.len() as u64;
+        let bytes = entry.data.len() as u64 + 1;
         let ttl_ms = u64::try_from(limits.ttl.as_millis()).unwrap_or(u64::MAX);
         let oldest_ms = entry.id.milliseconds.saturating_sub(ttl_ms);
         while let Some(first) = self.entries.front()
@@ -130,31 +323,28 @@ impl HistoryLog {
                 || self.bytes + bytes > limits.bytes_max
                 || first.id.milliseconds < oldest_ms)
         {
-            self.bytes -= first.data.len() as u64;
+            self.bytes -= first.data.len() as u64 + 1;
             self.weight -= weight(first);
             self.entries.pop_front();
+            self.is_from_start = false;
         }
         self.bytes += bytes;
         self.weight += weight(&entry);
+        self.head = entry.id;
         self.entries.push_back(entry);
-    }
-
-    fn find(&self, event_id: &str) -> Option<Position> {
-        let entries = self.entries.iter().rev().take(SCAN_MAX);
-        let mut found = entries.filter(|entry| entry.event_id.as_deref() == Some(event_id));
-        Some(found.next()?.id)
     }
 
     fn read(&self, after: Option<Position>, entries_max: usize) -> Log {
         let mut log = Log {
-            last: self.entries.back().map(|entry| entry.id),
-            first: self.entries.front().map(|entry| (entry.id, entry.prev)),
-            entries: Vec::new(),
+            head: Some(self.head),
+            is_from_start: self.is_from_start,
             complete: true,
+            ..Log::default()
         };
         let Some(after) = after else { return log };
         let mut bytes = 0;
-        for entry in self.entries.range(self.entries.partition_point(|entry| entry.id <= after)..) {
+        let from = self.entries.partition_point(|entry| !after.is_before(entry.id));
+        for entry in self.entries.range(from..) {
             bytes += entry.data.len();
             let is_over = log.entries.len() >= entries_max || bytes > PAGE_BYTES_MAX;
             if is_over && !log.entries.is_empty() {
@@ -167,6 +357,26 @@ impl HistoryLog {
     }
 }
 
+/// The index of the event ids of a log. Logs of single connections share one: a client comes back with another
+/// connection.
+fn index_of(log: &str) -> String {
+    match log.split_once("}:connection:") {
+        Some((begin, _)) => format!("{begin}}}:connection:ids"),
+        None => Names::beside(log, "ids"),
+    }
+}
+
+/// Nobody who comes back has the log of a connection again.
+fn is_private(log: &str) -> bool {
+    log.contains("}:connection:")
+}
+
 fn weight(entry: &Entry) -> usize {
     entry.data.len() + entry.event_id.as_ref().map_or(0, |id| id.len()) + ENTRY_BYTES
 }
+
+/// So many event ids of messages to single connections are known.
+const PRIVATE_IDS_MAX: u64 = 50_000;
+
+/// Gives tags.
+pub(super) type Hasher = RandomState;

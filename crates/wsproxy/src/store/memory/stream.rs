@@ -13,7 +13,7 @@ use crate::{
     bus::{HistoryLimits, memory::Request, queue::Back},
     store::{
         StoreError, StreamCommand, StreamOp, StreamState,
-        memory::{BYTES_MAX, ENTRY_BYTES, Held, MemoryStore, State, Value, expiry, wrong_kind},
+        memory::{ENTRY_BYTES, Held, MemoryStore, State, Value, expiry, wrong_kind},
     },
 };
 
@@ -65,7 +65,7 @@ impl MemoryStore {
             names,
             session,
             limits: *limits,
-            log: Names::log(&names.session_down(session)),
+            log: names.log(&names.session_down(session)),
             messages: Vec::new(),
         };
         let answer = match op {
@@ -177,7 +177,9 @@ impl Change<'_> {
     }
 
     fn append(&mut self, id: &Id, text: &Bytes, seq: Option<u64>, lease: Duration) -> Answer {
-        let bytes_free = BYTES_MAX.saturating_sub(self.state.bytes);
+        let limits = self.state.limits;
+        let bytes_free = (limits.bytes.saturating_sub(self.state.bytes))
+            .min(limits.log_bytes.saturating_sub(self.state.log_bytes));
         let held = self.held(id)?;
         let last = held.seq;
         if last > 0 && seq == Some(last) && held.text.ends_with(text) {
@@ -398,6 +400,10 @@ mod tests {
             let lost = store.change(&command(stream.as_str(), StreamOp::Lost));
             assert!(matches!(lost, Err(StoreError::Refused(why)) if why.starts_with("NOSTREAM")));
         }
+        // What came last is known for a while.
+        assert_eq!(store.state.lock().entries.len(), 1);
+        tokio::time::advance(Duration::from_secs(4100)).await;
+        store.state.lock().purge();
         let state = store.state.lock();
         assert_eq!((state.bytes, state.entries.len(), state.leases.len()), (0, 0, 0));
         assert!(state.by_expiry.is_empty());
@@ -425,6 +431,6 @@ mod tests {
             (streams[0].seq, streams[0].text.len()),
             (accepted, accepted as usize * 100_000)
         );
-        assert!(state.bytes <= BYTES_MAX);
+        assert!(state.bytes <= state.limits.bytes);
     }
 }

@@ -1,10 +1,11 @@
 //! Histories and token streams on Redis: what is asked of the scripts, and what their answers say.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 use wsproxy_proto::{
-    history::{After, Entry, Log, Position, Snapshot},
+    history::{After, Entry, Log, Position, Resolved, Snapshot},
     names::{Id, Names},
 };
 
@@ -15,8 +16,8 @@ use crate::{
         script::{self, EXACT_MAX},
     },
     store::{
-        PAGE_BYTES_MAX, SCAN_MAX, STREAMS_BYTES_MAX, SnapshotOf, StoreError, StreamCommand,
-        StreamOp, StreamState,
+        PAGE_BYTES_MAX, STREAMS_BYTES_MAX, SnapshotOf, StoreError, StreamCommand, StreamOp,
+        StreamState,
         redis::{RedisStore, odd_reply},
     },
 };
@@ -27,9 +28,9 @@ impl RedisStore {
         of: &SnapshotOf,
     ) -> Result<(Snapshot, Vec<StreamState>), StoreError> {
         let mut words = Words::default();
-        words.number(of.logs.len() as u64 + 1);
-        of.logs.iter().for_each(|log| words.text(log));
-        words.text(&of.epoch);
+        words.number((of.logs.len() + usize::from(of.clock.is_some())) as u64);
+        of.logs.iter().chain(&of.clock).for_each(|key| words.text(key));
+        words.number(of.logs.len() as u64);
         match &of.after {
             None => words.texts(&["", ""]),
             Some(After::Position(after)) => words.texts(&[&reachable(*after).to_string(), ""]),
@@ -37,33 +38,60 @@ impl RedisStore {
         }
         words.number((of.entries_max as u64).clamp(1, EXACT_MAX));
         words.number(PAGE_BYTES_MAX as u64);
-        words.number(SCAN_MAX as u64);
-        if let Some(session) = &of.streams_of {
-            let names = self.0.names();
-            words.text(&names.session_streams(session));
-            words.text(&names.stream_prefix(session));
-            words.number(STREAMS_BYTES_MAX as u64);
-        }
+        let head_ms = of.head_ttl.map(|ttl| milliseconds(ttl).to_string());
+        words.text(head_ms.as_deref().unwrap_or_default());
+        let streams_bytes = of.streams_of.is_some().then(|| STREAMS_BYTES_MAX.to_string());
+        words.text(streams_bytes.as_deref().unwrap_or_default());
         let reply = self.0.run(&script::READ, &words.slices()).await?;
-        snapshot(reply).ok_or_else(odd_reply)
+        snapshot(reply, of).ok_or_else(odd_reply)
     }
 
     pub(in crate::store) async fn stream(
         &self,
         command: &StreamCommand,
     ) -> Result<(u64, Position), StoreError> {
+        let StreamCommand { session, stream, op, .. } = command;
+        let member = format!("{session}/{stream}");
+        let lease = op.lease().unwrap_or(Duration::ZERO);
+        // Leases have another slot. One that is noted too early is looked at in vain, once.
+        if matches!(op, StreamOp::Open { .. } | StreamOp::Renew { .. }) {
+            self.note_lease(&member, lease).await?;
+        }
+        let done = self.0.run(&script::STREAM, &self.stream_words(command).slices()).await;
+        let ended = matches!(op, StreamOp::End { .. } | StreamOp::Lost);
+        match &done {
+            Ok(_) if ended => self.forget_lease(member.as_bytes()).await?,
+            // Its worker has renewed the lease, which only the stream itself knows.
+            Err(StoreError::Refused(why)) if why.starts_with("ALIVE ") => {
+                let leases = self.0.names().stream_leases();
+                let ends = why.trim_start_matches("ALIVE ").as_bytes();
+                let words = [b"ZADD", leases.as_bytes(), b"XX", ends, member.as_bytes()];
+                self.0.command(&words).await?;
+            }
+            _ => {}
+        }
+        let Reply::Array(answer) = done? else { return Err(odd_reply()) };
+        match &answer[..] {
+            [Reply::Integer(seq), Reply::Text(id)] => {
+                let position = Position::parse(id).ok_or_else(odd_reply)?;
+                Ok((seq.unsigned_abs(), position))
+            }
+            _ => Err(odd_reply()),
+        }
+    }
+
+    fn stream_words(&self, command: &StreamCommand) -> Words {
         let names = self.0.names();
         let StreamCommand { session, stream, op, limits } = command;
         let channel = names.session_down(session);
         let mut words = Words::default();
-        words.number(5);
-        words.text(&Names::log(&channel));
+        words.number(4);
+        words.text(&names.log(&channel));
         words.text(&names.stream(session, stream, ""));
         words.text(&names.stream(session, stream, ":text"));
         words.text(&names.session_streams(session));
-        words.text(&names.stream_leases());
         words.text(op.name());
-        words.texts(&[&channel, session.as_str(), stream.as_str()]);
+        words.texts(&[&channel, stream.as_str()]);
         words.number(limits.entries_max.clamp(1, EXACT_MAX));
         words.number(limits.bytes_max.min(EXACT_MAX));
         words.number(milliseconds(limits.ttl));
@@ -80,16 +108,41 @@ impl RedisStore {
             }
             StreamOp::Renew { .. } | StreamOp::Lost => {}
         }
-        let Reply::Array(answer) = self.0.run(&script::STREAM, &words.slices()).await? else {
-            return Err(odd_reply());
-        };
-        match &answer[..] {
-            [Reply::Integer(seq), Reply::Text(id)] => {
-                let position = Position::parse(id).ok_or_else(odd_reply)?;
-                Ok((seq.unsigned_abs(), position))
+        words
+    }
+
+    async fn note_lease(&self, member: &str, lease: Duration) -> Result<(), StoreError> {
+        let leases = self.0.names().stream_leases();
+        let lease = milliseconds(lease).to_string();
+        let words: [&[u8]; 6] = [
+            b"EVAL",
+            NOTE_LEASE.as_bytes(),
+            b"1",
+            leases.as_bytes(),
+            lease.as_bytes(),
+            member.as_bytes(),
+        ];
+        self.0.command(&words).await.map(drop)
+    }
+
+    pub(in crate::store) async fn keep_heads(
+        &self,
+        logs: &[Arc<str>],
+        ttl: Duration,
+    ) -> Result<Vec<bool>, StoreError> {
+        let ttl = milliseconds(ttl).to_string();
+        let mut kept = Vec::with_capacity(logs.len());
+        for logs in logs.chunks(KEPT_AT_ONCE) {
+            let keep = async |log: &Arc<str>| {
+                let head = Names::beside(log, "head");
+                let words: [&[u8]; 3] = [b"PEXPIRE", head.as_bytes(), ttl.as_bytes()];
+                self.0.command(&words).await
+            };
+            for reply in try_join_all(logs.iter().map(keep)).await? {
+                kept.push(reply == Reply::Integer(1));
             }
-            _ => Err(odd_reply()),
         }
+        Ok(kept)
     }
 
     pub(in crate::store) async fn lapsed_streams(
@@ -110,8 +163,9 @@ impl RedisStore {
             let Reply::Text(member) = member else { continue };
             match parse(member) {
                 Some(stream) => lapsed.push(stream),
-                // Nobody of ours put it there, and enough of them would hide those that are.
-                None => self.forget_lease(member).await?,
+                // Nobody of ours put it there, and enough of them would hide those that are. A Redis that
+                // refuses to remove it now must not hide the others either.
+                None => drop(self.forget_lease(member).await),
             }
         }
         Ok(lapsed)
@@ -158,18 +212,28 @@ fn reachable(after: Position) -> Position {
     }
 }
 
-fn snapshot(reply: Reply) -> Option<(Snapshot, Vec<StreamState>)> {
-    let [now, epoch, after, logs, streams] = parts(reply)?;
-    let logs = array(logs)?.into_iter().map(log).collect::<Option<_>>()?;
+fn snapshot(reply: Reply, of: &SnapshotOf) -> Option<(Snapshot, Vec<StreamState>)> {
+    let [now, moment, after, known, logs, streams] = parts(reply)?;
+    let logs = array(logs)?.into_iter().map(log).collect::<Option<Vec<_>>>()?;
     let streams = array(streams)?.into_iter().map(stream).collect::<Option<_>>()?;
-    let after = Position::parse(&text(after)?);
-    Some((Snapshot { now_ms: integer(now)?, epoch_ms: integer(epoch)?, after, logs }, streams))
+    let after = match &text(after)?[..] {
+        b"" => Resolved::Nothing,
+        b"?" => Resolved::Ambiguous,
+        position => Resolved::At(Position::parse(position)?),
+    };
+    // A clock that has not begun gives no moment; then there is no entry either.
+    let moment = match &text(moment)?[..] {
+        b"" => (u64::MAX, u64::MAX),
+        moment => Position::parse_id(moment)?,
+    };
+    let (now_ms, known) = (integer(now)?, integer(known)? != 0);
+    (logs.len() == of.logs.len())
+        .then_some((Snapshot { now_ms, moment, after, known, logs }, streams))
 }
 
 fn log(reply: Reply) -> Option<Log> {
-    let [last, first, first_prev, complete, entries] = parts(reply)?;
-    let (last, first) = (Position::parse(&text(last)?), Position::parse(&text(first)?));
-    let first_prev = position_or_broken(&text(first_prev)?);
+    let [head, is_new, is_from_start, is_private, complete, entries] = parts(reply)?;
+    let head = Position::parse(&text(head)?);
     let mut words = array(entries)?.into_iter();
     let mut entries = Vec::with_capacity(words.len() / 4);
     while let Some(id) = words.next() {
@@ -178,13 +242,22 @@ fn log(reply: Reply) -> Option<Log> {
         let event_id = (!event_id.is_empty()).then(|| String::from_utf8_lossy(&event_id).into());
         entries.push(Entry { id, prev: position_or_broken(&prev), event_id, data });
     }
-    let first = first.map(|first| (first, first_prev));
-    Some(Log { last, first, entries, complete: integer(complete)? != 0 })
+    let [is_new, is_from_start, is_private, complete] =
+        [is_new, is_from_start, is_private, complete].map(integer);
+    Some(Log {
+        head,
+        is_new: is_new? != 0,
+        is_from_start: is_from_start? != 0,
+        is_private: is_private? != 0,
+        entries,
+        complete: complete? != 0,
+    })
 }
 
 /// An entry that was not written by the scripts follows nothing that could be known.
 fn position_or_broken(prev: &[u8]) -> Position {
-    Position::parse(prev).unwrap_or(Position { milliseconds: u64::MAX, sequence: u64::MAX })
+    let broken = Position { milliseconds: u64::MAX, sequence: u64::MAX, tag: u32::MAX };
+    Position::parse(prev).unwrap_or(broken)
 }
 
 fn stream(reply: Reply) -> Option<StreamState> {
@@ -215,6 +288,14 @@ fn text(reply: Reply) -> Option<Bytes> {
 fn integer(reply: Reply) -> Option<u64> {
     if let Reply::Integer(number) = reply { u64::try_from(number).ok() } else { None }
 }
+
+/// So many heads are kept at a time.
+const KEPT_AT_ONCE: usize = 256;
+
+/// Notes when a lease ends by the clock of the server.
+const NOTE_LEASE: &str = "\
+local t=redis.call('TIME') \
+return redis.call('ZADD',KEYS[1],t[1]*1000+math.floor(t[2]/1000)+ARGV[1],ARGV[2])";
 
 /// Leases that have run out by the clock of the server.
 const LAPSED: &str = "\

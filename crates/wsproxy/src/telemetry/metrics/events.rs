@@ -36,11 +36,12 @@ pub(super) fn encode(scrape: &mut Scrape<'_, '_>) -> fmt::Result {
     let kinds = [
         ("invalid", counters.invalid.value()),
         ("lost", counters.lost.value()),
+        ("refused", counters.refused.value()),
         ("unheard", counters.unheard.value()),
         ("unreported", counters.unreported.value()),
     ];
     let help = "Messages of the event endpoint that met trouble: invalid ones of clients, those that \
-        the bus did not take or no worker received, and reports on acks that the bus did not take";
+        the bus did not take, lost, or no worker received, and reports on acks that the bus did not take";
     let mut family =
         scrape.encoder.encode_descriptor("event_errors", help, None, MetricType::Counter)?;
     for (kind, value) in kinds {

@@ -22,7 +22,7 @@ pub struct Binary {
 }
 
 impl Binary {
-    /// Starts it on a free port with further variables of the environment, at log level debug.
+    /// Starts it on a free port with further variables of the environment (empty: not set), at log level debug.
     pub async fn start(environment: &[(&str, &str)]) -> Self {
         let command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
         Self::start_command(command, environment).await
@@ -47,7 +47,12 @@ impl Binary {
             ("WSPROXY_API__KEYS", API_KEY),
             ("LOG_LEVEL", "debug"),
         ]);
-        command.envs(environment.iter().copied());
+        for (name, value) in environment {
+            match *value {
+                "" => command.env_remove(name),
+                value => command.env(name, value),
+            };
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));

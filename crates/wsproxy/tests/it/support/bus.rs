@@ -44,7 +44,13 @@ impl TestBus {
     pub fn memory_with(config: &config::Redis) -> Self {
         let (seen, tasks, shutdown) =
             (Recorder::default(), TaskTracker::new(), CancellationToken::new());
-        let bus = Bus::memory(config, Box::new(seen.clone()), &tasks, shutdown.clone());
+        let bus = Bus::memory(
+            config,
+            &config::Limits::default(),
+            Box::new(seen.clone()),
+            &tasks,
+            shutdown.clone(),
+        );
         Self { store: bus.store(), bus, seen, server: None, tasks, shutdown }
     }
 
@@ -138,7 +144,8 @@ pub fn message(channel: &str, payload: impl Into<Bytes>) -> Publish {
 
 /// A message that is kept in a log if nobody listens.
 pub fn kept_message(channel: &str, payload: impl Into<Bytes>, log: &str, max: u64) -> Publish {
-    let keep = Keep::Unheard { log: log.into(), entries_max: max, ttl: Duration::from_secs(60) };
+    let (entries_max, bytes_max, ttl) = (max, 1 << 20, Duration::from_secs(60));
+    let keep = Keep::Unheard { log: log.into(), entries_max, bytes_max, ttl };
     Publish { keep, ..message(channel, payload) }
 }
 

@@ -10,7 +10,7 @@ use ::http::StatusCode;
 use bytes::Bytes;
 
 use wsproxy::{
-    auth,
+    auth::session::{Scope, issue},
     bus::{Keep, Publish},
     config::Config,
     gateway::Gateway,
@@ -128,11 +128,21 @@ impl TestInstance {
         soon("the drain", self.instance.drain(())).await;
     }
 
-    /// A token for a session.
+    /// A token that opens one connection of a session.
     pub async fn token(&self, session: &str) -> String {
+        self.token_for(session, &Scope::default()).await
+    }
+
+    /// A token that opens a session's event streams until it expires.
+    pub async fn stream_token(&self, session: &str) -> String {
+        self.token_for(session, &Scope { agent: None, event_stream: true }).await
+    }
+
+    /// A token for a session.
+    pub async fn token_for(&self, session: &str, scope: &Scope) -> String {
         let gateway = self.gateway();
         let key = gateway.names.session_auth(&id(session));
-        auth::issue(&gateway.store, &key, Duration::from_secs(60)).await.unwrap()
+        issue(&gateway.store, &key, Duration::from_secs(60), scope).await.unwrap()
     }
 
     /// Whether a session's token is still there.

@@ -166,7 +166,7 @@ impl RedisServer {
 
     /// Publishes with history, as a worker with nothing but a Redis client does; answers the id.
     pub fn keep(&self, channel: &str, payload: &str) -> String {
-        let log = format!("{channel}:log");
+        let log = format!("{{{channel}}}:log");
         let limits = ["1000", "1048576", "3600000"];
         let words =
             ["EVAL", PUBLISH, "1", &log, channel, payload, limits[0], limits[1], limits[2], ""];

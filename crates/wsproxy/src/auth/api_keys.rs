@@ -1,0 +1,299 @@
+//! The keys of the worker API while an instance runs: whose a secret is, and what their files say meanwhile.
+
+use std::{
+    fmt,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use parking_lot::{Mutex, RwLock};
+use secrecy::{ExposeSecret, SecretString};
+use tracing::{info, warn};
+
+use crate::{
+    auth,
+    config::{
+        Api,
+        api_key::{KeySecret, Scopes},
+        read_api_keys,
+    },
+    telemetry::counter::Counter,
+};
+
+/// All keys.
+#[derive(Debug)]
+pub struct ApiKeys(Vec<Entry>);
+
+/// A key with its name, or all keys without one.
+#[derive(Debug)]
+pub struct Entry {
+    name: Box<str>,
+    scopes: Scopes,
+    /// Where the secrets come from, where it is a file.
+    file: Option<File>,
+    /// Guards the secrets that are in use.
+    secrets: RwLock<Vec<SecretString>>,
+    /// Calls with the key that were let in.
+    pub accepted: Counter,
+    /// Calls that the key's scopes do not allow.
+    pub refused: Counter,
+}
+
+#[derive(Debug)]
+struct File {
+    path: PathBuf,
+    /// Whether it may hold several keys.
+    many: bool,
+    /// What is wrong with it now, so that it is said once.
+    trouble: Mutex<Option<String>>,
+}
+
+/// The key that a worker has shown.
+#[derive(Clone, Copy)]
+pub struct Found<'a> {
+    entry: &'a Entry,
+    /// Which one of the entry's, from 1.
+    number: usize,
+}
+
+impl ApiKeys {
+    /// Reads the keys of a configuration, those in files included.
+    ///
+    /// # Errors
+    /// A file is no use, as a sentence for the operator.
+    pub fn new(config: &Api) -> Result<Self, String> {
+        let plain = Entry {
+            file: config.keys_file.clone().map(|path| File::new(path, true)),
+            secrets: RwLock::new(config.keys.clone()),
+            ..Entry::new(NAMELESS, Scopes::all())
+        };
+        let mut entries = vec![plain];
+        for key in &config.key {
+            let (file, secrets) = match &key.secret {
+                KeySecret::Text(secret) => (None, vec![secret.clone()]),
+                KeySecret::File(path) => {
+                    let file = File::new(path.clone(), false);
+                    let secrets =
+                        file.read().map_err(|problem| format!("{} {problem}", key.name))?;
+                    (Some(file), secrets)
+                }
+            };
+            let secrets = RwLock::new(secrets);
+            entries.push(Entry { file, secrets, ..Entry::new(&key.name, key.scopes) });
+        }
+        Ok(Self(entries))
+    }
+
+    /// The key with this secret. Compares all of them, so that the time does not tell which is close.
+    #[must_use]
+    pub fn find(&self, secret: &[u8]) -> Option<Found<'_>> {
+        let mut found = None;
+        for entry in &self.0 {
+            for (at, known) in entry.secrets.read().iter().enumerate() {
+                if auth::equal(known.expose_secret().as_bytes(), secret) {
+                    found = Some(Found { entry, number: at + 1 });
+                }
+            }
+        }
+        found
+    }
+
+    /// The entries, for metrics.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.0.iter()
+    }
+
+    /// Whether any key is in a file.
+    #[must_use]
+    pub fn has_files(&self) -> bool {
+        self.0.iter().any(|entry| entry.file.is_some())
+    }
+
+    /// Reads the files again. A file that is no use leaves the keys as they are. Blocks.
+    pub fn read_again(&self) {
+        for entry in &self.0 {
+            let Some(file) = &entry.file else { continue };
+            // A pipe gives its bytes once, and waits for ever the next time.
+            if std::fs::metadata(&file.path).is_ok_and(|found| !found.is_file()) {
+                continue;
+            }
+            match file.read().and_then(|secrets| self.replace(entry, secrets)) {
+                Ok(is_changed) => {
+                    let was_in_trouble = file.trouble.lock().take().is_some();
+                    if is_changed || was_in_trouble {
+                        info!(key = &*entry.name, path = %file.path.display(), "The file of an API key was read again.");
+                    }
+                }
+                Err(problem) => {
+                    let before = file.trouble.lock().replace(problem.clone());
+                    if before.as_ref() != Some(&problem) {
+                        warn!(
+                            key = &*entry.name,
+                            error = problem,
+                            "The file of an API key is no use: the key stays as it was."
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts the secrets in use; answers whether they are others than before.
+    fn replace(&self, entry: &Entry, secrets: Vec<SecretString>) -> Result<bool, String> {
+        for secret in &secrets {
+            let owner = self.find(secret.expose_secret().as_bytes());
+            if owner.is_some_and(|owner| !std::ptr::eq(owner.entry, entry)) {
+                return Err("holds the secret of another key".into());
+            }
+        }
+        let mut known = entry.secrets.write();
+        let text = |secret: &SecretString| secret.expose_secret().to_owned();
+        let is_changed = !known.iter().map(text).eq(secrets.iter().map(text));
+        *known = secrets;
+        Ok(is_changed)
+    }
+}
+
+impl Entry {
+    fn new(name: &str, scopes: Scopes) -> Self {
+        let (accepted, refused, secrets) = Default::default();
+        Self { name: name.into(), scopes, file: None, secrets, accepted, refused }
+    }
+
+    /// The name in metrics.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl<'a> Found<'a> {
+    /// The key's entry.
+    #[must_use]
+    pub const fn entry(&self) -> &'a Entry {
+        self.entry
+    }
+
+    /// What the key opens.
+    #[must_use]
+    pub const fn scopes(&self) -> Scopes {
+        self.entry.scopes
+    }
+}
+
+/// The name in logs; of a key without a name its place in the list.
+impl fmt::Display for Found<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.entry.name)?;
+        if &*self.entry.name == NAMELESS { write!(f, "[{}]", self.number) } else { Ok(()) }
+    }
+}
+
+impl File {
+    fn new(path: PathBuf, many: bool) -> Self {
+        Self { path, many, trouble: Mutex::default() }
+    }
+
+    fn read(&self) -> Result<Vec<SecretString>, String> {
+        read_file(&self.path, self.many)
+    }
+}
+
+/// The keys in a file, one where not `many`; the error completes "the key …" and quotes nothing of it.
+pub(crate) fn read_file(path: &Path, many: bool) -> Result<Vec<SecretString>, String> {
+    let mut text = String::new();
+    let opened = std::fs::File::open(path);
+    let read = opened.and_then(|file| file.take(FILE_BYTES_MAX).read_to_string(&mut text));
+    read.map_err(|error| format!("has a file that cannot be read, {}: {error}", path.display()))?;
+    let keys = read_api_keys(&text).filter(|keys| !keys.is_empty() && (many || keys.len() == 1));
+    keys.ok_or_else(|| {
+        let what = if many { "keys" } else { "one key" };
+        format!(
+            "has a file, {}, that does not hold {what} of 16 to 256 visible ASCII characters",
+            path.display()
+        )
+    })
+}
+
+/// The name that all keys of `api.keys` share. No key in `[[api.key]]` can have it twice over:
+/// names are compared when the configuration is checked.
+pub(crate) const NAMELESS: &str = "api.keys";
+
+/// More than any sensible number of keys.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::api_key::{ApiKey, Scope};
+
+    const OLD: &str = "old-secret-0123456789";
+    const NEW: &str = "new-secret-0123456789";
+
+    fn keys(path: &Path) -> ApiKeys {
+        let key = |name: &str, secret, scope| ApiKey {
+            name: name.into(),
+            secret,
+            scopes: [scope].into_iter().collect(),
+        };
+        let config = Api {
+            keys: vec!["plain-secret-0123456789".into()],
+            keys_file: None,
+            key: vec![
+                key("file", KeySecret::File(path.into()), Scope::Events),
+                key("text", KeySecret::Text("text-secret-0123456789".into()), Scope::Sessions),
+            ],
+        };
+        ApiKeys::new(&config).unwrap()
+    }
+
+    fn name(keys: &ApiKeys, secret: &str) -> Option<String> {
+        keys.find(secret.as_bytes()).map(|found| found.to_string())
+    }
+
+    #[test]
+    fn a_secret_leads_to_its_name_and_scopes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        std::fs::write(&path, format!("{OLD}\r\n")).unwrap();
+        let keys = keys(&path);
+        assert_eq!(name(&keys, "plain-secret-0123456789").as_deref(), Some("api.keys[1]"));
+        assert_eq!(name(&keys, OLD).as_deref(), Some("file"));
+        assert_eq!(name(&keys, "text-secret-0123456789").as_deref(), Some("text"));
+        assert_eq!((name(&keys, ""), name(&keys, "text-secret-012345678")), (None, None));
+        let scopes = keys.find(OLD.as_bytes()).unwrap().scopes();
+        assert!(scopes.has(Scope::Events) && !scopes.has(Scope::Sessions));
+    }
+
+    #[test]
+    fn a_changed_file_is_used_and_a_useless_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        std::fs::write(&path, OLD).unwrap();
+        let keys = keys(&path);
+        for useless in
+            ["", "\n", "short", "two-keys-0123456789\nin-one-0123456789", "text-secret-0123456789"]
+        {
+            std::fs::write(&path, useless).unwrap();
+            keys.read_again();
+            assert_eq!(name(&keys, OLD).as_deref(), Some("file"), "{useless:?}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        keys.read_again();
+        assert_eq!(name(&keys, OLD).as_deref(), Some("file"));
+        std::fs::write(&path, NEW).unwrap();
+        keys.read_again();
+        assert_eq!((name(&keys, OLD), name(&keys, NEW).as_deref()), (None, Some("file")));
+    }
+
+    #[test]
+    fn a_file_without_a_key_keeps_the_instance_from_starting() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = read_file(&folder.path().join("missing"), false).unwrap_err();
+        assert!(missing.contains("cannot be read"), "{missing}");
+        let path = folder.path().join("key");
+        std::fs::write(&path, "secret but short").unwrap();
+        let error = read_file(&path, false).unwrap_err();
+        assert!(error.contains("16 to 256") && !error.contains("short"), "{error}");
+    }
+}

@@ -1,0 +1,144 @@
+//! Tokens of sessions: how the store holds them, and what each one opens. Knows neither requests nor endpoints.
+
+use std::time::Duration;
+
+use wsproxy_proto::names::Id;
+
+use super::{equal, new_token};
+use crate::store::{Store, StoreError};
+
+/// Prefix of tokens that open event streams, any number of them until they expire.
+///
+/// The kind is part of the token itself, so that whoever reads a token knows it, and no setting of a gateway turns
+/// one kind into the other.
+pub const EVENT_STREAM_PREFIX: &str = "sse.";
+
+/// Prefix of a stored value that is bound to an agent: `agent/{agent_id} {token}`. No unbound token begins with it.
+const BOUND_PREFIX: &[u8] = b"agent/";
+
+/// What a new token is to open.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scope {
+    /// Only the path of this agent; `None`: the session under any agent id.
+    pub agent: Option<Id>,
+    /// Event streams until the token expires, rather than one connection of either transport.
+    pub event_stream: bool,
+}
+
+/// Makes a token and stores it under `key` for `ttl`.
+///
+/// # Errors
+/// The store did not take it.
+pub async fn issue(
+    store: &Store,
+    key: &str,
+    ttl: Duration,
+    scope: &Scope,
+) -> Result<String, StoreError> {
+    let prefix = if scope.event_stream { EVENT_STREAM_PREFIX } else { "" };
+    let token = format!("{prefix}{}", new_token());
+    let value = match &scope.agent {
+        Some(agent) => format!("agent/{agent} {token}"),
+        None => token.clone(),
+    };
+    store.save(key, value.as_bytes(), ttl).await?;
+    Ok(token)
+}
+
+/// Whether a token opens event streams only, and is not used up by them.
+#[must_use]
+pub fn is_for_event_streams(token: &[u8]) -> bool {
+    token.starts_with(EVENT_STREAM_PREFIX.as_bytes())
+}
+
+/// Why a token does not open a session. For the operator's log: the client is not told which of them it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WrongToken {
+    /// Nothing is stored, or another token.
+    #[error("another token, or none, is stored")]
+    Token,
+    /// The token is right, and bound to another agent.
+    #[error("the token is bound to another agent")]
+    Agent,
+    /// What is stored begins with `agent/`, but is no id, a space and a token. It opens nothing: who wrote it wanted a
+    /// binding.
+    #[error("the stored value is no agent/{{agent_id}} {{token}}")]
+    Malformed,
+}
+
+/// Checks that `token` opens the path of `agent`, where the store holds `stored` for the session. Compares tokens in a
+/// time that depends on their lengths only.
+///
+/// # Errors
+/// Why it does not.
+pub fn check(stored: &[u8], token: &[u8], agent: &Id) -> Result<(), WrongToken> {
+    let (bound_to, wanted) = match stored.strip_prefix(BOUND_PREFIX) {
+        None => (None, stored),
+        Some(bound) => {
+            let space = bound.iter().position(|byte| *byte == b' ').ok_or(WrongToken::Malformed)?;
+            let (id, wanted) = (&bound[..space], &bound[space + 1..]);
+            let id = std::str::from_utf8(id).ok().and_then(|id| Id::parse(id).ok());
+            (Some(id.ok_or(WrongToken::Malformed)?), wanted)
+        }
+    };
+    if wanted.is_empty() || !equal(wanted, token) {
+        return Err(WrongToken::Token);
+    }
+    if bound_to.is_none_or(|bound_to| bound_to == *agent) { Ok(()) } else { Err(WrongToken::Agent) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(text: &str) -> Id {
+        Id::parse(text).unwrap()
+    }
+
+    #[test]
+    fn bound_tokens_open_one_agent_only() {
+        let agent = id("a-1");
+        for (stored, token, result) in [
+            ("t", "t", Ok(())),
+            ("t", "T", Err(WrongToken::Token)),
+            ("", "t", Err(WrongToken::Token)),
+            ("", "", Err(WrongToken::Token)),
+            ("two words", "two words", Ok(())),
+            ("agent/a-1 t", "t", Ok(())),
+            ("agent/a-1 sse.t", "sse.t", Ok(())),
+            ("agent/a-1 two words", "two words", Ok(())),
+            ("agent/a-2 t", "t", Err(WrongToken::Agent)),
+            ("agent/a-2 t", "u", Err(WrongToken::Token)),
+            ("agent/a-1 t", "agent/a-1 t", Err(WrongToken::Token)),
+            ("agent/a-1 t", " t", Err(WrongToken::Token)),
+            ("agent/a-1  t", "t", Err(WrongToken::Token)),
+            ("agent/a-1 ", "", Err(WrongToken::Token)),
+            ("agent/a-1", "agent/a-1", Err(WrongToken::Malformed)),
+            ("agent/a-1", "", Err(WrongToken::Malformed)),
+            ("agent/ t", "t", Err(WrongToken::Malformed)),
+            ("agent/a:b t", "t", Err(WrongToken::Malformed)),
+            ("agent/", "agent/", Err(WrongToken::Malformed)),
+        ] {
+            let checked = check(stored.as_bytes(), token.as_bytes(), &agent);
+            assert_eq!(checked, result, "{stored:?} {token:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn issued_tokens_say_their_kind_and_binding() {
+        let store = Store::Memory(crate::store::memory::MemoryStore::default());
+        let minute = Duration::from_secs(60);
+        for (agent, event_stream) in
+            [(None, false), (None, true), (Some(id("a-1")), false), (Some(id("a-1")), true)]
+        {
+            let scope = Scope { agent, event_stream };
+            let token = issue(&store, "key", minute, &scope).await.unwrap();
+            assert_eq!(is_for_event_streams(token.as_bytes()), event_stream);
+            assert!(Id::parse(&token).is_ok(), "{token} needs no encoding");
+            let stored = store.load("key").await.unwrap().unwrap();
+            assert_eq!(check(&stored, token.as_bytes(), &id("a-1")), Ok(()));
+            let other = check(&stored, token.as_bytes(), &id("a-2"));
+            assert_eq!(other.is_ok(), scope.agent.is_none());
+        }
+    }
+}

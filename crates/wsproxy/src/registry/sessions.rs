@@ -1,0 +1,208 @@
+//! The announcements of opened and closed sessions that are kept in a log, at least once. Knows what is
+//! open here and what waits to be written; one task brings it to Redis.
+//!
+//! **Order of writes.** An instance that is killed cannot announce the end of its sessions, so another one
+//! must know which were open: the hash `ws:server:{server_id}:sessions`. It lies in another slot than the
+//! logs, so no script writes both. For each opened session, in this order:
+//! 1. the hash gets the session, marked as not announced;
+//! 2. the log gets `opened`;
+//! 3. the hash marks the session as announced.
+//!
+//! For each closed session: the log gets `closed`, then the session leaves the hash. After a crash at any
+//! point another instance finds in the hash all that is still to be said: `opened` too where the mark is
+//! missing. It may say again what was said, never less. Step 1 and the removal count only under a lease
+//! that runs: otherwise a reaper may be at work on the hash.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+use wsproxy_proto::names::{Id, Names};
+
+use crate::{
+    bus::Bus,
+    config,
+    hub::Hub,
+    registry::{
+        Transport,
+        commands::Commands,
+        lease::Lease,
+        sessions::{keys::SessionKeys, outbox::Outbox},
+    },
+    store::memory::MemoryStore,
+    telemetry::counter::Counter,
+};
+
+mod keys;
+mod leftovers;
+mod outbox;
+mod writer;
+
+pub(super) use leftovers::Leftovers;
+
+/// The log of this instance's sessions. Every call returns at once.
+pub struct SessionLog {
+    server_id: Arc<str>,
+    names: Names,
+    limits: Limits,
+    backend: Backend,
+    lease: Arc<Lease>,
+    /// Guards what is open and what waits; held for a few steps.
+    outbox: Mutex<Outbox>,
+    /// Something waits.
+    changed: Notify,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+    /// Counters that the metrics read.
+    pub counters: SessionLogCounters,
+}
+
+/// Where the logs are.
+enum Backend {
+    /// In this process, which takes them with it.
+    Memory(MemoryStore, Arc<Hub>),
+    /// In Redis.
+    Redis(Box<SessionKeys>),
+}
+
+/// Bounds of an agent's log.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Most entries.
+    pub entries_max: u64,
+    /// Entries are removed, and the log expires, this long after the (last) entry.
+    pub ttl: Duration,
+}
+
+impl Limits {
+    /// The bounds of this configuration.
+    #[must_use]
+    pub const fn new(config: &config::Sessions) -> Self {
+        Self { entries_max: config.events_log_entries_max, ttl: config.events_log_ttl }
+    }
+}
+
+/// Counters of the log.
+#[derive(Debug, Default)]
+pub struct SessionLogCounters {
+    /// Announcements that are in a log.
+    pub appended: Counter,
+    /// Announcements that a log did not take, or may not have taken, and that are tried again.
+    pub retried: Counter,
+    /// Announcements that did not fit into what may wait.
+    pub dropped: Counter,
+    /// Sessions of an earlier run of this instance whose end was announced.
+    pub lost: Counter,
+    /// Open sessions that were announced again, since Redis had lost them or this instance was taken for dead.
+    pub reopened: Counter,
+}
+
+/// A connection of a session, as announcements name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// The agent.
+    pub agent: Id,
+    /// The session.
+    pub session: Id,
+    /// How the client is connected.
+    pub transport: Transport,
+    /// Time of the opening, RFC 3339.
+    pub opened: Box<str>,
+}
+
+impl Record {
+    /// The members that all announcements have.
+    #[must_use]
+    pub fn announcement(
+        &self,
+        event: &str,
+        connection: Uuid,
+        server_id: &str,
+        timestamp: &str,
+    ) -> serde_json::Value {
+        serde_json::json!({
+            "event": event,
+            "agent_id": self.agent.as_str(),
+            "session_id": self.session.as_str(),
+            "connection_id": connection,
+            "transport": self.transport.label(),
+            "server_id": server_id,
+            "timestamp": timestamp,
+        })
+    }
+}
+
+impl SessionLog {
+    /// Starts writing in the background, until [`Self::close`]. The lease must outlive it.
+    #[must_use]
+    pub fn start(limits: Limits, hub: &Arc<Hub>, bus: &Bus, lease: &Arc<Lease>) -> Arc<Self> {
+        let settings = lease.settings();
+        let backend = match bus {
+            Bus::Redis(bus) => {
+                let commands = Commands::new(bus.clone(), settings.response_timeout);
+                Backend::Redis(SessionKeys::new(commands, settings, limits).into())
+            }
+            Bus::Memory(bus) => Backend::Memory(bus.store(), Arc::clone(hub)),
+        };
+        let log = Arc::new(Self {
+            server_id: Arc::clone(&settings.server_id),
+            names: settings.names.clone(),
+            limits,
+            backend,
+            lease: Arc::clone(lease),
+            outbox: Mutex::new(Outbox::new(WAITING_BYTES_MAX)),
+            changed: Notify::new(),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            counters: SessionLogCounters::default(),
+        });
+        log.tasks.spawn(writer::run(Arc::clone(&log)));
+        log
+    }
+
+    /// Announces a connection that opened.
+    pub fn opened(&self, connection: Uuid, record: Record) {
+        let fits = self.outbox.lock().opened(connection, record);
+        self.pushed(fits);
+    }
+
+    /// Announces that it closed, in these words.
+    pub fn closed(&self, connection: Uuid, announcement: Bytes) {
+        let fits = self.outbox.lock().closed(connection, announcement);
+        self.pushed(fits);
+    }
+
+    /// Bytes of announcements that wait for a log.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> usize {
+        self.outbox.lock().bytes()
+    }
+
+    /// Whether everything so far is in a log.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.outbox.lock().is_idle()
+    }
+
+    /// Writes what waits and ends. Connections must be gone by then.
+    pub async fn close(&self) {
+        self.closing.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn pushed(&self, fits: bool) {
+        if !fits {
+            self.counters.dropped.add(1);
+        }
+        self.changed.notify_one();
+    }
+}
+
+/// Upper bound of waiting announcements, in bytes: some 150,000 of them. While Redis is away no client can
+/// come in, so only endings wait. The bound is reached where Redis refuses the log for long, but lets
+/// clients come and go.
+const WAITING_BYTES_MAX: usize = 64 * 1024 * 1024;

@@ -1,0 +1,221 @@
+//! The keys of session logs in Redis: a log for each agent, and the sessions that an instance has open.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use wsproxy_proto::names::{Id, Names};
+
+use crate::{
+    bus::redis::milliseconds,
+    registry::{
+        Transport,
+        commands::{Commands, integer},
+        lease,
+        sessions::{Limits, Record},
+    },
+    store::StoreError,
+};
+
+/// Commands on logs and sessions.
+#[derive(Clone)]
+pub(super) struct SessionKeys {
+    commands: Commands,
+    names: Names,
+    /// Words of the scripts.
+    entries_max: String,
+    log_ttl: String,
+    sessions_ttl: String,
+}
+
+/// A session in the hash of its instance.
+#[derive(Debug, Serialize, Deserialize)]
+struct Stored<'a> {
+    agent_id: &'a str,
+    session_id: &'a str,
+    transport: Transport,
+    opened: &'a str,
+    /// Its `opened` is in the log.
+    announced: bool,
+}
+
+impl Record {
+    /// The value in the hash.
+    pub(super) fn store(&self, announced: bool) -> Result<Bytes, StoreError> {
+        let stored = Stored {
+            agent_id: self.agent.as_str(),
+            session_id: self.session.as_str(),
+            transport: self.transport,
+            opened: &self.opened,
+            announced,
+        };
+        let json = serde_json::to_vec(&stored);
+        json.map(Into::into).map_err(|error| StoreError::Refused(error.to_string()))
+    }
+
+    /// Reads a value of the hash, and whether its `opened` is in the log. `None`: no gateway wrote it.
+    pub(super) fn read(value: &[u8]) -> Option<(Self, bool)> {
+        let stored: Stored<'_> = serde_json::from_slice(value).ok()?;
+        let record = Self {
+            agent: Id::parse(stored.agent_id).ok()?,
+            session: Id::parse(stored.session_id).ok()?,
+            transport: stored.transport,
+            opened: stored.opened.into(),
+        };
+        Some((record, stored.announced))
+    }
+}
+
+impl SessionKeys {
+    pub(super) fn new(commands: Commands, lease: &lease::Settings, limits: Limits) -> Self {
+        // The sessions of a lost instance must be known until another instance looks.
+        let sessions_ttl = limits.ttl.max(lease.pace.lease * 4);
+        Self {
+            commands,
+            names: lease.names.clone(),
+            entries_max: limits.entries_max.max(1).to_string(),
+            log_ttl: milliseconds(limits.ttl).to_string(),
+            sessions_ttl: milliseconds(sessions_ttl).to_string(),
+        }
+    }
+
+    /// Appends announcements to the log of an agent and publishes them.
+    pub(super) async fn append(&self, agent: &Id, payloads: Vec<Bytes>) -> Result<(), StoreError> {
+        let channel = self.names.agent_sessions(agent);
+        let fixed = [&channel, &self.entries_max, &self.log_ttl];
+        let fixed = fixed.into_iter().map(|word| Bytes::copy_from_slice(word.as_bytes()));
+        let log = self.names.agent_sessions_log(agent);
+        self.commands.run(ANNOUNCE, &log, fixed.chain(payloads)).await.map(drop)
+    }
+
+    /// Enters sessions of an instance and removes others, together.
+    pub(super) async fn change(
+        &self,
+        server: &str,
+        entered: impl ExactSizeIterator<Item = (Uuid, Bytes)>,
+        left: impl Iterator<Item = Uuid>,
+    ) -> Result<(), StoreError> {
+        let word = |word: String| Bytes::from(word);
+        let mut words = vec![word(self.sessions_ttl.clone()), word(entered.len().to_string())];
+        for (connection, value) in entered {
+            words.extend([word(connection.to_string()), value]);
+        }
+        words.extend(left.map(|connection| word(connection.to_string())));
+        if words.len() == 2 {
+            return Ok(());
+        }
+        self.commands.run(CHANGE, &self.key(server), words).await.map(drop)
+    }
+
+    /// Removes sessions of an instance that have not changed.
+    pub(super) async fn remove_equal(
+        &self,
+        server: &str,
+        entries: impl Iterator<Item = (Bytes, Bytes)>,
+    ) -> Result<(), StoreError> {
+        let words: Vec<_> = entries.flat_map(|(name, value)| [name, value]).collect();
+        match words.is_empty() {
+            true => Ok(()),
+            false => self.commands.run(REMOVE_EQUAL, &self.key(server), words).await.map(drop),
+        }
+    }
+
+    /// A piece of the sessions of an instance, and the cursor of the next one.
+    pub(super) async fn scan(
+        &self,
+        server: &str,
+        cursor: &Bytes,
+    ) -> Result<(Bytes, Vec<(Bytes, Bytes)>), StoreError> {
+        self.commands.scan(&self.key(server), cursor).await
+    }
+
+    /// Number of sessions that Redis has of an instance, which it keeps from now on.
+    pub(super) async fn keep(&self, server: &str) -> Result<u64, StoreError> {
+        self.commands.keep_hash(&self.key(server), &self.sessions_ttl).await
+    }
+
+    /// Number of sessions that Redis has of an instance.
+    pub(super) async fn len(&self, server: &str) -> Result<u64, StoreError> {
+        self.commands.hash_len(&self.key(server)).await
+    }
+
+    /// Notes that a reaper is about to announce sessions of an instance as closed.
+    pub(super) async fn mark_reaped(&self, server: &str) -> Result<(), StoreError> {
+        let key = self.reaped_key(server);
+        let ttl = self.sessions_ttl.as_bytes();
+        self.commands.call(&[b"SET", key.as_bytes(), b"1", b"PX", ttl]).await.map(drop)
+    }
+
+    /// Whether a reaper has announced sessions of an instance as closed.
+    pub(super) async fn is_reaped(&self, server: &str) -> Result<bool, StoreError> {
+        let key = self.reaped_key(server);
+        Ok(integer(&self.commands.call(&[b"EXISTS", key.as_bytes()]).await?)? > 0)
+    }
+
+    /// Forgets that note.
+    pub(super) async fn clear_reaped(&self, server: &str) -> Result<(), StoreError> {
+        let key = self.reaped_key(server);
+        self.commands.call(&[b"DEL", key.as_bytes()]).await.map(drop)
+    }
+
+    /// Number of links to Redis so far.
+    pub(super) fn links(&self) -> u64 {
+        self.commands.links()
+    }
+
+    fn reaped_key(&self, server: &str) -> String {
+        self.names.events_server(server, ":reaped")
+    }
+
+    fn key(&self, server: &str) -> String {
+        self.names.events_server(server, ":sessions")
+    }
+}
+
+/// Key: log. Arguments: channel, most entries, TTL, announcements. A follower that the channel wakes finds
+/// the announcement in the log, so the log comes first.
+const ANNOUNCE: &str = "\
+local t=redis.call('TIME') local now=t[1]*1000+math.floor(t[2]/1000) \
+for i=4,#ARGV do redis.call('XADD',KEYS[1],'MAXLEN',ARGV[2],'*','data',ARGV[i]) end \
+redis.call('XTRIM',KEYS[1],'MINID',string.format('%.0f',math.max(now-ARGV[3],0))) \
+redis.call('PEXPIRE',KEYS[1],ARGV[3]) \
+for i=4,#ARGV do redis.call('PUBLISH',ARGV[1],ARGV[i]) end \
+return #ARGV-3";
+
+/// Key: sessions. Arguments: TTL, number of sessions to enter, these with their values, sessions to remove.
+const CHANGE: &str = "\
+local n=2*ARGV[2]+2 \
+if n>2 then redis.call('HSET',KEYS[1],unpack(ARGV,3,n)) end \
+if n<#ARGV then redis.call('HDEL',KEYS[1],unpack(ARGV,n+1)) end \
+return redis.call('PEXPIRE',KEYS[1],ARGV[1])";
+
+/// Key: sessions. Arguments: sessions and their values.
+const REMOVE_EQUAL: &str = "\
+for i=1,#ARGV,2 do \
+if redis.call('HGET',KEYS[1],ARGV[i])==ARGV[i+1] then redis.call('HDEL',KEYS[1],ARGV[i]) end end \
+return 1";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stored_session_is_read_back() {
+        let record = Record {
+            agent: Id::parse("a-1").unwrap(),
+            session: Id::parse("s@1").unwrap(),
+            transport: Transport::WebSocket,
+            opened: "2026-11-28T00:00:00.000Z".into(),
+        };
+        for announced in [false, true] {
+            let stored = record.store(announced).unwrap();
+            assert_eq!(Record::read(&stored), Some((record.clone(), announced)));
+        }
+        for odd in [
+            "",
+            "{}",
+            r#"{"agent_id":"a:b","session_id":"s","transport":"sse","opened":"","announced":true}"#,
+        ] {
+            assert_eq!(Record::read(odd.as_bytes()), None, "{odd}");
+        }
+    }
+}

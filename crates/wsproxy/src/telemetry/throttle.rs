@@ -1,0 +1,55 @@
+//! Bounds how often a kind of log line is written. Knows no log.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use wsproxy_conn::clock::{self, Micros};
+
+/// Lets one line of a kind through each second, and counts the others.
+#[derive(Debug, Default)]
+pub struct Throttle {
+    /// When the next line may be written, in microseconds of the process's clock.
+    next: AtomicU64,
+    left_out: AtomicU64,
+}
+
+impl Throttle {
+    /// No line was written yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { next: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+    }
+
+    /// Whether a line may be written now: the number of lines that were left out since the last one.
+    pub fn pass(&self) -> Option<u64> {
+        self.pass_at(clock::now())
+    }
+
+    fn pass_at(&self, Micros(now): Micros) -> Option<u64> {
+        let next = self.next.load(Relaxed);
+        let is_mine = now >= next
+            && self.next.compare_exchange(next, now + EVERY_MICROS, Relaxed, Relaxed).is_ok();
+        if is_mine {
+            return Some(self.left_out.swap(0, Relaxed));
+        }
+        self.left_out.fetch_add(1, Relaxed);
+        None
+    }
+}
+
+const EVERY_MICROS: u64 = 1_000_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_a_second_passes_and_tells_how_many_did_not() {
+        let throttle = Throttle::default();
+        let passes = |at| throttle.pass_at(Micros(at));
+        assert_eq!(passes(5), Some(0));
+        assert_eq!([passes(6), passes(1_000_004)], [None, None]);
+        assert_eq!(passes(1_000_005), Some(2));
+        assert_eq!(passes(1_000_006), None);
+        assert_eq!(passes(9_000_000), Some(1));
+    }
+}

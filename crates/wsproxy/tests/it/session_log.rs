@@ -1,0 +1,616 @@
+//! Opened and closed sessions in the log of their agent, at least once: under every fault of an instance
+//! and of Redis.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+use wsproxy::{
+    bus::Bus,
+    hub::{Hub, delivery::Delivery},
+    registry::{
+        Transport,
+        lease::{Lease, Pace, Settings},
+        sessions::{Limits, Record, SessionLog},
+    },
+};
+use wsproxy_proto::names::Names;
+
+use crate::support::{
+    PATIENCE,
+    binary::Binary,
+    bus::config,
+    client::Client,
+    eventually,
+    fault_proxy::{Cut, FaultProxy, Faults},
+    gateway::{Backend, TestInstance, bearer, id, over_both},
+    http::{self, Stream},
+    redis_server::{Answer, RedisServer},
+    soon,
+};
+
+over_both!(sessions_are_kept_as_they_are_announced, a_follower_goes_on_behind_its_last_entry);
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Short enough for a test; an instance that a busy machine delays is not dead yet.
+const FAST: Pace = Pace {
+    lease: Duration::from_millis(2500),
+    refresh: Duration::from_millis(150),
+    retry: Duration::from_millis(100),
+    linger: Duration::from_millis(20),
+};
+
+const LOG: &str = "{agent:a:sessions}:log";
+
+/// The parts of an instance below its sessions.
+struct Node {
+    log: Arc<SessionLog>,
+    lease: Arc<Lease>,
+    end: CancellationToken,
+}
+
+impl Node {
+    fn new(url: &str, name: &str, limits: Limits) -> Self {
+        let config = config(Some(url));
+        let (hub, names, tasks) = (Hub::new(), Names::new(""), TaskTracker::new());
+        let end = CancellationToken::new();
+        let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
+        let bus = Bus::redis(&config, name, &names, delivery, &tasks, end.clone()).unwrap();
+        hub.connect(bus.clone());
+        let settings = Settings {
+            server_id: name.into(),
+            names,
+            response_timeout: config.response_timeout,
+            index_ttl: HOUR,
+            announcements: limits,
+            pace: FAST,
+        };
+        let lease = Lease::start(settings, &bus);
+        Self { log: SessionLog::start(limits, &hub, &bus, &lease), lease, end }
+    }
+
+    fn on(server: &RedisServer, name: &str) -> Self {
+        Self::new(&server.url(), name, LIMITS)
+    }
+
+    fn open(&self, agent: &str, session: &str) -> Uuid {
+        let connection = Uuid::now_v7();
+        let opened = humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string();
+        let (agent, session) = (id(agent), id(session));
+        let record =
+            Record { agent, session, transport: Transport::WebSocket, opened: opened.into() };
+        self.log.opened(connection, record);
+        connection
+    }
+
+    fn shut(&self, connection: Uuid) {
+        let closed = json!({"event": "closed", "connection_id": connection, "code": 1000});
+        self.log.closed(connection, closed.to_string().into());
+    }
+
+    async fn written(&self) {
+        eventually("everything is in the log", || self.log.is_written()).await;
+    }
+
+    async fn close(&self) {
+        soon("the end of the log", self.log.close()).await;
+        soon("the end of the lease", self.lease.close()).await;
+        self.end.cancel();
+    }
+}
+
+const LIMITS: Limits = Limits { entries_max: 100_000, ttl: HOUR };
+
+/// The entries of a log, oldest first, with their ids.
+fn entries(server: &RedisServer, log: &str) -> Vec<(String, Value)> {
+    let Answer::Array(entries) = server.call(&["XRANGE", log, "-", "+"]) else { panic!("no log") };
+    let entry = |entry| match entry {
+        Answer::Array(parts) => match &parts[..] {
+            [Answer::Text(id), Answer::Array(fields)] => match &fields[..] {
+                [Answer::Text(name), Answer::Text(data)] if name == "data" => {
+                    (id.clone(), serde_json::from_str(data).unwrap())
+                }
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        },
+        other => panic!("{other:?}"),
+    };
+    entries.into_iter().map(entry).collect()
+}
+
+/// The events of each connection in a log, in order; a `closed` with its reason where it has one.
+fn stories(server: &RedisServer, log: &str) -> HashMap<String, Vec<String>> {
+    let mut stories = HashMap::<_, Vec<_>>::new();
+    for (_, event) in entries(server, log) {
+        let word = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        let again = if event["again"] == true { "again" } else { "" };
+        let said = format!("{} {}{again}", word("event"), word("reason")).trim_end().to_owned();
+        stories.entry(word("connection_id")).or_default().push(said);
+    }
+    stories
+}
+
+/// The events of one connection.
+fn story(server: &RedisServer, log: &str, connection: Uuid) -> Vec<String> {
+    stories(server, log).remove(&connection.to_string()).unwrap_or_default()
+}
+
+async fn wait_story(server: &RedisServer, log: &str, connection: Uuid, wanted: &[&str]) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = story(server, log, connection);
+        if found == wanted {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{found:?} instead of {wanted:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// All that a process does ends at once, and its connections to Redis with it.
+struct Killable(Option<tokio::runtime::Runtime>);
+
+impl Killable {
+    /// A node with open sessions, in a runtime of its own.
+    async fn start(server: &RedisServer, name: &str, sessions: usize) -> (Self, Vec<Uuid>) {
+        let runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = { runtime }.worker_threads(1).enable_all().build().unwrap();
+        let (url, name) = (server.url(), name.to_owned());
+        let started = runtime.spawn(async move {
+            let node = Node::new(&url, &name, LIMITS);
+            let open = (0..sessions).map(|n| node.open("a", &format!("s{n}"))).collect();
+            node.written().await;
+            std::mem::forget(node);
+            open
+        });
+        let open = started.await.unwrap();
+        (Self(Some(runtime)), open)
+    }
+
+    fn kill(mut self) {
+        self.0.take().unwrap().shutdown_background();
+    }
+}
+
+impl Drop for Killable {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// An instance whose sessions are kept in a log.
+async fn instance(backend: &Backend) -> TestInstance {
+    let mut config = backend.config();
+    config.sessions.events_log = true;
+    TestInstance::start(config).await
+}
+
+async fn sessions_are_kept_as_they_are_announced(backend: Backend) {
+    let instance = instance(&backend).await;
+    let mut announced = instance.follow("agent:agent:sessions").await;
+    let client = instance.client("s").await;
+    let opened = announced.json().await;
+    assert_eq!((&opened["event"], &opened["session_id"]), (&json!("opened"), &json!("s")));
+    assert_eq!(opened["transport"], "websocket");
+    client.close().await;
+    let closed = announced.json().await;
+    assert_eq!((&closed["event"], &closed["reason"]), (&json!("closed"), &json!("normal")));
+    assert!(closed["duration_ms"].is_u64() && closed["messages_in"] == 0);
+    let key = "{agent:agent:sessions}:log";
+    let kept = instance.gateway().store.read_log(key, "", 10).await.unwrap();
+    let kept: Vec<Value> =
+        kept.iter().map(|entry| serde_json::from_slice(&entry.data).unwrap()).collect();
+    assert_eq!(kept, [opened, closed]);
+    drop(announced);
+    instance.drain().await;
+    if let Backend::Redis(server) = &backend {
+        let left = server.call(&["KEYS", "ws:*"]);
+        assert_eq!(left, Answer::Array(vec![]), "nothing is left");
+    }
+}
+
+async fn a_follower_goes_on_behind_its_last_entry(backend: Backend) {
+    let instance = instance(&backend).await;
+    let path = "/api/v1/sessions/events?agent=agent";
+    let mut live = Stream::open(&instance, path).await;
+    for n in 0..3 {
+        instance.client(&format!("s{n}")).await.close().await;
+    }
+    live.expect("\"session_id\":\"s2\",").await;
+    let log = instance.gateway().session_log.clone().unwrap();
+    eventually("all is written", || log.is_written()).await;
+    live.expect("\"session_id\":\"s2\",").await;
+    let mut all = Stream::open(&instance, &format!("{path}&log=true")).await;
+    let ids = |stream: &Stream| -> Vec<String> {
+        let ids = stream.seen.split("\n").filter_map(|line| line.split_once("id: "));
+        ids.filter(|(before, _)| !before.contains("data")).map(|(_, id)| id.trim().into()).collect()
+    };
+    while ids(&all).len() < 6 {
+        all.expect("closed").await;
+        assert!(all.raw.read().await > 0);
+        all.expect("closed").await;
+    }
+    let ids = ids(&all);
+    assert_eq!(ids.len(), 6, "{}", all.seen);
+    let mut rest = Stream::open(&instance, &format!("{path}&after={}", ids[4])).await;
+    rest.expect(&format!("id: {}\n", ids[5])).await;
+    assert!(!rest.seen.contains(&ids[4]) && !rest.seen.contains("history_lost"), "{}", rest.seen);
+    // The older path says the same.
+    let old = format!("/api/v1/agents/agent/sessions/events?after={}", ids[4]);
+    Stream::open(&instance, &old).await.expect(&format!("id: {}\n", ids[5])).await;
+    // An entry that the log does not have: something may be missing behind it.
+    let mut lost = Stream::open(&instance, &format!("{path}&after=5-5")).await;
+    lost.expect("event: history_lost\ndata: {\"reason\":\"trimmed\"}\n").await;
+    lost.expect(&format!("id: {}\n", ids[5])).await;
+    let mut newer = Stream::open(&instance, &format!("{path}&after=99999999999999-0")).await;
+    newer.expect("event: history_lost\ndata: {\"reason\":\"unknown\"}\n").await;
+    newer.expect(&format!("id: {}\n", ids[5])).await;
+    for odd in ["", "?agent=a:b", "?agent=a&after=x", "?agent=a&dance=1"] {
+        let refused = instance.api("GET", &format!("/api/v1/sessions/events{odd}"), "").await;
+        assert_eq!(refused.status, 400, "{odd}: {refused:?}");
+    }
+    let off = TestInstance::start(backend.config()).await;
+    let refused = off.api("GET", &format!("{path}&log=true"), "").await;
+    refused.assert_refused(400, "bad_request");
+}
+
+#[tokio::test]
+async fn without_a_log_nothing_more_is_written() {
+    let server = RedisServer::start();
+    let instance = TestInstance::start(crate::support::gateway::config(Some(&server.url()))).await;
+    let mut announced = instance.follow("agent:agent:sessions").await;
+    let client = instance.client("s").await;
+    assert_eq!(announced.json().await["event"], "opened");
+    client.close().await;
+    assert_eq!(announced.json().await["event"], "closed");
+    let Answer::Array(keys) = server.call(&["KEYS", "*"]) else { panic!("no keys") };
+    let epoch = Answer::Text("wsproxy:epoch".into());
+    assert!(keys.iter().all(|key| *key == epoch), "{keys:?}");
+}
+
+#[tokio::test]
+async fn sessions_of_a_killed_instance_are_announced_closed_once() {
+    let server = RedisServer::start();
+    let (killed, open) = Killable::start(&server, "killed", 600).await;
+    let others = [Node::on(&server, "one"), Node::on(&server, "two")];
+    let stays = others[0].open("a", "stays");
+    killed.kill();
+    let gone = || server.call(&["ZSCORE", "ws:servers", "killed"]) == Answer::Null;
+    eventually("the killed instance is removed", gone).await;
+    let stories = stories(&server, LOG);
+    for connection in &open {
+        assert_eq!(stories[&connection.to_string()], ["opened", "closed server_lost"]);
+    }
+    assert_eq!((stories.len(), entries(&server, LOG).len()), (601, 1201));
+    let (_, last) = entries(&server, LOG).pop().unwrap();
+    assert!(humantime::parse_rfc3339(last["timestamp"].as_str().unwrap()).is_ok());
+    let about = ["event", "reason", "code", "server_id", "agent_id", "transport"];
+    assert_eq!(
+        about.map(|name| last[name].clone()),
+        [
+            json!("closed"),
+            json!("server_lost"),
+            json!(1006),
+            json!("killed"),
+            json!("a"),
+            json!("websocket")
+        ]
+    );
+    assert_eq!(last.as_object().unwrap().len(), 9, "{last}");
+    assert_eq!(story(&server, LOG, stays), ["opened"]);
+    assert_eq!(server.call(&["EXISTS", "ws:server:killed:sessions"]), Answer::Integer(0));
+    let reaped = others.iter().map(|node| node.lease.counters.sessions_reaped.value());
+    assert_eq!(reaped.sum::<u64>(), 600);
+    for node in others {
+        node.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_crash_before_the_log_leaves_both_events_to_others() {
+    let server = RedisServer::start();
+    // As a gateway leaves it that dies between entering a session and announcing it, or a foreign hand.
+    let connection = Uuid::now_v7();
+    let stored = json!({"agent_id": "a", "session_id": "s", "transport": "sse",
+        "opened": "2026-11-28T00:00:00.000Z", "announced": false});
+    server.call(&[
+        "HSET",
+        "ws:server:dead:sessions",
+        &connection.to_string(),
+        &stored.to_string(),
+        "odd",
+        "odd",
+    ]);
+    server.call(&["ZADD", "ws:servers", "1", "dead"]);
+    let node = Node::on(&server, "node");
+    wait_story(&server, LOG, connection, &["opened", "closed server_lost"]).await;
+    assert_eq!(entries(&server, LOG)[0].1["timestamp"], "2026-11-28T00:00:00.000Z");
+    let left = || server.call(&["EXISTS", "ws:server:dead:sessions"]) == Answer::Integer(0);
+    eventually("nothing is left", left).await;
+    node.close().await;
+}
+
+#[tokio::test]
+async fn a_later_run_of_the_same_name_announces_what_is_gone() {
+    let server = RedisServer::start();
+    let (killed, open) = Killable::start(&server, "node", 300).await;
+    killed.kill();
+    let node = Node::on(&server, "node");
+    let new = node.open("a", "new");
+    eventually("all ends are announced", || node.log.counters.lost.value() == 300).await;
+    let found = stories(&server, LOG);
+    for connection in &open {
+        assert_eq!(found[&connection.to_string()], ["opened", "closed server_lost"]);
+    }
+    node.written().await;
+    assert_eq!(story(&server, LOG, new), ["opened"]);
+    assert_eq!(server.call(&["HLEN", "ws:server:node:sessions"]), Answer::Integer(1));
+    node.close().await;
+}
+
+#[tokio::test]
+async fn an_instance_taken_for_dead_announces_its_sessions_again() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let frozen = Node::new(&server.url_on(proxy.port()), "frozen", LIMITS);
+    let (stays, goes) = (frozen.open("a", "stays"), frozen.open("a", "goes"));
+    frozen.written().await;
+    let other = Node::on(&server, "other");
+    proxy.set(Faults { stall_up: true, stall_down: true, ..Faults::default() });
+    wait_story(&server, LOG, stays, &["opened", "closed server_lost"]).await;
+    frozen.shut(goes);
+    let comes = frozen.open("a", "comes");
+    proxy.set(Faults::default());
+    wait_story(&server, LOG, stays, &["opened", "closed server_lost", "opened again"]).await;
+    wait_story(&server, LOG, goes, &["opened", "closed server_lost", "closed"]).await;
+    frozen.written().await;
+    assert_eq!(story(&server, LOG, comes).last().unwrap(), "opened");
+    assert_eq!(server.call(&["HLEN", "ws:server:frozen:sessions"]), Answer::Integer(2));
+    frozen.shut(stays);
+    frozen.written().await;
+    assert_eq!(story(&server, LOG, stays).last().unwrap(), "closed");
+    frozen.close().await;
+    other.close().await;
+}
+
+#[tokio::test]
+async fn what_happens_while_redis_is_away_is_in_the_log_afterwards() {
+    let mut server = RedisServer::start();
+    let node = Node::on(&server, "node");
+    let (stays, goes) = (node.open("a", "stays"), node.open("a", "goes"));
+    node.written().await;
+    server.kill();
+    node.shut(goes);
+    let (comes, passes) = (node.open("a", "comes"), node.open("b", "passes"));
+    node.shut(passes);
+    server.restart();
+    // It came back empty: what is open is announced again.
+    wait_story(&server, LOG, stays, &["opened again"]).await;
+    wait_story(&server, LOG, comes, &["opened"]).await;
+    wait_story(&server, LOG, goes, &["closed"]).await;
+    wait_story(&server, "{agent:b:sessions}:log", passes, &["opened", "closed"]).await;
+    assert_eq!(server.call(&["HLEN", "ws:server:node:sessions"]), Answer::Integer(2));
+    node.close().await;
+}
+
+#[tokio::test]
+async fn an_outage_makes_no_hole_and_no_false_end() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let url = server.url_on(proxy.port());
+    let nodes = [Node::new(&url, "one", LIMITS), Node::new(&url, "two", LIMITS)];
+    let open = [nodes[0].open("a", "s0"), nodes[1].open("a", "s1")];
+    nodes[0].written().await;
+    nodes[1].written().await;
+    proxy.set(Faults { refuse: true, ..Faults::default() });
+    proxy.cut(Cut::Reset);
+    let mut passing = Vec::new();
+    let expired =
+        || server.call(&["EXISTS", "ws:server:one", "ws:server:two"]) == Answer::Integer(0);
+    eventually("all leases have run out", || {
+        passing.push(nodes[0].open("a", "passes"));
+        nodes[0].shut(passing[passing.len() - 1]);
+        expired()
+    })
+    .await;
+    proxy.set(Faults::default());
+    nodes[0].written().await;
+    let found = stories(&server, LOG);
+    for connection in passing {
+        let story = &found[&connection.to_string()];
+        assert!(
+            story.starts_with(&["opened".into()]) && story.ends_with(&["closed".into()]),
+            "{story:?}"
+        );
+    }
+    // Both were away as long as a dead instance is: the one that came back first has not buried the other.
+    tokio::time::sleep(FAST.refresh * 10).await;
+    for connection in open {
+        assert_eq!(story(&server, LOG, connection), ["opened"]);
+    }
+    for node in nodes {
+        node.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_redis_that_was_emptied_is_told_what_is_open() {
+    let server = RedisServer::start();
+    let node = Node::on(&server, "node");
+    let open: Vec<_> = (0..300).map(|n| node.open("a", &format!("s{n}"))).collect();
+    node.written().await;
+    server.call(&["FLUSHALL"]);
+    for connection in &open {
+        wait_story(&server, LOG, *connection, &["opened again"]).await;
+    }
+    // As after a failover to a replica that lagged behind: the lease is there, the sessions are not.
+    server.call(&["DEL", "ws:server:node:sessions"]);
+    wait_story(&server, LOG, open[0], &["opened again", "opened again"]).await;
+    let ghost = Uuid::now_v7();
+    let stored = json!({"agent_id": "a", "session_id": "ghost", "transport": "sse", "opened": "", "announced": true});
+    node.written().await;
+    server.call(&["HSET", "ws:server:node:sessions", &ghost.to_string(), &stored.to_string()]);
+    wait_story(&server, LOG, ghost, &["closed server_lost"]).await;
+    node.close().await;
+}
+
+#[tokio::test]
+async fn a_full_redis_gets_every_announcement_later() {
+    let server = RedisServer::start();
+    let node = Node::on(&server, "node");
+    let open: Vec<_> = (0..50).map(|n| node.open("a", &format!("s{n}"))).collect();
+    node.written().await;
+    server.call(&["CONFIG", "SET", "maxmemory", "1000"]);
+    open.iter().for_each(|connection| node.shut(*connection));
+    let late = node.open("a", "late");
+    let refused =
+        || node.log.counters.retried.value() > 0 || node.lease.counters.failures.value() > 0;
+    eventually("Redis refuses", refused).await;
+    assert!(node.log.waiting_bytes() > 0);
+    server.call(&["CONFIG", "SET", "maxmemory", "0"]);
+    for connection in &open {
+        wait_story(&server, LOG, *connection, &["opened", "closed"]).await;
+    }
+    wait_story(&server, LOG, late, &["opened"]).await;
+    server.call(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
+    node.shut(late);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(story(&server, LOG, late), ["opened"]);
+    server.call(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
+    wait_story(&server, LOG, late, &["opened", "closed"]).await;
+    node.close().await;
+}
+
+#[tokio::test]
+async fn a_log_that_takes_nothing_keeps_no_other_waiting() {
+    let server = RedisServer::start();
+    server.call(&["SET", "{agent:bad:sessions}:log", "a string"]);
+    let (killed, _) = Killable::start(&server, "killed", 1).await;
+    let ghost = Uuid::now_v7();
+    let stored = json!({"agent_id": "bad", "session_id": "s", "transport": "sse", "opened": "", "announced": true});
+    server.call(&["HSET", "ws:server:killed:sessions", &ghost.to_string(), &stored.to_string()]);
+    killed.kill();
+    let node = Node::on(&server, "node");
+    let (bad, good) = (node.open("bad", "s"), node.open("a", "s"));
+    wait_story(&server, LOG, good, &["opened"]).await;
+    node.shut(bad);
+    let lost = || entries(&server, LOG).iter().any(|(_, event)| event["reason"] == "server_lost");
+    eventually("the killed instance's other session is announced", lost).await;
+    assert!(!node.log.is_written());
+    server.call(&["DEL", "{agent:bad:sessions}:log"]);
+    wait_story(&server, "{agent:bad:sessions}:log", bad, &["opened", "closed"]).await;
+    node.close().await;
+}
+
+#[tokio::test]
+async fn ten_thousand_sessions_that_end_at_once_are_all_in_the_log() {
+    const SESSIONS: usize = 10_000;
+    let server = RedisServer::start();
+    let node = Node::on(&server, "node");
+    let open: Vec<_> =
+        (0..SESSIONS).map(|n| node.open(if n % 4 == 0 { "b" } else { "a" }, "s")).collect();
+    node.written().await;
+    let start = Instant::now();
+    open.iter().for_each(|connection| node.shut(*connection));
+    node.close().await;
+    println!("{SESSIONS} ends: {:?}", start.elapsed());
+    let logs = [LOG, "{agent:b:sessions}:log"].map(|log| entries(&server, log));
+    let mut closed = std::collections::HashSet::new();
+    for (_, event) in logs.iter().flatten().filter(|(_, event)| event["event"] == "closed") {
+        closed.insert(event["connection_id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(closed.len(), SESSIONS);
+    assert_eq!(server.call(&["KEYS", "ws:*"]), Answer::Array(vec![]), "nothing is left");
+}
+
+#[tokio::test]
+async fn a_log_is_bounded_and_expires() {
+    let server = RedisServer::start();
+    let limits = Limits { entries_max: 10, ttl: Duration::from_millis(1500) };
+    let node = Node::new(&server.url(), "node", limits);
+    for n in 0..25 {
+        node.open("a", &format!("s{n}"));
+    }
+    node.written().await;
+    let kept = entries(&server, LOG);
+    assert_eq!((kept.len(), &kept[9].1["session_id"]), (10, &json!("s24")));
+    assert!((1..=1500).contains(&server.call(&["PTTL", LOG]).integer()));
+    for n in 0..8 {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        node.open("a", &format!("late{n}"));
+    }
+    node.written().await;
+    // What is older than the ttl goes although the log lives.
+    let kept = entries(&server, LOG);
+    assert!(
+        kept.iter().all(|(_, event)| event["session_id"].as_str().unwrap().starts_with("late")),
+        "{kept:?}"
+    );
+    let expired = || server.call(&["EXISTS", LOG]) == Answer::Integer(0);
+    eventually("the log expires", expired).await;
+    node.close().await;
+}
+
+/// A `wsproxy serve` that keeps its sessions in a log.
+async fn binary(server: &RedisServer, name: &str) -> Binary {
+    let environment = [
+        ("REDIS_URL", &*server.url()),
+        ("SERVER_ID", name),
+        ("WSPROXY_SESSIONS__EVENTS_LOG", "true"),
+    ];
+    Binary::start(&environment).await
+}
+
+async fn connect(gateway: &Binary, session: &str) -> Client {
+    let token = gateway.token(session).await;
+    let path = format!("/a/ws/{session}");
+    Client::connect(gateway.address, &path, &bearer(&token)).await.expect("the token is right")
+}
+
+fn reasons(server: &RedisServer, session: &str) -> Vec<String> {
+    let of = entries(server, LOG).into_iter().filter(|(_, event)| event["session_id"] == session);
+    let word = |event: &Value| event["reason"].as_str().unwrap_or("opened").to_owned();
+    of.map(|(_, event)| word(&event)).collect()
+}
+
+#[tokio::test]
+async fn a_killed_and_a_frozen_process_are_told_apart_afterwards() {
+    let server = RedisServer::start();
+    let lives = binary(&server, "lives").await;
+    let (mut killed, frozen) = (binary(&server, "killed").await, binary(&server, "frozen").await);
+    let _gone = connect(&killed, "gone").await;
+    let mut back = connect(&frozen, "back").await;
+    let written = || entries(&server, LOG).len() == 2;
+    eventually("both are announced", written).await;
+    frozen.signal(Signal::STOP);
+    killed.signal(Signal::KILL);
+    killed.exited().await;
+    eventually("both are taken for dead", || {
+        [reasons(&server, "gone"), reasons(&server, "back")]
+            .iter()
+            .all(|reasons| reasons.ends_with(&["server_lost".into()]))
+    })
+    .await;
+    frozen.signal(Signal::CONT);
+    let again = || reasons(&server, "back") == ["opened", "server_lost", "opened"];
+    eventually("the frozen instance is back", again).await;
+    back.send("[\"still here\"]").await;
+    back.close().await;
+    let closed = || reasons(&server, "back").ends_with(&["normal".into()]);
+    eventually("its end is announced", closed).await;
+    assert_eq!(reasons(&server, "gone"), ["opened", "server_lost"]);
+    let reaped = lives.metric("wsproxy_registry_sessions_reaped_total").await;
+    assert_eq!(reaped, 2.0);
+    let health = http::request(lives.address, "GET", "/metrics", &[], b"").await;
+    assert!(health.body.contains("wsproxy_session_log_waiting_bytes 0"));
+}
