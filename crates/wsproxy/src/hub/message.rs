@@ -233,32 +233,31 @@ fn may_have_event_id(payload: &[u8]) -> bool {
 
 /// Whether an object has a member `event_id`, of any value and any number of times.
 struct Members {
-    event_id: Option<()>,
+    has_event_id: bool,
 }
 
 impl<'de> Deserialize<'de> for Members {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl<'de> serde::de::Visitor<'de> for Visitor {
-            type Value = Members;
+        deserializer.deserialize_map(MembersVisitor)
+    }
+}
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object")
-            }
+struct MembersVisitor;
 
-            fn visit_map<A: serde::de::MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> Result<Members, A::Error> {
-                let mut event_id = None;
-                while let Some(name) = map.next_key::<std::borrow::Cow<'de, str>>()? {
-                    event_id = event_id.or((name == "event_id").then_some(()));
-                    map.next_value::<serde::de::IgnoredAny>()?;
-                }
-                Ok(Members { event_id })
-            }
+impl<'de> serde::de::Visitor<'de> for MembersVisitor {
+    type Value = Members;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+        let mut has_event_id = false;
+        while let Some(name) = map.next_key::<std::borrow::Cow<'de, str>>()? {
+            has_event_id |= name == "event_id";
+            map.next_value::<serde::de::IgnoredAny>()?;
         }
-        deserializer.deserialize_map(Visitor)
+        Ok(Members { has_event_id })
     }
 }
 
@@ -277,8 +276,8 @@ fn with_event_id(id: Position, payload: &[u8]) -> Option<Vec<u8>> {
     let rest = payload.trim_ascii().strip_prefix(b"{")?;
     let inner = rest.strip_suffix(b"}")?;
     if may_have_event_id(payload) {
-        let Members { event_id } = serde_json::from_slice(payload).ok()?;
-        if event_id.is_some() {
+        let Members { has_event_id } = serde_json::from_slice(payload).ok()?;
+        if has_event_id {
             return None;
         }
     }

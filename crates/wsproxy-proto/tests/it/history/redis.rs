@@ -188,7 +188,7 @@ impl Redis {
         let is_first = |first: &Published| {
             !self.truth.iter().any(|other| other.log == log && other.id == first.prev)
         };
-        let is_from_start = first.map_or(head.is_none_or(|head| !head.is_used), is_first);
+        let is_from_start = first.map_or_else(|| head.is_none_or(|head| !head.is_used), is_first);
         let head = head.map(|head| head.position);
         Log { head, is_new, is_from_start, is_private: false, entries, complete }
     }
