@@ -217,8 +217,8 @@ pub trait Deliver: Send + 'static {
     fn message(&mut self, channel: &[u8], payload: &[u8], last: bool);
     /// Everything that was there to read has been delivered: write what was filled.
     fn flush(&mut self);
-    /// A link was lost, again or for the first time: since `silence` ago messages may have been missed.
-    fn lost(&mut self, cause: &str, silence: Duration);
+    /// A link was lost, again or for the first time: messages may have been missed.
+    fn lost(&mut self, cause: &str);
     /// Every subscription is confirmed again. `gap` is how long messages may have been missed.
     fn recovered(&mut self, gap: Duration);
 }

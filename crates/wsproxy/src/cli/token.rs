@@ -84,7 +84,7 @@ struct Nobody;
 impl Deliver for Nobody {
     fn message(&mut self, _channel: &[u8], _payload: &[u8], _last: bool) {}
     fn flush(&mut self) {}
-    fn lost(&mut self, _cause: &str, _silence: Duration) {}
+    fn lost(&mut self, _cause: &str) {}
     fn recovered(&mut self, _gap: Duration) {}
 }
 

@@ -113,7 +113,7 @@ impl Deliver for Delivery {
         }
     }
 
-    fn lost(&mut self, cause: &str, _silence: Duration) {
+    fn lost(&mut self, cause: &str) {
         let hub = &self.hub;
         if hub.is_linked() {
             hub.outages.fetch_add(1, Release);

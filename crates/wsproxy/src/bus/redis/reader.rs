@@ -103,7 +103,7 @@ impl Reader {
     /// Messages may have been missed since then.
     fn interrupted(&mut self, fault: &Fault, since: Instant) {
         self.outage = Some(self.outage.map_or(since, |earlier| earlier.min(since)));
-        self.deliver.lost(&fault.to_string(), since.elapsed());
+        self.deliver.lost(&fault.to_string());
     }
 
     /// Uses a link until it is of no more use; `Ok` at shutdown.

@@ -235,7 +235,7 @@ impl Deliver for Recorder {
         self.notes(|notes| notes.unflushed = 0);
     }
 
-    fn lost(&mut self, cause: &str, _silence: Duration) {
+    fn lost(&mut self, cause: &str) {
         self.notes(|notes| notes.lost.push(cause.into()));
     }
 
