@@ -67,7 +67,7 @@ const SHARED: u64 = 5_000_000_000;
 
 /// Bytes at the start of a payload that hold its stamp and, before it, its position.
 pub const POSITION_AND_STAMP_BYTES: usize =
-    POSITION_BEFORE.len() + 41 + POSITION_AFTER.len() + STAMP_BYTES - 1;
+    POSITION_BEFORE.len() + 50 + POSITION_AFTER.len() + STAMP_BYTES - 1;
 
 const POSITION_BEFORE: &[u8] = b"{\"event_id\":\"";
 const POSITION_AFTER: &[u8] = b"\",";
@@ -117,7 +117,9 @@ mod tests {
         let mut payload = Vec::new();
         stamp.write(60, &mut payload);
         assert_eq!(Stamp::read_with_position(&payload), Some((stamp, None)));
-        for text in ["1763729000000-12", "18446744073709551615-18446744073709551615"] {
+        for text in
+            ["1763729000000-12-0a1b2c3d", "18446744073709551615-18446744073709551615-ffffffff"]
+        {
             let mut spliced = format!("{{\"event_id\":\"{text}\",").into_bytes();
             spliced.extend_from_slice(&payload[1..]);
             let position = Position::parse(text.as_bytes());
