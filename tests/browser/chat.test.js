@@ -157,7 +157,7 @@ test("all workers are killed for longer than the lease; a new one begins anew, a
     const before = await texts(page);
     await workers.kill();
     const ids = await page.locator("#answers pre").evaluateAll((all) => all.map(({ id }) => id.slice("a-".length)));
-    const stream = `session:${await session(page)}:stream:${ids[0]}`;
+    const stream = `{session:${await session(page)}:down}:stream:${ids[0]}`;
     await until("the gateway ends it", async () => (await redis.ask("HGET", stream, "state")) === "error");
     await workers.start();
     const now = await texts(page);
