@@ -49,7 +49,8 @@ const DESCRIPTORS_RESERVED: usize = SOCKETS_SPARE + SOCKETS_SPARE / 2 + 64;
 /// Sockets beyond the allowed connections, for those that are being refused or ask for `/health`.
 const SOCKETS_SPARE: usize = 512;
 
-/// As many handshakes as this part of the connections may wait for a verdict on their credentials.
+/// All but this part of the connections may wait for a verdict on their credentials: the clients of an instance that
+/// was killed come to another one at once.
 const HANDSHAKES_PART: usize = 4;
 
 /// And so many in any case: half of the sockets to spare.
@@ -219,7 +220,9 @@ fn compose(
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
         event_streams: Arc::default(),
         places: Places::new(connections_max),
-        handshakes: Places::new((connections_max / HANDSHAKES_PART).max(HANDSHAKES_MIN)),
+        handshakes: Places::new(
+            (connections_max - connections_max / HANDSHAKES_PART).max(HANDSHAKES_MIN),
+        ),
         sockets: Sockets::new(connections_max + SOCKETS_SPARE),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         api_keys,
