@@ -430,7 +430,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const data = parse(body);
     if (isObject(data) && this.notice(data, id)) return;
     const own = isObject(data) ? data["event_id"] : undefined;
-    // Where no positions come beside messages, a JSON object has its own as a member. Any other value there is the application's.
+    // Without positions beside messages, a JSON object has its own as a member. Any other value there is the application's.
     const eventId = id === undefined ? position(own) : id || undefined;
     if (eventId !== undefined) {
       if (this.#seen.has(eventId)) return this.duplicate(text(own) || eventId);

@@ -7,7 +7,7 @@ import type { ConnectionOptions, CredentialRequest } from "./options.ts";
 import { TokenStream } from "./streams.ts";
 
 /**
- * What opens a session: once, or, where the token begins with `sse.`, event streams until it expires and no WebSocket. A text is
+ * Opens a session: once, or, where the token begins with `sse.`, event streams until it expires and no WebSocket. A text is
  * a token.
  */
 export type Ticket =

@@ -72,7 +72,7 @@ class StreamCall:
 
 @dataclass(frozen=True, slots=True)
 class TicketRequest:
-    """What a ticket is to open, and for how long (seconds)."""
+    """Kind and lifetime (seconds) of a ticket that is to be issued."""
 
     agent: str
     session: str

@@ -122,7 +122,7 @@ class Subscription(Generic[T]):
         # What was kept while nobody listened: read whenever the subscription is confirmed.
         self._kept = kept
         self._ahead: deque[Item] = deque()
-        # What is delivered instead of the channel's messages, which then only say when to look.
+        # Entries to deliver instead of the channel's messages, which then only say when to look.
         self._log = log
         self._look = log is not None
         self._consumer: Consumer | None = None

@@ -12,7 +12,7 @@ _POSITION = re.compile(r"([1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})-[0-9a-f]{8}")
 _LIKE_A_POSITION = re.compile(r"0|[0-9]+-[0-9]+(-[0-9a-fA-F]+)?")
 _PLAIN = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _EVENT_ID_BYTES_MAX = 128
-# What a message begins with that a worker published with history, of this version or another one.
+# First bytes of a message that a worker published with history, of this version or another one.
 _ENVELOPE = re.compile(rb"\xffH[0-9]")
 
 
@@ -61,7 +61,7 @@ def lost_behind(
     if after == START:
         return None if is_whole else "trimmed"
     if not head:
-        # Nobody wrote for so long, or the log was removed.
+        # No worker wrote for so long, or the log was removed.
         return "expired" if age_ms >= head_ms else "emptied"
     if previous == after:
         return None

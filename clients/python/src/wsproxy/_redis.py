@@ -78,7 +78,7 @@ _IDEMPOTENCY_MS = 10 * 60 * 1000
 _PAGE = 200
 # How a connection ends whose token was revoked.
 _REVOKED = 4401
-# What a token begins with that opens event streams until it expires.
+# Prefix of tokens that open event streams until they expire.
 _EVENT_STREAM_PREFIX = "sse."
 # Stamps a key with Redis' clock, which all workers and gateways share, and tells the gateways; a longer life that the
 # key had is not cut short. Key: the revocation. Arguments: milliseconds, channel, message.
@@ -97,7 +97,7 @@ _NOT_DONE = (
     exceptions.OutOfMemoryError,
     exceptions.ReadOnlyError,
 )
-# What the others begin with. All of them pass.
+# First words of the other refusals. All of them pass.
 _NOT_DONE_CODES = frozenset(
     ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "OOM", "READONLY", "TRYAGAIN"]
 )
