@@ -29,12 +29,12 @@ class Story:
         self.truth.published(server, channel, head + names.mark(label).encode())
         return self
 
-    def comes(self, asked="", opened=None):
-        """The client connects, and is told where it is, or that it resumes."""
+    def comes(self, asked="", opened=None, is_told=True):
+        """The client connects, and is told where it is, or that it resumes, or nothing yet."""
         self.view.add(Item("connect", self._tick(), event_id=asked))
         if opened:
             self.view.add(Item("opened", self._tick(), event_id=names.at_time(opened)))
-        elif asked:
+        elif asked and is_told:
             self.view.add(Item("resumed", self._tick(), said={"count": 0}))
         return self
 
@@ -44,9 +44,9 @@ class Story:
         self.view.add(Item("message", self._tick(), label, own or position, text))
         return self
 
-    def lost(self, milliseconds):
+    def lost(self, milliseconds, reason="unknown"):
         """The client is told that something is missing."""
-        said = {"reason": "unknown"}
+        said = {"reason": reason}
         self.view.add(Item("lost", self._tick(), event_id=names.at_time(milliseconds), said=said))
         return self
 
@@ -131,6 +131,18 @@ class Runs(unittest.TestCase):
         story = three()
         story.expected.lossless = True
         self.broken(story.lost(20).gets("c", 30), "although Redis has lost nothing")
+
+    def test_doubts_about_an_own_id(self):
+        def story(asked, reason, **expected):
+            before = Story(**expected).kept("a", 10).comes(opened=10).kept("b", 20, 10, own="mine").gets("b", own="mine")
+            return before.comes(asked, is_told=False).lost(25, reason)
+
+        self.assertEqual(story("mine", "ambiguous", lossless=True).verdicts(), [])
+        self.broken(story("mine", "ambiguous", calm=True), "although Redis has lost nothing")
+        self.broken(story("mine", "unknown", lossless=True), "although Redis has lost nothing")
+        self.broken(story(names.at_time(20), "ambiguous", lossless=True), "although Redis has lost nothing")
+        later = story("mine", "ambiguous", lossless=True).lost(26, "ambiguous")
+        self.broken(later, "although Redis has lost nothing")
 
     def test_more_notices_than_incidents(self):
         story = three()
