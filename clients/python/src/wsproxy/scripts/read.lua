@@ -60,11 +60,10 @@ end
 -- Answers head, sum, and 1 if it was made now.
 local function head_of(log)
   local key = beside(log, 'head')
-  local head = call('GET', key)
-  if head then
+  local head = call('HMGET', key, 'position', 'sum')
+  if head[1] then
     if head_ms ~= '' then call('PEXPIRE', key, head_ms, 'GT') end
-    local position, sum = match(head, '^(%S+) (%d+)')
-    return position, sum, 0
+    return head[1], head[2], 0
   end
   local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
   local position, sum, removed = '', 0, 0
@@ -78,7 +77,8 @@ local function head_of(log)
   if position == '' then
     position = '1-0-' .. string.sub(redis.sha1hex(log .. time[1] .. time[2]), 1, 8)
   end
-  call('SET', key, string.format('%s %.0f %s', position, sum, removed), 'PX', head_ms)
+  call('HSET', key, 'position', position, 'sum', string.format('%.0f', sum), 'removed', removed)
+  call('PEXPIRE', key, head_ms)
   return position, sum, is_new
 end
 

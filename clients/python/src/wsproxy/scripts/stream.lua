@@ -17,57 +17,52 @@
 -- it before `open` and `renew`, and remove from it after `end`. It may name ends that are too early, never too late.
 
 -- append begins (the same in publish.lua and stream.lua)
+-- Every function costs time in every call, so that what is used in one place stands there.
 local call, match = redis.call, string.match
 
-local function is_above(id, prev)
+-- The lowest id above prev, or nothing where id is above it already.
+local function id_above(prev, id)
   local ms, seq = match(id, '(%d+)-(%d+)')
   local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
-  return ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1)
+  if ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1) then return nil end
+  return string.format('%s-%.0f', prev_ms, prev_seq + 1)
 end
 
-local function id_after(prev)
-  local ms, seq = match(prev, '(%d+)-(%d+)')
-  return string.format('%s-%.0f', ms, seq + 1)
-end
-
--- Removes the oldest entries until the log has room. Answers how much has been removed in all.
-local function make_room(log, total, removed, bytes_max)
-  local gone, from, count, entries = {}, '-', 1, nil
-  repeat
-    entries = call('XRANGE', log, from, '+', 'COUNT', count)
-    for _, entry in ipairs(entries) do
-      local fields = entry[2]
-      local sum = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
-      -- The first entry knows how much was removed before it; the head may know less.
-      if from == '-' then removed = sum - #fields[#fields] - 1 end
-      if total - removed <= bytes_max then break end
-      gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
-    end
-    count = math.min(count * 2, 64)
-    if #gone > 1000 or (#gone > 0 and total - removed <= bytes_max) then
-      call('XDEL', log, unpack(gone))
-      gone = {}
-    end
-  until total - removed <= bytes_max or #entries == 0
-  if #gone > 0 then call('XDEL', log, unpack(gone)) end
-  return removed
-end
-
--- The head as the log's last entry tells it, where the head itself is gone.
-local function head_of(log)
-  local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
-  local tag, rest = match(last and last[2][2] or '', '^(%x+) %S+ (%d+ %d+)')
-  return tag and last[1] .. '-' .. tag .. ' ' .. rest
-end
-
--- Answers receivers, id and the one before it.
+-- Answers receivers and position.
 local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
   local head = string.sub(log, 1, -4) .. 'head'
-  local held = call('GET', head)
-  local prev, total, removed = match(held or head_of(log) or '0-0 0 0', '^(%S+) (%d+) (%d+)')
+  local held = call('HMGET', head, 'position', 'sum', 'removed')
+  local prev, total, removed = held[1], held[2], held[3]
+  if not prev then
+    -- The log's last entry tells what the head did.
+    local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
+    local tag, sum, gone = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
+    prev, total, removed = tag and last[1] .. '-' .. tag or '0-0', sum or 0, gone or 0
+  end
   -- Every entry weighs one more than its data, so that the first of a life is known by its sum.
   total = total + #payload + 1
-  if total - removed > bytes_max then removed = make_room(log, total, removed, bytes_max) end
+  if total - removed > bytes_max then
+    -- The oldest entries go until the log has room.
+    local gone, from, count, entries = {}, '-', 1, nil
+    repeat
+      entries = call('XRANGE', log, from, '+', 'COUNT', count)
+      for _, entry in ipairs(entries) do
+        local fields = entry[2]
+        local sum = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
+        -- The first entry knows how much was removed before it; the head may know less.
+        if from == '-' then removed = sum - #fields[#fields] - 1 end
+        if total - removed <= bytes_max then break end
+        gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
+      end
+      count = math.min(count * 2, 64)
+      if #gone > 1000 or (#gone > 0 and total - removed <= bytes_max) then
+        call('XDEL', log, unpack(gone))
+        gone = {}
+      end
+    until total - removed <= bytes_max or #entries == 0
+    if #gone > 0 then call('XDEL', log, unpack(gone)) end
+    removed = string.format('%.0f', removed)
+  end
   if prev == '0-0' then
     -- Redis seeds every server alike; from here on this one has numbers of its own.
     local time = call('TIME')
@@ -79,36 +74,33 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
     (math.random() * 4294967296 + (a or 0) * 65536 + (b or 0) * 256 + (c or 0)) % 4294967296)
   local wanted = '*'
   if clock then
-    wanted = call('XADD', clock, 'MAXLEN', '~', 1, '*', '', '')
-    if not is_above(wanted, prev) then wanted = call('XADD', clock, id_after(prev), '', '') end
+    wanted = call('XADD', clock, 'MAXLEN', '~', '1', '*', '', '')
+    local above = id_above(prev, wanted)
+    if above then wanted = call('XADD', clock, above, '', '') end
   end
   local sum = string.format('%.0f', total)
   local meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
   local id = call('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
-  local step, is_new = ttl / 64, not id
+  local is_new = not id
   if is_new then
     removed = string.format('%.0f', total - #payload - 1)
     meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
     id = call('XADD', log, wanted, 'meta', meta, 'data', payload)
-    if not is_above(id, prev) then
+    local above = id_above(prev, id)
+    if above then
       -- The log was removed and its head was not, within a millisecond or while the clock went back.
       call('XDEL', log, id)
-      id = call('XADD', log, id_after(prev), 'meta', meta, 'data', payload)
+      id = call('XADD', log, above, 'meta', meta, 'data', payload)
     end
   end
-  local ms = match(id, '%d+')
   local position = id .. '-' .. tag
-  local value = position .. ' ' .. sum .. ' ' .. removed
-  -- A head outlives its log, and shows for an hour at least that something was published.
-  local head_ms = math.ceil(math.max(ttl, 3600000) * 9 / 8)
-  if held then call('SET', head, value, 'KEEPTTL') else call('SET', head, value, 'PX', head_ms) end
+  call('HSET', head, 'position', position, 'sum', sum, 'removed', removed)
   -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it.
-  if is_new then
-    call('PEXPIRE', log, math.ceil(ttl + step))
-    call('PEXPIRE', head, head_ms, 'GT')
-  elseif math.floor(ms / step) ~= math.floor(match(prev, '%d+') / step) then
-    call('PEXPIRE', log, math.ceil(ttl + step), 'GT')
-    call('PEXPIRE', head, head_ms, 'GT')
+  local ms, step = match(id, '%d+'), ttl / 64
+  if is_new or not held[1] or math.floor(ms / step) ~= math.floor(match(prev, '%d+') / step) then
+    call('PEXPIRE', log, math.ceil(ttl + step), is_new and 'NX' or 'GT')
+    -- A head outlives its log, and shows for an hour at least that something was published.
+    call('PEXPIRE', head, math.ceil(math.max(ttl, 3600000) * 9 / 8), held[1] and 'GT' or 'NX')
     call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0)))
   end
   local message = '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload
@@ -118,7 +110,7 @@ end
 
 local log, state, text, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local op, channel, stream = ARGV[1], ARGV[2], ARGV[3]
-local entries_max, bytes_max = math.max(ARGV[4], 1), tonumber(ARGV[5])
+local entries_max, bytes_max = ARGV[4] * 1 < 1 and '1' or ARGV[4], tonumber(ARGV[5])
 local ttl, lease = math.max(ARGV[6], 1), math.max(ARGV[7], 1)
 local STREAMS_MAX, TEXT_BYTES_MAX = 16, 4 * 1024 * 1024
 
