@@ -22,7 +22,7 @@ use crate::{
     config::Config,
     endpoint::{events::EventEndpoint, session::SessionEndpoint},
     http::{
-        admission::{Attempts, Places},
+        admission::{Attempts, Places, Resumes},
         sockets::Sockets,
         sse::open::OpenStreams,
     },
@@ -58,6 +58,8 @@ pub struct Gateway {
     pub sockets: Arc<Sockets>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// Resumes per session and per user.
+    pub resumes: Resumes,
     /// The keys of workers.
     pub api_keys: Arc<ApiKeys>,
     /// Failed calls of workers are logged through this.

@@ -28,7 +28,7 @@ use crate::{
     gateway::{self, Gateway},
     http::{
         admin::{self, Details},
-        admission::{Attempts, Places},
+        admission::{Attempts, Places, Resumes},
         api, listener,
         routes::{self, Routes},
         sockets::Sockets,
@@ -225,6 +225,7 @@ fn compose(
         ),
         sockets: Sockets::new(connections_max + SOCKETS_SPARE),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        resumes: Resumes::new(config.limits.resumes_per_second),
         api_keys,
         api_failures: Throttle::default(),
         jwt,

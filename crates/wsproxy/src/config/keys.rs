@@ -217,6 +217,7 @@ pub static KEYS: &[Key] = &[
     key!(limits.bytes_burst, Bytes(0, 16 << 30), "How many of them may come at once."),
     key!(limits.connections_per_user, Number(0, 100_000_000), "Connections of one user of the event endpoint at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
     key!(limits.connections_per_session, Number(0, 100_000_000), "Connections of one session at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
+    key!(limits.resumes_per_second, Number(0, 1_000_000), "Resumes of one session, or of one user of the event endpoint, per second, and five times as many at once; 429 beyond it. 0: no limit."),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
     key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),

@@ -270,7 +270,8 @@ fn wanted(gateway: &Gateway, user: &Id, connection: Uuid, client: Sink) -> Wante
         names.events_connection(&connection.to_string()),
     ];
     let topics = topics.into_iter().map(Into::into).collect();
-    Wanted { client, topics, reserved: None, streams_of: None }
+    let counted_as = names.events_user(user);
+    Wanted { client, topics, reserved: None, streams_of: None, counted_as }
 }
 
 /// Longer names are cut: every connection keeps one.

@@ -140,6 +140,7 @@ impl Entrance<'_> {
                 topics: vec![gateway.names.session_down(session).into()],
                 reserved: Some(reserved),
                 streams_of: Some(session.clone()),
+                counted_as: gateway.names.session_down(session),
             };
             let hello = resume.hello(connection);
             let histories = gateway.session_histories.as_ref();
