@@ -6,6 +6,7 @@
 from ._feeds import Subscription
 from .errors import (
     ConnectionClosed,
+    GiveUp,
     InvalidRequest,
     NotFound,
     NotSupported,
@@ -45,6 +46,7 @@ __all__ = [
     "Failure",
     "Gap",
     "GapCallback",
+    "GiveUp",
     "History",
     "HistoryEvent",
     "InvalidRequest",
