@@ -21,7 +21,7 @@ from ._backend import (
     TicketRequest,
     retrying,
 )
-from ._feeds import Consumer, Subscription
+from ._feeds import Consumer, Kept, Subscription
 from ._follower import Follower
 from ._positions import START
 from .client._advice import refusal
@@ -263,9 +263,20 @@ class HttpBackend:
             position = events[-1].event_id
         return History(events, complete, position, answer.get("history_lost"))
 
-    async def take_kept(self, session: str) -> list[UpstreamMessage]:
+    async def claim(self, sessions: Sequence[str], owner: str, lease: float) -> list[bool]:
+        # The API knows no owners: `Worker.serve` says that there must be one worker.
+        return [True] * len(sessions)
+
+    async def release(self, session: str, owner: str) -> None:
+        pass
+
+    async def has_clients(self, sessions: Sequence[str]) -> list[bool]:
+        # Unknown here, so that only announcements end a session.
+        return [True] * len(sessions)
+
+    def kept_messages(self, session: str) -> Kept | None:
         # The gateway sends what was kept at the start of the stream.
-        return []
+        return None
 
     def follow_upstream(self, session: str, kept: bool) -> Consumer:
         path = f"sessions/{_path(session)}/upstream"

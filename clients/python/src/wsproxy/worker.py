@@ -243,19 +243,19 @@ class Worker:
         """What the clients of a session send, in order, for ever: an asynchronous iterator, or ``async with`` it.
 
         It survives any outage; where messages may be missing, ``on_gap`` is called. With ``kept`` it begins with what
-        was kept while nobody listened (the gateway's ``no_receiver = "queue"``). Over Redis that is taken, so that no
-        other worker gets it; over HTTP it stays, and whoever follows next gets it again (``event_id`` tells it).
+        was kept while nobody listened (the gateway's ``no_receiver = "queue"``).
+
+        Over Redis a kept message is deleted when the loop comes back for the next one, or leaves ``async with``
+        without an exception: at least once, whoever dies. Of several workers one hands them out at a time; another
+        goes on where it stopped, 15 seconds after its death. Over HTTP they stay, and whoever follows next gets them
+        again (``event_id`` tells it). What clients send while workers listen reaches each of these workers, once.
         """
         _check_id("session", session)
-
-        async def take() -> list[UpstreamMessage]:
-            return await self._backend.take_kept(session)
-
         return Subscription(
             lambda: self._backend.follow_upstream(session, kept),
             lambda message: message,
             on_gap,
-            take if kept else None,
+            self._backend.kept_messages(session) if kept else None,
         )
 
     def session_events(
