@@ -21,6 +21,7 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
+from .serve import ServedSession, Serving
 from .stream import TokenStream
 from .types import (
     Event,
@@ -58,6 +59,8 @@ __all__ = [
     "Presence",
     "Receipt",
     "Refused",
+    "ServedSession",
+    "Serving",
     "SessionEvent",
     "StreamConflict",
     "StreamEnded",
