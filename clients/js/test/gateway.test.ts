@@ -206,6 +206,26 @@ test("a session over a path that fell silent is replaced when somebody looks; ne
   }
 });
 
+test("a healthy quiet connection that is replaced delivers what was sent once, since it closed cleanly", async () => {
+  const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
+  vi.stubGlobal("document", document);
+  try {
+    const [session, id] = open();
+    await session.once("connected");
+    const up = await worker(id);
+    session.send({ n: 1 });
+    const again = session.once("resumed");
+    document.dispatchEvent(new Event("visibilitychange"));
+    await again;
+    session.send({ n: 2 });
+    await until("the second arrived", () => up.numbers().includes(2));
+    expect(up.numbers()).toEqual([1, 2]);
+    up.end();
+  } finally {
+    vi.unstubAllGlobals();
+  }
+});
+
 test("back from an outage over server-sent events, the client sends over a WebSocket soon", async () => {
   let isAway = false;
   const [session, id] = open({
