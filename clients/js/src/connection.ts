@@ -21,6 +21,7 @@ import type { ConnectionOptions, CredentialReason, CredentialRequest } from "./o
 import type { Data } from "./outbox.ts";
 import type { Address } from "./platform.ts";
 import { Recent } from "./recent.ts";
+import { type Opening, Spare } from "./spare.ts";
 import { openSse } from "./sse.ts";
 import type { Frame, Target, Transport, TransportEvents } from "./transport.ts";
 import { Uplink } from "./uplink.ts";
@@ -45,10 +46,6 @@ const TIMEOUT_MAX = 2 ** 31 - 1;
 
 type Timer = "try" | "stable" | "silence" | "seek" | "doubt";
 type Kind = Transport["kind"];
-interface Spare {
-  transport?: Transport;
-  timer?: ReturnType<typeof setTimeout>;
-}
 
 /**
  * A connection that comes back by itself. It begins to connect as soon as the code that made it has returned, so that no
@@ -85,8 +82,8 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #hasHeard = false;
   #timers: Partial<Record<Timer, ReturnType<typeof setTimeout> | undefined>> = {};
 
-  // A second connection beside the open one, which takes over when it is open too.
-  #spare: Spare | undefined;
+  // On server-sent events for want of a WebSocket, or with a connection that may be dead.
+  readonly #spare: Spare = new Spare();
   #isFallback = false;
   #isBlocked = false;
   #seekMs = SEEK_MS;
@@ -381,7 +378,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   }
 
   /** Opens a transport that resumes from the present position. */
-  #connect(kind: Kind, grant: Grant, tell: { opened: (ms: number) => void; ended: (end: End) => void }): Transport {
+  #connect(kind: Kind, grant: Grant, tell: Opening): Transport {
     const url = new URL(grant.url);
     if (this.#options.resume ?? true) url.searchParams.set("last_event_id", this.#position);
     const target: Target = { url: url.href, token: grant.token, envelope: this.#options.envelope ?? true };
@@ -447,9 +444,9 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const isUrgent = this.#uplink.size > 0 && !this.#isBlocked;
     const usual = this.#seekMs * (0.5 + this.#random() / 2);
     const look = (): void => {
-      if (this.#spare) return this.#seek(SEEK_MS);
+      if (this.#spare.isOpening) return this.#seek(SEEK_MS);
       this.#seekMs = Math.min(this.#seekMs * 2, SEEK_MAX_MS);
-      void this.#beside("websocket", () => this.#foundNone());
+      this.#beside("websocket", () => this.#foundNone());
     };
     this.#timers.seek = setTimeout(look, wait ?? (isUrgent ? 0 : usual));
   }
@@ -470,51 +467,35 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#timers.doubt = setTimeout(() => {
       if (this.#heardAt > since || !this.#transport) return;
       this.#doubtedAt = Date.now();
-      void this.#beside(this.#transport.kind, () => {
+      this.#beside(this.#transport.kind, () => {
         if (this.#heardAt <= since) this.give("nothing heard");
       });
     }, DOUBT_MS);
   }
 
   /** Opens a further connection, which takes over as soon as it is open; else calls `failed`, and the present one goes on. */
-  async #beside(kind: Kind, failed: () => void): Promise<void> {
-    if (this.#spare) return;
+  #beside(kind: Kind, failed: () => void): void {
     const turn = this.#turn;
-    const spare: Spare = {};
-    this.#spare = spare;
-    const fail = (): void => {
-      if (this.#spare !== spare) return;
-      this.#dropSpare();
-      failed();
-    };
-    spare.timer = setTimeout(fail, this.#options.connectTimeoutMs ?? 15_000);
-    try {
-      const grant = await this.authorize({ reason: "reconnect", signal: this.#abort.signal });
-      if (this.#spare !== spare) return;
-      if (grant.url !== this.#path || (grant.eventStream && kind === "websocket")) return fail();
-      const asked = this.#position;
-      spare.transport = this.#connect(kind, grant, {
-        opened: (ms) => this.#takeOver(spare, asked, ms),
-        ended: (end) => (this.#spare === spare ? fail() : this.#ended(turn, end)),
-      });
-    } catch (cause) {
-      if (this.#spare === spare && !this.gaveUp(cause)) fail();
-    }
-  }
-
-  #takeOver(spare: Spare, asked: string, handshakeMs: number): void {
-    clearTimeout(spare.timer);
-    this.#spare = undefined;
-    this.#part();
-    this.#transport = spare.transport;
-    this.#asked = asked;
-    this.#opened(handshakeMs);
-  }
-
-  #dropSpare(): void {
-    clearTimeout(this.#spare?.timer);
-    this.#spare?.transport?.close(1000, "");
-    this.#spare = undefined;
+    let asked = "";
+    void this.#spare.open({
+      timeoutMs: this.#options.connectTimeoutMs ?? 15_000,
+      prepare: async () => {
+        const grant = await this.authorize({ reason: "reconnect", signal: this.#abort.signal }).catch((cause: unknown) => {
+          if (turn === this.#turn) this.gaveUp(cause);
+        });
+        if (grant?.url !== this.#path || (grant.eventStream && kind === "websocket")) return undefined;
+        asked = this.#position;
+        return (opening) => this.#connect(kind, grant, opening);
+      },
+      opened: (transport, handshakeMs) => {
+        this.#part();
+        this.#transport = transport;
+        this.#asked = asked;
+        this.#opened(handshakeMs);
+      },
+      failed,
+      ended: (end) => this.#ended(turn, end),
+    });
   }
 
   #silence(): number | undefined {
@@ -617,7 +598,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#turn += 1;
     this.#abort.abort();
     this.#abort = new AbortController();
-    this.#dropSpare();
+    this.#spare.drop();
     this.#part(code, reason);
   }
 
