@@ -69,6 +69,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #attempt = 0;
   #reason: CredentialReason = "initial";
   #failures = 0;
+  #downSince = 0;
   /** The gateway asked for patience until then. */
   #notBefore = 0;
 
@@ -310,6 +311,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #start(): void {
     this.#unwatch();
     this.#unwatch = watchWake((what) => this.#woke(what));
+    this.#downSince = Date.now();
     this.#try();
   }
 
@@ -564,6 +566,9 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     else if (end.status === undefined) this.#reason = "failed";
     if (!isGivenUp) this.#uplink.lost(end);
     this.#leave();
+    const { giveUpAfterMs = Infinity } = this.#options;
+    const left = this.#downSince + giveUpAfterMs - Date.now();
+    if (left <= 0) return this.#finish({ ...end, reason: `There was no connection for ${giveUpAfterMs} ms.` });
 
     const { baseMs = 500, maxMs = 30_000 } = this.#options.backoff ?? {};
     let delayMs = fullJitter(this.#attempt, baseMs, maxMs, this.#random);
@@ -572,7 +577,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#notBefore = Date.now() + retryAfterMs;
     delayMs += retryAfterMs || (advice === "slow" ? SLOW_MS : 0);
     this.#attempt += 1;
-    this.#timers.try = setTimeout(() => this.#try(), Math.min(delayMs, TIMEOUT_MAX));
+    this.#timers.try = setTimeout(() => this.#try(), Math.min(delayMs, left, TIMEOUT_MAX));
     this.#to("waiting", { ...told(end), delayMs });
   }
 
@@ -605,6 +610,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   /** Leaves the present transport. */
   #part(code = 1000, reason = ""): void {
     for (const timer of Object.values(this.#timers)) clearTimeout(timer);
+    if (this.#isUp) this.#downSince = Date.now();
     if (this.#isUp && this.#transport?.kind === "websocket") this.#uplink.leave(code, reason);
     this.#transport?.close(code, reason);
     this.#transport = undefined;

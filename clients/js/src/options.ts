@@ -42,6 +42,8 @@ export interface ConnectionOptions {
   sseTokenIn?: "header" | "query";
   /** How it comes back. */
   backoff?: BackoffOptions;
+  /** Ends it for good when there was no connection for so long. Default: never. */
+  giveUpAfterMs?: number;
   /** After this time a try has failed. Default 15 s. */
   connectTimeoutMs?: number;
   /** After this time without any message the connection counts as dead. Default: what the gateway's heartbeat says, where it has one. */

@@ -90,6 +90,21 @@ test("a wrong ticket is refused, and the next one opens", async () => {
   expect(reasons).toEqual(["initial", "rejected"]);
 });
 
+test("six tabs of one session, whose tickets replace each other's, all come in, and again after a restart", async () => {
+  const getTicket = async (): Promise<string> => {
+    const ticket = await gateway.ticket("tabs");
+    // The answer travels to the browser.
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    return ticket;
+  };
+  const tabs = numbers(0, 6).map(() => open({ session: "tabs", getTicket, backoff: { baseMs: 200, maxMs: 2000 } })[0]);
+  await until("all are open", () => tabs.every(({ state }) => state === "open"));
+  await gateway.stop("SIGKILL");
+  await until("all have noticed", () => tabs.every(({ state }) => state !== "open"));
+  await gateway.restart();
+  await until("all are open again", () => tabs.every(({ state }) => state === "open"));
+});
+
 test("invalid JSON upstream is told as a problem", async () => {
   const [session] = open();
   await session.opened();

@@ -557,6 +557,26 @@ test("GiveUp ends it for good: when connecting, when a token expires, and when o
   await expect(three.opened()).rejects.toThrow(/gave up/);
 });
 
+test("without a connection for the time that is given, it ends for good", async () => {
+  const connection = await session({ giveUpAfterMs: 60_000, backoff: { baseMs: 100, maxMs: 100 } });
+  const states: unknown[] = [];
+  connection.on("state", ({ state, reason }) => states.push(state === "closed" ? reason : state));
+  const fail = async (ms: number): Promise<void> => {
+    for (let rest = ms; rest > 0; rest -= 1000) {
+      FakeSocket.last.end();
+      await turn(1000);
+    }
+  };
+  await fail(59_000);
+  expect(states).not.toContain("There was no connection for 60000 ms.");
+  FakeSocket.last.open();
+  await turn(100_000);
+  await fail(59_000);
+  expect(connection.state).not.toBe("closed");
+  await fail(3_000);
+  expect(states.at(-1)).toBe("There was no connection for 60000 ms.");
+});
+
 test("a refused refresh is tried again with another token", async () => {
   const connection = await events({ silenceMs: 1e9 });
   const problems: string[] = [];
