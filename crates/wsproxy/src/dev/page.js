@@ -64,7 +64,8 @@ async function connect() {
     if (attempt !== session.attempt) return;
     log("error", "no token", error.message);
     session.lostAt ||= performance.now();
-    return retry("The gateway gives no token. Is `wsproxy dev` still running?");
+    // The browser has no answer to show where there was none.
+    return retry(error instanceof TypeError ? "The gateway does not answer. Is “wsproxy dev” still running?" : error.message);
   }
   // Closed, or another worker chosen, while the token was on its way.
   if (attempt !== session.attempt) return;
@@ -195,6 +196,7 @@ function problem({ code, message, reason }) {
     // It may also come in mid-stream, after an outage of the bus.
     const [label, back] = session.away ? [`away ${seconds(session.away)}, words lost`, `Back after ${seconds(session.away)}`] : ["words lost", "Connected"];
     gap(label);
+    finish();
     return tell("lost", `${back}, but what was said meanwhile is no longer kept${reason ? ` (${reason})` : ""}. An application loads its state anew now.`);
   }
   if (code !== "no_receiver") return tell("error", message);
@@ -312,30 +314,16 @@ function log(kind, title, detail = "") {
 
 // ---- metrics ----
 
-const CARDS = [
-  { name: "Connections", metric: "wsproxy_active_connections" },
-  { name: "Accepted so far", metric: "wsproxy_connections_total" },
-  { name: "Messages up", metric: "wsproxy_messages_received_total", rate: true },
-  { name: "Messages down", metric: "wsproxy_messages_sent_total", rate: true },
-  { name: "Latency, mean", latency: "wsproxy_message_latency_seconds" },
-  { name: "Bus channels", metric: "wsproxy_redis_pubsub_channels_active" },
-];
+// The cards stand in the page already, so that nothing moves when the first numbers come.
+const CARDS = [...document.querySelectorAll("[data-metric]")].map((card) => ({
+  metric: card.dataset.metric,
+  isLatency: card.dataset.metric.endsWith("_seconds"),
+  isRate: card.dataset.metric.startsWith("wsproxy_messages_"),
+  value: card.querySelector("b"),
+  line: card.querySelector("polyline"),
+  points: [],
+}));
 let previous = null;
-
-function buildCards() {
-  for (const card of CARDS) {
-    card.value = element("b", { textContent: "–" });
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    card.line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
-    svg.setAttribute("viewBox", "0 0 64 24");
-    svg.setAttribute("aria-hidden", "true");
-    svg.append(card.line);
-    card.points = [];
-    const box = element("div", { className: "metric" }, element("dt", { textContent: card.name }), element("dd", {}, card.value, svg));
-    box.dataset.metric = card.metric ?? card.latency;
-    byId("metrics").append(box);
-  }
-}
 
 async function poll() {
   if (!document.hidden) {
@@ -356,18 +344,18 @@ function showCard(card, now, before) {
   const grown = (name) => (before ? (now.totals.get(name) ?? 0) - (before.totals.get(name) ?? 0) : 0);
   const elapsed = before ? (now.at - before.at) / 1000 : 1;
   let point;
-  if (card.latency) {
-    const count = grown(`${card.latency}_count`);
-    if (count > 0) card.value.replaceChildren(...latencyText(grown(`${card.latency}_sum`) / count));
-    point = count > 0 ? grown(`${card.latency}_sum`) / count : 0;
+  if (card.isLatency) {
+    const count = grown(`${card.metric}_count`);
+    if (count > 0) card.value.replaceChildren(...latencyText(grown(`${card.metric}_sum`) / count));
+    point = count > 0 ? grown(`${card.metric}_sum`) / count : 0;
   } else {
     const total = now.totals.get(card.metric) ?? 0;
     card.value.textContent = total.toLocaleString("en");
-    point = card.rate ? Math.max(0, grown(card.metric)) / elapsed : total;
-    if (card.rate) card.value.append(" ", element("small", { textContent: `${Math.round(point)}/s` }));
+    point = card.isRate ? Math.max(0, grown(card.metric)) / elapsed : total;
+    if (card.isRate) card.value.append(" ", element("small", { textContent: `${Math.round(point)}/s` }));
   }
   card.points = [...card.points, point].slice(-HISTORY);
-  const top = Math.max(...card.points, card.latency ? 1e-9 : 1);
+  const top = Math.max(...card.points, card.isLatency ? 1e-9 : 1);
   card.line.setAttribute("points", card.points.map((y, i) => `${64 - (card.points.length - 1 - i) * (64 / (HISTORY - 1))},${23 - (y / top) * 22}`).join(" "));
 }
 
@@ -424,8 +412,11 @@ function ownWorker() {
 const workerSource = (url) => `python3 -uc '
 import json, time, urllib.request as http
 
+session = "${url}"
+headers = {"Authorization": "Bearer ${own.key}"}
+
 def call(path, body=None):
-    return http.urlopen(http.Request("${url}" + path, body, {"Authorization": "Bearer ${own.key}"}))
+    return http.urlopen(http.Request(session + path, body, headers))
 
 def say(message):
     call("/messages?history=true", json.dumps(message).encode())
@@ -446,7 +437,7 @@ const fill = (id, lines) => byId(id).replaceChildren(...lines.map(([what, text])
 function line(what, text) {
   const copy = element("button", { type: "button", className: "quiet copy", textContent: "Copy", ariaLabel: `Copy: ${what}` });
   copy.onclick = () => copyLine(copy, text);
-  return [element("p", { textContent: what }), element("div", {}, element("code", { textContent: text }), copy)];
+  return [element("p", { textContent: what }), element("div", {}, element("code", { className: text.includes("\n") ? "program" : "", textContent: text }), copy)];
 }
 
 async function copyLine(button, text) {
@@ -510,7 +501,6 @@ byId("composer").onsubmit = (event) => {
 
 // A reload keeps the choice of some browsers.
 document.querySelector('[name="who"][value="demo"]').checked = true;
-buildCards();
 ownWorker();
 poll();
 open();
