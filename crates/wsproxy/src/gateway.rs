@@ -20,7 +20,7 @@ use crate::{
     auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     config::Config,
-    endpoint::{events::EventEndpoint, session::SessionEndpoint},
+    endpoint::{caller::Texts, events::EventEndpoint, session::SessionEndpoint},
     http::{
         admission::{Attempts, Places, Resumes},
         sockets::Sockets,
@@ -29,7 +29,10 @@ use crate::{
     hub::{Histories, Hub},
     registry::{Registry, lease::Lease, sessions::SessionLog},
     store::Store,
-    telemetry::{metrics::Metrics, throttle::Throttle},
+    telemetry::{
+        metrics::Metrics,
+        throttle::{Throttle, Throttles},
+    },
 };
 
 /// A running instance.
@@ -64,6 +67,10 @@ pub struct Gateway {
     pub api_keys: Arc<ApiKeys>,
     /// Failed calls of workers are logged through this.
     pub api_failures: Throttle,
+    /// Refused handshakes, and what else clients can cause at will, are logged through this.
+    pub lines: Throttles,
+    /// What clients say of themselves.
+    pub texts: Texts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
     /// Who is connected to the event endpoint; `None` where that is not served.

@@ -18,10 +18,11 @@ use wsproxy_proto::names::Names;
 
 use crate::{
     auth::{api_keys::ApiKeys, jwt::JwtVerifier},
-    bus::Bus,
+    bus::{Bus, watch},
     cli::exit::Failure,
     config::Config,
     endpoint::{
+        caller::Texts,
         events::EventEndpoint,
         session::{SessionCounters, SessionEndpoint},
     },
@@ -40,7 +41,10 @@ use crate::{
         sessions::{self, SessionLog},
     },
     shutdown, streams,
-    telemetry::{metrics::Metrics, throttle::Throttle},
+    telemetry::{
+        metrics::Metrics,
+        throttle::{Throttle, Throttles},
+    },
 };
 
 /// Descriptors that are no connection's: sockets to spare on both ports, listeners, the bus, logs.
@@ -135,6 +139,7 @@ impl Instance {
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
         background.spawn(healer::run(hub, store, background_end.clone()));
+        background.spawn(watch::run(gateway.bus.clone(), background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }
@@ -228,6 +233,8 @@ fn compose(
         resumes: Resumes::new(config.limits.resumes_per_second),
         api_keys,
         api_failures: Throttle::default(),
+        lines: Throttles::default(),
+        texts: Texts::default(),
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,

@@ -197,7 +197,7 @@ pub static KEYS: &[Key] = &[
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port").alias("METRICS_PORT"),
 
     key!(redis.url, Optional(Secret(rule::REDIS_URL)), "Redis that carries messages between instances and workers. Not set: the embedded bus. On a command line others can read it; prefer the environment or a file.").flag("redis-url").alias("REDIS_URL").secret(),
-    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis.").flag("channel-prefix").alias("REDIS_CHANNEL_PREFIX"),
+    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis. Databases separate keys only: their channels are the same.").flag("channel-prefix").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
     key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back over each connection; every tenth time also over a new one."),

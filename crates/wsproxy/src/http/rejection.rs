@@ -46,7 +46,8 @@ macro_rules! table {
 
         /// Codes of the table.
         #[cfg(test)]
-        pub(super) const CODES: &[&str] = &[$($code),*];    };
+        pub(super) const CODES: &[&str] = &[$($code),*];
+    };
 }
 
 table! {
@@ -215,6 +216,30 @@ impl Rejection {
 /// `error.code` where certainly nothing was done.
 pub(super) const NOT_DONE: &str = "not_done";
 
+/// Codes with which handshakes are refused.
+pub(crate) const OF_HANDSHAKES: [&str; 20] = [
+    "bad_id",
+    "bad_request",
+    "bus_unavailable",
+    "deadline",
+    "draining",
+    "full",
+    "host_not_allowed",
+    "internal",
+    "invalid_token",
+    "issuer_unavailable",
+    "malformed_credentials",
+    "method_not_allowed",
+    "missing_credentials",
+    NOT_DONE,
+    "not_found",
+    "origin_not_allowed",
+    "rate_limited",
+    "too_many_connections",
+    "too_many_handshakes",
+    "upgrade_required",
+];
+
 /// A wait as a client is told it: rounded up, since earlier than that it would fail again.
 fn retry_seconds(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
@@ -326,5 +351,12 @@ mod tests {
                 _ => assert!(close.reconnect, "{}", close.label),
             }
         }
+    }
+
+    #[test]
+    fn handshakes_are_refused_with_codes_of_the_table() {
+        let unknown =
+            OF_HANDSHAKES.iter().find(|code| ![CODES, &[NOT_DONE]].concat().contains(code));
+        assert_eq!(unknown, None);
     }
 }

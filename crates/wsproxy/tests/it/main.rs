@@ -23,6 +23,7 @@ mod http_api;
 mod jwt;
 mod limits;
 mod links;
+mod logs;
 mod memory;
 mod metrics;
 mod presence;
