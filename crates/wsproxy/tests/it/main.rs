@@ -26,6 +26,7 @@ mod links;
 mod logs;
 mod memory;
 mod metrics;
+mod numbers;
 mod presence;
 mod refusals;
 mod registry;
