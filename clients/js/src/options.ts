@@ -53,8 +53,8 @@ export interface ConnectionOptions {
   /** How fast messages are sent. Default: somewhat less than the gateway's default lets one connection send. */
   sendRate?: SendRate;
   /**
-   * Whether what a lost connection may not have delivered is sent again over the next one, so that a worker gets each message at
-   * least once. With false it gets each at most once. Default true.
+   * Whether what a lost connection may not have delivered is sent again over the next one, so that a worker may get a message twice.
+   * With false it gets each at most once. Default true.
    */
   resend?: boolean;
   /** How many positions are remembered to recognise duplicates. Default 2048. */

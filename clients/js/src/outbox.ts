@@ -14,6 +14,8 @@ export type Data = string | Uint8Array;
 
 /** Sent messages that are remembered; what was sent before them counts as arrived. */
 const SENT_MAX = 1024;
+/** Some platforms count heads of frames among the bytes that have not left. Too few messages may be taken for unsent, never too many. */
+const FRAME_HEAD_MAX = 14;
 
 /**
  * Invariant: at most `max` messages wait for the first time. What a lost connection may not have delivered is put back before them,
@@ -99,7 +101,7 @@ export class Outbox {
     for (; first > 0; first -= 1) {
       const { data, at } = this.#sent[first - 1] as { data: Data; at: number };
       if (unsent <= 0 && at <= since) break;
-      unsent -= typeof data === "string" ? new TextEncoder().encode(data).length : data.length;
+      unsent -= FRAME_HEAD_MAX + (typeof data === "string" ? new TextEncoder().encode(data).length : data.length);
     }
     const back = this.#sent.slice(first).map(({ data }) => data);
     this.#sent = [];

@@ -13,6 +13,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("WebSockets need the extra: pip install 'wsproxy[client]'; or use transport='sse'.") from error
 
+from ._pace import Pace
 from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, not_opened, url
 
 # Selected where there is a history: `<position>\n<payload>`, whatever the payload is.
@@ -54,6 +55,8 @@ class _WebSocket:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
         self._with_ids = connection.subprotocol == _WITH_IDS
+        # Of this connection: the gateway counts anew for each.
+        self._pace = Pace()
 
     async def receive(self) -> Frame:
         try:
@@ -69,6 +72,7 @@ class _WebSocket:
         return Frame(payload, head.decode("ascii", "replace"))
 
     async def send(self, text: str) -> None:
+        await self._pace.turn()
         try:
             await self._connection.send(text)
         except ConnectionClosed as error:
