@@ -1,4 +1,4 @@
-"""The samples in deploy/ behind which a client cannot choose its address, with the real nginx and HAProxy."""
+"""The samples in deploy/ with the real nginx and HAProxy: a client cannot choose its address, and is noticed when it leaves."""
 
 import json
 import shutil
@@ -119,3 +119,18 @@ def test_attempts_are_counted_whatever_a_client_says(start_behind):
     behind = start_behind(WSPROXY_RATE_LIMIT__MAX_REQUESTS="3", WSPROXY_RATE_LIMIT__WINDOW_SECONDS="600")
     forged = ([("Forwarded", f"for=192.0.2.{n}"), ("X-Forwarded-For", f"192.0.2.{n}")] for n in range(6))
     assert [behind.ask("/demo/ws/s-1", headers) for headers in forged] == [426] * 3 + [429] * 3
+
+
+def test_a_client_of_an_event_stream_that_leaves_is_noticed_at_once(start_behind, redis, session):
+    behind = start_behind()
+
+    def listens():
+        return redis.client.pubsub_numsub("session:s-1:down")[0][1]
+
+    with socket.create_connection(("127.0.0.1", behind.port), 10) as client:
+        head = f"GET /demo/ws/s-1?token={session()} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+        client.sendall(head.encode())
+        assert client.recv(64).startswith(b"HTTP/1.1 200")
+        assert listens() == 1
+    # Comments come every 15 s: nothing is written meanwhile.
+    until("the gateway has noticed", lambda: listens() == 0, deadline=5)
