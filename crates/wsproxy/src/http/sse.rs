@@ -37,11 +37,12 @@ use crate::{
 
 use self::stream::{EventStream, Held};
 
-/// Whether a request wants events rather than a WebSocket: it says so, and `*/*` does not.
+/// Whether a request wants events rather than a WebSocket: it says so, and `*/*` does not. An offer of another
+/// protocol, such as the `Upgrade: h2c` of Java's HTTP client, is passed over.
 #[must_use]
 pub fn is_asked(gateway: &Gateway, headers: &HeaderMap) -> bool {
     gateway.config.sse.enabled
-        && !headers.contains_key(header::UPGRADE)
+        && !lists(headers, &header::UPGRADE, "websocket")
         && lists(headers, &header::ACCEPT, "text/event-stream")
 }
 
@@ -144,7 +145,7 @@ impl Opening {
             _active: gateway.metrics.opened(label),
             _active_stream: gateway.metrics.opened_stream(label),
         };
-        if gateway.is_draining() {
+        if gateway.is_closing() {
             // The look around for connections to close may have been before this one came.
             self.tap.end(&wsproxy_proto::disconnect::Disconnect::RESTART);
         }
