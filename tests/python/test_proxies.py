@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 from conftest import free_port, until
 from samples import ACCEPT, CLIENT, SAMPLES, status
+from websockets.sync.client import connect
 
 FORGED = "192.0.2.66"
 HEADERS = [
@@ -24,7 +26,8 @@ HEADERS = [
     # Names that are spelled differently are other headers.
     [("X_Forwarded_For", FORGED), ("X-Real-IP", FORGED), ("X-Forwarded", f"for={FORGED}")],
 ]
-TRUST = {"WSPROXY_SERVER__TRUSTED_PROXIES": "127.0.0.1"}
+# At this level no line about a refused handshake is left out.
+TRUST = {"WSPROXY_SERVER__TRUSTED_PROXIES": "127.0.0.1", "LOG_LEVEL": "debug"}
 UPGRADE = [
     ("Connection", "Upgrade"),
     ("Upgrade", "websocket"),
@@ -58,6 +61,20 @@ def test_attempts_are_counted_whatever_a_client_says(start_gateway, start_proxy,
     proxy = start_proxy(name, start_gateway(**TRUST, **limit))
     forged = ([("Forwarded", f"for=192.0.2.{n}"), ("X-Forwarded-For", f"192.0.2.{n}")] for n in range(6))
     assert [proxy.ask("/demo/ws/s-1", headers) for headers in forged] == [426] * 3 + [429] * 3
+
+
+@behind_all
+def test_a_websocket_carries_messages_both_ways(start_gateway, start_proxy, session, redis, name):
+    proxy = start_proxy(name, start_gateway(**TRUST))
+    protocols = ["wsproxy.v1", f"bearer.{session()}"]
+    with redis.client.pubsub() as worker:
+        worker.subscribe("session:s-1:up")
+        with connect(f"{proxy.ws}/demo/ws/s-1", subprotocols=protocols, ssl=proxy.context, proxy=None) as client:
+            redis.client.publish("session:s-1:down", "dreißig")
+            assert client.recv(timeout=10) == "dreißig"
+            client.send('["up"]')
+            message = until("it comes up", lambda: worker.get_message(ignore_subscribe_messages=True))
+            assert message["data"] == '["up"]'
 
 
 @behind_all
@@ -160,6 +177,9 @@ def test_a_rolling_restart_refuses_nobody(start_gateway, start_proxy, redis, nam
     assert set(crowd.answers) <= {200, 101}, [answer for answer in crowd.answers if answer not in {200, 101}]
     openings = [instance.process.output().count('"Connection opened."') for instance in instances]
     assert min(openings) > 20, "both took part"
+    for instance in instances:
+        # Their drains were seen; the next test need not wait for two more.
+        instance.process.stop(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
