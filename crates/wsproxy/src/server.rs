@@ -18,17 +18,18 @@ use wsproxy_proto::names::Names;
 
 use crate::{
     auth::{api_keys::ApiKeys, jwt::JwtVerifier},
-    bus::Bus,
+    bus::{Bus, watch},
     cli::exit::Failure,
     config::Config,
     endpoint::{
+        caller::Texts,
         events::EventEndpoint,
         session::{SessionCounters, SessionEndpoint},
     },
     gateway::{self, Gateway},
     http::{
         admin::{self, Details},
-        admission::{Attempts, Places},
+        admission::{Attempts, Places, Resumes},
         api, listener,
         routes::{self, Routes},
         sockets::Sockets,
@@ -40,7 +41,10 @@ use crate::{
         sessions::{self, SessionLog},
     },
     shutdown, streams,
-    telemetry::{metrics::Metrics, throttle::Throttle},
+    telemetry::{
+        metrics::Metrics,
+        throttle::{Throttle, Throttles},
+    },
 };
 
 /// Descriptors that are no connection's: sockets to spare on both ports, listeners, the bus, logs.
@@ -135,6 +139,7 @@ impl Instance {
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
         background.spawn(healer::run(hub, store, background_end.clone()));
+        background.spawn(watch::run(gateway.bus.clone(), background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }
@@ -225,8 +230,11 @@ fn compose(
         ),
         sockets: Sockets::new(connections_max + SOCKETS_SPARE),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        resumes: Resumes::new(config.limits.resumes_per_second),
         api_keys,
         api_failures: Throttle::default(),
+        lines: Throttles::default(),
+        texts: Texts::default(),
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,

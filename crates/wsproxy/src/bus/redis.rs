@@ -118,6 +118,13 @@ impl RedisBus {
         let url = config.url.as_ref().map_or("", |url| url.expose_secret());
         let refused = |why: String| BusError::Refused(format!("redis.url: {why}"));
         let address = Address::parse(url).map_err(|why| refused(why.into()))?;
+        if address.database != 0 && config.channel_prefix.is_empty() {
+            tracing::warn!(
+                database = address.database,
+                "Databases of one Redis do not separate channels: set redis.channel_prefix, \
+                unless nothing else uses this Redis."
+            );
+        }
         let connector = Connector::new(address, config.ca_file.as_deref(), config.connect_timeout)
             .map_err(refused)?;
         let shared = Arc::new(Shared {

@@ -14,6 +14,8 @@ pub(super) fn run(settings: Settings) -> anyhow::Result<()> {
     defaults.server.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
     // Who writes a first worker wants to see at once that it is not heard.
     defaults.sessions.no_receiver = NoReceiver::Error;
+    // The page tells what goes on, and the address stays the last line of the terminal.
+    defaults.log.level = "warn".into();
     serve::run_with(settings.load_over(defaults)?, |config| {
         dev::run(config, |text| {
             // Who started it may have closed the terminal or the pipe.
