@@ -171,6 +171,9 @@ class Client:
                 elif not line and (data or event_id):
                     if kind == "close":
                         code = "\n".join(data)
+                    elif kind == "position":
+                        # Where the stream is before anything has happened.
+                        self._note("opened", event_id=event_id)
                     else:
                         self._message("\n".join(data).encode(), event_id)
                     event_id, data, kind = None, [], "message"
@@ -204,9 +207,6 @@ class Client:
                 self._note("recovered", raw=raw)
             case "stream_snapshot":
                 self._note("snapshot", raw=raw, said=said)
-            case None if event_id and not raw:
-                # An event stream says where it is before anything has happened.
-                self._note("opened", event_id=event_id)
             case _:
                 self._note("other", raw=raw)
 

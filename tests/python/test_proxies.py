@@ -219,4 +219,5 @@ def test_a_stream_whose_client_left_ends_within_seconds(start_gateway, start_pro
     assert status(client) == 200
     until("it listens", lambda: redis.client.pubsub_numsub("session:s-1:down")[0][1] == 1)
     client.close()
+    # Comments come every 15 s: nothing is written meanwhile.
     until("it is gone", lambda: redis.client.pubsub_numsub("session:s-1:down")[0][1] == 0, deadline=5)

@@ -45,7 +45,9 @@ class Stream:
             elif name == "data":
                 data.append(value)
             elif not line and data:
-                return kind, "\n".join(data)
+                if kind != "position":
+                    return kind, "\n".join(data)
+                kind, data = "message", []
         return None
 
     def close(self):

@@ -12,7 +12,7 @@ from conftest import ROOT, until
 from httpx_sse import connect_sse
 from samples import SAMPLES
 
-CLIENTS = ROOT / "tests/python/stream_clients"
+READERS = ROOT / "tests/python/readers"
 LONG = "a sentence that comes again and again. " * 200
 # The first ones are too small to be worth compressing.
 MESSAGES = ["1", '{"type":"token","text":"two"}', "dreißig 水", LONG, "5"]
@@ -76,45 +76,45 @@ def start_client(tmp_path_factory, certificate):
     def needed(name, package):
         return shutil.which(name) or pytest.skip(f"{name} is missing (apt-get install {package}): nothing is said of this client")
 
-    def curl():
+    def curl(url):
         # Its output is what it got: lines of data and others.
-        return [needed("curl", "curl"), "-sSN", "--cacert", str(certificate.cert), "-H", "Accept: text/event-stream"]
+        return [needed("curl", "curl"), "-sSN", "--cacert", str(certificate.cert), "-H", "Accept: text/event-stream", url]
 
-    def go():
+    def go(url):
         program = built / "go"
         if not program.exists():
             # A cache of its own where the person who runs the tests has no home.
             env = os.environ | {"GOCACHE": str(built / "cache"), "GO111MODULE": "off"}
-            subprocess.run([needed("go", "golang-go"), "build", "-o", program, CLIENTS / "stream.go"], check=True, env=env)
-        return [str(program)]
+            subprocess.run([needed("go", "golang-go"), "build", "-o", program, READERS / "reader.go"], check=True, env=env)
+        return [str(program), url]
 
-    def java():
+    def java(url):
         trusted = built / "trusted.p12"
-        if not (built / "Stream.class").exists():
+        if not (built / "Reader.class").exists():
             compiler, keytool = needed("javac", "default-jdk-headless"), needed("keytool", "default-jdk-headless")
-            subprocess.run([compiler, "-d", built, CLIENTS / "Stream.java"], check=True)
+            subprocess.run([compiler, "-d", built, READERS / "Reader.java"], check=True)
             command = [keytool, "-importcert", "-noprompt", "-alias", "test", "-file", certificate.cert]
             command += ["-keystore", trusted, "-storetype", "PKCS12", "-storepass", "changeit"]
             subprocess.run(command, check=True, capture_output=True)
         options = ["-Xshare:auto", "-XX:TieredStopAtLevel=1", f"-Djavax.net.ssl.trustStore={trusted}"]
         options += ["-Djavax.net.ssl.trustStorePassword=changeit", "-Dfile.encoding=UTF-8"]
-        return [needed("java", "default-jdk-headless"), *options, "-cp", str(built), "Stream"]
+        return [needed("java", "default-jdk-headless"), *options, "-cp", str(built), "Reader", url, "identity"]
 
-    def eventsource():
-        modules, lock = CLIENTS / "node_modules", CLIENTS / "package-lock.json"
+    def eventsource(url):
+        modules, lock = READERS / "node_modules", READERS / "package-lock.json"
         installed = modules / ".installed-lock"
         if not installed.exists() or installed.read_bytes() != lock.read_bytes():
             command = [needed("npm", "npm"), "ci", "--silent", "--no-audit", "--no-fund"]
-            subprocess.run(command, check=True, cwd=CLIENTS)
+            subprocess.run(command, check=True, cwd=READERS)
             shutil.copy(lock, installed)
-        return [needed("node", "nodejs"), str(CLIENTS / "stream.mjs")]
+        return [needed("node", "nodejs"), str(READERS / "reader.mjs"), url]
 
     commands = {"curl": curl, "go": go, "java": java, "eventsource": eventsource}
 
     def start(name, url, folder):
         if name == "httpx-sse":
             return HttpxSse(url, certificate)
-        return Program([*commands[name](), url], certificate, folder)
+        return Program(commands[name](url), certificate, folder)
 
     return start
 

@@ -37,7 +37,8 @@ export function openSse(
     const parser = new SseParser(({ type, data, id }) => {
       if (abort.signal.aborted) return;
       if (type === "close") return end(parseClose(data));
-      if (data === undefined) return id ? events.position(id) : undefined;
+      // Gateways before this one sent an id alone, without data.
+      if (type === "position" || data === undefined) return id ? events.position(id) : undefined;
       events.frame({ body: data, id: id ?? "" });
     });
     const decoder = new TextDecoder();

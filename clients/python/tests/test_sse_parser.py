@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import httpx
 import pytest
 
 from wsproxy._sse import Parser
+from wsproxy.client._sse import SseTransport
+from wsproxy.client._transport import Frame
 
 STREAM = (
     b"id: 1-0\n\n:\n\nretry: 50\r\n\r\nid: 2-0\ndata: a\ndata:b\r\ndata\n\nevent: close\r"
@@ -42,3 +45,17 @@ def test_an_event_without_end_is_refused() -> None:
         parser.feed(b"data: 12345\n")
     with pytest.raises(ValueError, match="larger"):
         parser.feed(b"data: 12345\n")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("rest", ['event: position\ndata: {"type":"position","event_id":"7-0-aa"}\n\n', "\n"])
+async def test_a_position_without_a_message_is_no_message(rest: str) -> None:
+    # The second form is that of earlier gateways.
+    block = f"id: 7-0-aa\n{rest}"
+    stream = f"retry: 900\n{block}:\nid: 8-0-aa\ndata: 1\n\n:\ndata: 2\n\n"
+    answer = httpx.MockTransport(lambda _: httpx.Response(200, content=stream))
+    transport = SseTransport("http://gateway.test", "/demo/ws/s-1", {"transport": answer})
+    connection = await transport.open("token", "")
+    frames = [await connection.receive() for _ in range(3)]
+    assert frames == [Frame(None, "7-0-aa"), Frame("1", "8-0-aa"), Frame("2", "")]
+    await transport.aclose()

@@ -59,6 +59,24 @@ test("messages, positions and resume; the token is in a header", async () => {
   expect(heard).toEqual([{ a: 1 }, "ü"]);
 });
 
+test("a position without a message is remembered and shown to nobody, in this form and in that of earlier gateways", async () => {
+  for (const block of ['event: position\nid: 7-0-000000aa\ndata: {"type":"position","event_id":"7-0-000000aa"}\n\n', "id: 7-0-000000aa\n\n"]) {
+    const { made } = session({ transport: "sse" });
+    const heard: unknown[] = [];
+    made.on("message", ({ raw }) => heard.push(raw));
+    const first = await gateway.listeners.next();
+    answer(first);
+    first.response.end(`retry: 900\n${block}:\n`);
+    const second = await gateway.listeners.next();
+    expect(second.url.searchParams.get("last_event_id")).toBe("7-0-000000aa");
+    answer(second);
+    second.response.write(":\ndata: 1\n\n");
+    await made.once("message");
+    expect(heard).toEqual(["1"]);
+    made.close();
+  }
+});
+
 test("the token may be in the URL, where a preflight is not wanted", async () => {
   session({ transport: "sse", sseTokenIn: "query" });
   const { url, request } = await gateway.listeners.next();

@@ -273,7 +273,7 @@ pub static KEYS: &[Key] = &[
 
     key!(sse.enabled, Switch, "Answer Accept: text/event-stream."),
     key!(sse.keep_alive, Time(100, HOUR), "A comment is sent when nothing else was for this long, so that proxies keep the stream open."),
-    key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects."),
+    key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects; each is told another time, from half of this to one and a half of it."),
     key!(sse.compression, Switch, "Compress where the client accepts gzip."),
 
     key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret(),

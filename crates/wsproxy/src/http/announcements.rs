@@ -23,6 +23,7 @@ use crate::{
     },
     hub::{
         Sink, Subscription,
+        message::COMMENT,
         tap::{Tap, TapEntry},
     },
     store::StoreError,
@@ -159,7 +160,7 @@ impl Follower {
                 () = sleep_until(keep_alive) => {
                     // Also a look: a channel promises nothing.
                     self.look_at = Some(Instant::now());
-                    return Some((Ok(Bytes::from_static(b":\n\n")), self));
+                    return Some((Ok(COMMENT), self));
                 }
             }
         }

@@ -25,13 +25,15 @@ impl Grant {
         Some(Self { origin: origin.clone(), credentials })
     }
 
-    /// Puts it on the answer, be that a refusal: without it the page could not even see the status.
+    /// Puts it on the answer, be that a refusal: without it the page could not even see the status, nor how long to wait.
     pub fn apply(self, headers: &mut HeaderMap) {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, self.origin);
         if self.credentials {
             let yes = HeaderValue::from_static("true");
             headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, yes);
         }
+        let exposed = HeaderValue::from_static("Retry-After");
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
         headers.append(header::VARY, HeaderValue::from_static("Origin"));
     }
 }
@@ -55,9 +57,13 @@ pub fn preflight() -> Response<Body> {
     response
 }
 
-/// What a client of an event stream sends that a page may not send unasked, and for how long that is remembered.
+/// What a client of an event stream sends that a page may not send unasked, and for how long that is remembered. Tools
+/// that trace pages (OpenTelemetry, Sentry) add headers of their own to every request of a page.
 const PREFLIGHT: [(HeaderName, &str); 3] = [
     (header::ACCESS_CONTROL_ALLOW_METHODS, "GET"),
-    (header::ACCESS_CONTROL_ALLOW_HEADERS, "Authorization, Cache-Control, Last-Event-ID"),
+    (
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        "Authorization, Cache-Control, Last-Event-ID, traceparent, tracestate, baggage, sentry-trace",
+    ),
     (header::ACCESS_CONTROL_MAX_AGE, "600"),
 ];

@@ -9,9 +9,10 @@ use tracing::debug;
 
 use crate::{
     gateway::Gateway,
-    http::{Body, rejection::Rejection, upgrade},
+    http::{Body, rejection::Rejection, sse::CACHE_CONTROL, upgrade},
     hub::{
-        Sink, Subscription, message,
+        Sink, Subscription,
+        message::{self, COMMENT},
         tap::{Tap, TapEntry},
     },
 };
@@ -64,7 +65,7 @@ pub(super) fn response(
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(CACHE_CONTROL));
     // nginx would hold the stream back in its buffer.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
@@ -103,14 +104,14 @@ impl Follower {
                 Some(TapEntry::Message(payload, _)) => event(None, &payload),
                 Some(TapEntry::Gap(gap)) => gap_event(gap),
                 // A follower is neither told its position nor does it have a logic.
-                Some(TapEntry::Position(_) | TapEntry::Event(..)) => Bytes::from_static(b":\n\n"),
+                Some(TapEntry::Position(_) | TapEntry::Event(..)) => COMMENT,
                 Some(TapEntry::End(_)) => return None,
                 None => {
                     self.over = true;
                     OVERFLOW
                 }
             },
-            () = tokio::time::sleep(KEEP_ALIVE) => Bytes::from_static(b":\n\n"),
+            () = tokio::time::sleep(KEEP_ALIVE) => COMMENT,
             () = self.gateway.followers_end.cancelled() => return None,
         };
         Some((Ok(chunk), self))

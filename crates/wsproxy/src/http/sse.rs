@@ -37,8 +37,8 @@ use crate::{
 
 use self::stream::{EventStream, Held};
 
-/// Whether a request wants events rather than a WebSocket: it says so, and `*/*` does not. An offer of another
-/// protocol, such as the `Upgrade: h2c` of Java's HTTP client, is passed over.
+/// Whether a request wants events rather than a WebSocket: it says so, and `*/*` does not. Another upgrade that it offers
+/// is not taken: Java's client offers HTTP/2 with every request.
 #[must_use]
 pub fn is_asked(gateway: &Gateway, headers: &HeaderMap) -> bool {
     gateway.config.sse.enabled
@@ -208,10 +208,14 @@ fn lists(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     })
 }
 
+/// How long an answer is kept: not at all. Proxies that compress (Caddy, Traefik) keep off one that must not be
+/// transformed; others would hold it back until their buffer is full.
+pub const CACHE_CONTROL: &str = "no-store, no-transform";
+
 /// An answer that nobody keeps and no proxy holds back; its socket carries nothing else after it.
 const HEADERS: [(HeaderName, &str); 5] = [
     (header::CONTENT_TYPE, "text/event-stream"),
-    (header::CACHE_CONTROL, "no-store"),
+    (header::CACHE_CONTROL, CACHE_CONTROL),
     (header::VARY, "Accept, Accept-Encoding"),
     (header::CONNECTION, "close"),
     // nginx would keep the stream in its buffer.

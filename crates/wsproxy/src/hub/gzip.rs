@@ -2,6 +2,9 @@
 //!
 //! A gzip stream may be cut into parts that do not refer to each other. What is of one client only is its
 //! checksum, which is put together from those of the parts.
+//!
+//! Every part ends with a sync marker, an empty block that is not compressed. Inflaters such as Go's and zlib's in some
+//! proxies keep what they have inflated to themselves until they see one, or until their window is full.
 
 use std::cell::RefCell;
 
@@ -32,9 +35,9 @@ pub fn part(plain: &[u8], how: Deflation) -> Bytes {
             }
             let (_, deflaters) = kept.as_mut()?;
             let blocks = deflaters.compress(WINDOW_BITS, plain)?;
-            let mut part = begin(plain, blocks.len() + FLUSH.len());
+            let mut part = begin(plain, blocks.len() + MARKER_END.len());
             part.extend_from_slice(blocks);
-            part.extend_from_slice(&FLUSH);
+            part.extend_from_slice(&MARKER_END);
             Some(part)
         });
         if let Some(part) = deflated {
@@ -42,7 +45,7 @@ pub fn part(plain: &[u8], how: Deflation) -> Bytes {
         }
     }
     let blocks = plain.len().div_ceil(STORED_BYTES_MAX);
-    let mut part = begin(plain, plain.len() + blocks * 5);
+    let mut part = begin(plain, plain.len() + (blocks + 1) * MARKER.len());
     for block in plain.chunks(STORED_BYTES_MAX) {
         // Neither final nor compressed; its length, and that inverted.
         let length = block.len() as u16;
@@ -51,6 +54,7 @@ pub fn part(plain: &[u8], how: Deflation) -> Bytes {
         part.extend_from_slice(&(!length).to_le_bytes());
         part.extend_from_slice(block);
     }
+    part.extend_from_slice(&MARKER);
     Bytes::from(part)
 }
 
@@ -94,8 +98,11 @@ impl Gzip {
 /// The largest window: every client's inflater has it.
 const WINDOW_BITS: u8 = 15;
 
-/// What ends a part on a whole byte.
-const FLUSH: [u8; 4] = [0, 0, 0xff, 0xff];
+/// The sync marker: a block that is neither final nor compressed, its length 0, and that inverted.
+const MARKER: [u8; 5] = [0, 0, 0, 0xff, 0xff];
+
+/// The marker behind compressed blocks, which end with its first bits.
+const MARKER_END: [u8; 4] = [0, 0, 0xff, 0xff];
 
 /// Checksum and length.
 const PART_HEAD_BYTES: usize = 8;
@@ -135,15 +142,44 @@ mod tests {
         assert!(part(&[b'z'; 300_000], HOW).len() < 3000);
     }
 
-    #[test]
-    fn every_part_can_be_read_at_once() {
-        let mut gzip = Gzip::default();
-        let mut inflater = flate2::Decompress::new(false);
-        for text in [&b"short"[..], &[b'x'; 5000], b"", b"again"] {
-            let blocks = gzip.append(part(text, HOW));
-            let mut seen = Vec::with_capacity(10_000);
-            inflater.decompress_vec(&blocks, &mut seen, flate2::FlushDecompress::Sync).unwrap();
-            assert!(seen == text);
+    /// What an inflater gives back that keeps everything until it sees a marker.
+    struct AtMarkers {
+        inflater: flate2::Decompress,
+        wire: Vec<u8>,
+        held: Vec<u8>,
+    }
+
+    impl AtMarkers {
+        fn new() -> Self {
+            let (wire, held) = (Vec::new(), Vec::new());
+            Self { inflater: flate2::Decompress::new(false), wire, held }
         }
+
+        fn read(&mut self, blocks: &[u8]) -> Vec<u8> {
+            self.wire.extend_from_slice(blocks);
+            self.held.reserve(1 << 20);
+            self.inflater
+                .decompress_vec(blocks, &mut self.held, flate2::FlushDecompress::Sync)
+                .unwrap();
+            match self.wire.ends_with(&MARKER_END) {
+                true => std::mem::take(&mut self.held),
+                false => Vec::new(),
+            }
+        }
+    }
+
+    #[test]
+    fn every_part_can_be_read_at_its_marker() {
+        let mut gzip = Gzip::default();
+        let mut inflater = AtMarkers::new();
+        let long = vec![b'y'; 70_000];
+        let plain = Deflation { level: 1, from_bytes: usize::MAX };
+        for how in [HOW, plain] {
+            for text in [&b"short"[..], &[b'x'; 5000], b":\n", b"", &long, b"again"] {
+                assert!(inflater.read(&gzip.append(part(text, how))) == text);
+            }
+        }
+        let small = part(b"short", HOW);
+        assert!(small.ends_with(&MARKER), "{small:?}");
     }
 }

@@ -315,10 +315,16 @@ pub fn push_data(event: &mut String, text: &str) {
     event.push('\n');
 }
 
-/// Tells an event stream its position, without an event.
+/// Tells an event stream its position. It is an event of a kind of its own, which an `EventSource` shows to nobody who did
+/// not ask for it. An id alone would do for an `EventSource`, but other clients make an ordinary event without data of it.
 pub fn event_position(id: Position) -> String {
-    format!("id: {id}\n\n")
+    let data = format!(r#"{{"type":"position","event_id":"{id}"}}"#);
+    format!("id: {id}\nevent: position\ndata: {data}\n\n")
 }
+
+/// Proves to an event stream that the gateway lives. It is a line and no block: clients that take every empty line for the
+/// end of an event would show one without data.
+pub const COMMENT: Bytes = Bytes::from_static(b":\n");
 
 /// What a waiting message costs beside its bytes, roughly.
 const STORED_BYTES: usize = 96;

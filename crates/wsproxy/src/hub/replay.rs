@@ -321,8 +321,12 @@ impl Replay {
                 told.notices([hello(outcome, Some(seen)), Some(notice)], Some(seen));
             }
             _ => {
-                told.position(seen);
-                told.notices([hello(outcome, Some(seen))], Some(seen));
+                let hello = hello(outcome, Some(seen));
+                // Any notice has the position too.
+                if hello.is_none() && found.streams.is_empty() {
+                    told.position(seen);
+                }
+                told.notices([hello], Some(seen));
             }
         }
         if !matches!(outcome, Outcome::Resumed(_)) {

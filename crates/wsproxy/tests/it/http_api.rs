@@ -134,7 +134,7 @@ async fn a_stream_without_events_is_kept_open_by_comments() {
         tokio::time::advance(std::time::Duration::from_secs(16)).await;
         tokio::time::resume();
         instance.publish("session:s:up", "1");
-        stream.expect(":\n\n").await;
+        stream.expect(":\n").await;
     }
     stream.expect("data: 1\n\n").await;
 }

@@ -6,8 +6,9 @@ use serde_json::{Value, json};
 use wsproxy::config::OnBusLoss;
 
 use crate::support::{
+    client::Client,
     eventually,
-    gateway::{Backend, TestInstance, config, over_both},
+    gateway::{API_KEY, Backend, TestInstance, config, over_both},
     http::{self, Response},
     raw::Raw,
     redis_server::RedisServer,
@@ -20,6 +21,7 @@ over_both!(
     positions_come_with_events_and_resume,
     what_is_no_longer_held_is_told,
     a_worker_ends_streams_as_it_ends_connections,
+    every_block_has_data,
     streams_are_announced_as_what_they_are,
     compressed_events_are_shared_and_whole,
 );
@@ -27,7 +29,7 @@ over_both!(
 async fn messages_arrive_as_events_in_order(backend: Backend) {
     let instance = TestInstance::start(backend.config()).await;
     let mut events = Events::session(&instance, "s", &[]).await;
-    assert_eq!(events.block().await.unwrap(), "retry: 1000");
+    assert!((500..1500).contains(&events.retry().await));
     for (payload, block) in [
         ("{\"a\":1}", "data: {\"a\":1}"),
         ("", "data: "),
@@ -67,7 +69,12 @@ async fn positions_come_with_events_and_resume(backend: Backend) {
     let instance = TestInstance::start(config).await;
     let mut events = Events::session(&instance, "s", &[]).await;
     let begin = events.event().await.unwrap();
-    assert!(begin.data.is_none() && begin.id.as_ref().unwrap().starts_with("1-0-"), "{begin:?}");
+    assert!(begin.id.as_ref().unwrap().starts_with("1-0-"), "{begin:?}");
+    let told: Value = serde_json::from_str(begin.data.as_ref().unwrap()).unwrap();
+    assert_eq!(
+        (&*begin.kind, told),
+        ("position", json!({ "type": "position", "event_id": begin.id }))
+    );
     let mut ids = Vec::new();
     for n in 0..6 {
         ids.push(instance.keep("s", &format!("[{n}]")).await);
@@ -105,6 +112,40 @@ async fn positions_come_with_events_and_resume(backend: Backend) {
         assert_eq!(events.data().await, "live");
     }
     assert_eq!(instance.metric("wsproxy_resumed_total"), 4.0);
+}
+
+/// Clients that take every empty line for the end of an event would show one that has no data.
+async fn every_block_has_data(backend: Backend) {
+    let mut config = backend.config();
+    config.sessions.history = true;
+    config.sse.keep_alive = Duration::from_millis(100);
+    let instance = TestInstance::start(config).await;
+    for encoding in ["identity", "gzip"] {
+        let accepts = [("Accept-Encoding", encoding)];
+        let mut events = Events::session(&instance, "s", &accepts).await;
+        let first = events.block().await.unwrap();
+        assert!(first.starts_with("retry: "), "{first}");
+        assert!(
+            first.contains("\nid: ") && first.contains("\nevent: position\ndata: {"),
+            "{first}"
+        );
+        for _ in 0..2 {
+            assert_eq!(events.line().await, ":");
+        }
+        // What is no text has a position only.
+        let path = "/api/v1/sessions/s/messages?history=true";
+        let key = format!("Bearer {API_KEY}");
+        let headers = [("authorization", key.as_str())];
+        let kept = http::request(instance.admin_address(), "POST", path, &headers, b"\xff").await;
+        let id = kept.json()["event_id"].as_str().unwrap().to_owned();
+        let position = events.block().await.unwrap();
+        let data = format!(r#"{{"type":"position","event_id":"{id}"}}"#);
+        let expected = format!("id: {id}\nevent: position\ndata: {data}");
+        assert_eq!(position.trim_start_matches(":\n"), expected);
+        let id = instance.keep("s", "text").await;
+        let text = events.block().await.unwrap();
+        assert_eq!(text.trim_start_matches(":\n"), format!("id: {id}\ndata: text"));
+    }
 }
 
 async fn what_is_no_longer_held_is_told(backend: Backend) {
@@ -272,9 +313,11 @@ async fn a_client_of_http_1_0_is_served_without_chunks() {
     instance.publish("session:s:down", "1");
     instance.publish("session:s:control", r#"{"op":"close"}"#);
     while raw.read().await > 0 {}
-    let expected = "retry: 1000\n\ndata: 1\n\n\
+    let expected = "data: 1\n\n\
         event: close\ndata: {\"code\":4004,\"reason\":\"ended by the backend\"}\n\n";
-    assert_eq!(String::from_utf8_lossy(raw.rest()), expected);
+    let body = String::from_utf8_lossy(raw.rest()).into_owned();
+    let (retry, rest) = body.split_once('\n').unwrap();
+    assert_eq!((&retry[..7], rest), ("retry: ", expected));
 }
 
 #[tokio::test]
@@ -314,6 +357,7 @@ async fn pages_of_other_origins_are_told_what_they_may_do() {
         let refused = refused.err().unwrap();
         refused.assert_refused(403, "invalid_token");
         assert_eq!(refused.header("access-control-allow-origin"), origin);
+        assert_eq!(refused.header("access-control-expose-headers"), "Retry-After");
     }
     let other = [("Origin", "https://evil.example")];
     let refused = Events::open(instance.address(), &path, &other).await.err().unwrap();
@@ -323,7 +367,7 @@ async fn pages_of_other_origins_are_told_what_they_may_do() {
         let headers = [
             ("Origin", origin),
             ("Access-Control-Request-Method", "GET"),
-            ("Access-Control-Request-Headers", "authorization,last-event-id"),
+            ("Access-Control-Request-Headers", "authorization,last-event-id,traceparent"),
         ];
         http::request(instance.address(), "OPTIONS", "/agent/ws/s", &headers, b"").await
     };
@@ -332,7 +376,9 @@ async fn pages_of_other_origins_are_told_what_they_may_do() {
     assert_eq!(granted.header("access-control-allow-origin"), "https://app.example");
     assert_eq!(granted.header("access-control-allow-methods"), "GET");
     let headers = granted.header("access-control-allow-headers").to_ascii_lowercase();
-    assert!(headers.contains("authorization") && headers.contains("last-event-id"));
+    for name in ["authorization", "last-event-id", "traceparent", "tracestate", "baggage"] {
+        assert!(headers.split(", ").any(|allowed| allowed == name), "{name}: {headers}");
+    }
     let refused = preflight(&instance, "https://evil.example").await;
     refused.assert_refused(405, "method_not_allowed");
     assert_eq!(refused.header("access-control-allow-origin"), "");
@@ -369,21 +415,59 @@ async fn silence_is_broken_by_comments_and_ends_where_that_is_wanted() {
     })
     .await;
     let mut events = Events::session(&instance, "s", &[("Accept-Encoding", "gzip")]).await;
-    assert_eq!(events.block().await.unwrap(), "retry: 2500");
-    assert_eq!(events.block().await.unwrap(), ":");
+    assert!((1250..3750).contains(&events.retry().await));
+    assert_eq!(events.line().await, ":");
     instance.publish("session:s:down", "1");
     assert_eq!(events.data().await, "1");
-    let mut comments = 0;
-    let last = loop {
-        match events.block().await.unwrap() {
-            block if block == ":" => comments += 1,
-            block => break block,
-        }
-    };
-    assert!((3..=10).contains(&comments), "{comments}");
+    let last = events.block().await.unwrap();
+    let comments = last.matches(":\n").count();
+    let last = last.trim_start_matches(":\n");
     assert_eq!(last, "event: close\ndata: {\"code\":4003,\"reason\":\"idle timeout\"}");
+    assert!((3..=10).contains(&comments), "{comments}");
     assert_eq!(events.block().await, None);
     instance.wait_ended("sessions", "idle_timeout").await;
+}
+
+#[tokio::test]
+async fn headers_of_others_are_passed_over() {
+    let instance = TestInstance::with(|_| ()).await;
+    for headers in [
+        // A browser sends it with every request behind a proxy with a password.
+        &[("Authorization", "Basic eDp5")][..],
+        // Java's client would rather speak HTTP/2.
+        &[
+            ("Connection", "Upgrade, HTTP2-Settings"),
+            ("Upgrade", "h2c"),
+            ("HTTP2-Settings", "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"),
+        ],
+    ] {
+        let mut events = Events::session(&instance, "s", headers).await;
+        instance.publish("session:s:down", "1");
+        assert_eq!(events.data().await, "1");
+    }
+    let path = format!("/agent/ws/s?token={}", instance.token("s").await);
+    let headers = [("Authorization", "Basic eDp5".to_owned())];
+    assert!(Client::connect(instance.address(), &path, &headers).await.is_ok());
+    let websocket = [("Accept", "text/event-stream"), ("Upgrade", "h2c, WebSocket")];
+    let answer = http::request(instance.address(), "GET", &path, &websocket, b"").await;
+    answer.assert_refused(426, "upgrade_required");
+}
+
+/// Else all those that lost their instance in one moment come back in one moment.
+#[tokio::test]
+async fn every_client_is_told_another_time_to_come_back() {
+    let instance = TestInstance::with(|config| config.sse.retry = Duration::from_secs(10)).await;
+    let mut told = Vec::new();
+    for n in 0..20 {
+        let mut events = Events::session(&instance, &format!("s{n}"), &[]).await;
+        told.push(events.retry().await);
+    }
+    assert!(told.iter().all(|retry| (5000..15_000).contains(retry)), "{told:?}");
+    let below = told.iter().filter(|retry| **retry < 10_000).count();
+    assert!((1..20).contains(&below), "{told:?}");
+    told.sort_unstable();
+    told.dedup();
+    assert!(told.len() > 15, "{told:?}");
 }
 
 #[tokio::test]

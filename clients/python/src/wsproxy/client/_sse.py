@@ -68,7 +68,9 @@ class _EventStream:
             event = self._events.popleft()
             if event.event == "close":
                 raise _closed(event)
-            if event.data is not None:
+            # Gateways before this one sent an id alone, without data.
+            is_position = event.event == "position" or event.data is None
+            if event.data is not None and not is_position:
                 return Frame(event.data, event.last_event_id if event.own_id else "")
             if event.own_id:
                 return Frame(None, event.last_event_id)

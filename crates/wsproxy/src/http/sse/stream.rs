@@ -155,8 +155,8 @@ impl<L: Logic> EventStream<L> {
     }
 
     /// Adds what the gateway itself writes.
-    fn write(&mut self, text: &str, chunk: &mut Chunk) {
-        let bytes = Bytes::copy_from_slice(text.as_bytes());
+    fn write(&mut self, bytes: impl Into<Bytes>, chunk: &mut Chunk) {
+        let bytes = bytes.into();
         chunk.push(match &mut self.gzip {
             Some((how, gzip)) => gzip.append(gzip::part(&bytes, *how)),
             None => bytes,
@@ -168,8 +168,9 @@ impl<L: Logic> EventStream<L> {
         if self.gzip.is_some() {
             chunk.push(Bytes::from_static(&Gzip::HEAD));
         }
-        let retry = self.gateway.config.sse.retry.as_millis();
-        self.write(&format!("retry: {retry}\n\n"), chunk);
+        // A line that counts at once, and no block: it would be an event without data to some clients.
+        let retry = spread(self.gateway.config.sse.retry).as_millis();
+        self.write(format!("retry: {retry}\n"), chunk);
     }
 
     fn take(&mut self, entry: TapEntry, chunk: &mut Chunk) {
@@ -182,9 +183,7 @@ impl<L: Logic> EventStream<L> {
                 self.writing.add(since);
                 trace!(target: MESSAGES, connection_id = %self.id, "A message is written to an event stream.");
             }
-            TapEntry::Position(position) => {
-                self.write(&message::event_position(position), chunk);
-            }
+            TapEntry::Position(position) => self.write(message::event_position(position), chunk),
             TapEntry::Event(tag, payload) => {
                 let event = Event { tag, number: 0, payload };
                 self.with_logic(|logic, deeds| logic.on_event(event, deeds));
@@ -238,7 +237,7 @@ impl<L: Logic> EventStream<L> {
                 return Poll::Ready(());
             }
             if now >= alive {
-                self.write(":\n\n", chunk);
+                self.write(message::COMMENT, chunk);
                 let next = now + self.gateway.config.sse.keep_alive;
                 self.timer.as_mut().reset(ends.map_or(next, |end| end.min(next)));
                 return Poll::Ready(());
@@ -258,7 +257,7 @@ impl<L: Logic> EventStream<L> {
     /// The client is told why, and the stream ends as its format wants.
     fn tell_close(&mut self, close: &Ending, chunk: &mut Chunk) {
         let data = serde_json::json!({ "code": close.code, "reason": close.reason });
-        self.write(&format!("event: close\ndata: {data}\n\n"), chunk);
+        self.write(format!("event: close\ndata: {data}\n\n"), chunk);
         if let Some((_, gzip)) = &self.gzip {
             chunk.push(Bytes::from(gzip.end()));
         }
@@ -428,6 +427,12 @@ struct Unheard;
 
 impl Receipt for Unheard {
     fn published(&self, _outcome: Outcome) {}
+}
+
+/// A time around the configured one, another for every client. An `EventSource` waits exactly as long as it is told: those
+/// that lost their instance in one moment would all come back in one moment.
+fn spread(retry: Duration) -> Duration {
+    retry.mul_f64(rand::random_range(0.5..1.5))
 }
 
 /// More than this is not written at once: it waits where it is bounded, rather than with the HTTP connection.

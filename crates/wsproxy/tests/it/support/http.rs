@@ -84,7 +84,7 @@ impl Stream {
         let response = raw.response().await;
         assert_eq!(response.status, 200, "{response:?}");
         assert_eq!(response.header("content-type"), "text/event-stream");
-        assert_eq!(response.header("cache-control"), "no-store");
+        assert_eq!(response.header("cache-control"), "no-store, no-transform");
         assert_eq!(response.header("x-accel-buffering"), "no");
         Self { raw, seen: String::new() }
     }

@@ -17,8 +17,15 @@ pub struct Events {
     pub body_bytes: usize,
     wire: Vec<u8>,
     text: Vec<u8>,
-    gzip: Option<GzDecoder<Vec<u8>>>,
+    gzip: Option<Gzip>,
     over: bool,
+}
+
+/// An inflater that gives back nothing until a sync marker has come, as Go's does.
+struct Gzip {
+    decoder: GzDecoder<Vec<u8>>,
+    /// The last bytes that came.
+    tail: Vec<u8>,
 }
 
 /// One event.
@@ -59,10 +66,10 @@ impl Events {
             return Err(head);
         }
         assert_eq!(head.header("content-type"), "text/event-stream");
-        assert_eq!(head.header("cache-control"), "no-store");
+        assert_eq!(head.header("cache-control"), "no-store, no-transform");
         assert_eq!(head.header("x-accel-buffering"), "no");
         assert_eq!(head.header("transfer-encoding"), "chunked");
-        let gzip = (head.header("content-encoding") == "gzip").then(|| GzDecoder::new(Vec::new()));
+        let gzip = (head.header("content-encoding") == "gzip").then(Gzip::new);
         let (wire, text) = (Vec::new(), Vec::new());
         Ok(Self { raw, head, body_bytes: 0, wire, text, gzip, over: false })
     }
@@ -72,6 +79,25 @@ impl Events {
         let token = instance.token(session).await;
         let path = format!("/agent/ws/{session}?token={token}");
         Self::open(instance.address(), &path, headers).await.expect("the token is right")
+    }
+
+    /// The next line.
+    pub async fn line(&mut self) -> String {
+        loop {
+            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
+                let line = self.text.drain(..=end).take(end).collect();
+                return String::from_utf8(line).unwrap();
+            }
+            assert!(!self.over, "the stream ended");
+            self.read().await;
+        }
+    }
+
+    /// The milliseconds that the stream is told to wait before it comes back: its first line.
+    pub async fn retry(&mut self) -> u64 {
+        let line = self.line().await;
+        let retry = line.strip_prefix("retry: ").unwrap_or_else(|| panic!("{line:?}"));
+        retry.parse().unwrap()
     }
 
     /// The next block, without the empty line that ends it; `None` at the proper end of the body.
@@ -110,14 +136,15 @@ impl Events {
         }
     }
 
-    /// The data of the next event that has any; it must be an ordinary one.
+    /// The data of the next event that is no position; it must be an ordinary one.
     pub async fn data(&mut self) -> String {
         loop {
             let event = self.event().await.expect("the stream goes on");
-            assert_eq!(event.kind, "");
-            if let Some(data) = event.data {
-                return data;
+            if event.kind == "position" {
+                continue;
             }
+            assert_eq!(event.kind, "");
+            return event.data.expect("an event has data");
         }
     }
 
@@ -137,8 +164,9 @@ impl Events {
         (code, data["reason"].as_str().unwrap().to_owned())
     }
 
-    /// Reads once, and unpacks what came.
+    /// Unpacks what came; reads once where that has brought nothing.
     async fn read(&mut self) {
+        let before = self.text.len();
         self.wire.extend(self.raw.take());
         while let Some((chunk, used)) = chunk(&self.wire) {
             self.wire.drain(..used);
@@ -146,26 +174,35 @@ impl Events {
             self.body_bytes += chunk.len();
             match &mut self.gzip {
                 None => self.text.extend(chunk),
-                Some(gzip) => {
-                    gzip.write_all(&chunk).unwrap();
-                    gzip.flush().unwrap();
-                    self.text.append(gzip.get_mut());
-                    if self.over {
-                        // Checksum and length are right.
-                        gzip.try_finish().unwrap();
-                    }
-                }
+                Some(gzip) => gzip.read(&chunk, &mut self.text, self.over),
             }
             if self.over {
                 return;
             }
         }
-        if self.text.is_empty() || !self.text.windows(2).any(|two| two == b"\n\n") {
-            assert!(
-                self.raw.read().await > 0,
-                "cut off: {:?}",
-                String::from_utf8_lossy(&self.text)
-            );
+        if self.text.len() == before {
+            let count = self.raw.read().await;
+            assert!(count > 0, "cut off: {:?}", String::from_utf8_lossy(&self.text));
+        }
+    }
+}
+
+impl Gzip {
+    fn new() -> Self {
+        Self { decoder: GzDecoder::new(Vec::new()), tail: Vec::new() }
+    }
+
+    /// Adds to `text` what can be read. At the end checksum and length must be right.
+    fn read(&mut self, chunk: &[u8], text: &mut Vec<u8>, is_over: bool) {
+        self.decoder.write_all(chunk).unwrap();
+        self.decoder.flush().unwrap();
+        self.tail.extend_from_slice(chunk);
+        self.tail.drain(..self.tail.len().saturating_sub(4));
+        if is_over {
+            self.decoder.try_finish().unwrap();
+        }
+        if is_over || self.tail == [0, 0, 0xff, 0xff] {
+            text.append(self.decoder.get_mut());
         }
     }
 }
