@@ -19,7 +19,7 @@ before(async () => {
   gateway = new Machine(binary, ["serve"], {
     env: {
       PORT: String(gatewayPort), REDIS_URL: redis.url,
-      WSPROXY_SESSIONS__HISTORY: "true", WSPROXY_SESSIONS__NO_RECEIVER: "queue",
+      WSPROXY_SESSIONS__HISTORY: "true", WSPROXY_SESSIONS__NO_RECEIVER: "queue", WSPROXY_SERVER__DRAIN_DELAY: "0s",
     },
     ready: async () => (await fetch(`http://127.0.0.1:${gatewayPort}/ready`)).ok,
   });

@@ -35,7 +35,7 @@ async function stop(child) {
 async function gateway(port, origin) {
   const child = start(binary, ["serve"], {
     PORT: String(port), REDIS_URL: `redis://127.0.0.1:${redisPort}`, WSPROXY_API__KEYS: KEY,
-    WSPROXY_SESSIONS__HISTORY: "true", WSPROXY_SERVER__DRAIN_SPREAD: "0s", WSPROXY_SERVER__ALLOWED_ORIGINS: origin,
+    WSPROXY_SESSIONS__HISTORY: "true", WSPROXY_SERVER__DRAIN_DELAY: "0s", WSPROXY_SERVER__DRAIN_SPREAD: "0s", WSPROXY_SERVER__ALLOWED_ORIGINS: origin,
     WSPROXY_SSE__RETRY: "200ms",
   });
   await until("a gateway", async () => (await fetch(`http://127.0.0.1:${port}/ready`)).ok);

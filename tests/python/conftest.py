@@ -8,6 +8,7 @@ import httpx
 import pytest
 import redis as redis_py
 from processes import ROOT, Process, free_port, until
+from samples import Certificate, Proxy
 
 __all__ = ["ROOT", "Process", "free_port", "until"]
 
@@ -37,8 +38,14 @@ class Gateway:
         binary = os.environ.get("WSPROXY_BIN", str(ROOT / "target/debug/wsproxy"))
         self.port = free_port()
         self.http, self.ws = f"http://127.0.0.1:{self.port}", f"ws://127.0.0.1:{self.port}"
-        env = {"PORT": str(self.port), "REDIS_URL": redis_url, "WSPROXY_LOG__FORMAT": "json", **settings}
-        self.process = Process(f"gateway-{self.port}", [binary, "serve"], folder, env, cwd=folder)
+        env = {"PORT": str(self.port), "REDIS_URL": redis_url, "WSPROXY_LOG__FORMAT": "json"}
+        # Tests that have no balancer need not wait for one.
+        self.env = env | {"WSPROXY_SERVER__DRAIN_DELAY": "0s", **settings}
+        self.command, self.folder = [binary, "serve"], folder
+        self.start()
+
+    def start(self):
+        self.process = Process(f"gateway-{self.port}", self.command, self.folder, self.env, cwd=self.folder)
         self.process.ready("gateway", lambda: httpx.get(f"{self.http}/ready").status_code == 200)
 
 
@@ -63,6 +70,27 @@ def start_gateway(tmp_path, redis):
         gateway.process.stop()
 
 
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    return Certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def start_proxy(tmp_path, certificate):
+    """Starts samples in front of instances; all are stopped at the end."""
+    started = []
+
+    def start(name, *gateways):
+        folder = tmp_path / name
+        folder.mkdir()
+        started.append(Proxy(name, folder, [gateway.port for gateway in gateways], certificate))
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.stop()
+
+
 @pytest.fixture
 def gateway(start_gateway):
     return start_gateway(WSPROXY_SESSIONS__NO_RECEIVER="queue")
@@ -85,5 +113,5 @@ def pytest_runtest_makereport(item):
     report = (yield).get_result()
     folder = item.funcargs.get("tmp_path")
     if report.failed and folder:
-        for log in sorted(folder.glob("*.log")):
+        for log in sorted(folder.rglob("*.log")):
             report.sections.append((log.name, log.read_text(errors="replace")[-8000:]))

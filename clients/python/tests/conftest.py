@@ -147,6 +147,7 @@ class Gateway:
             "WSPROXY_SESSIONS__HISTORY": "true",
             "WSPROXY_SESSIONS__NO_RECEIVER": "queue",
             "WSPROXY_ENDPOINTS__EVENTS": "true",
+            "WSPROXY_SERVER__DRAIN_DELAY": "0",
             "WSPROXY_SERVER__DRAIN_SPREAD": "0",
             "SECRET_KEY": SECRET,
             **settings,

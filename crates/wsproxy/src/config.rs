@@ -72,7 +72,7 @@ pub struct Server {
     pub threads: usize,
     /// Everything must have ended this long after the first signal.
     pub shutdown_timeout: Duration,
-    /// How long `/ready` says 503 before listeners stop, so that load balancers notice.
+    /// How long `/ready` says 503, and clients are still taken, before listeners stop: load balancers need time to notice.
     pub drain_delay: Duration,
     /// Over which time connections are closed, so that they do not all come back at once.
     pub drain_spread: Duration,
@@ -420,7 +420,7 @@ impl Default for Server {
             server_id: None,
             threads: 0,
             shutdown_timeout: Duration::from_secs(30),
-            drain_delay: Duration::ZERO,
+            drain_delay: Duration::from_secs(5),
             drain_spread: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             header_timeout: Duration::from_secs(10),

@@ -48,6 +48,8 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     if config.admin.port.take().is_some() {
         warn!("admin.port is ignored: the page needs everything on one port.");
     }
+    // No load balancer looks at this instance, and a person waits for its end.
+    config.server.drain_delay = Duration::ZERO;
     // What the page shows is that a lost connection loses nothing.
     config.sessions.history = true;
     // Other machines cannot reach it, but pages of theirs in this machine's browser try.

@@ -99,16 +99,23 @@ pub struct Gateway {
     pub tasks: TaskTracker,
     /// Cancelled when HTTP followers must end.
     pub followers_end: CancellationToken,
-    /// Whether it is ending, and takes no further connection.
+    /// Whether it was told to end. Load balancers read that at `/ready`; connections are still taken.
     pub draining: AtomicBool,
+    /// Whether no further connection is taken, since `server.drain_delay` is over.
+    pub closing: AtomicBool,
     /// When it started.
     pub started: Instant,
 }
 
 impl Gateway {
-    /// Whether no further connection is taken.
+    /// Whether the instance was told to end.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Relaxed)
+    }
+
+    /// Whether no further connection is taken.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Relaxed)
     }
 
     /// Time since the start.

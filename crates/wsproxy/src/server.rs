@@ -255,6 +255,7 @@ fn compose(
         tasks: TaskTracker::new(),
         followers_end: CancellationToken::new(),
         draining: false.into(),
+        closing: false.into(),
         started: Instant::now(),
         config,
     });

@@ -102,11 +102,12 @@ impl Ending {
     async fn end(self) {
         let server = &self.gateway.config.server;
         let deadline = Instant::now() + server.shutdown_timeout.saturating_sub(LAST_GRACE * 2);
-        // Readiness first, so that load balancers stop sending before anything stops working.
+        // Readiness first: until load balancers have noticed, they send clients, who are taken as before.
         self.gateway.draining.store(true, Relaxed);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         info!(connections = self.gateway.places.taken(), "Draining.");
         sleep(server.drain_delay).await;
+        self.gateway.closing.store(true, Relaxed);
         self.accepting.cancel();
         self.gateway.followers_end.cancel();
         self.disconnect_all(deadline).await;

@@ -166,6 +166,7 @@ export class Gateway extends Machine {
       SECRET_KEY: SECRET,
       WSPROXY_API__KEYS: API_KEY,
       WSPROXY_ENDPOINTS__EVENTS: "true",
+      WSPROXY_SERVER__DRAIN_DELAY: "0s",
       WSPROXY_SESSIONS__HISTORY: "true",
       ...settings,
     };

@@ -184,7 +184,7 @@ pub static KEYS: &[Key] = &[
     key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, for its own channels and the events of sessions. Not set: a fresh one at every start.").flag("server-id").alias("SERVER_ID"),
     key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads"),
     key!(server.shutdown_timeout, Time(1_000, HOUR), "Everything must have ended this long after the first signal.").flag("shutdown-timeout"),
-    key!(server.drain_delay, Time(0, HOUR), "How long /ready says 503 before listeners stop, so that load balancers notice."),
+    key!(server.drain_delay, Time(0, HOUR), "How long /ready says 503, and clients are still taken, before listeners stop: twice the time in which load balancers notice. `dev` takes 0."),
     key!(server.drain_spread, Time(0, HOUR), "Over which time connections are closed at the end, so that they do not all come back at once."),
     key!(server.handshake_timeout, Time(100, 300_000), "Deadline for all work on the bus and stores of one handshake; 504 beyond it."),
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),

@@ -162,6 +162,8 @@ pub struct EventLogic {
     acks: AckWindow,
     strikes: u32,
     messages_in: u32,
+    /// Whether it has ever answered a ping.
+    has_ponged: bool,
     /// A newer token is being looked at.
     is_refreshing: bool,
 }
@@ -190,6 +192,7 @@ impl EventLogic {
             acks: AckWindow::default(),
             strikes: 0,
             messages_in: 0,
+            has_ponged: false,
             is_refreshing: false,
         }
     }
@@ -387,7 +390,7 @@ impl Logic for EventLogic {
         trace!(target: MESSAGES, user_id = %self.user, connection_id = %self.connection,
             bytes = payload.len(), "A client's message came.");
         match messages::parse(payload) {
-            Ok(FromClient::Pong) => {}
+            Ok(FromClient::Pong) => self.has_ponged = true,
             Ok(FromClient::Ping) => tell(&messages::beat("pong"), actions),
             Ok(FromClient::Ack(event_id)) => self.on_ack(&event_id, actions),
             Ok(FromClient::Refresh(token)) => self.refresh(&token, actions),
@@ -415,14 +418,21 @@ impl Logic for EventLogic {
             self.give_up(&waiting, Unacknowledged::Closed, actions);
         }
         let duration = std::time::Duration::from(clock::now().since(self.opened));
+        // Clients that use a bare WebSocket look like a dead network otherwise.
+        let is_unanswered = end.why.label == Disconnect::HEARTBEAT.label && !self.has_ponged;
+        let error = is_unanswered.then_some(UNANSWERED);
         let Caller { address, origin, user_agent } = &*self.caller;
         info!(connection_id = %self.connection, user_id = %self.user,
             transport = self.transport.label(), address = address.map(display),
             origin = origin.as_deref(), user_agent = user_agent.as_deref(), reason = end.why.label,
             code = end.code, duration_ms = duration.as_millis() as u64,
-            messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
+            messages_in = self.messages_in, messages_out = sent.0, error, "Connection closed.");
     }
 }
+
+/// In the log where a client was closed for its silence and never answered a ping.
+const UNANSWERED: &str =
+    r#"no ping was answered: the client must answer {"type":"ping"} with {"type":"pong"}"#;
 
 fn tell(message: &str, actions: &mut dyn Actions) {
     actions.reply(Kind::Text, message.as_bytes());

@@ -145,7 +145,7 @@ impl Opening {
             _active: gateway.metrics.opened(label),
             _active_stream: gateway.metrics.opened_stream(label),
         };
-        if gateway.is_draining() {
+        if gateway.is_closing() {
             // The look around for connections to close may have been before this one came.
             self.tap.end(&wsproxy_proto::disconnect::Disconnect::RESTART);
         }

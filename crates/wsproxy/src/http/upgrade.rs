@@ -47,6 +47,7 @@ use crate::{
     },
     hub::{Form, Ids, Sink, Subscription},
     registry::{Entry, Transport},
+    store::StoreError,
     telemetry::metrics::{Active, Endpoint},
 };
 
@@ -200,8 +201,20 @@ fn wrong_token(cause: WrongToken) -> Rejection {
 async fn consume(gateway: &Gateway, key: &str, stored: &[u8]) -> Result<bool, Rejection> {
     let answer = gateway.store.take_if_equal(key, stored);
     match tokio::time::timeout(gateway.config.redis.response_timeout, answer).await {
-        Ok(taken) => Ok(taken?),
+        Ok(taken) => taken.map_err(not_consumed),
         Err(_) => Err(Rejection::deadline("The store did not answer in time.")),
+    }
+}
+
+/// Refusal of a handshake whose token the store did not use up, or perhaps did.
+///
+/// Invariant: whoever is refused with 503 still has the token, since proxies take such a request to the next instance.
+fn not_consumed(error: StoreError) -> Rejection {
+    match error {
+        StoreError::Lost(cause) => {
+            Rejection::deadline("The store was lost before it answered.").because(cause)
+        }
+        error => error.into(),
     }
 }
 
@@ -235,7 +248,7 @@ pub fn echo(
 /// One of them is reached, or the instance is about to end.
 pub fn admit<B>(gateway: &Gateway, request: &Request<B>) -> Result<Waiting, Rejection> {
     let address = client_address(gateway, request)?;
-    if gateway.is_draining() {
+    if gateway.is_closing() {
         return Err(Rejection::draining("The instance is about to restart."));
     }
     let now = clock::now();
@@ -402,7 +415,7 @@ pub(super) fn accept<L: Logic>(
         let marks = Marks { envelope, registered: registered.map(Arc::new) };
         let peer = Peer::open(&owner, label, &link, held, awaits, marks, logic);
         let driver = Driver::new(Arc::clone(&link), socket, params, peer, &leftover);
-        if owner.is_draining() {
+        if owner.is_closing() {
             // The look around for connections to close may have been before this one came.
             link.finish(&Disconnect::RESTART, clock::now());
         }
@@ -452,4 +465,17 @@ pub fn id(name: &str, raw: &str) -> Result<Id, Rejection> {
         .decode_utf8()
         .map_err(|_| Rejection::bad_id(format!("{name} is not UTF-8.")))?;
     Id::parse(&text).map_err(|error| Rejection::bad_id(format!("{name} {error}.")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_in_doubt_is_refused_with_504_not_503() {
+        let lost = not_consumed(StoreError::Lost("cut".into()));
+        assert_eq!((lost.status, lost.code), (StatusCode::GATEWAY_TIMEOUT, "deadline"));
+        let kept = not_consumed(StoreError::Full);
+        assert_eq!((kept.status, kept.code), (StatusCode::SERVICE_UNAVAILABLE, "not_done"));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     os::unix::process::ExitStatusExt,
+    sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
 
@@ -17,6 +18,7 @@ use crate::support::{
     raw::{Raw, UPGRADE},
     redis_server::{Answer, RedisServer},
     soon,
+    sse::Events,
 };
 
 over_both!(a_drain_flushes_closes_announces_and_leaves_nothing,);
@@ -84,7 +86,7 @@ async fn a_drain_flushes_closes_announces_and_leaves_nothing(backend: Backend) {
 }
 
 #[tokio::test]
-async fn ready_says_no_before_anything_stops_working() {
+async fn clients_are_taken_until_balancers_have_noticed() {
     let instance = TestInstance::with(|config| {
         config.server.drain_delay = Duration::from_secs(3);
         config.admin.port = Some(0);
@@ -92,22 +94,35 @@ async fn ready_says_no_before_anything_stops_working() {
     .await;
     let (address, admin) = (instance.address(), instance.admin_address());
     let mut client = instance.client("s").await;
-    let token = instance.token("late").await;
+    let (late, streamed) = (instance.token("late").await, instance.stream_token("streamed").await);
     let gateway = instance.gateway().clone();
     let looking = async {
         eventually("draining", || gateway.is_draining()).await;
         let ready = http::request(admin, "GET", "/ready", &[], b"").await;
         assert_eq!((ready.status, &ready.json()["reason"]), (503, &"draining".into()));
         assert_eq!(http::request(admin, "GET", "/health", &[], b"").await.status, 200);
-        let token = format!("Bearer {token}");
-        let late = http::handshake(address, "/agent/ws/late", &[("authorization", &token)]).await;
-        late.assert_refused(503, "draining");
-        // Whoever is connected is still served.
+        let mut late = Client::connect(address, "/agent/ws/late", &bearer(&late)).await.unwrap();
+        let path = format!("/agent/ws/streamed?token={streamed}");
+        let mut stream = Events::open(address, &path, &[]).await.expect("streams are taken too");
         client.send("1").await;
-        assert_eq!(client.closed().await.0, 1012);
+        for client in [&mut client, &mut late] {
+            assert_eq!(client.closed().await.0, 1012);
+        }
+        assert_eq!(stream.closed().await.0, 1012);
+        assert!(gateway.is_closing());
     };
     tokio::join!(instance.drain(), looking);
-    assert_eq!(gateway.bus.counters().published.value(), 3, "opened, the message, closed");
+}
+
+#[tokio::test]
+async fn a_handshake_that_comes_too_late_uses_up_no_token() {
+    let instance = TestInstance::with(|_| ()).await;
+    let token = instance.token("s").await;
+    instance.gateway().closing.store(true, Relaxed);
+    instance.refused("s", &token).await.assert_refused(503, "draining");
+    assert!(instance.has_token("s").await);
+    instance.gateway().closing.store(false, Relaxed);
+    assert!(instance.connect("s", &token).await.is_ok());
 }
 
 #[tokio::test]

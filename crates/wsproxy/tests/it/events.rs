@@ -8,6 +8,7 @@ use tokio_tungstenite::tungstenite::Message;
 use wsproxy::{config::Config, registry::control::Target};
 
 use crate::support::{
+    binary::Binary,
     client::Client,
     eventually,
     gateway::{Backend, TestInstance, bearer, id, over_both},
@@ -217,6 +218,25 @@ async fn a_client_whose_application_is_silent_is_closed(backend: Backend) {
     instance.wait_ended("events", "heartbeat_timeout").await;
     alive.send(r#"{"type":"ping"}"#).await;
     while alive.json().await["type"] != "pong" {}
+}
+
+/// What a page with a bare `WebSocket` looks like: it is closed every minute, and the log says why.
+#[tokio::test]
+async fn the_log_says_that_no_ping_was_answered() {
+    let binary = Binary::start(&[
+        ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+        ("SECRET_KEY", SECRET),
+        ("WSPROXY_HEARTBEAT__INTERVAL", "300ms"),
+        ("WSPROXY_HEARTBEAT__TIMEOUT", "1s"),
+    ])
+    .await;
+    let path = format!("/ws?token={}", token("u-1", LIFE));
+    let mut page = Client::connect(binary.address, &path, &[]).await.unwrap();
+    while !matches!(page.next().await, Message::Close(_)) {}
+    let line = binary.line("Connection closed.").await;
+    assert_eq!((&line["reason"], &line["code"]), (&"heartbeat_timeout".into(), &4002.into()));
+    assert!((1000..10_000).contains(&line["duration_ms"].as_u64().unwrap()), "{line}");
+    assert!(line["error"].as_str().unwrap().contains(r#"{"type":"pong"}"#), "{line}");
 }
 
 async fn what_a_client_says_goes_up_verbatim(backend: Backend) {

@@ -43,6 +43,7 @@ impl Binary {
             ("PORT", "0"),
             ("WSPROXY_SERVER__BIND", "127.0.0.1"),
             ("WSPROXY_SERVER__THREADS", "1"),
+            ("WSPROXY_SERVER__DRAIN_DELAY", "0s"),
             ("WSPROXY_SERVER__DRAIN_SPREAD", "0s"),
             ("WSPROXY_API__KEYS", API_KEY),
             ("LOG_LEVEL", "debug"),

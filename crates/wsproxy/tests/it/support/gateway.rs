@@ -59,6 +59,7 @@ pub fn config(redis: Option<&str>) -> Config {
     let mut config = Config { redis: redis_config(redis), ..Config::default() };
     config.server.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
     config.server.port = 0;
+    config.server.drain_delay = Duration::ZERO;
     config.server.drain_spread = Duration::ZERO;
     config.server.shutdown_timeout = Duration::from_secs(10);
     config.api.keys = vec![API_KEY.into()];
