@@ -25,6 +25,7 @@ mod limits;
 mod links;
 mod memory;
 mod metrics;
+mod operator;
 mod presence;
 mod refusals;
 mod registry;
