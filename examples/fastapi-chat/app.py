@@ -304,5 +304,11 @@ async def page_of_events() -> FileResponse:
     return FileResponse(HERE / "sse.html")
 
 
+@app.get("/chat.css")
+async def looks() -> FileResponse:
+    """The looks of both pages."""
+    return FileResponse(HERE / "chat.css")
+
+
 # Built by `run`.
 app.mount("/client", StaticFiles(directory=HERE / "../../clients/js/dist", check_dir=False))

@@ -6,10 +6,27 @@ import random
 
 TOKENS = int(os.environ.get("CHAT_TOKENS", "150"))
 
-WORDS = ["the", "river", "stone,", "grün", "slowly", "because", "水", "never", "😀", "window.", "between", "evening\n"]
+STARTS = ["", "", "", "In the end, ", "Sometimes ", "Every evening, ", "As far as I know, "]
+SUBJECTS = ["the river", "a patient gateway", "the small café at the corner", "an old lighthouse", "the night train to Zürich", "a good question"]
+VERBS = ["waits for", "remembers", "never loses", "looks after", "keeps", "carries", "listens to"]
+OBJECTS = ["a long sentence", "the first snow", "three small words", "a quiet friend 😀", "the sign for water, 水,", "whoever comes back", "a letter"]
+ENDS = ["until the last word has arrived", "because nobody is in a hurry", "even when the line is cut", "while the others sleep", "and says so"]
 
 
 def tokens(prompt: str) -> list[str]:
-    """The answer in the pieces in which it is sent."""
+    """The answer in the pieces in which it is sent: whole sentences, about TOKENS words."""
+    words = f"You asked: “{prompt}” Here is what I can say.".split(" ")
     dice = random.Random(hashlib.sha256(prompt.encode()).digest())
-    return [f"“{prompt}”: ", *(dice.choice(WORDS) + " " for _ in range(TOKENS)), "∎"]
+    while len(words) < TOKENS:
+        first, *rest = sentence(dice)
+        words += [dice.choice(["", "", "", "\n\n"]) + first, *rest]
+    words += ["\n\nThat", "is", "all."]
+    # A word comes with what separates it from the one before.
+    return [words[0], *(word if word.startswith("\n") else " " + word for word in words[1:])]
+
+
+def sentence(dice: random.Random) -> list[str]:
+    """The words of one sentence."""
+    start, *parts = [dice.choice(each) for each in (STARTS, SUBJECTS, VERBS, OBJECTS, ENDS)]
+    text = start + " ".join(parts)
+    return f"{text[0].upper()}{text[1:]}.".split(" ")

@@ -27,8 +27,9 @@ async def work():
                 sessions[name][0].put_nowait(data)
             elif kind == "up" and name in sessions and message["type"] == "subscribe":
                 for log in (f"session:{name}:up:log", f"{{session:{name}:up}}:log"):  # First, also after an outage, what
-                    for _, kept in (await redis.pipeline().xrange(log).delete(log).execute())[0]:  # came while nobody listened.
+                    for entry, kept in await redis.xrange(log):  # came while nobody listened; each is deleted when it was taken.
                         sessions[name][0].put_nowait(kept["data"])
+                        await redis.xdel(log, entry)
             elif kind == "sessions" and message["type"] == "message":
                 event = json.loads(data)
                 name, owner = event["session_id"], f"session:{event['session_id']}:owner"

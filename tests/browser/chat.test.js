@@ -1,6 +1,7 @@
 // The chat example in a real browser: whatever is cut, killed or restarted in mid-answer, its page shows the whole text.
 
 import assert from "node:assert/strict";
+import { mkdirSync } from "node:fs";
 import { after, before, test } from "node:test";
 import { join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
@@ -8,6 +9,7 @@ import { chromium } from "playwright-core";
 import { binary, Cable, freePort, Machine, Redis, root, until } from "./machines.js";
 
 const example = join(root, "examples/fastapi-chat");
+const pictures = join(root, "target/pictures");
 const PROMPTS = ["Where does the river go?", "Straße & <b>水</b> “😀”", "Why \\n not?"];
 let redis, gateway, cable, workers, origin, browser;
 
@@ -117,6 +119,46 @@ test("an answer comes token by token, and is whole", async () => {
   const tab = await whileAnswering(() => {});
   await saysNothingWasLost(tab, false);
   await tab.page.context().close();
+});
+
+test("answers are sentences", async () => {
+  for (const prompt of PROMPTS) {
+    const text = await whole(prompt);
+    assert.ok(text.startsWith(`You asked: “${prompt}” Here is what I can say.`), text);
+    assert.ok(text.endsWith(".\n\nThat is all."), text);
+    const sentences = text.slice(text.indexOf("Here is")).split(/(?<=\.)\s+/);
+    assert.ok(sentences.length > 8, text);
+    for (const each of sentences) assert.match(each, /^\p{Lu}[^.]{8,}\.$/u);
+  }
+});
+
+test("both pages show every state, at every width and in both colour schemes", async () => {
+  mkdirSync(pictures, { recursive: true });
+  for (const [name, width, height] of [["phone", 390, 844], ["desktop", 1280, 900]]) {
+    for (const colorScheme of ["light", "dark"]) {
+      const { page, seen } = await visit("/", await browser.newContext({ viewport: { width, height }, colorScheme }));
+      const picture = (what) => page.screenshot({ path: join(pictures, `chat-${name}-${colorScheme}-${what}.png`) });
+      await until("connected", async () => (await status(page)).state === "open");
+      await ask(page, "Where does the river go?");
+      assert.equal(await page.locator("h3").innerText(), "Where does the river go?", "the question is there at once");
+      await inMidStream({ page, seen }, 1);
+      cable.cut();
+      await until("it says so", async () => /^Not connected, trying again/.test((await status(page)).text));
+      await picture("away");
+      cable.plug();
+      await until("it is back", async () => /^Connected; came back once, nothing was lost/.test((await status(page)).text));
+      await page.getByRole("button", { name: "Stop" }).click();
+      await until("it has stopped", async () => (await states(page))[0] === "cancelled");
+      const [wide, inner] = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]");
+      assert.ok(wide <= inner, `${name}: ${wide} of ${inner} px`);
+      await picture("stopped");
+      await page.goto(`${origin}/sse.html`);
+      await ask(page, "And how?");
+      await until("an answer", async () => (await texts(page))[0]?.length > 100);
+      await picture("sse");
+      await page.context().close();
+    }
+  }
 });
 
 test("the connection is cut in mid-stream, again and again", async () => {

@@ -3,9 +3,12 @@
 import argparse
 import asyncio
 import contextlib
+import datetime
 import os
+import pathlib
 import random
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -19,6 +22,8 @@ from world import World
 SCENARIO_SECONDS = 120
 # The short form begins no further round after this long, so that it ends within three minutes.
 SHORT_SECONDS = 150
+# The random rounds of the short form: one in which nothing may be lost, and one in which Redis forgets.
+SHORT_SEEDS = (1, 10)
 
 
 @dataclass
@@ -120,12 +125,21 @@ def show(result):
 
 def table(results):
     """A line for each, at the end."""
-    print(f"\n{'':9} {'seconds':>7} {'messages':>8} {'notices':>7} {'broken':>6}  what")
+    lines = [f"{'':9} {'seconds':>7} {'messages':>8} {'notices':>7} {'broken':>6}  what"]
     for each in results:
-        line = f"{each.verdict:9} {each.seconds:7.1f} {each.seen:8} {each.lost:7} {len(each.violations):6}  {each.name}"
-        print(line)
+        measured = f"{each.seconds:7.1f} {each.seen:8} {each.lost:7} {len(each.violations):6}"
+        lines.append(f"{each.verdict:9} {measured}  {each.name}")
     bad = sum(each.verdict != "held" for each in results)
-    print(f"{len(results) - bad} held, {bad} did not")
+    return "\n".join([*lines, f"{len(results) - bad} held, {bad} did not"])
+
+
+def write_report(path, seed, seconds, text):
+    """What came of a long run, to be committed."""
+    commit = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    about = f"{now}, commit {commit}, {seconds / 60:.0f} minutes, random rounds from --seed {seed}."
+    pathlib.Path(path).write_text(f"# The last long run of the chaos suite\n\n{about}\n\n```\n{text}\n```\n")
 
 
 def arguments():
@@ -133,10 +147,11 @@ def arguments():
     parser = argparse.ArgumentParser(prog="tests/chaos/run", description=__doc__)
     parser.add_argument("--list", action="store_true", help="list the named scenarios")
     parser.add_argument("--scenario", action="append", metavar="NAME", help="run this one (again for more; `all`)")
-    parser.add_argument("--seed", type=int, help="seed of the first random round; without it a random one")
+    parser.add_argument("--seed", type=int, help="seed of the first random round; without it a random one; in the short form always the same")
     parser.add_argument("--rounds", type=int, default=0, help="run so many random rounds")
     parser.add_argument("--minutes", type=float, default=0.0, help="run random rounds for so long")
     parser.add_argument("--at-once", type=int, default=4, metavar="N", help="scenarios that run at the same time (4)")
+    parser.add_argument("--report", metavar="FILE", help="write what came of it into this file, with the date")
     parser.add_argument("--repeat", type=int, default=1, help="run the scenarios so often")
     return parser.parse_args()
 
@@ -148,8 +163,9 @@ def main():
         for each in known.values():
             print(f"{each.name:28} {'(slow) ' if each.is_slow else ''}{each.about}")
         return 0
-    seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(1 << 31)
     is_short = not (asked.scenario or asked.rounds or asked.minutes)
+    fresh = SHORT_SEEDS[0] if is_short else random.SystemRandom().randrange(1 << 31)
+    seed = asked.seed if asked.seed is not None else fresh
     wanted = [each for each in known.values() if not each.is_slow] if is_short else []
     for name in asked.scenario or []:
         if name != "all" and name not in known:
@@ -157,22 +173,26 @@ def main():
             return 64
         wanted += known.values() if name == "all" else [known[name]]
     print(f"{names.BINARY} with the names of {names.FORM}; repeat random rounds with --seed {seed}", flush=True)
+    started = time.monotonic()
     try:
         results = asyncio.run(everything(asked, wanted * asked.repeat, seed, is_short))
     except asyncio.CancelledError:
         return 143
-    table(results)
+    text = table(results)
+    print(f"\n{text}")
+    if asked.report:
+        write_report(asked.report, seed, time.monotonic() - started, text)
     return 0 if all(each.verdict == "held" for each in results) else 1
 
 
 async def everything(asked, wanted, seed, is_short):
-    """Scenarios first, then random rounds: in short one with a fixed seed, and one with a seed of today."""
+    """Scenarios first, then random rounds: in short two with fixed seeds, so that CI tries the same every time."""
     started = time.monotonic()
     # All that was started is ended, also by whoever ends this.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     results = list(await run_scenarios(wanted, seed, asked.at_once)) if wanted else []
     if is_short:
-        for first in (1, seed):
+        for first in SHORT_SEEDS:
             if time.monotonic() - started < SHORT_SECONDS:
                 results += await run_rounds(first, 0, 1)
             else:

@@ -91,7 +91,8 @@ def start_behind(request, tmp_path, start_gateway):
     started = []
 
     def start(**settings):
-        gateway = start_gateway(WSPROXY_SERVER__TRUSTED_PROXIES="127.0.0.1", **settings)
+        # At this level no line about a refused handshake is left out.
+        gateway = start_gateway(WSPROXY_SERVER__TRUSTED_PROXIES="127.0.0.1", LOG_LEVEL="debug", **settings)
         port = free_port()
         folder = tmp_path / "proxy"
         folder.mkdir()

@@ -67,14 +67,14 @@ def test_the_calls_of_the_api_answer_as_shown(shell):
 def test_a_worker_by_hand_hears_and_answers(redis, start_gateway):
     """The steps of docs/getting-started.md, in as many terminals as they say."""
     port = str(start_gateway().port)
-    token, subscribe, client, publish, close = [
+    subscribe, token, client, publish, close = [
         shlex.split(line.replace("redis-cli", f"redis-cli -p {redis.port}").replace("8080", port), comments=True)
         for line in transcript("docs/getting-started.md", "PUBLISH session:s-1:down")
     ]
-    assert subprocess.run(token, capture_output=True, text=True).stdout == "OK\n"
     listener = subprocess.Popen(subscribe, stdout=subprocess.PIPE, text=True)
     try:
         until("the worker listens", lambda: redis.client.pubsub_numsub("session:s-1:up")[0][1])
+        assert subprocess.run(token, capture_output=True, text=True).stdout == "OK\n"
         # wscat, without Node.js.
         [header] = [client[at + 1] for at, word in enumerate(client) if word == "-H"]
         with connect(client[client.index("-c") + 1], additional_headers=[header.split(": ", 1)], proxy=None) as socket:

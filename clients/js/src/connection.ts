@@ -2,67 +2,31 @@
 
 import { advise, type End } from "./advice.ts";
 import { fullJitter } from "./backoff.ts";
+import type { ConnectionEvents, Grant, OfType, TypeOf } from "./contract.ts";
 import { Emitter } from "./emitter.ts";
 import { iterate } from "./iterate.ts";
 import {
-  type Connected,
-  type HistoryLost,
   isBehind,
-  isGatewayError,
+  isObject,
   type JsonObject,
-  number,
+  parse,
   position,
-  type Problem,
+  readNotice,
   type Received,
-  type Resumed,
-  type StateChange,
   type State,
+  type StateChange,
   text,
 } from "./messages.ts";
 import type { ConnectionOptions, CredentialReason, CredentialRequest } from "./options.ts";
+import type { Data } from "./outbox.ts";
+import type { Address } from "./platform.ts";
 import { Recent } from "./recent.ts";
+import { type Opening, Spare } from "./spare.ts";
 import { openSse } from "./sse.ts";
-import type { TokenStream } from "./streams.ts";
 import type { Frame, Target, Transport, TransportEvents } from "./transport.ts";
+import { Uplink } from "./uplink.ts";
 import { watchWake, type Wake } from "./wake.ts";
 import { openWebSocket, type WebSocketConstructor } from "./websocket.ts";
-
-/** Every event of a connection. */
-export interface ConnectionEvents<M> {
-  /** It connects, is open, waits or is closed. */
-  state: StateChange;
-  /** A message of a worker, once. */
-  message: Received<M>;
-  /** The gateway told who and where one is. */
-  connected: Connected;
-  /** What was missed follows. */
-  resumed: Resumed;
-  /** Messages are missing for good. */
-  historyLost: HistoryLost;
-  /** The gateway had lost its bus, and the channel has no history: what was published meanwhile is missing. */
-  busRecovered: { gapMs: number };
-  /** Something went wrong that ends nothing. */
-  error: Problem;
-  /** A token stream was heard of for the first time: sessions only. */
-  stream: TokenStream;
-  /** A new token is in use: events only. */
-  refreshed: { expiresAt: number | undefined };
-}
-
-/** A place to connect to, and what opens it. */
-export interface Grant {
-  /** Where, without credentials. */
-  url: URL;
-  /** The credential. */
-  token: string;
-  /** Whether the credential opens event streams only. */
-  eventStream?: boolean;
-}
-
-/** The types of messages that have one. */
-export type TypeOf<M> = M extends { type: infer T extends string } ? T : string;
-/** Those messages of `M` which have the type `T`. */
-export type OfType<M, T> = M extends { type: infer U } ? (T extends U ? M : never) : never;
 
 /** What broke before this without a message may never have worked, as behind a proxy that accepts and then drops. */
 const BRIEF_MS = 5_000;
@@ -70,8 +34,18 @@ const BRIEF_MS = 5_000;
 const SSE_STAY_MS = 60_000;
 /** Server-sent events have a comment every 15 s. */
 const SSE_SILENCE_MS = 40_000;
+/** On server-sent events for want of a WebSocket, the pause before the first look for one, and the longest of all. */
+const SEEK_MS = 5_000;
+const SEEK_MAX_MS = 300_000;
+/** How long a connection that may be dead is listened to before another one is opened, and how seldom that happens. */
+const DOUBT_MS = 3_000;
+const DOUBT_PAUSE_MS = 60_000;
 const SLOW_MS = 5_000;
+const RETRY_AFTER_MAX_MS = 300_000;
 const TIMEOUT_MAX = 2 ** 31 - 1;
+
+type Timer = "try" | "stable" | "silence" | "seek" | "doubt";
+type Kind = Transport["kind"];
 
 /**
  * A connection that comes back by itself. It begins to connect as soon as the code that made it has returned, so that no
@@ -79,10 +53,10 @@ const TIMEOUT_MAX = 2 ** 31 - 1;
  */
 export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> implements AsyncIterable<Received<M>> {
   /** Where it leads, without credentials. */
-  protected readonly base: URL;
+  protected readonly base: string;
   readonly #options: ConnectionOptions;
   readonly #seen: Recent;
-  readonly #queue: (string | Uint8Array)[] = [];
+  readonly #uplink: Uplink;
   #unwatch: () => void = () => undefined;
 
   #state: State = "connecting";
@@ -90,32 +64,46 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #asked = "";
   #path = "";
   #connectionId: string | undefined;
+  /** Why it is closed. */
+  #end: Partial<StateChange> = {};
   #attempt = 0;
   #reason: CredentialReason = "initial";
   #failures = 0;
+  #downSince = 0;
+  /** The gateway asked for patience until then. */
+  #notBefore = 0;
 
   // One try or open connection is one turn: what belongs to an earlier one is ignored.
   #turn = 0;
   #abort: AbortController = new AbortController();
   #transport: Transport | undefined;
+  #isUp = false;
   #openedAt = 0;
   #heardAt = 0;
   #hasHeard = false;
-  #timers: Record<"try" | "stable" | "silence", ReturnType<typeof setTimeout> | undefined> = {
-    try: undefined,
-    stable: undefined,
-    silence: undefined,
-  };
+  #timers: Partial<Record<Timer, ReturnType<typeof setTimeout> | undefined>> = {};
+
+  // On server-sent events for want of a WebSocket, or with a connection that may be dead.
+  readonly #spare: Spare = new Spare();
+  #isFallback = false;
+  #isBlocked = false;
+  #seekMs = SEEK_MS;
+  #soughtAt = 0;
+  #doubtedAt = 0;
 
   /** Checks the options and begins to connect; what subclasses need must be there one microtask later. */
-  constructor(options: ConnectionOptions & { url: string | URL }) {
+  constructor(options: ConnectionOptions & { url: Address }) {
     super();
     this.#options = options;
-    this.base = new URL(options.url, (globalThis as { location?: { href: string } }).location?.href);
+    const url = typeof options.url === "string" ? options.url : options.url.href;
+    this.base = new URL(url, (globalThis as { location?: { href: string } }).location?.href).href;
     this.#position = options.lastEventId ?? "";
     this.#seen = new Recent(options.dedupMax ?? 2048);
-    if (options.transport === "websocket" && !this.#socket) {
-      throw new Error("This platform has no WebSocket: give one in the options, such as that of the package ws.");
+    this.#uplink = new Uplink(options);
+    if (options.transport !== "sse" && !this.#socket) {
+      throw new Error(
+        'This platform has no WebSocket: give one in the option WebSocket, such as that of the package ws, or only listen with transport: "sse".',
+      );
     }
     options.signal?.addEventListener("abort", () => this.close());
     queueMicrotask(() => {
@@ -173,29 +161,25 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
         off();
       };
       const off = this.on("state", check);
-      check({ state: this.#state, code: 1000, reason: "" });
+      check({ ...this.#end, state: this.#state });
     });
   }
 
   /**
-   * Sends `message` as JSON; without a connection it is kept for the next one, up to `queueMax`. Throws where it cannot be sent
-   * or kept. What was sent just before a connection broke may be lost.
+   * Sends `message` as JSON, in order, and no faster than `sendRate`; without a connection it waits for the next one. Throws where
+   * it cannot be sent, or `queueMax` messages wait already. What a lost connection may not have delivered is sent again, so that a
+   * worker may get it twice, unless `resend` is false.
    */
   send(message: unknown): void {
     this.sendRaw(JSON.stringify(message));
   }
 
   /** The same with JSON that is text or bytes already. */
-  sendRaw(data: string | Uint8Array): void {
+  sendRaw(data: Data): void {
     if (this.#state === "closed") throw new Error("The connection is closed.");
-    if (this.#state === "open") {
-      if (this.#transport?.kind === "sse") throw new Error("Server-sent events only go downstream.");
-      this.#transport?.send(data);
-    } else if (this.#queue.length >= (this.#options.queueMax ?? 256)) {
-      throw new Error("Too many messages wait for a connection.");
-    } else {
-      this.#queue.push(data);
-    }
+    const refusal = this.#refusal();
+    if (refusal !== undefined) throw new Error(refusal);
+    this.#push(data);
   }
 
   /** Connects at once: again after `closed`, without waiting in `waiting`, anew while open. */
@@ -210,47 +194,37 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     if (this.#state !== "closed") this.#finish({ code, reason, opened: true }, code, reason);
   }
 
+  /** Sends `message` if it can be sent or kept. */
+  protected offer(message: unknown): void {
+    if (this.#state === "closed" || this.#refusal() !== undefined) return;
+    this.#push(JSON.stringify(message));
+  }
+
+  /** Sends a message of this very connection before all others, if it is open. */
+  protected sendNow(message: unknown): void {
+    this.#uplink.sendNow(JSON.stringify(message));
+  }
+
   /** What opens the next connection. */
   protected abstract authorize(request: CredentialRequest): Promise<Grant>;
 
+  /** The type of the message with which the gateway tells who and where one is. */
+  protected abstract get greeting(): string;
+
   /** Takes what the gateway itself says; false where `message` is no such thing. `id` is that beside the message. */
   protected notice(message: JsonObject, id: string | undefined): boolean {
-    // What has an id of its own beside it was published by a worker, whatever its type.
-    if (id && id !== message["event_id"] && id !== message["last_event_id"]) return false;
-    // Empty, where there is no history.
-    const eventId = text(message["event_id"]) || undefined;
-    switch (message["type"]) {
-      case "opened":
-      case "connected":
-        this.#connectionId = text(message["connection_id"]);
-        this.#adopt(eventId);
-        this.tell("connected", {
-          connectionId: this.#connectionId,
-          eventId,
-          userId: text(message["user_id"]),
-          expiresAt: number(message["expires_at"]),
-        });
-        return true;
-      case "resumed":
-        if (typeof message["count"] !== "number") return false;
-        this.tell("resumed", { count: message["count"], lastEventId: text(message["last_event_id"]) });
-        return true;
-      case "bus_recovered":
-        this.tell("busRecovered", { gapMs: number(message["gap_ms"]) ?? 0 });
-        return true;
-      case "error":
-        if (message["code"] === "history_lost") {
-          this.#position = eventId ?? "";
-          const reason = text(message["reason"]) ?? "unknown";
-          this.tell("historyLost", { reason, message: text(message["message"]) ?? reason, eventId });
-          return true;
-        }
-        if (!isGatewayError(message)) return false;
-        this.problem(String(message["code"]), text(message["message"]) ?? "");
-        return true;
-      default:
-        return false;
+    const notice = readNotice(message, id, this.greeting);
+    if (!notice) return false;
+    if ("connected" in notice) {
+      this.#connectionId = notice.connected.connectionId;
+      this.#adopt(notice.connected.eventId);
+    } else if ("historyLost" in notice) {
+      this.#position = notice.historyLost.eventId ?? "";
     }
+    for (const event of Object.keys(notice) as (keyof ConnectionEvents<M>)[]) {
+      this.tell(event, (notice as Partial<ConnectionEvents<M>>)[event] as ConnectionEvents<M>[typeof event]);
+    }
+    return true;
   }
 
   /** Takes a message that is no one's but the library's; it has been counted as received. */
@@ -277,9 +251,11 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
   /** Something suggests that an open connection may be dead. */
   protected probe(what: Wake): void {
-    // Nobody can ask a session's gateway anything. On another network the old connection never ends by itself, and with a
-    // position nothing is lost by a new one.
+    // Nobody can ask a session's gateway anything, but with a position nothing is lost by a new connection. On another network the
+    // old one never ends by itself. Elsewhere it may well live: it is left only when another one is open.
     if (what === "online" && this.#position !== "") this.#try();
+    // After a sleep the gateway has given up the old one, so that nothing is lost without a position either.
+    else if (what === "slept" || (what === "visible" && this.#position !== "")) this.#doubt();
   }
 
   /** Lets the message at this position come again. */
@@ -287,9 +263,16 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#seen.delete(position);
   }
 
-  /** Ends the present connection as if `end` had come from the other side. */
-  protected give(end: End): void {
-    this.#ended(this.#turn, end);
+  /** Gives the present connection up: the other side says nothing any more. */
+  protected give(reason: string): void {
+    this.#ended(this.#turn, { code: 1006, reason, opened: true }, true);
+  }
+
+  /** Ends it, if the function that gives credentials has said that none will come. */
+  protected gaveUp(cause: unknown): boolean {
+    if (!(cause instanceof Error) || cause.name !== "GiveUp") return false;
+    this.#finish({ code: 1006, reason: cause.message || "The application gave up.", opened: false });
+    return true;
   }
 
   /** Waits for silence, anew at every look, since what is heard only writes down the time. */
@@ -298,7 +281,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const silence = this.#silence();
     if (silence === undefined) return;
     const rest = this.#heardAt + silence - Date.now();
-    if (rest <= 0) return this.give({ code: 1006, reason: "nothing heard", opened: true });
+    if (rest <= 0) return this.give("nothing heard");
     this.#timers.silence = setTimeout(() => this.listen(), Math.min(rest, TIMEOUT_MAX));
   }
 
@@ -317,23 +300,33 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.tell("error", { code, message, ...(cause === undefined ? {} : { cause }) });
   }
 
+  get #random(): () => number {
+    return this.#options.random ?? Math.random;
+  }
+
   get #socket(): WebSocketConstructor | undefined {
     return this.#options.WebSocket ?? (globalThis as { WebSocket?: WebSocketConstructor }).WebSocket;
   }
 
   #start(): void {
     this.#unwatch();
-    this.#unwatch = watchWake((what) => {
-      if (this.#state === "waiting") {
-        if (what === "online") this.#attempt = 0;
-        this.#try();
-      } else if (this.#state === "open") {
-        const silence = this.#silence();
-        if (silence !== undefined && !this.heardWithin(silence)) this.#try();
-        else this.probe(what);
-      }
-    });
+    this.#unwatch = watchWake((what) => this.#woke(what));
+    this.#downSince = Date.now();
     this.#try();
+  }
+
+  #woke(what: Wake): void {
+    if (what === "online") {
+      // What failed before says nothing of another network.
+      this.#attempt = 0;
+      this.#isBlocked = false;
+      this.#seekMs = SEEK_MS;
+    }
+    if (this.#state === "waiting" && Date.now() >= this.#notBefore) this.#try();
+    if (this.#state !== "open") return;
+    const silence = this.#silence();
+    if (silence !== undefined && !this.heardWithin(silence)) this.#try();
+    else this.probe(what);
   }
 
   #try(): void {
@@ -355,45 +348,30 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     try {
       grant = await this.authorize({ reason: this.#reason, signal: this.#abort.signal });
     } catch (cause) {
-      if (turn !== this.#turn) return;
+      if (turn !== this.#turn || this.gaveUp(cause)) return;
       this.problem("credentials", `No credentials: ${cause}`, cause);
       // The gateway has refused nothing: what is asked for next time is the same.
       return this.#ended(turn, { code: 1006, reason: "no credentials", opened: false, status: 0 });
     }
     if (turn !== this.#turn) return;
-    if (grant.url.href !== this.#path) {
+    if (grant.url !== this.#path) {
       if (this.#path !== "") this.#renew();
-      this.#path = grant.url.href;
+      this.#path = grant.url;
     }
-    const url = new URL(grant.url);
-    this.#asked = this.#position;
-    if (this.#options.resume ?? true) url.searchParams.set("last_event_id", this.#asked);
-    if (grant.eventStream && this.#options.transport === "websocket") {
+    const { transport = "auto" } = this.#options;
+    if (grant.eventStream && transport === "websocket") {
       const reason = "The token opens event streams only.";
       this.problem("credentials", reason);
       return this.#ended(turn, { code: 1006, reason, opened: false, status: 0 });
     }
-    const target = { url, token: grant.token, envelope: this.#options.envelope ?? true };
-    this.#carry(turn, target, grant.eventStream ?? false);
-  }
-
-  #carry(turn: number, target: Target, eventStream: boolean): void {
-    const events: TransportEvents = {
-      opened: () => this.#opened(),
-      frame: (frame) => this.#frame(frame),
-      alive: () => void (this.#heardAt = Date.now()),
-      position: (id) => this.#adopt(id),
-      ended: (end) => this.#ended(turn, end),
-    };
-    const { sseTokenIn = "header" } = this.#options;
-    const Socket = this.#socket;
+    const isSse = grant.eventStream || this.#useSse();
+    this.#isFallback = isSse && !grant.eventStream && transport === "auto";
+    this.#asked = this.#position;
     try {
-      if (eventStream || this.#useSse() || !Socket) {
-        const fetcher = this.#options.fetch ?? ((...a: Parameters<typeof fetch>) => fetch(...a));
-        this.#transport = openSse(fetcher, target, sseTokenIn, events);
-      } else {
-        this.#transport = openWebSocket(Socket, target, events);
-      }
+      this.#transport = this.#connect(isSse ? "sse" : "websocket", grant, {
+        opened: (ms) => this.#opened(ms),
+        ended: (end) => this.#ended(turn, end),
+      });
     } catch (error) {
       // Such as an insecure URL in a secure page.
       this.#failures += 1;
@@ -401,22 +379,125 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     }
   }
 
-  #useSse(): boolean {
-    const { transport = "auto", sseAfter = 3 } = this.#options;
-    return transport === "sse" || (transport === "auto" && (!this.#socket || this.#failures >= sseAfter));
+  /** Opens a transport that resumes from the present position. */
+  #connect(kind: Kind, grant: Grant, tell: Opening): Transport {
+    const url = new URL(grant.url);
+    if (this.#options.resume ?? true) url.searchParams.set("last_event_id", this.#position);
+    const target: Target = { url: url.href, token: grant.token, envelope: this.#options.envelope ?? true };
+    const since = Date.now();
+    const events: TransportEvents = {
+      opened: () => tell.opened(Date.now() - since),
+      frame: (frame) => this.#frame(frame),
+      alive: () => this.#heard(),
+      position: (id) => this.#adopt(id),
+      ended: tell.ended,
+    };
+    const Socket = this.#socket;
+    if (kind === "websocket" && Socket) return openWebSocket(Socket, target, events);
+    const fetcher = this.#options.fetch ?? ((...a: Parameters<typeof fetch>) => fetch(...a));
+    return openSse(fetcher, target, this.#options.sseTokenIn ?? "header", events);
   }
 
-  #opened(): void {
+  #useSse(): boolean {
+    const { transport = "auto", sseAfter = 3 } = this.#options;
+    return transport === "sse" || (transport === "auto" && this.#failures >= sseAfter);
+  }
+
+  #opened(handshakeMs: number): void {
     clearTimeout(this.#timers.try);
+    this.#isUp = true;
     this.#openedAt = this.#heardAt = Date.now();
     this.#hasHeard = false;
     this.#timers.stable = setTimeout(() => (this.#attempt = 0), this.#options.backoff?.stableMs ?? 10_000);
     this.listen();
     this.#reason = "reconnect";
-    const queued = this.#queue.splice(0);
-    if (this.#transport?.kind === "websocket") for (const data of queued) this.#transport.send(data);
-    else if (queued.length > 0) this.problem("downstream_only", `${queued.length} messages cannot be sent.`);
+    const { size } = this.#uplink;
+    if (this.#transport?.kind === "websocket") {
+      this.#uplink.opened(this.#transport, handshakeMs);
+    } else if (this.#isFallback) {
+      this.#seek();
+    } else if (size > 0) {
+      this.#uplink.clear();
+      this.problem("downstream_only", `${size} messages cannot be sent.`);
+    }
     this.#to("open", {});
+  }
+
+  /** Why a message can be neither sent nor kept now. */
+  #refusal(): string | undefined {
+    const { transport } = this.#options;
+    const isSse = this.#isUp && this.#transport?.kind === "sse";
+    if (transport === "sse" || (isSse && !this.#isFallback)) return "Server-sent events only go downstream.";
+    if (isSse && this.#isBlocked) {
+      if (Date.now() - this.#soughtAt > SEEK_MS) this.#seek(0);
+      return "Server-sent events only go downstream, and no WebSocket gets through.";
+    }
+    return this.#uplink.isFull ? "Too many messages wait for a connection, or for their turn." : undefined;
+  }
+
+  #push(data: Data): void {
+    this.#uplink.push(data);
+    if (this.#isUp && this.#transport?.kind === "sse") this.#seek();
+  }
+
+  /** On server-sent events for want of a WebSocket: looks for one at growing intervals, at once where something waits for it. */
+  #seek(wait?: number): void {
+    clearTimeout(this.#timers.seek);
+    const isUrgent = this.#uplink.size > 0 && !this.#isBlocked;
+    const usual = this.#seekMs * (0.5 + this.#random() / 2);
+    const look = (): void => {
+      if (this.#spare.isOpening) return this.#seek(SEEK_MS);
+      this.#seekMs = Math.min(this.#seekMs * 2, SEEK_MAX_MS);
+      this.#beside("websocket", () => this.#foundNone());
+    };
+    this.#timers.seek = setTimeout(look, wait ?? (isUrgent ? 0 : usual));
+  }
+
+  #foundNone(): void {
+    this.#isBlocked = true;
+    this.#soughtAt = Date.now();
+    const { size } = this.#uplink;
+    if (size > 0) this.problem("downstream_only", `${size} messages wait for a WebSocket, and none gets through.`);
+    this.#seek();
+  }
+
+  /** The present connection may be dead: if it stays silent, another one is opened beside it. */
+  #doubt(): void {
+    if (Date.now() - this.#doubtedAt < DOUBT_PAUSE_MS) return;
+    const since = Date.now();
+    clearTimeout(this.#timers.doubt);
+    this.#timers.doubt = setTimeout(() => {
+      if (this.#heardAt > since || !this.#transport) return;
+      this.#doubtedAt = Date.now();
+      this.#beside(this.#transport.kind, () => {
+        if (this.#heardAt <= since) this.give("nothing heard");
+      });
+    }, DOUBT_MS);
+  }
+
+  /** Opens a further connection, which takes over as soon as it is open; else calls `failed`, and the present one goes on. */
+  #beside(kind: Kind, failed: () => void): void {
+    const turn = this.#turn;
+    let asked = "";
+    void this.#spare.open({
+      timeoutMs: this.#options.connectTimeoutMs ?? 15_000,
+      prepare: async () => {
+        const grant = await this.authorize({ reason: "reconnect", signal: this.#abort.signal }).catch((cause: unknown) => {
+          if (turn === this.#turn) this.gaveUp(cause);
+        });
+        if (grant?.url !== this.#path || (grant.eventStream && kind === "websocket")) return undefined;
+        asked = this.#position;
+        return (opening) => this.#connect(kind, grant, opening);
+      },
+      opened: (transport, handshakeMs) => {
+        this.#part();
+        this.#transport = transport;
+        this.#asked = asked;
+        this.#opened(handshakeMs);
+      },
+      failed,
+      ended: (end) => this.#ended(turn, end),
+    });
   }
 
   #silence(): number | undefined {
@@ -424,8 +505,13 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     return silenceMs ?? (this.#transport?.kind === "sse" ? SSE_SILENCE_MS : this.silence());
   }
 
-  #frame({ body, id }: Frame): void {
+  #heard(): void {
     this.#heardAt = Date.now();
+    this.#uplink.heard();
+  }
+
+  #frame({ body, id }: Frame): void {
+    this.#heard();
     this.#hasHeard = true;
     const data = parse(body);
     if (isObject(data) && this.notice(data, id)) return;
@@ -468,25 +554,30 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.renewed();
   }
 
-  #ended(turn: number, end: End): void {
+  #ended(turn: number, end: End, isGivenUp = false): void {
     if (turn !== this.#turn) return;
     // A gateway need not serve server-sent events, and what it says of them says nothing of the WebSocket that comes next.
-    const isOffer = this.#transport?.kind === "sse" && (this.#options.transport ?? "auto") === "auto" && this.#socket;
+    const isOffer = this.#transport?.kind === "sse" && this.#isFallback;
     this.#count(end);
-    const advice = isOffer && end.status && end.status !== 403 && advise(end) === "stop" ? "retry" : advise(end);
-    if (advice === "stop") return this.#finish(end);
+    const advice = isOffer && end.status && end.status !== 403 && advise(end) === "final" ? "retry" : advise(end);
+    if (advice === "final") return this.#finish(end);
     if (advice === "credentials") this.#reason = end.status ? "rejected" : "expired";
     else if (end.opened) this.#reason = "reconnect";
     else if (end.status === undefined) this.#reason = "failed";
+    if (!isGivenUp) this.#uplink.lost(end);
     this.#leave();
+    const { giveUpAfterMs = Infinity } = this.#options;
+    const left = this.#downSince + giveUpAfterMs - Date.now();
+    if (left <= 0) return this.#finish({ ...end, reason: `There was no connection for ${giveUpAfterMs} ms.` });
 
     const { baseMs = 500, maxMs = 30_000 } = this.#options.backoff ?? {};
-    const random = this.#options.random ?? Math.random;
-    let delayMs = fullJitter(this.#attempt, baseMs, maxMs, random);
+    let delayMs = fullJitter(this.#attempt, baseMs, maxMs, this.#random);
     if (advice === "credentials" && this.#attempt === 0) delayMs = 0;
-    if (advice === "slow") delayMs += end.retryAfterMs ?? SLOW_MS;
+    const retryAfterMs = Math.min(end.retryAfterMs ?? 0, RETRY_AFTER_MAX_MS);
+    this.#notBefore = Date.now() + retryAfterMs;
+    delayMs += retryAfterMs || (advice === "slow" ? SLOW_MS : 0);
     this.#attempt += 1;
-    this.#timers.try = setTimeout(() => this.#try(), Math.min(delayMs, TIMEOUT_MAX));
+    this.#timers.try = setTimeout(() => this.#try(), Math.min(delayMs, left, TIMEOUT_MAX));
     this.#to("waiting", { ...told(end), delayMs });
   }
 
@@ -499,6 +590,9 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
       if ([401, 403, 429, 503].includes(end.status ?? 0)) return;
       const isBrief = end.code === 1006 && lived < BRIEF_MS && !this.#hasHeard;
       this.#failures = !end.opened || isBrief ? this.#failures + 1 : 0;
+      // One that opens and breaks gets through no better than one that is refused.
+      this.#isBlocked = end.opened && isBrief && this.#failures >= sseAfter;
+      if (this.#failures === 0) this.#seekMs = SEEK_MS;
     } else if (this.#transport && (!end.opened || lived > SSE_STAY_MS)) {
       this.#failures = Math.min(this.#failures, sseAfter - 1);
     }
@@ -509,19 +603,29 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#turn += 1;
     this.#abort.abort();
     this.#abort = new AbortController();
+    this.#spare.drop();
+    this.#part(code, reason);
+  }
+
+  /** Leaves the present transport. */
+  #part(code = 1000, reason = ""): void {
     for (const timer of Object.values(this.#timers)) clearTimeout(timer);
+    if (this.#isUp) this.#downSince = Date.now();
+    if (this.#isUp && this.#transport?.kind === "websocket") this.#uplink.leave(code, reason);
     this.#transport?.close(code, reason);
     this.#transport = undefined;
+    this.#isUp = false;
     this.#connectionId = undefined;
     this.ended();
   }
 
   #finish(end: End, code?: number, reason?: string): void {
     this.#unwatch();
+    this.#uplink.clear();
     this.#leave(code, reason);
-    this.#queue.length = 0;
     this.#reason = "initial";
-    this.#to("closed", told(end));
+    this.#end = told(end);
+    this.#to("closed", this.#end);
   }
 
   #to(state: State, why: Partial<StateChange>): void {
@@ -538,17 +642,4 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
 function told({ code, reason, status }: End): Partial<StateChange> {
   return { code, reason, ...(status ? { status } : {}) };
-}
-
-function isObject(value: unknown): value is JsonObject {
-  return typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
-}
-
-function parse(body: string | Uint8Array): unknown {
-  if (typeof body !== "string") return body;
-  try {
-    return JSON.parse(body);
-  } catch {
-    return body;
-  }
 }

@@ -1,8 +1,10 @@
 // The events endpoint: JWTs that are refreshed in place, a heartbeat in JSON, acknowledgements.
 
-import { Connection, type Grant } from "./connection.ts";
+import { Connection } from "./connection.ts";
+import type { Grant } from "./contract.ts";
 import { type JsonObject, number, type Received, text } from "./messages.ts";
 import type { ConnectionOptions, CredentialRequest } from "./options.ts";
+import type { Address } from "./platform.ts";
 import { Recent } from "./recent.ts";
 import type { Wake } from "./wake.ts";
 
@@ -28,10 +30,11 @@ export type EventMessage<T extends EventMap> = {
 /** How to connect to the events of a user. */
 export interface EventsOptions extends ConnectionOptions {
   /** The endpoint, such as `https://gateway.example/ws`. */
-  url: string | URL;
+  url: Address;
   /**
    * Gets the user's JWT. It is called again before the token expires, after it was refused, and where a handshake failed without
-   * saying why; not at every reconnect. Call `close()` to give up.
+   * saying why; not at every reconnect. Throw a `GiveUp` where there will be none any more; anything else that is thrown is tried
+   * again.
    */
   getToken: (request: CredentialRequest) => string | Promise<string>;
   /** Whether messages are acknowledged when all handlers have run, and not where one threw. Default true; else call `ack`. */
@@ -45,6 +48,8 @@ const PROBE_MS = 5_000;
 const TOKEN_AGE_MS = 30_000;
 const TOKEN_MARGIN_MS = 10_000;
 const REFRESH_RETRY_MS = 10_000;
+/** No token is asked for more often than this while a connection is open, however soon they expire. */
+const REFRESH_PAUSE_MS = 5_000;
 const TIMEOUT_MAX = 2 ** 31 - 1;
 
 /** A user's events: each delivered once to the handlers, over any number of connections. */
@@ -53,11 +58,14 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
   readonly #acked: Recent;
   #token: { value: string; since: number; expiresAt: number } | undefined;
   #refresh: { token: string; asked: number } | undefined;
+  #refreshedAt = 0;
   #intervalMs = 30_000;
   /** What the gateway's clock shows more than ours. */
   #ahead = 0;
   #refreshTimer: ReturnType<typeof setTimeout> | undefined;
   #probeTimer: ReturnType<typeof setTimeout> | undefined;
+  /** How many of ours have no answer yet. */
+  #pings = 0;
   #turn = 0;
 
   /** Begins to connect; see {@link connectEvents}. */
@@ -70,8 +78,9 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
   /** Acknowledges the message with this `event_id`; only needed with `autoAck: false`. */
   ack(eventId: string): void {
     this.#acked.add(eventId);
-    // Over server-sent events nothing can be acknowledged; the message comes again over the next WebSocket, or not at all.
-    if (this.state !== "closed" && this.transport !== "sse") this.send({ type: "ack", event_id: eventId });
+    // Over server-sent events nothing can be acknowledged; the message comes again over the next WebSocket, or not at all. So does
+    // one whose acknowledgement finds no room.
+    if (this.transport !== "sse") this.offer({ type: "ack", event_id: eventId });
   }
 
   protected override async authorize(request: CredentialRequest): Promise<Grant> {
@@ -83,44 +92,42 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
       (reason === "reconnect" || (reason === "failed" && now - token.since < TOKEN_AGE_MS)) &&
       token.expiresAt > now + TOKEN_MARGIN_MS;
     if (usable) return { url: this.base, token: token.value };
-    const value = await this.#options.getToken(request);
+    const value = await this.#ask(request);
     this.#token = { value, since: Date.now(), expiresAt: Infinity };
     return { url: this.base, token: value };
   }
 
+  protected override get greeting(): string {
+    return "connected";
+  }
+
   protected override notice(message: JsonObject, id: string | undefined): boolean {
+    // Whatever comes is an answer.
     clearTimeout(this.#probeTimer);
+    // An event of the application's may have a type of ours. What the gateway says itself has no data, and in these cases no id.
+    if ("data" in message) return false;
+    const isBare = !id && !("event_id" in message);
     switch (message["type"]) {
       case "ping":
+        if (!isBare) return false;
         this.#clock(message);
-        if (this.transport === "websocket") this.send({ type: "pong" });
+        this.sendNow({ type: "pong" });
         return true;
       case "pong":
-      case "ack":
+        if (!isBare || this.#pings === 0) return false;
+        this.#pings -= 1;
         return true;
-      case "connected": {
-        this.#clock(message);
-        const { interval } = (message["heartbeat"] ?? {}) as { interval?: number };
-        if (interval) this.#intervalMs = interval * 1000;
-        this.listen();
-        this.#expires(number(message["expires_at"]));
-        break;
-      }
-      case "refreshed": {
-        const expiresAt = number(message["expires_at"]);
-        if (this.#refresh) this.#token = { value: this.#refresh.token, since: this.#refresh.asked, expiresAt: Infinity };
-        this.#refresh = undefined;
-        this.#expires(expiresAt);
-        this.tell("refreshed", { expiresAt });
-        return true;
-      }
+      case "refreshed":
+        return isBare && this.#tookRefresh(message);
       case "error":
-        if (message["code"] === "invalid_token" && this.#refresh) {
+        if (isBare && message["code"] === "invalid_token" && this.#refresh) {
           this.#refresh = undefined;
           this.#refreshIn(REFRESH_RETRY_MS);
         }
     }
-    return super.notice(message, id);
+    if (!super.notice(message, id)) return false;
+    if (message["type"] === "connected") this.#greeted(message);
+    return true;
   }
 
   protected override consume(message: JsonObject, eventId: string | undefined): boolean {
@@ -145,6 +152,7 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
   protected override ended(): void {
     this.#turn += 1;
     this.#refresh = undefined;
+    this.#pings = 0;
     clearTimeout(this.#refreshTimer);
     clearTimeout(this.#probeTimer);
   }
@@ -153,14 +161,36 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
     return this.#intervalMs * 2 + PROBE_MS;
   }
 
-  protected override probe(_what: Wake): void {
-    if (this.transport !== "websocket") return;
+  protected override probe(what: Wake): void {
+    if (this.transport !== "websocket") return super.probe(what);
     clearTimeout(this.#probeTimer);
-    this.send({ type: "ping" });
-    this.#probeTimer = setTimeout(
-      () => this.give({ code: 1006, reason: "no answer to a ping", opened: true }),
-      PROBE_MS,
-    );
+    this.#pings += 1;
+    this.sendNow({ type: "ping" });
+    this.#probeTimer = setTimeout(() => this.give("no answer to a ping"), PROBE_MS);
+  }
+
+  #greeted(message: JsonObject): void {
+    this.#clock(message);
+    const { interval } = (message["heartbeat"] ?? {}) as { interval?: number };
+    if (interval) this.#intervalMs = interval * 1000;
+    this.listen();
+    this.#expires(number(message["expires_at"]));
+  }
+
+  #tookRefresh(message: JsonObject): boolean {
+    if (!this.#refresh) return false;
+    const expiresAt = number(message["expires_at"]);
+    this.#token = { value: this.#refresh.token, since: this.#refresh.asked, expiresAt: Infinity };
+    this.#refresh = undefined;
+    this.#expires(expiresAt);
+    this.tell("refreshed", { expiresAt });
+    return true;
+  }
+
+  async #ask(request: CredentialRequest): Promise<string> {
+    const token = (await this.#options.getToken(request)) as unknown;
+    if (typeof token !== "string" || token === "") throw new Error("getToken gave no token.");
+    return token;
   }
 
   /** Learns the gateway's clock, since the expiry is told in its time. */
@@ -182,19 +212,21 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
     clearTimeout(this.#refreshTimer);
     // Server-sent events cannot carry a new token: the gateway ends them with 4401 when it is time.
     if (this.transport !== "websocket") return;
-    this.#refreshTimer = setTimeout(() => void this.#renewToken(), Math.min(ms, TIMEOUT_MAX));
+    const soonest = this.#refreshedAt + REFRESH_PAUSE_MS - Date.now();
+    this.#refreshTimer = setTimeout(() => void this.#renewToken(), Math.min(Math.max(ms, soonest), TIMEOUT_MAX));
   }
 
   async #renewToken(): Promise<void> {
     const turn = this.#turn;
     try {
       const asked = Date.now();
-      const token = await this.#options.getToken({ reason: "refresh", signal: AbortSignal.timeout(30_000) });
+      this.#refreshedAt = asked;
+      const token = await this.#ask({ reason: "refresh", signal: AbortSignal.timeout(30_000) });
       if (turn !== this.#turn) return;
       this.#refresh = { token, asked };
-      this.send({ type: "refresh", token });
+      this.sendNow({ type: "refresh", token });
     } catch (cause) {
-      if (turn !== this.#turn) return;
+      if (turn !== this.#turn || this.gaveUp(cause)) return;
       this.problem("refresh", `No fresh token: ${cause}`, cause);
       this.#refreshIn(REFRESH_RETRY_MS);
     }

@@ -65,7 +65,8 @@ export interface HistoryLost {
 export interface Problem {
   /**
    * The gateway's code, such as `invalid_json`, `no_receiver`, `publish_lost`, `publish_refused`, `invalid_token`; or from here
-   * `credentials` (the function that gives them failed), `refresh`, `handler` (one of your handlers threw).
+   * `credentials` (the function that gives them failed), `refresh`, `handler` (one of your handlers threw), `downstream_only`
+   * (messages wait for a WebSocket, or cannot be sent at all).
    */
   code: string;
   /** The same for people. */
@@ -76,6 +77,21 @@ export interface Problem {
 
 /** A JSON object off the wire. */
 export type JsonObject = Record<string, unknown>;
+
+/** Whether `value` is one. */
+export function isObject(value: unknown): value is JsonObject {
+  return typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
+}
+
+/** The value of JSON; text that is none, and bytes, as they are. */
+export function parse(body: string | Uint8Array): unknown {
+  if (typeof body !== "string") return body;
+  try {
+    return JSON.parse(body);
+  } catch {
+    return body;
+  }
+}
 
 /** `value` if it is text. */
 export function text(value: unknown): string | undefined {
@@ -97,9 +113,46 @@ const GATEWAY_CODES: readonly string[] = [
   "invalid_message",
 ];
 
-/** Whether `message` of the type `error` is one of the gateway's own. */
-export function isGatewayError(message: JsonObject): boolean {
-  return GATEWAY_CODES.includes(text(message["code"]) ?? "");
+/** What the gateway says itself, by the event that tells it. */
+export type Notice =
+  | { connected: Connected }
+  | { resumed: Resumed }
+  | { busRecovered: { gapMs: number } }
+  | { historyLost: HistoryLost }
+  | { error: Problem };
+
+/**
+ * Reads what the gateway says itself; nothing where `message` is a worker's, who may use the same words. `id` is that beside the
+ * message, `greeting` the type with which a connection of this kind begins.
+ */
+export function readNotice(message: JsonObject, id: string | undefined, greeting: string): Notice | undefined {
+  // With a position beside it that it does not name itself, it was published.
+  if (id && id !== message["event_id"] && id !== message["last_event_id"]) return undefined;
+  // Empty, where there is no history.
+  const eventId = text(message["event_id"]) || undefined;
+  const connectionId = text(message["connection_id"]);
+  const code = text(message["code"]) ?? "";
+  switch (message["type"]) {
+    case greeting: {
+      if (connectionId === undefined) return undefined;
+      const [userId, expiresAt] = [text(message["user_id"]), number(message["expires_at"])];
+      return { connected: { connectionId, eventId, userId, expiresAt } };
+    }
+    case "resumed": {
+      const count = number(message["count"]);
+      return count === undefined ? undefined : { resumed: { count, lastEventId: text(message["last_event_id"]) } };
+    }
+    case "bus_recovered":
+      return { busRecovered: { gapMs: number(message["gap_ms"]) ?? 0 } };
+    case "error":
+      if (code === "history_lost") {
+        const reason = text(message["reason"]) ?? "unknown";
+        return { historyLost: { reason, message: text(message["message"]) ?? reason, eventId } };
+      }
+      return GATEWAY_CODES.includes(code) ? { error: { code, message: text(message["message"]) ?? "" } } : undefined;
+    default:
+      return undefined;
+  }
 }
 
 /** `value` if it is a position `milliseconds-sequence-tag`. */

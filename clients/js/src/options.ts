@@ -1,6 +1,8 @@
 // What can be configured, with defaults that suit a browser.
 
 import type { BackoffOptions } from "./backoff.ts";
+import type { SendRate } from "./outbox.ts";
+import type { FetchLike, Signal, SignalLike } from "./platform.ts";
 import type { WebSocketConstructor } from "./websocket.ts";
 
 /** Why a credential is asked for. */
@@ -15,7 +17,7 @@ export interface CredentialRequest {
    */
   reason: CredentialReason;
   /** Aborted when nobody waits for the answer any more. */
-  signal: AbortSignal;
+  signal: Signal;
 }
 
 /** What every connection can be told. */
@@ -29,7 +31,10 @@ export interface ConnectionOptions {
    * of every kind resume. Without it, JSON objects alone do. Default true.
    */
   envelope?: boolean;
-  /** `auto` falls back to server-sent events where WebSockets fail. Default `auto`. */
+  /**
+   * `auto` falls back to server-sent events where WebSockets fail, and goes on looking for a WebSocket. `sse` only listens: `send`
+   * throws. Default `auto`.
+   */
   transport?: "auto" | "websocket" | "sse";
   /** After how many failed WebSockets in a row `auto` tries server-sent events. Default 3. */
   sseAfter?: number;
@@ -37,20 +42,29 @@ export interface ConnectionOptions {
   sseTokenIn?: "header" | "query";
   /** How it comes back. */
   backoff?: BackoffOptions;
+  /** Ends it for good when there was no connection for so long. Default: never. */
+  giveUpAfterMs?: number;
   /** After this time a try has failed. Default 15 s. */
   connectTimeoutMs?: number;
   /** After this time without any message the connection counts as dead. Default: what the gateway's heartbeat says, where it has one. */
   silenceMs?: number;
-  /** How many messages `send` keeps while there is no connection. Default 256. */
+  /** How many messages of `send` may wait, for a connection or for their turn. Default 256. */
   queueMax?: number;
+  /** How fast messages are sent. Default: somewhat less than the gateway's default lets one connection send. */
+  sendRate?: SendRate;
+  /**
+   * Whether what a lost connection may not have delivered is sent again over the next one, so that a worker gets each message at
+   * least once. With false it gets each at most once. Default true.
+   */
+  resend?: boolean;
   /** How many positions are remembered to recognise duplicates. Default 2048. */
   dedupMax?: number;
   /** Ends the connection when aborted. */
-  signal?: AbortSignal;
-  /** The WebSocket to use. Default: the global one, which Node has since version 22; before it that of the package `ws`. */
+  signal?: SignalLike;
+  /** The WebSocket to use. Default: the global one, which Node has since version 22; before it, give that of the package `ws`. */
   WebSocket?: WebSocketConstructor;
   /** The fetch to use for server-sent events. Default: the global one. */
-  fetch?: typeof fetch;
+  fetch?: FetchLike;
   /** A source of numbers in [0, 1). Default `Math.random`. */
   random?: () => number;
 }

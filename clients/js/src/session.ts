@@ -1,9 +1,11 @@
 // The session endpoint: tickets, any messages both ways, token streams.
 
-import { Connection, type Grant } from "./connection.ts";
+import { Connection } from "./connection.ts";
+import type { Grant } from "./contract.ts";
 import type { JsonObject } from "./messages.ts";
 import { text } from "./messages.ts";
 import type { ConnectionOptions, CredentialRequest } from "./options.ts";
+import type { Address } from "./platform.ts";
 import { TokenStream } from "./streams.ts";
 
 /**
@@ -26,14 +28,15 @@ export type Ticket =
 /** How to open a session. */
 export interface SessionOptions extends ConnectionOptions {
   /** The gateway, such as `https://gateway.example`; or, without `agent` and `session`, the whole URL of the session. */
-  url: string | URL;
+  url: Address;
   /** The agent's id. */
   agent?: string;
   /** The session's id. */
   session?: string;
   /**
    * Gets a fresh ticket from your backend; called before every connection or event stream, since each opens only one. With the
-   * token of an event stream (`sse.…`) only these are opened, whatever carries other connections. Call `close()` to give up.
+   * token of an event stream (`sse.…`) only these are opened, whatever carries other connections. Throw a `GiveUp` where there will
+   * be none any more; anything else that is thrown is tried again.
    */
   getTicket: (request: CredentialRequest) => Ticket | Promise<Ticket>;
 }
@@ -82,16 +85,25 @@ export class Session<M = unknown> extends Connection<M> {
   }
 
   protected override async authorize(request: CredentialRequest): Promise<Grant> {
-    const ticket = await this.#options.getTicket(request);
-    const { token, path, agent = this.#options.agent, session = this.#options.session } =
-      typeof ticket === "string" ? { token: ticket } : ticket;
+    const ticket = (await this.#options.getTicket(request)) as Ticket | null | undefined;
+    const {
+      token,
+      path,
+      agent = this.#options.agent,
+      session = this.#options.session,
+    }: Partial<Exclude<Ticket, string>> = typeof ticket === "string" ? { token: ticket } : (ticket ?? {});
+    if (typeof token !== "string" || token === "") throw new Error("getTicket gave no token.");
     const eventStream = token.startsWith(EVENT_STREAM_PREFIX);
-    if (path !== undefined) return { token, url: new URL(path, this.base), eventStream };
+    if (path !== undefined) return { token, url: new URL(path, this.base).href, eventStream };
     const url = new URL(this.base);
     if (agent !== undefined && session !== undefined) {
       url.pathname = `${url.pathname.replace(/\/$/, "")}/${encodeURIComponent(agent)}/ws/${encodeURIComponent(session)}`;
     }
-    return { token, url, eventStream };
+    return { token, url: url.href, eventStream };
+  }
+
+  protected override get greeting(): string {
+    return "opened";
   }
 
   protected override notice(message: JsonObject, id: string | undefined): boolean {

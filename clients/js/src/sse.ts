@@ -1,13 +1,14 @@
 // The transport of server-sent events, for networks that let no WebSocket through: downstream only, read with fetch, since
 // an EventSource can neither send a header nor tell why it was refused.
 
-import type { End } from "./advice.ts";
+import { type End, parseRefusal } from "./advice.ts";
+import type { FetchLike, ResponseLike } from "./platform.ts";
 import { SseParser } from "./sse-parser.ts";
 import type { Target, Transport, TransportEvents } from "./transport.ts";
 
 /** Opens a stream of server-sent events. */
 export function openSse(
-  fetcher: typeof fetch,
+  fetcher: FetchLike,
   target: Target,
   tokenIn: "header" | "query",
   events: TransportEvents,
@@ -28,7 +29,7 @@ export function openSse(
     else url.searchParams.set("token", target.token);
     const response = await fetcher(url.href, { headers, cache: "no-store", signal: abort.signal });
     if (!response.ok || !response.body || !response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
-      return end(await refusal(response));
+      return end(await refused(response));
     }
     if (abort.signal.aborted) return;
     opened = true;
@@ -53,19 +54,19 @@ export function openSse(
   return {
     kind: "sse",
     send: () => undefined,
+    unsent: () => 0,
     close: () => abort.abort(),
   };
 }
 
-async function refusal(response: Response): Promise<Partial<End>> {
+async function refused(response: ResponseLike): Promise<Partial<End>> {
   const seconds = Number(response.headers.get("Retry-After"));
-  const body: { error?: { code?: string; retryable?: boolean } } = await response.json().catch(() => ({}));
-  const { code, retryable } = body.error ?? {};
+  const refusal = response.ok ? undefined : parseRefusal(await response.text().catch(() => ""));
   return {
     // Something that answers well, but with no events, is no gateway.
     status: response.ok ? 406 : response.status,
-    reason: code ?? `HTTP ${response.status}`,
-    ...(retryable === undefined ? {} : { retryable }),
+    reason: refusal?.code ?? `HTTP ${response.status}`,
+    ...(refusal ? { refusal } : {}),
     ...(seconds > 0 ? { retryAfterMs: seconds * 1000 } : {}),
   };
 }

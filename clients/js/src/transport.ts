@@ -1,6 +1,7 @@
 // What carries messages: the seam between the connection's rules and WebSocket or server-sent events.
 
 import type { End } from "./advice.ts";
+import type { Data } from "./outbox.ts";
 
 /** One message as it came. */
 export interface Frame {
@@ -29,15 +30,20 @@ export interface Transport {
   /** Which one it is. */
   readonly kind: "websocket" | "sse";
   /** Gives `data` to the network; only where `kind` is `websocket`. */
-  send(data: string | Uint8Array): void;
-  /** Ends it without waiting for the other side's answer. */
-  close(code: number, reason: string): void;
+  send(data: Data): void;
+  /** How many bytes of what was sent have not left this machine. */
+  unsent(): number;
+  /**
+   * Ends it; nothing is told any more but `closed`, when the other side has answered, or never will. With `isClean` it has read
+   * everything that was sent.
+   */
+  close(code: number, reason: string, closed?: (isClean: boolean) => void): void;
 }
 
 /** What is needed to open one. */
 export interface Target {
   /** Where, with the query that resumes, without credentials. */
-  url: URL;
+  url: string;
   /** The credential. */
   token: string;
   /** Whether to offer `wsproxy.id.v1`. */

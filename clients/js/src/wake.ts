@@ -1,20 +1,42 @@
-// When a page comes back to life: the moments at which waiting longer would be a pity.
+// When a page or a machine comes back to life: the moments at which an open connection may be dead, and waiting longer a pity.
 
-/** What happened: the network is back, or somebody looks at the page again. */
-export type Wake = "online" | "visible";
+/** What happened: the network is back, somebody looks at the page again, or the machine was asleep. */
+export type Wake = "online" | "visible" | "slept";
 
-/** Calls `wake` at these moments, where there are any. Answers a function that ends it. */
+/** How often the clock is looked at. */
+const TICK_MS = 5_000;
+/** A timer that comes so late was not delayed by work. */
+const SLEEP_MS = 60_000;
+
+interface Events {
+  addEventListener(type: string, listener: () => void): void;
+  removeEventListener(type: string, listener: () => void): void;
+}
+
+/** Calls `wake` at these moments. Answers a function that ends it. */
 export function watchWake(wake: (what: Wake) => void): () => void {
-  const { document } = globalThis as { document?: Document };
-  if (typeof globalThis.addEventListener !== "function") return () => undefined;
+  const { document } = globalThis as { document?: Events & { visibilityState: string } };
+  const page = globalThis as unknown as Partial<Events>;
+  const isHidden = (): boolean => document?.visibilityState === "hidden";
   const online = (): void => wake("online");
-  const visible = (): void => {
-    if (document?.visibilityState === "visible") wake("visible");
-  };
-  globalThis.addEventListener("online", online);
+  const visible = (): void => (isHidden() ? undefined : wake("visible"));
+  let last = Date.now();
+  const timer = setInterval(() => {
+    const late = Date.now() - last - TICK_MS;
+    last = Date.now();
+    // Browsers hold back the timers of hidden pages; the page will be looked at again.
+    if (late > SLEEP_MS && !isHidden()) wake("slept");
+  }, TICK_MS);
+  // In Node the watch keeps no program alive.
+  (timer as unknown as { unref?(): void }).unref?.();
+  page.addEventListener?.("online", online);
   document?.addEventListener("visibilitychange", visible);
+  // Pages that were frozen, which not every browser tells by their visibility.
+  document?.addEventListener("resume", visible);
   return () => {
-    globalThis.removeEventListener("online", online);
+    clearInterval(timer);
+    page.removeEventListener?.("online", online);
     document?.removeEventListener("visibilitychange", visible);
+    document?.removeEventListener("resume", visible);
   };
 }

@@ -6,6 +6,7 @@ import type { Frame, Target, Transport, TransportEvents } from "./transport.ts";
 export interface WebSocketLike {
   binaryType: string;
   readonly protocol: string;
+  readonly bufferedAmount?: number;
   addEventListener(type: string, listener: (event: any) => void): void;
   send(data: any): void;
   close(code?: number, reason?: string): void;
@@ -47,6 +48,7 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
   let opened = false;
   let over = false;
   let status: number | undefined;
+  let closed: ((isClean: boolean) => void) | undefined;
   socket.addEventListener("open", () => {
     if (over) return;
     opened = true;
@@ -61,15 +63,18 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
     // Browsers say nothing about a refused handshake; the package `ws` gives the status in this sentence.
     status = Number(/server response: (\d{3})/.exec(String(event.message))?.[1]) || undefined;
   });
-  socket.addEventListener("close", ({ code, reason }: { code: number; reason: string }) => {
-    if (over) return;
+  socket.addEventListener("close", ({ code, reason, wasClean }: { code: number; reason: string; wasClean?: boolean }) => {
+    if (over) return closed?.(wasClean === true);
     over = true;
-    events.ended({ code, reason, opened, ...(status && !opened ? { status } : {}) });
+    events.ended({ code, reason, opened, ...(status && !opened ? { status, refusal: "unknown" } : {}) });
   });
   return {
     kind: "websocket",
     send: (data) => socket.send(data),
-    close(code, reason) {
+    unsent: () => socket.bufferedAmount ?? 0,
+    close(code, reason, whenClosed) {
+      closed ??= whenClosed;
+      if (over) return;
       over = true;
       try {
         socket.close(code, reason);

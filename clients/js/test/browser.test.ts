@@ -171,6 +171,35 @@ test("the network's return ends the wait", async () => {
   await page.context().close();
 });
 
+test("a session that only looks open is replaced when somebody looks, and what was sent arrives once", async () => {
+  const { page, complaints } = await visit();
+  await page.evaluate(`
+    window.heard = [];
+    window.session = client.connectSession({
+      url: "${cable.url}", agent: "demo", session: "b-6", getTicket: async () => (await fetch("/tickets/b-6")).text(),
+    });
+    session.on("message", ({ data }) => heard.push(data.n));
+    window.connected = session.once("connected").then(() => true);
+  `);
+  await page.evaluate("connected");
+  const up = await redis.follow("session:b-6:up");
+  const numbers = (): string[] => [...up.heard.matchAll(/\{"n":(\d+)\}/g)].map(([, n]) => String(n));
+  const look = "document.dispatchEvent(new Event('visibilitychange'))";
+  // The path is good: the old connection closes cleanly.
+  await page.evaluate(`session.send({ n: 1 }); window.resumed = session.once("resumed").then(() => true); ${look};`);
+  await page.evaluate("resumed");
+  await until("it arrived", () => numbers().length === 1);
+  // The path is dead, and the next look is a minute later.
+  cable.silence();
+  await publish("b-6", { n: 7 });
+  await page.evaluate(`session.send({ n: 2 }); const now = Date.now; Date.now = () => now() + 61_000; ${look}; 0`);
+  await page.waitForFunction("heard.length === 1");
+  await until("it arrived", () => numbers().length === 2);
+  expect([numbers(), await page.evaluate("heard"), complaints]).toEqual([["1", "2"], [7], []]);
+  up.end();
+  await page.context().close();
+});
+
 test("events in a browser, over WebSocket and over server-sent events", async () => {
   const { page, complaints } = await visit();
   for (const transport of ["websocket", "sse"]) {

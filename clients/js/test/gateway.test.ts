@@ -1,6 +1,6 @@
 // The client against the real gateway and a real Redis: what is promised, over cuts, restarts and losses.
 
-import { afterAll, afterEach, beforeAll, expect, test } from "vitest";
+import { afterAll, afterEach, beforeAll, expect, test, vi } from "vitest";
 import { WebSocket } from "ws";
 import {
   connectEvents, connectSession, type Connection, type EventMap, type Events, type EventsOptions, type Session, type SessionOptions,
@@ -90,6 +90,21 @@ test("a wrong ticket is refused, and the next one opens", async () => {
   expect(reasons).toEqual(["initial", "rejected"]);
 });
 
+test("six tabs of one session, whose tickets replace each other's, all come in, and again after a restart", async () => {
+  const getTicket = async (): Promise<string> => {
+    const ticket = await gateway.ticket("tabs");
+    // The answer travels to the browser.
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    return ticket;
+  };
+  const tabs = numbers(0, 6).map(() => open({ session: "tabs", getTicket, backoff: { baseMs: 200, maxMs: 2000 } })[0]);
+  await until("all are open", () => tabs.every(({ state }) => state === "open"));
+  await gateway.stop("SIGKILL");
+  await until("all have noticed", () => tabs.every(({ state }) => state !== "open"));
+  await gateway.restart();
+  await until("all are open again", () => tabs.every(({ state }) => state === "open"));
+});
+
 test("invalid JSON upstream is told as a problem", async () => {
   const [session] = open();
   await session.opened();
@@ -137,6 +152,120 @@ test("what was missed over another instance comes too, after an instance was kil
     await gateway.restart();
     await other.stop();
   }
+});
+
+/** What a worker hears of a session's client from now on: the member `n` of each message. */
+async function worker(id: string): Promise<{ numbers(): number[]; end(): void }> {
+  const up = await redis.follow(`session:${id}:up`);
+  return { numbers: () => [...up.heard.matchAll(/\{"n":(\d+)\}/g)].map(([, n]) => Number(n)), end: up.end };
+}
+
+test("what waited while offline reaches the worker whole and in order, though the gateway lets fewer come at once", async () => {
+  let isOnline = false;
+  const id = "was-offline";
+  const [session] = open({
+    session: id,
+    getTicket: () => {
+      if (!isOnline) throw new Error("offline");
+      return gateway.ticket(id);
+    },
+  });
+  session.on("error", () => undefined);
+  const codes: unknown[] = [];
+  session.on("state", ({ code }) => code !== undefined && codes.push(code));
+  const heard = await worker(id);
+  for (const n of numbers(0, 256)) session.send({ n });
+  await until("it has tried", () => session.state === "waiting");
+  codes.length = 0;
+  isOnline = true;
+  await until("everything arrived", () => heard.numbers().length >= 256);
+  expect(heard.numbers()).toEqual(numbers(0, 256));
+  expect(codes.filter((code) => code !== 1006)).toEqual([]);
+  heard.end();
+});
+
+test("a gateway that lets fewer come than the client believes gets all of it in the end", async () => {
+  const own = await Gateway.start(redis, { WSPROXY_LIMITS__MESSAGES_PER_SECOND: "60", WSPROXY_LIMITS__MESSAGE_BURST: "60" });
+  try {
+    const [session, id] = open({ url: own.url, session: "slower", getTicket: () => own.ticket("slower") });
+    const heard = await worker(id);
+    for (const n of numbers(0, 150)) session.send({ n });
+    await until("everything arrived", () => new Set(heard.numbers()).size >= 150, 25_000);
+    expect([...new Set(heard.numbers())]).toEqual(numbers(0, 150));
+    heard.end();
+  } finally {
+    await own.stop();
+  }
+});
+
+test("a session over a path that fell silent is replaced when somebody looks; neither direction loses anything", async () => {
+  const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
+  vi.stubGlobal("document", document);
+  try {
+    const [session, id] = open();
+    await session.once("connected");
+    const up = await worker(id);
+    const down: number[] = [];
+    session.on("message", ({ data }) => down.push(data.n));
+    await publish(id, { n: 1 });
+    await until("the path works", () => down.length === 1);
+    cable.silence();
+    session.send({ n: 7 });
+    await publish(id, { n: 2 });
+    document.dispatchEvent(new Event("visibilitychange"));
+    await until("all of it arrived", () => down.length === 2 && up.numbers().length > 0);
+    expect([down, up.numbers(), session.state]).toEqual([[1, 2], [7], "open"]);
+    up.end();
+  } finally {
+    vi.unstubAllGlobals();
+  }
+});
+
+test("a healthy quiet connection that is replaced delivers what was sent once, since it closed cleanly", async () => {
+  const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
+  vi.stubGlobal("document", document);
+  try {
+    const [session, id] = open();
+    await session.once("connected");
+    const up = await worker(id);
+    session.send({ n: 1 });
+    const again = session.once("resumed");
+    document.dispatchEvent(new Event("visibilitychange"));
+    await again;
+    session.send({ n: 2 });
+    await until("the second arrived", () => up.numbers().includes(2));
+    expect(up.numbers()).toEqual([1, 2]);
+    up.end();
+  } finally {
+    vi.unstubAllGlobals();
+  }
+});
+
+test("back from an outage over server-sent events, the client sends over a WebSocket soon", async () => {
+  let isAway = false;
+  const [session, id] = open({
+    session: "outage",
+    getTicket: async () => {
+      await redis.command("SET", "session:outage:auth", "ticket", "EX", "60");
+      return "ticket";
+    },
+    fetch: async (...args) => {
+      if (isAway) await gateway.restart();
+      isAway = false;
+      return fetch(...args);
+    },
+  });
+  await session.opened();
+  const heard = await worker(id);
+  isAway = true;
+  await gateway.stop("SIGKILL");
+  await until("it noticed", () => session.state !== "open");
+  await until("it is back", () => session.state === "open");
+  expect(session.transport).toBe("sse");
+  session.send({ n: 1 });
+  await until("it was sent", () => heard.numbers().length > 0);
+  expect([heard.numbers(), session.transport]).toEqual([[1], "websocket"]);
+  heard.end();
 });
 
 test("bytes and text that is no JSON resume too", async () => {

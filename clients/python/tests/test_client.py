@@ -6,7 +6,7 @@ import asyncio
 import http
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -62,7 +62,8 @@ class FakeGateway:
             status = http.HTTPStatus(self.scripts[0])
             self.scripts.pop(0)
             self.tokens.append("refused")
-            response = connection.respond(status, json.dumps({"error": {"code": "a_code", "message": "No."}}))
+            error = {"code": "a_code", "message": "No.", "retryable": status >= 429}
+            response = connection.respond(status, json.dumps({"error": error}))
             if self.retry_after:
                 response.headers["Retry-After"] = self.retry_after
             return response
@@ -242,8 +243,8 @@ async def test_refusals_that_pass_are_tried_again_after_the_time_asked_for(fake:
     assert 2 <= time.monotonic() - begun < 10
 
 
-@pytest.mark.parametrize(("status", "tries"), [(400, 1), (404, 1), (426, 1), (403, 3), (401, 3)])
-async def test_refusals_that_stay_are_errors(fake: FakeGateway, status: int, tries: int) -> None:
+@pytest.mark.parametrize("status", [400, 404, 426, 403])
+async def test_refusals_that_stay_are_errors(fake: FakeGateway, status: int) -> None:
     fake.scripts = [status] * 5
     async with session(fake) as client:
         for _ in range(2):
@@ -252,10 +253,10 @@ async def test_refusals_that_stay_are_errors(fake: FakeGateway, status: int, tri
             assert (raised.value.status, raised.value.code) == (status, "a_code")
         with pytest.raises(Refused):
             await client.send({})
-    assert len(fake.tokens) == tries
+    assert len(fake.tokens) == 1
 
 
-@pytest.mark.parametrize("code", [1007, 1009, 4001])
+@pytest.mark.parametrize("code", [1007, 1008, 1009, 4001])
 async def test_closes_that_stay_are_errors_behind_all_messages(fake: FakeGateway, code: int) -> None:
     async def first(peer: Peer) -> None:
         for number in range(1500):
@@ -270,26 +271,15 @@ async def test_closes_that_stay_are_errors_behind_all_messages(fake: FakeGateway
         assert (raised.value.code, raised.value.reason) == (code, "why")
 
 
-async def test_a_token_function_that_fails_is_tried_again_or_an_error(fake: FakeGateway) -> None:
-    answers: Iterator[str | Exception] = iter([OSError("down"), Unavailable("down"), "good"])
+@pytest.mark.parametrize("code", [3000, 4003, 4004, 4100])
+async def test_a_worker_ends_the_iteration_with_a_code_of_its_own(fake: FakeGateway, code: int) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.connection.close(code, "bye")
 
-    def token() -> str:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    async with session(fake, token=token) as client:
-        await eventually("it is open", lambda: client.state == "open")
-    assert fake.tokens == ["good"]
-
-    def broken() -> str:
-        raise KeyError("a mistake")
-
-    async with session(fake, token=broken) as client:
-        with pytest.raises(Exception, match="KeyError") as raised:
-            await within(anext(client))
-        assert isinstance(raised.value.__cause__, KeyError)
+    fake.scripts = [first]
+    async with session(fake) as client:
+        assert [message async for message in client] == []
+        assert client.closed == (code, "bye")
 
 
 async def test_a_client_gives_up_when_it_was_told_to() -> None:
@@ -361,9 +351,9 @@ async def test_a_token_is_renewed_before_it_ends(fake: FakeGateway) -> None:
 
     async def first(peer: Peer) -> None:
         hello = {"type": "connected", "connection_id": "c-1", "event_id": "1-0-000000aa"}
-        await peer.say(hello | {"expires_at": time.time() + 1})
+        await peer.say(hello | {"expires_at": time.time() + 2.5})
         heard.append(await peer.hear())
-        await peer.say({"type": "refreshed", "expires_at": time.time() + 1.2})
+        await peer.say({"type": "refreshed", "expires_at": time.time() + 2.5})
         heard.append(await peer.hear())
         await peer.say({"type": "done"})
         await peer.connection.close(4401, "expired")
@@ -393,17 +383,41 @@ async def test_what_is_sent_waits_for_the_connection(fake: FakeGateway) -> None:
         await client.send({})
 
 
-async def test_workers_may_use_the_gateways_words(fake: FakeGateway) -> None:
-    kinds = ["opened", "connected", "resumed", "refreshed", "ping"]
+@pytest.mark.parametrize("connect", [session, events])
+@pytest.mark.parametrize("has_history", [True, False], ids=["with positions", "without"])
+async def test_workers_may_use_the_gateways_words(
+    fake: FakeGateway, has_history: bool, connect: Callable[..., Client]
+) -> None:
+    fake.has_history = has_history
+    is_events = connect is events
+    first_words = {"type": "connected", "connection_id": "c-1", "expires_at": None}
+    if not is_events:
+        first_words = {"type": "opened", "connection_id": "c-1", "event_id": "1-0-000000aa"}
+    mine = [
+        {"type": "opened", "n": 1},
+        {"type": "opened", "connection_id": "x", "event_id": "mine"},
+        {"type": "connected", "connection_id": "x", "peer": "y"},
+        {"type": "resumed", "count": 7},
+        {"type": "resumed", "count": 7, "last_event_id": "mine"},
+        {"type": "refreshed", "expires_at": 7},
+        {"type": "pong", "n": 1},
+        {"type": "ping", "n": 1},
+        *([] if is_events else [{"type": "ping"}, {"type": "pong"}, {"type": "pong", "timestamp": "t"}]),
+        {"type": "ack"},
+        {"type": "close"},
+    ]
 
     async def first(peer: Peer) -> None:
-        for kind in kinds:
-            await peer.say({"type": kind, "mine": True}, f"5-{kinds.index(kind)}-000000aa")
+        await peer.say(first_words)
+        for history in (True, False):
+            for number, each in enumerate(mine):
+                await peer.say(each, f"5-{number}-000000aa" if history else "")
         await wait(peer)
 
     fake.scripts = [first]
-    async with session(fake) as client:
-        assert [each["type"] for each in await data(client, 5)] == kinds
+    async with connect(fake) as client:
+        assert await data(client, 2 * len(mine)) == mine + mine
+        assert client.connection_id == "c-1"
 
 
 async def test_a_worker_may_say_what_the_gateway_says_of_a_loss(fake: FakeGateway) -> None:

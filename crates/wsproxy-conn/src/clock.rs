@@ -12,6 +12,9 @@ impl Micros {
     /// Far enough away never to come.
     pub const NEVER: Self = Self(u64::MAX);
 
+    /// In the place of the time at which a message was read from the bus: it was not, so how long it took is not measured.
+    pub const UNTIMED: Self = Self(u64::MAX - 1);
+
     /// The point `span` later; stays [`Self::NEVER`].
     #[must_use]
     pub const fn after(self, span: Self) -> Self {

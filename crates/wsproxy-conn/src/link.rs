@@ -216,7 +216,7 @@ impl Link {
         (state.messages_sent, state.bytes_sent)
     }
 
-    /// Queues a data frame which was read from the bus at `since`.
+    /// Queues a data frame which was read from the bus at `since`; [`Micros::UNTIMED`]: it was not.
     ///
     /// More than the send buffer ends the connection as a slow consumer; nobody waits for it.
     pub fn push(&self, frame: Bytes, since: Micros) -> Queued {
@@ -444,8 +444,10 @@ impl Link {
         if written.messages > 0 {
             stats.messages_sent.fetch_add(u64::from(written.messages), Relaxed);
             state.messages_sent += u64::from(written.messages);
-            stats.latency.record(clock::now().since(written.oldest), written.messages);
             self.active_at(now);
+        }
+        if written.timed > 0 {
+            stats.latency.record(clock::now().since(written.oldest), written.timed);
         }
     }
 

@@ -64,7 +64,9 @@ pub struct Written {
     pub messages: u32,
     /// Bytes, of any kind.
     pub bytes: usize,
-    /// Since when the oldest of those messages waited; of value only where `messages` > 0.
+    /// Those of the messages that came from the bus: their time is measured.
+    pub timed: u32,
+    /// Since when the oldest of these waited; of value only where `timed` > 0.
     pub oldest: Micros,
 }
 
@@ -72,7 +74,8 @@ impl Outbox {
     /// Nothing waits.
     pub const EMPTY: Self = Self { first: None, more: None, bytes: 0, reply_bytes: 0 };
 
-    /// Appends a frame to the data lane; one with [`Micros::NEVER`] is not counted as a message.
+    /// Appends a frame to the data lane; one with [`Micros::NEVER`] is not counted as a message, and the time of one
+    /// with [`Micros::UNTIMED`] and of a reply is not measured.
     pub fn push(&mut self, frame: Bytes, since: Micros, reply: bool) {
         self.add(frame.len() + FRAME_OVERHEAD, reply);
         let entry = Entry { frame, origin: Origin::new(since, reply) };
@@ -214,11 +217,12 @@ impl Outbox {
             if is_whole {
                 self.remove(FRAME_OVERHEAD, origin.is_reply());
                 self.pop(lane);
-                if origin.is_message() {
-                    if written.messages == 0 {
+                written.messages += u32::from(origin.is_message());
+                if origin.is_timed() {
+                    if written.timed == 0 {
                         written.oldest = origin.since();
                     }
-                    written.messages += 1;
+                    written.timed += 1;
                 }
             }
         }
@@ -315,7 +319,12 @@ impl Origin {
 
     /// Whether it was not pushed with [`Micros::NEVER`].
     const fn is_message(self) -> bool {
-        self.0 >> 2 != u64::MAX >> 2
+        self.0 >> 2 != Micros::NEVER.0 << 2 >> 2
+    }
+
+    /// Whether it came from the bus, rather than from the gateway itself.
+    const fn is_timed(self) -> bool {
+        !self.is_reply() && self.is_message() && self.0 >> 2 != Micros::UNTIMED.0 << 2 >> 2
     }
 }
 
@@ -341,8 +350,9 @@ mod tests {
         assert_eq!(outbox.advance(2).messages, 0);
         outbox.push_control(frame("P"));
         assert_eq!(shown(&outbox), "aaPbb");
-        assert_eq!(outbox.advance(3), Written { messages: 1, bytes: 3, oldest: Micros(1) });
-        assert_eq!(outbox.advance(2), Written { messages: 1, bytes: 2, oldest: Micros(2) });
+        let written = |bytes, oldest| Written { messages: 1, timed: 1, bytes, oldest };
+        assert_eq!(outbox.advance(3), written(3, Micros(1)));
+        assert_eq!(outbox.advance(2), written(2, Micros(2)));
         assert!(outbox.is_empty() && outbox.reply_bytes() == 0);
     }
 
@@ -395,6 +405,17 @@ mod tests {
         outbox.push(frame("aa"), Micros(1), false);
         outbox.push(frame("C"), Micros::NEVER, false);
         assert_eq!(outbox.discard(), 1);
+    }
+
+    #[test]
+    fn only_messages_from_the_bus_are_timed() {
+        let mut outbox = Outbox::default();
+        outbox.push(frame("notice"), Micros::UNTIMED, false);
+        outbox.push(frame("bus"), Micros(7), false);
+        outbox.push(frame("answer"), Micros(8), true);
+        outbox.push(frame("C"), Micros::NEVER, false);
+        let expected = Written { messages: 3, timed: 1, bytes: 16, oldest: Micros(7) };
+        assert_eq!(outbox.advance(16), expected);
     }
 
     #[test]

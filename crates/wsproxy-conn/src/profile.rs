@@ -79,7 +79,7 @@ pub struct Stats {
     pub reads_paused: AtomicU64,
     /// Times that reading from a client paused, since it had sent more bytes than its rate allows.
     pub reads_throttled: AtomicU64,
-    /// Time from the bus to the kernel.
+    /// Time from the bus to the kernel, of messages that came from there.
     pub latency: Latency,
 }
 

@@ -26,6 +26,7 @@ pub mod memory;
 pub mod not_done;
 pub(crate) mod queue;
 pub mod redis;
+pub mod watch;
 
 /// The backend that runs. Cheap to clone: all clones are one bus.
 #[derive(Clone)]

@@ -160,6 +160,8 @@ pub struct Limits {
     pub connections_per_user: usize,
     /// Connections of one session at this instance; 0: no limit.
     pub connections_per_session: usize,
+    /// Resumes of one session or user per second; 0: no limit.
+    pub resumes_per_second: u32,
 }
 
 /// `[heartbeat]`: how dead and idle connections are found.
@@ -461,6 +463,7 @@ impl Default for Limits {
             bytes_burst: 8 * 1024 * 1024,
             connections_per_user: 0,
             connections_per_session: 64,
+            resumes_per_second: 20,
         }
     }
 }

@@ -7,8 +7,14 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::{
-    auth::session::{self, Scope},
-    config::Config,
+    auth::{
+        self,
+        session::{self, Scope},
+    },
+    config::{
+        self, Config,
+        api_key::{ApiKey, KeySecret},
+    },
     dev::worker::Worker,
     gateway::Gateway,
     http::{listener, rejection::Rejection, upgrade},
@@ -21,8 +27,15 @@ mod page;
 mod probe;
 mod worker;
 
-/// Whose sessions the demo worker takes.
+/// Agent id of the sessions that the demo worker takes.
 const AGENT: &str = "demo";
+
+/// Agent id of the sessions that are left to a worker of the person who tries it out.
+const OWN_AGENT: &str = "mine";
+
+/// Name of the API key that the page shows for that worker. No key of a configuration can have it, because of the
+/// brackets.
+const KEY_NAME: &str = "(dev)";
 
 /// After this the proof is given up; the gateway goes on, since a Redis may come later.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,11 +52,17 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     config.sessions.history = true;
     // Other machines cannot reach it, but pages of theirs in this machine's browser try.
     config.server.local_hosts_only = config.server.bind.is_loopback();
+    let api_key = auth::new_token();
+    config.api.key.push(ApiKey {
+        name: KEY_NAME.into(),
+        secret: KeySecret::Text(api_key.clone().into()),
+        scopes: [config::api_key::Scope::Sessions].into_iter().collect(),
+    });
     let signals = Signals::new().context("cannot listen to signals")?;
     let mut started = None;
     let instance = Instance::start(config, |gateway| {
         let worker = started.insert(Worker::start(gateway));
-        page::router(Arc::clone(worker))
+        page::router(Arc::clone(worker), api_key)
     })
     .await?;
     let worker = started.context("the instance has no routes")?;
@@ -53,7 +72,8 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     tokio::select! {
         () = signals.wait() => {}
         proof = prove(&worker, address) => {
-            tell(&proof);
+            // The address is the last line, where a person looks for it.
+            tell(&format!("{proof}\nOpen   http://{address}/\n"));
             signals.wait().await;
         }
     }
@@ -61,18 +81,22 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// A session of the demo's with a fresh token. The worker listens before anybody can use it.
+/// A fresh token for a session. Where the demo worker answers, it listens before anybody can use the token.
 async fn open_session(
     worker: &Arc<Worker>,
+    agent: &str,
     session: &Id,
-    scope: &Scope,
+    event_stream: bool,
 ) -> Result<String, Rejection> {
     let gateway: &Gateway = worker.gateway();
     let key = gateway.names.session_auth(session);
     let ttl = gateway.config.sessions.token_ttl;
+    let scope = Scope { agent: Some(upgrade::id("agent_id", agent)?), event_stream };
     upgrade::deadline(gateway, async {
-        worker.adopt(session).await?;
-        Ok(session::issue(&gateway.store, &key, ttl, scope).await?)
+        if agent == AGENT {
+            worker.adopt(session).await?;
+        }
+        Ok(session::issue(&gateway.store, &key, ttl, &scope).await?)
     })
     .await
 }
@@ -81,7 +105,7 @@ async fn open_session(
 async fn prove(worker: &Arc<Worker>, address: SocketAddr) -> String {
     let session = page::new_session();
     let proof = async {
-        let token = open_session(worker, &session, &Scope::default()).await?;
+        let token = open_session(worker, AGENT, &session, false).await?;
         probe::round_trip(address, &format!("/{AGENT}/ws/{session}"), &token).await
     };
     let proof = timeout(PROOF_TIMEOUT, proof).await.unwrap_or_else(|_| Err(anyhow!("timeout")));
@@ -99,14 +123,12 @@ fn welcome(address: SocketAddr) -> String {
         r#"
 wsproxy dev: gateway, bus and demo worker in one process. It gives a token to whoever asks: not for production.
 
-Open   http://{address}/
-
-Or paste this into a shell (curl, and npx of Node.js):
+A client without a page, to paste into a second terminal (curl, and npx of Node.js):
 
   R=$(curl -s -X POST http://{address}/dev/session)
   field() {{ echo "$R" | sed "s/.*\"$1\":\"\([^\"]*\)\".*/\1/"; }}
   npx -y wscat -c "ws://{address}/{AGENT}/ws/$(field session_id)" -H "Authorization: Bearer $(field token)" \
-    -w 6 -x '{{"type":"prompt","text":"hello"}}'
+    -w 20 -x '{{"type":"prompt","text":"hello"}}'
 
 "#
     )
@@ -117,8 +139,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_printed_can_be_reached() {
+    fn printed_addresses_can_be_reached() {
         let any = "[::]:80".parse().unwrap();
-        assert!(welcome(listener::reachable(any)).contains("http://[::1]:80/\n"));
+        assert!(welcome(listener::reachable(any)).contains("http://[::1]:80/dev/session"));
     }
 }

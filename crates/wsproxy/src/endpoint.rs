@@ -3,11 +3,16 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tracing::trace;
 use wsproxy_conn::{End, Event, Link, clock::Micros};
 use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
 
-use crate::bus::{BusError, Outcome, Publish, Receipt};
+use crate::{
+    bus::{BusError, Outcome, Publish, Receipt},
+    telemetry::log::MESSAGES,
+};
 
+pub mod caller;
 pub mod echo;
 pub mod events;
 pub mod session;
@@ -122,6 +127,7 @@ pub trait Actions {
 
 impl Receipt for Link {
     fn published(&self, outcome: Outcome) {
+        trace!(target: MESSAGES, connection_id = %self.id(), ?outcome, "The bus answered to a client's message.");
         let unpublished = match outcome {
             Outcome::Received(receivers) if receivers > 0 => return,
             Outcome::Kept | Outcome::Stored { .. } => return,

@@ -20,16 +20,19 @@ use crate::{
     auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::Bus,
     config::Config,
-    endpoint::{events::EventEndpoint, session::SessionEndpoint},
+    endpoint::{caller::Texts, events::EventEndpoint, session::SessionEndpoint},
     http::{
-        admission::{Attempts, Places},
+        admission::{Attempts, Places, Resumes},
         sockets::Sockets,
         sse::open::OpenStreams,
     },
     hub::{Histories, Hub},
     registry::{Registry, lease::Lease, sessions::SessionLog},
     store::Store,
-    telemetry::{metrics::Metrics, throttle::Throttle},
+    telemetry::{
+        metrics::Metrics,
+        throttle::{Throttle, Throttles},
+    },
 };
 
 /// A running instance.
@@ -58,10 +61,16 @@ pub struct Gateway {
     pub sockets: Arc<Sockets>,
     /// Attempts per client address.
     pub attempts: Attempts,
+    /// Resumes per session and per user.
+    pub resumes: Resumes,
     /// The keys of workers.
     pub api_keys: Arc<ApiKeys>,
     /// Failed calls of workers are logged through this.
     pub api_failures: Throttle,
+    /// Refused handshakes, and what else clients can cause at will, are logged through this.
+    pub lines: Throttles,
+    /// What clients say of themselves.
+    pub texts: Texts,
     /// Believes or refuses the tokens of the event endpoint; `None` where that is not served.
     pub jwt: Option<JwtVerifier>,
     /// Who is connected to the event endpoint; `None` where that is not served.

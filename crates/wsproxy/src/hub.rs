@@ -13,8 +13,11 @@ use std::{
 use hashbrown::{Equivalent, HashMap};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
-use tracing::warn;
-use wsproxy_conn::{Link, clock};
+use tracing::{trace, warn};
+use wsproxy_conn::{
+    Link,
+    clock::{self, Micros},
+};
 use wsproxy_proto::{
     history::{Lost, Position, Reader},
     names::Names,
@@ -30,7 +33,7 @@ use crate::{
         subscribers::Subscribers,
         tap::Tap,
     },
-    telemetry::counter::Counter,
+    telemetry::{counter::Counter, log::MESSAGES},
 };
 
 mod audience;
@@ -335,7 +338,7 @@ impl Hub {
         for notice in [hello, lost].into_iter().flatten() {
             let mut fanout = message::Fanout::new(message::Message::plain(notice.as_bytes()));
             if let Some(bytes) = fanout.encode(client, self) {
-                round.send(client, bytes, clock::now());
+                round.send(client, bytes, Micros::UNTIMED);
             }
         }
         round.flush(clock::now());
@@ -347,6 +350,8 @@ impl Hub {
     /// The queue is full or closed; the receipt is not called then.
     pub fn publish(&self, publish: Publish) -> Result<(), BusError> {
         let bus = self.bus.get().ok_or(BusError::Closed)?;
+        trace!(target: MESSAGES, channel = &*publish.channel, bytes = publish.payload.len(),
+            "A message is put into the queue of the bus.");
         bus.publish(publish).map_err(|(error, _)| error)
     }
 

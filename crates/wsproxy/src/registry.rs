@@ -28,7 +28,7 @@ use crate::{
     },
     registry::{lease::Lease, local::Local, redis::RedisRegistry},
     store::{StoreError, memory::MemoryStore},
-    telemetry::counter::Counter,
+    telemetry::{counter::Counter, throttle::Throttle},
 };
 
 mod commands;
@@ -106,6 +106,8 @@ pub struct RegistryCounters {
     pub disconnected: Counter,
     /// Commands that made no sense.
     pub bad_commands: Counter,
+    /// Of log lines about these.
+    pub bad_command_lines: Throttle,
     /// Times that revocations were read again since commands may have been missed.
     pub rechecks: Counter,
 }

@@ -17,18 +17,19 @@ use wsproxy_proto::names::Names;
 
 use crate::{
     auth::{api_keys::ApiKeys, jwt::JwtVerifier},
-    bus::Bus,
+    bus::{Bus, watch},
     cli::{exit::Failure, version},
     config::Config,
     descriptors::{self, Descriptors},
     endpoint::{
+        caller::Texts,
         events::EventEndpoint,
         session::{SessionCounters, SessionEndpoint},
     },
     gateway::{self, Gateway},
     http::{
         admin::{self, Details},
-        admission::{Attempts, Places},
+        admission::{Attempts, Places, Resumes},
         api, listener,
         routes::{self, Routes},
         sockets::Sockets,
@@ -40,7 +41,10 @@ use crate::{
         sessions::{self, SessionLog},
     },
     shutdown, streams,
-    telemetry::{metrics::Metrics, throttle::Throttle},
+    telemetry::{
+        metrics::Metrics,
+        throttle::{Throttle, Throttles},
+    },
 };
 
 /// All but this part of the connections may wait for a verdict on their credentials: the clients of an instance that
@@ -135,6 +139,7 @@ impl Instance {
         }
         let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
         background.spawn(healer::run(hub, store, background_end.clone()));
+        background.spawn(watch::run(gateway.bus.clone(), background_end.clone()));
         if gateway.session_histories.is_some() {
             background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
         }
@@ -225,8 +230,11 @@ fn compose(
         handshakes: Places::new((connections - connections / HANDSHAKES_PART).max(spare / 2)),
         sockets: Sockets::new(connections + spare),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        resumes: Resumes::new(config.limits.resumes_per_second),
         api_keys,
         api_failures: Throttle::default(),
+        lines: Throttles::default(),
+        texts: Texts::default(),
         jwt,
         events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
         registry,

@@ -85,7 +85,11 @@ async fn end_stream(gateway: &Gateway, session: &Id, stream: &Id) -> Result<(), 
     match &ended {
         Ok(_) => {
             gateway.metrics.error("stream_worker_lost");
-            info!(session_id = %session, stream = %stream, "A token stream's worker is gone; the stream is ended.");
+            // A worker that is gone may leave thousands.
+            if let Some(left_out) = gateway.lines.pass("stream worker gone") {
+                info!(session_id = %session, stream = %stream, left_out,
+                    "A token stream's worker is gone; the stream is ended.");
+            }
             Ok(())
         }
         // The worker came back.

@@ -17,6 +17,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 struct Dev {
     child: Child,
     lines: Receiver<String>,
+    proof: String,
     address: String,
 }
 
@@ -24,13 +25,19 @@ impl Dev {
     fn start() -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
         command.args(["dev", "--port", "0"]).env_clear().stdin(Stdio::null());
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
+        // Both streams in one pipe, in the order in which a terminal shows them.
+        let (out, end) = std::io::pipe().unwrap();
+        command.stdout(end.try_clone().unwrap()).stderr(end);
+        let child = command.spawn().unwrap();
+        // It holds the ends for writing, which would keep the pipe open.
+        drop(command);
+        let out = BufReader::new(out);
         let (sender, lines) = mpsc::sync_channel(64);
         std::thread::spawn(move || {
             out.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
         });
-        let mut dev = Self { child, lines, address: String::new() };
+        let mut dev = Self { child, lines, proof: String::new(), address: String::new() };
+        dev.proof = dev.line("message through:");
         let open = dev.line("Open ");
         dev.address = open.split("http://").nth(1).unwrap().trim_end_matches('/').to_owned();
         dev
@@ -70,11 +77,39 @@ impl Drop for Dev {
 #[test]
 fn a_message_goes_through_and_a_signal_ends_it() {
     let mut dev = Dev::start();
-    let proof = dev.line("message through:");
+    let proof = dev.proof.clone();
     assert!(proof.starts_with("message through: client -> worker -> client in "), "{proof}");
     let pid = Pid::from_raw(dev.child.id().cast_signed()).unwrap();
     kill_process(pid, Signal::TERM).unwrap();
     assert_eq!(dev.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn the_terminal_ends_with_the_address() {
+    let dev = Dev::start();
+    // Sessions that come and go do not push it away.
+    assert_eq!(dev.ask("POST", "/dev/session", "localhost", "").0, 201);
+    assert_eq!(dev.ask("GET", "/demo/ws/s", "localhost", "").0, 426);
+    let after = dev.lines.recv_timeout(Duration::from_millis(500));
+    assert!(after.is_err(), "{after:?}");
+}
+
+#[test]
+fn a_session_can_be_left_to_another_worker() {
+    let dev = Dev::start();
+    let (status, body) = dev.ask("GET", "/dev/key", "localhost", "");
+    let key: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let key = key["api_key"].as_str().unwrap();
+    assert!(status == 200 && key.len() > 40);
+    assert_eq!(dev.ask("GET", "/dev/key", "evil.example", "").0, 403);
+    let (status, body) =
+        dev.ask("POST", "/dev/session", "localhost", r#"{"session_id":"s","agent_id":"mine"}"#);
+    assert!(status == 201 && body.contains(r#""agent_id":"mine""#), "{body}");
+    assert_eq!(dev.ask("POST", "/dev/session", "localhost", r#"{"agent_id":"other"}"#).0, 400);
+    let bearer = format!("localhost\r\nAuthorization: Bearer {key}");
+    let (status, body) = dev.ask("POST", "/api/v1/sessions/s/messages", &bearer, r#""hello""#);
+    assert_eq!((status, body.as_str()), (200, r#"{"receivers":0}"#));
+    assert_eq!(dev.ask("GET", "/api/v1/info", &bearer, "").0, 403, "the key is for sessions");
 }
 
 #[test]

@@ -12,6 +12,8 @@ export class FakeSocket implements WebSocketLike {
 
   binaryType = "";
   protocol = "wsproxy.v1";
+  /** Bytes that have not left. */
+  bufferedAmount = 0;
   sent: unknown[] = [];
   closed: { code: number | undefined; reason: string | undefined } | undefined;
   readonly url: URL;
@@ -54,6 +56,11 @@ export class FakeSocket implements WebSocketLike {
 
   end(code = 1006, reason = "", error?: string): void {
     if (error) this.#listeners.get("error")?.({ message: error });
-    this.#listeners.get("close")?.({ code, reason });
+    this.#listeners.get("close")?.({ code, reason, wasClean: false });
+  }
+
+  /** Answers the client's close frame. */
+  answerClose(): void {
+    this.#listeners.get("close")?.({ ...this.closed, wasClean: true });
   }
 }

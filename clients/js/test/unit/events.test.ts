@@ -145,3 +145,26 @@ test("with the envelope a message without an id of its own has its position as i
   expect(await peer.said.next()).toEqual({ type: "ack", event_id: "7-0-000000aa" });
   expect(ids).toEqual(["7-0-000000aa"]);
 });
+
+test("an event of the application's may have any type, and none of them moves the heartbeat, the token or the id", async () => {
+  gateway.protocol = "wsproxy.id.v1";
+  const [events, peer] = await open();
+  const heard: string[] = [];
+  events.on("message", ({ data }) => heard.push(data.type));
+  const told: unknown[] = [];
+  events.on("connected", () => told.push("connected"));
+  events.on("refreshed", () => told.push("refreshed"));
+  const words = ["ping", "pong", "ack", "connected", "refreshed", "resumed", "bus_recovered"];
+  for (const type of words) peer.sayRaw(`\n${JSON.stringify({ type, timestamp: "2026-11-21T12:00:00Z", data: { connection_id: "x", count: 1 } })}`);
+  for (const type of words) peer.sayRaw(`7-0-000000a${words.indexOf(type)}\n${JSON.stringify({ type, data: null })}`);
+  peer.sayRaw("\n" + JSON.stringify({ type: "ping", timestamp: "2026-11-21T12:00:00Z" }));
+  expect(await peer.said.next()).toEqual({ type: "pong" });
+  expect([heard, told]).toEqual([[...words, ...words], []]);
+});
+
+test("more acknowledgements than may be sent at once are paced", async () => {
+  const [events, peer] = await open({ sendRate: { burst: 10, perSecond: 200 } });
+  events.on("message", () => undefined);
+  for (let n = 1; n <= 40; n += 1) peer.say(task(n, { ack: true }));
+  for (let n = 1; n <= 40; n += 1) expect(await peer.said.next()).toEqual({ type: "ack", event_id: `${n}-0-000000aa` });
+});

@@ -1,7 +1,7 @@
 // How a connection comes back, by a clock of the test's own.
 
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
-import { connectEvents, connectSession, type Events, type EventsOptions, type Session, type SessionOptions, type StateChange } from "../../src/index.ts";
+import { connectEvents, connectSession, GiveUp, type Events, type EventsOptions, type Session, type SessionOptions, type StateChange } from "../../src/index.ts";
 import { FakeSocket } from "../support/fake-socket.ts";
 
 let tickets = 0;
@@ -189,16 +189,121 @@ test("what is sent without a connection is kept, within a bound, and goes first"
   connection.send(4);
   expect(FakeSocket.last.sent).toEqual([1, 2, "on open", 4]);
 
-  // Sent once; and what waits for a connection that is closed instead is dropped.
-  FakeSocket.last.end();
-  await turn(1000);
-  expect(FakeSocket.last.open().sent).toEqual(["on open"]);
+  // What waits for a connection that is closed instead is dropped.
   FakeSocket.last.end();
   connection.send(5);
   connection.close();
   connection.connect();
   await turn();
   expect(FakeSocket.last.open().sent).toEqual(["on open"]);
+});
+
+test("a burst is paced below the gateway's limit, and keeps its order", async () => {
+  const connection = await session({ queueMax: 1000 });
+  for (let n = 0; n < 256; n += 1) connection.send(n);
+  const { sent } = FakeSocket.last.open();
+  expect(sent.length).toBe(100);
+  // While it is open too.
+  for (let n = 256; n < 300; n += 1) connection.send(n);
+  await turn(1000);
+  expect(sent.length).toBe(190);
+  await turn(2000);
+  expect(sent).toEqual(Array.from({ length: 300 }, (_, n) => n));
+});
+
+test("a full queue is told while it is open too", async () => {
+  const connection = await session({ queueMax: 2, sendRate: { burst: 1 } });
+  FakeSocket.last.open();
+  for (const n of [1, 2, 3]) connection.send(n);
+  expect(() => connection.send(4)).toThrow(/their turn/);
+});
+
+test("without a limit everything is sent at once", async () => {
+  const connection = await session({ queueMax: 1000, sendRate: { perSecond: Infinity, burst: Infinity } });
+  const { sent } = FakeSocket.last.open();
+  for (let n = 0; n < 900; n += 1) connection.send(n);
+  expect(sent.length).toBe(900);
+});
+
+test("what a broken connection may not have delivered is sent again, first and in order", async () => {
+  const connection = await session();
+  FakeSocket.last.open();
+  connection.send("old");
+  await turn(600);
+  // A round trip later something came: it has arrived.
+  FakeSocket.last.say({ n: 1 });
+  connection.send("a");
+  connection.send("b");
+  FakeSocket.last.end();
+  connection.send("c");
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual(["a", "b", "c"]);
+  // What was sent long before has arrived, though nothing came since.
+  await turn(16_000);
+  FakeSocket.last.end();
+  await turn(30_000);
+  expect(FakeSocket.last.open().sent).toEqual([]);
+});
+
+test("a close frame proves that what was sent a round trip before has been read", async () => {
+  const connection = await session();
+  FakeSocket.last.open();
+  connection.send("read");
+  await turn(600);
+  connection.send("perhaps not");
+  FakeSocket.last.end(1012, "instance restarting");
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual(["perhaps not"]);
+});
+
+test("with resend: false only what never left is sent again", async () => {
+  const connection = await session({ resend: false });
+  FakeSocket.last.open();
+  for (const word of ["gone", "stuck", "stuck too"]) connection.send(word);
+  FakeSocket.last.bufferedAmount = '"stuck""stuck too"'.length;
+  FakeSocket.last.end();
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual(["stuck", "stuck too"]);
+});
+
+test("a gateway with a lower limit gets everything, more slowly", async () => {
+  const connection = await session();
+  for (let n = 0; n < 60; n += 1) connection.send(n);
+  expect(FakeSocket.last.open().sent.length).toBe(60);
+  FakeSocket.last.end(1008, "too many messages");
+  await turn(6000);
+  expect(FakeSocket.last.open().sent.length).toBe(50);
+  await turn(1000);
+  expect(FakeSocket.last.sent).toEqual(Array.from({ length: 60 }, (_, n) => n));
+});
+
+test("what is stuck in the WebSocket is not added to", async () => {
+  const connection = await session();
+  const socket = FakeSocket.last.open();
+  socket.bufferedAmount = 100_000;
+  connection.send(1);
+  await turn(1000);
+  expect(socket.sent).toEqual([]);
+  socket.bufferedAmount = 0;
+  await turn(50);
+  expect(socket.sent).toEqual([1]);
+});
+
+test.each([true, false])("a connection that is left settles what was sent: read if it closes cleanly (%s)", async (isClean) => {
+  const connection = await session();
+  const first = FakeSocket.last.open();
+  connection.send("prompt");
+  connection.connect();
+  connection.send("next");
+  await turn();
+  const second = FakeSocket.last.open();
+  expect([first.closed?.code, second.sent]).toEqual([1000, []]);
+  if (isClean) first.answerClose();
+  else await turn(5000);
+  expect(second.sent).toEqual(isClean ? ["next"] : ["prompt", "next"]);
+  first.answerClose();
+  await turn(10_000);
+  expect(second.sent.length).toBe(isClean ? 1 : 2);
 });
 
 test("the network's return and a look at the page end the wait at once", async () => {
@@ -234,6 +339,113 @@ test("the network's return and a look at the page end the wait at once", async (
   page.dispatchEvent(new Event("online"));
   await turn(100_000);
   expect(FakeSocket.all.length).toBe(4);
+});
+
+/** A page that tests show and hide. */
+function stubPage(): { show(): void; online(): void } {
+  const page = new EventTarget();
+  vi.stubGlobal("addEventListener", page.addEventListener.bind(page));
+  vi.stubGlobal("removeEventListener", page.removeEventListener.bind(page));
+  const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
+  vi.stubGlobal("document", document);
+  return {
+    show: () => void document.dispatchEvent(new Event("visibilitychange")),
+    online: () => void page.dispatchEvent(new Event("online")),
+  };
+}
+
+test("a session that stays silent when somebody looks is replaced by a new connection, which loses nothing", async () => {
+  const page = stubPage();
+  const connection = await session();
+  const heard: unknown[] = [];
+  connection.on("message", ({ data }) => heard.push(data));
+  const first = FakeSocket.last.open();
+  first.say({ type: "opened", connection_id: "c", event_id: "7-0-000000aa" });
+  await turn(1000);
+  // One that says something is left alone.
+  page.show();
+  await turn(1000);
+  first.say({ n: 1 });
+  await turn(10_000);
+  expect(FakeSocket.all.length).toBe(1);
+  page.show();
+  await turn(3000);
+  // The old one goes on until the new one is open.
+  expect([FakeSocket.all.length, connection.state, first.closed]).toEqual([2, "open", undefined]);
+  const second = FakeSocket.last;
+  expect(second.url.searchParams.get("last_event_id")).toBe("7-0-000000aa");
+  first.say({ n: 2 });
+  second.open();
+  expect(first.closed?.code).toBe(1000);
+  second.say({ n: 3 });
+  expect(heard).toEqual([{ n: 1 }, { n: 2 }, { n: 3 }]);
+  // Looks are many; new connections are few.
+  page.show();
+  await turn(20_000);
+  expect(FakeSocket.all.length).toBe(2);
+  page.show();
+  await turn(60_000);
+  page.show();
+  await turn(3000);
+  expect(FakeSocket.all.length).toBe(3);
+});
+
+test("without a position a look at the page replaces nothing", async () => {
+  const page = stubPage();
+  await session();
+  FakeSocket.last.open();
+  page.show();
+  await turn(60_000);
+  expect(FakeSocket.all.length).toBe(1);
+});
+
+test("where no new connection opens either, a silent one is given up", async () => {
+  const page = stubPage();
+  const connection = await session();
+  const first = FakeSocket.last.open();
+  first.say({ type: "opened", connection_id: "c", event_id: "7-0-000000aa" });
+  await turn(1000);
+  page.show();
+  await turn(3000);
+  const states: unknown[] = [];
+  connection.on("state", ({ state, reason }) => states.push([state, reason]));
+  FakeSocket.last.end();
+  expect(states).toEqual([["waiting", "nothing heard"]]);
+  // One that says something meanwhile is kept.
+  await turn(1000);
+  const next = FakeSocket.last.open();
+  await turn(60_000);
+  page.show();
+  await turn(3000);
+  next.say({ n: 1 });
+  FakeSocket.last.end();
+  await turn(60_000);
+  expect([connection.state, next.closed]).toEqual(["open", undefined]);
+});
+
+test("a machine that slept replaces its connection, with a position or without", async () => {
+  await session();
+  const first = FakeSocket.last.open();
+  vi.setSystemTime(Date.now() + 3_600_000);
+  await turn(5000);
+  await turn(3000);
+  expect(FakeSocket.all.length).toBe(2);
+  FakeSocket.last.open();
+  expect(first.closed?.code).toBe(1000);
+});
+
+test("a pause that the gateway asked for is kept to, whoever looks", async () => {
+  const page = stubPage();
+  const fetch = async (): Promise<Response> => new Response("{}", { status: 503, headers: { "Retry-After": "20" } });
+  let tries = 0;
+  const connection = await session({ transport: "sse", fetch: () => ((tries += 1), fetch()) });
+  await turn();
+  expect(connection.state).toBe("waiting");
+  page.show();
+  await turn(19_000);
+  expect(tries).toBe(1);
+  await turn(2000);
+  expect(tries).toBe(2);
 });
 
 test("an events connection asks whether it lives when somebody looks, and leaves where nobody answers", async () => {
@@ -324,6 +536,47 @@ test("a token is refreshed in place before it expires, and the new one is kept",
   expect(FakeSocket.last.sent).toEqual([{ type: "refresh", token: "token3" }]);
 });
 
+test("GiveUp ends it for good: when connecting, when a token expires, and when one is refreshed", async () => {
+  let isSignedOut = false;
+  const getToken = (): string => {
+    if (isSignedOut) throw new GiveUp("signed out");
+    return "t";
+  };
+  const one = await events({ silenceMs: 1e9, getToken });
+  FakeSocket.last.open().say({ ...welcome, expires_at: Date.now() / 1000 + 100 });
+  const two = await events({ getToken });
+  FakeSocket.last.open();
+  isSignedOut = true;
+  const ends: unknown[] = [];
+  for (const connection of [one, two]) connection.on("state", ({ state, reason }) => ends.push([state, reason]));
+  FakeSocket.last.end(4401);
+  await turn(100_000);
+  expect(ends.filter((end) => (end as string[])[0] === "closed")).toEqual([["closed", "signed out"], ["closed", "signed out"]]);
+  const three = await session({ getTicket: () => Promise.reject(new GiveUp()) });
+  await turn();
+  await expect(three.opened()).rejects.toThrow(/gave up/);
+});
+
+test("without a connection for the time that is given, it ends for good", async () => {
+  const connection = await session({ giveUpAfterMs: 60_000, backoff: { baseMs: 100, maxMs: 100 } });
+  const states: unknown[] = [];
+  connection.on("state", ({ state, reason }) => states.push(state === "closed" ? reason : state));
+  const fail = async (ms: number): Promise<void> => {
+    for (let rest = ms; rest > 0; rest -= 1000) {
+      FakeSocket.last.end();
+      await turn(1000);
+    }
+  };
+  await fail(59_000);
+  expect(states).not.toContain("There was no connection for 60000 ms.");
+  FakeSocket.last.open();
+  await turn(100_000);
+  await fail(59_000);
+  expect(connection.state).not.toBe("closed");
+  await fail(3_000);
+  expect(states.at(-1)).toBe("There was no connection for 60000 ms.");
+});
+
 test("a refused refresh is tried again with another token", async () => {
   const connection = await events({ silenceMs: 1e9 });
   const problems: string[] = [];
@@ -373,6 +626,20 @@ test("a refresh ends with its connection", async () => {
   second.end();
   await turn(40_000);
   expect([asked, FakeSocket.all.length]).toEqual([2, 2]);
+});
+
+test("a token that is about to expire is not asked for in a loop", async () => {
+  let asked = 0;
+  const connection = await events({ silenceMs: 1e9, getToken: () => `token${(asked += 1)}` });
+  const socket = FakeSocket.last.open();
+  const now = Date.now() / 1000;
+  socket.say({ ...welcome, timestamp: new Date().toISOString(), expires_at: now + 0.2 });
+  for (let n = 0; n < 60; n += 1) {
+    await turn(500);
+    if (socket.sent.length > 0) socket.say({ type: "refreshed", expires_at: Date.now() / 1000 + 0.2 });
+  }
+  expect(connection.state).toBe("open");
+  expect(asked).toBeLessThanOrEqual(8);
 });
 
 test("a clock that is hours off neither floods with refreshes nor misses the expiry", async () => {

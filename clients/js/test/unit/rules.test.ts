@@ -1,7 +1,6 @@
-// Rules without a network: backoff, advice, credentials in a subprotocol, the envelope, positions, the set of recent ids.
+// Rules without a network: backoff, credentials in a subprotocol, the envelope, positions, the set of recent ids.
 
 import { expect, test } from "vitest";
-import { advise, type End } from "../../src/advice.ts";
 import { fullJitter } from "../../src/backoff.ts";
 import { isBehind, position } from "../../src/messages.ts";
 import { Recent } from "../../src/recent.ts";
@@ -13,35 +12,6 @@ test("backoff doubles up to the cap, and jitter covers all of it", () => {
     expect(fullJitter(attempt, 500, 30_000, () => 0.5)).toBe(whole / 2);
     expect(fullJitter(attempt, 500, 30_000, () => 1 - 2 ** -53)).toBeLessThanOrEqual(whole);
   }
-});
-
-test("every close code is answered as the gateway's table advises", () => {
-  const after = (code: number, reason = ""): string => advise({ code, reason, opened: true });
-  const table: Record<string, (number | [number, string])[]> = {
-    retry: [1001, 1005, 1006, 1011, 1012, 1014, 4002, [1008, "slow consumer"]],
-    slow: [1013, [1008, "too many messages"]],
-    credentials: [4401],
-    stop: [1000, 1002, 1003, 1007, 1009, 4001, 4003, 4004, 3000, 4999, [1008, "too many invalid messages"]],
-  };
-  for (const [advice, ends] of Object.entries(table)) {
-    for (const end of ends) {
-      expect([end, typeof end === "number" ? after(end) : after(...end)]).toEqual([end, advice]);
-    }
-  }
-});
-
-test("a refused handshake is answered by its status", () => {
-  const after = (status: number, more: Partial<End> = {}): string =>
-    advise({ code: 1006, reason: "", opened: false, status, ...more });
-  expect(after(401)).toBe("credentials");
-  expect(after(403, { reason: "invalid_token" })).toBe("credentials");
-  expect(after(403, { reason: "origin_not_allowed" })).toBe("stop");
-  expect(after(429)).toBe("slow");
-  expect(after(503)).toBe("slow");
-  expect(after(504)).toBe("retry");
-  expect(after(404, { retryable: false })).toBe("stop");
-  // Not the gateway's words: whatever stands in front of it may answer differently soon.
-  expect(after(404)).toBe("retry");
 });
 
 test("tokens go plainly where the header allows it, else in base64url", () => {

@@ -62,7 +62,7 @@ test("a connection lost before anything came resumes from where it began", async
   const second = await gateway.peers.next();
   expect(second.lastEventId).toBe("17-3-000000aa");
   // What is the position now is not what this client has: the messages that were missed have not come yet.
-  second.say({ type: "connected", connection_id: "d", event_id: "20-0-000000aa" });
+  second.say({ type: "opened", connection_id: "d", event_id: "20-0-000000aa" });
   await session.once("connected");
   second.drop();
   expect((await gateway.peers.next()).lastEventId).toBe("17-3-000000aa");
@@ -195,6 +195,21 @@ test("gateway's notices are events, a worker's errors are messages", async () =>
   peer.say({ type: "error", code: "no_receiver", message: "nobody" }, { type: "bus_recovered", gap_ms: 5 }, mine);
   await session.once("message");
   expect(heard).toEqual([{ code: "no_receiver", message: "nobody" }, { gapMs: 5 }, mine]);
+});
+
+test.each(["wsproxy.v1", "wsproxy.id.v1"])("words of the library are the application's where the gateway does not say them (%s)", async (protocol) => {
+  gateway.protocol = protocol;
+  const session = open<{ type: string }>();
+  const peer = await gateway.peers.next();
+  const prefix = protocol === "wsproxy.id.v1" ? "\n" : "";
+  const words = ["pong", "ping", "ack", "connected", "opened", "refreshed", "resumed", "close", "message", "error"];
+  for (const type of words) peer.sayRaw(prefix + JSON.stringify({ type, peer: "x" }));
+  expect((await messages(session, words.length)).map(({ data }) => data.type)).toEqual(words);
+  // Published with history, even what looks just like the gateway's is not.
+  const published = { type: "connected", connection_id: "c", count: 1 };
+  if (prefix) peer.sayRaw(`5-0-000000aa\n${JSON.stringify(published)}`);
+  else peer.say({ ...published, event_id: "5-0-000000aa" });
+  expect((await messages(session, 1))[0]?.data).toMatchObject(published);
 });
 
 test("a handler that throws is told of, and the others hear the message", async () => {

@@ -1,6 +1,6 @@
 // Server-sent events: by choice, as the fallback, and what ends them.
 
-import { afterEach, beforeEach, expect, test } from "vitest";
+import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import { WebSocket } from "ws";
 import { connectEvents, connectSession, type StateChange } from "../../src/index.ts";
 import { GatewayDouble, Inbox, type Listener } from "../support/gateway-double.ts";
@@ -97,14 +97,14 @@ test("refusals are understood: Retry-After is kept to, a refused origin is final
   const { changes } = session({ transport: "sse" });
   await changes.next(); // connecting
   const { response } = await gateway.listeners.next();
-  response.writeHead(503, { "Retry-After": "7" }).end('{"error":{"code":"draining","message":"","retryable":true}}');
+  response.writeHead(503, { "Retry-After": "7" }).end('{"error":{"code":"draining","message":"m","retryable":true}}');
   const waiting = await changes.next();
   expect(waiting).toMatchObject({ state: "waiting", status: 503, reason: "draining" });
   expect(waiting.delayMs).toBeGreaterThanOrEqual(7000);
 
   const other = session({ transport: "sse" });
   await other.changes.next();
-  (await gateway.listeners.next()).response.writeHead(403).end('{"error":{"code":"origin_not_allowed","retryable":false}}');
+  (await gateway.listeners.next()).response.writeHead(403).end('{"error":{"code":"origin_not_allowed","message":"m","retryable":false}}');
   expect(await other.changes.next()).toMatchObject({ state: "closed", status: 403, reason: "origin_not_allowed" });
 });
 
@@ -118,7 +118,7 @@ test("a refused token is asked for anew", async () => {
     },
   });
   connections.push(events);
-  (await gateway.listeners.next()).response.writeHead(401).end('{"error":{"code":"invalid_token","retryable":false}}');
+  (await gateway.listeners.next()).response.writeHead(401).end('{"error":{"code":"invalid_token","message":"m","retryable":false}}');
   const { request, response } = await gateway.listeners.next();
   expect([reasons, request.headers.authorization]).toEqual([["initial", "rejected"], "Bearer t2"]);
   response.destroy();
@@ -139,8 +139,65 @@ test("where WebSockets fail, server-sent events take over after three", async ()
   expect(gateway.refused).toBe(3);
   // Refused as well: perhaps WebSockets work by now.
   gateway.refuse = 0;
-  again.response.writeHead(426).end('{"error":{"code":"upgrade_required","retryable":false}}');
+  again.response.writeHead(426).end('{"error":{"code":"upgrade_required","message":"m","retryable":false}}');
   await gateway.peers.next();
+});
+
+test("back from an outage over server-sent events, what is sent finds a WebSocket, and nothing is lost or repeated on the way", async () => {
+  gateway.refuse = 502;
+  const { made, changes } = session();
+  const heard: unknown[] = [];
+  made.on("message", ({ data }) => heard.push(data));
+  made.send("before");
+  const listener = await gateway.listeners.next();
+  gateway.refuse = 0;
+  answer(listener);
+  listener.response.write("id: 1-0-000000aa\n\nid: 2-0-000000aa\ndata: 2\n\n");
+  await made.opened();
+  expect(made.transport).toBe("sse");
+  made.send("now");
+  const peer = await gateway.peers.next();
+  expect([await peer.said.next(), await peer.said.next()]).toEqual(["before", "now"]);
+  expect([made.state, made.transport]).toEqual(["open", "websocket"]);
+  peer.say({ event_id: "2-0-000000aa", n: 2 }, { event_id: "3-0-000000aa", n: 3 });
+  await new Promise((resolve) => made.on("message", resolve));
+  expect(heard.at(-1)).toEqual({ event_id: "3-0-000000aa", n: 3 });
+  const told = [];
+  while (changes.size > 0) told.push((await changes.next()).state);
+  expect(told.slice(-2)).toEqual(["open", "open"]);
+});
+
+test("where no WebSocket gets through, send says so, and what waits is told", async () => {
+  gateway.refuse = 400;
+  const { made } = session();
+  const problem = new Promise<string>((resolve) => made.on("error", ({ code }) => resolve(code)));
+  const listener = await gateway.listeners.next();
+  answer(listener);
+  listener.response.write(":\n\n");
+  await made.opened();
+  made.send("kept");
+  expect(await problem).toBe("downstream_only");
+  expect(() => made.send("refused")).toThrow(/no WebSocket gets through/);
+  expect([made.state, made.transport]).toEqual(["open", "sse"]);
+});
+
+test("who only listens can never send, and hears of it at once", () => {
+  const { made } = session({ transport: "sse" });
+  expect(() => made.send({})).toThrow(/downstream/);
+});
+
+test("a platform without WebSocket says so at once, unless only events are wanted", () => {
+  const { WebSocket: own } = globalThis;
+  vi.stubGlobal("WebSocket", undefined);
+  try {
+    const options = { url: gateway.url, getToken: () => "t" };
+    for (const transport of [undefined, "auto", "websocket"] as const) {
+      expect(() => connectEvents({ ...options, ...(transport ? { transport } : {}) })).toThrow(/no WebSocket/);
+    }
+    connections.push(connectEvents({ ...options, transport: "sse" }));
+  } finally {
+    vi.stubGlobal("WebSocket", own);
+  }
 });
 
 test("a WebSocket that opens and breaks before anything came has failed as well; one that has carried something has not", async () => {
@@ -165,7 +222,7 @@ test("a refused credential is no reason to leave WebSockets", async () => {
 test("a gateway without server-sent events ends those who want nothing else", async () => {
   const { changes } = session({ transport: "sse" });
   await changes.next();
-  (await gateway.listeners.next()).response.writeHead(426).end('{"error":{"code":"upgrade_required","retryable":false}}');
+  (await gateway.listeners.next()).response.writeHead(426).end('{"error":{"code":"upgrade_required","message":"m","retryable":false}}');
   expect(await changes.next()).toMatchObject({ state: "closed", status: 426, reason: "upgrade_required" });
 });
 

@@ -6,6 +6,7 @@
 from ._feeds import Subscription
 from .errors import (
     ConnectionClosed,
+    GiveUp,
     InvalidRequest,
     NotFound,
     NotSupported,
@@ -20,6 +21,7 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
+from .serve import ServedSession, Serving
 from .stream import TokenStream
 from .types import (
     Event,
@@ -45,6 +47,7 @@ __all__ = [
     "Failure",
     "Gap",
     "GapCallback",
+    "GiveUp",
     "History",
     "HistoryEvent",
     "InvalidRequest",
@@ -56,6 +59,8 @@ __all__ = [
     "Presence",
     "Receipt",
     "Refused",
+    "ServedSession",
+    "Serving",
     "SessionEvent",
     "StreamConflict",
     "StreamEnded",

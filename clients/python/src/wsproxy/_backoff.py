@@ -20,6 +20,11 @@ class Backoff:
         self._attempt += 1
         return at_least + random.uniform(0, bound)
 
+    @property
+    def attempt(self) -> int:
+        """How many pauses there were since the last success."""
+        return self._attempt
+
     def reset(self) -> None:
         """Begins anew after a success."""
         self._attempt = 0

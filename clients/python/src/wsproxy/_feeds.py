@@ -7,7 +7,7 @@ import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from .types import Gap, GapCallback, UpstreamMessage
 
@@ -25,6 +25,10 @@ class Subscribed:
 
 SUBSCRIBED = Subscribed()
 Item: TypeAlias = UpstreamMessage | Gap | Subscribed
+
+
+ReadLog: TypeAlias = Callable[[], Awaitable["list[UpstreamMessage | Gap] | None"]]
+"""Reads on in a log; ``None`` where nobody keeps one."""
 
 
 class Consumer:
@@ -87,13 +91,36 @@ class Consumer:
             self._taken.clear()
             await self._taken.wait()
 
-    def clear(self) -> None:
-        """Forgets what waits."""
+    @property
+    def waiting(self) -> int:
+        """How many messages wait."""
+        return sum(isinstance(item, UpstreamMessage) for item in self._items)
+
+    def drain(self) -> list[Item]:
+        """Takes all that waits."""
+        items = list(self._items)
         self._items.clear()
+        return items
 
     def close(self) -> None:
         """Gives the subscription up; may be called more than once, and from anywhere in the loop's thread."""
         self._drop(self)
+
+
+class Finished(Exception):
+    """No more comes: how a reader ends behind all that waits."""
+
+
+class Kept(Protocol):
+    """What was kept while nobody listened. An entry that was handed out is done when the next one is asked for."""
+
+    look_after: float | None
+
+    def look(self) -> None: ...
+    async def next(self) -> UpstreamMessage | None: ...
+    async def settle(self) -> None: ...
+    async def aclose(self, *, done: bool) -> None: ...
+    def abandon(self) -> None: ...
 
 
 class Subscription(Generic[T]):
@@ -113,16 +140,16 @@ class Subscription(Generic[T]):
         open_consumer: Callable[[], Consumer],
         parse: Callable[[UpstreamMessage], T | None],
         on_gap: GapCallback | None,
-        kept: Callable[[], Awaitable[list[UpstreamMessage]]] | None = None,
-        log: Callable[[], Awaitable[list[UpstreamMessage | Gap]]] | None = None,
+        kept: Kept | None = None,
+        log: ReadLog | None = None,
     ) -> None:
         self._open = open_consumer
         self._parse = parse
         self._on_gap = on_gap
-        # What was kept while nobody listened: read whenever the subscription is confirmed.
+        # What was kept while nobody listened: looked at whenever the subscription is confirmed.
         self._kept = kept
         self._ahead: deque[Item] = deque()
-        # Entries to deliver instead of the channel's messages, which then only say when to look.
+        # Entries to deliver instead of the channel's messages, which then only say when to look, if there is a log.
         self._log = log
         self._look = log is not None
         self._consumer: Consumer | None = None
@@ -140,6 +167,9 @@ class Subscription(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        if self._kept is not None:
+            # After an exception nobody knows how far the loop came with what it got.
+            await self._kept.aclose(done=error is None)
 
     def __aiter__(self) -> Subscription[T]:
         return self
@@ -152,35 +182,78 @@ class Subscription(Generic[T]):
                 parsed = self._parse(item)
                 if parsed is not None:
                     return parsed
-            elif isinstance(item, Gap):
-                if self._on_gap is not None:
-                    answer = self._on_gap(item)
-                    if inspect.isawaitable(answer):
-                        await answer
-            elif self._kept is not None:
-                self._ahead.extend(await self._kept())
+            elif isinstance(item, Gap) and self._on_gap is not None:
+                answer = self._on_gap(item)
+                if inspect.isawaitable(answer):
+                    await answer
 
     async def _next(self, consumer: Consumer) -> Item:
-        if self._log is None:
-            return await consumer.next()
+        try:
+            if self._log is not None:
+                return await self._next_of_log(consumer, self._log)
+            return await (consumer.next() if self._kept is None else self._next_or_kept(consumer, self._kept))
+        except Finished:
+            raise StopAsyncIteration from None
+
+    async def _next_or_kept(self, consumer: Consumer, kept: Kept) -> Item:
+        while True:
+            if (message := await kept.next()) is not None:
+                return message
+            try:
+                async with asyncio.timeout(kept.look_after):
+                    item = await consumer.next()
+            except TimeoutError:
+                kept.look()
+                continue
+            if not isinstance(item, Subscribed):
+                return item
+            kept.look()
+
+    async def _next_of_log(self, consumer: Consumer, log: ReadLog) -> Item:
         await consumer.confirmed()
+        heard: list[Item] = []
         while True:
             if self._look:
-                self._ahead.extend(await self._log())
-                self._look = bool(self._ahead)
+                found = await log()
+                # Without a log the channel's own messages are all that there is.
+                self._ahead.extend(heard if found is None else found)
+                self._look = bool(found)
                 if self._ahead:
                     return self._ahead.popleft()
             # The look that follows finds all that the channel has said so far.
             try:
-                await asyncio.wait_for(consumer.next(), _LOOK_AFTER)
-                consumer.clear()
+                heard = [await asyncio.wait_for(consumer.next(), _LOOK_AFTER), *consumer.drain()]
             except TimeoutError:
-                pass
+                heard = []
             self._look = True
 
     async def aclose(self) -> None:
-        """Gives the subscription up."""
+        """Gives the subscription up. What the loop got last counts as not done, if it was kept."""
         self._close()
+        if self._kept is not None:
+            await self._kept.aclose(done=False)
+
+    @property
+    def waiting(self) -> int:
+        """How many messages the loop has not got yet, but for those that are kept."""
+        return self._consumer.waiting if self._consumer is not None else 0
+
+    async def confirmed(self) -> None:
+        """Waits until the subscription stands for the first time."""
+        await self._opened().confirmed()
+
+    async def settle(self) -> None:
+        """Counts what the loop got last as done, without asking for the next one."""
+        if self._kept is not None:
+            await self._kept.settle()
+
+    def finish(self) -> None:
+        """Gives the subscription up; the iteration ends behind what has come until now."""
+        if self._closed:
+            return
+        consumer = self._opened()
+        consumer.close()
+        consumer.fail(Finished())
 
     def _opened(self) -> Consumer:
         if self._closed:
@@ -196,6 +269,8 @@ class Subscription(Generic[T]):
 
     def __del__(self) -> None:
         # A loop that was left by `break` must not hold its channel for ever.
-        consumer = getattr(self, "_consumer", None)
+        consumer, kept = getattr(self, "_consumer", None), getattr(self, "_kept", None)
         if consumer is not None and not self._closed:
             consumer.close()
+            if kept is not None:
+                kept.abandon()

@@ -78,6 +78,9 @@ class Follower:
             self._end()
 
     def _end(self) -> None:
+        if self.over:
+            # To cancel the task again would keep it from closing its connection.
+            return
         self.over = True
         self._forget()
         # A reader may be let go of by the garbage collector when the loop is gone.
@@ -116,6 +119,8 @@ class Follower:
             if response.status_code != 200:
                 await response.aread()
                 raise self._error_of(response)
+            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                raise Unavailable("The answer is no event stream, so it is not the gateway's.")
             backoff.reset()
             lost_for, self._standing = time.monotonic() - self._heard, True
             for consumer in self._consumers:
@@ -135,7 +140,7 @@ class Follower:
         if event.event == "message":
             if not event.own_id:
                 self._push(UpstreamMessage(event.data.encode()))
-            elif (position := _position(event.last_event_id)) is not None and position > self._last_kept:
+            elif (position := entry(event.last_event_id)) is not None and position > self._last_kept:
                 self._last_kept = position
                 self._push(UpstreamMessage(event.data.encode(), event.last_event_id))
         elif event.event == "bus_recovered":
@@ -155,8 +160,9 @@ class Follower:
             consumer.push(item)
 
 
-def _position(text: str) -> tuple[int, int] | None:
-    milliseconds, _, sequence = text.partition("-")
+def entry(text: str | None) -> tuple[int, int] | None:
+    """The id of an entry of a log, by which entries are ordered; ``None``: it is none."""
+    milliseconds, _, sequence = (text or "").partition("-")
     if not (milliseconds.isdigit() and sequence.isdigit()):
         return None
     return int(milliseconds), int(sequence)

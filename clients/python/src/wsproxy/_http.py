@@ -21,9 +21,10 @@ from ._backend import (
     TicketRequest,
     retrying,
 )
-from ._feeds import Consumer, Subscription
+from ._feeds import Consumer, Kept, Subscription
 from ._follower import Follower
 from ._positions import START
+from .client._advice import refusal
 from .client.streams import MergedStreams
 from .errors import (
     InvalidRequest,
@@ -53,12 +54,11 @@ _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 def error_of(response: httpx.Response) -> WsproxyError:
     """The error of a refused call, by status and the gateway's code."""
-    code, message = "", response.reason_phrase
-    try:
-        error = response.json()["error"]
-        code, message = str(error["code"]), str(error["message"])
-    except (ValueError, KeyError, TypeError):
-        pass
+    answer = refusal(response.status_code, response.content)
+    code, message = answer.code, answer.message
+    if not code and response.status_code != 413:
+        # Of something in between, as while the gateway is deployed: that passes, and says nothing of the call.
+        return Unavailable(f"The gateway cannot be reached: {message}", in_doubt=response.status_code >= 500)
     text = f"{message} ({response.status_code} {code})".replace(" )", ")")
     if code == "not_done" and response.status_code == 409:
         return InvalidRequest(text)
@@ -114,11 +114,17 @@ class HttpBackend:
             raise Unavailable(f"The gateway cannot be reached: {error!r}") from error
         except httpx.TransportError as error:
             raise Unavailable(f"The gateway cannot be reached: {error!r}", in_doubt=True) from error
+        except httpx.DecodingError as error:
+            raise Unavailable(f"The answer is damaged: {error!r}", in_doubt=True) from error
         except httpx.HTTPError as error:
             raise InvalidRequest(str(error)) from error
         if not response.is_success:
             raise error_of(response)
-        return response.json()
+        try:
+            return response.json()
+        except ValueError as error:
+            # Such as the page of a proxy that says 200 while the gateway is deployed.
+            raise Unavailable("The answer is no JSON, so it is not the gateway's.", in_doubt=True) from error
 
     async def _call(self, method: str, path: str, *, repeatable: bool, **arguments: Any) -> Any:
         async def attempt(_: int) -> Any:
@@ -257,9 +263,20 @@ class HttpBackend:
             position = events[-1].event_id
         return History(events, complete, position, answer.get("history_lost"))
 
-    async def take_kept(self, session: str) -> list[UpstreamMessage]:
+    async def claim(self, sessions: Sequence[str], owner: str, lease: float) -> list[bool]:
+        # The API knows no owners: `Worker.serve` says that there must be one worker.
+        return [True] * len(sessions)
+
+    async def release(self, session: str, owner: str) -> None:
+        pass
+
+    async def has_clients(self, sessions: Sequence[str]) -> list[bool]:
+        # Unknown here, so that only announcements end a session.
+        return [True] * len(sessions)
+
+    def kept_messages(self, session: str) -> Kept | None:
         # The gateway sends what was kept at the start of the stream.
-        return []
+        return None
 
     def follow_upstream(self, session: str, kept: bool) -> Consumer:
         path = f"sessions/{_path(session)}/upstream"

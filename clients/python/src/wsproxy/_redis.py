@@ -29,7 +29,8 @@ from ._backend import (
     retrying,
 )
 from ._backoff import Backoff
-from ._feeds import Consumer, Subscription
+from ._feeds import Consumer, Kept, Subscription
+from ._kept import HOLD, RELEASE, KeptMessages
 from ._listener import Listener
 from ._positions import START, lost_behind, parse
 from .errors import (
@@ -195,6 +196,10 @@ class RedisBackend:
 
     def _clock(self) -> str:
         return f"{{{self._key('ws')}}}:clock"
+
+    async def _once(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        with _errors():
+            return await call()
 
     async def _do(self, call: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
         async def attempt(_: int) -> T:
@@ -405,22 +410,33 @@ class RedisBackend:
         last = events[-1].event_id if events else _text(head) or START
         return History(events, bool(complete), last, lost)
 
-    async def take_kept(self, session: str) -> list[UpstreamMessage]:
+    def _owner(self, session: str) -> str:
+        return f"{{{self._key('session', session, 'up')}}}:owner"
+
+    async def claim(self, sessions: Sequence[str], owner: str, lease: float) -> list[bool]:
+        async def hold() -> list[int]:
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for session in sessions:
+                    pipeline.eval(HOLD, 1, self._owner(session), owner, str(round(lease * 1000)))
+                return await pipeline.execute()
+
+        return [int(left) == 0 for left in await self._once(hold)]
+
+    async def release(self, session: str, owner: str) -> None:
+        key = self._owner(session)
+        await self._once(lambda: self._redis.eval(RELEASE, 1, key, owner))
+
+    async def has_clients(self, sessions: Sequence[str]) -> list[bool]:
+        # Whoever has a client of a session listens to its channel.
+        channels = [self._key("session", session, "down") for session in sessions]
+        counts = await self._once(lambda: self._redis.pubsub_numsub(*channels))
+        return [int(count) > 0 for _, count in counts]
+
+    def kept_messages(self, session: str) -> Kept | None:
         up = self._key("session", session, "up")
         # A gateway of the version before writes under the first name; what it kept is the older.
         logs = [f"{up}:log", f"{{{up}}}:log"]
-
-        async def take() -> list[Any]:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                for log in logs:
-                    pipeline.xrange(log)
-                    pipeline.delete(log)
-                return await pipeline.execute()
-
-        # Not repeatable by the rules, but what was deleted and not received is lost either way.
-        older, _, newer, _ = await self._do(take, repeatable=True)
-        entries = [*older, *newer]
-        return [UpstreamMessage(fields[b"data"], _text(name)) for name, fields in entries]
+        return KeptMessages(self._redis, logs, f"{{{up}}}:reader", self._once)
 
     def follow_upstream(self, session: str, kept: bool) -> Consumer:
         return self._listener.open(self._key("session", session, "up"))
@@ -435,7 +451,7 @@ class RedisBackend:
         # For ever: a reader waits for Redis to come back.
         return Subscription(lambda: self.follow_sessions(agent), parse, on_gap, log=lambda: self._read_for_ever(log))
 
-    async def _read_for_ever(self, log: _Log) -> list[UpstreamMessage | Gap]:
+    async def _read_for_ever(self, log: _Log) -> list[UpstreamMessage | Gap] | None:
         backoff = Backoff(base=0.1, cap=5.0)
         while True:
             try:
@@ -460,7 +476,9 @@ class _Log:
         # Whether that entry should still be there: if it is not, later ones may have been removed too.
         self._is_held = True
 
-    async def read(self, redis: Redis) -> list[UpstreamMessage | Gap]:
+    async def read(self, redis: Redis) -> list[UpstreamMessage | Gap] | None:
+        """What follows; ``None`` where there is no log."""
+        is_there = True
         found: list[UpstreamMessage | Gap] = []
         entries = cast("list[Any]", await redis.xrange(self._key, self._after or "-", "+", count=_PAGE + 1))
         if self._after and entries and _text(entries[0][0]) == self._after:
@@ -478,11 +496,14 @@ class _Log:
             elif not self._has_read:
                 found.append(Gap(0.0, "history_lost"))
             self._is_held = False
+            is_there = bool(end)
+        else:
+            is_there = bool(entries)
         self._has_read = True
         if entries:
             self._after, self._is_held = _text(entries[-1][0]), True
         found += [UpstreamMessage(fields.get(b"data", b""), _text(name)) for name, fields in entries]
-        return found
+        return found if found or is_there else None
 
 
 def _text(value: Any) -> str:

@@ -65,8 +65,15 @@ class StreamEnded(StreamError):
         self.outcome = outcome
 
 
+class GiveUp(WsproxyError):
+    """Raised by a client's token function: there will be no token, since the user has signed out, for example.
+
+    The client ends, and its iterator raises this error. After every other exception it tries again.
+    """
+
+
 class Refused(WsproxyError):
-    """The gateway refused a client before the connection was open, in a way that trying again does not mend.
+    """The gateway itself refused a client before the connection was open, in a way that trying again does not mend.
 
     ``status`` is the HTTP status, ``code`` the gateway's word for it (such as ``invalid_token``).
     """

@@ -18,6 +18,7 @@ from ._http import HttpBackend
 from ._positions import START, is_event_id, is_plain, is_reserved
 from ._redis import RedisBackend
 from .errors import InvalidRequest
+from .serve import Handler, ServeOptions, Serving
 from .stream import StreamOptions, TokenStream
 from .types import (
     Event,
@@ -243,19 +244,19 @@ class Worker:
         """What the clients of a session send, in order, for ever: an asynchronous iterator, or ``async with`` it.
 
         It survives any outage; where messages may be missing, ``on_gap`` is called. With ``kept`` it begins with what
-        was kept while nobody listened (the gateway's ``no_receiver = "queue"``). Over Redis that is taken, so that no
-        other worker gets it; over HTTP it stays, and whoever follows next gets it again (``event_id`` tells it).
+        was kept while nobody listened (the gateway's ``no_receiver = "queue"``).
+
+        Over Redis a kept message is deleted when the loop comes back for the next one, or leaves ``async with``
+        without an exception: at least once, whoever dies. Of several workers one hands them out at a time; another
+        goes on where it stopped, 15 seconds after its death. Over HTTP they stay, and whoever follows next gets them
+        again (``event_id`` tells it). What clients send while workers listen reaches each of these workers, once.
         """
         _check_id("session", session)
-
-        async def take() -> list[UpstreamMessage]:
-            return await self._backend.take_kept(session)
-
         return Subscription(
             lambda: self._backend.follow_upstream(session, kept),
             lambda message: message,
             on_gap,
-            take if kept else None,
+            self._backend.kept_messages(session) if kept else None,
         )
 
     def session_events(
@@ -277,6 +278,50 @@ class Worker:
         if not re.fullmatch(r"0|\d{1,20}-\d{1,20}", after):
             raise InvalidRequest("after must be 0 or the event_id of a session event.")
         return self._backend.read_sessions(agent, "" if after in ("0", "0-0") else after, _session_event, on_gap)
+
+    def serve(
+        self,
+        agent: str,
+        handler: Handler,
+        *,
+        lease: float = 15.0,
+        linger: float = 10.0,
+        grace: float = 10.0,
+        sessions_max: int = 10_000,
+        on_gap: GapCallback | None = None,
+    ) -> Serving:
+        """Serves all sessions of an agent while an ``async with`` block runs, such as the lifespan of an application.
+
+        ``handler`` is called once for a session that opens, and iterates over what its clients send::
+
+            async def chat(session: ServedSession) -> None:
+                async for message in session:
+                    await session.send({"type": "echo", "text": message.text})
+
+            @asynccontextmanager
+            async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+                async with worker, worker.serve("demo", chat):
+                    yield
+
+        Over Redis any number of workers may serve one agent: each session has one of them at a time. When it dies,
+        another one takes the session after ``lease`` seconds, at once if it ended in order. Over HTTP let one process
+        serve; what was kept comes again after its restart.
+
+        Switch the gateway's ``[sessions] events_log`` on, so that workers that start know the sessions that are open,
+        and ``no_receiver = "queue"``, so that what comes while no worker listens is kept.
+
+        - ``linger``: seconds after the last client has gone until the iteration ends. An answer in progress goes on.
+        - ``grace``: how long the end of the block waits for handlers, before it cancels them.
+        - ``sessions_max``: sessions beyond it wait for another worker, or until one has ended.
+        - ``on_gap``: as for :meth:`upstream`.
+
+        A handler that raises is started again for the messages that follow; its exception is logged. One that returns
+        is called again when another client of the session connects.
+        """
+        _check_id("agent", agent)
+        if not 1 <= lease <= 3600 or linger < 0 or grace < 0 or sessions_max < 1:
+            raise InvalidRequest("lease must be 1 to 3600, linger and grace not below 0, sessions_max at least 1.")
+        return Serving(self, self._backend, agent, handler, ServeOptions(lease, linger, grace, sessions_max, on_gap))
 
     async def close_session(
         self, session: str, *, code: int | None = None, reason: str | None = None, connection: str | None = None

@@ -131,6 +131,14 @@ impl RedisBus {
     ) -> Result<Self, BusError> {
         let connector =
             connector(config).map_err(|why| BusError::Refused(format!("redis.url: {why}")))?;
+        let database = connector.address().database;
+        if database != 0 && config.channel_prefix.is_empty() {
+            tracing::warn!(
+                database,
+                "Databases of one Redis do not separate channels: set redis.channel_prefix, \
+                unless nothing else uses this Redis."
+            );
+        }
         let shared = Arc::new(Shared {
             connector,
             client_name: client_name(server_id),

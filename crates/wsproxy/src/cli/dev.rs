@@ -26,6 +26,8 @@ impl Reads for DevKeys {
         defaults.server.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
         // Who writes a first worker wants to see at once that it is not heard.
         defaults.sessions.no_receiver = NoReceiver::Error;
+        // The page tells what goes on, and the address stays the last line of the terminal.
+        defaults.log.level = "warn".into();
         defaults
     }
 }

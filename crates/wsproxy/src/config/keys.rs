@@ -206,7 +206,7 @@ pub static KEYS: &[Key] = &[
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port", "PORT").alias("METRICS_PORT"),
 
     key!(redis.url, Optional(Secret(rule::REDIS_URL)), "Redis that carries messages between instances and workers. Not set: the embedded bus. On a command line others can read it; prefer the environment or a file.").flag("redis-url", "URL").alias("REDIS_URL").secret(),
-    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),
+    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis. Databases separate keys only: their channels are the same.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
     key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back over each connection; every tenth time also over a new one."),
@@ -226,6 +226,7 @@ pub static KEYS: &[Key] = &[
     key!(limits.bytes_burst, Bytes(0, 16 << 30), "How many of them may come at once."),
     key!(limits.connections_per_user, Number(0, 100_000_000), "Connections of one user of the event endpoint at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
     key!(limits.connections_per_session, Number(0, 100_000_000), "Connections of one session at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
+    key!(limits.resumes_per_second, Number(0, 1_000_000), "Resumes of one session, or of one user of the event endpoint, per second, and five times as many at once; 429 beyond it. 0: no limit."),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
     key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),

@@ -19,9 +19,8 @@ use serde_json::json;
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
-use super::{AGENT, open_session, worker::Worker};
+use super::{AGENT, OWN_AGENT, open_session, worker::Worker};
 use crate::{
-    auth::session::Scope,
     config::host::Authority,
     http::{api, host, rejection::Rejection, upgrade},
 };
@@ -32,8 +31,8 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
 /// Largest body of a request to `/dev/…`.
 const BODY_BYTES_MAX: usize = 4096;
 
-/// `/` and `/dev/…`.
-pub(super) fn router(worker: Arc<Worker>) -> Router {
+/// `/` and `/dev/…`. `api_key` is told to pages of this gateway.
+pub(super) fn router(worker: Arc<Worker>, api_key: String) -> Router {
     let bind = worker.gateway().config.server.bind;
     let guard = middleware::from_fn(move |request, next| guard(bind, request, next));
     Router::new()
@@ -41,6 +40,7 @@ pub(super) fn router(worker: Arc<Worker>) -> Router {
         .route("/dev/page.js", get(async || file("text/javascript", include_str!("page.js"))))
         .route("/dev/page.css", get(async || file("text/css", include_str!("page.css"))))
         .route("/favicon.ico", get(async || StatusCode::NO_CONTENT))
+        .route("/dev/key", get(async move || Json(json!({ "api_key": api_key }))))
         .route("/dev/session", post(session))
         .route("/dev/cut", post(cut))
         .method_not_allowed_fallback(api::method_not_allowed)
@@ -95,6 +95,8 @@ fn file(kind: &str, text: &'static str) -> Response {
 #[serde(deny_unknown_fields)]
 struct SessionRequest {
     session_id: Option<String>,
+    /// `demo`, or `mine` for a session that the demo worker leaves to another worker.
+    agent_id: Option<String>,
     /// The token opens event streams until it expires, as an `EventSource` needs it.
     #[serde(default)]
     event_stream: bool,
@@ -105,13 +107,21 @@ async fn session(
     State(worker): State<Arc<Worker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let SessionRequest { session_id, event_stream } = api::optional_json(body)?;
+    let SessionRequest { session_id, agent_id, event_stream } = api::optional_json(body)?;
     let session = match session_id {
         Some(id) => upgrade::id("session_id", &id)?,
         None => new_session(),
     };
-    let token = open_session(&worker, &session, &Scope { agent: None, event_stream }).await?;
-    let body = json!({ "agent_id": AGENT, "session_id": session.as_str(), "token": token });
+    let agent = match agent_id.as_deref() {
+        None | Some(AGENT) => AGENT,
+        Some(OWN_AGENT) => OWN_AGENT,
+        Some(_) => {
+            let allowed = format!("agent_id must be {AGENT} or {OWN_AGENT}.");
+            return Err(Rejection::bad_request(allowed));
+        }
+    };
+    let token = open_session(&worker, agent, &session, event_stream).await?;
+    let body = json!({ "agent_id": agent, "session_id": session.as_str(), "token": token });
     Ok((StatusCode::CREATED, Json(body)).into_response())
 }
 

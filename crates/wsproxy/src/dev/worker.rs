@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
-use super::AGENT;
+use super::{AGENT, OWN_AGENT};
 use crate::{
     bus::{BusError, History, Keep, Publish},
     gateway::Gateway,
@@ -35,8 +35,9 @@ const ANNOUNCEMENTS_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// A session without a client is kept so long, for one that comes back.
 const LINGER: Duration = Duration::from_secs(60);
 
-/// The pace of a language model.
-const TOKEN_EVERY: Duration = Duration::from_millis(33);
+/// The pace of a slow language model: an answer lasts long enough that a person can leave in the middle of it, and
+/// sees that it goes on.
+const TOKEN_EVERY: Duration = Duration::from_millis(100);
 
 /// Longest piece of a prompt that is quoted.
 const QUOTED_CHARS_MAX: usize = 80;
@@ -47,6 +48,9 @@ const QUOTED_CHARS_MAX: usize = 80;
 pub(super) struct Worker {
     gateway: Arc<Gateway>,
     sessions: Mutex<HashMap<Id, Known>>,
+    /// Connections of sessions that another worker answers, so that the page can cut these too; bounded by the
+    /// connections of the instance.
+    others: Mutex<HashMap<Uuid, Id>>,
 }
 
 /// What is known of a session.
@@ -61,6 +65,7 @@ struct Known {
 #[derive(Deserialize)]
 struct Announcement {
     event: String,
+    agent_id: String,
     session_id: String,
     connection_id: Uuid,
     server_id: String,
@@ -69,8 +74,14 @@ struct Announcement {
 impl Worker {
     /// Starts the worker; it ends with the instance.
     pub(super) fn start(gateway: &Arc<Gateway>) -> Arc<Self> {
-        let worker = Arc::new(Self { gateway: Arc::clone(gateway), sessions: Mutex::default() });
-        worker.spawn(Arc::clone(&worker).follow_announcements());
+        let worker = Arc::new(Self {
+            gateway: Arc::clone(gateway),
+            sessions: Mutex::default(),
+            others: Mutex::default(),
+        });
+        for agent in [AGENT, OWN_AGENT] {
+            worker.spawn(Arc::clone(&worker).follow_announcements(agent));
+        }
         worker
     }
 
@@ -81,8 +92,13 @@ impl Worker {
 
     /// The connections of a session.
     pub(super) fn connections(&self, session: &Id) -> Vec<Uuid> {
-        let sessions = self.sessions.lock();
-        sessions.get(session).map(|known| known.connections.clone()).unwrap_or_default()
+        let mut connections = {
+            let sessions = self.sessions.lock();
+            sessions.get(session).map(|known| known.connections.clone()).unwrap_or_default()
+        };
+        let others = self.others.lock();
+        connections.extend(others.iter().filter(|(_, of)| *of == session).map(|(id, _)| *id));
+        connections
     }
 
     /// Takes a session. When this has returned, whatever a client sends is heard.
@@ -127,8 +143,8 @@ impl Worker {
         Ok((tap, subscription))
     }
 
-    async fn follow_announcements(self: Arc<Self>) {
-        let Ok(agent) = Id::parse(AGENT) else { return };
+    async fn follow_announcements(self: Arc<Self>, agent: &'static str) {
+        let Ok(agent) = Id::parse(agent) else { return };
         let channel = self.gateway.names.agent_sessions(&agent);
         loop {
             let (tap, _subscription) =
@@ -147,13 +163,16 @@ impl Worker {
     }
 
     async fn hear(self: &Arc<Self>, announcement: Announcement) {
-        let Announcement { event, session_id, connection_id, server_id } = announcement;
+        let Announcement { event, agent_id, session_id, connection_id, server_id } = announcement;
         // The worker of another instance has those of its own.
         if server_id != *self.gateway.server_id {
             return;
         }
         let Ok(session) = Id::parse(&session_id) else { return };
         let opened = event == "opened";
+        if agent_id != AGENT {
+            return self.hear_of_another(connection_id, opened.then_some(session));
+        }
         if opened && let Err(error) = self.adopt(&session).await {
             return warn!(%session, %error, "The demo worker cannot take a session.");
         }
@@ -167,16 +186,31 @@ impl Worker {
         }
     }
 
-    /// Answers one message after the other, whether or not a client is there.
+    /// Remembers a connection of a session that another worker answers, or forgets it where it has ended.
+    fn hear_of_another(&self, connection: Uuid, opened: Option<Id>) {
+        let links = self.gateway.runtime.links();
+        let mut others = self.others.lock();
+        others.remove(&connection);
+        if let Some(session) = opened {
+            // The announcement of an end can be lost.
+            others.retain(|id, _| links.iter().any(|link| link.id() == *id));
+            others.insert(connection, session);
+        }
+    }
+
+    /// Answers messages, whether or not a client is there. A new one ends the answer to the one before.
     async fn serve(self: Arc<Self>, session: Id, tap: Arc<Tap>, _subscription: Subscription) {
+        let mut waiting = None;
         loop {
-            let Ok(message) = tokio::time::timeout(LINGER, tap.next()).await else {
-                if self.is_abandoned(&session) {
-                    return;
-                }
-                continue;
+            let heard = match waiting.take() {
+                Some(heard) => heard,
+                None => match tokio::time::timeout(LINGER, tap.next()).await {
+                    Ok(heard) => heard,
+                    Err(_) if self.is_abandoned(&session) => return,
+                    Err(_) => continue,
+                },
             };
-            let Some(message) = message else {
+            let Some(message) = heard else {
                 self.sessions.lock().remove(&session);
                 return warn!(%session, "A client sent more than the demo worker keeps.");
             };
@@ -184,7 +218,12 @@ impl Worker {
             let message: Value = serde_json::from_slice(&message).unwrap_or_default();
             match message["type"].as_str() {
                 Some("prompt") => {
-                    self.answer(&session, message["text"].as_str().unwrap_or_default()).await;
+                    let prompt = message["text"].as_str().unwrap_or_default();
+                    tokio::select! {
+                        () = self.answer(&session, prompt) => {}
+                        heard = tap.next() => waiting = Some(heard),
+                    }
+                    self.say(&session, json!({ "type": "done" })).await;
                 }
                 Some("ping") => self.say(&session, json!({ "type": "pong" })).await,
                 _ => {
@@ -217,7 +256,6 @@ impl Worker {
             ticks.tick().await;
             self.say(session, json!({ "type": "token", "text": token })).await;
         }
-        self.say(session, json!({ "type": "done" })).await;
     }
 
     async fn say(&self, session: &Id, message: Value) {
@@ -249,25 +287,31 @@ fn answer_to(prompt: &str) -> String {
     format!("You said “{quoted}{rest}”. {ANSWER}")
 }
 
-/// Long enough that a person can cut the connection in the middle of it.
-const ANSWER: &str = "I am the demo worker, and I hold no socket. The gateway has your WebSocket; \
-    I only subscribe to what your session sends and publish what it should get, one word at a time. \
-    So you can cut the connection now, and I will not notice: I keep talking, because the bus takes \
-    my words whether or not you are there. Your page asks for a fresh token, opens a second \
-    connection to the same session, and hears the rest of this sentence. What I said while you were \
-    away comes first: my words are kept for a while, and your page told the gateway the last one it had seen. In production I would \
-    be a few lines of Python beside a model, and there would be many of me, restarted and deployed \
-    while nobody loses a connection. That is all there is to it: tokens in, tokens out, and the \
-    sockets are somebody else's worry.";
+/// Some 150 words, which tell what happens while they are said.
+const ANSWER: &str = "I am the demo worker, and I hold no socket. The gateway holds your WebSocket. \
+    I subscribe to what your session sends, and I publish what it should get, one word at a time.\n\n\
+    Stay away for a while now. I will not notice, and I will not stop: the gateway takes my words \
+    whether you are there or not, and keeps them. When you come back, your page shows a fresh token \
+    and names the last word that it has seen. The gateway first sends what you missed, in order and \
+    once, and then whatever I am saying by then.\n\n\
+    In production I would be a few lines of Python beside a model, and there would be many of me. \
+    People would restart and deploy us all day, and nobody would lose a connection. It works the same \
+    when the network changes, when a laptop sleeps, and when the gateway itself is restarted.\n\n\
+    That is all there is to it: words in, words out, and the sockets are somebody else's worry.";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_takes_at_least_four_seconds_and_never_quotes_much() {
+    fn answers_outlast_an_absence_of_five_seconds() {
         let words = answer_to("").split_inclusive(' ').count() as u32;
-        assert!(TOKEN_EVERY * words >= Duration::from_secs(4), "{words}");
+        let takes = TOKEN_EVERY * words;
+        assert!((Duration::from_secs(12)..Duration::from_secs(18)).contains(&takes), "{takes:?}");
+    }
+
+    #[test]
+    fn answers_never_quote_much() {
         assert!(answer_to(&"ä".repeat(5000)).chars().count() < ANSWER.chars().count() + 120);
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde_json::json;
-use tracing::{debug, info, warn};
+use tracing::{debug, info, trace, warn};
 use uuid::Uuid;
 use wsproxy_conn::{
     End, Event,
@@ -22,6 +22,7 @@ use crate::{
     config::{self, Config, Heartbeat},
     endpoint::{
         Actions, Logic, PUBLISHED, Unpublished,
+        caller::Caller,
         events::{
             acks::{AckWindow, Due, Patience, Waiting},
             messages::{FromClient, Verdict},
@@ -29,7 +30,7 @@ use crate::{
     },
     hub::WANTS_ACK,
     registry::Transport,
-    telemetry::{counter::Counter, throttle::Throttle, time},
+    telemetry::{counter::Counter, log::MESSAGES, throttle::Throttle, time},
 };
 
 pub mod acks;
@@ -152,6 +153,7 @@ pub struct EventLogic {
     user: Id,
     connection: Uuid,
     transport: Transport,
+    caller: Arc<Caller>,
     opened: Micros,
     expires_at: Option<u64>,
     next_ping: Micros,
@@ -173,12 +175,14 @@ impl EventLogic {
         connection: Uuid,
         transport: Transport,
         expires_at: Option<u64>,
+        caller: Arc<Caller>,
     ) -> Self {
         Self {
             endpoint,
             user,
             connection,
             transport,
+            caller,
             opened: clock::now(),
             expires_at,
             next_ping: Micros::NEVER,
@@ -262,7 +266,7 @@ impl EventLogic {
             }
             Some(Verdict::Bad { code, message }) => {
                 counters.refresh_refused.add(1);
-                info!(connection_id = %self.connection, code, "A newer token was refused.");
+                debug!(connection_id = %self.connection, code, "A newer token was refused.");
                 tell(&messages::error(&code, &message), actions);
             }
             None => tell(&messages::error("internal", "The token was not looked at."), actions),
@@ -369,8 +373,10 @@ impl EventLogic {
 
 impl Logic for EventLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
+        let Caller { address, origin, user_agent } = &*self.caller;
         info!(connection_id = %self.connection, user_id = %self.user,
-            transport = self.transport.label(), "Connection opened.");
+            transport = self.transport.label(), address = address.map(display),
+            origin = origin.as_deref(), user_agent = user_agent.as_deref(), "Connection opened.");
         self.close_in_time(actions);
         self.next_ping = actions.now().after(self.endpoint.heartbeat.interval.into());
         self.plan(actions);
@@ -378,6 +384,8 @@ impl Logic for EventLogic {
 
     fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
         self.messages_in += 1;
+        trace!(target: MESSAGES, user_id = %self.user, connection_id = %self.connection,
+            bytes = payload.len(), "A client's message came.");
         match messages::parse(payload) {
             Ok(FromClient::Pong) => {}
             Ok(FromClient::Ping) => tell(&messages::beat("pong"), actions),
@@ -407,8 +415,10 @@ impl Logic for EventLogic {
             self.give_up(&waiting, Unacknowledged::Closed, actions);
         }
         let duration = std::time::Duration::from(clock::now().since(self.opened));
+        let Caller { address, origin, user_agent } = &*self.caller;
         info!(connection_id = %self.connection, user_id = %self.user,
-            transport = self.transport.label(), reason = end.why.label,
+            transport = self.transport.label(), address = address.map(display),
+            origin = origin.as_deref(), user_agent = user_agent.as_deref(), reason = end.why.label,
             code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
     }

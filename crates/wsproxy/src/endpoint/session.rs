@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::Deserialize;
-use tracing::{debug, info, warn};
+use tracing::{debug, info, trace, warn};
 use uuid::Uuid;
 use wsproxy_conn::{
     End, Event,
@@ -20,12 +20,12 @@ use wsproxy_proto::{
 use crate::{
     bus::{BusError, Keep, Publish},
     config::{NoReceiver, Sessions},
-    endpoint::{Actions, Logic, PUBLISHED, Unpublished},
+    endpoint::{Actions, Logic, PUBLISHED, Unpublished, caller::Caller},
     registry::{
         Transport,
         sessions::{Record, SessionLog},
     },
-    telemetry::{counter::Counter, throttle::Throttle, time},
+    telemetry::{counter::Counter, log::MESSAGES, throttle::Throttle, time},
 };
 
 /// [`Event::tag`]: a worker's command.
@@ -65,6 +65,8 @@ pub struct SessionCounters {
     pub unannounced: Counter,
     /// Of log lines about these.
     pub unannounced_lines: Throttle,
+    /// Of log lines about commands that made no sense.
+    pub bad_command_lines: Throttle,
 }
 
 /// One client of a session.
@@ -74,6 +76,7 @@ pub struct SessionLogic {
     session: Id,
     connection: Uuid,
     transport: Transport,
+    caller: Arc<Caller>,
     up: Arc<str>,
     opened: Micros,
     strikes: u32,
@@ -90,6 +93,7 @@ impl SessionLogic {
         session: Id,
         connection: Uuid,
         transport: Transport,
+        caller: Arc<Caller>,
     ) -> Self {
         let up = endpoint.names.session_up(&session).into();
         let opened = clock::now();
@@ -99,6 +103,7 @@ impl SessionLogic {
             session,
             connection,
             transport,
+            caller,
             up,
             opened,
             strikes: 0,
@@ -163,8 +168,12 @@ impl SessionLogic {
     }
 
     fn bad_command(&self, error: &str) {
-        self.endpoint.counters.bad_commands.add(1);
-        warn!(session_id = %self.session, connection_id = %self.connection, error, "A worker's command makes no sense.");
+        let counters = &self.endpoint.counters;
+        counters.bad_commands.add(1);
+        if let Some(left_out) = counters.bad_command_lines.pass() {
+            warn!(session_id = %self.session, connection_id = %self.connection, error, left_out,
+                "A worker's command makes no sense.");
+        }
     }
 
     fn record(&self, opened: &str) -> Record {
@@ -202,8 +211,10 @@ impl SessionLogic {
 
 impl Logic for SessionLogic {
     fn on_open(&mut self, actions: &mut dyn Actions) {
+        let Caller { address, origin, user_agent } = &*self.caller;
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
-            transport = self.transport.label(), "Connection opened.");
+            transport = self.transport.label(), address = address.map(display),
+            origin = origin.as_deref(), user_agent = user_agent.as_deref(), "Connection opened.");
         let now = time::rfc3339();
         match &self.endpoint.log {
             Some(log) => log.opened(self.connection, self.record(&now)),
@@ -214,6 +225,8 @@ impl Logic for SessionLogic {
     fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
         self.messages_in += 1;
         self.bytes_in += payload.len() as u64;
+        trace!(target: MESSAGES, session_id = %self.session, connection_id = %self.connection,
+            bytes = payload.len(), "A client's message came.");
         if let Err(error) = json::validate(payload, JSON_DEPTH_MAX) {
             return self.refuse("invalid_json", &error.to_string(), actions);
         }
@@ -240,8 +253,11 @@ impl Logic for SessionLogic {
 
     fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions) {
         let duration = std::time::Duration::from(clock::now().since(self.opened));
+        let Caller { address, origin, user_agent } = &*self.caller;
         info!(session_id = %self.session, connection_id = %self.connection, agent_id = %self.agent,
-            transport = self.transport.label(), reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
+            transport = self.transport.label(), address = address.map(display),
+            origin = origin.as_deref(), user_agent = user_agent.as_deref(),
+            reason = end.why.label, code = end.code, duration_ms = duration.as_millis() as u64,
             messages_in = self.messages_in, messages_out = sent.0, "Connection closed.");
         let mut event = self.announcement("closed", &time::rfc3339());
         event["reason"] = end.why.label.into();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{Json, Router, extract::State, routing::get};
-use http::{HeaderMap, Response, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header, request::Parts};
 use serde_json::json;
 
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     gateway::Gateway,
     http::{Body, api},
     registry::Totals,
-    telemetry::time,
+    telemetry::{metrics::format::Format, time},
 };
 
 /// Who is told more of the instance than a probe needs.
@@ -139,16 +139,11 @@ fn ready(
 }
 
 async fn all_metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response<Body> {
-    let wants_json = headers
-        .get(header::ACCEPT)
-        .and_then(|accept| accept.to_str().ok())
-        .is_some_and(|accept| accept.contains("application/json"));
-    let (kind, body) = if wants_json {
-        ("application/json", gateway.metrics.json())
-    } else {
-        ("application/openmetrics-text; version=1.0.0; charset=utf-8", gateway.metrics.text())
-    };
-    let mut response = Response::new(Body::from(body));
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    let format = Format::wanted(&headers);
+    let mut response = Response::new(Body::from(format.write(gateway.metrics.text())));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
+    headers.insert(header::VARY, HeaderValue::from_static("Accept"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }

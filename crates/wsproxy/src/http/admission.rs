@@ -1,6 +1,7 @@
 //! Who may try at all: how many connections there are, and how often an address comes.
 
 use std::{
+    hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::{
         Arc,
@@ -12,6 +13,7 @@ use std::{
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tracing::warn;
+use wsproxy_conn::clock::Micros;
 use wsproxy_proto::rate::{Bucket, Rate};
 
 use crate::telemetry::counter::Counter;
@@ -204,6 +206,47 @@ fn prefix(address: IpAddr, (v4_bits, v6_bits): (u32, u32)) -> IpAddr {
     }
 }
 
+/// Resumes of each session and each user: to read what was missed costs the store far more than it costs a client to
+/// ask for it.
+///
+/// The table has a fixed size. A secret of this process says which place a name has, so that nobody can choose
+/// whose limit he shares.
+#[derive(Debug)]
+pub struct Resumes {
+    /// `None`: no limit.
+    rate: Option<Rate>,
+    buckets: Mutex<Vec<Bucket>>,
+    secret: RandomState,
+}
+
+impl Resumes {
+    /// `per_second` of each name, and [`RESUMES_BURST_SECONDS`] times as many at once; 0: no limit.
+    #[must_use]
+    pub fn new(per_second: u32) -> Self {
+        let rate = Rate::new(per_second, 1000, per_second.saturating_mul(RESUMES_BURST_SECONDS));
+        let places = if rate.is_some() { RESUMES_TABLE } else { 0 };
+        let buckets = Mutex::new(vec![Bucket::default(); places]);
+        Self { rate, buckets, secret: RandomState::new() }
+    }
+
+    /// Counts a resume of whoever has this `name`, at `now`.
+    ///
+    /// # Errors
+    /// How long until another one can succeed.
+    pub fn take(&self, name: &str, now: Micros) -> Result<(), Duration> {
+        let Some(rate) = self.rate else { return Ok(()) };
+        let place = self.secret.hash_one(name) % RESUMES_TABLE as u64;
+        let mut buckets = self.buckets.lock();
+        let taken = buckets[place as usize].take(rate, now.0.saturating_mul(1000));
+        taken.map_err(Duration::from_nanos)
+    }
+}
+
+const RESUMES_BURST_SECONDS: u32 = 5;
+
+/// Half a MiB.
+const RESUMES_TABLE: usize = 65_536;
+
 const LEVELS: usize = 3;
 
 /// Bits that a level looks at, of IPv4 and of IPv6.
@@ -234,6 +277,18 @@ mod tests {
         drop(a);
         assert!(places.take().is_some());
         assert_eq!(places.taken(), 1);
+    }
+
+    #[test]
+    fn a_name_resumes_so_often_and_others_are_not_disturbed() {
+        let resumes = Resumes::new(2);
+        let now = Micros(1_000_000);
+        assert!((0..10).all(|_| resumes.take("user:a", now).is_ok()));
+        assert_eq!(resumes.take("user:a", now), Err(Duration::from_millis(500)));
+        // One name of a few may share its place; all of them cannot.
+        assert!((0..8).any(|n| resumes.take(&format!("user:{n}"), now).is_ok()));
+        assert!(resumes.take("user:a", Micros(1_500_000)).is_ok());
+        assert!((0..1000).all(|_| Resumes::new(0).take("user:a", now).is_ok()));
     }
 
     #[test]

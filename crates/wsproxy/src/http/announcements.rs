@@ -170,7 +170,7 @@ impl Follower {
         let mut next = Some(entry);
         while let Some(entry) = next {
             match entry {
-                Some(TapEntry::Message(_) | TapEntry::Gap(_)) => {
+                Some(TapEntry::Message(..) | TapEntry::Gap(_)) => {
                     self.look_at = Some(Instant::now())
                 }
                 Some(TapEntry::Position(_) | TapEntry::Event(..)) => {}

@@ -3,6 +3,7 @@
 mod events;
 mod history;
 mod publishing;
+mod raw;
 mod sessions;
 
 use std::sync::Arc;

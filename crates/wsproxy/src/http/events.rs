@@ -1,8 +1,8 @@
 //! From a request for events to a driven connection, and how a newer token is looked at later.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
-use http::{Request, Response, header};
+use http::{Request, Response};
 use hyper::body::Incoming;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{debug, info};
@@ -13,9 +13,12 @@ use wsproxy_proto::{disconnect::Disconnect, history::Position, names::Id};
 use crate::{
     auth::jwt::Claims,
     config::{DownFrames, EventIds},
-    endpoint::events::{
-        EventLogic, VERIFIED,
-        messages::{Connected, Verdict},
+    endpoint::{
+        caller::Caller,
+        events::{
+            EventLogic, VERIFIED,
+            messages::{Connected, Verdict},
+        },
     },
     gateway::Gateway,
     http::{
@@ -42,7 +45,7 @@ pub async fn open(
 ) -> Result<Response<Body>, Rejection> {
     let (handshake, waiting) = upgrade::begin(gateway, &mut request, &gateway.event_profile)?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
-    let entrance = Entrance::read(gateway, &request, waiting)?;
+    let entrance = Entrance::read(&mut request, waiting)?;
     drop(request);
     let link = &handshake.link;
     let form = Form { frames: DownFrames::Auto, ids: handshake.ids(EventIds::Json), acks: true };
@@ -66,7 +69,7 @@ pub async fn stream(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Rejection> {
     let (opening, waiting) = sse::Opening::begin(gateway, &mut request, &gateway.event_profile)?;
-    let entrance = Entrance::read(gateway, &request, waiting)?;
+    let entrance = Entrance::read(&mut request, waiting)?;
     drop(request);
     let ends = (opening.client(gateway.config.events.on_bus_loss), opening.peer());
     let (connection, resume) = (opening.id(), opening.resume());
@@ -79,28 +82,23 @@ pub async fn stream(
 /// A client before the door: what its request says of it.
 struct Entrance {
     token: SecretString,
-    address: IpAddr,
-    user_agent: Option<String>,
+    caller: Arc<Caller>,
     waiting: Waiting,
 }
 
 /// A client behind it.
 struct Entered {
     claims: Claims,
+    caller: Arc<Caller>,
     place: Place,
     opened: Opened,
     registered: Option<Entry>,
 }
 
 impl Entrance {
-    fn read(
-        gateway: &Gateway,
-        request: &Request<Incoming>,
-        waiting: Waiting,
-    ) -> Result<Self, Rejection> {
+    fn read(request: &mut Request<Incoming>, waiting: Waiting) -> Result<Self, Rejection> {
         let token = credentials::find(request.headers(), request.uri().query(), "token")?;
-        let address = upgrade::client_address(gateway, request)?;
-        Ok(Self { token, address, user_agent: user_agent(request), waiting })
+        Ok(Self { token, caller: upgrade::caller(request), waiting })
     }
 
     /// Token, registry, subscriptions and what was missed, in this order and under one deadline.
@@ -121,8 +119,8 @@ impl Entrance {
                 peer,
                 token: claims.jti.clone(),
                 issued_at: claims.issued_at,
-                address: Some(self.address),
-                user_agent: self.user_agent,
+                address: self.caller.address,
+                user_agent: self.caller.user_agent.as_deref().map(ToOwned::to_owned),
                 transport,
             };
             // First, so that a revocation from now on finds the connection.
@@ -132,7 +130,7 @@ impl Entrance {
             let wanted = wanted(gateway, &claims.user, connection, client);
             let histories = gateway.event_histories.as_ref();
             let opened = resume::open(gateway, histories, wanted, resume, hello).await?;
-            Ok(Entered { claims, place, opened, registered })
+            Ok(Entered { claims, caller: self.caller, place, opened, registered })
         };
         let entered = upgrade::deadline(gateway, entering).await?;
         debug!(user_id = %entered.claims.user, connection_id = %connection, "Authenticated and subscribed.");
@@ -143,8 +141,9 @@ impl Entrance {
 impl Entered {
     fn logic(&self, gateway: &Gateway, connection: Uuid, transport: Transport) -> EventLogic {
         let expires_at = self.claims.expires_at;
-        let user = self.claims.user.clone();
-        EventLogic::new(Arc::clone(&gateway.events), user, connection, transport, expires_at)
+        let (user, caller) = (self.claims.user.clone(), Arc::clone(&self.caller));
+        let endpoint = Arc::clone(&gateway.events);
+        EventLogic::new(endpoint, user, connection, transport, expires_at, caller)
     }
 }
 
@@ -197,8 +196,12 @@ pub async fn authenticate(gateway: &Gateway, token: &SecretString) -> Result<Cla
 /// # Errors
 /// Events are not switched on.
 pub fn registry_of(gateway: &Gateway) -> Result<&Arc<Registry>, Rejection> {
-    let registry = gateway.registry.as_ref();
-    registry.ok_or_else(|| Rejection::not_found("The event endpoint is not switched on."))
+    gateway.registry.as_ref().ok_or_else(|| {
+        if let Some(left_out) = gateway.lines.pass("events are off") {
+            info!(left_out, "A call of the API needs events, which this instance does not serve.");
+        }
+        Rejection::not_found("The event endpoint is not switched on.")
+    })
 }
 
 /// Whether a token was taken back before it expires.
@@ -208,12 +211,6 @@ async fn check_revoked(gateway: &Gateway, claims: &Claims) -> Result<(), Rejecti
         true => Err(Rejection::invalid_token("The token was revoked.")),
         false => Ok(()),
     }
-}
-
-/// What the client calls itself, as much as is worth keeping.
-fn user_agent(request: &Request<Incoming>) -> Option<String> {
-    let name = request.headers().get(header::USER_AGENT)?.to_str().ok()?;
-    Some(name.chars().take(USER_AGENT_CHARS_MAX).collect())
 }
 
 /// Looks at a token that a client brought later; the verdict goes to its handler.
@@ -249,8 +246,10 @@ pub fn look_at(
                 Verdict::Good { user, expires_at: claims.expires_at }
             }
             Err(rejection) => {
-                info!(connection_id = %link.id(), code = rejection.code, error = rejection.cause,
-                    "A newer token was refused.");
+                if let Some(left_out) = owner.lines.pass("token refused") {
+                    info!(connection_id = %link.id(), code = rejection.code, error = rejection.cause,
+                        left_out, "A newer token was refused.");
+                }
                 // Whoever sent it knows a token of this connection: what is wrong with it is one kind of error.
                 let is_token = rejection.status.is_client_error();
                 let code = if is_token { "invalid_token" } else { rejection.code };
@@ -270,8 +269,6 @@ fn wanted(gateway: &Gateway, user: &Id, connection: Uuid, client: Sink) -> Wante
         names.events_connection(&connection.to_string()),
     ];
     let topics = topics.into_iter().map(Into::into).collect();
-    Wanted { client, topics, reserved: None, streams_of: None }
+    let counted_as = names.events_user(user);
+    Wanted { client, topics, reserved: None, streams_of: None, counted_as }
 }
-
-/// Longer names are cut: every connection keeps one.
-const USER_AGENT_CHARS_MAX: usize = 256;

@@ -100,7 +100,7 @@ impl Follower {
         }
         let chunk = tokio::select! {
             entry = self.tap.next_entry() => match entry {
-                Some(TapEntry::Message(payload)) => event(None, &payload),
+                Some(TapEntry::Message(payload, _)) => event(None, &payload),
                 Some(TapEntry::Gap(gap)) => gap_event(gap),
                 // A follower is neither told its position nor does it have a logic.
                 Some(TapEntry::Position(_) | TapEntry::Event(..)) => Bytes::from_static(b":\n\n"),

@@ -3,7 +3,10 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -19,6 +22,9 @@ pub struct Line {
     stream: Mutex<Option<TokioIo<TcpStream>>>,
     taken: Notify,
     cut: Notify,
+    /// Nothing came since the start, or since the last answer.
+    quiet: AtomicBool,
+    answered: AtomicBool,
 }
 
 impl Line {
@@ -26,7 +32,13 @@ impl Line {
     #[must_use]
     pub fn new(stream: TcpStream) -> Arc<Self> {
         let stream = Mutex::new(Some(TokioIo::new(stream)));
-        Arc::new(Self { stream, taken: Notify::new(), cut: Notify::new() })
+        Arc::new(Self {
+            stream,
+            taken: Notify::new(),
+            cut: Notify::new(),
+            quiet: true.into(),
+            answered: false.into(),
+        })
     }
 
     /// From now on written bytes may stay unacknowledged for this long, and the peer's window closed.
@@ -45,6 +57,25 @@ impl Line {
         let stream = self.stream.lock().take();
         self.taken.notify_one();
         stream.map(TokioIo::into_inner)
+    }
+
+    /// Whether the socket was taken, so that the HTTP connection finds none.
+    fn is_taken(&self) -> bool {
+        self.stream.lock().is_none()
+    }
+
+    /// A request was answered; the client need not have another one.
+    pub fn answered(&self) {
+        self.answered.store(true, Relaxed);
+        self.quiet.store(true, Relaxed);
+    }
+
+    /// Whether a client that ends like this had begun a request, or never sent one in time. A probe that only connects
+    /// and a connection that is kept for further requests have no fault.
+    #[must_use]
+    pub fn is_at_fault(&self, is_timeout: bool) -> bool {
+        let is_quiet = self.quiet.load(Relaxed);
+        !self.is_taken() && (!is_quiet || (is_timeout && !self.answered.load(Relaxed)))
     }
 
     /// Resolves when the socket was taken.
@@ -85,7 +116,11 @@ impl Read for LineSocket {
         cx: &mut Context<'_>,
         buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        self.with(|stream| stream.poll_read(cx, buffer))
+        let read = self.with(|stream| stream.poll_read(cx, buffer));
+        if matches!(read, Poll::Ready(Ok(()))) {
+            self.0.quiet.store(false, Relaxed);
+        }
+        read
     }
 }
 

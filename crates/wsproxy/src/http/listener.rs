@@ -26,6 +26,7 @@ use crate::http::{
     line::{Line, LineSocket},
     routes::Routes,
     sockets::{Silence, Sockets},
+    upgrade,
 };
 
 /// Connections that the kernel completes while we are busy.
@@ -115,6 +116,7 @@ fn accept(
     let gateway = routes.gateway();
     let Some((place, gave_way)) = sockets.take() else {
         gateway.metrics.handshake(None, "full");
+        upgrade::tell_full(gateway);
         return refuse(stream);
     };
     // Hyper writes heads and bodies in one go; what follows an upgrade sets its own options.
@@ -164,7 +166,9 @@ fn accept(
                 }
             }
         };
-        if let Err(error) = result {
+        if let Err(error) = result
+            && line.is_at_fault(error.is_timeout())
+        {
             let kind = if error.is_timeout() { "slow_request" } else { "bad_request" };
             gateway.metrics.error(kind);
             debug!(%error, address = %address.ip(), kind, "A client's request failed.");
@@ -194,8 +198,11 @@ async fn answer(
         // An upgrade and a body without end are no silence.
         let is_over = response.status() != StatusCode::SWITCHING_PROTOCOLS
             && response.body().size_hint().exact().is_some();
-        if is_over && silence.begin() {
-            gateway.metrics.error("silent_socket");
+        if is_over {
+            line.answered();
+            if silence.begin() {
+                gateway.metrics.error("silent_socket");
+            }
         }
         return Ok(response);
     };

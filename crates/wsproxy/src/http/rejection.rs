@@ -36,6 +36,12 @@ macro_rules! table {
             $($(#[$doc])* #[must_use] pub fn $name(message: impl Into<String>) -> Self {
                 Self::new(StatusCode::$status, $code, message.into())
             })*
+
+            /// Every entry of the table.
+            #[cfg(test)]
+            fn all() -> Vec<Self> {
+                vec![$(Self::$name("m")),*]
+            }
         }
 
         /// Codes of the table.
@@ -210,6 +216,30 @@ impl Rejection {
 /// `error.code` where certainly nothing was done.
 pub(super) const NOT_DONE: &str = "not_done";
 
+/// Codes with which handshakes are refused.
+pub(crate) const OF_HANDSHAKES: [&str; 20] = [
+    "bad_id",
+    "bad_request",
+    "bus_unavailable",
+    "deadline",
+    "draining",
+    "full",
+    "host_not_allowed",
+    "internal",
+    "invalid_token",
+    "issuer_unavailable",
+    "malformed_credentials",
+    "method_not_allowed",
+    "missing_credentials",
+    NOT_DONE,
+    "not_found",
+    "origin_not_allowed",
+    "rate_limited",
+    "too_many_connections",
+    "too_many_handshakes",
+    "upgrade_required",
+];
+
 /// A wait as a client is told it: rounded up, since earlier than that it would fail again.
 fn retry_seconds(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
@@ -261,5 +291,72 @@ impl From<JwtError> for Rejection {
             _ => Self::invalid_token,
         };
         make(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::Value;
+    use wsproxy_proto::disconnect::Disconnect;
+
+    use super::*;
+
+    /// Codes that only workers meet.
+    const OF_WORKERS: &[&str] = &["too_large"];
+
+    fn rule() -> Value {
+        serde_json::from_str(include_str!("../../../../spec/finality.json")).unwrap()
+    }
+
+    /// Rows of a section by name.
+    fn rows(rule: &Value, section: &str) -> BTreeMap<String, Value> {
+        let rows = rule[section].as_array().unwrap();
+        rows.iter().map(|row| (row["name"].as_str().unwrap().to_owned(), row.clone())).collect()
+    }
+
+    #[test]
+    fn clients_rule_knows_every_refusal() {
+        let rule = rule();
+        let rows = rows(&rule, "handshakes");
+        let refused = NotDone::of(b"OOM").map(|refusal| Rejection::not_done(refusal).for_client());
+        for rejection in Rejection::all().into_iter().chain(refused) {
+            let code = rejection.code;
+            if code.starts_with("missing_scope_") || OF_WORKERS.contains(&code) {
+                continue;
+            }
+            let row =
+                rows.get(code).unwrap_or_else(|| panic!("{code} is not in spec/finality.json"));
+            assert_eq!(row["status"], rejection.status.as_u16(), "{code}");
+            let told: Value = serde_json::from_str(row["body"].as_str().unwrap()).unwrap();
+            assert_eq!(told["error"]["code"], code);
+            assert_eq!(told["error"]["retryable"], rejection.retryable, "{code}");
+            let is_final = row["advice"] == "final";
+            assert!(!(is_final && rejection.retryable), "{code} may be tried again");
+        }
+    }
+
+    #[test]
+    fn clients_rule_agrees_with_every_close() {
+        let rule = rule();
+        let rows = rows(&rule, "closes");
+        for close in Disconnect::ALL.iter().filter(|close| **close != Disconnect::SERVER_LOST) {
+            let row = rows.get(close.label);
+            let row = row.unwrap_or_else(|| panic!("{} is not in spec/finality.json", close.label));
+            assert_eq!(row["code"], close.code, "{}", close.label);
+            assert_eq!(row["reason"], close.reason, "{}", close.label);
+            match row["advice"].as_str().unwrap() {
+                "final" | "credentials" => assert!(!close.reconnect, "{}", close.label),
+                _ => assert!(close.reconnect, "{}", close.label),
+            }
+        }
+    }
+
+    #[test]
+    fn handshakes_are_refused_with_codes_of_the_table() {
+        let unknown =
+            OF_HANDSHAKES.iter().find(|code| ![CODES, &[NOT_DONE]].concat().contains(code));
+        assert_eq!(unknown, None);
     }
 }

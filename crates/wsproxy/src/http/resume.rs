@@ -123,12 +123,14 @@ pub struct Wanted {
     pub reserved: Option<Subscription>,
     /// The session whose token streams it is shown.
     pub streams_of: Option<Id>,
+    /// The name by which its resumes are counted.
+    pub counted_as: String,
 }
 
 /// Subscribes a client, and brings it to where its topics are.
 ///
 /// # Errors
-/// The bus or the store did not do its part.
+/// It resumes too often, or the bus or the store did not do its part.
 pub async fn open(
     gateway: &Gateway,
     histories: Option<&Arc<Histories>>,
@@ -136,7 +138,7 @@ pub async fn open(
     resume: &Resume,
     hello: impl FnOnce(Outcome, Option<Position>) -> Option<String> + Send + 'static,
 ) -> Result<Opened, Rejection> {
-    let Wanted { client, topics, reserved, streams_of } = wanted;
+    let Wanted { client, topics, reserved, streams_of, counted_as } = wanted;
     let hub = &gateway.hub;
     let Some(histories) = histories else {
         let sinks = topics.into_iter().map(|topic| (topic, client.clone()));
@@ -148,6 +150,9 @@ pub async fn open(
         );
         return Ok(Opened { subscription, unread: None });
     };
+    if resume.after.is_some() || resume.in_frame {
+        gateway.resumes.take(&counted_as, clock::now()).map_err(Rejection::too_often)?;
+    }
     let held = hub.hold(client, topics, Arc::clone(histories), reserved);
     let (subscription, replay) = held.await?;
     if resume.in_frame {

@@ -1,14 +1,15 @@
 //! Which request goes where.
 
-use std::{convert::Infallible, net::IpAddr, sync::Arc};
+use std::{convert::Infallible, sync::Arc};
 
 use axum::Router;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::{
+    endpoint::caller::Caller,
     gateway::Gateway,
     http::{
         Body,
@@ -17,7 +18,7 @@ use crate::{
         rejection::Rejection,
         sse, upgrade,
     },
-    telemetry::metrics::Endpoint,
+    telemetry::metrics::{ACCEPTED, Endpoint},
 };
 
 /// What a listener serves.
@@ -67,50 +68,56 @@ impl Routes {
     ///
     /// # Errors
     /// Never: a refusal is an answer.
-    pub async fn serve(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    pub async fn serve(self, mut request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let path = request.uri().path().to_owned();
+        let target = self.target(&path);
+        let address = upgrade::client_address(&self.gateway, &request).ok();
+        let caller = Arc::new(self.gateway.texts.caller(address, request.headers()));
         if let Err(rejection) = self.check_host(&request) {
-            return Ok(match self.target(&path) {
-                Some(target) => {
-                    let address = upgrade::client_address(&self.gateway, &request).ok();
-                    self.refuse(target.endpoint(), &rejection, &path, address)
-                }
+            return Ok(match target {
+                Some(target) => self.refuse(Some(target.endpoint()), &rejection, &path, &caller),
                 None => {
                     self.gateway.metrics.error("bad_request");
                     rejection.response()
                 }
             });
         }
-        let address = upgrade::client_address(&self.gateway, &request).ok();
+        let Some(target) = target else {
+            return self.serve_rest(request.map(Body::new), &path, &caller).await;
+        };
+        let endpoint = target.endpoint();
+        if !endpoint.is_served(&self.gateway.config.endpoints) {
+            let rejection = Rejection::not_found(not_served(endpoint));
+            return Ok(self.refuse(Some(endpoint), &rejection, &path, &caller));
+        }
         let grant = Grant::of(request.headers(), &self.gateway.config.server.allowed_origins);
         let is_events = sse::is_asked(&self.gateway, request.headers());
         let is_preflight = cors::is_preflight(request.method(), request.headers());
-        let (endpoint, answer) = match self.target(&path) {
-            Some(_) if self.gateway.config.sse.enabled && is_preflight && grant.is_some() => {
-                return Ok(granted(grant, cors::preflight()));
+        if self.gateway.config.sse.enabled && is_preflight && grant.is_some() {
+            return Ok(granted(grant, cors::preflight()));
+        }
+        request.extensions_mut().insert(Arc::clone(&caller));
+        let answer = match target {
+            Target::Session(agent, session) if is_events => {
+                sse::session(&self.gateway, request, (agent, session)).await
             }
-            Some(Target::Session(agent, session)) if is_events => {
-                (Endpoint::Sessions, sse::session(&self.gateway, request, (agent, session)).await)
+            Target::Session(agent, session) => {
+                upgrade::session(&self.gateway, request, (agent, session)).await
             }
-            Some(Target::Session(agent, session)) => (
-                Endpoint::Sessions,
-                upgrade::session(&self.gateway, request, (agent, session)).await,
-            ),
-            Some(Target::Events) if is_events => {
-                (Endpoint::Events, events::stream(&self.gateway, request).await)
-            }
-            Some(Target::Events) => (Endpoint::Events, events::open(&self.gateway, request).await),
-            Some(Target::Echo) => (Endpoint::Echo, upgrade::echo(&self.gateway, request)),
-            None => return self.serve_rest(request.map(Body::new)).await,
+            Target::Events if is_events => events::stream(&self.gateway, request).await,
+            Target::Events => events::open(&self.gateway, request).await,
+            Target::Echo => upgrade::echo(&self.gateway, request),
         };
         // WebSockets need no such permission: the browser tells their origin, and that is all.
         let grant = grant.filter(|_| is_events);
         Ok(match answer {
             Ok(response) => {
-                self.gateway.metrics.handshake(Some(endpoint), "accepted");
+                self.gateway.metrics.handshake(Some(endpoint), ACCEPTED);
                 granted(grant, response)
             }
-            Err(rejection) => granted(grant, self.refuse(endpoint, &rejection, &path, address)),
+            Err(rejection) => {
+                granted(grant, self.refuse(Some(endpoint), &rejection, &path, &caller))
+            }
         })
     }
 
@@ -123,22 +130,35 @@ impl Routes {
 
     fn refuse(
         &self,
-        endpoint: Endpoint,
+        endpoint: Option<Endpoint>,
         rejection: &Rejection,
         path: &str,
-        address: Option<IpAddr>,
+        caller: &Caller,
     ) -> Response<Body> {
-        self.gateway.metrics.handshake(Some(endpoint), rejection.code);
+        self.gateway.metrics.handshake(endpoint, rejection.code);
         let told = rejection.for_client();
-        info!(
-            endpoint = endpoint.label(),
-            path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
-            address = address.map(tracing::field::display),
-            status = told.status.as_u16(),
-            code = rejection.code,
-            error = rejection.cause,
-            "Handshake refused."
-        );
+        let left_out = self.gateway.lines.pass(rejection.code);
+        // A second line of a kind within a second is for whoever looks closely.
+        macro_rules! log {
+            ($level:ident) => {
+                $level!(
+                    endpoint = endpoint.map(Endpoint::label),
+                    path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
+                    address = caller.address.map(display),
+                    origin = caller.origin.as_deref(),
+                    user_agent = caller.user_agent.as_deref(),
+                    status = told.status.as_u16(),
+                    code = rejection.code,
+                    error = rejection.cause,
+                    left_out,
+                    "Handshake refused."
+                )
+            };
+        }
+        match left_out {
+            Some(_) => log!(info),
+            None => log!(debug),
+        }
         let mut response = told.response();
         if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
@@ -147,28 +167,42 @@ impl Routes {
     }
 
     /// A body that drips in must not hold its socket for ever. The stream of an answer may.
-    async fn serve_rest(self, request: Request<Body>) -> Result<Response<Body>, Infallible> {
+    async fn serve_rest(
+        self,
+        request: Request<Body>,
+        path: &str,
+        caller: &Caller,
+    ) -> Result<Response<Body>, Infallible> {
+        let is_handshake = self.data_plane && request.headers().contains_key(header::UPGRADE);
         let server = &self.gateway.config.server;
         let limit = server.header_timeout + server.handshake_timeout;
-        let answer = tokio::time::timeout(limit, self.rest.oneshot(request)).await;
-        answer.unwrap_or_else(|_| {
+        let answer = tokio::time::timeout(limit, self.rest.clone().oneshot(request)).await;
+        let Ok(answer) = answer else {
             self.gateway.metrics.error("slow_request");
-            Ok(Rejection::request_timeout("The request did not arrive in time.").response())
-        })
+            let message = "The request did not arrive in time.";
+            return Ok(Rejection::request_timeout(message).response());
+        };
+        let response = answer?;
+        if is_handshake && response.status() == StatusCode::NOT_FOUND {
+            return Ok(self.refuse(None, &nothing_here(), path, caller));
+        }
+        Ok(response)
     }
 
+    /// The endpoint of a path, whether or not this instance serves it.
     fn target<'a>(&self, path: &'a str) -> Option<Target<'a>> {
         if !self.data_plane {
             return None;
         }
-        let endpoints = &self.gateway.config.endpoints;
         let mut segments = path.strip_prefix('/')?.split('/');
         match (segments.next()?, segments.next(), segments.next(), segments.next()) {
-            ("ws", None, None, None) if endpoints.events => Some(Target::Events),
-            ("echo", None, None, None) if endpoints.echo => Some(Target::Echo),
-            (agent, Some("ws"), Some(session), None) if endpoints.sessions => {
-                Some(Target::Session(agent, session))
+            ("ws", None, None, None) => Some(Target::Events),
+            // Otherwise it is a route of its own.
+            ("ws", Some("health"), None, None) if !self.gateway.config.endpoints.events => {
+                Some(Target::Events)
             }
+            ("echo", None, None, None) => Some(Target::Echo),
+            (agent, Some("ws"), Some(session), None) => Some(Target::Session(agent, session)),
             _ => None,
         }
     }
@@ -184,5 +218,17 @@ fn granted(grant: Option<Grant>, mut response: Response<Body>) -> Response<Body>
 
 /// The answer to a path that nobody serves.
 pub async fn not_found() -> Response<Body> {
-    Rejection::not_found("Nothing is served at this path.").response()
+    nothing_here().response()
+}
+
+fn nothing_here() -> Rejection {
+    Rejection::not_found("Nothing is served at this path.")
+}
+
+const fn not_served(endpoint: Endpoint) -> &'static str {
+    match endpoint {
+        Endpoint::Sessions => "This instance serves no sessions: endpoints.sessions is off.",
+        Endpoint::Events => "This instance serves no events: endpoints.events is off.",
+        Endpoint::Echo => "This instance serves no echo: endpoints.echo is off.",
+    }
 }

@@ -149,7 +149,8 @@ impl Opening {
             self.tap.end(&wsproxy_proto::disconnect::Disconnect::RESTART);
         }
         let is_gzip = self.tap.gzip().is_some();
-        let stream = EventStream::open(gateway, label, &self.profile, self.tap, held, logic);
+        let stream =
+            EventStream::open(gateway, (self.id, label), &self.profile, self.tap, held, logic);
         let mut response = Response::new(Body::new(stream));
         response.extensions_mut().insert(Lasting(self.profile));
         let headers = response.headers_mut();
@@ -176,6 +177,7 @@ pub async fn session(
     let session = upgrade::id("session_id", session)?;
     let (opening, waiting) = Opening::begin(gateway, &mut request, &gateway.session_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
+    let caller = upgrade::caller(&mut request);
     drop(request);
     let token = token.expose_secret().as_bytes();
     let config = &gateway.config.sessions;
@@ -190,7 +192,7 @@ pub async fn session(
     let opened = entrance.enter(gateway, opening.resume(), waiting).await?;
     debug!(session_id = %session, connection_id = %opening.id(), "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
-    let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::Sse);
+    let logic = SessionLogic::new(endpoint, agent, session, opening.id(), Transport::Sse, caller);
     Ok(opening.answer(gateway, Endpoint::Sessions, opened, None, logic))
 }
 

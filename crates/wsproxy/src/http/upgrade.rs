@@ -29,6 +29,7 @@ use crate::{
     config::EventIds,
     endpoint::{
         Logic,
+        caller::Caller,
         echo::Echo,
         session::{CONTROL, SessionLogic},
     },
@@ -82,6 +83,7 @@ pub async fn session(
     let (handshake, waiting) = begin(gateway, &mut request, &gateway.session_profile)?;
     let token = credentials::find(request.headers(), request.uri().query(), "token")?;
     let resume = Resume::read(request.headers(), request.uri().query())?;
+    let caller = caller(&mut request);
     drop(request);
     let token = token.expose_secret().as_bytes();
     let [client, handler] = sinks(gateway, &handshake);
@@ -92,7 +94,7 @@ pub async fn session(
     let (opened, place) = entrance.enter(gateway, &resume, waiting).await?;
     debug!(session_id = %session, connection_id = %connection, "Authenticated and subscribed.");
     let endpoint = Arc::clone(&gateway.sessions);
-    let logic = SessionLogic::new(endpoint, agent, session, connection, Transport::WebSocket);
+    let logic = SessionLogic::new(endpoint, agent, session, connection, transport, caller);
     Ok(accept(gateway, Endpoint::Sessions, (handshake, place), Some(opened), None, logic))
 }
 
@@ -140,6 +142,7 @@ impl Entrance<'_> {
                 topics: vec![gateway.names.session_down(session).into()],
                 reserved: Some(reserved),
                 streams_of: Some(session.clone()),
+                counted_as: gateway.names.session_down(session),
             };
             let hello = resume.hello(connection);
             let histories = gateway.session_histories.as_ref();
@@ -262,8 +265,21 @@ impl Waiting {
 }
 
 fn full(gateway: &Gateway) -> Rejection {
-    warn!(max = gateway.places.max(), "A connection was refused: the instance is full.");
+    tell_full(gateway);
     Rejection::full("The instance holds as many connections as it may.")
+}
+
+/// The operator is told that somebody was refused a place.
+pub(super) fn tell_full(gateway: &Gateway) {
+    let max = gateway.places.max();
+    if let Some(left_out) = gateway.lines.pass("instance full") {
+        warn!(max, left_out, "A connection was refused: the instance is full.");
+    }
+}
+
+/// What [`crate::http::routes`] has read of a client.
+pub(super) fn caller(request: &mut Request<Incoming>) -> Arc<Caller> {
+    request.extensions_mut().remove().unwrap_or_default()
 }
 
 /// What no request for a connection may have.

@@ -3,20 +3,20 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use wsproxy_conn::{
-    Event, Link,
-    clock::{self, Micros},
-    link::Queued,
-};
+use tracing::trace;
+use wsproxy_conn::{Event, Link, clock::Micros, link::Queued};
 use wsproxy_proto::history::{Lost, Position};
 
-use crate::hub::{
-    Hub, Sink, State,
-    message::{Fanout, Message},
-    notice,
-    subscribers::Subscribers,
+use crate::{
+    hub::{
+        Hub, Sink, State,
+        message::{Fanout, Message},
+        notice,
+        subscribers::Subscribers,
+    },
+    store::StreamState,
+    telemetry::log::MESSAGES,
 };
-use crate::store::StreamState;
 
 /// Whom a message is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl Round {
                 Sink::EventStream { tap, .. } => {
                     let tap = Arc::clone(tap);
                     if let Some(event) = fanout.encode(sink, hub) {
-                        tap.push(event);
+                        tap.push(event, since);
                     }
                 }
                 Sink::Handler { link, tag } => {
@@ -109,17 +109,17 @@ impl Round {
                 Sink::StreamHandler { tap, tag } => {
                     tap.notify(*tag, Bytes::copy_from_slice(fanout.message.payload));
                 }
-                Sink::Tap(tap) => tap.push(Bytes::copy_from_slice(fanout.message.payload)),
+                Sink::Tap(tap) => tap.push(Bytes::copy_from_slice(fanout.message.payload), since),
                 Sink::Gated(_) => {}
             }
         }
     }
 
     /// Gives a client what it had missed, or is told before anything else.
-    pub(super) fn send_missed(&mut self, client: &Sink, bytes: Bytes, since: Micros) {
+    pub(super) fn send_missed(&mut self, client: &Sink, bytes: Bytes) {
         match client {
             Sink::EventStream { tap, .. } => tap.push_missed(bytes),
-            _ => self.send(client, bytes, since),
+            _ => self.send(client, bytes, Micros::UNTIMED),
         }
     }
 
@@ -149,7 +149,7 @@ impl Round {
             }
             for fanout in &mut fanouts {
                 if let Some(bytes) = fanout.encode(target, hub) {
-                    self.send(target, bytes, clock::now());
+                    self.send(target, bytes, Micros::UNTIMED);
                 }
             }
             told += 1;
@@ -161,13 +161,14 @@ impl Round {
     pub(super) fn send(&mut self, client: &Sink, bytes: Bytes, since: Micros) {
         match client {
             Sink::Client { link, .. } => self.push(link, bytes, since),
-            Sink::EventStream { tap, .. } => tap.push(bytes),
+            Sink::EventStream { tap, .. } => tap.push(bytes, since),
             Sink::Gated(_) | Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Tap(_) => {}
         }
     }
 
     /// Queues a frame, and remembers whom to flush.
     pub(super) fn push(&mut self, link: &Arc<Link>, frame: Bytes, since: Micros) {
+        trace!(target: MESSAGES, connection_id = %link.id(), bytes = frame.len(), "A message is queued for a client.");
         if link.push(frame, since) == Queued::Flush {
             self.dirty.push(Arc::clone(link));
         }
@@ -177,9 +178,15 @@ impl Round {
     pub(super) fn flush(&mut self, now: Micros) {
         for link in self.dirty.drain(..) {
             link.flush(now);
+            trace_written(&link);
         }
         self.dirty.shrink_to(LIST_KEPT);
     }
+}
+
+/// What was queued for a client is written, as far as its socket takes it.
+pub(super) fn trace_written(link: &Link) {
+    trace!(target: MESSAGES, connection_id = %link.id(), waiting_bytes = link.queued_bytes(), "Messages were written to a client.");
 }
 
 /// So many places of a list stay for the next round; what a larger fan-out took is given back.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use hashbrown::HashSet;
-use tracing::{debug, info, warn};
+use tracing::{debug, info, trace, warn};
 use wsproxy_conn::{
     Link,
     clock::{self, Micros},
@@ -21,10 +21,11 @@ use crate::{
     config::OnBusLoss,
     hub::{
         Form, Histories, Hub, Name, Sink, Track,
-        audience::{Audience, LIST_KEPT, Round},
+        audience::{Audience, LIST_KEPT, Round, trace_written},
         capture::Capture,
         message::{Fanout, Message},
     },
+    telemetry::log::MESSAGES,
 };
 
 /// Delivers for one bus reader.
@@ -60,9 +61,13 @@ impl Deliver for Delivery {
         let mut shard = hub.shard(channel).lock();
         let Some(state) = shard.get_mut(&Name(channel)) else {
             hub.counters.unwanted.add(1);
+            trace!(target: MESSAGES, channel = %String::from_utf8_lossy(channel), "Nobody here wants a message.");
             return;
         };
         let envelope = Envelope::parse(payload);
+        trace!(target: MESSAGES, channel = %String::from_utf8_lossy(channel), bytes = payload.len(),
+            position = envelope.as_ref().map(|envelope| display(envelope.id)),
+            subscribers = state.subscribers.len(), "A message came from the bus.");
         if let Some(event_id) = envelope.and_then(|envelope| envelope.event_id) {
             captures.retain(|capture| !capture.is(channel, event_id));
         }
@@ -72,6 +77,7 @@ impl Deliver for Delivery {
             (Some(track), Some(envelope)) => match track.accept(&envelope, message, since, hub) {
                 Ok(audience) => audience,
                 Err(verdict) => {
+                    trace!(target: MESSAGES, channel = %String::from_utf8_lossy(channel), ?verdict, "A message waits.");
                     let histories = Arc::clone(&track.histories);
                     drop(shard);
                     if verdict == Verdict::Hole {
@@ -100,6 +106,7 @@ impl Deliver for Delivery {
             if let Some(frame) = fanout.frame(form, &link, hub) {
                 fanout.announce(form, &link);
                 link.push_and_flush(frame, since);
+                trace_written(&link);
             }
         }
         at_once.shrink_to(LIST_KEPT);
@@ -176,7 +183,7 @@ impl Delivery {
                     }
                     _ => {
                         if let Some(bytes) = fanout.encode(sink, hub) {
-                            round.send(sink, bytes, now);
+                            round.send(sink, bytes, Micros::UNTIMED);
                         }
                     }
                 }

@@ -8,7 +8,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
-use wsproxy_conn::clock;
+use wsproxy_conn::clock::{self, Micros};
 use wsproxy_proto::{
     history::{After, Entry, Log, Lost, Pages, Position, pages::Since, reader::Filled},
     names::Id,
@@ -398,7 +398,8 @@ impl Hub {
         message: Message<'_>,
         round: &mut Round,
     ) {
-        round.deliver(state, audience, &mut Fanout::new(message), self, clock::now());
+        // Where the message was meanwhile is not known.
+        round.deliver(state, audience, &mut Fanout::new(message), self, Micros::UNTIMED);
     }
 }
 

@@ -1,6 +1,8 @@
 //! What the gateway itself tells a client about its history, as JSON.
 
-use serde_json::{Value, json};
+use std::fmt::Write;
+
+use serde_json::{json, value::RawValue};
 use wsproxy_proto::history::{After, Lost, Position};
 
 use crate::store::StreamState;
@@ -29,19 +31,46 @@ pub fn history_lost(lost: Lost, position: Position) -> String {
 /// A token stream as it stands, for a client that has not seen its beginning.
 #[must_use]
 pub fn stream_snapshot(stream: &StreamState) -> String {
-    // What a worker stored is JSON, or it is left out.
-    let parse = |json: &[u8]| serde_json::from_slice::<Value>(json).ok();
+    // Without the end of its object.
     let mut snapshot = json!({
         "type": "stream_snapshot",
         "stream": stream.stream,
         "state": stream.state,
         "seq": stream.seq,
         "text": String::from_utf8_lossy(&stream.text),
-    });
-    for (name, value) in [("meta", parse(&stream.meta)), ("error", parse(&stream.error))] {
-        if let Some(value) = value {
-            snapshot[name] = value;
+    })
+    .to_string();
+    snapshot.pop();
+    for (name, json) in [("meta", &stream.meta), ("error", &stream.error)] {
+        // What a worker stored is JSON and stays as it was written, or it is left out.
+        if let Ok(value) = serde_json::from_slice::<&RawValue>(json) {
+            // Writing into a String cannot fail.
+            let _ = write!(snapshot, ",\"{name}\":{value}");
         }
     }
-    snapshot.to_string()
+    snapshot.push('}');
+    snapshot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_has_the_workers_json_as_it_was_written() {
+        let meta = r#"{"wei":115792089237316195423570985008687907853269984665640564039457}"#;
+        let mut stream = StreamState {
+            stream: "a".into(),
+            state: "open".into(),
+            seq: 3,
+            text: "x".into(),
+            meta: meta.into(),
+            error: "".into(),
+        };
+        let begin = r#"{"seq":3,"state":"open","stream":"a","text":"x","type":"stream_snapshot""#;
+        assert_eq!(stream_snapshot(&stream), format!(r#"{begin},"meta":{meta}}}"#));
+        stream.meta = "no json".into();
+        stream.error = r#"{"code": 1.0}"#.into();
+        assert_eq!(stream_snapshot(&stream), format!(r#"{begin},"error":{{"code": 1.0}}}}"#));
+    }
 }

@@ -333,11 +333,11 @@ impl Replay {
         for (entry, bytes) in found.entries.iter().zip(encoded) {
             if let Some(bytes) = bytes {
                 Fanout::new(missed(entry)).announce_to(target);
-                told.round.send_missed(target, bytes, clock::now());
+                told.round.send_missed(target, bytes);
             }
         }
         for bytes in held {
-            told.round.send_missed(&self.gate.target, bytes, clock::now());
+            told.round.send_missed(&self.gate.target, bytes);
         }
     }
 }
@@ -366,7 +366,7 @@ impl Telling<'_> {
         let mut fanout = Fanout::new(message);
         if let Some(bytes) = fanout.encode(target, &self.replay.hub) {
             fanout.announce_to(target);
-            self.round.send_missed(target, bytes, clock::now());
+            self.round.send_missed(target, bytes);
         }
     }
 

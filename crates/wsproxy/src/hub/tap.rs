@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use wsproxy_conn::Runtime;
+use wsproxy_conn::{Runtime, clock::Micros};
 use wsproxy_proto::{disconnect::Disconnect, history::Position};
 
 use crate::hub::gzip::Deflation;
@@ -49,8 +49,8 @@ struct State {
 /// What a follower finds in its tap, in the order in which it happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TapEntry {
-    /// A message: its payload, or what a client is sent of it.
-    Message(Bytes),
+    /// A message, its payload or what a client is sent of it, and when it was read from the bus.
+    Message(Bytes, Micros),
     /// What follows is behind this position.
     Position(Position),
     /// Something for the endpoint's logic, with the tag of its sink.
@@ -118,8 +118,9 @@ impl Tap {
         state.discarded + state.messages()
     }
 
-    pub(crate) fn push(&self, payload: Bytes) {
-        self.queue(TapEntry::Message(payload));
+    /// A message that was read from the bus at `since`; [`Micros::UNTIMED`]: it was not.
+    pub(crate) fn push(&self, payload: Bytes, since: Micros) {
+        self.queue(TapEntry::Message(payload, since));
     }
 
     /// Something for the endpoint's logic.
@@ -130,7 +131,7 @@ impl Tap {
     /// A message that the reader had missed before anything else came. Whoever reads them from a log bounds
     /// them; if they counted here, a reader that has missed much would be too slow before it has begun.
     pub(crate) fn push_missed(&self, payload: Bytes) {
-        self.queue_missed(TapEntry::Message(payload));
+        self.queue_missed(TapEntry::Message(payload, Micros::UNTIMED));
     }
 
     /// Tells the reader where it is, before anything else.
@@ -230,7 +231,7 @@ impl Tap {
     pub async fn next(&self) -> Option<Bytes> {
         loop {
             match self.next_entry().await? {
-                TapEntry::Message(message) => return Some(message),
+                TapEntry::Message(message, _) => return Some(message),
                 TapEntry::Position(_) | TapEntry::Event(..) | TapEntry::Gap(_) => {}
                 TapEntry::End(_) => return None,
             }
@@ -284,12 +285,12 @@ impl State {
 
 impl TapEntry {
     const fn is_message(&self) -> bool {
-        matches!(self, Self::Message(_))
+        matches!(self, Self::Message(..))
     }
 
     const fn bytes(&self) -> usize {
         match self {
-            Self::Message(payload) | Self::Event(_, payload) => ENTRY_BYTES + payload.len(),
+            Self::Message(payload, _) | Self::Event(_, payload) => ENTRY_BYTES + payload.len(),
             Self::Position(_) | Self::Gap(_) => ENTRY_BYTES,
             Self::End(_) => 0,
         }
@@ -310,16 +311,14 @@ const ENTRIES_KEPT: usize = 4;
 
 #[cfg(test)]
 mod tests {
-    use wsproxy_conn::clock::Micros;
-
     use super::*;
 
     #[tokio::test]
     async fn a_follower_that_is_too_slow_is_told() {
         let tap = Tap::new(2 * ENTRY_BYTES + 10);
-        tap.push("1234".into());
-        tap.push("123456789".into());
-        tap.push("x".into());
+        tap.push("1234".into(), Micros(1));
+        tap.push("123456789".into(), Micros(1));
+        tap.push("x".into(), Micros(1));
         assert_eq!(tap.next().await, Some(Bytes::from_static(b"1234")));
         assert_eq!(tap.next().await, None);
     }
@@ -330,13 +329,13 @@ mod tests {
         let tap = Tap::of_client(2 * ENTRY_BYTES, Arc::clone(&runtime), None);
         // What it had missed is no fault of its own.
         (0..10).for_each(|_| tap.push_missed("missed".into()));
-        tap.push("".into());
-        tap.push("".into());
+        tap.push("".into(), Micros(1));
+        tap.push("".into(), Micros(1));
         assert_eq!(runtime.budget.used(), 12 * ENTRY_BYTES + 60);
         assert_eq!(tap.next().await, Some(Bytes::from_static(b"missed")));
-        tap.push("x".into());
+        tap.push("x".into(), Micros(1));
         assert_eq!((runtime.budget.used(), tap.waiting_bytes()), (0, 0));
-        tap.push("after the end".into());
+        tap.push("after the end".into(), Micros(1));
         assert_eq!(tap.discarded(), 13);
         assert_eq!(tap.next_entry().await, Some(TapEntry::End((&Disconnect::SLOW).into())));
         assert_eq!(tap.next_entry().await, None);
@@ -347,7 +346,7 @@ mod tests {
         let runtime = Runtime::new(1 << 20, Micros(0));
         let tap = Tap::of_client(1000, Arc::clone(&runtime), None);
         tap.place(Position::START);
-        tap.push("1".into());
+        tap.push("1".into(), Micros(1));
         tap.end(&Disconnect::RESTART);
         drop(tap);
         assert_eq!(runtime.budget.used(), 0);

@@ -184,7 +184,9 @@ impl Registry {
 
     fn bad_command(&self, error: &str) {
         self.counters.bad_commands.add(1);
-        warn!(error, "A command to all instances makes no sense.");
+        if let Some(left_out) = self.counters.bad_command_lines.pass() {
+            warn!(error, left_out, "A command to all instances makes no sense.");
+        }
     }
 }
 
@@ -211,7 +213,7 @@ async fn follow(registry: &Registry) {
     loop {
         tokio::select! {
             entry = tap.next_entry() => match entry {
-                Some(TapEntry::Message(payload)) => registry.execute(&payload).await,
+                Some(TapEntry::Message(payload, _)) => registry.execute(&payload).await,
                 Some(TapEntry::Gap(_)) => recheck = Some(Instant::now()),
                 Some(TapEntry::Position(_) | TapEntry::Event(..)) => {}
                 Some(TapEntry::End(_)) | None => {

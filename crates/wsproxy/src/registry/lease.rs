@@ -6,7 +6,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -41,6 +41,7 @@ pub struct Lease {
     beat: watch::Sender<Beat>,
     /// Guards when the lease was taken up without a break, and until when it runs for certain.
     held: Mutex<Option<Held>>,
+    namesake: Namesake,
     /// Connections of the event endpoint, which the lease tells.
     connections: AtomicU64,
     closing: CancellationToken,
@@ -143,6 +144,19 @@ pub(super) enum Holder {
     Another,
 }
 
+/// Tells an instance with the same name from an earlier run whose lease came back: a Redis that was rolled back, or a
+/// replica that took over, may hold an old value, but only once. Another instance takes the lease again and again.
+#[derive(Debug, Default)]
+struct Namesake(AtomicBool);
+
+impl Namesake {
+    /// Whether a renewal that found this holder is the second in a row that found another one.
+    fn is_alive(&self, holder: Holder) -> bool {
+        let is_another = holder == Holder::Another;
+        self.0.swap(is_another, Relaxed) && is_another
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Held {
     since: Instant,
@@ -198,6 +212,7 @@ impl Lease {
             families,
             beat: watch::Sender::default(),
             held: Mutex::default(),
+            namesake: Namesake::default(),
             connections: AtomicU64::default(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -276,14 +291,12 @@ impl Lease {
         let lapsed = unbroken.is_none();
         let before = *self.beat.borrow();
         let server_id = &*self.settings.server_id;
-        match holder {
-            Holder::Another if before.renewals > 0 => {
+        if before.renewals > 0 {
+            if self.namesake.is_alive(holder) {
                 error!(server_id, "Another instance has the same SERVER_ID.");
+            } else if lapsed {
+                info!(server_id, "The lease was lost and is taken up again.");
             }
-            _ if lapsed && before.renewals > 0 => {
-                info!(server_id, "The lease was lost and is taken up again.")
-            }
-            _ => {}
         }
         self.beat.send_replace(Beat {
             renewals: before.renewals + 1,
@@ -340,3 +353,17 @@ async fn keep(lease: Arc<Lease>) {
 
 /// Time that Redis gets at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rolled_back_lease_is_no_namesake() {
+        let namesake = Namesake::default();
+        let seen = [Holder::Another, Holder::Us, Holder::Another, Holder::Nobody, Holder::Us];
+        assert!(!seen.into_iter().any(|holder| namesake.is_alive(holder)));
+        let seen = [Holder::Another; 3].map(|holder| namesake.is_alive(holder));
+        assert_eq!(seen, [false, true, true]);
+    }
+}

@@ -34,6 +34,10 @@ pub fn flush() {
     }
 }
 
+/// Target of the lines, at the level `trace`, by which one message is followed through an instance. They tell where it
+/// is and how long it is, never what it says.
+pub const MESSAGES: &str = "wsproxy::messages";
+
 /// One log per process.
 static WRITER: OnceLock<writer::Writer> = OnceLock::new();
 

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use hashbrown::HashMap;
+use parking_lot::Mutex;
 use wsproxy_conn::clock::{self, Micros};
 
 /// Lets one line of a kind through each second, and counts the others.
@@ -36,11 +38,28 @@ impl Throttle {
     }
 }
 
+/// A [`Throttle`] for each kind of line. Kinds are words of the program, so there are few.
+#[derive(Debug, Default)]
+pub struct Throttles(Mutex<HashMap<&'static str, Throttle>>);
+
+impl Throttles {
+    /// Whether a line of this kind may be written now: the number of those that were left out since the last one.
+    pub fn pass(&self, kind: &'static str) -> Option<u64> {
+        self.0.lock().entry(kind).or_default().pass()
+    }
+}
+
 const EVERY_MICROS: u64 = 1_000_000;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_kind_has_a_line_of_its_own() {
+        let throttles = Throttles::default();
+        assert_eq!(["a", "a", "b"].map(|kind| throttles.pass(kind)), [Some(0), None, Some(0)]);
+    }
 
     #[test]
     fn one_line_a_second_passes_and_tells_how_many_did_not() {

@@ -141,7 +141,11 @@ async fn a_client_that_sends_while_the_bus_is_away_is_told_what_is_lost() {
     client.send("\"last\"").await;
     while worker.next().await != "\"last\"" {}
     instance.publish("session:s:down", "\"end\"");
-    let count = |kind| instance.metric(&format!("wsproxy_message_errors_total{{kind=\"{kind}\"}}"));
+    let count = |kind| {
+        instance.metric(&format!(
+            "wsproxy_message_errors_total{{endpoint=\"sessions\",kind=\"{kind}\"}}"
+        ))
+    };
     let lost = || count("lost") + count("refused");
     let (mut told, mut notices, mut ended) = (0.0, 0, false);
     while !ended || told < lost() {

@@ -1,5 +1,7 @@
 //! Metrics mean what their names promise, and neither they nor logs tell what is secret.
 
+use std::time::Duration;
+
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::{
@@ -11,6 +13,7 @@ use crate::support::{
     raw::Raw,
     redis_server::RedisServer,
     soon,
+    sse::Events,
 };
 
 #[tokio::test]
@@ -100,6 +103,119 @@ async fn every_name_of_the_contract_is_there_as_text_and_as_json() {
         sample["name"] == "wsproxy_messages_sent_total" && sample["labels"]["endpoint"] == "echo"
     });
     assert_eq!(sent.unwrap()["value"], 1.0);
+}
+
+#[tokio::test]
+async fn prometheus_text_is_served_on_request() {
+    let instance = TestInstance::with(|_| ()).await;
+    let accept = [("accept", "text/plain; version=0.0.4")];
+    let text = http::request(instance.address(), "GET", "/metrics", &accept, b"").await;
+    assert_eq!(text.header("content-type"), "text/plain; version=0.0.4; charset=utf-8");
+    assert!(text.body.contains("# TYPE wsproxy_connections_total counter\n"));
+    assert!(!text.body.contains("# UNIT") && !text.body.contains("# EOF"));
+}
+
+#[tokio::test]
+async fn series_begin_before_their_first_event() {
+    let instance = TestInstance::with(|config| config.endpoints.echo = false).await;
+    let text = instance.get("/metrics").await.body;
+    for series in [
+        "wsproxy_handshakes_total{endpoint=\"sessions\",outcome=\"accepted\"} 0",
+        "wsproxy_handshakes_total{endpoint=\"sessions\",outcome=\"full\"} 0",
+        "wsproxy_handshakes_total{endpoint=\"sessions\",outcome=\"bus_unavailable\"} 0",
+        "wsproxy_handshakes_total{endpoint=\"none\",outcome=\"full\"} 0",
+        "wsproxy_disconnects_total{endpoint=\"sessions\",reason=\"slow_consumer\"} 0",
+        "wsproxy_disconnects_total{endpoint=\"sessions\",reason=\"internal\"} 0",
+        "wsproxy_errors_total{kind=\"bad_request\"} 0",
+        "wsproxy_messages_unheard_total{endpoint=\"events\"} 0",
+        "wsproxy_message_errors_total{endpoint=\"events\",kind=\"lost\"} 0",
+    ] {
+        assert!(text.lines().any(|line| line == series), "{series}");
+    }
+    assert!(!text.contains("wsproxy_disconnects_total{endpoint=\"echo\""), "what is off has none");
+}
+
+/// Event streams, kept connections and probes that only connect end without anybody's fault.
+#[tokio::test]
+async fn only_bad_requests_count_as_such() {
+    let instance = TestInstance::with(|config| {
+        config.server.header_timeout = Duration::from_secs(1);
+    })
+    .await;
+    let errors = || {
+        ["bad_request", "slow_request", "handshake"]
+            .map(|kind| instance.metric(&format!("wsproxy_errors_total{{kind=\"{kind}\"}}")))
+    };
+    for _ in 0..10 {
+        let mut events = Events::session(&instance, "s", &[]).await;
+        instance.publish("session:s:down", "1");
+        assert_eq!(events.data().await, "1");
+        drop(events);
+        drop(Raw::connect(instance.address()).await);
+        Raw::connect(instance.address()).await.reset();
+    }
+    eventually("all are gone", || instance.ended("sessions", "gone") == 10.0).await;
+    let mut kept = Raw::connect(instance.address()).await;
+    kept.write(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert_eq!(kept.response().await.status, 200);
+    kept.end().await;
+    assert_eq!(errors(), [0.0; 3]);
+    // One that has begun a request is at fault, its second one too.
+    let mut slow = Raw::connect(instance.address()).await;
+    slow.write(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert_eq!(slow.response().await.status, 200);
+    slow.write(b"GET /ready").await;
+    slow.end().await;
+    eventually("it is counted", || errors() == [0.0, 1.0, 0.0]).await;
+}
+
+/// Messages from the bus, over both transports; nothing that the gateway says itself.
+#[tokio::test]
+async fn latency_is_that_of_the_buses_messages() {
+    let instance = TestInstance::with(|config| config.sessions.history = true).await;
+    let of = |name: &str| instance.metric(&format!("{name}{{endpoint=\"sessions\"}}"));
+    let timed = || of("wsproxy_message_latency_seconds_count");
+    let mut events = Events::session(&instance, "s", &[]).await;
+    events.block().await;
+    let id = instance.keep("s", "[1]").await;
+    assert_eq!(events.data().await, "[1]");
+    eventually("the event is timed", || timed() == 1.0).await;
+    assert_eq!(of("wsproxy_messages_sent_total"), 1.0);
+
+    // Told by the gateway: what the client had missed, an error.
+    instance.keep("s", "[2]").await;
+    eventually("the event is timed", || timed() == 2.0).await;
+    let mut client = instance.client_with("s", &format!("&last_event_id={id}")).await;
+    assert_eq!(client.json().await["type"], "resumed");
+    assert_eq!(client.text().await, "[2]");
+    client.send("no json").await;
+    assert_eq!(client.json().await["code"], "invalid_json");
+    assert_eq!((timed(), of("wsproxy_messages_sent_total")), (2.0, 5.0));
+    instance.keep("s", "[3]").await;
+    assert_eq!(client.text().await, "[3]");
+    eventually("both are timed", || timed() == 4.0).await;
+    assert!(of("wsproxy_message_latency_seconds_sum") < 10.0);
+}
+
+#[tokio::test]
+async fn events_without_a_worker_count_as_sessions_do() {
+    let instance = TestInstance::with(|config| {
+        config.endpoints.events = true;
+        config.jwt.secret_key = Some("0123456789abcdef0123456789abcdef".into());
+    })
+    .await;
+    let claims = serde_json::json!({ "sub": "u", "exp": crate::support::issuer::now() + 600 });
+    let key = jsonwebtoken::EncodingKey::from_secret(b"0123456789abcdef0123456789abcdef");
+    let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap();
+    let mut client = Client::connect(instance.address(), "/ws", &bearer(&token)).await.unwrap();
+    client.json().await;
+    client.send(r#"{"type":"anything"}"#).await;
+    let unheard = "wsproxy_messages_unheard_total{endpoint=\"events\"}";
+    eventually("it is counted", || instance.metric(unheard) == 1.0).await;
+    let mut client = instance.client("s").await;
+    client.send("1").await;
+    let unheard = "wsproxy_messages_unheard_total{endpoint=\"sessions\"}";
+    eventually("it is counted", || instance.metric(unheard) == 1.0).await;
 }
 
 #[tokio::test]

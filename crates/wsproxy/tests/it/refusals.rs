@@ -148,7 +148,10 @@ async fn a_client_is_told_that_its_message_was_not_delivered() {
     client.send("1").await;
     let told = client.json().await;
     assert_eq!((&told["type"], &told["code"]), (&"error".into(), &"publish_refused".into()));
-    assert_eq!(instance.metric("wsproxy_message_errors_total{kind=\"refused\"}"), 1.0);
+    assert_eq!(
+        instance.metric("wsproxy_message_errors_total{endpoint=\"sessions\",kind=\"refused\"}"),
+        1.0
+    );
     set(&server, STATES[0].2);
     client.send("2").await;
     eventually("the next one is kept", || {

@@ -354,7 +354,10 @@ async fn a_later_run_of_the_same_name_announces_what_is_gone() {
     }
     node.written().await;
     assert_eq!(story(&server, LOG, new), ["opened"]);
-    assert_eq!(server.call(&["HLEN", "ws:server:node:sessions"]), Answer::Integer(1));
+    eventually("the list is as long as it has members", || {
+        server.call(&["HLEN", "ws:server:node:sessions"]) == Answer::Integer(1)
+    })
+    .await;
     node.close().await;
 }
 
@@ -375,7 +378,10 @@ async fn an_instance_taken_for_dead_announces_its_sessions_again() {
     wait_story(&server, LOG, goes, &["opened", "closed server_lost", "closed"]).await;
     frozen.written().await;
     assert_eq!(story(&server, LOG, comes).last().unwrap(), "opened");
-    assert_eq!(server.call(&["HLEN", "ws:server:frozen:sessions"]), Answer::Integer(2));
+    eventually("the list is as long as it has members", || {
+        server.call(&["HLEN", "ws:server:frozen:sessions"]) == Answer::Integer(2)
+    })
+    .await;
     frozen.shut(stays);
     frozen.written().await;
     assert_eq!(story(&server, LOG, stays).last().unwrap(), "closed");
@@ -438,7 +444,10 @@ async fn an_outage_makes_no_hole_and_no_false_end() {
     // Both were away as long as a dead instance is: the one that came back first has not buried the other.
     tokio::time::sleep(FAST.refresh * 10).await;
     for connection in open {
-        assert_eq!(story(&server, LOG, connection), ["opened"]);
+        // One that was about to bury the other may make it announce what is open once more.
+        let told = story(&server, LOG, connection);
+        assert!(told.iter().all(|line| line.starts_with("opened")), "{told:?}");
+        assert!(!told.is_empty());
     }
     for node in nodes {
         node.close().await;

@@ -124,7 +124,7 @@ async fn commands_that_make_no_sense_are_counted_and_change_nothing(backend: Bac
     let unknown = r#"{"op":"close","connection_id":"00000000-0000-0000-0000-000000000000"}"#;
     instance.publish("session:s:control", unknown);
     eventually("nonsense is counted", || {
-        instance.metric("wsproxy_message_errors_total{kind=\"bad_command\"}")
+        instance.metric("wsproxy_message_errors_total{endpoint=\"sessions\",kind=\"bad_command\"}")
             == nonsense.len() as f64
     })
     .await;
@@ -182,7 +182,7 @@ async fn a_message_that_nobody_hears_is_an_error_where_that_is_wanted(backend: B
     client.send("1").await;
     let error = client.json().await;
     assert_eq!((&error["type"], &error["code"]), (&json!("error"), &json!("no_receiver")));
-    assert_eq!(instance.metric("wsproxy_messages_unheard_total"), 1.0);
+    assert_eq!(instance.metric("wsproxy_messages_unheard_total{endpoint=\"sessions\"}"), 1.0);
     let mut worker = instance.follow("session:s:up").await;
     client.send("2").await;
     assert_eq!(worker.next().await, "2");
@@ -193,7 +193,10 @@ async fn a_message_that_nobody_hears_is_ignored_where_that_is_wanted(backend: Ba
     let instance = TestInstance::start(backend.config()).await;
     let mut client = instance.client("s").await;
     client.send("1").await;
-    eventually("it is counted", || instance.metric("wsproxy_messages_unheard_total") == 1.0).await;
+    eventually("it is counted", || {
+        instance.metric("wsproxy_messages_unheard_total{endpoint=\"sessions\"}") == 1.0
+    })
+    .await;
     // The next message that the client gets is not about it.
     instance.assert_serves(&mut client, "s").await;
 }
@@ -270,7 +273,10 @@ async fn what_is_no_json_is_answered_and_counted_until_the_strikes_are_used_up()
     }
     client.send_message(Message::binary(b"\"\xff\"".to_vec())).await;
     assert_eq!(client.closed().await, (1008, "too many invalid messages".into()));
-    assert_eq!(instance.metric("wsproxy_message_errors_total{kind=\"invalid\"}"), 5.0);
+    assert_eq!(
+        instance.metric("wsproxy_message_errors_total{endpoint=\"sessions\",kind=\"invalid\"}"),
+        5.0
+    );
     instance.wait_ended("sessions", "strikes").await;
     instance.assert_serves(&mut other, "other").await;
 }

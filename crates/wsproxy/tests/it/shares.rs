@@ -25,6 +25,7 @@ use crate::support::{
 over_both!(
     a_session_has_its_connections_and_no_more,
     compressed_messages_count_with_what_they_become,
+    resumes_of_one_user_are_bounded,
 );
 
 /// Redis takes 20 MB a second, and one client has more for it than that.
@@ -166,6 +167,41 @@ async fn a_user_has_its_connections_and_no_more() {
     drop(clients);
     eventually("their places are free", || instance.gateway().places.taken() == 0).await;
     drop(Events::open(address, "/ws", &headers).await.expect("there is room"));
+}
+
+/// To read what was missed costs Redis much, and asks a client for nothing but a line.
+async fn resumes_of_one_user_are_bounded(backend: Backend) {
+    let mut config = backend.config();
+    config.endpoints.events = true;
+    config.jwt.secret_key = Some(SECRET.into());
+    config.events.history = true;
+    config.limits.resumes_per_second = 1;
+    let instance = TestInstance::start(config).await;
+    let attempt = async |user: &str, path: &str| {
+        let token = format!("Bearer {}", token_of(user));
+        instance.handshake(path, &[("authorization", &token)]).await
+    };
+    for path in ["/ws?last_event_id=0", "/ws?resume=frame", "/ws?last_event_id=1-2-00000001"] {
+        let mut passed = 0;
+        let refused = loop {
+            let answer = attempt("u", path).await;
+            if answer.status != 101 {
+                break answer;
+            }
+            passed += 1;
+            assert!(passed < 200, "{path}");
+        };
+        refused.assert_refused(429, "rate_limited");
+        assert!(passed >= 5 || !path.ends_with("=0"), "five may come at once");
+    }
+    // Neither those who begin anew nor others pay for it.
+    assert_eq!(attempt("u", "/ws").await.status, 101);
+    assert_eq!(attempt("u", "/ws?last_event_id=").await.status, 101);
+    assert_eq!(attempt("v", "/ws?last_event_id=0").await.status, 101);
+    let counted = "wsproxy_handshakes_total{endpoint=\"events\",outcome=\"rate_limited\"}";
+    assert_eq!(instance.metric(counted), 3.0);
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(attempt("u", "/ws?last_event_id=0").await.status, 101);
 }
 
 /// Handshakes that wait for the keys of an issuer who does not answer.

@@ -150,7 +150,10 @@ async fn a_worker_ends_streams_as_it_ends_connections(backend: Backend) {
     assert_eq!((socket.text().await, socket.text().await), ("before".into(), "after".into()));
     assert_eq!(socket.closed().await.0, 4004);
     eventually("all are counted", || instance.ended("sessions", "backend") == 3.0).await;
-    assert_eq!(instance.metric("wsproxy_message_errors_total{kind=\"bad_command\"}"), 3.0);
+    assert_eq!(
+        instance.metric("wsproxy_message_errors_total{endpoint=\"sessions\",kind=\"bad_command\"}"),
+        3.0
+    );
     drop(announced);
     instance.wait_empty().await;
 }

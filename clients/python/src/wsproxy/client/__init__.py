@@ -47,6 +47,8 @@ def connect_session(
             async for message in client:
                 print(message.json())
 
+    A function that fails, in whatever way, is called again; one that raises :class:`~wsproxy.GiveUp` ends the client.
+
     A ticket that was issued with ``event_stream`` needs no function: it opens event streams (``transport="sse"``) until
     it expires, and no WebSocket.
 
@@ -78,9 +80,10 @@ def connect_events(
     """A client of the event endpoint; see :func:`connect_session` for what both share.
 
     ``token`` is a JWT or a function that fetches one: it is called again ``refresh_ahead`` seconds before the token
-    expires, and the new one is handed over in place. Pings are answered. A message that asks for an acknowledgement
-    gets it when the loop comes back for the next one; with ``auto_ack=False`` call :meth:`Client.ack`. Over ``sse``
-    nothing can be acknowledged, and a new token means a new connection.
+    expires, but not before half of the time that is left, and the new one is handed over in place. Pings are answered.
+    A message that asks for an acknowledgement gets it when the loop comes back for the next one; with
+    ``auto_ack=False`` call :meth:`Client.ack`. Over ``sse`` nothing can be acknowledged, and a new token means a new
+    connection.
     """
     return Client(
         _transport(transport, base_url, path, options),

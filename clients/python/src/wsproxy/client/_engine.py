@@ -7,10 +7,12 @@ import contextlib
 import inspect
 import json
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -18,8 +20,9 @@ import httpx
 
 from .._backoff import Backoff
 from .._positions import order, parse
-from ..errors import ConnectionClosed, NotSupported, Refused, Unavailable, WsproxyError
+from ..errors import ConnectionClosed, GiveUp, InvalidRequest, NotSupported, Refused, Unavailable, WsproxyError
 from ..types import Payload, Ticket, encode
+from ._advice import SLOW, Advice, after_close, after_refusal, is_normal
 from ._message import Message
 from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, Transport
 from .streams import MergedStreams
@@ -37,15 +40,16 @@ StateCallback: TypeAlias = Callable[[State], None]
 _QUEUE_MAX = 1000
 # Positions by which a repeated delivery is recognised.
 _RECENT_MAX = 10_000
-# Refusals that other tries mend; all others are final.
-_RETRYABLE = (0, 408, 429, 500, 502, 503, 504)
-# A token may have been used up by a handshake whose answer was lost: so often a fresh one is tried.
-_TOKEN_TRIES = 3
-# Close codes after which to come back is no use, and those of them that are a normal end.
-_FINAL = (1000, 1002, 1003, 1007, 1009, 4001, 4003, 4004)
-_NORMAL = (1000, 4003, 4004)
-# Notices about the connection, which say nothing to whoever reads messages.
-_OWN = ("opened", "connected", "resumed", "refreshed", "pong")
+# The code of a try for which there was no token.
+_NO_TOKEN = "no_token"
+# A token function that takes longer has failed, in seconds.
+_TOKEN_TIMEOUT = 30.0
+# Seconds between two questions for a fresh token while one is in use.
+_REFRESH_PAUSE_MIN = 1.0
+# A connection that stood for so many seconds was a good one: the next pause is short again.
+_STABLE = 5.0
+# Seconds without a connection after which it is worth a warning, and between two of them.
+_WARN_EVERY = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,25 @@ class Client:
 
     Notices of the gateway that concern the reader are among them: ``error`` (with ``code`` ``history_lost``, see
     :attr:`Message.is_history_lost`) and ``bus_recovered``. The iteration ends when the client or a worker ended the
-    connection (:attr:`closed` says how) and raises :class:`~wsproxy.Refused` or :class:`~wsproxy.ConnectionClosed`
-    where to come back is no use.
+    connection (:attr:`closed` says how). It raises :class:`~wsproxy.Refused` or :class:`~wsproxy.ConnectionClosed`
+    where the gateway itself says that to come back is no use, and :class:`~wsproxy.GiveUp` where the token function
+    raised that. Everything else passes, and the client tries again.
     """
 
     def __init__(self, transport: Transport, options: Options) -> None:
         """Not for direct use: :func:`connect_session` and :func:`connect_events` make clients."""
+        if not callable(options.token) and not _text_of(options.token):
+            raise InvalidRequest("The token must be a text, a ticket, or a function that gives one.")
         self._transport = transport
         self._options = options
+        self._token_in_use = ""
+        # The gateway's clock when this machine's monotonic one began.
+        self._gateway_epoch: float | None = None
+        self._refreshing = False
+        # Until a worker's message comes over a connection, the gateway may still say where it begins.
+        self._greeting = True
+        self._down_since = time.monotonic()
+        self._warned = 0.0
         self._position = options.last_event_id or ""
         self._resuming = False
         self._delivered = options.last_event_id
@@ -206,7 +221,7 @@ class Client:
             self._error = error
             self._end(*(self.closed or (1006, str(error))))
         except Exception as error:
-            # A token function that failed in its own way: its error is the caller's to see.
+            # Such as an option that the library below does not know: the caller's to see.
             self._error = WsproxyError(f"The client failed: {error!r}")
             self._error.__cause__ = error
             self._end(1006, repr(error))
@@ -214,55 +229,99 @@ class Client:
         await self._queue.put(None)
 
     async def _connections(self) -> None:
-        backoff, refusals, down_since = Backoff(base=0.25, cap=10.0), 0, time.monotonic()
+        backoff = Backoff(base=0.25, cap=10.0)
+        self._down_since = time.monotonic()
         while True:
-            pause = 0.0
             self._set_state("connecting")
             try:
                 connection = await self._open()
             except NotOpened as error:
-                pause = error.retry_after
-                refusals = refusals + 1 if error.status in (401, 403) else 0
-                fresh = callable(self._options.token) and 0 < refusals < _TOKEN_TRIES
-                if error.status not in _RETRYABLE and not fresh:
+                advice, at_least = after_refusal(error.status, error.code, error.retryable), error.retry_after
+                if self._is_final(advice):
                     raise Refused(str(error), error.status, error.code) from error
-                _log.debug("Not connected: %s", error)
+                self._complain(error, advice)
             else:
-                refusals = 0
                 lost = await self._read(connection, backoff)
-                if _is_final(lost):
+                advice, at_least = after_close(lost.code, lost.reason), 0.0
+                if self._is_final(advice):
                     self.closed = (lost.code, lost.reason)
-                    if lost.code not in _NORMAL:
+                    if advice != "final" or not is_normal(lost.code):
                         raise ConnectionClosed(lost.code, lost.reason)
                     self._end(lost.code, lost.reason)
                     return
-                down_since = time.monotonic()
-            give_up = self._options.give_up_after
-            if give_up is not None and time.monotonic() - down_since > give_up:
-                raise Unavailable(f"There was no connection for {give_up:g} s.")
+                self._down_since = time.monotonic()
             self._set_state("waiting")
-            await asyncio.sleep(backoff.next(pause))
+            await self._rest(backoff, advice, at_least)
+
+    def _is_final(self, advice: Advice) -> bool:
+        # Where the token is fixed, no other one will come.
+        return advice == "final" or (advice == "credentials" and not callable(self._options.token))
+
+    async def _rest(self, backoff: Backoff, advice: Advice, at_least: float) -> None:
+        if advice == "slow":
+            at_least = at_least or SLOW
+        is_first = backoff.attempt == 0
+        pause = backoff.next(at_least)
+        if advice == "credentials" and is_first:
+            pause = 0.0
+        await asyncio.sleep(min(pause, self._patience()))
+        if self._patience() <= 0:
+            raise self._impatient()
+
+    def _patience(self) -> float:
+        """Seconds that may still pass without a connection."""
+        give_up = self._options.give_up_after
+        return math.inf if give_up is None else max(0.0, self._down_since + give_up - time.monotonic())
+
+    def _impatient(self) -> Unavailable:
+        return Unavailable(f"There was no connection for {self._options.give_up_after:g} s.")
+
+    def _complain(self, error: NotOpened, advice: Advice) -> None:
+        """Says what keeps the client away: at once what concerns its token, everything else when it lasts."""
+        now = time.monotonic()
+        is_due = advice == "credentials" or error.code == _NO_TOKEN or now - self._down_since > _WARN_EVERY
+        if is_due and now - self._warned > _WARN_EVERY:
+            self._warned = now
+            _log.warning("The client is not connected and tries again: %s", error)
+        else:
+            _log.debug("Not connected: %s", error)
 
     async def _open(self) -> Connection:
+        token = await self._token()
+        self._token_in_use = token
+        limit = min(OPEN_TIMEOUT + 5.0, self._patience())
         try:
-            token = await self._token()
-        except (httpx.HTTPError, OSError, Unavailable) as error:
-            raise NotOpened(0, "no_token", f"There is no token: {error!r}") from error
-        try:
-            async with asyncio.timeout(OPEN_TIMEOUT + 5.0):
+            async with asyncio.timeout(limit):
                 self._resuming, self._whole = bool(self._position), None
                 return await self._transport.open(token, self._position)
         except TimeoutError as error:
             raise NotOpened(0, "unreachable", "The gateway did not answer in time.") from error
 
     async def _token(self) -> str:
+        """A token; however the function fails, that passes, unless it says otherwise."""
         source = self._options.token
-        answer = source() if callable(source) else source
-        token = await answer if inspect.isawaitable(answer) else answer
-        return token.token if isinstance(token, Ticket) else token
+        try:
+            async with asyncio.timeout(min(_TOKEN_TIMEOUT, self._patience())):
+                answer = source() if callable(source) else source
+                token = await answer if inspect.isawaitable(answer) else answer
+        except GiveUp:
+            raise
+        except Exception as error:
+            raise NotOpened(0, _NO_TOKEN, f"The token function failed: {error!r}") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Something inside was cancelled, not this client.
+            raise NotOpened(0, _NO_TOKEN, "What the token function waited for was cancelled.") from error
+        text = _text_of(token)
+        if not text:
+            raise NotOpened(0, _NO_TOKEN, f"The token function gave no token, but {type(token).__name__}.")
+        return text
 
     async def _read(self, connection: Connection, backoff: Backoff) -> Lost:
         self._connection = connection
+        self._greeting, self._refreshing = True, False
         self._is_open.set()
         self._set_state("open")
         opened = time.monotonic()
@@ -271,14 +330,14 @@ class Client:
                 async with asyncio.timeout(self._silence_max):
                     frame = await connection.receive()
                 await self._take(frame)
-                # One that is opened and lost at once, over and over, must not be tried without a pause.
-                if time.monotonic() - opened > 5.0:
-                    backoff.reset()
         except Lost as lost:
             return lost
         except TimeoutError:
             return Lost(4002, "silence")
         finally:
+            # One that is opened and lost at once, over and over, must not be tried without a pause.
+            if time.monotonic() - opened > _STABLE:
+                backoff.reset()
             self._forget(connection)
             if self._refresher is not None:
                 self._refresher.cancel()
@@ -299,21 +358,9 @@ class Client:
             member = notice.get("event_id")
             if isinstance(member, str) and parse(member) is not None:
                 message = Message(frame.data, member)
-        match message.type:
-            case "ping" if self._options.events:
-                await self._send_quietly({"type": "pong"})
-                return
-            case "opened" | "connected" | "resumed" | "refreshed" | "pong" as kind if self._is_own(kind, frame, notice):
-                self._take_own(kind, notice)
-                return
-            case "error" if message.is_history_lost and not _is_published(frame, notice):
-                # From here on: everything before is gone, and said to be.
-                self._position = str(notice.get("event_id") or self._position)
-                self._whole = set()
-                await self._queue.put(message)
-                return
-            case "error" if self._options.events and notice.get("code") == "invalid_token":
-                _log.warning("The gateway refused the new token: %s", notice.get("message"))
+        if await self._take_notice(message, frame):
+            return
+        self._greeting = False
         if self._whole is not None:
             self._check_stream(message, self._whole)
         if message.event_id and not await self._is_new(message, message.event_id):
@@ -333,27 +380,52 @@ class Client:
                 self._position = "0"
                 raise Lost(1006, "the beginning of a stream is missing")
 
-    def _is_own(self, kind: str, frame: Frame, notice: dict[str, Any]) -> bool:
-        # Workers may use the same words; the gateway's have these members.
-        member = {
-            "opened": "connection_id",
-            "connected": "connection_id",
-            "resumed": "count",
-            "refreshed": "expires_at",
-        }
-        return kind in _OWN and member.get(kind, "type") in notice and not _is_published(frame, notice)
-
-    def _take_own(self, kind: str, notice: dict[str, Any]) -> None:
+    async def _take_notice(self, message: Message, frame: Frame) -> bool:
+        """Takes what the gateway itself says, and nothing that a worker says in the same words."""
+        notice, kind = message.object, message.type
+        if _is_published(frame, notice):
+            return False
+        if kind == "error" and message.is_history_lost:
+            # From here on: everything before is gone, and said to be.
+            self._position = str(notice.get("event_id") or self._position)
+            self._whole = set()
+            await self._queue.put(message)
+            return True
+        if self._options.events and kind == "ping":
+            await self._send_quietly({"type": "pong"})
+        if self._options.events and kind == "error" and notice.get("code") == "invalid_token":
+            self._refreshing = False
+            _log.warning("The gateway refused the new token: %s", notice.get("message"))
+        if not self._is_own(kind, notice):
+            return False
         if kind in ("opened", "connected"):
             self.connection_id = notice.get("connection_id")
             # While something is still to be resumed, the position is that of the last message we have.
             if not self._resuming:
                 self._position = notice.get("event_id") or self._position
         if kind in ("connected", "refreshed"):
-            self._plan_refresh(notice.get("expires_at"))
+            self._refreshing = False
+            self._plan_refresh(notice.get("expires_at"), notice.get("timestamp"))
         heartbeat = notice.get("heartbeat")
         if isinstance(heartbeat, dict):
             self._silence_max = float(heartbeat.get("interval", 30)) + float(heartbeat.get("timeout", 60))
+        return True
+
+    def _is_own(self, kind: str, notice: dict[str, Any]) -> bool:
+        """Whether a notice is the gateway's, by its endpoint, its place and its members."""
+        members, events = notice.keys(), self._options.events
+        match kind:
+            case "opened":
+                return not events and self._greeting and members == {"type", "connection_id", "event_id"}
+            case "connected":
+                return events and self._greeting and "connection_id" in members
+            case "resumed":
+                return self._greeting and members == {"type", "count", "last_event_id"}
+            case "refreshed":
+                return events and self._refreshing and "expires_at" in members
+            case "ping" | "pong":
+                return events and members <= {"type", "timestamp"}
+        return False
 
     async def _is_new(self, message: Message, event_id: str) -> bool:
         is_repeated = event_id in self._recent
@@ -375,22 +447,34 @@ class Client:
 
     # ---- tokens that expire ----
 
-    def _plan_refresh(self, expires_at: object) -> None:
+    def _plan_refresh(self, expires_at: object, timestamp: object) -> None:
         if self._refresher is not None:
             self._refresher.cancel()
-        if isinstance(expires_at, int | float) and callable(self._options.token):
-            pause = max(0.0, expires_at - time.time() - self._options.refresh_ahead)
-            self._refresher = asyncio.get_running_loop().create_task(self._refresh(pause))
-
-    async def _refresh(self, pause: float) -> None:
-        await asyncio.sleep(pause)
-        try:
-            token = await self._token()
-        except (httpx.HTTPError, OSError, WsproxyError) as error:
-            # The connection ends with 4401 then, and the next one asks for a token again.
-            _log.warning("There is no new token: %r", error)
+        if (told := _seconds(timestamp)) is not None:
+            self._gateway_epoch = told - time.monotonic()
+        if not isinstance(expires_at, int | float) or not callable(self._options.token) or not self._transport.sends:
             return
-        await self._send_quietly({"type": "refresh", "token": token})
+        # By the gateway's clock: this machine's may be wrong.
+        now = time.time() if self._gateway_epoch is None else self._gateway_epoch + time.monotonic()
+        end = time.monotonic() + expires_at - now
+        self._refresher = asyncio.get_running_loop().create_task(self._refresh(end))
+
+    async def _refresh(self, end: float) -> None:
+        """Hands a fresh token over before the monotonic time ``end``; asks for it a few times at most."""
+        while (left := end - time.monotonic()) > 0:
+            # A token that lives shorter than `refresh_ahead`, or that a cache gives again, is asked for a few times.
+            await asyncio.sleep(max(left - self._options.refresh_ahead, left / 2, _REFRESH_PAUSE_MIN))
+            try:
+                token = await self._token()
+            except (NotOpened, GiveUp) as error:
+                # If it lasts, the connection ends with 4401, and the next one asks for a token again.
+                _log.warning("There is no new token: %s", error)
+                continue
+            if token == self._token_in_use:
+                continue
+            self._token_in_use, self._refreshing = token, True
+            # The answer plans anew.
+            await self._send_quietly({"type": "refresh", "token": token})
 
     # ---- small things ----
 
@@ -420,9 +504,18 @@ class Client:
                 self._options.on_state(state)
 
 
-def _is_final(lost: Lost) -> bool:
-    # Too slow and too fast may come back; too many invalid messages would only be sent again.
-    return lost.code in _FINAL or (lost.code == 1008 and "strike" in lost.reason)
+def _text_of(token: object) -> str:
+    """The token in what a token function gave; empty where there is none."""
+    text = token.token if isinstance(token, Ticket) else token
+    return text.strip() if isinstance(text, str) else ""
+
+
+def _seconds(timestamp: object) -> float | None:
+    """A time as the gateway writes it, in seconds since 1970."""
+    try:
+        return datetime.fromisoformat(str(timestamp)).timestamp()
+    except ValueError:
+        return None
 
 
 def _is_published(frame: Frame, message: dict[str, Any]) -> bool:

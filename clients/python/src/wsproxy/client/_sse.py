@@ -15,10 +15,14 @@ from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, not_op
 
 # The gateway sends a comment every 15 s of silence (`[sse] keep_alive`).
 _SILENCE_MAX = 45.0
+# Bytes of a refusal that are read.
+_REFUSAL_MAX = 64 * 1024
 
 
 class SseTransport:
     """Opens event streams; ``options`` go to :class:`httpx.AsyncClient`."""
+
+    sends = False
 
     def __init__(self, base_url: str, path: str, options: Mapping[str, Any]) -> None:
         self._url = url(base_url, path, websocket=False)
@@ -34,9 +38,8 @@ class SseTransport:
         )
         try:
             response = await self._client.send(request, stream=True)
-            if response.status_code != 200:
-                body = await response.aread()
-                await response.aclose()
+            if not _is_event_stream(response):
+                body = await _beginning(response)
                 raise not_opened(response.status_code, body, response.headers.get("retry-after"))
         except httpx.HTTPError as error:
             raise NotOpened(0, "unreachable", f"The gateway cannot be reached: {error!r}") from error
@@ -77,9 +80,27 @@ class _EventStream:
         await self._response.aclose()
 
 
+def _is_event_stream(response: httpx.Response) -> bool:
+    # A network's sign-in page also says 200.
+    return response.status_code == 200 and response.headers.get("content-type", "").startswith("text/event-stream")
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    """As much of a refusal as the gateway would write; something in its place may send more, or never end."""
+    body = b""
+    try:
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _REFUSAL_MAX:
+                break
+    finally:
+        await response.aclose()
+    return body
+
+
 def _closed(event: ServerSentEvent) -> Lost:
     try:
         told = json.loads(event.data or "")
         return Lost(int(told["code"]), str(told.get("reason", "")))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return Lost()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
+
+from ._advice import RETRY_AFTER_MAX, refusal
 
 # No client waits longer than this for one attempt to connect, in seconds.
 OPEN_TIMEOUT = 15.0
@@ -32,13 +33,19 @@ class Lost(Exception):
 
 
 class NotOpened(Exception):
-    """The gateway answered with another status than the one that opens, or (status 0) not at all."""
+    """The gateway, or something in its place, did not open a connection; with status 0 there was no answer at all.
 
-    def __init__(self, status: int, code: str, message: str, retry_after: float = 0.0) -> None:
+    ``code`` is the gateway's word, and empty where the answer is not its own.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, retry_after: float = 0.0, *, retryable: bool = True
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.retry_after = retry_after
+        self.retryable = retryable
 
 
 class Connection(Protocol):
@@ -56,7 +63,9 @@ class Connection(Protocol):
 
 
 class Transport(Protocol):
-    """Opens connections; raises :class:`NotOpened`."""
+    """Opens connections; raises :class:`NotOpened`. ``sends`` tells whether its connections send, too."""
+
+    sends: bool
 
     async def open(self, token: str, last_event_id: str) -> Connection: ...
 
@@ -74,12 +83,8 @@ def url(base: str, path: str, websocket: bool) -> str:
 
 
 def not_opened(status: int, body: bytes, retry_after: str | None) -> NotOpened:
-    """A refusal as the gateway writes it."""
-    code, message = "", f"status {status}"
-    try:
-        error = json.loads(body)["error"]
-        code, message = str(error["code"]), str(error["message"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    seconds = float(retry_after) if retry_after is not None and retry_after.isdigit() else 0.0
-    return NotOpened(status, code, message, seconds)
+    """An answer that did not open a connection."""
+    answer = refusal(status, body)
+    text = (retry_after or "").strip()
+    seconds = min(float(text), RETRY_AFTER_MAX) if text.isascii() and text.isdigit() else 0.0
+    return NotOpened(status, answer.code, answer.message, seconds, retryable=answer.retryable)

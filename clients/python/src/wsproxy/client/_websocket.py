@@ -23,6 +23,8 @@ _PLAIN = Subprotocol("wsproxy.v1")
 class WebSocketTransport:
     """Opens WebSockets; ``options`` go to :func:`websockets.asyncio.client.connect`."""
 
+    sends = True
+
     def __init__(self, base_url: str, path: str, options: Mapping[str, Any]) -> None:
         self._url = url(base_url, path, websocket=True)
         defaults = {"open_timeout": OPEN_TIMEOUT, "close_timeout": 3.0, "max_size": 64 * 1024 * 1024}

@@ -103,8 +103,14 @@ impl Client {
         change(&mut config.events);
         let endpoint = EventEndpoint::new(&config, &Names::new("p"), &"gw".into());
         let user = Id::parse("u-1").unwrap();
-        let mut logic =
-            EventLogic::new(endpoint.into(), user, Uuid::nil(), Transport::WebSocket, Some(77));
+        let mut logic = EventLogic::new(
+            endpoint.into(),
+            user,
+            Uuid::nil(),
+            Transport::WebSocket,
+            Some(77),
+            Arc::default(),
+        );
         let mut notes = Notes { now: Micros(SECOND), ..Notes::default() };
         logic.on_open(&mut notes);
         Self { logic, notes }

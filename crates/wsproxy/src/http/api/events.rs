@@ -13,7 +13,7 @@ use axum::{
 };
 use bytes::Bytes;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{json, value::RawValue};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -26,6 +26,7 @@ use crate::{
             PathId, Worker, check_close,
             history::{self, Range},
             publishing::{self, How},
+            raw::{self, Members},
             read,
         },
         events::registry_of,
@@ -121,45 +122,43 @@ async fn publish(
     how: How,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let event = serde_json::from_slice(&read(body)?);
-    let event = event.map_err(|error| Rejection::bad_request(error.to_string()))?;
-    let (payload, how) = complete(event, how)?;
+    let (payload, how) = complete(&read(body)?, how)?;
     let (by_default, clock) = (gateway.config.events.history, gateway.names.events_clock());
     let keep = how.keep(gateway, &channel, by_default, Some(clock));
     publishing::publish(gateway, channel, payload, keep).await
 }
 
-/// An event as clients get it: it has a type and a time, and its id is known beside it.
-fn complete(mut event: Map<String, Value>, mut how: How) -> Result<(Bytes, How), Rejection> {
-    if !event.get("type").is_some_and(Value::is_string) {
+/// An event as clients get it: it has a type and a time, and its id is known beside it. All else stays as it was
+/// written.
+fn complete(event: &[u8], mut how: How) -> Result<(Bytes, How), Rejection> {
+    let mut event = Members::parse(event)?;
+    if event.text("type")?.is_none() {
         return Err(Rejection::bad_request("An event needs a type, which is a string."));
     }
-    if let Some(event_id) = &how.event_id {
-        event.insert("event_id".into(), (**event_id).into());
+    match &how.event_id {
+        Some(event_id) => event.set("event_id", event_id),
+        None => how.event_id = event.text("event_id")?.map(Into::into),
     }
-    how.event_id = match event.get("event_id") {
-        None => None,
-        Some(Value::String(event_id)) => Some(event_id.as_str().into()),
-        Some(_) => return Err(Rejection::bad_request("event_id must be a string.")),
-    };
     how.check()?;
-    if !event.contains_key("timestamp") {
-        event.insert("timestamp".into(), time::rfc3339().into());
+    if !event.has("timestamp") {
+        event.set("timestamp", &time::rfc3339());
     }
-    Ok((Value::Object(event).to_string().into(), how))
+    Ok((event.to_json().into(), how))
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Batch {
-    messages: Vec<BatchMessage>,
+struct Batch<'a> {
+    #[serde(borrow)]
+    messages: Vec<BatchMessage<'a>>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct BatchMessage {
+struct BatchMessage<'a> {
     to: String,
-    message: Value,
+    #[serde(borrow)]
+    message: &'a RawValue,
     history: Option<bool>,
     idempotency_key: Option<Box<str>>,
 }
@@ -170,8 +169,8 @@ async fn batch(
     State(gateway): State<Arc<Gateway>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
-    let batch: Batch = serde_json::from_slice(&read(body)?)
-        .map_err(|error| Rejection::bad_request(error.to_string()))?;
+    let body = read(body)?;
+    let batch: Batch<'_> = raw::parse(&body)?;
     if batch.messages.len() > BATCH_MAX {
         return Err(Rejection::bad_request(format!("A batch has at most {BATCH_MAX} messages.")));
     }
@@ -202,24 +201,26 @@ async fn batch(
 fn enqueue(
     gateway: &Gateway,
     worker: &Worker,
-    BatchMessage { to, message, history, idempotency_key }: BatchMessage,
+    BatchMessage { to, message, history, idempotency_key }: BatchMessage<'_>,
 ) -> Result<(oneshot::Receiver<Outcome>, bool), Rejection> {
     let how = How { history, event_id: None, idempotency_key };
     how.check()?;
+    let message = message.get();
     let (channel, payload, keep) = match To::parse(gateway, &to)? {
         To::Events(channel) => {
-            let Value::Object(event) = message else {
+            if !message.starts_with('{') {
                 return Err(Rejection::bad_request("An event is a JSON object."));
-            };
-            let (payload, how) = complete(event, how)?;
+            }
+            let (payload, how) = complete(message.as_bytes(), how)?;
             let (by_default, clock) = (gateway.config.events.history, gateway.names.events_clock());
             let keep = how.keep(gateway, &channel, by_default, Some(clock));
             (channel, payload, keep)
         }
         To::Session(channel) => {
             worker.check(Scope::Sessions)?;
+            raw::check(message.as_bytes())?;
             let keep = how.keep(gateway, &channel, false, None);
-            (channel, message.to_string().into(), keep)
+            (channel, Bytes::copy_from_slice(message.as_bytes()), keep)
         }
     };
     let is_once = publishing::is_once(&keep);

@@ -13,8 +13,8 @@ use axum::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::{json, value::RawValue};
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
@@ -29,7 +29,7 @@ use crate::{
             history::{self, Range},
             optional_json,
             publishing::{self, How, publish},
-            read,
+            raw, read,
         },
         follow,
         rejection::Rejection,
@@ -123,14 +123,82 @@ async fn read_history(
     history::read(&gateway, &gateway.names.session_down(&session), None, range).await
 }
 
-/// What a worker does with a token stream.
+/// What a worker does with a token stream. What belongs to it is read by a type of its own: an enum with a tag inside
+/// could not leave `meta` and `error` as they were written.
 #[derive(Debug, Deserialize)]
-#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
-enum StreamRequest {
-    Open { meta: Option<Value>, lease_ms: Option<u64> },
-    Append { text: String, seq: Option<u64>, lease_ms: Option<u64> },
-    Renew { lease_ms: Option<u64> },
-    End { outcome: StreamOutcome, error: Option<Value> },
+struct StreamRequest {
+    op: StreamOpName,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StreamOpName {
+    Open,
+    Append,
+    Renew,
+    End,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OpenStream<'a> {
+    #[serde(rename = "op")]
+    _op: IgnoredAny,
+    #[serde(borrow)]
+    meta: Option<&'a RawValue>,
+    lease_ms: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AppendToStream {
+    #[serde(rename = "op")]
+    _op: IgnoredAny,
+    text: String,
+    seq: Option<u64>,
+    lease_ms: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RenewStream {
+    #[serde(rename = "op")]
+    _op: IgnoredAny,
+    lease_ms: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EndStream<'a> {
+    #[serde(rename = "op")]
+    _op: IgnoredAny,
+    outcome: StreamOutcome,
+    #[serde(borrow)]
+    error: Option<&'a RawValue>,
+}
+
+/// What is to be done with a token stream.
+fn stream_op(body: &[u8]) -> Result<StreamOp, Rejection> {
+    raw::check(body)?;
+    let StreamRequest { op } = raw::parse(body)?;
+    Ok(match op {
+        StreamOpName::Open => {
+            let OpenStream { meta, lease_ms, .. } = raw::parse(body)?;
+            StreamOp::Open { meta: json_bytes(meta), lease: lease(lease_ms)? }
+        }
+        StreamOpName::Append => {
+            let AppendToStream { text, seq, lease_ms, .. } = raw::parse(body)?;
+            StreamOp::Append { text: text.into(), seq, lease: lease(lease_ms)? }
+        }
+        StreamOpName::Renew => {
+            let RenewStream { lease_ms, .. } = raw::parse(body)?;
+            StreamOp::Renew { lease: lease(lease_ms)? }
+        }
+        StreamOpName::End => {
+            let EndStream { outcome, error, .. } = raw::parse(body)?;
+            StreamOp::End { outcome, error: json_bytes(error) }
+        }
+    })
 }
 
 async fn change_stream(
@@ -142,20 +210,7 @@ async fn change_stream(
     let Path((session, stream)) = path.map_err(|error| Rejection::bad_id(error.body_text()))?;
     let (session, stream) =
         (upgrade::id("session_id", &session)?, upgrade::id("stream_id", &stream)?);
-    let request = serde_json::from_slice(&read(body)?);
-    let request = request.map_err(|error| Rejection::bad_request(error.to_string()))?;
-    let op = match request {
-        StreamRequest::Open { meta, lease_ms } => {
-            StreamOp::Open { meta: json_bytes(meta), lease: lease(lease_ms)? }
-        }
-        StreamRequest::Append { text, seq, lease_ms } => {
-            StreamOp::Append { text: text.into(), seq, lease: lease(lease_ms)? }
-        }
-        StreamRequest::Renew { lease_ms } => StreamOp::Renew { lease: lease(lease_ms)? },
-        StreamRequest::End { outcome, error } => {
-            StreamOp::End { outcome, error: json_bytes(error) }
-        }
-    };
+    let op = stream_op(&read(body)?)?;
     let is_once = !matches!(op, StreamOp::Append { seq: None, .. });
     let command = StreamCommand { session, stream, op, limits: gateway.config.history.limits() };
     let changed = upgrade::deadline(&gateway, async {
@@ -165,8 +220,8 @@ async fn change_stream(
     Ok(Json(json!({ "seq": seq, "event_id": id.to_string() })).into_response())
 }
 
-fn json_bytes(value: Option<Value>) -> Bytes {
-    value.map_or_else(Bytes::new, |value| value.to_string().into())
+fn json_bytes(value: Option<&RawValue>) -> Bytes {
+    value.map_or_else(Bytes::new, |value| Bytes::copy_from_slice(value.get().as_bytes()))
 }
 
 fn lease(milliseconds: Option<u64>) -> Result<Duration, Rejection> {

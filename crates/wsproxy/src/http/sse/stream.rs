@@ -11,6 +11,8 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame};
 use tokio::time::{Instant, Sleep, sleep_until};
+use tracing::trace;
+use uuid::Uuid;
 use wsproxy_conn::{
     End, Event, Profile,
     clock::{self, Micros},
@@ -30,6 +32,7 @@ use crate::{
     },
     registry::Entry,
     telemetry::{
+        log::MESSAGES,
         metrics::{Active, Endpoint},
         time,
     },
@@ -52,6 +55,7 @@ pub struct Held {
 /// does not read waits in the tap, which is bounded. Dropping it is the end of the connection.
 pub struct EventStream<L: Logic> {
     gateway: Arc<Gateway>,
+    id: Uuid,
     label: Endpoint,
     profile: Arc<Profile>,
     tap: Arc<Tap>,
@@ -65,9 +69,22 @@ pub struct EventStream<L: Logic> {
     active: Instant,
     /// When the client's credential is no longer good.
     expires: Option<Instant>,
+    /// Messages that are written.
     messages: u64,
     bytes: u64,
+    /// Messages that are being written.
+    writing: Writing,
     phase: Phase,
+}
+
+/// Messages of a chunk whose last byte is not handed to the kernel yet.
+#[derive(Default, Clone, Copy)]
+struct Writing {
+    messages: u64,
+    /// Those of them that came from the bus.
+    timed: u32,
+    /// When the oldest of these was read from the bus.
+    oldest: Micros,
 }
 
 /// Where a stream is in its life.
@@ -86,7 +103,7 @@ impl<L: Logic> EventStream<L> {
     /// A stream that is about to be written.
     pub fn open(
         gateway: &Arc<Gateway>,
-        label: Endpoint,
+        (id, label): (Uuid, Endpoint),
         profile: &Arc<Profile>,
         tap: Arc<Tap>,
         held: Held,
@@ -95,6 +112,7 @@ impl<L: Logic> EventStream<L> {
         let now = Instant::now();
         let mut stream = Self {
             gateway: Arc::clone(gateway),
+            id,
             label,
             profile: Arc::clone(profile),
             gzip: tap.gzip().map(|how| (how, Gzip::default())),
@@ -107,6 +125,7 @@ impl<L: Logic> EventStream<L> {
             expires: None,
             messages: 0,
             bytes: 0,
+            writing: Writing::default(),
             phase: Phase::New,
         };
         stream.with_logic(|logic, deeds| logic.on_open(deeds));
@@ -155,12 +174,13 @@ impl<L: Logic> EventStream<L> {
 
     fn take(&mut self, entry: TapEntry, chunk: &mut Chunk) {
         match entry {
-            TapEntry::Message(bytes) => {
+            TapEntry::Message(bytes, since) => {
                 chunk.push(match &mut self.gzip {
                     Some((_, gzip)) => gzip.append(bytes),
                     None => bytes,
                 });
-                chunk.messages += 1;
+                self.writing.add(since);
+                trace!(target: MESSAGES, connection_id = %self.id, "A message is written to an event stream.");
             }
             TapEntry::Position(position) => {
                 self.write(&message::event_position(position), chunk);
@@ -172,6 +192,21 @@ impl<L: Logic> EventStream<L> {
             // Clients are told in their own words.
             TapEntry::Gap(_) => {}
             TapEntry::End(ending) => self.close(ending),
+        }
+    }
+
+    /// Counts what was handed over last: the next chunk is asked for when the kernel has taken all of it.
+    fn settle(&mut self) {
+        let Writing { messages, timed, oldest } = std::mem::take(&mut self.writing);
+        if messages == 0 {
+            return;
+        }
+        self.active = Instant::now();
+        self.messages += messages;
+        let stats = &self.profile.stats;
+        stats.messages_sent.fetch_add(messages, Relaxed);
+        if timed > 0 {
+            stats.latency.record(clock::now().since(oldest), timed);
         }
     }
 
@@ -240,6 +275,7 @@ impl<L: Logic> Body for EventStream<L> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
+        this.settle();
         let mut chunk = Chunk::default();
         match &this.phase {
             Phase::Over(_) => return Poll::Ready(None),
@@ -258,11 +294,6 @@ impl<L: Logic> Body for EventStream<L> {
             this.tell_close(&close, &mut chunk);
         }
         this.written = Instant::now();
-        if chunk.messages > 0 {
-            this.active = this.written;
-            this.messages += chunk.messages;
-            this.profile.stats.messages_sent.fetch_add(chunk.messages, Relaxed);
-        }
         let bytes = chunk.into_bytes();
         this.bytes += bytes.len() as u64;
         Poll::Ready(Some(Ok(Frame::data(bytes))))
@@ -277,10 +308,24 @@ impl<L: Logic> Drop for EventStream<L> {
             Phase::Closing(close) => gone(close.why, close.code),
             Phase::New | Phase::Open => gone(&Disconnect::GONE, Disconnect::GONE.code),
         };
-        self.profile.stats.messages_discarded.fetch_add(self.tap.discarded(), Relaxed);
+        let discarded = self.tap.discarded() + self.writing.messages;
+        self.profile.stats.messages_discarded.fetch_add(discarded, Relaxed);
         self.gateway.metrics.ended(self.label, end.why.label);
         let sent = (self.messages, self.bytes);
         self.with_logic(|logic, deeds| logic.on_end(end, sent, deeds));
+    }
+}
+
+impl Writing {
+    /// One more message, read from the bus at `since`.
+    fn add(&mut self, since: Micros) {
+        self.messages += 1;
+        if since != Micros::UNTIMED {
+            if self.timed == 0 {
+                self.oldest = since;
+            }
+            self.timed += 1;
+        }
     }
 }
 
@@ -289,7 +334,6 @@ impl<L: Logic> Drop for EventStream<L> {
 struct Chunk {
     first: Option<Bytes>,
     bytes: BytesMut,
-    messages: u64,
 }
 
 impl Chunk {
@@ -355,10 +399,11 @@ impl Actions for Deeds<'_> {
 
     fn reply(&mut self, _kind: Kind, payload: &[u8]) {
         let event = message::event(None, payload);
-        self.tap.push(match self.tap.gzip() {
+        let event = match self.tap.gzip() {
             None => event,
             Some(how) => gzip::part(&event, how),
-        });
+        };
+        self.tap.push(event, Micros::UNTIMED);
     }
 
     fn publish(&mut self, publish: Publish) -> Result<(), BusError> {

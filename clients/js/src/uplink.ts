@@ -1,0 +1,138 @@
+// Sends what waits in the outbox over one WebSocket after the other, and finds out what of it has arrived.
+
+import { type Data, Outbox, type SendRate } from "./outbox.ts";
+import type { Transport } from "./transport.ts";
+
+/** How messages are sent. */
+export interface UplinkOptions {
+  queueMax?: number;
+  sendRate?: SendRate;
+  resend?: boolean;
+}
+
+/** So much may wait in the WebSocket; the rest waits here, where it can be sent again. */
+const UNSENT_MAX = 64 * 1024;
+const UNSENT_PAUSE_MS = 50;
+/** What was sent so long before the network broke a connection, or before this side left it, has arrived. */
+const BROKEN_MS = 15_000;
+const LEFT_MS = 120_000;
+/** How long a connection that was left may take to say that it has read everything. */
+const SETTLE_MS = 5_000;
+const ROUND_TRIP_MIN_MS = 500;
+
+/** Nothing reaches a transport but between `opened` and `lost` or `leave`. */
+export class Uplink {
+  readonly #outbox: Outbox;
+  readonly #resend: boolean;
+  #transport: Transport | undefined;
+  #roundTripMs = SETTLE_MS;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+  /** The connection that was left and has not said yet what it has read. */
+  #left: object | undefined;
+
+  constructor({ queueMax = 256, sendRate, resend = true }: UplinkOptions) {
+    this.#outbox = new Outbox(queueMax, sendRate);
+    this.#resend = resend;
+  }
+
+  /** How many messages wait. */
+  get size(): number {
+    return this.#outbox.size;
+  }
+
+  /** Whether no further message may wait. */
+  get isFull(): boolean {
+    return this.#outbox.isFull;
+  }
+
+  /** Sends `data` when it is its turn. The caller has asked `isFull`. */
+  push(data: Data): void {
+    this.#outbox.push(data);
+    this.#send();
+  }
+
+  /** Sends what belongs to this very connection, before all that waits; nothing without a connection. */
+  sendNow(data: string): void {
+    if (!this.#transport) return;
+    this.#outbox.spend(Date.now());
+    this.#transport.send(data);
+  }
+
+  /** A WebSocket is open. A round trip takes no longer than its handshake did. */
+  opened(transport: Transport, handshakeMs: number): void {
+    this.#transport = transport;
+    this.#roundTripMs = Math.min(Math.max(handshakeMs, ROUND_TRIP_MIN_MS), SETTLE_MS);
+    this.#outbox.opened(Date.now());
+    this.#send();
+  }
+
+  /** Something came from the other side: what was sent a round trip ago is there. */
+  heard(): void {
+    this.#outbox.arrived(Date.now() - this.#roundTripMs);
+  }
+
+  /** The other side, or the network, has ended the connection: keeps what may not have been read before. */
+  lost({ code, reason }: { code: number; reason: string }): void {
+    const transport = this.#detach();
+    if (!transport) return;
+    if (code === 1008 && reason === "too many messages") this.#outbox.slower();
+    // A close frame is proof that the path was good until now.
+    this.#outbox.lost(this.#since(code === 1006 ? BROKEN_MS : this.#roundTripMs), transport.unsent());
+  }
+
+  /**
+   * Leaves the connection, which may be alive. If it closes cleanly, it has read everything; until that is known, everything waits,
+   * so that the order stays.
+   */
+  leave(code: number, reason: string): void {
+    const transport = this.#detach();
+    const count = transport ? this.#outbox.lost(this.#since(LEFT_MS), transport.unsent()) : 0;
+    if (count === 0) return transport?.close(code, reason);
+    const me = {};
+    this.#left = me;
+    this.#outbox.doubt(count);
+    const settle = (isClean: boolean): void => {
+      clearTimeout(timer);
+      if (this.#left !== me) return;
+      this.#left = undefined;
+      this.#outbox.settle(isClean);
+      this.#send();
+    };
+    const timer = setTimeout(() => settle(false), SETTLE_MS);
+    transport?.close(code, reason, settle);
+  }
+
+  /** Forgets everything. */
+  clear(): void {
+    this.#detach();
+    this.#left = undefined;
+    this.#outbox.clear();
+  }
+
+  #since(ms: number): number {
+    return this.#resend ? Date.now() - ms : Infinity;
+  }
+
+  #detach(): Transport | undefined {
+    clearTimeout(this.#timer);
+    const transport = this.#transport;
+    this.#transport = undefined;
+    return transport;
+  }
+
+  #send(): void {
+    clearTimeout(this.#timer);
+    while (this.#transport) {
+      const now = Date.now();
+      const isStuck = this.#outbox.size > 0 && this.#transport.unsent() > UNSENT_MAX;
+      const pause = isStuck ? UNSENT_PAUSE_MS : this.#outbox.pause(now);
+      if (pause === undefined) return;
+      if (pause > 0) {
+        this.#timer = setTimeout(() => this.#send(), pause);
+        return;
+      }
+      const data = this.#outbox.take(now);
+      if (data !== undefined) this.#transport.send(data);
+    }
+  }
+}

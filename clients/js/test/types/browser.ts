@@ -1,0 +1,12 @@
+// The same with what browsers give.
+
+import { connectSession } from "../../dist/index.js";
+
+const abort = new AbortController();
+export const session = connectSession({
+  url: new URL("https://gateway.example/demo/ws/s-1"),
+  WebSocket,
+  fetch,
+  signal: abort.signal,
+  getTicket: async ({ signal }) => (await fetch("/tickets/s-1", { method: "POST", signal })).text(),
+});

@@ -1,0 +1,30 @@
+"""A backend that serves all sessions of an agent: as many processes as you like, each session by one of them at a time."""
+import os
+from contextlib import asynccontextmanager
+from typing import Annotated
+from fastapi import Depends, FastAPI
+from wsproxy import ServedSession, Ticket, Worker
+
+worker = Worker.redis(os.environ.get("REDIS_URL", "redis://127.0.0.1:6379"))
+
+async def chat(session: ServedSession) -> None:
+    async for message in session:
+        match message.json():  # Any JSON: a client sends what it likes.
+            case {"type": "prompt", "text": str(text)}:
+                async with session.stream(meta={"prompt": text}, cancel_on_stop=True) as stream:
+                    for word in text.split():  # Here is your model.
+                        await stream.append(word.upper() + " ")
+
+@asynccontextmanager
+async def lifespan(_: FastAPI):
+    async with worker, worker.serve("demo", chat):
+        yield
+
+async def new_session() -> None:  # Put your login here: a dependency that answers whose session it is, or raises.
+    return None
+
+app = FastAPI(lifespan=lifespan)
+
+@app.post("/sessions", status_code=201)
+async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("demo", new_session))]) -> dict:
+    return ticket.as_dict()
