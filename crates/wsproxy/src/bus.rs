@@ -46,6 +46,14 @@ pub(crate) fn check_url(config: &config::Redis) -> Result<(), String> {
     url.transpose().map(drop).map_err(str::to_owned)
 }
 
+/// Connects to Redis once, as every connection of an instance does, and leaves.
+///
+/// # Errors
+/// Where Redis should be, and why it cannot be used; without secrets.
+pub(crate) async fn try_redis(config: &config::Redis) -> Result<(), String> {
+    redis::try_once(config).await
+}
+
 impl Bus {
     /// The embedded bus. Its one task runs on `tasks` until `shutdown`, then delivers what is queued.
     #[must_use]

@@ -12,11 +12,11 @@ mod jwt;
 pub mod serve;
 mod settings;
 pub mod token;
-mod version;
+pub(crate) mod version;
 
 /// Holds the long-lived WebSocket connections, so that application workers don't have to.
 #[derive(Parser)]
-#[command(name = "wsproxy", version, max_term_width = 100)]
+#[command(name = "wsproxy", version, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -25,9 +25,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the gateway.
-    Serve(settings::Settings),
+    #[command(after_help = serve::EXAMPLE)]
+    Serve(settings::Settings<settings::Everything>),
     /// Try it out: the gateway with its embedded bus, on this machine only unless --bind says else.
-    Dev(settings::Settings),
+    #[command(after_help = dev::EXAMPLE)]
+    Dev(settings::Settings<dev::DevKeys>),
     /// Check, show or explain the configuration.
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -38,11 +40,13 @@ enum Command {
     /// Ask a running instance whether it is healthy; exits with 0 or 1.
     Health(health::HealthArgs),
     /// Print a completion script for a shell.
+    #[command(after_help = COMPLETIONS_EXAMPLE)]
     Completions {
         /// The shell.
         shell: Shell,
     },
-    /// Print the version.
+    /// Print the version, and which commit of which day it was built from.
+    #[command(after_help = VERSION_EXAMPLE)]
     Version {
         /// As JSON.
         #[arg(long)]
@@ -89,7 +93,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve(settings) => serve::run(settings.load()?)?,
         Command::Dev(settings) => dev::run(settings)?,
-        Command::Config(command) => config::run(command)?,
+        Command::Config(command) => return config::run(command),
         Command::Token(args) => token::run(args)?,
         Command::Jwt(args) => jwt::run(args)?,
         Command::Health(args) => return health::run(args),
@@ -112,6 +116,17 @@ fn completions(shell: Shell) -> String {
     }
     String::from_utf8_lossy(&script).into_owned()
 }
+
+const EXAMPLES: &str = "Examples:
+  wsproxy dev                                            # try it out: nothing else is needed
+  REDIS_URL=redis://127.0.0.1:6379 wsproxy serve         # run it beside a Redis
+  REDIS_URL=redis://127.0.0.1:6379 wsproxy token s-1     # what a client opens the session s-1 with";
+
+const COMPLETIONS_EXAMPLE: &str = "Example:
+  wsproxy completions bash > ~/.local/share/bash-completion/completions/wsproxy";
+
+const VERSION_EXAMPLE: &str = "Example:
+  wsproxy version --json";
 
 /// Writes to standard error, which may be stuck: that must not keep an instance from ending.
 fn complain(text: String) {

@@ -4,6 +4,7 @@ pub mod auth;
 pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod descriptors;
 pub mod dev;
 pub mod endpoint;
 pub mod gateway;

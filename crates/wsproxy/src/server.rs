@@ -1,7 +1,6 @@
 //! The composition root: starts what a configuration asks for. The only place that names backends.
 
 use std::{
-    io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,8 +18,9 @@ use wsproxy_proto::names::Names;
 use crate::{
     auth::{api_keys::ApiKeys, jwt::JwtVerifier},
     bus::{Bus, watch},
-    cli::exit::Failure,
+    cli::{exit::Failure, version},
     config::Config,
+    descriptors::{self, Descriptors},
     endpoint::{
         caller::Texts,
         events::EventEndpoint,
@@ -47,18 +47,9 @@ use crate::{
     },
 };
 
-/// Descriptors that are no connection's: sockets to spare on both ports, listeners, the bus, logs.
-const DESCRIPTORS_RESERVED: usize = SOCKETS_SPARE + SOCKETS_SPARE / 2 + 64;
-
-/// Sockets beyond the allowed connections, for those that are being refused or ask for `/health`.
-const SOCKETS_SPARE: usize = 512;
-
 /// All but this part of the connections may wait for a verdict on their credentials: the clients of an instance that
-/// was killed come to another one at once.
+/// was killed come to another one at once. And half of the spare sockets may in any case.
 const HANDSHAKES_PART: usize = 4;
-
-/// And so many in any case: half of the sockets to spare.
-const HANDSHAKES_MIN: usize = SOCKETS_SPARE / 2;
 
 /// How often the files of API keys are read again.
 const READ_KEYS_EVERY: Duration = Duration::from_secs(2);
@@ -85,6 +76,14 @@ pub struct Instance {
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
     let instance = Instance::start(config, |_| Router::new()).await?;
+    if let Bus::Memory(_) = instance.gateway.bus {
+        // The first thing to know where a Redis was meant: then all tokens are refused with 403.
+        warn!(
+            bus = instance.gateway.bus.kind(),
+            "No Redis is configured: this instance knows only tokens that its own API made, and no other instance or \
+             worker on a Redis reaches its clients. Where there should be one set redis.url (REDIS_URL)."
+        );
+    }
     // Without a supervisor that wants to know there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     signals.wait().await;
@@ -113,7 +112,8 @@ impl Instance {
         let admin_address = admin.as_ref().map_or(Ok(address), |admin| admin.local_addr())?;
 
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
-        let gateway = compose(config, &background, &background_end)?;
+        let descriptors = descriptors::take(config.limits.max_connections).context(Failure::Os)?;
+        let gateway = compose(config, descriptors, &background, &background_end)?;
         let told = if admin.is_some() { Details::Always } else { Details::WithKey };
         let rest = admin::probes(&gateway, told)
             .merge(admin::metrics(&gateway))
@@ -133,7 +133,7 @@ impl Instance {
         gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
             let routes = Routes::new(Arc::clone(&gateway), false, rest);
-            let sockets = Sockets::new(SOCKETS_SPARE / 2);
+            let sockets = Sockets::new(descriptors.admin);
             // Health and metrics answer as long as anything runs.
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
@@ -146,6 +146,7 @@ impl Instance {
         background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
         info!(%address, %admin_address, server_id = &*gateway.server_id,
             bus = gateway.bus.kind(), connections_max = gateway.places.max(),
+            version = env!("CARGO_PKG_VERSION"), commit = version::COMMIT,
             "Listening.");
         Ok(Self { gateway, address, admin_address, accepting, background, background_end })
     }
@@ -186,6 +187,7 @@ fn listen(address: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
 
 fn compose(
     config: Config,
+    descriptors: Descriptors,
     background: &TaskTracker,
     background_end: &CancellationToken,
 ) -> anyhow::Result<Arc<Gateway>> {
@@ -212,7 +214,7 @@ fn compose(
     };
     hub.connect(bus.clone());
     let (session_histories, event_histories) = histories(&config, &names);
-    let connections_max = connections_max(config.limits.max_connections);
+    let Descriptors { connections, spare, .. } = descriptors;
     let Registries { lease, registry, session_log } =
         registries(&config, (&server_id, &names), &hub, &bus);
     let gateway = Arc::new(Gateway {
@@ -224,11 +226,9 @@ fn compose(
         bus,
         runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
         event_streams: Arc::default(),
-        places: Places::new(connections_max),
-        handshakes: Places::new(
-            (connections_max - connections_max / HANDSHAKES_PART).max(HANDSHAKES_MIN),
-        ),
-        sockets: Sockets::new(connections_max + SOCKETS_SPARE),
+        places: Places::new(connections),
+        handshakes: Places::new((connections - connections / HANDSHAKES_PART).max(spare / 2)),
+        sockets: Sockets::new(connections + spare),
         attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
         resumes: Resumes::new(config.limits.resumes_per_second),
         api_keys,
@@ -324,32 +324,6 @@ fn histories(config: &Config, names: &Names) -> (Option<Arc<Histories>>, Option<
     };
     let sessions = config.sessions.history.then(|| Arc::new(sessions()));
     (sessions, config.events.history.then(|| Arc::new(events())))
-}
-
-/// How many connections the descriptors of this process allow; at most `wanted` where that is not 0.
-fn connections_max(wanted: usize) -> usize {
-    let descriptors = raise_descriptor_limit().unwrap_or_else(|error| {
-        warn!(%error, "The limit of open files cannot be raised.");
-        1024
-    });
-    let possible = descriptors.saturating_sub(DESCRIPTORS_RESERVED).max(16);
-    if wanted > possible {
-        warn!(
-            wanted,
-            possible, descriptors, "limits.max_connections is more than open files allow."
-        );
-    }
-    if wanted == 0 { possible } else { wanted.min(possible) }
-}
-
-/// Raises the soft limit of open files to the hard one. Returns it.
-fn raise_descriptor_limit() -> io::Result<usize> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
-    }
-    Ok(limit.maximum.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX / 2))
 }
 
 /// Timers of all connections, and the forgetting of addresses.

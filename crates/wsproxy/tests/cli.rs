@@ -3,10 +3,10 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read, Write},
     path::Path,
     process::{Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -72,8 +72,8 @@ fn all_problems_come_at_once_with_exit_code_78() {
     assert_eq!(serve.status.code(), Some(78));
 }
 
-/// The first line that `serve` says of itself, or how it ended and what it said until then.
-fn serve(env: &[(&str, &str)]) -> Result<(), (Option<i32>, String)> {
+/// What `serve` says until it listens, or until it ends, and how it ended.
+fn serve(env: &[(&str, &str)]) -> Result<String, (Option<i32>, String)> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
     command.arg("serve").env_clear().envs(env.iter().copied()).stdin(Stdio::null());
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -88,7 +88,7 @@ fn serve(env: &[(&str, &str)]) -> Result<(), (Option<i32>, String)> {
         child.kill().unwrap();
     }
     let code = child.wait().unwrap().code();
-    if listens { Ok(()) } else { Err((code, said)) }
+    if listens { Ok(said) } else { Err((code, said)) }
 }
 
 /// Files that keys of the configuration name, by what is in them.
@@ -233,10 +233,57 @@ fn the_check_refuses_exactly_what_serve_refuses() {
         assert!(said.contains(&blamed), "{blamed} in {said}");
         assert!(blamed.is_empty() || said.contains("1 problem "), "{said}");
         match serve(&env) {
-            Ok(()) => assert_eq!(code, Some(0), "{env:?}"),
+            Ok(_) => assert_eq!(code, Some(0), "{env:?}"),
             Err(refused) => assert_eq!(refused, (code, said), "{env:?}"),
         }
     }
+}
+
+#[test]
+fn doubts_about_the_environment_are_told_at_the_start() {
+    let env = [("REDIS_URL_FILE", ""), ("SECRET_KEYS", "x")];
+    let warnings = [
+        "REDIS_URL_FILE is empty, so it does not set redis.url.",
+        "SECRET_KEYS is not read by wsproxy; did you mean SECRET_KEY?",
+    ];
+    let check = wsproxy(&["config", "check"], &env);
+    assert_eq!((check.status.code(), stderr(&check)), (Some(0), ""));
+    let port = [("PORT", "0"), ("WSPROXY_SERVER__BIND", "127.0.0.1")];
+    let said = serve(&[&env[..], &port].concat()).unwrap();
+    for warning in warnings {
+        assert!(stdout(&check).contains(&format!("\nWarning: {warning}\n")), "{check:?}");
+        let line = said.lines().find(|line| line.contains(warning)).unwrap();
+        assert!(line.contains("\"level\":\"WARN\""), "{line}");
+    }
+}
+
+#[test]
+fn the_check_answers_programs_in_json() {
+    let check = |env: &[(&str, &str)]| {
+        let output = wsproxy(&["config", "check", "--json"], env);
+        assert_eq!(stderr(&output), "");
+        let json: serde_json::Value = serde_json::from_str(stdout(&output)).unwrap();
+        (output.status.code(), json)
+    };
+    let env = [("REDIS_URL", ""), ("DATABASE_URL", "postgres://x")];
+    let good = serde_json::json!({
+        "valid": true, "problems": [], "ignored": ["DATABASE_URL"],
+        "warnings": ["REDIS_URL is empty, so it does not set redis.url."],
+    });
+    assert_eq!(check(&env), (Some(0), good));
+    let (code, json) = check(&[("PORT", "99999"), ("WSPROXY_REDIS__URL", "redis://:secret@h:x")]);
+    assert_eq!((code, &json["valid"]), (Some(78), &false.into()));
+    assert_eq!(
+        json["problems"][0],
+        serde_json::json!({
+            "origin": { "kind": "environment", "name": "PORT" }, "key": "server.port",
+            "value": "\"99999\"", "message": "must be an integer from 0 to 65535",
+        })
+    );
+    let url = &json["problems"][1];
+    assert_eq!((&url["key"], &url["value"]), (&"redis.url".into(), &"***".into()));
+    assert!(url["message"].as_str().unwrap().starts_with("the port must be"), "{url}");
+    assert!(!json.to_string().contains("secret"));
 }
 
 #[test]
@@ -311,6 +358,48 @@ fn wrong_usage_exits_with_64_and_help_with_0() {
     assert!(stdout(&wsproxy(&["serve", "--help"], &[])).contains("--metrics-port"));
 }
 
+/// The words that tell users of a command what it takes.
+#[test]
+fn the_help_of_a_command_lists_what_it_reads() {
+    let everything =
+        ["--port", "--redis-url", "--max-connections", "--log-level", "--metrics-port"];
+    for (command, flags) in [
+        (&["serve"][..], &everything[..]),
+        (&["dev"], &["--port", "--redis-url", "--max-connections", "--log-level"]),
+        (&["config", "check"], &everything),
+        (&["config", "show"], &everything),
+        (&["config", "example"], &[]),
+        (&["token"], &["--redis-url"]),
+        (&["jwt"], &[]),
+        (&["health"], &["--port", "--metrics-port"]),
+        (&["completions"], &[]),
+        (&["version"], &[]),
+    ] {
+        let output = wsproxy(&[command, &["--help"]].concat(), &[]);
+        let help = stdout(&output);
+        for flag in everything {
+            let listed = help.contains(&format!("{flag} <"));
+            assert_eq!(listed, flags.contains(&flag), "{command:?} {flag}\n{help}");
+        }
+        let example = help.split_once("\nExample:\n").map(|(_, example)| example);
+        let start = format!("wsproxy {}", command[0]);
+        assert!(example.is_some_and(|example| example.contains(&start)), "{help}");
+        assert!(!help.contains("<VALUE>"), "{help}");
+    }
+    let refused = wsproxy(&["token", "s-1", "--port", "1"], &[]);
+    assert_eq!(refused.status.code(), Some(64));
+}
+
+#[test]
+fn the_help_of_dev_says_its_own_address() {
+    let bind = |command: &str| {
+        let help = wsproxy(&[command, "--help"], &[]);
+        let (_, rest) = stdout(&help).split_once("--bind <ADDRESS>").unwrap();
+        rest.split_once("[default: ").unwrap().1.split(']').next().unwrap().to_owned()
+    };
+    assert_eq!((bind("serve"), bind("dev")), ("\"0.0.0.0\"".into(), "\"127.0.0.1\"".into()));
+}
+
 #[test]
 fn completions_exist_for_every_shell() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
@@ -327,6 +416,50 @@ fn version_is_text_or_json() {
     let json = wsproxy(&["version", "--json"], &[]);
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
+    match (json["commit"].as_str(), json["date"].as_str()) {
+        (Some(commit), Some(date)) => {
+            assert!(stdout(&text).contains(&format!("(commit {commit} of {date}, ")), "{text:?}");
+        }
+        // A debug build, or sources that are no checkout.
+        (commit, _) => assert!(commit.is_none() && !stdout(&text).contains("commit"), "{text:?}"),
+    }
+}
+
+#[test]
+fn the_commit_of_a_build_is_the_one_checked_out() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let git =
+        Command::new("git").arg("-C").arg(&root).args(["log", "-1", "--format=%H %ct"]).output();
+    // Sources that are no checkout, or a machine without git, tell no commit.
+    let head = git.ok().filter(|head| head.status.success());
+    assert_eq!(build::commit(&root).is_some(), head.is_some());
+    if let (Some(commit), Some(head)) = (build::commit(&root), head) {
+        let (id, seconds) = stdout(&head).trim().split_once(' ').unwrap();
+        assert!(commit.id.len() >= 12 && id.starts_with(&commit.id), "{} {id}", commit.id);
+        assert_eq!(commit.seconds.to_string(), seconds);
+    }
+    // A folder inside of a checkout is somebody else's.
+    assert!(build::commit(&root.join("crates")).is_none());
+}
+
+#[path = "../build.rs"]
+#[allow(dead_code, reason = "the rest is for cargo")]
+mod build;
+
+#[test]
+fn the_day_of_a_build_is_that_of_its_seconds() {
+    for (seconds, day) in [
+        (0, "1970-01-01"),
+        (951_782_399, "2000-02-28"),
+        (951_782_400, "2000-02-29"),
+        (1_709_251_199, "2024-02-29"),
+        (1_709_251_200, "2024-03-01"),
+        (4_107_542_399, "2100-02-28"),
+        (4_107_542_400, "2100-03-01"),
+        (-1, "1969-12-31"),
+    ] {
+        assert_eq!(build::date(seconds), day);
+    }
 }
 
 #[test]
@@ -344,6 +477,45 @@ fn a_token_needs_redis() {
     let output = wsproxy(&["token", "s-1"], &[]);
     assert_eq!((output.status.code(), stdout(&output)), (Some(78), ""));
     assert!(stderr(&output).contains("redis.url"));
+}
+
+#[test]
+fn a_token_says_at_once_why_redis_does_not_answer() {
+    let free = free_port();
+    let token = |url: &str| {
+        let start = Instant::now();
+        let output = wsproxy(&["token", "s-1"], &[("REDIS_URL", url)]);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(69), ""));
+        assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+        stderr(&output).to_owned()
+    };
+    let refused = token(&format!("redis://:hunter2@127.0.0.1:{free}"));
+    let expected =
+        format!("Redis at 127.0.0.1:{free} cannot be used: Connection refused (os error 111)");
+    assert!(refused.contains(&expected) && !refused.contains("hunter2"), "{refused}");
+    let missing = token("unix:///does/not/exist");
+    assert!(missing.contains("No such file or directory (os error 2)"), "{missing}");
+    for (answer, why) in [
+        ("-WRONGPASS invalid username-password pair\r\n", "WRONGPASS invalid username-password"),
+        ("-LOADING Redis is loading the dataset in memory\r\n", "LOADING Redis is loading"),
+        ("HTTP/1.1 400 Bad Request\r\n\r\n", "broke the protocol"),
+        ("", "the server closed the connection"),
+    ] {
+        let said = token(&format!("redis://:hunter2@127.0.0.1:{}", answering(answer)));
+        assert!(said.contains(why) && !said.contains("hunter2"), "{said}");
+    }
+}
+
+/// The port of a server that answers one request.
+fn answering(answer: &'static str) -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 1024]).unwrap();
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    port
 }
 
 #[test]

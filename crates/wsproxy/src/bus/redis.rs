@@ -106,6 +106,20 @@ pub(super) fn check_url(url: &str) -> Result<(), &'static str> {
     Address::parse(url).map(drop)
 }
 
+/// Makes one connection with what [`RedisBus::new`] is given, and closes it.
+pub(super) async fn try_once(config: &config::Redis) -> Result<(), String> {
+    let connector = connector(config)?;
+    let made = connector.connect("wsproxy-trial").await;
+    made.map(drop)
+        .map_err(|fault| format!("Redis at {} cannot be used: {fault}", connector.address()))
+}
+
+fn connector(config: &config::Redis) -> Result<Connector, String> {
+    let url = config.url.as_ref().map_or("", |url| url.expose_secret());
+    let address = Address::parse(url).map_err(str::to_owned)?;
+    Connector::new(address, config.ca_file.as_deref(), config.connect_timeout)
+}
+
 impl RedisBus {
     pub(super) fn new(
         config: &config::Redis,
@@ -115,18 +129,16 @@ impl RedisBus {
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Result<Self, BusError> {
-        let url = config.url.as_ref().map_or("", |url| url.expose_secret());
-        let refused = |why: String| BusError::Refused(format!("redis.url: {why}"));
-        let address = Address::parse(url).map_err(|why| refused(why.into()))?;
-        if address.database != 0 && config.channel_prefix.is_empty() {
+        let connector =
+            connector(config).map_err(|why| BusError::Refused(format!("redis.url: {why}")))?;
+        let database = connector.address().database;
+        if database != 0 && config.channel_prefix.is_empty() {
             tracing::warn!(
-                database = address.database,
+                database,
                 "Databases of one Redis do not separate channels: set redis.channel_prefix, \
                 unless nothing else uses this Redis."
             );
         }
-        let connector = Connector::new(address, config.ca_file.as_deref(), config.connect_timeout)
-            .map_err(refused)?;
         let shared = Arc::new(Shared {
             connector,
             client_name: client_name(server_id),

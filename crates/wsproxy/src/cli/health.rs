@@ -9,17 +9,30 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::settings::Settings;
-use crate::{config::Config, http::listener};
+use super::settings::{Reads, Settings};
+use crate::{
+    config::{Config, keys::Key},
+    http::listener,
+};
+
+/// The keys that say where an instance of the same configuration answers.
+pub(super) struct HealthKeys;
+
+impl Reads for HealthKeys {
+    fn reads(key: &Key) -> bool {
+        matches!(key.path().as_str(), "server.bind" | "server.port" | "admin.port")
+    }
+}
 
 /// Arguments of the command.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLE)]
 pub(super) struct HealthArgs {
     /// What to ask; /health of the configured port on this machine where it is not given.
-    #[arg(long)]
+    #[arg(long, value_name = "URL")]
     url: Option<String>,
     #[command(flatten)]
-    settings: Settings,
+    settings: Settings<HealthKeys>,
 }
 
 /// Success where the answer is a 200; else the reason on standard error, and exit code 1.
@@ -76,6 +89,11 @@ fn ask(url: &str) -> anyhow::Result<()> {
 
 /// Below the usual time limits of container health checks.
 const TIMEOUT: Duration = Duration::from_secs(3);
+
+const EXAMPLE: &str = "Example:
+  wsproxy health --url http://127.0.0.1:8080/ready && echo ready
+
+The configuration only tells the address: give the same file, variables or flags as to serve.";
 
 #[cfg(test)]
 mod tests {

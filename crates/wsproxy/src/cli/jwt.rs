@@ -9,8 +9,21 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
-use super::{exit::Failure, settings::Settings, token};
-use crate::config;
+use super::{
+    exit::Failure,
+    settings::{Reads, Settings},
+    token,
+};
+use crate::config::{self, keys::Key};
+
+/// The keys that say how tokens are signed; none of them has a flag.
+pub(super) struct JwtKeys;
+
+impl Reads for JwtKeys {
+    fn reads(key: &Key) -> bool {
+        key.section == "jwt"
+    }
+}
 
 /// Arguments of the command.
 #[derive(clap::Args)]
@@ -20,14 +33,14 @@ pub(super) struct JwtArgs {
     #[arg(long, value_name = "USER", value_parser = |text: &str| Id::parse(text).map_err(|e| format!("a user {e}")))]
     sub: Id,
     /// How long the token is good, such as 60s.
-    #[arg(long, value_parser = token::ttl, default_value = "1h")]
+    #[arg(long, value_name = "TIME", value_parser = token::ttl, default_value = "1h")]
     ttl: Duration,
     /// A further claim, or another value for one that the token has anyway; a value that can be read as JSON
     /// is JSON, any other is text. May be given several times.
     #[arg(long = "claim", value_name = "NAME=VALUE", value_parser = claim)]
     claims: Vec<(String, Value)>,
     #[command(flatten)]
-    settings: Settings,
+    settings: Settings<JwtKeys>,
 }
 
 pub(super) fn run(args: JwtArgs) -> anyhow::Result<()> {

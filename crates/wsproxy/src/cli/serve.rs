@@ -22,8 +22,11 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     loaded: Loaded,
     work: impl FnOnce(Config) -> F,
 ) -> anyhow::Result<()> {
-    let Loaded { config, ignored, .. } = loaded;
+    let Loaded { config, ignored, warnings, .. } = loaded;
     let _logs = telemetry::log::start(&config.log)?;
+    for warning in warnings {
+        tracing::warn!(warning, "The configuration may not be what is meant.");
+    }
     if !ignored.is_empty() {
         let names = ignored.join(", ");
         tracing::info!(
@@ -42,6 +45,12 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     runtime.shutdown_timeout(LEFTOVER_GRACE);
     result
 }
+
+pub(super) const EXAMPLE: &str = "Example:
+  REDIS_URL=redis://127.0.0.1:6379 wsproxy serve --port 8080 --metrics-port 9090
+
+Every key of the configuration can be set in a file (--config) and in the environment; flags are for the
+most common ones: wsproxy config example, wsproxy config check.";
 
 /// For name lookups and the like, which run on threads of their own and cannot be cancelled.
 const LEFTOVER_GRACE: Duration = Duration::from_millis(200);

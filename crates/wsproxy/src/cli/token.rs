@@ -6,21 +6,35 @@ use anyhow::Context;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_proto::names::{Id, Names};
 
-use super::{exit::Failure, settings::Settings};
+use super::{
+    exit::Failure,
+    settings::{Reads, Settings},
+};
 use crate::{
     auth::session::{self, Scope},
-    bus::{Bus, Deliver},
-    config::Config,
+    bus::{self, Bus, Deliver},
+    config::{Config, keys::Key},
 };
+
+/// The keys that say where tokens are stored, under which name, and for how long.
+pub(super) struct TokenKeys;
+
+impl Reads for TokenKeys {
+    fn reads(key: &Key) -> bool {
+        key.section == "redis"
+            || matches!(key.path().as_str(), "sessions.token_ttl" | "server.handshake_timeout")
+    }
+}
 
 /// Arguments of the command.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLE)]
 pub(super) struct TokenArgs {
     /// The session that the token opens.
     #[arg(value_parser = |text: &str| Id::parse(text).map_err(|e| format!("a session id {e}")))]
     session_id: Id,
     /// How long the token may be used, such as 60s; sessions.token_ttl where it is not given.
-    #[arg(long, value_parser = ttl)]
+    #[arg(long, value_name = "TIME", value_parser = ttl)]
     ttl: Option<Duration>,
     /// A token for event streams (EventSource): it opens any number of them until it expires, and no WebSocket.
     /// Without this it opens one connection or event stream, once.
@@ -33,7 +47,7 @@ pub(super) struct TokenArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    settings: Settings,
+    settings: Settings<TokenKeys>,
 }
 
 pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
@@ -66,6 +80,11 @@ pub async fn save_token(
         let problem = anyhow::anyhow!("tokens are kept in Redis, and redis.url is not set");
         return Err(problem.context(Failure::Config));
     }
+    // Once, so that its trouble is known at once: a gateway would try again for ever.
+    bus::try_redis(&config.redis)
+        .await
+        .map_err(anyhow::Error::msg)
+        .context(Failure::Unavailable)?;
     let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
     let names = Names::new(&config.redis.channel_prefix);
     let bus = Bus::redis(&config.redis, "token", &names, Box::new(Nobody), &tasks, end.clone());
@@ -73,7 +92,8 @@ pub async fn save_token(
     let key = names.session_auth(session_id);
     let issued = session::issue(&store, &key, ttl, scope);
     let token = tokio::time::timeout(config.server.handshake_timeout, issued);
-    let token = token.await.context("Redis does not answer").context(Failure::Unavailable)?;
+    let token = token.await.context("Redis answered, and then no more");
+    let token = token.context(Failure::Unavailable)?;
     end.cancel();
     token.context("Redis did not take the token").context(Failure::Unavailable)
 }
@@ -95,6 +115,13 @@ pub(super) fn ttl(text: &str) -> Result<Duration, String> {
     let time = time.filter(|time| range.contains(time));
     time.ok_or_else(|| "must be a time from 1s to 1day, such as 60 (seconds) or \"5m\"".into())
 }
+
+const EXAMPLE: &str = "Example:
+  export REDIS_URL=redis://127.0.0.1:6379
+  wsproxy token s-1 --ttl 5m --agent demo
+
+The client shows the token at /demo/ws/s-1, as ?token=TOKEN or in the header Authorization: Bearer TOKEN.
+The agent id is the first segment of a session's path; workers that serve sessions of that agent hear of it.";
 
 #[cfg(test)]
 mod tests {

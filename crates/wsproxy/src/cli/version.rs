@@ -1,4 +1,10 @@
-//! `wsproxy version`.
+//! `wsproxy version`, and where else the program says what it was built from.
+
+/// The commit that was built; `None` where the sources were no checkout of git.
+pub(crate) const COMMIT: Option<&str> = option_env!("WSPROXY_BUILD_COMMIT");
+
+/// The day of the commit, or of `SOURCE_DATE_EPOCH` where the build set that.
+const DATE: Option<&str> = option_env!("WSPROXY_BUILD_DATE");
 
 /// The version, for people or as JSON.
 pub(super) fn text(json: bool) -> String {
@@ -11,11 +17,14 @@ pub(super) fn text(json: bool) -> String {
         (false, false) => "system",
     };
     if !json {
-        return format!("wsproxy {version} ({target}, {profile}, {allocator})\n");
+        let commit = COMMIT.map(|commit| format!("commit {commit}"));
+        let built: Vec<_> = commit.into_iter().chain(DATE.map(str::to_owned)).collect();
+        let built = if built.is_empty() { String::new() } else { built.join(" of ") + ", " };
+        return format!("wsproxy {version} ({built}{target}, {profile}, {allocator})\n");
     }
     let fields = serde_json::json!({
-        "name": "wsproxy", "version": version, "target": target, "profile": profile,
-        "allocator": allocator,
+        "name": "wsproxy", "version": version, "commit": COMMIT, "date": DATE, "target": target,
+        "profile": profile, "allocator": allocator,
     });
     format!("{fields}\n")
 }

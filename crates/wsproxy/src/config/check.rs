@@ -10,7 +10,7 @@ use secrecy::ExposeSecret;
 use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
 use super::{
-    Api, Config, Jwt,
+    Api, Config, Endpoints, Jwt,
     api_key::{ApiKey, KeySecret},
 };
 use crate::{
@@ -37,7 +37,22 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
         tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file));
     }
     tried("api.key", check_api_keys(&config.api));
+    if let Some(path) = jwt.public_key_file.as_deref().filter(|_| verifies_with_public_keys(jwt)) {
+        tried("jwt.public_key_file", check_public_key(path, jwt));
+    }
     broken
+}
+
+fn verifies_with_public_keys(jwt: &Jwt) -> bool {
+    jwt.algorithms.iter().any(|algorithm| algorithm.family() != AlgorithmFamily::Hmac)
+}
+
+fn check_public_key(path: &Path, jwt: &Jwt) -> Result<(), String> {
+    jwt::check_public_key(path, &jwt.algorithms).map_err(|problem| {
+        format!(
+            "must be the file of a PUBLIC KEY in PEM form that fits jwt.algorithms, but {problem}"
+        )
+    })
 }
 
 /// The rules that can be told from the values alone.
@@ -80,12 +95,15 @@ fn rules(config: &Config) -> Vec<Broken> {
     let allowed =
         "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
     rule(!config.endpoints.events || verifies, "endpoints.events", allowed, None);
+    let Endpoints { sessions, events, echo } = config.endpoints;
+    let allowed = "true, unless endpoints.events or endpoints.echo is: nothing would be served";
+    rule(sessions || events || echo, "endpoints.sessions", allowed, None);
     check_jwt(&config.jwt, config.endpoints.events, rule);
     broken
 }
 
 /// Every algorithm needs a key of its kind, and every public key an algorithm. A secret that no
-/// algorithm uses may be there: existing deployments share it with other services.
+/// algorithm uses may be there: deployments may share it with other services.
 fn check_jwt(
     jwt: &Jwt,
     in_use: bool,
@@ -119,10 +137,6 @@ fn check_jwt(
         rule(file.is_none(), "jwt.public_key_file", allowed, other);
         rule(url.is_none(), "jwt.jwks_url", allowed, other);
     }
-    if let (Some(path), true) = (file, publishes) {
-        let fits = jwt::check_public_key(path, &jwt.algorithms).is_ok();
-        rule(fits, "jwt.public_key_file", "a PUBLIC KEY in PEM form that fits", other);
-    }
 }
 
 /// Names and secrets are different, and every file holds a key.
@@ -151,7 +165,7 @@ fn secret_of(name: &str, path: &Path) -> Result<String, String> {
 }
 
 /// How long a secret must be for these algorithms: as long as the hash (RFC 7518, 3.2). For HS256 half of that is
-/// accepted with a warning, since existing deployments have shorter secrets; less is guessed in no time by whoever
+/// accepted with a warning, since many deployments have shorter secrets; less is guessed in no time by whoever
 /// has a token.
 fn secret_bytes_min(algorithms: &[Algorithm]) -> (usize, &'static str) {
     if algorithms.contains(&Algorithm::HS512) {

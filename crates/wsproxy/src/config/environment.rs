@@ -28,12 +28,26 @@ impl Environment {
         self.0.get(OsStr::new(name)).filter(|path| !path.is_empty()).map(PathBuf::from)
     }
 
-    /// Names that start with [`PREFIX`] and were not put there by Kubernetes.
+    /// Whether a variable is set, to nothing.
+    pub(super) fn is_empty(&self, name: &str) -> bool {
+        self.0.get(OsStr::new(name)).is_some_and(|value| value.is_empty())
+    }
+
+    /// Names of all variables that are set to something.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        let set = self.0.iter().filter(|(_, value)| !value.is_empty());
+        set.filter_map(|(name, _)| name.to_str())
+    }
+
+    /// Names that start with [`PREFIX`], in whatever case, and were not put there by Kubernetes.
     pub(super) fn ours(&self) -> impl Iterator<Item = &str> {
         let named = self.0.iter().filter_map(|(name, value)| Some((name.to_str()?, value)));
+        let is_ours = |name: &str| {
+            name.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX))
+        };
         named
-            .filter(|(name, value)| {
-                name.starts_with(PREFIX) && !is_service_link(name, &value.to_string_lossy())
+            .filter(move |(name, value)| {
+                is_ours(name) && !is_service_link(name, &value.to_string_lossy())
             })
             .map(|(name, _)| name)
     }

@@ -23,10 +23,10 @@ pub struct Key {
     pub name: &'static str,
     /// One or two sentences.
     pub doc: &'static str,
-    /// The name that deployments of older gateways use.
+    /// The short name in the environment.
     pub alias: Option<Alias>,
-    /// The flag of the command line, without dashes.
-    pub flag: Option<&'static str>,
+    /// The flag of the command line.
+    pub flag: Option<Flag>,
     /// Never shown; may be read from a file that `NAME_FILE` names.
     pub secret: bool,
     pub(super) allowed: fn() -> String,
@@ -35,7 +35,16 @@ pub struct Key {
     pub(super) write: fn(&Config) -> String,
 }
 
-/// An environment variable that older gateways use.
+/// A flag of the command line.
+#[derive(Debug, Clone, Copy)]
+pub struct Flag {
+    /// Its name, without dashes.
+    pub name: &'static str,
+    /// The name of its value in the help.
+    pub value: &'static str,
+}
+
+/// A short name in the environment, beside the one that begins with [`PREFIX`].
 #[derive(Debug, Clone, Copy)]
 pub struct Alias {
     /// Its name.
@@ -79,8 +88,8 @@ impl Key {
         self
     }
 
-    const fn flag(mut self, name: &'static str) -> Self {
-        self.flag = Some(name);
+    const fn flag(mut self, name: &'static str, value: &'static str) -> Self {
+        self.flag = Some(Flag { name, value });
         self
     }
 
@@ -164,8 +173,8 @@ pub static SECTIONS: &[(&str, &str)] = &[
     ("api", "HTTP for workers without Redis, below /api/v1."),
 ];
 
-/// Variables of older gateways that belong to endpoints which this version does not have. A
-/// deployment sets them for good reason, so they are accepted, named once in the log, and ignored.
+/// Variables of endpoints which this version does not have. A deployment may set them for other
+/// services, so they are accepted, named once in the log, and ignored.
 pub static IGNORED: &[&str] = &["DATABASE_URL"];
 
 /// Keys of earlier versions, each with what to do instead: a configuration that sets one must not lose silently what
@@ -179,11 +188,11 @@ pub(super) static REMOVED: &[(&str, &str)] = &[(
 /// Every key, by section.
 #[rustfmt::skip]
 pub static KEYS: &[Key] = &[
-    key!(server.bind, Address, "Address to listen on.").flag("bind"),
-    key!(server.port, Number(0, 65_535), "Port to listen on; 0 takes a free one.").flag("port").alias("PORT"),
-    key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, for its own channels and the events of sessions. Not set: a fresh one at every start.").flag("server-id").alias("SERVER_ID"),
-    key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads"),
-    key!(server.shutdown_timeout, Time(1_000, HOUR), "Everything must have ended this long after the first signal.").flag("shutdown-timeout"),
+    key!(server.bind, Address, "Address to listen on.").flag("bind", "ADDRESS"),
+    key!(server.port, Number(0, 65_535), "Port to listen on; 0 takes a free one.").flag("port", "PORT").alias("PORT"),
+    key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, for its own channels and the events of sessions. Not set: a fresh one at every start.").flag("server-id", "ID").alias("SERVER_ID"),
+    key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads", "NUMBER"),
+    key!(server.shutdown_timeout, Time(1_000, HOUR), "Everything must have ended this long after the first signal.").flag("shutdown-timeout", "TIME"),
     key!(server.drain_delay, Time(0, HOUR), "How long /ready says 503, and clients are still taken, before listeners stop: twice the time in which load balancers notice. `dev` takes 0."),
     key!(server.drain_spread, Time(0, HOUR), "Over which time connections are closed at the end, so that they do not all come back at once."),
     key!(server.handshake_timeout, Time(100, 300_000), "Deadline for all work on the bus and stores of one handshake; 504 beyond it."),
@@ -194,17 +203,17 @@ pub static KEYS: &[Key] = &[
     key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
 
     key!(admin.bind, Optional(Address), "Address of the port below. Not set: that of [server]."),
-    key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port").alias("METRICS_PORT"),
+    key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port", "PORT").alias("METRICS_PORT"),
 
-    key!(redis.url, Optional(Secret(rule::REDIS_URL)), "Redis that carries messages between instances and workers. Not set: the embedded bus. On a command line others can read it; prefer the environment or a file.").flag("redis-url").alias("REDIS_URL").secret(),
-    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis. Databases separate keys only: their channels are the same.").flag("channel-prefix").alias("REDIS_CHANNEL_PREFIX"),
+    key!(redis.url, Optional(Secret(rule::REDIS_URL)), "Redis that carries messages between instances and workers. Not set: the embedded bus. On a command line others can read it; prefer the environment or a file.").flag("redis-url", "URL").alias("REDIS_URL").secret(),
+    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis. Databases separate keys only: their channels are the same.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
     key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back over each connection; every tenth time also over a new one."),
     key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Bound of what waits to be published; beyond it reading from clients pauses."),
     key!(redis.ca_file, Optional(File), "Further CA certificates (PEM) for rediss://."),
 
-    key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections"),
+    key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections", "NUMBER"),
     key!(limits.max_message_bytes, Bytes(1, 16 << 20), "Largest message, before and after inflating; close code 1009 beyond it."),
     key!(limits.max_fragments, Number(1, 131_072), "Most fragments of one message."),
     key!(limits.send_buffer_bytes, Bytes(1 << 10, 1 << 30), "Bound of what waits for one client; beyond it the connection is closed with 1008."),
@@ -231,8 +240,8 @@ pub static KEYS: &[Key] = &[
     key!(compression.level, Number(1, 9), "1 (fast) to 9 (small)."),
     key!(compression.client_context_takeover, Switch, "Let clients keep their compression context between messages: costs up to 48 KB a connection."),
 
-    key!(log.level, rule::LEVEL, "How much is logged.").flag("log-level").alias("LOG_LEVEL"),
-    key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "How lines look; auto: pretty on a terminal, else JSON.").flag("log-format"),
+    key!(log.level, rule::LEVEL, "How much is logged.").flag("log-level", "LEVEL").alias("LOG_LEVEL"),
+    key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "How lines look; auto: pretty on a terminal, else JSON.").flag("log-format", "FORMAT"),
 
     key!(endpoints.sessions, Switch, "/{agent_id}/ws/{session_id}"),
     key!(endpoints.events, Switch, "/ws; needs a key in [jwt]."),
@@ -309,7 +318,7 @@ mod tests {
         for key in KEYS {
             assert!(seen.insert(key.path()), "{}", key.path());
             assert!(key.alias.is_none_or(|alias| seen.insert(alias.name.into())));
-            assert!(key.flag.is_none_or(|flag| seen.insert(format!("--{flag}"))));
+            assert!(key.flag.is_none_or(|flag| seen.insert(format!("--{}", flag.name))));
             assert!(SECTIONS.iter().any(|(section, _)| *section == key.section));
         }
     }

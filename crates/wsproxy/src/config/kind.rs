@@ -44,6 +44,10 @@ pub(super) trait Kind<T> {
     fn explain(&self, _raw: &Raw) -> Option<String> {
         None
     }
+    /// Whether values are secret, so that no problem quotes them.
+    fn is_secret(&self) -> bool {
+        false
+    }
 }
 
 /// `true` or `false`.
@@ -232,6 +236,16 @@ pub(super) struct Text {
     pub(super) allowed: &'static str,
     /// The text as the code wants it; `None` where the rule is broken.
     pub(super) read: fn(&str) -> Option<String>,
+    /// The part of a text that breaks the rule, and why; `None` where `allowed` says enough. Quotes nothing of a
+    /// text that may hold a secret.
+    pub(super) explain: fn(&str) -> Option<String>,
+}
+
+impl Text {
+    /// The rule of `allowed` and `read`, where `allowed` says enough.
+    pub(super) const fn new(allowed: &'static str, read: fn(&str) -> Option<String>) -> Self {
+        Self { allowed, read, explain: |_| None }
+    }
 }
 
 impl Kind<String> for Text {
@@ -243,6 +257,9 @@ impl Kind<String> for Text {
     }
     fn write(&self, value: &String) -> String {
         quoted(value)
+    }
+    fn explain(&self, raw: &Raw) -> Option<String> {
+        (self.explain)(raw.text()?)
     }
 }
 
@@ -259,6 +276,12 @@ impl Kind<SecretString> for Secret {
     fn write(&self, value: &SecretString) -> String {
         quoted(if value.expose_secret().is_empty() { "" } else { "***" })
     }
+    fn explain(&self, raw: &Raw) -> Option<String> {
+        self.0.explain(raw)
+    }
+    fn is_secret(&self) -> bool {
+        true
+    }
 }
 
 /// A value that may be absent, spelled as empty text.
@@ -274,6 +297,12 @@ impl<T, K: Kind<T>> Kind<Option<T>> for Optional<K> {
     fn write(&self, value: &Option<T>) -> String {
         value.as_ref().map_or_else(|| quoted(""), |value| self.0.write(value))
     }
+    fn explain(&self, raw: &Raw) -> Option<String> {
+        self.0.explain(raw)
+    }
+    fn is_secret(&self) -> bool {
+        self.0.is_secret()
+    }
 }
 
 /// An array, or text with commas between the values.
@@ -284,22 +313,54 @@ impl<T, K: Kind<T>> Kind<Vec<T>> for List<K> {
         format!("a list, each {}", self.0.allowed())
     }
     fn read(&self, raw: &Raw) -> Option<Vec<T>> {
-        let values: Vec<String> = match raw {
-            Raw::List(values) => values.clone(),
-            // Lines too, for secrets that are mounted as files.
-            Raw::Text(text) => {
-                let values = text.split([',', '\n']).map(str::trim);
-                values.filter(|value| !value.is_empty()).map(str::to_owned).collect()
-            }
-            Raw::Tables(_) | Raw::Nested => return None,
-        };
-        values.into_iter().map(|value| self.0.read(&Raw::Text(value))).collect()
+        elements(raw)?.into_iter().map(|value| self.0.read(&Raw::Text(value))).collect()
     }
     fn write(&self, value: &Vec<T>) -> String {
         let values: Vec<_> = value.iter().map(|value| self.0.write(value)).collect();
         format!("[{}]", values.join(", "))
     }
+    fn explain(&self, raw: &Raw) -> Option<String> {
+        let elements = elements(raw)?.into_iter().map(Raw::Text).enumerate();
+        let broken: Vec<_> = elements
+            .filter(|(_, element)| self.0.read(element).is_none())
+            .map(|(at, element)| {
+                let why = self.0.explain(&element);
+                let why = why.unwrap_or_else(|| format!("must be {}", self.0.allowed()));
+                let shown = element.text().filter(|_| !self.0.is_secret()).map(shortened);
+                let shown = shown.map(|text| format!(" ({})", quoted(&text)));
+                format!("element {}{} {why}", at + 1, shown.unwrap_or_default())
+            })
+            .collect();
+        (!broken.is_empty()).then(|| broken.join("; "))
+    }
+    fn is_secret(&self) -> bool {
+        self.0.is_secret()
+    }
 }
+
+/// The elements of a list, each as it was given; `None` where there is no list.
+fn elements(raw: &Raw) -> Option<Vec<String>> {
+    match raw {
+        Raw::List(values) => Some(values.clone()),
+        // Lines too, for secrets that are mounted as files.
+        Raw::Text(text) => {
+            let values = text.split([',', '\n']).map(str::trim);
+            Some(values.filter(|value| !value.is_empty()).map(str::to_owned).collect())
+        }
+        Raw::Tables(_) | Raw::Nested => None,
+    }
+}
+
+/// Enough of a text to find it again.
+fn shortened(text: &str) -> String {
+    let mut short: String = text.chars().take(SHOWN_CHARS_MAX).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+const SHOWN_CHARS_MAX: usize = 60;
 
 /// `text` as a TOML string.
 pub(super) fn quoted(text: &str) -> String {
@@ -367,8 +428,25 @@ mod tests {
     }
 
     #[test]
+    fn a_broken_element_is_named_unless_it_is_secret() {
+        let text = Text::new("short", |text| (text.len() < 4).then(|| text.into()));
+        let given = Raw::List(vec!["a".into(), "long one".into(), "b".into(), "longer".into()]);
+        assert_eq!(
+            List(text).explain(&given).unwrap(),
+            "element 2 (\"long one\") must be short; element 4 (\"longer\") must be short"
+        );
+        let text = Text::new("short", |text| (text.len() < 4).then(|| text.into()));
+        let secrets = List(Secret(text));
+        assert_eq!(
+            secrets.explain(&given).unwrap(),
+            "element 2 must be short; element 4 must be short"
+        );
+        assert_eq!(secrets.explain(&Raw::Nested), None);
+    }
+
+    #[test]
     fn a_secret_is_never_written() {
-        let kind = Secret(Text { allowed: "", read: |text| Some(text.into()) });
+        let kind = Secret(Text::new("", |text| Some(text.into())));
         let secret = kind.read(&text("hunter2")).unwrap();
         assert_eq!(kind.write(&secret), "\"***\"");
     }

@@ -40,6 +40,8 @@ pub struct Loaded {
     pub config: Config,
     /// Variables that were set, accepted and ignored: see [`IGNORED`].
     pub ignored: Vec<&'static str>,
+    /// Variables that are allowed but probably not meant, each a sentence.
+    pub warnings: Vec<String>,
     origins: BTreeMap<String, Origin>,
 }
 
@@ -61,7 +63,11 @@ pub const CONFIG_ENV: &str = "WSPROXY_CONFIG";
 pub fn load(sources: Sources) -> Result<Loaded, Problems> {
     let Sources { defaults, file, environment, flags } = sources;
     let mut loader = Loader { config: defaults, ..Loader::default() };
-    if let Some(path) = file.or_else(|| environment.path(CONFIG_ENV)) {
+    let file = file.or_else(|| environment.path(CONFIG_ENV));
+    if file.is_none() && environment.is_empty(CONFIG_ENV) {
+        loader.warnings.push(format!("{CONFIG_ENV} is empty, so no file is read."));
+    }
+    if let Some(path) = file {
         match std::fs::read_to_string(&path) {
             Ok(text) => File { path: path.display().to_string(), text: &text }.load(&mut loader),
             Err(error) => {
@@ -77,7 +83,7 @@ pub fn load(sources: Sources) -> Result<Loaded, Problems> {
     }
     loader.environment(&environment);
     for (key, text) in flags {
-        let origin = Origin::Flag(key.flag.unwrap_or_default());
+        let origin = Origin::Flag(key.flag.map_or("", |flag| flag.name));
         loader.set(key, &Raw::Text(text.clone()), quoted(&text), origin);
     }
     loader.check();
@@ -91,7 +97,10 @@ pub fn load(sources: Sources) -> Result<Loaded, Problems> {
     }
     let set = |name: &&&str| environment.value(name).is_some_and(|value| value != Ok(""));
     let ignored = IGNORED.iter().filter(set).copied().collect();
-    Ok(Loaded { config: loader.config, ignored, origins: loader.origins })
+    let Loader { config, origins, mut warnings, .. } = loader;
+    let is_set = |key: &Key| origins.contains_key(&key.path());
+    warnings.extend(doubt::doubtful(&environment, is_set));
+    Ok(Loaded { config, ignored, warnings, origins })
 }
 
 #[derive(Default)]
@@ -101,17 +110,38 @@ struct Loader {
     /// Keys whose value was not allowed: what follows from their default would mislead.
     bad: BTreeSet<String>,
     problems: Vec<Problem>,
+    warnings: Vec<String>,
 }
 
 impl Loader {
     fn set(&mut self, key: &Key, raw: &Raw, shown: String, origin: Origin) {
+        self.set_in_unit(key, raw, shown, origin, None);
+    }
+
+    /// Sets a key from a text whose bare number was given in `unit`, where that is not the unit of the key.
+    fn set_in_unit(
+        &mut self,
+        key: &Key,
+        raw: &Raw,
+        shown: String,
+        origin: Origin,
+        unit: Option<&str>,
+    ) {
         if !(key.read)(&mut self.config, raw) {
             let value = if key.secret { "***".into() } else { shown };
+            let why = (key.explain)(raw).unwrap_or_else(|| match unit {
+                // "such as 30 (seconds)" would be wrong here.
+                Some(unit) => format!(
+                    "a bare number in this variable is {unit}; it must be {}",
+                    key.allowed().split(", such as").next().unwrap_or_default()
+                ),
+                None => format!("must be {}", key.allowed()),
+            });
             self.problems.push(Problem {
                 origin: Some(origin.clone()),
                 key: key.path(),
                 value: Some(printable(&value)),
-                message: (key.explain)(raw).unwrap_or_else(|| format!("must be {}", key.allowed())),
+                message: why,
             });
             self.bad.insert(key.path());
         }
@@ -129,17 +159,18 @@ impl Loader {
             known.extend(key.secret.then(|| format!("{}_FILE", key.env())));
             self.variable(key, environment);
         }
-        for name in environment.ours().filter(|name| !known.contains(*name)) {
+        for given in environment.ours().filter(|name| !known.contains(*name)) {
+            let name = &given.to_ascii_uppercase();
             let own =
                 |path: &str| format!("{PREFIX}{}", path.replace('.', "__")).to_ascii_uppercase();
-            let message = removed(|path| own(path) == name).unwrap_or_else(|| {
+            let message = removed(|path| own(path) == *name).unwrap_or_else(|| {
                 let near = nearest(name, known.iter().map(String::as_str));
                 near.map_or_else(
                     || format!("unknown variable; keys are {PREFIX}SECTION__KEY"),
                     |near| format!("unknown variable; did you mean {near}?"),
                 )
             });
-            self.complain(Origin::Env(printable(name)), String::new(), message);
+            self.complain(Origin::Env(printable(given)), String::new(), message);
         }
     }
 
@@ -150,6 +181,13 @@ impl Loader {
         let alias = key.alias.map(|alias| (alias.name.to_owned(), alias.unit, true));
         for (name, unit, skip_empty) in [Some(own), alias].into_iter().flatten() {
             let set = environment.value(&name).filter(|v| !(skip_empty && *v == Ok("")));
+            let file = format!("{name}_FILE");
+            let path = environment.path(&file).filter(|_| key.secret);
+            if let (Some(_), Some(_)) = (&set, &path) {
+                let message = format!("cannot be set together with {name}: remove one of them");
+                self.bad.insert(key.path());
+                return self.complain(Origin::Env(file), key.path(), message);
+            }
             if let Some(value) = set {
                 let origin = Origin::Env(name);
                 let Ok(text) = value else {
@@ -157,25 +195,29 @@ impl Loader {
                 };
                 let bare = !unit.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
                 let raw = if bare { format!("{text}{unit}") } else { text.to_owned() };
-                return self.set(key, &Raw::Text(raw), quoted(text), origin);
+                let unit = bare.then_some(MILLISECONDS);
+                return self.set_in_unit(key, &Raw::Text(raw), quoted(text), origin, unit);
             }
-            let file = format!("{name}_FILE");
-            if let Some(path) = environment.path(&file).filter(|_| key.secret) {
-                let origin = Origin::Env(file);
-                return match std::fs::read_to_string(&path) {
-                    Ok(text) => {
-                        if key.path() == API_KEYS {
-                            self.config.api.keys_file = Some(path);
-                        }
-                        self.set(key, &Raw::Text(text), String::new(), origin);
-                    }
-                    Err(error) => {
-                        let message = format!("cannot read {}: {error}", path.display());
-                        self.complain(origin, key.path(), message);
-                    }
-                };
+            if let Some(path) = path {
+                return self.secret_file(key, path, Origin::Env(file));
             }
         }
+    }
+
+    /// A file without a secret is a mistake of whatever should have written it: nothing else is used in its place.
+    fn secret_file(&mut self, key: &Key, path: PathBuf, origin: Origin) {
+        let message = match std::fs::read_to_string(&path) {
+            Ok(text) if text.trim().is_empty() => format!("the file {} is empty", path.display()),
+            Ok(text) => {
+                if key.path() == API_KEYS {
+                    self.config.api.keys_file = Some(path);
+                }
+                return self.set(key, &Raw::Text(text), String::new(), origin);
+            }
+            Err(error) => format!("cannot read {}: {error}", path.display()),
+        };
+        self.bad.insert(key.path());
+        self.complain(origin, key.path(), message);
     }
 
     fn check(&mut self) {
@@ -322,8 +364,13 @@ fn printable(text: &str) -> String {
     text.chars().take(120).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+/// The unit of bare numbers in the variables whose unit is not that of the key.
+const MILLISECONDS: &str = "milliseconds";
+
 /// The key whose file is read again while the instance runs.
 const API_KEYS: &str = "api.keys";
+
+mod doubt;
 
 #[cfg(test)]
 mod tests;

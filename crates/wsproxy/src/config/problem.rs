@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde_json::{Value, json};
+
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
@@ -31,6 +33,18 @@ impl fmt::Display for Origin {
     }
 }
 
+impl Origin {
+    /// For programs: `kind` and what belongs to it.
+    fn json(&self) -> Value {
+        match self {
+            Self::Default => json!({ "kind": "default" }),
+            Self::File { path, line } => json!({ "kind": "file", "path": path, "line": line }),
+            Self::Env(name) => json!({ "kind": "environment", "name": name }),
+            Self::Flag(name) => json!({ "kind": "flag", "name": format!("--{name}") }),
+        }
+    }
+}
+
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -42,6 +56,19 @@ pub struct Problem {
     pub value: Option<String>,
     /// What is allowed instead.
     pub message: String,
+}
+
+impl Problem {
+    /// For programs: `origin`, `key`, `value` and `message`, `null` where there is none.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        json!({
+            "origin": self.origin.as_ref().map(Origin::json),
+            "key": Some(&self.key).filter(|key| !key.is_empty()),
+            "value": self.value,
+            "message": self.message,
+        })
+    }
 }
 
 impl fmt::Display for Problem {
@@ -86,3 +113,28 @@ pub(super) fn nearest<'a>(
 
 /// Below this Jaro-Winkler similarity a suggestion confuses more than it helps.
 const ALIKE: f64 = 0.7;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_get_every_part_of_a_problem() {
+        let problem = |origin, key: &str| {
+            let message = "must be x".into();
+            Problem { origin, key: key.into(), value: Some("1".into()), message }.json()
+        };
+        let file = Origin::File { path: "w.toml".into(), line: 3 };
+        for (origin, json) in [
+            (file, json!({ "kind": "file", "path": "w.toml", "line": 3 })),
+            (Origin::Env("PORT".into()), json!({ "kind": "environment", "name": "PORT" })),
+            (Origin::Flag("port"), json!({ "kind": "flag", "name": "--port" })),
+            (Origin::Default, json!({ "kind": "default" })),
+        ] {
+            let expected =
+                json!({ "origin": json, "key": "a.b", "value": "1", "message": "must be x" });
+            assert_eq!(problem(Some(origin), "a.b"), expected);
+        }
+        assert!(problem(None, "")["key"].is_null() && problem(None, "")["origin"].is_null());
+    }
+}

@@ -56,7 +56,7 @@ pub fn markdown() -> String {
                 &format!("| `{}` | `{value}` | {doc} Must be {allowed}. | {names} |\n", key.name);
         }
     }
-    text += "\n## Variables of older gateways\n\n| variable | key |\n|---|---|\n";
+    text += "\n## Short names of variables\n\n| variable | key |\n|---|---|\n";
     for key in KEYS {
         if let Some(alias) = key.alias {
             let unit = if alias.unit.is_empty() { "" } else { ", a bare number in milliseconds" };
@@ -79,7 +79,7 @@ fn keys_of(section: &str) -> impl Iterator<Item = &'static Key> {
 fn other_names(key: &Key) -> String {
     let mut names = String::new();
     if let Some(flag) = key.flag {
-        let _ = write!(names, "`--{flag}`");
+        let _ = write!(names, "`--{}`", flag.name);
     }
     if let Some(alias) = key.alias {
         let comma = if names.is_empty() { "" } else { ", " };
@@ -101,7 +101,7 @@ A key is looked up in this order, and the first that has it wins:
 
 1. a flag of the command line,
 2. the environment variable `{PREFIX}SECTION__KEY`, such as `{PREFIX}SERVER__PORT` (two underscores between section and key),
-3. the variable that older gateways used, such as `PORT`; empty text means that it is not set,
+3. the key's short variable, such as `PORT`, where it has [one](#short-names-of-variables); empty text means that it is not set,
 4. the file that `--config` or `{CONFIG_ENV}` names (no file is read unless one is named),
 5. the default.
 
@@ -111,10 +111,11 @@ A key is looked up in this order, and the first that has it wins:
 - **Lists of tables** (`api.key`) are `[[api.key]]` in the file; in the environment, a JSON array of objects:
   `{PREFIX}API__KEY='[{\"name\":\"chat\",\"secret\":\"…\",\"scopes\":[\"sessions\"]}]'`.
 - **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`, `api.key`) can come from a file: set the variable with `_FILE` at its end, such as
-  `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown.
+  `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown. A file that is empty, and a variable beside its own `_FILE`, are problems.
 - Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
 
 `wsproxy config check` reports every problem at once, with the key, its value, where it came from and what is allowed, and exits with 78;
-unknown sections, keys and `{PREFIX}…` variables are problems too. `wsproxy config show` prints the values in effect with their origin,
+unknown sections, keys and `{PREFIX}…` variables are problems too. With `--json` the same is for programs. What is allowed but probably not meant, such as an
+empty `REDIS_URL_FILE` or `REDIS_URI` for `REDIS_URL`, is a warning there and in the log at the start. `wsproxy config show` prints the values in effect with their origin,
 `wsproxy config example` a file with every key.
 ";

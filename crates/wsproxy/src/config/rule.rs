@@ -11,49 +11,57 @@ use super::kind::Text;
 pub(super) const LEVEL: Text = Text {
     allowed: "off, error, warn, info, debug, trace, or directives such as \"info,wsproxy::bus=debug\"",
     read: level,
+    explain: |text| {
+        let text = text.to_ascii_lowercase();
+        let mut unknown = text.split(',').map(str::trim).filter(|part| !is_directive(part));
+        let unknown = unknown.next().filter(|_| text.contains([',', '=']))?;
+        Some(format!("\"{unknown}\" is neither a level nor a directive such as wsproxy::bus=debug"))
+    },
 };
 
 /// The name of an instance.
-pub(super) const SERVER_ID: Text = Text {
-    allowed: "1 to 128 letters, digits and -_.~@+=|",
-    read: |text| Id::parse(text).ok().map(|id| id.as_str().to_owned()),
-};
+pub(super) const SERVER_ID: Text = Text::new("1 to 128 letters, digits and -_.~@+=|", |text| {
+    Id::parse(text).ok().map(|id| id.as_str().to_owned())
+});
 
 /// What stands before the names of keys and channels.
-pub(super) const PREFIX: Text = Text {
-    allowed: "up to 64 letters, digits and -_.:, without the colon at its end",
-    read: |text| {
+pub(super) const PREFIX: Text =
+    Text::new("up to 64 letters, digits and -_.:, without the colon at its end", |text| {
         // No braces: further keys of a name put the whole name into braces, which choose its slot of a cluster.
         let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
         let good = text.len() <= 64 && text.bytes().all(known) && !text.ends_with(':');
         good.then(|| text.to_owned())
-    },
-};
+    });
 
 /// Where Redis is.
 pub(super) const REDIS_URL: Text = Text {
-    allowed: "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://… or unix:///path",
-    read: redis_url,
+    allowed: REDIS_URL_FORM,
+    read: |text| check_redis_url(text).is_ok().then(|| text.to_owned()),
+    explain: |text| {
+        let broken = check_redis_url(text).err()?;
+        Some(format!("{broken}. The form is {REDIS_URL_FORM}"))
+    },
 };
 
+const REDIS_URL_FORM: &str =
+    "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://… or unix:///path";
+
 /// A bearer key of the API.
-pub(super) const API_KEY: Text = Text {
-    allowed: "16 to 256 visible ASCII characters without a comma",
-    read: |text| {
+pub(super) const API_KEY: Text =
+    Text::new("16 to 256 visible ASCII characters without a comma", |text| {
         let good = (16..=256).contains(&text.len())
             && text.bytes().all(|b| b.is_ascii_graphic() && b != b',');
         good.then(|| text.to_owned())
-    },
-};
+    });
 
 /// A secret that signs tokens. How long it must be depends on whether it is used.
-pub(super) const JWT_SECRET: Text = Text {
-    allowed: "the secret itself, up to 4096 bytes; a PEM key belongs into jwt.public_key_file",
-    read: |text| {
+pub(super) const JWT_SECRET: Text = Text::new(
+    "the secret itself, up to 4096 bytes; a PEM key belongs into jwt.public_key_file",
+    |text| {
         // Who knows a public key, and everybody may, could sign tokens if it were a secret.
         (text.len() <= 4096 && !text.contains("-----BEGIN")).then(|| text.to_owned())
     },
-};
+);
 
 /// How tokens may be signed.
 pub(super) const JWT_ALGORITHMS: &[(&str, Algorithm)] = &[
@@ -74,63 +82,129 @@ pub(super) const JWT_ALGORITHMS: &[(&str, Algorithm)] = &[
 /// Where keys are published.
 pub(super) const JWKS_URL: Text = Text {
     allowed: "an http:// or https:// URL without a user and a password",
-    read: |text| {
-        let url: Uri = text.parse().ok()?;
-        let host = url.authority().filter(|place| !place.as_str().contains('@'))?.host();
-        let known = matches!(url.scheme_str(), Some("http" | "https")) && !host.is_empty();
-        known.then(|| text.to_owned())
-    },
+    read: |text| check_jwks_url(text).is_ok().then(|| text.to_owned()),
+    explain: |text| check_jwks_url(text).err().map(str::to_owned),
 };
 
 /// A claim's name or value.
-pub(super) const CLAIM: Text = Text {
-    allowed: "1 to 512 characters",
-    read: |text| (1..=512).contains(&text.len()).then(|| text.to_owned()),
-};
+pub(super) const CLAIM: Text = Text::new("1 to 512 characters", |text| {
+    (1..=512).contains(&text.len()).then(|| text.to_owned())
+});
 
 /// The type of a token: a media type, whose `application/` may be left out.
-pub(super) const TYP: Text = Text {
-    allowed: "1 to 128 visible ASCII characters",
-    read: |text| {
-        let good = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
-        good.then(|| text.to_owned())
-    },
-};
+pub(super) const TYP: Text = Text::new("1 to 128 visible ASCII characters", |text| {
+    let good = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+    good.then(|| text.to_owned())
+});
 
 fn level(text: &str) -> Option<String> {
     let text = text.to_ascii_lowercase();
-    // Existing deployments use Python's names; to the filter they would be names of modules.
+    // Python's names are common; to the filter they would be names of modules.
     match text.as_str() {
         "warning" => return Some("warn".into()),
         "critical" | "fatal" => return Some("error".into()),
         _ => {}
     }
-    let levels = ["off", "error", "warn", "info", "debug", "trace"];
-    let known = |directive: &str| match directive.rsplit_once('=') {
-        Some((target, level)) => !target.trim().is_empty() && levels.contains(&level.trim()),
-        None => levels.contains(&directive.trim()),
-    };
-    let good = text.split(',').all(known) && EnvFilter::try_new(&text).is_ok();
+    let good = text.split(',').all(is_directive) && EnvFilter::try_new(&text).is_ok();
     good.then_some(text)
 }
 
-/// Only what can be said without knowing the bus, which parses the rest when it starts.
-fn redis_url(text: &str) -> Option<String> {
-    let (scheme, rest) = text.split_once("://")?;
-    let rest = rest.split_once('?').map_or(rest, |(rest, _)| rest);
-    let place = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
-    let good = match scheme {
-        "unix" | "redis+unix" | "valkey+unix" => place.starts_with('/'),
-        "redis" | "rediss" | "valkey" | "valkeys" => {
-            let (host, database) = place.split_once('/').unwrap_or((place, ""));
-            // Without a host it is this one.
-            let known = is_host(host) || is_host(&format!("localhost{host}"));
-            known && (database.is_empty() || database.parse::<u32>().is_ok())
-        }
-        _ => false,
+fn is_directive(text: &str) -> bool {
+    let is_level =
+        |text: &str| ["off", "error", "warn", "info", "debug", "trace"].contains(&text.trim());
+    match text.rsplit_once('=') {
+        Some((target, level)) => !target.trim().is_empty() && is_level(level),
+        None => is_level(text),
+    }
+}
+
+/// Which part of a URL of Redis is wrong. Says only what can be said without knowing the bus, which parses the rest
+/// when it starts, and quotes nothing: any part may be a piece of a password.
+fn check_redis_url(text: &str) -> Result<(), &'static str> {
+    if !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err("a character must be percent-encoded: a space, or one that is not ASCII");
+    }
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return Err(
+            "the scheme is missing: the URL must begin with redis://, rediss:// or unix://",
+        );
     };
-    let printable = text.bytes().all(|b| b.is_ascii_graphic());
-    (good && printable).then(|| text.to_owned())
+    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let place = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
+    // Names of options only: their values may be passwords.
+    let options = query.split('&').filter_map(|option| option.split('=').next());
+    let words: Vec<_> = options.chain([scheme]).map(str::to_ascii_lowercase).collect();
+    let names = |kind: &str| words.iter().any(|word| word.contains(kind));
+    if names("sentinel") {
+        return Err(
+            "Redis Sentinel is not supported yet: give the address of the master, or of a proxy that \
+             leads to it",
+        );
+    }
+    if names("cluster") {
+        return Err("Redis Cluster is not supported yet: give the address of one server");
+    }
+    match scheme {
+        "unix" | "redis+unix" | "valkey+unix" if place.starts_with('/') => Ok(()),
+        "unix" | "redis+unix" | "valkey+unix" => {
+            Err("the path must be absolute, as in unix:///run/redis.sock")
+        }
+        "redis" | "rediss" | "valkey" | "valkeys" => check_redis_place(place),
+        _ => Err("the scheme is unknown: it must be redis, rediss (TLS) or unix"),
+    }
+}
+
+/// `host[:port][/database]`; without a host it is this machine.
+fn check_redis_place(place: &str) -> Result<(), &'static str> {
+    let (authority, database) = place.split_once('/').unwrap_or((place, ""));
+    if authority.contains(',') {
+        return Err(
+            "several hosts, as of Redis Sentinel and Redis Cluster, are not supported yet: give the \
+             address of one server",
+        );
+    }
+    if !authority.starts_with('[') && authority.matches(':').count() > 1 {
+        return Err("the host is an IPv6 address without its brackets, or there are two ports");
+    }
+    let (host, port) = match authority.find(']') {
+        Some(end) => authority.split_at(end + 1),
+        None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
+    };
+    if !host.is_empty() && !is_host(host) {
+        return Err(
+            "the host is neither a name nor an address (IPv6 in brackets); in a password write : / ? # @ \
+             and % percent-encoded",
+        );
+    }
+    if !is_host(&format!("localhost{port}")) {
+        return Err(
+            "the port must be a number from 1 to 65535; in a password write : / ? # @ and % \
+             percent-encoded",
+        );
+    }
+    if !database.is_empty() && database.parse::<u32>().is_err() {
+        return Err("the database, behind the last /, must be a number");
+    }
+    Ok(())
+}
+
+/// Which part of the URL of a JWKS is wrong; quotes nothing, since it may hold a password.
+fn check_jwks_url(text: &str) -> Result<(), &'static str> {
+    let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+    if !matches!(scheme.as_deref(), Some("http" | "https")) {
+        return Err("the scheme must be http:// or https://");
+    }
+    let url: Uri =
+        text.parse().map_err(|_| "it is no URL: a character is not allowed, or no host")?;
+    let Some(place) = url.authority().filter(|place| !place.host().is_empty()) else {
+        return Err("the host is missing");
+    };
+    if place.as_str().contains('@') {
+        return Err(
+            "the user and the password before the host must go: the issuer's keys are public",
+        );
+    }
+    Ok(())
 }
 
 /// A name or an address, brackets around one of version 6, and perhaps a port.
@@ -199,20 +273,55 @@ mod tests {
             "redis://:7000/",
             "redis+unix:///r%20s?user=u&password=p",
             "redis://:p%40ss@redis.local:6379/2",
+            "redis://redis-cluster.local?password=sentinel&client=cluster",
+            "redis://:p%40ss%3Aw%2Frd@[::1]:6379/3",
             "rediss://user:pw@[::1]:6380",
             "unix:///run/redis.sock",
         ] {
-            assert!(redis_url(good).is_some(), "{good}");
+            assert_eq!(check_redis_url(good), Ok(()), "{good}");
         }
-        for bad in [
-            "localhost:6379",
-            "http://localhost",
-            "redis://h:port",
-            "redis://h/two",
-            "unix://redis.sock",
-            "redis://a b",
+    }
+
+    #[test]
+    fn the_wrong_part_of_a_redis_url_is_named() {
+        for (bad, part) in [
+            ("localhost:6379", "the scheme is missing"),
+            ("http://localhost", "the scheme is unknown"),
+            ("redis://h:port", "the port must be"),
+            ("redis://h:0", "the port must be"),
+            ("redis://::1", "without its brackets"),
+            ("redis://:p?w@h", "the port must be"),
+            ("redis://h/two", "the database"),
+            ("redis://a_b!c", "the host is neither"),
+            ("redis://[::1:6379", "the host is neither"),
+            ("REDIS://h", "the scheme is unknown"),
+            ("unix://redis.sock", "the path must be absolute"),
+            ("redis://a b", "must be percent-encoded"),
+            ("redis-sentinel://h:26379/mymaster", "Redis Sentinel is not supported yet"),
+            ("redis+sentinel://:secret@h/m/0", "Redis Sentinel is not supported yet"),
+            ("redis://h:26379?sentinelMasterId=m", "Redis Sentinel is not supported yet"),
+            ("redis://h:26379,i:26379/0", "are not supported yet"),
+            ("redis+cluster://h", "Redis Cluster is not supported yet"),
+            ("rediss-cluster://:secret@h", "Redis Cluster is not supported yet"),
         ] {
-            assert!(redis_url(bad).is_none(), "{bad}");
+            let why = (REDIS_URL.explain)(bad).unwrap();
+            assert!(why.contains(part) && why.ends_with("unix:///path"), "{bad}: {why}");
+            assert!(!why.contains("secret") && (REDIS_URL.read)(bad).is_none(), "{bad}: {why}");
+        }
+    }
+
+    #[test]
+    fn the_wrong_part_of_a_level_or_a_jwks_url_is_named() {
+        let level = |text| (LEVEL.explain)(text).unwrap();
+        assert!(level("info,wsproxy::bus=loud").starts_with("\"wsproxy::bus=loud\" is neither"));
+        assert_eq!((LEVEL.explain)("loud"), None);
+        for (bad, part) in [
+            ("ftp://a/", "the scheme"),
+            ("a.example/jwks", "the scheme"),
+            ("https://u:p@a/", "the user and the password"),
+            ("http://a b", "a character"),
+        ] {
+            assert!((JWKS_URL.explain)(bad).unwrap().contains(part), "{bad}");
         }
     }
 }

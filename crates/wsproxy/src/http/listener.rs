@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    io,
+    io::{self, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
@@ -16,10 +16,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioTimer;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::{
-    io::AsyncWriteExt,
-    net::{TcpListener, TcpStream},
-};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -120,8 +117,7 @@ fn accept(
     let Some((place, gave_way)) = sockets.take() else {
         gateway.metrics.handshake(None, "full");
         upgrade::tell_full(gateway);
-        gateway.tasks.spawn(refuse(stream));
-        return;
+        return refuse(stream);
     };
     // Hyper writes heads and bodies in one go; what follows an upgrade sets its own options.
     let _ = stream.set_nodelay(true);
@@ -217,9 +213,12 @@ async fn answer(
     std::future::pending().await
 }
 
-async fn refuse(mut stream: TcpStream) {
-    let write = stream.write_all(FULL);
-    let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
+/// Answers and closes at once: sockets that waited to be written to would need descriptors which others were
+/// promised. A new socket has room for the answer.
+fn refuse(stream: TcpStream) {
+    if let Ok(mut stream) = stream.into_std() {
+        let _ = stream.write(FULL);
+    }
 }
 
 /// Errors of `accept` that concern one client and not the listener.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::{
@@ -9,6 +10,7 @@ use crate::support::{
     client::Client,
     eventually,
     gateway::{API_KEY, TestInstance, bearer},
+    http,
     raw::Raw,
     soon,
 };
@@ -223,12 +225,9 @@ async fn limits_can_be_raised_to_16_mib_and_65536_fragments() {
 
 #[tokio::test]
 async fn sockets_beyond_the_places_are_refused_without_a_request() {
-    let binary = Binary::start_with_files(904, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
-    assert_eq!(binary.metric("wsproxy_connections_max").await, 72.0);
-    let mut clients = Vec::new();
-    for _ in 0..72 {
-        clients.push(Client::connect(binary.address, "/echo", &[]).await.unwrap());
-    }
+    let binary = Binary::start_with_files(224, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
+    let mut clients = take_all_places(&binary).await;
+    assert_eq!(clients.len(), 100);
     let refused = Client::connect(binary.address, "/echo", &[]).await.err().unwrap();
     assert_eq!(refused.as_u16(), 503);
     // Requests of which the body is missing: such sockets are not silent, and give way to nobody.
@@ -236,19 +235,7 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
         "POST /api/v1/sessions/s/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\
          Authorization: Bearer {API_KEY}\r\n\r\n"
     );
-    let mut asking = Vec::new();
-    let mut one_more = loop {
-        let mut raw = Raw::connect(binary.address).await;
-        let answered = async { raw.read().await > 0 };
-        // The gateway may not have read all heads yet; then this one took a place instead.
-        let patience = Duration::from_millis(if asking.len() < 512 { 0 } else { 500 });
-        if tokio::time::timeout(patience, answered).await == Ok(true) {
-            break raw;
-        }
-        raw.write(head.as_bytes()).await;
-        asking.push(raw);
-    };
-    assert!((512..530).contains(&asking.len()), "{} were taken", asking.len());
+    let (asking, mut one_more) = take_spare_sockets(&binary, &head, 40).await;
     let refused = one_more.response().await;
     refused.assert_refused(503, "full");
     assert_eq!(refused.header("x-content-type-options"), "nosniff");
@@ -264,10 +251,11 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
 #[tokio::test]
 async fn without_descriptors_the_instance_lives_on_and_recovers() {
     let binary = Binary::start_with_files(100, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
-    let mut clients = Vec::new();
-    for _ in 0..16 {
-        clients.push(Client::connect(binary.address, "/echo", &[]).await.unwrap());
-    }
+    let mut clients = take_all_places(&binary).await;
+    // Fewer than were promised at the start: somebody else took them, as where the whole machine has no more.
+    let pid = Pid::from_raw(binary.pid().cast_signed());
+    let few = Some(u64::try_from(descriptors(&binary) + 2).unwrap());
+    prlimit(pid, Resource::Nofile, Rlimit { current: few, maximum: few }).unwrap();
     let mut silent = Vec::new();
     for _ in 0..200 {
         silent.push(Raw::connect(binary.address).await);
@@ -280,6 +268,71 @@ async fn without_descriptors_the_instance_lives_on_and_recovers() {
     assert!(binary.metric("wsproxy_errors_total{kind=\"accept\"}").await >= 1.0);
 }
 
+#[tokio::test]
+async fn the_admin_port_answers_while_clients_have_everything() {
+    let env = [("WSPROXY_ENDPOINTS__ECHO", "true"), ("METRICS_PORT", "0")];
+    for files in [80, 256] {
+        let mut binary = Binary::start_with_files(files, &env).await;
+        let line = binary.line("Listening.").await;
+        let clients_address = binary.address;
+        let admin = line["admin_address"].as_str().unwrap().parse().unwrap();
+        binary.address = admin;
+        let most = binary.metric("wsproxy_connections_max").await as usize;
+        assert_eq!(line["connections_max"], most);
+        let mut clients = Vec::new();
+        for _ in 0..most {
+            clients.push(Client::connect(clients_address, "/echo", &[]).await.unwrap());
+        }
+        binary.address = clients_address;
+        // Event streams of the API are not here, so sockets to spare are taken by heads that never end.
+        let mut silent = Vec::new();
+        for _ in 0..300 {
+            silent.push(Raw::connect(clients_address).await);
+        }
+        for path in ["/health", "/ready", "/metrics", "/api/v1/info"] {
+            let key = format!("Bearer {API_KEY}");
+            let answer = http::request(admin, "GET", path, &[("authorization", &key)], b"").await;
+            let full = if path == "/ready" { 503 } else { 200 };
+            assert_eq!(answer.status, full, "{path} {}", answer.body);
+        }
+        clients[most - 1].send("undisturbed").await;
+        assert_eq!(clients[most - 1].text().await, "undisturbed");
+        assert!(binary.lines("Accepting failed; trying again.").is_empty(), "{}", binary.log());
+    }
+}
+
+/// As many clients as the instance promises.
+async fn take_all_places(binary: &Binary) -> Vec<Client> {
+    let most = binary.metric("wsproxy_connections_max").await as usize;
+    let mut clients = Vec::new();
+    for _ in 0..most {
+        clients.push(Client::connect(binary.address, "/echo", &[]).await.unwrap());
+    }
+    clients
+}
+
+/// Sends `head` over about `spare` sockets, until one more is answered without having asked.
+async fn take_spare_sockets(binary: &Binary, head: &str, spare: usize) -> (Vec<Raw>, Raw) {
+    let mut asking = Vec::new();
+    let one_more = loop {
+        let mut raw = Raw::connect(binary.address).await;
+        let answered = async { raw.read().await > 0 };
+        // The gateway may not have read all heads yet; then this one took a place instead.
+        let patience = Duration::from_millis(if asking.len() < spare { 0 } else { 500 });
+        if tokio::time::timeout(patience, answered).await == Ok(true) {
+            break raw;
+        }
+        raw.write(head.as_bytes()).await;
+        asking.push(raw);
+    };
+    assert!((spare..spare + 18).contains(&asking.len()), "{} were taken", asking.len());
+    (asking, one_more)
+}
+
+fn descriptors(binary: &Binary) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", binary.pid())).unwrap().count()
+}
+
 /// All but one client leave; a new one comes, and descriptors come back.
 async fn assert_recovers(binary: &Binary, mut clients: Vec<Client>) {
     clients.drain(1..).for_each(drop);
@@ -288,8 +341,7 @@ async fn assert_recovers(binary: &Binary, mut clients: Vec<Client>) {
     let token = binary.token("s").await;
     let path = "/agent/ws/s";
     Client::connect(binary.address, path, &bearer(&token)).await.unwrap().close().await;
-    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", binary.pid())).unwrap().count();
-    eventually("descriptors are given back", || descriptors() < 40).await;
+    eventually("descriptors are given back", || descriptors(binary) < 40).await;
     clients[0].send("still").await;
     assert_eq!(clients[0].text().await, "still");
     assert!(!binary.log().contains("panicked"));

@@ -27,6 +27,7 @@ mod logs;
 mod memory;
 mod metrics;
 mod numbers;
+mod operator;
 mod presence;
 mod refusals;
 mod registry;

@@ -64,7 +64,7 @@ fn the_flag_wins_over_the_environment_over_the_file() {
 }
 
 #[test]
-fn names_of_older_gateways_work() {
+fn short_names_of_variables_work() {
     let loaded = load_env([
         ("PORT", "9000"),
         ("METRICS_PORT", "9001"),
@@ -174,6 +174,7 @@ fn every_rule_between_keys_is_checked() {
         ("[jwt]\nca_file = '/does/not/exist'", "jwt.ca_file"),
         ("[jwt]\nalgorithms = []", "jwt.algorithms"),
         ("[endpoints]\nevents = true", "endpoints.events"),
+        ("[endpoints]\nsessions = false", "endpoints.sessions"),
         ("[endpoints]\nevents = true\n[jwt]\nsecret_key = '0123456789abcde'", "jwt.secret_key"),
         ("[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['RS256']", "jwt.algorithms"),
         ("[jwt]\njwks_url = 'https://a/'", "jwt.algorithms"),
@@ -183,6 +184,7 @@ fn every_rule_between_keys_is_checked() {
         let problems = load_file(text).unwrap_err().0;
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [blamed]);
     }
+    assert!(load_file("[endpoints]\nsessions = false\necho = true").is_ok());
     let beside = "[server]\nbind = '10.0.0.1'\n[admin]\nbind = '127.0.0.1'\nport = 8080";
     assert!(load_file(beside).is_ok());
 }
@@ -255,6 +257,137 @@ fn secrets_come_from_files_too() {
     let missing = problem(load_env([("REDIS_URL_FILE", "/does/not/exist")]));
     assert!(missing.starts_with("env REDIS_URL_FILE: redis.url: cannot read /does/not/exist"));
     assert!(problem(load_env([("WSPROXY_SERVER__PORT_FILE", "/x")])).contains("unknown variable"));
+}
+
+#[test]
+fn a_secret_file_without_a_secret_is_a_problem() {
+    for text in ["", "\n", " \r\n"] {
+        let file = file(text);
+        let path = file.path().to_str().unwrap();
+        for (name, key) in [
+            ("REDIS_URL_FILE", "redis.url"),
+            ("WSPROXY_REDIS__URL_FILE", "redis.url"),
+            ("SECRET_KEY_FILE", "jwt.secret_key"),
+            ("WSPROXY_API__KEYS_FILE", "api.keys"),
+            ("WSPROXY_API__KEY_FILE", "api.key"),
+        ] {
+            let expected = format!("env {name}: {key}: the file {path} is empty");
+            assert_eq!(load_env([(name, path)]).unwrap_err().0[0].to_string(), expected);
+        }
+    }
+    let folder = problem(load_env([("REDIS_URL_FILE", "/")]));
+    assert!(folder.contains("cannot read /: Is a directory (os error 21)"), "{folder}");
+}
+
+#[test]
+fn a_variable_and_its_file_exclude_each_other() {
+    let url = file("redis://h\n");
+    let path = url.path().to_str().unwrap();
+    for (name, file) in
+        [("REDIS_URL", "REDIS_URL_FILE"), ("WSPROXY_REDIS__URL", "WSPROXY_REDIS__URL_FILE")]
+    {
+        assert_eq!(
+            problem(load_env([(name, "redis://g"), (file, path)])),
+            format!(
+                "env {file}: redis.url: cannot be set together with {name}: remove one of them"
+            )
+        );
+    }
+    // Compose files pass what is not set on as empty text.
+    let loaded = load_env([("REDIS_URL", ""), ("REDIS_URL_FILE", path)]).unwrap();
+    assert_eq!(loaded.config.redis.url.unwrap().expose_secret(), "redis://h");
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+    let loaded = load_env([("REDIS_URL", "redis://h"), ("REDIS_URL_FILE", "")]).unwrap();
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+}
+
+#[test]
+fn variables_that_are_probably_not_meant_are_warned_of() {
+    for (name, value, warning) in [
+        ("REDIS_URL_FILE", "", "REDIS_URL_FILE is empty, so it does not set redis.url."),
+        ("REDIS_URL", "", "REDIS_URL is empty, so it does not set redis.url."),
+        ("SECRET_KEY_FILE", "", "SECRET_KEY_FILE is empty, so it does not set jwt.secret_key."),
+        ("WSPROXY_CONFIG", "", "WSPROXY_CONFIG is empty, so no file is read."),
+        ("REDIS_URI", "redis://h", "REDIS_URI is not read by wsproxy; did you mean REDIS_URL?"),
+        ("redis_url", "redis://h", "redis_url is not read by wsproxy; did you mean REDIS_URL?"),
+        (
+            "REDIS_URL_FIEL",
+            "/x",
+            "REDIS_URL_FIEL is not read by wsproxy; did you mean REDIS_URL_FILE?",
+        ),
+        (
+            "HEARTBEAT_INTERVAL",
+            "300",
+            "HEARTBEAT_INTERVAL = 300 is 300 milliseconds; write 300s for seconds.",
+        ),
+    ] {
+        assert_eq!(load_env([(name, value)]).unwrap().warnings, [warning]);
+    }
+    for usual in [
+        ("REDIS_PORT", "tcp://10.0.0.1:6379"),
+        ("REDIS_HOST", "h"),
+        ("SERVER_IP", "10.0.0.1"),
+        ("HEARTBEAT_INTERVAL", "15000"),
+        ("PORT", ""),
+    ] {
+        assert!(load_env([usual]).unwrap().warnings.is_empty(), "{usual:?}");
+    }
+    let both = load_env([("REDIS_URI", "redis://h"), ("REDIS_URL", "redis://h")]).unwrap();
+    assert!(both.warnings.is_empty(), "{:?}", both.warnings);
+}
+
+#[test]
+fn variables_with_our_prefix_that_no_key_has_are_problems() {
+    for (name, near) in [
+        ("WSPROXY_REDIS_URL", "WSPROXY_REDIS__URL"),
+        ("WSPROXY__REDIS__URL", "WSPROXY_REDIS__URL"),
+        ("wsproxy_redis__url", "WSPROXY_REDIS__URL"),
+        ("WSPROXY_REDIS__URL_FIEL", "WSPROXY_REDIS__URL_FILE"),
+        ("WSPROXY_CONFG", "WSPROXY_CONFIG"),
+    ] {
+        let expected = format!("env {name}: unknown variable; did you mean {near}?");
+        assert_eq!(problem(load_env([(name, "redis://h")])), expected);
+    }
+}
+
+#[test]
+fn a_bare_number_in_milliseconds_says_so() {
+    assert_eq!(
+        problem(load_env([("HEARTBEAT_INTERVAL", "30")])),
+        "env HEARTBEAT_INTERVAL: heartbeat.interval = \"30\": a bare number in this variable is \
+         milliseconds; it must be a time from 100ms to 1h"
+    );
+    let own = problem(load_env([("WSPROXY_HEARTBEAT__INTERVAL", "0")]));
+    assert!(own.ends_with("such as 30 (seconds) or \"500ms\""), "{own}");
+}
+
+#[test]
+fn problems_name_the_element_of_a_list() {
+    let text = "[server]\ntrusted_proxies = ['10.0.0.0/8', '10.0.0.0/33']";
+    assert_eq!(
+        problem(load_file(text)),
+        ":2: server.trusted_proxies = ['10.0.0.0/8', '10.0.0.0/33']: element 2 (\"10.0.0.0/33\") must be a network or \
+         an address, such as \"10.0.0.0/8\" or \"::1\""
+    );
+    let origins = problem(load_env([(
+        "WSPROXY_SERVER__ALLOWED_ORIGINS",
+        "https://a.example,b.example,https://c.example/",
+    )]));
+    assert!(origins.contains("element 2 (\"b.example\") must be an origin"), "{origins}");
+    assert!(origins.contains("element 3 (\"https://c.example/\") must be"), "{origins}");
+    let keys = problem(load_env([("WSPROXY_API__KEYS", "0123456789abcdef,hunter2")]));
+    assert!(keys.contains("element 2 must be 16 to 256") && !keys.contains("hunter2"), "{keys}");
+}
+
+#[test]
+fn files_that_cannot_be_read_say_why() {
+    let text = "[jwt]\npublic_key_file = '/does/not/exist'\nalgorithms = ['ES256']";
+    let key = problem(load_file(text));
+    let (missing, empty) = ("No such file or directory (os error 2)", file(""));
+    assert!(key.contains("/does/not/exist cannot be read") && key.contains(missing), "{key}");
+    let text = text.replace("/does/not/exist", empty.path().to_str().unwrap());
+    let key = load_file(&text).unwrap_err().to_string();
+    assert!(key.contains("holds no PUBLIC KEY in PEM form"), "{key}");
 }
 
 #[test]
