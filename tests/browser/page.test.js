@@ -58,8 +58,8 @@ async function visit({ width = 1200, height = 900, colorScheme = "light" } = {})
     window.shifts = [];
     new PerformanceObserver((list) => {
       for (const { value, hadRecentInput, sources } of list.getEntries()) {
-        // The cursor behind a growing text has no node of its own.
-        const what = sources.filter(({ node }) => node).map(({ node }) => node.id || node.className || node.nodeName).join(" ");
+        // The cursor behind a growing text has no node of its own, and a line of words in the strip for the state may become two.
+        const what = sources.filter(({ node }) => node && !node.parentElement?.closest("#story")).map(({ node }) => node.id || node.className || node.nodeName).join(" ");
         if (what && !hadRecentInput) window.shifts.push(`${value.toFixed(4)} ${what}`);
       }
     }).observe({ type: "layout-shift", buffered: true });

@@ -1,6 +1,9 @@
 //! `wsproxy dev`: the gateway for somebody who tries it out.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
 
 use super::{
     serve,
@@ -26,6 +29,8 @@ impl Reads for DevKeys {
         defaults.server.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
         // Who writes a first worker wants to see at once that it is not heard.
         defaults.sessions.no_receiver = NoReceiver::Error;
+        // A first `npx wscat` downloads for a while.
+        defaults.sessions.token_ttl = Duration::from_mins(10);
         // The page tells what goes on, and the address stays the last line of the terminal.
         defaults.log.level = "warn".into();
         defaults
