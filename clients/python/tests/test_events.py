@@ -11,7 +11,7 @@ import jwt
 import pytest
 
 from conftest import SECRET, Gateway, RedisServer, StartGateway, eventually, within
-from wsproxy import Event, Outgoing, Receipt, Refused, Worker
+from wsproxy import ConnectionClosed, Event, Outgoing, Receipt, Refused, Worker
 from wsproxy.client import Client, connect_events
 from wsproxy.client import TransportName as Transport
 
@@ -151,5 +151,6 @@ async def test_one_connection_and_one_token_are_ended(worker: Worker, gateway: G
         with pytest.raises(StopAsyncIteration):
             await within(anext(one))
         await worker.disconnect(jti="j-1", revoke=60)
-        with pytest.raises((Refused, StopAsyncIteration)):
+        with pytest.raises(ConnectionClosed) as raised:
             await within(anext(two))
+        assert raised.value.code == 4401

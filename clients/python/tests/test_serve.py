@@ -121,6 +121,43 @@ async def test_a_worker_that_starts_finds_open_sessions_and_what_was_kept(
 
 
 @pytest.mark.asyncio
+async def test_a_worker_that_dies_is_replaced_after_its_lease(
+    redis_worker: Worker, other: Worker, keeping: Gateway, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        dying = await redis_worker.serve("demo", Echo("dying"), lease=1.0).__aenter__()
+        connection = await stack.enter_async_context(client(other, keeping))
+        await connection.send(0)
+        assert (await answer(connection))["by"] == "dying"
+        await stack.enter_async_context(other.serve("demo", Echo("next"), lease=1.0))
+        # As if its process were killed: it gives nothing back.
+        monkeypatch.setattr("wsproxy._redis.RELEASE", "return 0")
+        await redis_worker.aclose()
+        await dying.__aexit__(None, None, None)
+        await connection.send(1)
+        assert await answer(connection) == {"by": "next", "echo": 1}
+
+
+@pytest.mark.asyncio
+async def test_sessions_are_served_on_when_redis_comes_back_empty(
+    redis_worker: Worker, keeping: Gateway, redis: RedisServer
+) -> None:
+    echo = Echo("a")
+    async with redis_worker.serve("demo", echo, lease=1.0) as serving, client(redis_worker, keeping) as connection:
+        await eventually("it is served", lambda: serving.sessions)
+        redis.kill()
+        await asyncio.sleep(1.5)
+        await asyncio.to_thread(redis.start)
+        await eventually("it listens again", lambda: redis.heard("session:s-1:up"))
+        await eventually("it is held again", lambda: redis.client.exists(OWNER))
+        await eventually("the gateway is back", lambda: httpx.get(f"{keeping.url}/ready").status_code == 200)
+        await connection.send(1)
+        while (await answer(connection)).get("echo") != 1:
+            pass
+    assert echo.said == ["begin s-1", "end s-1"]
+
+
+@pytest.mark.asyncio
 async def test_a_handler_that_raises_ends_neither_its_session_nor_others(
     redis_worker: Worker, keeping: Gateway, redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
