@@ -95,6 +95,8 @@ def _stream_error(code: str, text: str) -> WsproxyError | None:
 class HttpBackend:
     """All methods of :class:`wsproxy._backend.Backend`, over one HTTP client."""
 
+    is_kept_on = True
+
     def __init__(self, base_url: str, api_key: str, retry_for: float, options: Mapping[str, Any]) -> None:
         defaults: dict[str, Any] = {"timeout": httpx.Timeout(10.0, connect=5.0)}
         self._client = httpx.AsyncClient(

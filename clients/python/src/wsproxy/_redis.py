@@ -158,6 +158,8 @@ def _script_error(text: str) -> WsproxyError:
 class RedisBackend:
     """All methods of :class:`wsproxy._backend.Backend`, over one connection pool and one subscriber connection."""
 
+    is_kept_on = False
+
     def __init__(self, url: str, prefix: str, limits: Limits, retry_for: float, options: Mapping[str, Any]) -> None:
         # Repeating is decided here, call by call: redis-py cannot know which of them may be done twice.
         defaults: dict[str, Any] = {"socket_keepalive": True, "socket_connect_timeout": 5.0, "socket_timeout": 10.0}

@@ -49,14 +49,15 @@ class ServedSession:
     that have come until then.
     """
 
-    def __init__(self, worker: Worker, agent: str, session: str) -> None:
+    def __init__(self, worker: Worker, agent: str, session: str, is_kept_on: bool) -> None:
         """Not for direct use: :meth:`wsproxy.Worker.serve` makes them."""
         self._worker = worker
         self._agent = agent
         self._id = session
         self._messages: Subscription[UpstreamMessage] | None = None
         self._handed = 0
-        # The last kept message that was handed out: over HTTP they stay, and come again.
+        # The last kept message that was handed out, where they stay and come again.
+        self._is_kept_on = is_kept_on
         self._kept = (0, 0)
         self._is_over = False
         self._woken = asyncio.Event()
@@ -80,7 +81,7 @@ class ServedSession:
         assert self._messages is not None
         while True:
             message = await anext(self._messages)
-            kept = entry(message.event_id)
+            kept = entry(message.event_id) if self._is_kept_on else None
             if kept is None or kept > self._kept:
                 self._kept = kept or self._kept
                 self._handed += 1
@@ -294,7 +295,7 @@ class Serving:
         if session not in self._open or self._is_ending:
             await self._backend.release(session, self._me)
             return
-        served = self._mine[session] = ServedSession(self._worker, self._agent, session)
+        served = self._mine[session] = ServedSession(self._worker, self._agent, session, self._backend.is_kept_on)
         served._kept = self._kept.pop(session, served._kept)
         served._task = asyncio.get_running_loop().create_task(self._serve(served), name=f"wsproxy-serve {session}")
         # One that is cancelled before it began has no chance to say that it is over.
