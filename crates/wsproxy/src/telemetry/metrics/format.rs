@@ -78,7 +78,7 @@ impl Format {
                 _ => {}
             }
         }
-        (weight, precision)
+        if weight > 0.0 { (weight, precision) } else { (0.0, 0) }
     }
 }
 
