@@ -7,10 +7,10 @@ import random
 TOKENS = int(os.environ.get("CHAT_TOKENS", "150"))
 
 STARTS = ["", "", "", "In the end, ", "Sometimes ", "Every evening, ", "As far as I know, "]
-SUBJECTS = ["the river", "a patient gateway", "the small café at the corner", "an old lighthouse", "the night train to Zürich", "a good question"]
+SUBJECTS = ["the river", "a patient gateway", "the café at the corner", "an old lighthouse", "the night train to Zürich"]
 VERBS = ["waits for", "remembers", "never loses", "looks after", "keeps", "carries", "listens to"]
-OBJECTS = ["a long sentence", "the first snow", "three small words", "a quiet friend 😀", "the sign for water, 水,", "whoever comes back", "a letter"]
-ENDS = ["until the last word has arrived", "because nobody is in a hurry", "even when the line is cut", "while the others sleep", "and says so"]
+OBJECTS = ["a long sentence", "the first snow", "three words", "a quiet friend 😀", "the sign for water, 水,"]
+ENDS = ["until the last word has arrived", "as nobody is in a hurry", "even when the line is cut", "while the others sleep"]
 
 
 def tokens(prompt: str) -> list[str]:

@@ -210,6 +210,7 @@ test("one's own worker answers, by commands as they are copied", async () => {
   await ask(page, "Anybody there?");
   await told(page, "error", /No worker listens yet/);
   const [worker, hear, speak, end] = await lines(page, "#own");
+  assert.ok(worker.includes(await page.locator("#session-id").innerText()), "the session that is shown is its own");
   const mine = run(worker);
   await until("it listens", () => mine.output.includes("Your worker listens"));
   await ask(page, "Is 'this' \"mine\"?");

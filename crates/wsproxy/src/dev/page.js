@@ -69,8 +69,8 @@ async function connect() {
   }
   // Closed, or another worker chosen, while the token was on its way.
   if (attempt !== session.attempt) return;
-  if (session.id !== issued.session_id) {
-    session.id = issued.session_id;
+  session.id = issued.session_id;
+  if (byId("session-id").textContent !== session.id) {
     byId("session-id").textContent = session.id;
     shell();
   }
