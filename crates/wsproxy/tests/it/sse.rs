@@ -392,20 +392,6 @@ async fn pages_of_other_origins_are_told_what_they_may_do() {
     assert_eq!(events.head.header("access-control-allow-origin"), "");
 }
 
-/// Java's HTTP client offers HTTP/2 with its first request over plain text.
-#[tokio::test]
-async fn an_offer_of_http2_hides_no_event_stream() {
-    let instance = TestInstance::with(|_| ()).await;
-    let headers = [
-        ("Connection", "Upgrade, HTTP2-Settings"),
-        ("Upgrade", "h2c"),
-        ("HTTP2-Settings", "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"),
-    ];
-    let mut events = Events::session(&instance, "s", &headers).await;
-    instance.publish("session:s:down", "1");
-    assert_eq!(events.data().await, "1");
-}
-
 #[tokio::test]
 async fn silence_is_broken_by_comments_and_ends_where_that_is_wanted() {
     let instance = TestInstance::with(|config| {
