@@ -6,7 +6,8 @@
 -- ARGV  channel, payload, entries_max, bytes_max, ttl_ms, event_id ("": none), once_ms (0 or absent: none),
 --       unique ("1": nothing happens where the log knows event_id already; absent or "": publish again)
 -- Answers {receivers, position, 0}, or {0, position of the first time, 1}.
--- Errors: BADEVENTID. With any error of Redis' own nothing was done.
+-- Errors: BADEVENTID. With any error of Redis' own nothing was done, but for NOPERM where the channel is denied: then
+-- the message is in the log and was not published.
 --
 -- Position: `<id>-<tag>`; the id is the stream's, the tag is of this entry alone.
 -- Entry: `meta` is `<tag> <prev> <sum> <removed> <event_id>`; `data` is the payload. `prev` is the position
@@ -109,12 +110,16 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
 end
 -- append ends
 
+-- Thirty years, in milliseconds: Redis refuses what is beyond its clock, after the message was kept.
+local TTL_MAX = 1e12
 local log, clock, once, event_id = KEYS[1], KEYS[2], KEYS[3], ARGV[6]
 -- Numbers that are only passed on stay text: Redis is slow to print a number.
-local entries_max, ttl = ARGV[3] * 1 < 1 and '1' or ARGV[3], math.max(ARGV[5], 1)
+local entries_max, ttl = ARGV[3] * 1 < 1 and '1' or ARGV[3], math.min(math.max(ARGV[5], 1), TTL_MAX)
 local is_private = string.find(log, '}:connection:', 1, true)
+-- The client of a connection acknowledges by the position, and may come back with it.
+local is_acked = event_id == '' and is_private and string.find(ARGV[2], '"ack"', 1, true)
 local ids
-if event_id ~= '' or is_private then
+if event_id ~= '' or is_acked then
   -- Logs of single connections share one index: a client comes back with another connection.
   ids = (match(log, '^({[^}]*}:connection:)[^:]*:log$') or string.sub(log, 1, -4)) .. 'ids'
 end
@@ -131,19 +136,19 @@ if ARGV[8] == '1' and event_id ~= '' then
   first = call('HGET', ids, event_id) or call('HGET', ids .. ':old', event_id)
   if first then return {0, first ~= '' and first or '0-0', 1} end
 end
+-- Before anything is written, so that a key of another type is an error with which nothing was done.
+local held = ids and call('HLEN', ids)
 local receivers, position = append(log, clock ~= '' and clock ~= log and clock, ARGV[1], ARGV[2],
   entries_max, tonumber(ARGV[4]), ttl, event_id)
 if once and once ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', once, position, 'PX', ARGV[7]) end
-local known_as = event_id
--- Its client acknowledges by the position, and may come back with it.
-if event_id == '' and is_private and string.find(ARGV[2], '"ack"', 1, true) then known_as = position end
-if known_as ~= '' then
-  local is_used = call('HSETNX', ids, known_as, position) == 0 or call('HEXISTS', ids .. ':old', known_as) == 1
+if ids then
+  local name = is_acked and position or event_id
+  local is_used = call('HSETNX', ids, name, position) == 0 or call('HEXISTS', ids .. ':old', name) == 1
   -- Nobody can say which of several it is.
-  if is_used then call('HSET', ids, known_as, '') end
+  if is_used then call('HSET', ids, name, '') end
   call('PEXPIRE', ids, math.ceil(ttl * 65 / 64))
   -- Two generations hold at least the last ids_max.
   local ids_max = is_private and 50000 or tonumber(entries_max)
-  if call('HLEN', ids) >= ids_max then call('RENAME', ids, ids .. ':old') end
+  if held >= ids_max then call('RENAME', ids, ids .. ':old') end
 end
 return {receivers, position, 0}

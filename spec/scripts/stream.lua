@@ -111,7 +111,8 @@ end
 local log, state, text, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local op, channel, stream = ARGV[1], ARGV[2], ARGV[3]
 local entries_max, bytes_max = ARGV[4] * 1 < 1 and '1' or ARGV[4], tonumber(ARGV[5])
-local ttl, lease = math.max(ARGV[6], 1), math.max(ARGV[7], 1)
+-- Thirty years, in milliseconds: Redis refuses what is beyond its clock, after the message was kept.
+local ttl, lease = math.min(math.max(ARGV[6], 1), 1e12), math.max(ARGV[7], 1)
 local STREAMS_MAX, TEXT_BYTES_MAX = 16, 4 * 1024 * 1024
 
 local function fail(why)
@@ -134,11 +135,13 @@ local function is_object(json)
   return ok and type(value) == 'table' and string.find(json, '^%s*{') ~= nil
 end
 
-local function keep()
+local function keep(position)
   local longer = math.ceil(ttl * 9 / 8)
   call('PEXPIRE', state, longer)
   call('PEXPIRE', text, longer)
-  call('PEXPIRE', index, longer)
+  -- The index is of all streams: none with a smaller ttl may take the others out of it.
+  call('ZADD', index, 'NX', match(position, '%d+'), stream)
+  if call('PEXPIRE', index, longer, 'GT') == 0 then call('PEXPIRE', index, longer, 'NX') end
 end
 
 local function close(key, id, seq, outcome, error)
@@ -178,7 +181,7 @@ if op == 'open' then
     'due', 0, 'lease', lease, 'ends', string.format('%.0f', now + lease))
   call('SET', text, '')
   call('ZADD', index, now, stream)
-  keep()
+  keep(id)
   forget_oldest()
   return {0, id}
 end
@@ -204,7 +207,7 @@ if op == 'append' then
     local ends = now + math.ceil(lease * 9 / 8)
     call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece, 'due', due, 'lease', lease,
       'ends', string.format('%.0f', ends))
-    keep()
+    keep(id)
   else
     call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece)
   end
@@ -222,7 +225,7 @@ if op == 'end' then
   end
   if error ~= '' and not is_object(error) then return fail('BADJSON error is no JSON object') end
   id = close(state, stream, seq, outcome, error)
-  keep()
+  keep(id)
   return {seq, id}
 end
 
@@ -230,7 +233,7 @@ if is ~= 'open' then return fail('ENDED ' .. is) end
 
 if op == 'renew' then
   call('HSET', state, 'due', 0, 'ends', string.format('%.0f', now_ms() + lease))
-  keep()
+  keep(id)
   return {seq, id}
 end
 
@@ -239,7 +242,7 @@ if op == 'lost' then
   if ends and tonumber(ends) > now_ms() then return fail('ALIVE ' .. ends) end
   id = close(state, stream, seq, 'error',
     '{"code":"worker_lost","message":"the worker stopped without ending the stream"}')
-  keep()
+  keep(id)
   return {seq, id}
 end
 

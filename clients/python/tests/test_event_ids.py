@@ -53,7 +53,7 @@ async def test_what_a_history_lacks_is_said(redis: RedisServer, redis_worker: Wo
         "1-2-F",
         "a b",
         "a\n",
-        "a\x85",
+        "a\x7f",
         "x" * 129,
         "\ud800",
     ],

@@ -53,7 +53,8 @@ async def test_a_position_without_a_message_is_no_message(rest: str) -> None:
     # The second form is that of earlier gateways.
     block = f"id: 7-0-aa\n{rest}"
     stream = f"retry: 900\n{block}:\nid: 8-0-aa\ndata: 1\n\n:\ndata: 2\n\n"
-    answer = httpx.MockTransport(lambda _: httpx.Response(200, content=stream))
+    headers = {"Content-Type": "text/event-stream"}
+    answer = httpx.MockTransport(lambda _: httpx.Response(200, content=stream, headers=headers))
     transport = SseTransport("http://gateway.test", "/demo/ws/s-1", {"transport": answer})
     connection = await transport.open("token", "")
     frames = [await connection.receive() for _ in range(3)]

@@ -78,8 +78,9 @@ pub fn check_event_id(text: &str) -> Result<(), BadEventId> {
 }
 
 fn is_plain(text: &str) -> bool {
-    let is_plain = |c: char| !c.is_whitespace() && !c.is_control();
-    text.len() <= EVENT_ID_BYTES_MAX && text.chars().all(is_plain)
+    // As the script reads it: bytes of ASCII.
+    let is_plain = |byte: u8| byte > b' ' && byte != 0x7f;
+    text.len() <= EVENT_ID_BYTES_MAX && text.bytes().all(is_plain)
 }
 
 fn looks_like_a_position(text: &str) -> bool {

@@ -152,6 +152,15 @@ impl Bus {
         }
     }
 
+    /// The backend, and the part of it where keys are, for the log.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match self {
+            Self::Memory(_) => "bus memory".to_owned(),
+            Self::Redis(redis) => format!("bus redis, database {}", redis.database()),
+        }
+    }
+
     /// How the bus is.
     #[must_use]
     pub fn status(&self) -> Status {

@@ -30,7 +30,7 @@ enum Command {
     /// Try it out: the gateway with its embedded bus, on this machine only unless --bind says else.
     #[command(after_help = dev::EXAMPLE)]
     Dev(settings::Settings<dev::DevKeys>),
-    /// Check, show or explain the configuration.
+    /// Check or show the configuration, or print an example.
     #[command(subcommand)]
     Config(config::ConfigCommand),
     /// Make a token that opens a session: once, or event streams until it expires.

@@ -10,7 +10,7 @@ START = "0-0"
 _POSITION = re.compile(r"([1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})-[0-9a-f]{8}")
 # Also as positions were written before they had tags.
 _LIKE_A_POSITION = re.compile(r"0|[0-9]+-[0-9]+(-[0-9a-fA-F]+)?")
-_PLAIN = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+_PLAIN = re.compile(r"[^ \x00-\x1f\x7f\ud800-\udfff]+")
 _EVENT_ID_BYTES_MAX = 128
 # First bytes of a message that a worker published with history, of this version or another one.
 _ENVELOPE = re.compile(rb"\xffH[0-9]")

@@ -54,9 +54,12 @@ pub fn is_for_event_streams(token: &[u8]) -> bool {
 /// Why a token does not open a session. For the operator's log: the client is not told which of them it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WrongToken {
-    /// Nothing is stored, or another token.
-    #[error("another token, or none, is stored")]
-    Token,
+    /// Nothing is stored.
+    #[error("no token is stored")]
+    Missing,
+    /// Another token is stored.
+    #[error("another token is stored")]
+    Another,
     /// The token is right, and bound to another agent.
     #[error("the token is bound to another agent")]
     Agent,
@@ -81,8 +84,11 @@ pub fn check(stored: &[u8], token: &[u8], agent: &Id) -> Result<(), WrongToken> 
             (Some(id.ok_or(WrongToken::Malformed)?), wanted)
         }
     };
-    if wanted.is_empty() || !equal(wanted, token) {
-        return Err(WrongToken::Token);
+    if wanted.is_empty() {
+        return Err(WrongToken::Missing);
+    }
+    if !equal(wanted, token) {
+        return Err(WrongToken::Another);
     }
     if bound_to.is_none_or(|bound_to| bound_to == *agent) { Ok(()) } else { Err(WrongToken::Agent) }
 }
@@ -100,19 +106,19 @@ mod tests {
         let agent = id("a-1");
         for (stored, token, result) in [
             ("t", "t", Ok(())),
-            ("t", "T", Err(WrongToken::Token)),
-            ("", "t", Err(WrongToken::Token)),
-            ("", "", Err(WrongToken::Token)),
+            ("t", "T", Err(WrongToken::Another)),
+            ("", "t", Err(WrongToken::Missing)),
+            ("", "", Err(WrongToken::Missing)),
             ("two words", "two words", Ok(())),
             ("agent/a-1 t", "t", Ok(())),
             ("agent/a-1 sse.t", "sse.t", Ok(())),
             ("agent/a-1 two words", "two words", Ok(())),
             ("agent/a-2 t", "t", Err(WrongToken::Agent)),
-            ("agent/a-2 t", "u", Err(WrongToken::Token)),
-            ("agent/a-1 t", "agent/a-1 t", Err(WrongToken::Token)),
-            ("agent/a-1 t", " t", Err(WrongToken::Token)),
-            ("agent/a-1  t", "t", Err(WrongToken::Token)),
-            ("agent/a-1 ", "", Err(WrongToken::Token)),
+            ("agent/a-2 t", "u", Err(WrongToken::Another)),
+            ("agent/a-1 t", "agent/a-1 t", Err(WrongToken::Another)),
+            ("agent/a-1 t", " t", Err(WrongToken::Another)),
+            ("agent/a-1  t", "t", Err(WrongToken::Another)),
+            ("agent/a-1 ", "", Err(WrongToken::Another)),
             ("agent/a-1", "agent/a-1", Err(WrongToken::Malformed)),
             ("agent/a-1", "", Err(WrongToken::Malformed)),
             ("agent/ t", "t", Err(WrongToken::Malformed)),

@@ -121,6 +121,11 @@ fn connector(config: &config::Redis) -> Result<Connector, String> {
 }
 
 impl RedisBus {
+    /// The database of keys.
+    pub(super) fn database(&self) -> u32 {
+        self.0.connector.address().database
+    }
+
     pub(super) fn new(
         config: &config::Redis,
         server_id: &str,

@@ -58,8 +58,8 @@ pub async fn run(bus: Bus, end: CancellationToken) {
         match turn {
             Some(Turn::Away) => tracing::error!(
                 bus = kind,
-                error = status.last_error,
-                "Redis is away: no client can connect, and no message arrives."
+                error = status.last_error.as_deref().unwrap_or("no answer yet"),
+                "Redis is away: no client can connect, and no message arrives. Open connections stay: do not restart."
             ),
             Some(Turn::Ready(gap)) => {
                 let away_ms = gap.map(|gap| gap.as_millis() as u64);

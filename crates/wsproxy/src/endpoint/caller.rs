@@ -1,6 +1,6 @@
 //! Where a client is and what it calls itself, for the lines of the log that tell of its connection.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
 use hashbrown::HashSet;
 use http::{HeaderMap, HeaderName, header};
@@ -27,8 +27,10 @@ impl Texts {
     /// Reads what the headers say of a client at `address`.
     #[must_use]
     pub fn caller(&self, address: Option<IpAddr>, headers: &HeaderMap) -> Caller {
-        let text = |name: HeaderName| Some(self.keep(headers.get(name)?.to_str().ok()?));
-        Caller { address, origin: text(header::ORIGIN), user_agent: text(header::USER_AGENT) }
+        let text = |name: HeaderName| headers.get(name)?.to_str().ok();
+        let origin = text(header::ORIGIN).map(|origin| self.keep(&without_secrets(origin)));
+        let user_agent = text(header::USER_AGENT).map(|name| self.keep(name));
+        Caller { address, origin, user_agent }
     }
 
     fn keep(&self, text: &str) -> Arc<str> {
@@ -42,6 +44,20 @@ impl Texts {
             texts.insert(Arc::clone(&text));
         }
         text
+    }
+}
+
+/// Scheme, host and port of an origin: no browser says more, and what somebody else puts in may be a secret.
+fn without_secrets(origin: &str) -> Cow<'_, str> {
+    let ends = ['/', '?', '#'];
+    let Some((scheme, rest)) = origin.split_once("://") else {
+        return origin.split(ends).next().unwrap_or_default().into();
+    };
+    let authority = rest.split(ends).next().unwrap_or_default();
+    match authority.rsplit_once('@') {
+        None if authority.len() == rest.len() => origin.into(),
+        None => format!("{scheme}://{authority}").into(),
+        Some((_, host)) => format!("{scheme}://{host}").into(),
     }
 }
 
@@ -71,6 +87,19 @@ mod tests {
             assert_eq!(agent(&texts, &n.to_string()).as_deref(), Some(&*n.to_string()));
         }
         assert_eq!(texts.0.lock().len(), TEXTS_MAX);
+    }
+
+    #[test]
+    fn an_origin_is_scheme_host_and_port() {
+        for (said, kept) in [
+            ("https://app.example:8443", "https://app.example:8443"),
+            ("null", "null"),
+            ("https://u:secret@app.example/?token=secret", "https://app.example"),
+            ("https://a@secret@app.example#secret", "https://app.example"),
+            ("app.example/secret", "app.example"),
+        ] {
+            assert_eq!(without_secrets(said), kept);
+        }
     }
 
     #[test]

@@ -31,6 +31,16 @@ pub struct Routes {
     rest: Router,
 }
 
+/// The part of a path that may be in a log: none that looks like a query that was written with a wrong character, since
+/// a token may be in it.
+fn shown(path: &str) -> &str {
+    let path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)];
+    let lower = path.to_ascii_lowercase();
+    let marks = ["&", ";", "?", "%26", "%3b", "%3f", "token=", "token%3d"];
+    let end = marks.iter().filter_map(|mark| lower.find(mark)).min();
+    &path[..end.unwrap_or(path.len())]
+}
+
 /// So much of a refused path goes to the log.
 const LOGGED_PATH_BYTES_MAX: usize = 256;
 
@@ -143,7 +153,7 @@ impl Routes {
             ($level:ident) => {
                 $level!(
                     endpoint = endpoint.map(Endpoint::label),
-                    path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)],
+                    path = shown(path),
                     address = caller.address.map(display),
                     origin = caller.origin.as_deref(),
                     user_agent = caller.user_agent.as_deref(),
@@ -174,6 +184,7 @@ impl Routes {
         caller: &Caller,
     ) -> Result<Response<Body>, Infallible> {
         let is_handshake = self.data_plane && request.headers().contains_key(header::UPGRADE);
+        let has_body = !hyper::body::Body::is_end_stream(request.body());
         let server = &self.gateway.config.server;
         let limit = server.header_timeout + server.handshake_timeout;
         let answer = tokio::time::timeout(limit, self.rest.clone().oneshot(request)).await;
@@ -182,7 +193,13 @@ impl Routes {
             let message = "The request did not arrive in time.";
             return Ok(Rejection::request_timeout(message).response());
         };
-        let response = answer?;
+        let mut response = answer?;
+        if has_body && !response.status().is_success() {
+            // Its body may not have been read: then the connection is closed, and the client must not send the next
+            // request on it.
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+        }
         if is_handshake && response.status() == StatusCode::NOT_FOUND {
             return Ok(self.refuse(None, &nothing_here(), path, caller));
         }
@@ -230,5 +247,26 @@ const fn not_served(endpoint: Endpoint) -> &'static str {
         Endpoint::Sessions => "This instance serves no sessions: endpoints.sessions is off.",
         Endpoint::Events => "This instance serves no events: endpoints.events is off.",
         Endpoint::Echo => "This instance serves no echo: endpoints.echo is off.",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn a_token_that_was_put_into_the_path_is_not_shown() {
+        for (path, expected) in [
+            ("/demo/ws/s-1", "/demo/ws/s-1"),
+            ("/demo/ws/s-1&token=secret", "/demo/ws/s-1"),
+            ("/demo/ws/s-1;token=secret", "/demo/ws/s-1"),
+            ("/demo/ws/s-1%3Ftoken=secret", "/demo/ws/s-1"),
+            ("/demo/ws/s-1%26x", "/demo/ws/s-1"),
+            ("/demo/ws/s-1/Token=secret", "/demo/ws/s-1/"),
+            ("/demo/ws/s-1/access_token%3dsecret", "/demo/ws/s-1/access_"),
+        ] {
+            assert_eq!(shown(path), expected);
+        }
+        assert_eq!(shown(&"é".repeat(500)).len(), 256);
     }
 }

@@ -158,7 +158,7 @@ impl Entrance<'_> {
         let (stored, opened, place) = deadline(gateway, opening).await?;
         // Last, so that whatever fails before leaves the token for the next try.
         if !is_for_event_streams && !consume(gateway, &key, &stored).await? {
-            return Err(wrong_token(gateway, WrongToken::Token));
+            return Err(wrong_token(gateway, &key, WrongToken::Missing));
         }
         Ok((opened, place))
     }
@@ -183,15 +183,17 @@ async fn load_token(
     (agent, token): (&Id, &[u8]),
 ) -> Result<Bytes, Rejection> {
     let stored = gateway.store.load(key).await?.unwrap_or_default();
-    auth::session::check(&stored, token, agent).map_err(|cause| wrong_token(gateway, cause))?;
+    let checked = auth::session::check(&stored, token, agent);
+    checked.map_err(|cause| wrong_token(gateway, key, cause))?;
     Ok(stored)
 }
 
-/// The cause is for the log: who shows a token is not told what is wrong with it. The bus is named since a token that
-/// was stored in a Redis is unknown to the embedded one.
-fn wrong_token(gateway: &Gateway, cause: WrongToken) -> Rejection {
+/// The cause is for the log: who shows a token is not told what is wrong with it. The key and the place are named since
+/// a worker that stores tokens elsewhere, or with another prefix, has them all refused.
+fn wrong_token(gateway: &Gateway, key: &str, cause: WrongToken) -> Rejection {
+    let place = gateway.bus.place();
     Rejection::invalid_token("The token is wrong, expired, used or for another path.")
-        .because(format!("{cause} (bus: {})", gateway.bus.kind()))
+        .because(format!("{cause} (key {key}, {place})"))
 }
 
 /// Uses up a token; `false` where another handshake was faster. Both transports come through here, and the store

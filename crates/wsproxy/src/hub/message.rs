@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tracing::debug;
 use wsproxy_conn::{Event, Link, Outgoing};
-use wsproxy_proto::{history::Position, ws::frame::Kind};
+use wsproxy_proto::{history::Position, json, ws::frame::Kind};
 
 use crate::{
     config::DownFrames,
@@ -275,6 +275,8 @@ fn with_head(id: Option<Position>, payload: &[u8]) -> Vec<u8> {
 fn with_event_id(id: Position, payload: &[u8]) -> Option<Vec<u8>> {
     let rest = payload.trim_ascii().strip_prefix(b"{")?;
     let inner = rest.strip_suffix(b"}")?;
+    // Text that only looks like an object, such as several of them, is nobody's to change.
+    json::validate(payload.trim_ascii(), json::DEPTH_MAX).ok()?;
     if may_have_event_id(payload) {
         let Members { has_event_id } = serde_json::from_slice(payload).ok()?;
         if has_event_id {
@@ -345,7 +347,9 @@ mod tests {
         let inner = r#"{"a":{"event_id":1},"b":"event_id"}"#;
         assert!(spliced(inner).unwrap().starts_with(r#"{"event_id":"17-2-00000009","a""#));
         let own = [r#"{"event_id":1}"#, r#"{"a":1,"event_id":"x"}"#, r#"{"\u0065vent_id":null}"#];
-        for other in ["", "{", "}", "[1]", "\"{}\"", "1", "text {}"].into_iter().chain(own) {
+        let alike = ["{hello}", "{a}{b}", "{\"a\":1}\n{\"b\":2}", "{\"a\":1,}", "{\"a\":NaN}"];
+        let others = ["", "{", "}", "[1]", "\"{}\"", "1", "text {}"];
+        for other in others.into_iter().chain(alike).chain(own) {
             assert_eq!(spliced(other), None, "{other}");
         }
     }

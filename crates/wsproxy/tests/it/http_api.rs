@@ -290,3 +290,18 @@ async fn a_connection_serves_many_requests_and_outlives_a_refusal() {
     raw.write(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n").await;
     assert_eq!(raw.response().await.status, 200);
 }
+
+/// Its body may come later, or never: the connection is not used again, and the client is told so.
+#[tokio::test]
+async fn a_refused_call_with_a_body_ends_its_connection() {
+    let instance = TestInstance::with(|_| ()).await;
+    let mut raw = Raw::connect(instance.admin_address()).await;
+    let head = format!(
+        "POST /api/v1/sessions/s/messages?history=perhaps HTTP/1.1\r\nHost: x\r\n\
+         Authorization: Bearer {API_KEY}\r\nContent-Length: 5\r\n\r\n"
+    );
+    raw.write(head.as_bytes()).await;
+    let refused = raw.response().await;
+    assert_eq!((refused.status, refused.header("connection")), (400, "close"), "{refused:?}");
+    raw.end().await;
+}

@@ -101,7 +101,7 @@ async fn redis_that_is_away_is_an_error_and_ready_follows() {
     let ready = binary.line("Ready.").await;
     assert_eq!(ready["bus"], "redis");
     server.kill();
-    let away = binary.line("Redis is away: no client can connect, and no message arrives.").await;
+    let away = binary.line("Redis is away: no client can connect, and no message arrives. Open connections stay: do not restart.").await;
     assert_eq!(away["level"], "ERROR");
     assert!(away["error"].as_str().is_some_and(|error| !error.is_empty()), "{away}");
     server.restart();

@@ -29,7 +29,12 @@ async fn serving_on_the_embedded_bus_is_one_warning() {
 #[tokio::test]
 async fn a_refused_token_names_the_bus_in_the_log() {
     let redis = RedisServer::start();
-    for (url, bus) in [("", "memory"), (redis.url().as_str(), "redis")] {
+    let second = format!("{}/1", redis.url());
+    for (url, place) in [
+        ("", "bus memory"),
+        (redis.url().as_str(), "bus redis, database 0"),
+        (second.as_str(), "bus redis, database 1"),
+    ] {
         let binary = Binary::start(&[("REDIS_URL", url)]).await;
         let token = "/agent/ws/s?token=stored-elsewhere";
         let upgrade = [
@@ -41,7 +46,7 @@ async fn a_refused_token_names_the_bus_in_the_log() {
         let refused = http::request(binary.address, "GET", token, &upgrade, b"").await;
         refused.assert_refused(403, "invalid_token");
         let line = binary.line("Handshake refused.").await;
-        let expected = format!("another token, or none, is stored (bus: {bus})");
+        let expected = format!("no token is stored (key session:s:auth, {place})");
         assert_eq!(
             (line["code"].as_str(), line["error"].as_str()),
             (Some("invalid_token"), Some(expected.as_str()))

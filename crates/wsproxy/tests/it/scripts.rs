@@ -12,6 +12,7 @@ use crate::support::{
 };
 
 const PUBLISH: &str = include_str!("../../../../spec/scripts/publish.lua");
+const STREAM: &str = include_str!("../../../../spec/scripts/stream.lua");
 
 fn stored(payload: &str) -> Publish {
     let limits =
@@ -163,4 +164,49 @@ async fn where_scripts_may_not_be_loaded_they_are_sent_each_time() {
         server.call(&["SCRIPT", "FLUSH"]);
         assert!(matches!(bus.outcome(stored("x")).await, Outcome::Stored { .. }));
     }
+}
+
+#[tokio::test]
+async fn an_index_of_another_type_is_seen_before_anything_is_written() {
+    let server = RedisServer::start();
+    server.call(&["SET", "{c}:ids", "x"]);
+    let words = ["EVAL", PUBLISH, "1", "{c}:log", "c", "m", "1000", "1000000", "64000", "e-1"];
+    let answer = server.try_call(&words).unwrap();
+    assert!(matches!(&answer, Answer::Error(why) if why.contains("WRONGTYPE")), "{answer:?}");
+    assert_eq!(server.call(&["EXISTS", "{c}:log", "{c}:head"]), Answer::Integer(0));
+}
+
+#[tokio::test]
+async fn a_ttl_beyond_redis_clock_still_ends() {
+    let server = RedisServer::start();
+    for ttl in ["1e30", "99999999999999999999"] {
+        let log = format!("{{{ttl}}}:log");
+        let words = ["EVAL", PUBLISH, "1", &log, "c", "m", "1000", "1000000", ttl, ""];
+        server.call(&words);
+        assert!(server.call(&["PTTL", &log]).integer() > 0, "{ttl}");
+    }
+}
+
+/// A worker that keeps its token stream for a second must not hide one that is kept for an hour.
+#[tokio::test]
+async fn the_shortest_ttl_does_not_decide_for_all_token_streams() {
+    let server = RedisServer::start();
+    let stream = |op: &str, name: &str, ttl: &str, rest: &[&str]| {
+        let key = |what: &str| format!("{{session:s:down}}:{what}");
+        let state = key(&format!("stream:{name}"));
+        let (log, text, index) = (key("log"), format!("{state}:text"), key("streams"));
+        let mut words = vec!["EVAL", STREAM, "4", &log, &state, &text, &index];
+        words.extend([op, "session:s:down", name, "1000", "1000000", ttl, "60000"]);
+        words.extend(rest);
+        server.call(&words);
+    };
+    stream("open", "long", "3600000", &["{}"]);
+    stream("open", "short", "1000", &["{}"]);
+    let index = "{session:s:down}:streams";
+    assert!(server.call(&["PTTL", index]).integer() > 3_600_000);
+    // An index that was lost is made again by the next sign of life.
+    server.call(&["DEL", index]);
+    stream("renew", "long", "3600000", &[]);
+    let listed = Answer::Array(vec![Answer::Text("long".into())]);
+    assert_eq!(server.call(&["ZRANGE", index, "0", "-1"]), listed);
 }
