@@ -3,7 +3,7 @@ import os
 from contextlib import asynccontextmanager
 from typing import Annotated
 from fastapi import Depends, FastAPI
-from wsproxy import ServedSession, Ticket, Worker
+from wsproxy import ServedSession, SessionToken, Worker
 
 worker = Worker.redis(os.environ.get("REDIS_URL", "redis://127.0.0.1:6379"))
 
@@ -26,5 +26,5 @@ async def new_session() -> None:  # Put your login here: a dependency that answe
 app = FastAPI(lifespan=lifespan)
 
 @app.post("/sessions", status_code=201)
-async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("demo", new_session))]) -> dict:
-    return ticket.as_dict()
+async def create(token: Annotated[SessionToken, Depends(worker.token_dependency("demo", new_session))]) -> dict:
+    return token.as_dict()

@@ -25,7 +25,7 @@ from model import tokens
 from pydantic import BaseModel, Field
 from redis import RedisError
 from redis import asyncio as aioredis
-from wsproxy import StreamEnded, StreamError, Ticket, TokenStream, Unavailable, Worker, WsproxyError
+from wsproxy import SessionToken, StreamEnded, StreamError, TokenStream, Unavailable, Worker, WsproxyError
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
 # Signs users and the names of their sessions. All workers have the same one, and keep it over restarts.
@@ -250,22 +250,22 @@ async def own_session(asking: Annotated[str, Depends(user)], session_id: str | N
 
 
 @app.post("/sessions", status_code=201)
-async def create(ticket: Annotated[Ticket, Depends(worker.ticket_dependency("chat", own_session))]) -> dict:
-    """The right to open one connection, and where; with `session_id` a further one of that session."""
-    await redis.zadd("chat:sessions", {ticket.session: time.time() + SESSION_SECONDS})
-    await claim(ticket.session)
-    return ticket.as_dict() | {"gateway": GATEWAY_URL}
+async def create(token: Annotated[SessionToken, Depends(worker.token_dependency("chat", own_session))]) -> dict:
+    """A token that opens one connection, and where; with `session_id` a further one of that session."""
+    await redis.zadd("chat:sessions", {token.session_id: time.time() + SESSION_SECONDS})
+    await claim(token.session_id)
+    return token.as_dict() | {"gateway": GATEWAY_URL}
 
 
-# An EventSource comes back with the URL that it has: its ticket opens event streams, and only these, as long as the page lives.
-lasting = worker.ticket_dependency("chat", own_session, ttl=SESSION_SECONDS, event_stream=True)
+# An EventSource comes back with the URL that it has: its token opens event streams, and only these, as long as the page lives.
+lasting = worker.token_dependency("chat", own_session, ttl=SESSION_SECONDS, event_stream=True)
 
 
 @app.post("/event-sources", status_code=201)
-async def create_event_source(ticket: Annotated[Ticket, Depends(lasting)]) -> dict:
+async def create_event_source(token: Annotated[SessionToken, Depends(lasting)]) -> dict:
     """All that a page without a WebSocket needs: the URL for its EventSource."""
-    url = f"{GATEWAY_URL}{ticket.path}?token={quote(ticket.token)}"
-    return {"session_id": ticket.session, "url": url}
+    url = f"{GATEWAY_URL}{token.path}?token={quote(token.token)}"
+    return {"session_id": token.session_id, "url": url}
 
 
 class Prompt(BaseModel):

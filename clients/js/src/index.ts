@@ -10,6 +10,6 @@ export type { Connected, HistoryLost, Problem, Received, Resumed, State, StateCh
 export type { ConnectionOptions, CredentialReason, CredentialRequest } from "./options.ts";
 export type { SendRate } from "./outbox.ts";
 export type { Address, FetchLike, ResponseLike, Signal, SignalLike } from "./platform.ts";
-export { connectSession, Session, type SessionOptions, type Ticket } from "./session.ts";
+export { connectSession, Session, type SessionOptions, type SessionToken } from "./session.ts";
 export { type Outcome, type StreamFailure, TokenStream, type TokenStreamEvents } from "./streams.ts";
 export type { WebSocketConstructor, WebSocketLike } from "./websocket.ts";

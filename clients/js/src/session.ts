@@ -1,4 +1,4 @@
-// The session endpoint: tickets, any messages both ways, token streams.
+// The session endpoint: its tokens, any messages both ways, token streams.
 
 import { Connection } from "./connection.ts";
 import type { Grant } from "./contract.ts";
@@ -9,10 +9,10 @@ import type { Address } from "./platform.ts";
 import { TokenStream } from "./streams.ts";
 
 /**
- * Opens a session: once, or, where the token begins with `sse.`, event streams until it expires and no WebSocket. A text is
- * a token.
+ * A token, alone or with the session that it opens. It opens one connection or event stream, once; where it begins with `sse.`,
+ * any number of event streams until it expires, and no WebSocket.
  */
-export type Ticket =
+export type SessionToken =
   | string
   | {
       /** The token. */
@@ -34,11 +34,11 @@ export interface SessionOptions extends ConnectionOptions {
   /** The session's id. */
   session?: string;
   /**
-   * Gets a fresh ticket from your backend; called before every connection or event stream, since each opens only one. With the
+   * Gets a fresh token from your backend; called before every connection or event stream, since each opens only one. With the
    * token of an event stream (`sse.…`) only these are opened, whatever carries other connections. Throw a `GiveUp` where there will
    * be none any more; anything else that is thrown is tried again.
    */
-  getTicket: (request: CredentialRequest) => Ticket | Promise<Ticket>;
+  getToken: (request: CredentialRequest) => SessionToken | Promise<SessionToken>;
 }
 
 /** What a token begins with that opens event streams only, any number of them until it expires. */
@@ -85,14 +85,14 @@ export class Session<M = unknown> extends Connection<M> {
   }
 
   protected override async authorize(request: CredentialRequest): Promise<Grant> {
-    const ticket = (await this.#options.getTicket(request)) as Ticket | null | undefined;
+    const given = (await this.#options.getToken(request)) as SessionToken | null | undefined;
     const {
       token,
       path,
       agent = this.#options.agent,
       session = this.#options.session,
-    }: Partial<Exclude<Ticket, string>> = typeof ticket === "string" ? { token: ticket } : (ticket ?? {});
-    if (typeof token !== "string" || token === "") throw new Error("getTicket gave no token.");
+    }: Partial<Exclude<SessionToken, string>> = typeof given === "string" ? { token: given } : (given ?? {});
+    if (typeof token !== "string" || token === "") throw new Error("getToken gave no token.");
     const eventStream = token.startsWith(EVENT_STREAM_PREFIX);
     if (path !== undefined) return { token, url: new URL(path, this.base).href, eventStream };
     const url = new URL(this.base);
@@ -136,7 +136,7 @@ export class Session<M = unknown> extends Connection<M> {
  * ```ts
  * const session = connectSession<{ type: "token"; text: string } | { type: "done" }>({
  *   url: "https://gateway.example", agent: "demo", session: "s-1",
- *   getTicket: async ({ signal }) => (await fetch("/tickets/s-1", { method: "POST", signal })).json(),
+ *   getToken: async ({ signal }) => (await fetch("/tokens/s-1", { method: "POST", signal })).json(),
  * });
  * session.onType("token", ({ text }) => output.append(text));
  * session.send({ type: "prompt", text: "Hello" });

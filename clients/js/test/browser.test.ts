@@ -37,7 +37,7 @@ afterAll(async () => {
   stopAll();
 });
 
-/** A site with the package and with tickets; the gateway is another origin, and reached over the cable. */
+/** A site with the package and with tokens; the gateway is another origin, and reached over the cable. */
 function serve(): Server {
   return createServer(async (request, response) => {
     const path = request.url ?? "/";
@@ -49,8 +49,8 @@ function serve(): Server {
     } else if (path.startsWith("/dist/")) {
       response.writeHead(200, { "Content-Type": path.endsWith(".js") ? "text/javascript" : "application/json" });
       response.end(readFileSync(`${root}${path}`));
-    } else if (path.startsWith("/tickets/")) {
-      response.end(await gateway.ticket(path.slice("/tickets/".length)));
+    } else if (path.startsWith("/tokens/")) {
+      response.end(await gateway.token(path.slice("/tokens/".length)));
     } else {
       response.writeHead(404).end();
     }
@@ -80,7 +80,7 @@ test("a session in a browser goes over cuts without gap or duplicate, and shows 
     window.heard = [];
     window.session = client.connectSession({
       url: "${cable.url}", agent: "demo", session: "b-1", backoff: { baseMs: 20, maxMs: 200 },
-      getTicket: async ({ signal }) => (await fetch("/tickets/b-1", { signal })).text(),
+      getToken: async ({ signal }) => (await fetch("/tokens/b-1", { signal })).text(),
     });
     session.on("message", ({ data }) => heard.push(data.n));
     window.connected = session.once("connected").then(() => true);
@@ -103,7 +103,7 @@ test("a token stream on a page is one text over cuts, and over a reload", async 
   const show = `
     window.session = client.connectSession({
       url: "${cable.url}", agent: "demo", session: "b-2", backoff: { baseMs: 20, maxMs: 200 },
-      getTicket: async () => (await fetch("/tickets/b-2")).text(),
+      getToken: async () => (await fetch("/tokens/b-2")).text(),
     });
     session.onStream(async (stream) => {
       for await (const text of stream) out.textContent = text;
@@ -137,7 +137,7 @@ test("a session over server-sent events, from another origin", async () => {
     window.heard = [];
     window.session = client.connectSession({
       url: "${cable.url}", agent: "demo", session: "b-4", transport: "sse", backoff: { baseMs: 20, maxMs: 200 },
-      getTicket: async () => (await fetch("/tickets/b-4")).text(),
+      getToken: async () => (await fetch("/tokens/b-4")).text(),
     });
     session.on("message", ({ data }) => heard.push(data.n));
   `);
@@ -157,7 +157,7 @@ test("the network's return ends the wait", async () => {
   await page.evaluate(`
     window.session = client.connectSession({
       url: "${cable.url}", agent: "demo", session: "b-3", backoff: { baseMs: 600000, maxMs: 600000 }, random: () => 1,
-      getTicket: async () => (await fetch("/tickets/b-3")).text(),
+      getToken: async () => (await fetch("/tokens/b-3")).text(),
     });
   `);
   await page.evaluate("session.opened()");
@@ -176,7 +176,7 @@ test("a session that only looks open is replaced when somebody looks, and what w
   await page.evaluate(`
     window.heard = [];
     window.session = client.connectSession({
-      url: "${cable.url}", agent: "demo", session: "b-6", getTicket: async () => (await fetch("/tickets/b-6")).text(),
+      url: "${cable.url}", agent: "demo", session: "b-6", getToken: async () => (await fetch("/tokens/b-6")).text(),
     });
     session.on("message", ({ data }) => heard.push(data.n));
     window.connected = session.once("connected").then(() => true);
@@ -227,10 +227,10 @@ test("events in a browser, over WebSocket and over server-sent events", async ()
 
 test("whoever knows only EventSource resumes as well", async () => {
   const { page } = await visit();
-  const ticket = await gateway.ticket("b-5", true);
+  const token = await gateway.token("b-5", true);
   await page.evaluate(`
     window.heard = [];
-    window.source = new EventSource("${cable.url}/demo/ws/b-5?token=${ticket}");
+    window.source = new EventSource("${cable.url}/demo/ws/b-5?token=${token}");
     source.onmessage = ({ data }) => heard.push(JSON.parse(data));
   `);
   await page.waitForFunction("source.readyState === EventSource.OPEN");

@@ -38,7 +38,7 @@ afterEach(() => {
 function open<M = any>(options: Partial<SessionOptions> = {}): [Session<M>, string] {
   const id = options.session ?? `s-${(count += 1)}`;
   const session = connectSession<M>({
-    url: cable.url, agent: "demo", session: id, WebSocket, backoff: { baseMs: 20, maxMs: 200 }, getTicket: () => gateway.ticket(id), ...options,
+    url: cable.url, agent: "demo", session: id, WebSocket, backoff: { baseMs: 20, maxMs: 200 }, getToken: () => gateway.token(id), ...options,
   });
   connections.push(session);
   return [session, id];
@@ -76,28 +76,28 @@ test("a session: down, up, and an end by the backend", async () => {
   expect(await closed).toMatchObject({ code: 4004, reason: "bye" });
 });
 
-test("a wrong ticket is refused, and the next one opens", async () => {
+test("a wrong token is refused, and the next one opens", async () => {
   const reasons: string[] = [];
   const [session] = open({
     session: "wrong-once",
-    getTicket: async ({ reason }) => {
+    getToken: async ({ reason }) => {
       reasons.push(reason);
-      const ticket = await gateway.ticket("wrong-once");
-      return reasons.length === 1 ? `${ticket}x` : ticket;
+      const token = await gateway.token("wrong-once");
+      return reasons.length === 1 ? `${token}x` : token;
     },
   });
   await session.opened();
   expect(reasons).toEqual(["initial", "rejected"]);
 });
 
-test("six tabs of one session, whose tickets replace each other's, all come in, and again after a restart", async () => {
-  const getTicket = async (): Promise<string> => {
-    const ticket = await gateway.ticket("tabs");
+test("six tabs of one session, whose tokens replace each other's, all come in, and again after a restart", async () => {
+  const getToken = async (): Promise<string> => {
+    const token = await gateway.token("tabs");
     // The answer travels to the browser.
     await new Promise((resolve) => setTimeout(resolve, 100));
-    return ticket;
+    return token;
   };
-  const tabs = numbers(0, 6).map(() => open({ session: "tabs", getTicket, backoff: { baseMs: 200, maxMs: 2000 } })[0]);
+  const tabs = numbers(0, 6).map(() => open({ session: "tabs", getToken, backoff: { baseMs: 200, maxMs: 2000 } })[0]);
   await until("all are open", () => tabs.every(({ state }) => state === "open"));
   await gateway.stop("SIGKILL");
   await until("all have noticed", () => tabs.every(({ state }) => state !== "open"));
@@ -137,7 +137,7 @@ test.each(["websocket", "sse"] as const)("over %s a connection cut again and aga
 test("what was missed over another instance comes too, after an instance was killed", async () => {
   const other = await Gateway.start(redis);
   try {
-    const [session, id] = open({ getTicket: () => other.ticket("moved"), session: "moved" });
+    const [session, id] = open({ getToken: () => other.token("moved"), session: "moved" });
     await session.opened();
     const heard: number[] = [];
     session.on("message", ({ data }) => heard.push(data.n));
@@ -165,9 +165,9 @@ test("what waited while offline reaches the worker whole and in order, though th
   const id = "was-offline";
   const [session] = open({
     session: id,
-    getTicket: () => {
+    getToken: () => {
       if (!isOnline) throw new Error("offline");
-      return gateway.ticket(id);
+      return gateway.token(id);
     },
   });
   session.on("error", () => undefined);
@@ -187,7 +187,7 @@ test("what waited while offline reaches the worker whole and in order, though th
 test("a gateway that lets fewer come than the client believes gets all of it in the end", async () => {
   const own = await Gateway.start(redis, { WSPROXY_LIMITS__MESSAGES_PER_SECOND: "60", WSPROXY_LIMITS__MESSAGE_BURST: "60" });
   try {
-    const [session, id] = open({ url: own.url, session: "slower", getTicket: () => own.ticket("slower") });
+    const [session, id] = open({ url: own.url, session: "slower", getToken: () => own.token("slower") });
     const heard = await worker(id);
     for (const n of numbers(0, 150)) session.send({ n });
     await until("everything arrived", () => new Set(heard.numbers()).size >= 150, 25_000);
@@ -245,9 +245,9 @@ test("back from an outage over server-sent events, the client sends over a WebSo
   let isAway = false;
   const [session, id] = open({
     session: "outage",
-    getTicket: async () => {
-      await redis.command("SET", "session:outage:auth", "ticket", "EX", "60");
-      return "ticket";
+    getToken: async () => {
+      await redis.command("SET", "session:outage:auth", "token", "EX", "60");
+      return "token";
     },
     fetch: async (...args) => {
       if (isAway) await gateway.restart();
@@ -367,7 +367,7 @@ test("stop() reaches the worker, and a worker that died is reported", async () =
 });
 
 test("a drained gateway is left, and found again", async () => {
-  const [session, id] = open({ getTicket: () => gateway.ticket("drained"), session: "drained" });
+  const [session, id] = open({ getToken: () => gateway.token("drained"), session: "drained" });
   await session.once("connected");
   const changes = new Inbox<StateChange>();
   session.on("state", (change) => changes.put(change));

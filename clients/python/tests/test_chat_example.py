@@ -93,7 +93,7 @@ def chat(tmp_path: pathlib.Path, redis: RedisServer) -> Iterator[Chat]:
     made.process.stop()
 
 
-def test_a_user_gets_tickets_for_own_sessions_only(chat: Chat) -> None:
+def test_a_user_gets_tokens_for_own_sessions_only(chat: Chat) -> None:
     own = {"session_id": chat.session}
     prompt = {"id": "a", "text": "mine"}
     assert chat.user.post("/sessions", params=own).json()["session_id"] == chat.session

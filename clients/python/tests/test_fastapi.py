@@ -1,4 +1,4 @@
-"""Tickets as a dependency of FastAPI, which the package itself does not import."""
+"""Tokens as a dependency of FastAPI, which the package itself does not import."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
 
 from conftest import RedisServer
-from wsproxy import Ticket, Worker
+from wsproxy import SessionToken, Worker
 
 
 async def signed_in(x_user: Annotated[str, Header()]) -> str:
@@ -23,13 +23,13 @@ async def own_session(user: Annotated[str, Depends(signed_in)], session_id: str 
 
 
 @pytest.mark.asyncio
-async def test_a_ticket_is_a_dependency(redis: RedisServer, redis_worker: Worker) -> None:
+async def test_a_token_is_a_dependency(redis: RedisServer, redis_worker: Worker) -> None:
     app = FastAPI()
-    dependency = redis_worker.ticket_dependency("demo", own_session, ttl=5)
+    dependency = redis_worker.token_dependency("demo", own_session, ttl=5)
 
     @app.post("/sessions", status_code=201)
-    async def create(ticket: Annotated[Ticket, Depends(dependency)]) -> dict[str, str | float]:
-        return ticket.as_dict()
+    async def create(token: Annotated[SessionToken, Depends(dependency)]) -> dict[str, str | float]:
+        return token.as_dict()
 
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://app", headers={"x-user": "ann"}) as http:

@@ -163,7 +163,7 @@ async def test_a_token_function_that_stumbles_is_asked_again(
 
     async def token() -> Any:
         fails = next(answers, None)
-        return fails() if fails is not None else await redis_worker.issue_ticket("demo", "s-1")
+        return fails() if fails is not None else await redis_worker.issue_token("demo", "s-1")
 
     async with session(gateway.url, token=token) as client:
         await eventually("it is open", lambda: client.state == "open")
@@ -217,10 +217,10 @@ async def test_several_clients_of_a_session_come_back_although_their_tokens_repl
     redis: RedisServer, redis_worker: Worker, gateway: Gateway
 ) -> None:
     async def token() -> str:
-        ticket = await redis_worker.issue_ticket("demo", "s-1")
+        issued = await redis_worker.issue_token("demo", "s-1")
         # The answer travels to the browser.
         await asyncio.sleep(0.1)
-        return ticket.token
+        return issued.token
 
     clients = [session(gateway.url, token=token) for _ in range(4)]
     try:

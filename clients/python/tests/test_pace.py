@@ -44,12 +44,12 @@ async def test_who_waits_is_served_in_order() -> None:
 async def test_more_than_the_gateway_lets_come_at_once_arrives_whole(
     redis: RedisServer, gateway: Gateway, redis_worker: Worker
 ) -> None:
-    ticket = await redis_worker.issue_ticket("demo", "s-1")
+    token = await redis_worker.issue_token("demo", "s-1")
 
     def kept() -> list[int]:
         return [json.loads(text)["n"] for text in redis.texts("{session:s-1:up}:log")]
 
-    async with connect_session(gateway.url, "demo", "s-1", token=ticket) as client:
+    async with connect_session(gateway.url, "demo", "s-1", token=token) as client:
         await asyncio.gather(*(client.send({"n": number}) for number in range(300)))
         await eventually("all have arrived", lambda: len(kept()) >= 300)
         assert client.state == "open"

@@ -34,26 +34,26 @@ def log(redis: RedisServer, session: str = "s-1") -> list[Any]:
     return [json.loads(text) for text in redis.texts(f"{{session:{session}:down}}:log")]
 
 
-async def test_a_ticket_is_the_key_that_the_gateway_reads(redis: RedisServer, redis_worker: Worker) -> None:
-    ticket = await redis_worker.issue_ticket("demo", "s-1", ttl=30)
-    assert redis.client.get("session:s-1:auth") == f"agent/demo {ticket.token}"
+async def test_a_token_is_the_key_that_the_gateway_reads(redis: RedisServer, redis_worker: Worker) -> None:
+    bound = await redis_worker.issue_token("demo", "s-1", ttl=30)
+    assert redis.client.get("session:s-1:auth") == f"agent/demo {bound.token}"
     assert 28 < redis.client.ttl("session:s-1:auth") <= 30
-    assert ticket.path == "/demo/ws/s-1"
-    assert ticket.token not in repr(ticket)
-    unbound = await redis_worker.issue_ticket("demo", "s-1", bound=False)
+    assert bound.path == "/demo/ws/s-1"
+    assert bound.token not in repr(bound)
+    unbound = await redis_worker.issue_token("demo", "s-1", bound=False)
     assert redis.client.get("session:s-1:auth") == unbound.token
-    stream = await redis_worker.issue_ticket("demo", "s-1", event_stream=True)
+    stream = await redis_worker.issue_token("demo", "s-1", event_stream=True)
     assert (stream.event_stream, unbound.event_stream) == (True, False)
     assert stream.token.startswith("sse.")
     assert redis.client.get("session:s-1:auth") == f"agent/demo {stream.token}"
-    fresh = await redis_worker.issue_ticket("demo")
-    assert fresh.session != (await redis_worker.issue_ticket("demo")).session
+    fresh = await redis_worker.issue_token("demo")
+    assert fresh.session_id != (await redis_worker.issue_token("demo")).session_id
 
 
 @pytest.mark.parametrize("bad", ["", "a:b", "a/b", "ä", "x" * 129])
 async def test_ids_that_would_spell_other_keys_are_refused(redis_worker: Worker, bad: str) -> None:
     with pytest.raises(InvalidRequest):
-        await redis_worker.issue_ticket("demo", bad)
+        await redis_worker.issue_token("demo", bad)
     with pytest.raises(InvalidRequest):
         await redis_worker.send(bad, "x")
     with pytest.raises(InvalidRequest):

@@ -34,7 +34,7 @@ async def test_a_refusal_is_waited_for_and_the_call_is_done_once(
         asyncio.create_task(call)
         for call in (
             redis_worker.send("s-1", {"n": 1}),
-            redis_worker.issue_ticket("demo", "s-1"),
+            redis_worker.issue_token("demo", "s-1"),
         )
     ]
     await asyncio.sleep(0.2)
@@ -52,7 +52,7 @@ async def test_a_lasting_refusal_says_that_nothing_was_done(
 ) -> None:
     async with Worker.redis(redis.url, retry_for=0.2) as worker:
         redis.client.config_set(setting, refused)
-        for call in (worker.send("s-1", {}), worker.issue_ticket("demo", "s-1")):
+        for call in (worker.send("s-1", {}), worker.issue_token("demo", "s-1")):
             with pytest.raises(Unavailable, match="Not done") as raised:
                 await within(call)
             assert not raised.value.in_doubt

@@ -41,7 +41,7 @@ async def other(redis: RedisServer) -> AsyncIterator[Worker]:
 @contextlib.asynccontextmanager
 async def client(worker: Worker, gateway: Gateway, session: str = "s-1") -> AsyncIterator[Client]:
     async def token() -> str:
-        return (await worker.issue_ticket("demo", session)).token
+        return (await worker.issue_token("demo", session)).token
 
     async with connect_session(gateway.url, "demo", session, token=token, proxy=None) as connection:
         await eventually("the client is connected", lambda: connection.state == "open")
@@ -307,9 +307,9 @@ async def test_the_example_answers_and_ends_with_its_application(
     example: tuple[str, Process], keeping: Gateway, redis: RedisServer
 ) -> None:
     url, process = example
-    ticket = httpx.post(f"{url}/sessions").raise_for_status().json()
-    _, agent, _, session = ticket["path"].split("/")
-    async with connect_session(keeping.url, agent, session, token=ticket["token"], proxy=None) as connection:
+    answer = httpx.post(f"{url}/sessions").raise_for_status().json()
+    _, agent, _, session = answer["path"].split("/")
+    async with connect_session(keeping.url, agent, session, token=answer["token"], proxy=None) as connection:
         await connection.send({"type": "nonsense"})
         await connection.send({"type": "prompt", "text": "hello there"})
         while not any(each.ended for each in connection.streams.values()):

@@ -31,8 +31,8 @@ async def worker(request: pytest.FixtureRequest, redis: RedisServer, gateway: Ga
 
 async def visit(worker: Worker, gateway: Gateway, session: str) -> None:
     """A client comes and goes."""
-    ticket = await worker.issue_ticket("demo", session)
-    async with connect_session(gateway.url, "demo", session, token=ticket, proxy=None) as client:
+    token = await worker.issue_token("demo", session)
+    async with connect_session(gateway.url, "demo", session, token=token, proxy=None) as client:
         await eventually("the client is connected", lambda: client.state == "open")
 
 
@@ -128,8 +128,8 @@ async def test_the_end_of_a_killed_gateways_sessions_is_told(
 ) -> None:
     killed = start_gateway(WSPROXY_SESSIONS__EVENTS_LOG="true", SERVER_ID="killed")
     async with Worker.redis(redis.url) as worker:
-        ticket = await worker.issue_ticket("demo", "s-1")
-        async with connect_session(killed.url, "demo", "s-1", token=ticket, proxy=None) as client:
+        token = await worker.issue_token("demo", "s-1")
+        async with connect_session(killed.url, "demo", "s-1", token=token, proxy=None) as client:
             await eventually("the client is connected", lambda: client.state == "open")
             async with worker.session_events("demo", after="0") as events:
                 assert told([await within(anext(events))]) == [("opened", "s-1")]

@@ -15,9 +15,9 @@ from wsproxy import (
     NotSupported,
     Receipt,
     Refused,
+    SessionToken,
     StreamEnded,
     StreamExists,
-    Ticket,
     Unauthorized,
     Unavailable,
     Worker,
@@ -30,8 +30,8 @@ BOTH = pytest.mark.parametrize("transport", ["websocket", "sse"])
 
 
 def client(worker: Worker, url: str, transport: Transport = "websocket", **options: Any) -> Client:
-    async def token() -> Ticket:
-        return await worker.issue_ticket("demo", "s-1")
+    async def token() -> SessionToken:
+        return await worker.issue_token("demo", "s-1")
 
     if transport == "websocket":
         options = {"proxy": None, **options}
@@ -238,11 +238,11 @@ async def test_sessions_are_announced_and_closed(worker: Worker, gateway: Gatewa
         assert (event.event, event.code) == ("closed", 4004)
 
 
-async def test_a_ticket_opens_once(worker: Worker, gateway: Gateway) -> None:
-    ticket = await worker.issue_ticket("demo", "s-1")
-    async with connect_session(gateway.url, "demo", "s-1", token=ticket, proxy=None) as connection:
+async def test_a_token_opens_once(worker: Worker, gateway: Gateway) -> None:
+    token = await worker.issue_token("demo", "s-1")
+    async with connect_session(gateway.url, "demo", "s-1", token=token, proxy=None) as connection:
         await opened(connection)
-        async with connect_session(gateway.url, "demo", "s-1", token=ticket, proxy=None) as second:
+        async with connect_session(gateway.url, "demo", "s-1", token=token, proxy=None) as second:
             with pytest.raises(Refused) as raised:
                 await within(anext(second))
             assert (raised.value.status, raised.value.code) == (403, "invalid_token")
@@ -250,26 +250,26 @@ async def test_a_ticket_opens_once(worker: Worker, gateway: Gateway) -> None:
                 await second.send({})
 
 
-async def test_an_event_stream_ticket_opens_event_streams_until_it_expires(worker: Worker, gateway: Gateway) -> None:
-    ticket = await worker.issue_ticket("demo", "s-1", event_stream=True)
-    assert ticket.event_stream
+async def test_an_event_stream_token_opens_event_streams_until_it_expires(worker: Worker, gateway: Gateway) -> None:
+    token = await worker.issue_token("demo", "s-1", event_stream=True)
+    assert token.event_stream
     for _ in range(2):
-        async with connect_session(gateway.url, "demo", "s-1", token=ticket, transport="sse") as stream:
+        async with connect_session(gateway.url, "demo", "s-1", token=token, transport="sse") as stream:
             await opened(stream)
-    async with connect_session(gateway.url, "demo", "s-1", token=ticket, proxy=None) as websocket:
+    async with connect_session(gateway.url, "demo", "s-1", token=token, proxy=None) as websocket:
         with pytest.raises(Refused) as raised:
             await within(anext(websocket))
         assert (raised.value.status, raised.value.code) == (403, "invalid_token")
 
 
-async def test_a_ticket_opens_its_agents_path_only(worker: Worker, gateway: Gateway) -> None:
-    bound = await worker.issue_ticket("demo", "s-1")
+async def test_a_token_opens_its_agents_path_only(worker: Worker, gateway: Gateway) -> None:
+    bound = await worker.issue_token("demo", "s-1")
     async with connect_session(gateway.url, "other", "s-1", token=bound, proxy=None) as other:
         with pytest.raises(Refused):
             await within(anext(other))
     async with connect_session(gateway.url, "demo", "s-1", token=bound, proxy=None) as connection:
         await opened(connection)
-    unbound = await worker.issue_ticket("demo", "s-1", bound=False)
+    unbound = await worker.issue_token("demo", "s-1", bound=False)
     async with connect_session(gateway.url, "other", "s-1", token=unbound, proxy=None) as connection:
         await opened(connection)
 

@@ -194,8 +194,8 @@ export class Gateway extends Machine {
     return JSON.parse(text);
   }
 
-  /** A one-time ticket, or one for event streams. */
-  async ticket(session: string, eventStream = false): Promise<string> {
+  /** A one-time token, or one for event streams. */
+  async token(session: string, eventStream = false): Promise<string> {
     return (await this.api(`sessions/${session}/token`, eventStream ? { event_stream: true } : undefined)).token;
   }
 }

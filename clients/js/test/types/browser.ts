@@ -8,5 +8,5 @@ export const session = connectSession({
   WebSocket,
   fetch,
   signal: abort.signal,
-  getTicket: async ({ signal }) => (await fetch("/tickets/s-1", { method: "POST", signal })).text(),
+  getToken: async ({ signal }) => (await fetch("/tokens/s-1", { method: "POST", signal })).text(),
 });

@@ -16,9 +16,9 @@ export const session: Session<{ type: "token"; text: string } | { type: "done" }
   session: "s-1",
   WebSocket: Socket,
   sendRate: { perSecond: 10, burst: 20 },
-  getTicket: ({ reason, signal }) => {
+  getToken: ({ reason, signal }) => {
     if (signal.aborted) throw new GiveUp(reason);
-    return "ticket";
+    return "token";
   },
 });
 session.onType("token", ({ text }) => text.length);

@@ -32,7 +32,7 @@ const turn = (ms = 0): Promise<unknown> => vi.advanceTimersByTimeAsync(ms);
 async function session(options: Partial<SessionOptions>): Promise<{ reasons: string[]; changes: StateChange[] }> {
   const reasons: string[] = [];
   const made = connectSession({
-    url: "https://gateway.test/a/ws/b", WebSocket: FakeSocket, random: () => 0.5, getTicket: ({ reason }) => (reasons.push(reason), "t"), ...options,
+    url: "https://gateway.test/a/ws/b", WebSocket: FakeSocket, random: () => 0.5, getToken: ({ reason }) => (reasons.push(reason), "t"), ...options,
   });
   open.push(made);
   const changes: StateChange[] = [];
@@ -93,8 +93,8 @@ test.each(table.tokens)("tokens: $name", async ({ outcome, advice }) => {
     silent: () => new Promise(() => undefined),
   };
   const given = outcome === "no_token" ? [undefined, null, "", {}, { token: "" }, 7].map((value) => () => value) : [outcomes[outcome]];
-  for (const getTicket of given as SessionOptions["getTicket"][]) {
-    const made = await session({ transport: "websocket", getTicket });
+  for (const getToken of given as SessionOptions["getToken"][]) {
+    const made = await session({ transport: "websocket", getToken });
     if (outcome === "silent") await turn(15_000);
     if (advice === "open") expect(FakeSocket.all.length).toBe(1);
     else expect(await done(made)).toBe(advice);

@@ -50,7 +50,7 @@ async function play(seed: number): Promise<void> {
   const random = chance(seed);
   const log = new Log();
   const session = connectSession<{ n: number }>({
-    url: "https://gateway.test/a/ws/b", getTicket: () => "t", WebSocket: FakeSocket, transport: "websocket", random, backoff: { maxMs: 1000 },
+    url: "https://gateway.test/a/ws/b", getToken: () => "t", WebSocket: FakeSocket, transport: "websocket", random, backoff: { maxMs: 1000 },
   });
   const heard: (number | "lost")[] = [];
   session.on("message", ({ data }) => heard.push(data.n));

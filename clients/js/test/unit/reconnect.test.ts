@@ -4,13 +4,13 @@ import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import { connectEvents, connectSession, GiveUp, type Events, type EventsOptions, type Session, type SessionOptions, type StateChange } from "../../src/index.ts";
 import { FakeSocket } from "../support/fake-socket.ts";
 
-let tickets = 0;
+let tokens = 0;
 let open: { close(): void }[] = [];
 
 beforeEach(() => {
   vi.useFakeTimers();
   FakeSocket.all = [];
-  tickets = 0;
+  tokens = 0;
 });
 
 afterEach(() => {
@@ -25,7 +25,7 @@ const turn = (ms = 0): Promise<unknown> => vi.advanceTimersByTimeAsync(ms);
 async function session(options: Partial<SessionOptions> = {}): Promise<Session> {
   const connection = connectSession({
     url: "https://gateway.test", agent: "demo", session: "s-1", WebSocket: FakeSocket, random: () => 0.5,
-    getTicket: () => `ticket${(tickets += 1)}`, transport: "websocket", ...options,
+    getToken: () => `token${(tokens += 1)}`, transport: "websocket", ...options,
   });
   open.push(connection);
   await turn();
@@ -34,7 +34,7 @@ async function session(options: Partial<SessionOptions> = {}): Promise<Session> 
 
 async function events(options: Partial<EventsOptions> = {}): Promise<Events> {
   const connection = connectEvents({
-    url: "wss://gateway.test/ws", WebSocket: FakeSocket, random: () => 0.5, getToken: () => `token${(tickets += 1)}`,
+    url: "wss://gateway.test/ws", WebSocket: FakeSocket, random: () => 0.5, getToken: () => `token${(tokens += 1)}`,
     transport: "websocket", ...options,
   });
   open.push(connection);
@@ -47,16 +47,16 @@ const welcome = { type: "connected", connection_id: "c", user_id: "u", event_id:
 test("the credential is in the subprotocol and nowhere in the URL, and the position is always asked for", async () => {
   await session();
   expect(FakeSocket.last.url.href).toBe("wss://gateway.test/demo/ws/s-1?last_event_id=");
-  expect(FakeSocket.last.protocols).toEqual(["wsproxy.id.v1", "wsproxy.v1", "bearer.ticket1"]);
+  expect(FakeSocket.last.protocols).toEqual(["wsproxy.id.v1", "wsproxy.v1", "bearer.token1"]);
   await events({ envelope: false });
   expect(FakeSocket.last.url.href).toBe("wss://gateway.test/ws?last_event_id=");
   expect(FakeSocket.last.protocols).toEqual(["wsproxy.v1", "bearer.token2"]);
 });
 
-test("ids in a path are escaped, a ticket may say where, and resume can be switched off", async () => {
+test("ids in a path are escaped, a token may say where, and resume can be switched off", async () => {
   await session({ session: "a/b", resume: false });
   expect(FakeSocket.last.url.href).toBe("wss://gateway.test/demo/ws/a%2Fb");
-  await session({ getTicket: () => ({ token: "t", path: "/other/ws/x" }) });
+  await session({ getToken: () => ({ token: "t", path: "/other/ws/x" }) });
   expect(FakeSocket.last.url.href).toBe("wss://gateway.test/other/ws/x?last_event_id=");
 });
 
@@ -81,20 +81,20 @@ test("waits grow with jitter to the cap, and start again after a stable time", a
   expect(waits.at(-1)).toBe(50);
 });
 
-test("every try has a fresh ticket", async () => {
+test("every try has a fresh token", async () => {
   await session({ backoff: { baseMs: 100 } });
   for (let round = 0; round < 3; round += 1) {
     FakeSocket.last.end();
     await turn(2000);
   }
-  expect(FakeSocket.all.map(({ protocols }) => protocols[2])).toEqual(["bearer.ticket1", "bearer.ticket2", "bearer.ticket3", "bearer.ticket4"]);
+  expect(FakeSocket.all.map(({ protocols }) => protocols[2])).toEqual(["bearer.token1", "bearer.token2", "bearer.token3", "bearer.token4"]);
 });
 
-test("a failing ticket function is a failed try, told as one", async () => {
+test("a failing token function is a failed try, told as one", async () => {
   let fail = true;
   const connection = connectSession({
     url: "https://gateway.test/demo/ws/s-1", WebSocket: FakeSocket, random: () => 0.5,
-    getTicket: () => {
+    getToken: () => {
       if (fail) throw new Error("offline");
       return "t";
     },
@@ -119,12 +119,12 @@ test("a try that takes too long has failed, and its late answer counts for nothi
   expect(connection.state).toBe("waiting");
 });
 
-test("a ticket that comes too late opens nothing", async () => {
-  let give: (ticket: string) => void = () => undefined;
+test("a token that comes too late opens nothing", async () => {
+  let give: (token: string) => void = () => undefined;
   const signals: AbortSignal[] = [];
   await session({
     connectTimeoutMs: 1000,
-    getTicket: ({ signal }) => {
+    getToken: ({ signal }) => {
       signals.push(signal);
       return new Promise((resolve) => (give = resolve));
     },
@@ -164,7 +164,7 @@ test("close() is final, says so, and may come while it connects", async () => {
   FakeSocket.last.open();
   connection.close(4123, "bye");
   expect(FakeSocket.last.closed).toEqual({ code: 4123, reason: "bye" });
-  const early = connectSession({ url: "https://gateway.test/a/ws/b", WebSocket: FakeSocket, getTicket: () => "t" });
+  const early = connectSession({ url: "https://gateway.test/a/ws/b", WebSocket: FakeSocket, getToken: () => "t" });
   early.close();
   await turn(100_000);
   expect([early.state, FakeSocket.all.length]).toEqual(["closed", 1]);
@@ -552,7 +552,7 @@ test("GiveUp ends it for good: when connecting, when a token expires, and when o
   FakeSocket.last.end(4401);
   await turn(100_000);
   expect(ends.filter((end) => (end as string[])[0] === "closed")).toEqual([["closed", "signed out"], ["closed", "signed out"]]);
-  const three = await session({ getTicket: () => Promise.reject(new GiveUp()) });
+  const three = await session({ getToken: () => Promise.reject(new GiveUp()) });
   await turn();
   await expect(three.opened()).rejects.toThrow(/gave up/);
 });

@@ -22,7 +22,7 @@ afterEach(async () => {
 
 function open<M = Down>(options: Partial<SessionOptions> = {}): Session<M> {
   const session = connectSession<M>({
-    url: gateway.url, agent: "demo", session: "s-1", getTicket: () => "t", WebSocket, backoff: { baseMs: 1 }, ...options,
+    url: gateway.url, agent: "demo", session: "s-1", getToken: () => "t", WebSocket, backoff: { baseMs: 1 }, ...options,
   });
   connections.push(session);
   return session;
@@ -171,9 +171,9 @@ test("what is sent while away arrives in order at the next connection", async ()
   expect([await second.said.next(), await second.said.next()]).toEqual([{ n: 1 }, { n: 2 }]);
 });
 
-test("a ticket for another session begins anew", async () => {
+test("a token for another session begins anew", async () => {
   let name = "one";
-  const session = open({ getTicket: () => ({ token: "t", session: name }) });
+  const session = open({ getToken: () => ({ token: "t", session: name }) });
   const first = await gateway.peers.next();
   first.say({ type: "opened", connection_id: "c", event_id: "9-0-000000aa" }, { type: "stream_open", stream: "a" });
   await session.once("stream");

@@ -20,7 +20,7 @@ afterEach(async () => {
 
 function session(options: object = {}) {
   const made = connectSession({
-    url: gateway.url, agent: "demo", session: "s-1", getTicket: () => "secret", WebSocket, backoff: { baseMs: 1 }, ...options,
+    url: gateway.url, agent: "demo", session: "s-1", getToken: () => "secret", WebSocket, backoff: { baseMs: 1 }, ...options,
   });
   connections.push(made);
   const changes = new Inbox<StateChange>();
@@ -84,7 +84,7 @@ test("the token may be in the URL, where a preflight is not wanted", async () =>
 });
 
 test("a token of event streams opens these at once, again and again, and no WebSocket", async () => {
-  const { made } = session({ getTicket: () => "sse.secret" });
+  const { made } = session({ getToken: () => "sse.secret" });
   for (let n = 0; n < 2; n += 1) {
     const listener = await gateway.listeners.next();
     expect(listener.request.headers.authorization).toBe("Bearer sse.secret");
@@ -96,7 +96,7 @@ test("a token of event streams opens these at once, again and again, and no WebS
   }
   expect(gateway.peers.size).toBe(0);
 
-  const other = session({ transport: "websocket", getTicket: () => "sse.secret" });
+  const other = session({ transport: "websocket", getToken: () => "sse.secret" });
   const error = await other.made.once("error");
   expect([error.code, error.message]).toEqual(["credentials", "The token opens event streams only."]);
   expect([gateway.peers.size, gateway.refused]).toEqual([0, 0]);

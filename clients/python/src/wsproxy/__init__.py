@@ -36,7 +36,7 @@ from .types import (
     Presence,
     Receipt,
     SessionEvent,
-    Ticket,
+    SessionToken,
     UpstreamMessage,
 )
 from .worker import Worker
@@ -62,13 +62,13 @@ __all__ = [
     "ServedSession",
     "Serving",
     "SessionEvent",
+    "SessionToken",
     "StreamConflict",
     "StreamEnded",
     "StreamError",
     "StreamExists",
     "StreamNotFound",
     "Subscription",
-    "Ticket",
     "TokenStream",
     "TooLarge",
     "Unauthorized",

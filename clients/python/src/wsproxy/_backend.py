@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from ._backoff import Backoff
 from ._feeds import Consumer, Kept, Subscription
 from .errors import Unavailable
-from .types import Failure, GapCallback, History, Outcome, Presence, Receipt, Ticket, UpstreamMessage
+from .types import Failure, GapCallback, History, Outcome, Presence, Receipt, SessionToken, UpstreamMessage
 
 T = TypeVar("T")
 
@@ -71,8 +71,8 @@ class StreamCall:
 
 
 @dataclass(frozen=True, slots=True)
-class TicketRequest:
-    """Kind and lifetime (seconds) of a ticket that is to be issued."""
+class TokenRequest:
+    """Kind and lifetime (seconds) of a session's token that is to be issued."""
 
     agent: str
     session: str
@@ -96,7 +96,7 @@ class Disconnection:
 class Backend(Protocol):
     """A way to the gateway. Every method raises an error of this package, and is done once or says it is in doubt."""
 
-    async def issue_ticket(self, request: TicketRequest) -> Ticket: ...
+    async def issue_token(self, request: TokenRequest) -> SessionToken: ...
     async def publish(self, publication: Publication) -> Receipt: ...
     async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]: ...
     async def stream(self, call: StreamCall) -> StreamReply: ...

@@ -18,7 +18,7 @@ from ._backend import (
     StreamReply,
     StreamState,
     Target,
-    TicketRequest,
+    TokenRequest,
     retrying,
 )
 from ._feeds import Consumer, Kept, Subscription
@@ -39,7 +39,7 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Failure, GapCallback, History, HistoryEvent, Presence, Receipt, Ticket, UpstreamMessage
+from .types import Failure, GapCallback, History, HistoryEvent, Presence, Receipt, SessionToken, UpstreamMessage
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ class HttpBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+    async def issue_token(self, request: TokenRequest) -> SessionToken:
         body = {
             "ttl_seconds": max(1, round(request.ttl)),
             "event_stream": request.event_stream or None,
@@ -143,7 +143,7 @@ class HttpBackend:
         path = f"sessions/{_path(request.session)}/token"
         answer = await self._call("POST", path, repeatable=True, json=_without_none(body))
         expires_in = float(answer["expires_in"])
-        return Ticket(request.agent, request.session, answer["token"], expires_in, request.event_stream)
+        return SessionToken(request.agent, request.session, answer["token"], expires_in, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         target = publication.target

@@ -25,7 +25,7 @@ from ._backend import (
     StreamReply,
     StreamState,
     Target,
-    TicketRequest,
+    TokenRequest,
     retrying,
 )
 from ._backoff import Backoff
@@ -53,7 +53,7 @@ from .types import (
     Limits,
     Presence,
     Receipt,
-    Ticket,
+    SessionToken,
     UpstreamMessage,
 )
 
@@ -210,12 +210,12 @@ class RedisBackend:
 
         return await retrying(attempt, self._retry_for, in_doubt_too=repeatable)
 
-    async def issue_ticket(self, request: TicketRequest) -> Ticket:
+    async def issue_token(self, request: TokenRequest) -> SessionToken:
         token = (_EVENT_STREAM_PREFIX if request.event_stream else "") + secrets.token_urlsafe(32)
         value = f"agent/{request.agent} {token}" if request.bound else token
         key = self._key("session", request.session, "auth")
         await self._do(lambda: self._redis.set(key, value, px=round(request.ttl * 1000)), repeatable=True)
-        return Ticket(request.agent, request.session, token, request.ttl, request.event_stream)
+        return SessionToken(request.agent, request.session, token, request.ttl, request.event_stream)
 
     async def publish(self, publication: Publication) -> Receipt:
         channel = self._channel(publication.target)

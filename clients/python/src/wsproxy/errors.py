@@ -16,7 +16,7 @@ class TooLarge(InvalidRequest):
 
 
 class Unauthorized(WsproxyError):
-    """The API key, ticket or token is missing, unknown, expired or used."""
+    """The API key or token is missing, unknown, expired or used."""
 
 
 class NotFound(WsproxyError):

@@ -27,14 +27,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """The right to open a session within ``expires_in`` seconds: one connection or event stream, once.
+class SessionToken:
+    """A token that opens a session within ``expires_in`` seconds: one connection or event stream, once.
 
     With ``event_stream`` any number of event streams until then, and no WebSocket.
     """
 
-    agent: str
-    session: str
+    agent_id: str
+    session_id: str
     token: str = field(repr=False)
     expires_in: float
     event_stream: bool = False
@@ -42,13 +42,13 @@ class Ticket:
     @property
     def path(self) -> str:
         """The path to connect to, below the gateway's address."""
-        return f"/{self.agent}/ws/{self.session}"
+        return f"/{self.agent_id}/ws/{self.session_id}"
 
     def as_dict(self) -> dict[str, str | float]:
         """What a page needs, ready to be an HTTP answer."""
         return {
             "path": self.path,
-            "session_id": self.session,
+            "session_id": self.session_id,
             "token": self.token,
             "expires_in": self.expires_in,
         }

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from ._backend import Backend, Disconnection, Publication, Target, TicketRequest
+from ._backend import Backend, Disconnection, Publication, Target, TokenRequest
 from ._feeds import Subscription
 from ._http import HttpBackend
 from ._positions import START, is_event_id, is_plain, is_reserved
@@ -31,14 +31,14 @@ from .types import (
     Presence,
     Receipt,
     SessionEvent,
-    Ticket,
+    SessionToken,
     UpstreamMessage,
     encode,
 )
 
 _ID = re.compile(r"[A-Za-z0-9\-_.~@+=|]{1,128}")
 _KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
-_TICKET_TTL_MAX = 24 * 3600.0
+_TOKEN_TTL_MAX = 24 * 3600.0
 
 
 class Worker:
@@ -48,7 +48,7 @@ class Worker:
     event loop. Use it with ``async with``, or call :meth:`aclose` at the end::
 
         async with Worker.redis("redis://127.0.0.1:6379") as worker:
-            ticket = await worker.issue_ticket("demo", "s-1")
+            token = await worker.issue_token("demo", "s-1")
             await worker.send("s-1", {"type": "hello"})
 
     **Outages.** A call waits for Redis or the gateway for up to ``retry_for`` seconds (default 30), then raises
@@ -96,7 +96,7 @@ class Worker:
 
     # ---- sessions ----
 
-    async def issue_ticket(
+    async def issue_token(
         self,
         agent: str,
         session: str | None = None,
@@ -104,26 +104,26 @@ class Worker:
         ttl: float = 60.0,
         event_stream: bool = False,
         bound: bool = True,
-    ) -> Ticket:
-        """The right to open one connection or event stream of a session, once, within ``ttl`` seconds (at most a day).
+    ) -> SessionToken:
+        """A token that opens one connection or event stream of a session, once, within ``ttl`` seconds (at most a day).
 
         With ``event_stream`` it opens any number of event streams until it expires, and no WebSocket: for an
         ``EventSource``, which comes back with the URL that it has. Choose a ``ttl`` as long as a page stays open.
 
-        The ticket opens the session under this ``agent`` only; with ``bound=False`` under any agent id, so that the
+        The token opens the session under this ``agent`` only; with ``bound=False`` under any agent id, so that the
         client chooses which workers are told of its connection.
 
-        Without ``session`` a fresh one is named. A session has one ticket at a time: a further call replaces the one
-        before. Whoever gets the ticket reads the session: check who asks.
+        Without ``session`` a fresh one is named. A session has one token at a time: a further call replaces the one
+        before. Whoever gets the token reads the session: check who asks.
         """
         _check_id("agent", agent)
         session = session if session is not None else str(uuid.uuid4())
         _check_id("session", session)
-        if not 0 < ttl <= _TICKET_TTL_MAX:
-            raise InvalidRequest(f"ttl must be above 0 and at most {_TICKET_TTL_MAX:.0f} seconds.")
-        return await self._backend.issue_ticket(TicketRequest(agent, session, ttl, event_stream, bound))
+        if not 0 < ttl <= _TOKEN_TTL_MAX:
+            raise InvalidRequest(f"ttl must be above 0 and at most {_TOKEN_TTL_MAX:.0f} seconds.")
+        return await self._backend.issue_token(TokenRequest(agent, session, ttl, event_stream, bound))
 
-    def ticket_dependency(
+    def token_dependency(
         self,
         agent: str,
         session: Callable[..., Awaitable[str | None] | str | None],
@@ -131,29 +131,29 @@ class Worker:
         ttl: float = 60.0,
         event_stream: bool = False,
         bound: bool = True,
-    ) -> Callable[..., Awaitable[Ticket]]:
-        """A dependency for FastAPI (or anything that calls by signature) that issues a ticket.
+    ) -> Callable[..., Awaitable[SessionToken]]:
+        """A dependency for FastAPI (or anything that calls by signature) that issues a session's token.
 
         ``session`` decides who may open what: it is a dependency itself, its parameters are resolved as usual, and it
         answers the session's id (``None`` for a fresh one) or raises, for example ``HTTPException(403)``. All else is
-        as for :meth:`issue_ticket`::
+        as for :meth:`issue_token`::
 
             async def own_session(user: Annotated[User, Depends(signed_in)], session_id: str | None = None):
                 if session_id is not None and not await owns(user, session_id):
                     raise HTTPException(403)
                 return session_id
 
-            ticket = worker.ticket_dependency("demo", own_session)
+            session_token = worker.token_dependency("demo", own_session)
 
             @app.post("/sessions", status_code=201)
-            async def create(ticket: Annotated[Ticket, Depends(ticket)]):
-                return ticket.as_dict()
+            async def create(token: Annotated[SessionToken, Depends(session_token)]):
+                return token.as_dict()
         """
 
-        async def dependency(**arguments: Any) -> Ticket:
+        async def dependency(**arguments: Any) -> SessionToken:
             answer = session(**arguments)
             named = await answer if inspect.isawaitable(answer) else answer
-            return await self.issue_ticket(agent, named, ttl=ttl, event_stream=event_stream, bound=bound)
+            return await self.issue_token(agent, named, ttl=ttl, event_stream=event_stream, bound=bound)
 
         # The caller's parameters, with annotations that do not depend on the module they were written in.
         signature, hints = inspect.signature(session), typing.get_type_hints(session, include_extras=True)
@@ -162,7 +162,7 @@ class Worker:
             for name, each in signature.parameters.items()
         ]
         dependency.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=parameters, return_annotation=Ticket
+            parameters=parameters, return_annotation=SessionToken
         )
         return dependency
 

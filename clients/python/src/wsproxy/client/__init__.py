@@ -35,7 +35,7 @@ def connect_session(
 ) -> Client:
     """A client of one session.
 
-    ``base_url`` is the gateway's (``https://…`` or ``wss://…``). ``token`` is the ticket's token or, so that the
+    ``base_url`` is the gateway's (``https://…`` or ``wss://…``). ``token`` is the session's token or, so that the
     client can come back, a function that fetches a fresh one each time (it may be a coroutine function)::
 
         async def token() -> str:
@@ -49,7 +49,7 @@ def connect_session(
 
     A function that fails, in whatever way, is called again; one that raises :class:`~wsproxy.GiveUp` ends the client.
 
-    A ticket that was issued with ``event_stream`` needs no function: it opens event streams (``transport="sse"``) until
+    A token that was issued with ``event_stream`` needs no function: it opens event streams (``transport="sse"``) until
     it expires, and no WebSocket.
 
     ``last_event_id`` continues where an earlier client stopped (:attr:`Client.last_event_id`); ``"0"`` begins with

@@ -21,7 +21,7 @@ import httpx
 from .._backoff import Backoff
 from .._positions import order, parse
 from ..errors import ConnectionClosed, GiveUp, InvalidRequest, NotSupported, Refused, Unavailable, WsproxyError
-from ..types import Payload, Ticket, encode
+from ..types import Payload, SessionToken, encode
 from ._advice import SLOW, Advice, after_close, after_refusal, is_normal
 from ._message import Message
 from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, Transport
@@ -29,7 +29,7 @@ from .streams import MergedStreams
 
 _log = logging.getLogger("wsproxy")
 
-Token: TypeAlias = str | Ticket
+Token: TypeAlias = str | SessionToken
 TokenSource: TypeAlias = Token | Callable[[], Awaitable[Token] | Token]
 """A token, or a function that fetches a fresh one for each connection."""
 
@@ -78,7 +78,7 @@ class Client:
     def __init__(self, transport: Transport, options: Options) -> None:
         """Not for direct use: :func:`connect_session` and :func:`connect_events` make clients."""
         if not callable(options.token) and not _text_of(options.token):
-            raise InvalidRequest("The token must be a text, a ticket, or a function that gives one.")
+            raise InvalidRequest("The token must be a text, a SessionToken, or a function that gives one.")
         self._transport = transport
         self._options = options
         self._token_in_use = ""
@@ -506,7 +506,7 @@ class Client:
 
 def _text_of(token: object) -> str:
     """The token in what a token function gave; empty where there is none."""
-    text = token.token if isinstance(token, Ticket) else token
+    text = token.token if isinstance(token, SessionToken) else token
     return text.strip() if isinstance(text, str) else ""
 
 
