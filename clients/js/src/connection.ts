@@ -25,7 +25,7 @@ import { type Opening, Spare } from "./spare.ts";
 import { openSse } from "./sse.ts";
 import type { Frame, Target, Transport, TransportEvents } from "./transport.ts";
 import { Uplink } from "./uplink.ts";
-import { watchWake, type Wake } from "./wake.ts";
+import { AwakeClock, watchWake, type Wake } from "./wake.ts";
 import { openWebSocket, type WebSocketConstructor } from "./websocket.ts";
 
 /** What broke before this without a message may never have worked, as behind a proxy that accepts and then drops. */
@@ -56,6 +56,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   protected readonly base: string;
   readonly #options: ConnectionOptions;
   readonly #seen: Recent;
+  readonly #clock: AwakeClock = new AwakeClock();
   readonly #uplink: Uplink;
   #unwatch: () => void = () => undefined;
 
@@ -99,7 +100,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.base = new URL(url, (globalThis as { location?: { href: string } }).location?.href).href;
     this.#position = options.lastEventId ?? "";
     this.#seen = new Recent(options.dedupMax ?? 2048);
-    this.#uplink = new Uplink(options);
+    this.#uplink = new Uplink(options, this.#clock);
     if (options.transport !== "sse" && !this.#socket) {
       throw new Error(
         'This platform has no WebSocket: give one in the option WebSocket, such as that of the package ws, or only listen with transport: "sse".',
@@ -310,7 +311,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
   #start(): void {
     this.#unwatch();
-    this.#unwatch = watchWake((what) => this.#woke(what));
+    this.#unwatch = watchWake(this.#clock, (what) => this.#woke(what));
     this.#downSince = Date.now();
     this.#try();
   }

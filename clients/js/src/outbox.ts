@@ -68,13 +68,13 @@ export class Outbox {
     return this.#tokens >= 1 ? 0 : Math.ceil(((1 - this.#tokens) / this.#perSecond) * 1000);
   }
 
-  /** Takes the message whose turn it is, and remembers it as sent. */
-  take(now: number): Data | undefined {
+  /** Takes the message whose turn it is, and remembers it as sent `at` a time of the caller's, who may have another clock for that. */
+  take(now: number, at: number = now): Data | undefined {
     const data = this.#waiting.shift();
     if (data === undefined) return undefined;
     this.#back = Math.max(this.#back - 1, 0);
     this.spend(now);
-    this.#sent.push({ data, at: now });
+    this.#sent.push({ data, at });
     if (this.#sent.length > SENT_MAX) this.#sent.shift();
     return data;
   }
@@ -83,6 +83,11 @@ export class Outbox {
   spend(now: number): void {
     this.#fill(now);
     this.#tokens -= 1;
+  }
+
+  /** When the oldest message was sent that may not have arrived. */
+  get oldest(): number {
+    return this.#sent[0]?.at ?? Infinity;
   }
 
   /** What was sent before `time` has arrived. */

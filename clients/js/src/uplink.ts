@@ -2,6 +2,7 @@
 
 import { type Data, Outbox, type SendRate } from "./outbox.ts";
 import type { Transport } from "./transport.ts";
+import { AwakeClock } from "./wake.ts";
 
 /** How messages are sent. */
 export interface UplinkOptions {
@@ -13,7 +14,10 @@ export interface UplinkOptions {
 /** So much may wait in the WebSocket; the rest waits here, where it can be sent again. */
 const UNSENT_MAX = 64 * 1024;
 const UNSENT_PAUSE_MS = 50;
-/** What was sent so long before the network broke a connection, or before this side left it, has arrived. */
+/**
+ * What was sent so long before the network broke a connection, or before this side left it, has arrived. Only time awake counts; and after
+ * a sleep nothing has arrived for its age alone, since a connection that died meanwhile may be found out late.
+ */
 const BROKEN_MS = 15_000;
 const LEFT_MS = 120_000;
 /** How long a connection that was left may take to say that it has read everything. */
@@ -24,15 +28,18 @@ const ROUND_TRIP_MIN_MS = 500;
 export class Uplink {
   readonly #outbox: Outbox;
   readonly #resend: boolean;
+  readonly #clock: AwakeClock;
   #transport: Transport | undefined;
   #roundTripMs = SETTLE_MS;
   #timer: ReturnType<typeof setTimeout> | undefined;
   /** The connection that was left and has not said yet what it has read. */
   #left: object | undefined;
 
-  constructor({ queueMax = 256, sendRate, resend = true }: UplinkOptions) {
+  /** `clock` says when messages were sent. */
+  constructor({ queueMax = 256, sendRate, resend = true }: UplinkOptions, clock: AwakeClock = new AwakeClock()) {
     this.#outbox = new Outbox(queueMax, sendRate);
     this.#resend = resend;
+    this.#clock = clock;
   }
 
   /** How many messages wait. */
@@ -66,9 +73,12 @@ export class Uplink {
     this.#send();
   }
 
-  /** Something came from the other side: what was sent a round trip ago is there. */
+  /**
+   * Something came from the other side: what was sent a round trip ago is taken to be there. Where the path is dead only upwards, it is
+   * not; the gateway confirms nothing by which that could be known.
+   */
   heard(): void {
-    this.#outbox.arrived(Date.now() - this.#roundTripMs);
+    this.#outbox.arrived(this.#clock.now() - this.#roundTripMs);
   }
 
   /** The other side, or the network, has ended the connection: keeps what may not have been read before. */
@@ -76,17 +86,18 @@ export class Uplink {
     const transport = this.#detach();
     if (!transport) return;
     if (code === 1008 && reason === "too many messages") this.#outbox.slower();
-    // A close frame is proof that the path was good until now.
-    this.#outbox.lost(this.#since(code === 1006 ? BROKEN_MS : this.#roundTripMs), transport.unsent());
+    // A close frame is taken as proof that the path was good until now.
+    const since = code === 1006 ? this.#doubtful(BROKEN_MS) : this.#since(this.#roundTripMs);
+    this.#outbox.lost(since, transport.unsent());
   }
 
   /**
-   * Leaves the connection, which may be alive. If it closes cleanly, it has read everything; until that is known, everything waits,
+   * Leaves the connection, which may be alive. If it answers this very close, it has read everything; until that is known, everything waits,
    * so that the order stays.
    */
   leave(code: number, reason: string): void {
     const transport = this.#detach();
-    const count = transport ? this.#outbox.lost(this.#since(LEFT_MS), transport.unsent()) : 0;
+    const count = transport ? this.#outbox.lost(this.#doubtful(LEFT_MS), transport.unsent()) : 0;
     if (count === 0) return transport?.close(code, reason);
     const me = {};
     this.#left = me;
@@ -110,7 +121,13 @@ export class Uplink {
   }
 
   #since(ms: number): number {
-    return this.#resend ? Date.now() - ms : Infinity;
+    return this.#resend ? this.#clock.now() - ms : Infinity;
+  }
+
+  /** Since when messages may not have arrived, without proof that the other side lived until now. */
+  #doubtful(ms: number): number {
+    const hasSlept = this.#outbox.oldest <= this.#clock.sleptAt;
+    return this.#resend && hasSlept ? -Infinity : this.#since(ms);
   }
 
   #detach(): Transport | undefined {
@@ -131,7 +148,7 @@ export class Uplink {
         this.#timer = setTimeout(() => this.#send(), pause);
         return;
       }
-      const data = this.#outbox.take(now);
+      const data = this.#outbox.take(now, this.#clock.now());
       if (data !== undefined) this.#transport.send(data);
     }
   }

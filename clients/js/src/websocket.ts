@@ -48,6 +48,7 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
   let opened = false;
   let over = false;
   let status: number | undefined;
+  let asked: number | undefined;
   let closed: ((isClean: boolean) => void) | undefined;
   socket.addEventListener("open", () => {
     if (over) return;
@@ -64,7 +65,8 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
     status = Number(/server response: (\d{3})/.exec(String(event.message))?.[1]) || undefined;
   });
   socket.addEventListener("close", ({ code, reason, wasClean }: { code: number; reason: string; wasClean?: boolean }) => {
-    if (over) return closed?.(wasClean === true);
+    // The gateway answers with the same code and no reason. Any other close is its own, after which it has read nothing.
+    if (over) return closed?.(wasClean === true && code === asked && reason === "");
     over = true;
     events.ended({ code, reason, opened, ...(status && !opened ? { status, refusal: "unknown" } : {}) });
   });
@@ -76,6 +78,7 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
       closed ??= whenClosed;
       if (over) return;
       over = true;
+      asked = code;
       try {
         socket.close(code, reason);
       } catch {

@@ -54,9 +54,9 @@ export class FakeSocket implements WebSocketLike {
     this.#listeners.get("message")?.({ data });
   }
 
-  end(code = 1006, reason = "", error?: string): void {
+  end(code = 1006, reason = "", error?: string, wasClean = false): void {
     if (error) this.#listeners.get("error")?.({ message: error });
-    this.#listeners.get("close")?.({ code, reason, wasClean: false });
+    this.#listeners.get("close")?.({ code, reason, wasClean });
   }
 
   /** Answers the client's close frame. */

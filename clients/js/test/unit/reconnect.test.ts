@@ -306,6 +306,17 @@ test.each([true, false])("a connection that is left settles what was sent: read 
   expect(second.sent.length).toBe(isClean ? 1 : 2);
 });
 
+test.each([[1012, "instance restarting"], [1000, "done"]])("a gateway that closes at the same moment (%i) has not read what was sent", async (code, reason) => {
+  const connection = await session();
+  const first = FakeSocket.last.open();
+  connection.send("prompt");
+  connection.connect();
+  await turn();
+  const second = FakeSocket.last.open();
+  first.end(code, reason, undefined, true);
+  expect(second.sent).toEqual(["prompt"]);
+});
+
 test("the network's return and a look at the page end the wait at once", async () => {
   const page = new EventTarget();
   vi.stubGlobal("addEventListener", page.addEventListener.bind(page));
@@ -424,14 +435,52 @@ test("where no new connection opens either, a silent one is given up", async () 
 });
 
 test("a machine that slept replaces its connection, with a position or without", async () => {
-  await session();
+  const connection = await session();
   const first = FakeSocket.last.open();
+  connection.send("under way");
   vi.setSystemTime(Date.now() + 3_600_000);
   await turn(5000);
   await turn(3000);
   expect(FakeSocket.all.length).toBe(2);
-  FakeSocket.last.open();
+  const second = FakeSocket.last.open();
   expect(first.closed?.code).toBe(1000);
+  await turn(5000);
+  expect(second.sent).toEqual(["under way"]);
+});
+
+test("what was under way when the machine fell asleep is sent again, however late the connection breaks", async () => {
+  const connection = await session();
+  const first = FakeSocket.last.open();
+  connection.send("arrived");
+  await turn(600);
+  first.say({ n: 1 });
+  connection.send("under way");
+  vi.setSystemTime(Date.now() + 600_000);
+  // This has waited in the machine since before.
+  first.say({ n: 2 });
+  connection.send("into the void");
+  await turn(2500);
+  first.end();
+  await turn(1000);
+  const second = FakeSocket.last.open();
+  expect(second.sent).toEqual(["under way", "into the void"]);
+  // Here the connection lives on after the sleep, and says so.
+  vi.setSystemTime(Date.now() + 600_000);
+  await turn(2500);
+  second.say({ n: 3 });
+  second.end();
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual([]);
+});
+
+test("with resend: false a sleep sends nothing again", async () => {
+  const connection = await session({ resend: false });
+  FakeSocket.last.open();
+  connection.send("at most once");
+  vi.setSystemTime(Date.now() + 600_000);
+  FakeSocket.last.end();
+  await turn(1000);
+  expect(FakeSocket.last.open().sent).toEqual([]);
 });
 
 test("a pause that the gateway asked for is kept to, whoever looks", async () => {
