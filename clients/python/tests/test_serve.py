@@ -259,6 +259,126 @@ async def test_no_more_sessions_than_allowed_are_served_at_once(redis_worker: Wo
             assert (await within(waiting))["echo"] == 1
 
 
+def opened(redis: RedisServer, *sessions: str) -> None:
+    """Announces sessions as a gateway does."""
+    for session in sessions:
+        members = {"event": "opened", "agent_id": "demo", "session_id": session, "connection_id": f"c-{session}"}
+        announcement = json.dumps({**members, "server_id": "gw", "timestamp": "2026-11-28T18:00:00Z"})
+        redis.client.xadd("{agent:demo:sessions}:log", {"data": announcement})
+        redis.client.publish("agent:demo:sessions", announcement)
+
+
+def names(first: int, last: int) -> list[str]:
+    return [f"s-{number:02}" for number in range(first, last)]
+
+
+@pytest.mark.asyncio
+async def test_sessions_of_others_do_not_use_up_the_room_of_a_worker(
+    redis_worker: Worker, other: Worker, redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with redis_worker.serve("demo", Echo(), lease=1.0, sessions_max=20) as full:
+        opened(redis, *names(0, 20))
+        await eventually("it is full", lambda: len(full.sessions) == 20)
+        async with other.serve("demo", Echo(), lease=1.0, sessions_max=3) as second:
+            await asyncio.sleep(1.5)
+            # Nothing waits while another one serves it.
+            assert not second.sessions
+            assert not [each for each in caplog.messages if "must wait" in each]
+            opened(redis, *names(20, 23))
+            await eventually("the rest is served", lambda: sorted(second.sessions) == names(20, 23))
+            opened(redis, "s-23")
+            await eventually(
+                "that one waits is said", lambda: [each for each in caplog.messages if "must wait" in each]
+            )
+
+
+@pytest.mark.asyncio
+async def test_the_sessions_of_a_worker_that_has_ended_fill_the_places_of_all_others(
+    redis_worker: Worker, other: Worker, redis: RedisServer
+) -> None:
+    def owner(session: str) -> str:
+        return f"{{session:{session}:up}}:owner"
+
+    servings = [each.serve("demo", Echo(), lease=1.0, sessions_max=10) for each in (redis_worker, other)]
+    # In the order of their names: five of the first, ten of a third one, five of the second.
+    redis.client.mset({owner(each): servings[0]._me for each in names(0, 5)})
+    redis.client.mset({owner(each): "a third one" for each in names(5, 15)})
+    redis.client.mset({owner(each): servings[1]._me for each in names(15, 20)})
+    opened(redis, *names(0, 20))
+    async with servings[0] as first, servings[1] as second:
+        await eventually("the first has its own", lambda: sorted(first.sessions) == names(0, 5))
+        await eventually("the second has its own", lambda: sorted(second.sessions) == names(15, 20))
+        await asyncio.sleep(0.7)
+        redis.client.delete(*map(owner, names(5, 15)))
+        await eventually("all are served", lambda: len(first.sessions) == len(second.sessions) == 10)
+
+
+@pytest.mark.parametrize("prefix", ["", "eu"])
+@pytest.mark.asyncio
+async def test_a_worker_that_starts_finds_sessions_whose_opening_the_log_no_longer_has(
+    redis: RedisServer, start_gateway: StartGateway, prefix: str
+) -> None:
+    gateway = start_gateway(
+        WSPROXY_SESSIONS__EVENTS_LOG="true",
+        WSPROXY_SESSIONS__EVENTS_LOG_ENTRIES_MAX="3",
+        WSPROXY_REDIS__CHANNEL_PREFIX=prefix,
+    )
+    name = f"{prefix}:" if prefix else ""
+    log = f"{{{name}agent:demo:sessions}}:log"
+    async with Worker.redis(redis.url, prefix=prefix) as worker, client(worker, gateway, "s-long") as connection:
+        for number in range(4):
+            async with client(worker, gateway, f"s-{number}"):
+                pass
+        await eventually("it is trimmed", lambda: "s-long" not in "".join(redis.texts(log)))
+        await eventually(
+            "others have ended", lambda: redis.client.hlen(f"{name}ws:server:{server(redis)}:sessions") == 1
+        )
+        async with worker.serve("demo", Echo("late"), lease=1.0) as serving:
+            await connection.send(1)
+            assert await answer(connection) == {"by": "late", "echo": 1}
+            assert list(serving.sessions) == ["s-long"]
+
+
+def server(redis: RedisServer) -> str:
+    return str(next(redis.client.scan_iter("*ws:server:*:sessions"))).split(":")[-2]
+
+
+@pytest.mark.asyncio
+async def test_what_is_open_is_read_again_where_announcements_were_missed(
+    redis_worker: Worker, keeping: Gateway, redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = "{agent:demo:sessions}:log"
+    async with redis_worker.serve("demo", Echo("a"), lease=1.0) as serving, client(redis_worker, keeping, "s-1"):
+        await eventually("it is served", lambda: serving.sessions)
+        # A connection was announced while the worker was away, and the log has been trimmed since then.
+        redis.client.zadd("ws:servers", {"gone": 0})
+        entry = {"agent_id": "demo", "session_id": "s-2", "transport": "websocket", "opened": "", "announced": True}
+        of_others = [{**entry, "agent_id": "another"}, {**entry, "session_id": "s-3", "announced": False}, 7]
+        redis.client.hset("ws:server:gone:sessions", "c-1", json.dumps(entry))
+        for number, each in enumerate(of_others):
+            redis.client.hset("ws:server:gone:sessions", f"o-{number}", json.dumps(each))
+        redis.client.hset("ws:server:gone:sessions", "o-9", "no json")
+        # In one step, so that the worker sees the log only as it is then.
+        pipeline = redis.client.pipeline(transaction=True)
+        pipeline.xtrim(log, maxlen=0)
+        pipeline.xadd(log, {"data": "{}"})
+        pipeline.publish("agent:demo:sessions", "{}")
+        pipeline.execute()
+        await eventually("it is found", lambda: sorted(serving.sessions) == ["s-1", "s-2"])
+    assert [each for each in caplog.messages if "were missed (history_lost)" in each]
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_may_not_read_what_is_open_serves_what_is_announced(
+    redis_worker: Worker, keeping: Gateway, redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.client.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"], commands=["-hscan"])
+    async with redis_worker.serve("demo", Echo("a")), client(redis_worker, keeping) as connection:
+        await connection.send(1)
+        assert (await answer(connection))["echo"] == 1
+    assert [each for each in caplog.messages if "that the log no longer has are not found" in each]
+
+
 @pytest.mark.asyncio
 async def test_sessions_whose_end_nobody_announced_are_forgotten(
     redis_worker: Worker, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -112,8 +112,14 @@ class Backend(Protocol):
     """Whether kept messages stay after they were handed out."""
 
     async def claim(self, sessions: Sequence[str], owner: str, lease: float) -> list[bool]: ...
+    async def held(self, sessions: Sequence[str], owner: str) -> list[bool]:
+        """Whether another worker serves them."""
+
     async def release(self, session: str, owner: str) -> None: ...
     async def has_clients(self, sessions: Sequence[str]) -> list[bool]: ...
+    def open_sessions(self, agent: str) -> AsyncIterator[tuple[str, str]]:
+        """Sessions and their connections that the gateways keep as open; none where this is not known."""
+
     def kept_messages(self, session: str) -> Kept | None: ...
     def follow_upstream(self, session: str, kept: bool) -> Consumer: ...
     def follow_sessions(self, agent: str) -> Consumer: ...

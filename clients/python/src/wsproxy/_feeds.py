@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -12,9 +14,13 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 from .types import Gap, GapCallback, UpstreamMessage
 
 T = TypeVar("T")
+_log = logging.getLogger("wsproxy")
 
 # A reader that falls further behind loses the oldest and is told so; nobody else waits for it.
 _ENTRIES_MAX = 10_000
+_BYTES_MAX = 16 * 1024 * 1024
+# Losses that nobody asked to be told of are logged this often, in seconds.
+_WARN_EVERY = 30.0
 # A log is read this often, in seconds, if its channel says nothing.
 _LOOK_AFTER = 15.0
 
@@ -32,12 +38,33 @@ ReadLog: TypeAlias = Callable[[], Awaitable["list[UpstreamMessage | Gap] | None"
 
 
 class Consumer:
-    """What waits for one reader: at most ``entries_max`` items, beyond which the oldest make room for a gap."""
+    """What waits for one reader: at most ``entries_max`` items and ``bytes_max`` bytes, or one message.
 
-    def __init__(self, drop: Callable[[Consumer], None], entries_max: int = _ENTRIES_MAX) -> None:
+    Beyond that the oldest are dropped, only as many as must be, and a gap is in their place.
+    """
+
+    def __init__(
+        self,
+        drop: Callable[[Consumer], None],
+        name: str,
+        *,
+        entries_max: int = _ENTRIES_MAX,
+        bytes_max: int = _BYTES_MAX,
+    ) -> None:
+        """``name`` is what is read, for the log."""
         self._drop = drop
+        self._name = name
         self._entries_max = entries_max
+        self._bytes_max = bytes_max
         self._items: deque[Item] = deque()
+        self._bytes = 0
+        # Messages that were dropped.
+        self._dropped = 0
+        # The reader was told of a loss and has got no message since then.
+        self._is_told = False
+        self._warned: float | None = None
+        self.warns = False
+        """Whether a loss is logged at once, since the reader wants not to be told of it."""
         self._arrived = asyncio.Event()
         self._confirmed = asyncio.Event()
         self._taken = asyncio.Event()
@@ -46,11 +73,39 @@ class Consumer:
 
     def push(self, item: Item) -> None:
         """Adds an item; never waits."""
-        if len(self._items) >= self._entries_max:
-            self._items.clear()
-            self._items.append(Gap(0.0, "overflow"))
         self._items.append(item)
+        self._bytes += _size(item)
+        if len(self._items) > self._entries_max or self._bytes > self._bytes_max:
+            self._make_room()
         self._arrived.set()
+
+    def _make_room(self) -> None:
+        gap: Gap | None = None
+        is_subscribed, dropped = False, 0
+        # Two places are for what is put in front again.
+        while len(self._items) > 1 and (len(self._items) + 2 > self._entries_max or self._bytes > self._bytes_max):
+            item = self._items.popleft()
+            self._bytes -= _size(item)
+            dropped += isinstance(item, UpstreamMessage)
+            gap = item if isinstance(item, Gap) else gap
+            # That a subscription stands anew is no message: what was kept is looked at then.
+            is_subscribed |= isinstance(item, Subscribed)
+        if is_subscribed:
+            self._items.appendleft(SUBSCRIBED)
+        if dropped:
+            gap = Gap(0.0, "overflow")
+        if gap is not None and not (self._is_told and gap.reason == "overflow"):
+            self._items.appendleft(gap)
+        self._dropped += dropped
+        if self.warns and dropped:
+            self.warn(f"the reader is too slow, the oldest messages are dropped ({self._dropped} so far)")
+
+    def warn(self, what: str) -> None:
+        """Logs that messages were lost, now and then."""
+        now = time.monotonic()
+        if self._warned is None or now - self._warned > _WARN_EVERY:
+            self._warned = now
+            _log.warning("%s: %s.", self._name, what)
 
     def confirm(self, gap_seconds: float | None) -> None:
         """The subscription stands, after an interruption of so many seconds if it stood before.
@@ -83,11 +138,17 @@ class Consumer:
             self._arrived.clear()
             await self._arrived.wait()
         self._taken.set()
-        return self._items.popleft()
+        item = self._items.popleft()
+        self._bytes -= _size(item)
+        if isinstance(item, UpstreamMessage):
+            self._is_told = False
+        elif isinstance(item, Gap):
+            self._is_told = item.reason == "overflow"
+        return item
 
     async def room(self) -> None:
         """Waits while so much is in the queue that more might be lost."""
-        while len(self._items) >= self._entries_max // 2:
+        while len(self._items) >= self._entries_max // 2 or self._bytes >= self._bytes_max // 2:
             self._taken.clear()
             await self._taken.wait()
 
@@ -100,11 +161,16 @@ class Consumer:
         """Takes all that waits."""
         items = list(self._items)
         self._items.clear()
+        self._bytes, self._is_told = 0, False
         return items
 
     def close(self) -> None:
         """Gives the subscription up; may be called more than once, and from anywhere in the loop's thread."""
         self._drop(self)
+
+
+def _size(item: Item) -> int:
+    return len(item.data) if isinstance(item, UpstreamMessage) else 0
 
 
 class Finished(Exception):
@@ -182,10 +248,16 @@ class Subscription(Generic[T]):
                 parsed = self._parse(item)
                 if parsed is not None:
                     return parsed
-            elif isinstance(item, Gap) and self._on_gap is not None:
-                answer = self._on_gap(item)
-                if inspect.isawaitable(answer):
-                    await answer
+            elif isinstance(item, Gap):
+                await self._tell(consumer, item)
+
+    async def _tell(self, consumer: Consumer, gap: Gap) -> None:
+        if self._on_gap is not None:
+            answer = self._on_gap(gap)
+            if inspect.isawaitable(answer):
+                await answer
+        elif gap.reason in ("overflow", "history_lost"):
+            consumer.warn(f"messages are missing ({gap.reason})")
 
     async def _next(self, consumer: Consumer) -> Item:
         try:
@@ -260,6 +332,8 @@ class Subscription(Generic[T]):
             raise StopAsyncIteration
         if self._consumer is None:
             self._consumer = self._open()
+            # Where there is a log, what is dropped here is found there.
+            self._consumer.warns = self._on_gap is None and self._log is None
         return self._consumer
 
     def _close(self) -> None:

@@ -57,7 +57,7 @@ class Follower:
 
     def open(self) -> Consumer:
         """A reader; the first one starts the stream."""
-        consumer = Consumer(self._drop)
+        consumer = Consumer(self._drop, self._path)
         self._consumers.append(consumer)
         if self._standing:
             consumer.confirm(0.0)

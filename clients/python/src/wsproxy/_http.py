@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -269,12 +269,21 @@ class HttpBackend:
         # The API knows no owners: `Worker.serve` says that there must be one worker.
         return [True] * len(sessions)
 
+    async def held(self, sessions: Sequence[str], owner: str) -> list[bool]:
+        return [False] * len(sessions)
+
     async def release(self, session: str, owner: str) -> None:
         pass
 
     async def has_clients(self, sessions: Sequence[str]) -> list[bool]:
         # Unknown here, so that only announcements end a session.
         return [True] * len(sessions)
+
+    async def open_sessions(self, agent: str) -> AsyncIterator[tuple[str, str]]:
+        # The API tells announcements only: `Worker.serve` says how far back they go.
+        known: tuple[tuple[str, str], ...] = ()
+        for each in known:
+            yield each
 
     def kept_messages(self, session: str) -> Kept | None:
         # The gateway sends what was kept at the start of the stream.

@@ -49,7 +49,7 @@ class Listener:
 
     def open(self, channel: str) -> Consumer:
         """A reader of a channel. It is confirmed when Redis said so."""
-        consumer = Consumer(lambda closed: self._drop(channel, closed))
+        consumer = Consumer(lambda closed: self._drop(channel, closed), channel)
         self._consumers.setdefault(channel, []).append(consumer)
         if channel in self._confirmed:
             consumer.confirm(0.0)

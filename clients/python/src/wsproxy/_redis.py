@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import re
@@ -55,6 +56,7 @@ from .types import (
     Receipt,
     SessionToken,
     UpstreamMessage,
+    encode,
 )
 
 if TYPE_CHECKING:
@@ -294,11 +296,11 @@ class RedisBackend:
         args += [round(limits.ttl * 1000), round(call.lease * 1000)]
         match call.op:
             case "open":
-                args.append(json.dumps(call.meta if call.meta is not None else {}, ensure_ascii=False))
+                args.append(encode(call.meta if call.meta is not None else {}))
             case "append":
                 args += [call.text.encode(), "" if call.seq is None else call.seq]
             case "end":
-                args += [call.outcome, json.dumps(call.error, ensure_ascii=False) if call.error else ""]
+                args += [call.outcome, encode(call.error) if call.error else ""]
         async with self._leased(call):
             with _errors():
                 answer = await cast("Awaitable[list[Any]]", self._stream(keys=keys, args=args))
@@ -424,6 +426,10 @@ class RedisBackend:
 
         return [int(left) == 0 for left in await self._once(hold)]
 
+    async def held(self, sessions: Sequence[str], owner: str) -> list[bool]:
+        owners = await self._once(lambda: self._redis.mget([self._owner(each) for each in sessions]))
+        return [each is not None and _text(each) != owner for each in owners]
+
     async def release(self, session: str, owner: str) -> None:
         key = self._owner(session)
         await self._once(lambda: self._redis.eval(RELEASE, 1, key, owner))
@@ -433,6 +439,18 @@ class RedisBackend:
         channels = [self._key("session", session, "down") for session in sessions]
         counts = await self._once(lambda: self._redis.pubsub_numsub(*channels))
         return [int(count) > 0 for _, count in counts]
+
+    async def open_sessions(self, agent: str) -> AsyncIterator[tuple[str, str]]:
+        for server in await self._once(lambda: self._redis.zrange(self._key("ws", "servers"), 0, -1)):
+            key, cursor = self._key("ws", "server", _text(server), "sessions"), 0
+            while True:
+                scan = functools.partial(self._redis.hscan, key, cursor, count=_PAGE)
+                cursor, found = await self._once(scan)
+                for connection, value in found.items():
+                    if (session := _announced(value, agent)) is not None:
+                        yield session, _text(connection)
+                if int(cursor) == 0:
+                    break
 
     def kept_messages(self, session: str) -> Kept | None:
         up = self._key("session", session, "up")
@@ -512,6 +530,19 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
 
 
+def _announced(value: bytes, agent: str) -> str | None:
+    """The session of an entry of what an instance has open, if it is this agent's and its opening was announced.
+
+    What was not announced yet is in the log when this is read behind the entry.
+    """
+    try:
+        entry = json.loads(value)
+        is_announced = entry["announced"] is True and entry["agent_id"] == agent
+        return str(entry["session_id"]) if is_announced else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _beside(log: str, what: str) -> str:
     """A key that belongs to the same channel as a log, and has its slot."""
     return log.removesuffix("log") + what
@@ -522,8 +553,8 @@ def _milliseconds(position: Any) -> int:
     return parsed[0] if parsed is not None else 0
 
 
-def _command_text(command: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in command.items() if value is not None})
+def _command_text(command: Mapping[str, Any]) -> bytes:
+    return encode({name: value for name, value in command.items() if value is not None})
 
 
 def _receipt(answer: Any) -> Receipt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 import time
 from collections import OrderedDict
@@ -17,9 +18,9 @@ from ._backend import Backend
 from ._backoff import Backoff
 from ._feeds import Subscription
 from ._follower import entry
-from .errors import InvalidRequest, WsproxyError
+from .errors import InvalidRequest, Unavailable, WsproxyError
 from .stream import TokenStream
-from .types import GapCallback, Payload, Receipt, SessionEvent, UpstreamMessage
+from .types import Gap, GapCallback, Payload, Receipt, SessionEvent, UpstreamMessage
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -150,6 +151,8 @@ class Serving:
         # Sessions in which nobody listened at the last sweep.
         self._silent: set[str] = set()
         self._swept = time.monotonic()
+        # Sessions that nobody served at the last look, and that this worker had no room for.
+        self._passed: set[str] = set()
         self._warned = 0.0
         self._is_ending = False
         # Behind what announcements are followed; `None` where the gateway keeps none.
@@ -198,7 +201,7 @@ class Serving:
     # ---- which sessions there are ----
 
     def _follow_anew(self) -> Subscription[SessionEvent]:
-        return self._worker.session_events(self._agent, after=self._after)
+        return self._worker.session_events(self._agent, after=self._after, on_gap=self._gap)
 
     async def _confirmed(self) -> None:
         assert self._events is not None
@@ -207,7 +210,8 @@ class Serving:
         except InvalidRequest:
             # Over HTTP, a gateway that keeps no announcements says so.
             await self._events.aclose()
-            self._after, self._events = None, self._worker.session_events(self._agent)
+            self._after = None
+            self._events = self._follow_anew()
             await self._events.confirmed()
 
     async def _follow(self) -> None:
@@ -215,6 +219,8 @@ class Serving:
         while self._events is not None:
             try:
                 await self._confirmed()
+                # Before the log, which says what has changed since then.
+                await self._read_open()
                 async for event in self._events:
                     self._note(event)
                 return
@@ -224,22 +230,42 @@ class Serving:
             await asyncio.sleep(backoff.next())
             self._events = self._follow_anew()
 
+    async def _gap(self, gap: Gap) -> None:
+        self._warn(f"Announcements of the sessions of {self._agent} were missed ({gap.reason}).")
+        # Before the announcements behind the gap, which are handed out when this returns.
+        await self._read_open()
+
+    async def _read_open(self) -> None:
+        """Learns of sessions whose opening the bounded log no longer has, where the gateways keep what is open."""
+        try:
+            async for session, connection in self._backend.open_sessions(self._agent):
+                if connection not in self._open.get(session, ()):
+                    self._note_opened(session, connection)
+        except Unavailable:
+            raise
+        except WsproxyError as error:
+            # Such as an ACL that knows the channels only.
+            self._warn(f"Sessions of {self._agent} that the log no longer has are not found: {error}")
+
     def _note(self, event: SessionEvent) -> None:
-        session, served = event.session_id, self._mine.get(event.session_id)
+        session = event.session_id
         if event.event == "opened":
-            if session not in self._open and len(self._open) >= _KNOWN_MAX:
-                self._warn(f"More than {_KNOWN_MAX} sessions are open: further ones are passed over.")
-                return
-            self._open.setdefault(session, set()).add(event.connection_id)
-            self._silent.discard(session)
-            self._new.add(session)
-            self._changed.set()
-            if served is not None:
-                served._opened()
+            self._note_opened(session, event.connection_id)
         elif session in self._open:
             self._open[session].discard(event.connection_id)
             if not self._open[session]:
                 self._forget(session)
+
+    def _note_opened(self, session: str, connection: str) -> None:
+        if session not in self._open and len(self._open) >= _KNOWN_MAX:
+            self._warn(f"More than {_KNOWN_MAX} sessions are open: further ones are passed over.")
+            return
+        self._open.setdefault(session, set()).add(connection)
+        self._silent.discard(session)
+        self._new.add(session)
+        self._changed.set()
+        if (served := self._mine.get(session)) is not None:
+            served._opened()
 
     def _forget(self, session: str) -> None:
         """Nobody is connected any more."""
@@ -259,8 +285,9 @@ class Serving:
             self._new.clear()
             self._changed.clear()
             try:
-                await self._claim(sorted(sessions))
+                passed = await self._claim(list(sessions))
                 if is_full:
+                    self._say_passed(passed)
                     looked = time.monotonic()
                     await self._sweep()
             except WsproxyError as error:
@@ -271,25 +298,52 @@ class Serving:
                     await self._changed.wait()
                     await asyncio.sleep(_MOMENT)
 
-    async def _claim(self, sessions: list[str]) -> None:
-        for start in range(0, len(sessions), _BATCH):
-            room = 0 if self._is_ending else self._options.sessions_max - len(self._mine)
-            wanted = [each for each in sessions[start : start + _BATCH] if each in self._mine]
-            others = [each for each in sessions[start : start + _BATCH] if each not in self._mine]
-            if len(others) > room and not self._is_ending:
-                self._warn(f"This worker serves {self._options.sessions_max} sessions: further ones must wait.")
-            wanted += others[:room]
-            if not wanted:
-                continue
-            for session, is_mine in zip(
-                wanted, await self._backend.claim(wanted, self._me, self._options.lease), strict=True
-            ):
-                served = self._mine.get(session)
-                if served is not None and not is_mine and served._task is not None:
-                    _log.warning("Session %s was taken over by another worker.", session)
-                    served._task.cancel()
-                elif served is None and is_mine:
-                    await self._begin(session)
+    def _room(self) -> int:
+        return 0 if self._is_ending else self._options.sessions_max - len(self._mine)
+
+    async def _claim(self, sessions: list[str]) -> set[str]:
+        """Renews the leases of this worker's sessions, and takes others while it has room.
+
+        Answers some of those that it had no room for although nobody serves them.
+        """
+        mine = [each for each in sessions if each in self._mine]
+        others = [each for each in sessions if each not in self._mine]
+        for start in range(0, len(mine), _BATCH):
+            await self._hold(mine[start : start + _BATCH])
+        # Each worker begins elsewhere, so that not all of them want the same sessions; those that wait come first.
+        first = random.randrange(len(others)) if others else 0
+        others = others[first:] + others[:first]
+        others.sort(key=lambda each: each not in self._passed)
+        for start in range(0, len(others), _BATCH):
+            if self._is_ending:
+                break
+            part = others[start : start + _BATCH]
+            if len(part) > self._room():
+                # What others serve must not use up the room.
+                held = await self._backend.held(part, self._me)
+                part = [each for each, is_held in zip(part, held, strict=True) if not is_held]
+            while part and (room := self._room()) > 0:
+                await self._hold(part[:room])
+                part = part[room:]
+            if self._room() <= 0:
+                return set(part)
+        return set()
+
+    async def _hold(self, sessions: list[str]) -> None:
+        answers = await self._backend.claim(sessions, self._me, self._options.lease)
+        for session, is_mine in zip(sessions, answers, strict=True):
+            served = self._mine.get(session)
+            if served is not None and not is_mine and served._task is not None:
+                _log.warning("Session %s was taken over by another worker.", session)
+                served._task.cancel()
+            elif served is None and is_mine:
+                await self._begin(session)
+
+    def _say_passed(self, passed: set[str]) -> None:
+        # One that was opened a moment ago finds another worker until the next look.
+        if passed & self._passed:
+            self._warn(f"This worker serves {self._options.sessions_max} sessions: further ones must wait.")
+        self._passed = passed
 
     async def _begin(self, session: str) -> None:
         if session not in self._open or self._is_ending:

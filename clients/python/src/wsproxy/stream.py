@@ -21,7 +21,7 @@ from .errors import (
     Unavailable,
     WsproxyError,
 )
-from .types import Outcome, UpstreamMessage
+from .types import Outcome, UpstreamMessage, encode
 
 _log = logging.getLogger("wsproxy")
 
@@ -151,7 +151,9 @@ class TokenStream:
 
     async def error(self, code: str, message: str) -> None:
         """Ends the stream as failed, with a code and a message that the clients get to see."""
-        await self._end("error", {"code": code, "message": message})
+        error = {"code": code, "message": message}
+        encode(error)
+        await self._end("error", error)
 
     async def cancel(self) -> None:
         """Ends the stream as cancelled."""

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from .errors import InvalidRequest
+
 Payload: TypeAlias = bytes | str | Mapping[str, Any] | Sequence[Any] | int | float | bool | None
 """A message: ``bytes`` and ``str`` go out verbatim, everything else as compact JSON."""
 
@@ -198,9 +200,17 @@ class History:
 
 
 def encode(message: object) -> bytes:
-    """A message as the bytes that go out: text and bytes as they are, all else as compact JSON."""
+    """A message as the bytes that go out: text and bytes as they are, all else as compact JSON.
+
+    Raises :class:`InvalidRequest` where JSON or UTF-8 cannot say it: NaN, infinity, half of a surrogate pair.
+    """
     if isinstance(message, bytes):
         return message
-    if isinstance(message, str):
-        return message.encode()
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        if isinstance(message, str):
+            return message.encode()
+        return json.dumps(message, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("The message holds half of a surrogate pair.") from error
+    except ValueError as error:
+        raise InvalidRequest(f"The message cannot be written as JSON: {error}") from error

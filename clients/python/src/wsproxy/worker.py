@@ -233,6 +233,8 @@ class Worker:
             raise InvalidRequest("A stream to adopt needs its id.")
         if not 1 <= lease <= 3600 or flush_interval < 0:
             raise InvalidRequest("lease must be 1 to 3600, and flush_interval not below 0 seconds.")
+        if meta is not None:
+            encode(meta)
         options = StreamOptions(
             meta, lease, flush_interval, watch_stop, cancel_on_stop, on_cancel, adopt, self._retry_for
         )
@@ -308,7 +310,9 @@ class Worker:
         serve; what was kept comes again after its restart.
 
         Switch the gateway's ``[sessions] events_log`` on, so that workers that start know the sessions that are open,
-        and ``no_receiver = "queue"``, so that what comes while no worker listens is kept.
+        and ``no_receiver = "queue"``, so that what comes while no worker listens is kept. Over HTTP, a worker that
+        starts knows only the openings that this log still has (``events_log_entries_max``, ``events_log_ttl``): make it
+        hold all that opens and closes while a session is open. Over Redis it also finds the others.
 
         - ``linger``: seconds after the last client has gone until the iteration ends. An answer in progress goes on.
         - ``grace``: how long the end of the block waits for handlers, before it cancels them.
@@ -433,6 +437,8 @@ class Worker:
             raise InvalidRequest("revoke is for a user or a jti, and above 0 seconds.")
         if user is not None:
             _check_id("user", user)
+        if jti is not None and not _is_utf8(jti):
+            raise InvalidRequest("A jti holds no half of a surrogate pair.")
         connection = _connection_id(connection) if connection is not None else None
         _check_reason(reason)
         return await self._backend.disconnect(Disconnection(user, connection, jti, code, reason, revoke))
@@ -514,14 +520,23 @@ def _own_id(event: Mapping[str, Any]) -> str | None:
 
 
 def _check_key(key: str) -> str:
-    if not _KEY.fullmatch(key):
+    if not _KEY.fullmatch(key) or not _is_utf8(key):
         raise InvalidRequest("An idempotency key has 1 to 128 characters without spaces and control characters.")
     return key
 
 
 def _check_reason(reason: str | None) -> None:
-    if reason is not None and len(reason.encode()) > 123:
-        raise InvalidRequest("A close reason has at most 123 bytes.")
+    if reason is not None and not (_is_utf8(reason) and len(reason.encode()) <= 123):
+        raise InvalidRequest("A close reason has at most 123 bytes, of UTF-8.")
+
+
+def _is_utf8(text: str) -> bool:
+    # Half of a surrogate pair cannot be sent.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _target(to: str) -> Target:
