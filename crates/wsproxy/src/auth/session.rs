@@ -118,7 +118,7 @@ mod tests {
             ("agent/a-1 t", "agent/a-1 t", Err(WrongToken::Another)),
             ("agent/a-1 t", " t", Err(WrongToken::Another)),
             ("agent/a-1  t", "t", Err(WrongToken::Another)),
-            ("agent/a-1 ", "", Err(WrongToken::Another)),
+            ("agent/a-1 ", "", Err(WrongToken::Missing)),
             ("agent/a-1", "agent/a-1", Err(WrongToken::Malformed)),
             ("agent/a-1", "", Err(WrongToken::Malformed)),
             ("agent/ t", "t", Err(WrongToken::Malformed)),
