@@ -111,7 +111,7 @@ def gateway(redis: int, settings: dict | None = None):
         "WSPROXY_LIMITS__MAX_CONNECTIONS": "19000",
         # A fan-out is one session with all its clients.
         "WSPROXY_LIMITS__CONNECTIONS_PER_SESSION": "0",
-        # Nobody looks at /ready while it ends.
+        # No balancer looks at /ready while it ends.
         "WSPROXY_SERVER__DRAIN_DELAY": "0s",
         "LOG_LEVEL": "warn",
         **(settings or {}),

@@ -57,7 +57,7 @@ def start_prometheus(tmp_path):
     started = []
 
     def start(target):
-        # What lasts for minutes in operation need not do so here.
+        # Alerts that wait for minutes in operation need not wait here.
         rules = tmp_path / "wsproxy.rules.yml"
         rules.write_text(re.sub(r"for: \w+", "for: 0s", RULES.read_text()))
         started.append(Prometheus(tmp_path, target, rules))
@@ -177,7 +177,7 @@ def play(samples, alert, change):
     checks = [{"expr": others, "eval_time": time, "exp_samples": []} for time in ["9m", "16m", "24m"]]
     checks.append({"expr": fires, "eval_time": "9m", "exp_samples": []})
     if alert:
-        # Whatever has to last does so by then; single events are still within their windows.
+        # Conditions that have to last do so by then; single events are still within their windows.
         time = "24m" if any(values == OFTEN for _, _, values in change) else "13m"
         checks.append({"expr": fires, "eval_time": time, "exp_samples": [{"labels": "{}", "value": 1}]})
     return {"interval": "15s", "input_series": spelled, "promql_expr_test": checks}

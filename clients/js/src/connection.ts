@@ -252,7 +252,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
   /** Something suggests that an open connection may be dead. */
   protected probe(what: Wake): void {
-    // Nobody can ask a session's gateway anything, but with a position nothing is lost by a new connection. On another network the
+    // A session's gateway answers no question, but with a position nothing is lost by a new connection. On another network the
     // old one never ends by itself. Elsewhere it may well live: it is left only when another one is open.
     if (what === "online" && this.#position !== "") this.#try();
     // After a sleep the gateway has given up the old one, so that nothing is lost without a position either.
@@ -318,7 +318,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
 
   #woke(what: Wake): void {
     if (what === "online") {
-      // What failed before says nothing of another network.
+      // Failures on one network say nothing of another.
       this.#attempt = 0;
       this.#isBlocked = false;
       this.#seekMs = SEEK_MS;

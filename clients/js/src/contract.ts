@@ -1,4 +1,4 @@
-// What a connection tells, and what each kind of connection gives it.
+// The seam between a connection and its kinds: what the connection tells them, and what each gives it.
 
 import type { Connected, HistoryLost, Problem, Received, Resumed, StateChange } from "./messages.ts";
 import type { TokenStream } from "./streams.ts";

@@ -15,7 +15,7 @@ export interface UplinkOptions {
 const UNSENT_MAX = 64 * 1024;
 const UNSENT_PAUSE_MS = 50;
 /**
- * What was sent so long before the network broke a connection, or before this side left it, has arrived. Only time awake counts; and after
+ * Messages that were sent so long before the network broke a connection, or before this side left it, have arrived. Only time awake counts; and after
  * a sleep nothing has arrived for its age alone, since a connection that died meanwhile may be found out late.
  */
 const BROKEN_MS = 15_000;

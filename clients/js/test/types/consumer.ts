@@ -1,4 +1,4 @@
-// What a program writes with the built package; compiled with the types of browsers, and without any platform's.
+// A program with the built package; compiled with the types of browsers, and without any platform's.
 
 import { connectEvents, connectSession, GiveUp, type Session } from "../../dist/index.js";
 

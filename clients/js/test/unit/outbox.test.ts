@@ -36,7 +36,7 @@ test("only so many wait", () => {
   expect(outbox.isFull).toBe(false);
   outbox.push("b");
   expect(outbox.isFull).toBe(true);
-  // What is sent again takes nobody's place.
+  // Messages that are sent again take no place in the queue.
   takeAll(outbox, 0);
   outbox.lost(-1, 0);
   expect(outbox.isFull).toBe(false);

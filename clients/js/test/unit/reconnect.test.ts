@@ -189,7 +189,7 @@ test("what is sent without a connection is kept, within a bound, and goes first"
   connection.send(4);
   expect(FakeSocket.last.sent).toEqual([1, 2, "on open", 4]);
 
-  // What waits for a connection that is closed instead is dropped.
+  // A message that waits for a connection which is closed instead is dropped.
   FakeSocket.last.end();
   connection.send(5);
   connection.close();
@@ -328,7 +328,7 @@ test("the network's return and a look at the page end the wait at once", async (
   page.dispatchEvent(new Event("online"));
   await turn();
   expect(FakeSocket.all.length).toBe(2);
-  // What failed before says nothing of another network.
+  // Failures on one network say nothing of another.
   const waiting = connection.once("state");
   FakeSocket.last.end();
   expect((await waiting).delayMs).toBe(1000);

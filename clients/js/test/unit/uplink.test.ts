@@ -1,4 +1,4 @@
-// What is sent again after a sleep, by a clock of the test's own.
+// Messages that are sent again after a sleep, by a clock of the test's own.
 
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import type { Transport } from "../../src/transport.ts";

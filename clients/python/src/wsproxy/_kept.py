@@ -99,7 +99,7 @@ class KeptMessages:
                 if self.look_after is not None:
                     self._is_due = False
                     return None
-                # What was there before may have been handed out by the reader before.
+                # The entries of the first look may have been handed out by the reader before.
                 entries = await self._for_ever(self._read)
             self._page.extend(entries)
         return None

@@ -319,7 +319,7 @@ class Serving:
                 break
             part = others[start : start + _BATCH]
             if len(part) > self._room():
-                # What others serve must not use up the room.
+                # Sessions that others serve must not use up the room.
                 held = await self._backend.held(part, self._me)
                 part = [each for each, is_held in zip(part, held, strict=True) if not is_held]
             while part and (room := self._room()) > 0:
