@@ -92,7 +92,7 @@ def redis_with_file(keeps: str):
 
 
 class Server:
-    """What a load is put on: how the load generator names it."""
+    """A server under load, by the load generator's name for it."""
 
     def __init__(self, target: str, port: int, pid: int, publish: int):
         self.port, self.pid = port, pid
@@ -183,12 +183,123 @@ def lasting_redis():
                     subprocess.run(["redis-cli", "-p", str(redis), "shutdown", "nosave"], capture_output=True)
 
 
+@contextlib.contextmanager
+def postgres():
+    """Gives the URL of a private PostgreSQL."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        raise RuntimeError("PostgreSQL is missing: apt-get install postgresql")
+    # PostgreSQL does not run as root.
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="bench-postgres-") as folder:
+        os.chmod(folder, 0o755)
+        data = Path(folder) / "data"
+        data.mkdir()
+        if user:
+            shutil.chown(data, "postgres")
+        initdb = [*user, programs[-1] / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "--no-sync"]
+        subprocess.run([str(part) for part in initdb], check=True, stdout=subprocess.DEVNULL)
+        settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": 50}
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        command = [*user, programs[-1] / "postgres", "-D", data, *options]
+        with process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+            wait_until("postgres", lambda: listens(port), child)
+            yield f"postgres://postgres@127.0.0.1:{port}/postgres"
+
+
+AGENTS_MAX = 20_000
+# The rows that the load generator expects: users of the run `bench`, with secrets in clear as an application has them.
+AGENTS_SQL = f"""
+INSERT INTO agent_credentials (user_id, shared_secret, platform, status)
+SELECT 'bench-' || n, 'token-bench-' || n, 'linux', 'disconnected' FROM generate_series(0, {AGENTS_MAX}) AS n
+"""
+
+
+@contextlib.contextmanager
+def agents(with_relay: bool = False):
+    """A gateway with agents, on a PostgreSQL that knows them; or the relay on the tables that the gateway has made."""
+    with redis_server() as redis, postgres() as database:
+        with gateway(redis, {"WSPROXY_ENDPOINTS__AGENTS": "true", "DATABASE_URL": database}) as one:
+            insert = ["psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", AGENTS_SQL]
+            # The tables are made in the background.
+            for _ in range(100):
+                if not subprocess.run(insert, stderr=subprocess.DEVNULL).returncode:
+                    break
+                time.sleep(0.1)
+            else:
+                subprocess.run(insert, check=True)
+            if not with_relay:
+                yield agents_at(one.port, one.pid, redis)
+                return
+        port = free_port()
+        command = [HERE / "peers/relay/start", port, f"redis://127.0.0.1:{redis}", database]
+        with process(command, stdout=subprocess.DEVNULL) as child:
+            wait_until("the relay", lambda: answers(f"http://127.0.0.1:{port}/health"), child)
+            yield agents_at(port, child.pid, redis)
+
+
+# Members name themselves, and all of them come from a few addresses.
+ROOMS = {
+    "WSPROXY_ENDPOINTS__ROOMS": "true",
+    "WSPROXY_ROOMS__DEVELOPMENT": "true",
+    "WSPROXY_RATE_LIMIT__MAX_REQUESTS": "0",
+    "WSPROXY_ROOMS__MEMBERS_MAX": "5000",
+}
+
+
+@contextlib.contextmanager
+def rooms(who: str, what: str, settings: dict):
+    """A gateway with rooms, or a peer; two gateways where one is killed."""
+    with redis_server() as redis:
+        if who != "wsproxy":
+            port = free_port()
+            with process([HERE / "peers/rooms/start", who, port], stdout=subprocess.DEVNULL) as child:
+                wait_until(who, lambda: answers(f"http://127.0.0.1:{port}/health"), child)
+                dialect = "socketio" if who == "socketio" else "relay"
+                yield [*rooms_at(port, child.pid, redis), "--dialect", dialect]
+            return
+        with gateway(redis, {**ROOMS, **settings}) as one:
+            if what != "killed":
+                yield rooms_at(one.port, one.pid, redis)
+                return
+            with gateway(redis, {**ROOMS, **settings}) as other:
+                pids = f"{one.pid},{other.pid}"
+                yield [*rooms_at(one.port, pids, redis), "--other", f"127.0.0.1:{other.port}"]
+
+
+def rooms_at(port: int, pid, redis: int) -> list:
+    return ["--server", f"127.0.0.1:{port}", "--publish", f"127.0.0.1:{redis}", "--pid", str(pid)]
+
+
+def cost() -> dict:
+    """The cost of single steps of the protocol, by the example of its crate; in nanoseconds."""
+    example = TARGET / "release/examples/cost"
+    if not example.exists():
+        return {"figures": {}, "problems": [f"there is no {example.name}: cargo build --release --example cost"]}
+    figures = {}
+    for line in subprocess.run([example], capture_output=True, text=True).stdout.splitlines():
+        if found := re.fullmatch(r"(check.* position) (\d+) B +([\d.]+) ns", line):
+            step, size, cost_ns = found.groups()
+            # The larger of the two envelopes comes last.
+            figures[f"{step.replace(' ', '_')}_ns"], figures["envelope_bytes"] = float(cost_ns), int(size)
+    return {"scenario": "cost", "figures": figures, "problems": [] if figures else ["no line about rooms"]}
+
+
+def agents_at(port: int, pid: int, redis: int) -> list:
+    return [
+        "--target", "agents", "--server", f"127.0.0.1:{port}", "--publish", f"127.0.0.1:{redis}",
+        "--pid", str(pid), "--run", "bench",
+    ]
+
+
 # Scenarios that need more than one gateway on the common Redis: each run has a Redis of its own.
 SETUPS = {
     "history": with_history,
     "resume": two_instances,
     "cluster": event_instances,
     "outage": lasting_redis,
+    "agents": agents,
 }
 
 
@@ -196,12 +307,17 @@ def server(name: str, redis: int):
     return gateway(redis) if name == "wsproxy" else peer(name, redis)
 
 
-def load(name: str, arguments: list, redis: int) -> dict:
+def load(name: str, arguments: list, redis: int, settings: dict | None = None) -> dict:
     """Runs one scenario once against a fresh server, and gives the load generator's report."""
     scenario = [str(argument) for argument in arguments]
+    if scenario[0] == "cost":
+        return cost()
+    if scenario[0] == "rooms":
+        with rooms(name, scenario[1], settings or {}) as arguments:
+            return generate([*scenario, *arguments])
     setup = SETUPS.get(scenario[0])
     if setup:
-        with setup() as arguments:
+        with setup(**({"with_relay": True} if name == "relay" else {})) as arguments:
             return generate([*scenario, *arguments])
     if name == "limit":
         return generate(["limit", *scenario, "--publish", f"127.0.0.1:{redis}"])
@@ -228,6 +344,9 @@ def missing(name: str) -> str | None:
         "wsproxy": Path(os.environ.get("BENCH_GATEWAY", GATEWAY)),
         "axum": HERE / "env/axum/release/bench-peer-axum",
         "node": HERE / "env/node/node_modules/ws",
+        "relay": HERE / "env/relay/node_modules/ws",
+        "socketio": HERE / "env/rooms/node_modules/socket.io",
+        "bun": HERE / "env/rooms/node_modules/.bin/bun",
         "fastapi": HERE / "env/venv/bin/python",
         "nchan": Path("/usr/lib/nginx/modules/ngx_nchan_module.so"),
     }
@@ -244,7 +363,7 @@ def output_of(*command: str) -> str:
 
 
 def conditions() -> dict:
-    """What a reader must know to compare with figures of another machine."""
+    """The facts of this machine that a reader needs to compare figures."""
     model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
     somaxconn = Path("/proc/sys/net/core/somaxconn")

@@ -56,7 +56,7 @@ def figures_table(result: dict, group: str = "figures") -> str:
         ]
         got = spread(figure["values"], figure["unit"])
         parts = [
-            f"{who} {spread(figure[who])}" for who in ("wsproxy", "limit") if figure.get(who)
+            f"{who} {spread(figure[who])}" for who in ("wsproxy", figure.get("versus")) if figure.get(who)
         ]
         said = verdict(median(figure["values"]), figure)
         command = f"`bench/run {group} --only {figure['of']}`" if figure.get("of") else ""
@@ -82,7 +82,7 @@ def peers_table(result: dict) -> str:
 
 
 def steps_table(result: dict) -> str:
-    """How far each rate of the ramp was held, and who used the processors; from the median run."""
+    """The deliveries and the processors' use at each rate of the ramp; from the median run."""
     runs = result.get("ramp") or []
     runs = [run for run in runs if run.get("steps")]
     if not runs:
@@ -106,6 +106,8 @@ def page(folder: Path) -> str:
     shapes = (
         ("figures", figures_table),
         ("history", lambda result: figures_table(result, "history")),
+        ("agents", lambda result: figures_table(result, "agents")),
+        ("rooms", lambda result: figures_table(result, "rooms")),
         ("peers", peers_table),
     )
     for name, shape in shapes:

@@ -29,11 +29,11 @@ fn main() {
 /// The commit that is checked out.
 pub(crate) struct Commit {
     pub(crate) id: String,
-    /// When it was made, since 1970.
+    /// Time of the commit, in seconds since 1970.
     pub(crate) seconds: i64,
 }
 
-/// The commit of the checkout at `root`; `None` where `root` is none, such as a package inside somebody else's.
+/// The commit of the checkout at `root`; `None` where `root` is none, such as a package inside another project's.
 pub(crate) fn commit(root: &Path) -> Option<Commit> {
     let top = PathBuf::from(git(root, &["rev-parse", "--show-toplevel"])?);
     if top.canonicalize().ok()? != root.canonicalize().ok()? {
@@ -71,5 +71,5 @@ pub(crate) fn date(seconds: i64) -> String {
     format!("{year:04}-{month:02}-{day:02}")
 }
 
-/// Set by whoever wants equal programs from equal sources: <https://reproducible-builds.org/specs/source-date-epoch/>.
+/// Variable of reproducible builds: <https://reproducible-builds.org/specs/source-date-epoch/>.
 const EPOCH: &str = "SOURCE_DATE_EPOCH";

@@ -2,8 +2,8 @@
 import os
 from contextlib import asynccontextmanager
 from typing import Annotated
-from fastapi import Depends, FastAPI
-from wsproxy import ServedSession, SessionToken, Worker
+from fastapi import Depends, FastAPI, Response
+from wsproxy import ServedSession, SessionToken, Unavailable, Worker
 
 worker = Worker.redis(os.environ.get("REDIS_URL", "redis://127.0.0.1:6379"))
 
@@ -23,7 +23,8 @@ async def lifespan(_: FastAPI):
 async def new_session() -> None:  # Put your login here: a dependency that answers whose session it is, or raises.
     return None
 
-app = FastAPI(lifespan=lifespan)
+# Where Redis stays away, clients are told to try again.
+app = FastAPI(lifespan=lifespan, exception_handlers={Unavailable: lambda *_: Response(status_code=503)})
 
 @app.post("/sessions", status_code=201)
 async def create(token: Annotated[SessionToken, Depends(worker.token_dependency("demo", new_session))]) -> dict:

@@ -1,7 +1,7 @@
-"""A chat whose answers survive everything: a worker that streams tokens through wsproxy and never holds a socket.
+"""A chat whose answers survive restarts: its workers stream tokens through wsproxy and never hold a socket.
 
-What is to be done is in Redis, and each session has an owner, a worker that renews its claim. A worker that finds a
-session without one takes it, and goes on with its answers where the other stopped.
+The jobs are in Redis, and each session has an owner, a worker that renews its claim. A worker that finds a session
+without an owner takes it, and continues its answers where the other worker stopped.
 """
 
 import asyncio
@@ -18,17 +18,21 @@ from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import Cookie, Depends, FastAPI, HTTPException, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi import Cookie, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from model import tokens
 from pydantic import BaseModel, Field
 from redis import RedisError
 from redis import asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from wsproxy import SessionToken, StreamEnded, StreamError, TokenStream, Unavailable, Worker, WsproxyError
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
-# Signs users and the names of their sessions. All workers have the same one, and keep it over restarts.
+# Signs users and the ids of their sessions. All workers have the same secret, and keep it over restarts.
 SECRET = os.environ["CHAT_SECRET"].encode()
 GATEWAY_URL = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8080")
 PAUSE = 1 / float(os.environ.get("CHAT_TOKENS_PER_SECOND", "20"))
@@ -36,15 +40,19 @@ CLAIM_SECONDS = float(os.environ.get("CHAT_CLAIM_SECONDS", "3"))
 LEASE_SECONDS = float(os.environ.get("CHAT_LEASE_SECONDS", "15"))
 SESSION_SECONDS = 3600
 HERE = pathlib.Path(__file__).parent
-# What a page may send: an answer's id becomes that of a stream, with room for the number of an attempt.
+# Ids that a page may send. An answer's id becomes that of a stream, with room for the number of an attempt.
 ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 PROMPT_MAX = 10_000
 
 ME = f"{os.getpid()}-{secrets.token_hex(4)}"
 worker = Worker.redis(REDIS_URL, retry_for=60)
-redis = aioredis.from_url(REDIS_URL, decode_responses=True, health_check_interval=10)
+# Issues tokens. It gives up before the page does (5 s): a late token would replace the one that the page asked for next.
+issuer = Worker.redis(REDIS_URL, retry_for=3)
+# After a restart of Redis each pooled connection fails once, and `from_url` alone does not ask again. All calls of this
+# client may be done twice.
+redis = aioredis.from_url(REDIS_URL, decode_responses=True, health_check_interval=10, retry=Retry(NoBackoff(), 1))
 
-# Lets go of a session, or keeps it, only as long as it is this worker's.
+# Renews the claim on a session, or releases it (ARGV[2] is 0), unless another worker owns the session.
 CLAIM = redis.register_script("""
     local owner = redis.call('GET', KEYS[1])
     if owner and owner ~= ARGV[1] then return 0 end
@@ -78,7 +86,7 @@ class Session:
                         self.streams[stream].stopped.set()
 
     async def catch_up(self) -> None:
-        """Starts what was written down by another worker: left unfinished, or taken from a page over HTTP."""
+        """Starts the jobs in Redis: left unfinished by another worker, or taken from a page over HTTP."""
         for answer, prompt in (await redis.hgetall(self.jobs)).items():
             self.start(answer, prompt)
 
@@ -88,19 +96,19 @@ class Session:
             self.answers[answer] = asyncio.create_task(self.answer(answer, prompt))
 
     async def answer(self, answer: str, prompt: str) -> None:
-        """Streams an answer to its end; under a further id where the gateway gave the stream up as lost."""
+        """Streams an answer to its end; under a further id if the gateway ended the stream with `worker_lost`."""
         attempt = 1
         while True:
             try:
                 await self.stream(answer, prompt, attempt)
                 break
             except StreamEnded as ended:
-                # Finished or stopped: whoever did that did not come to take the job off the list.
+                # Finished or stopped by a worker that died before it removed the job.
                 if ended.outcome != "error":
                     break
                 attempt += 1
             except StreamError:
-                return  # Somebody else goes on with it.
+                return  # Another worker continues it.
             except Unavailable as error:
                 logging.warning("The answer waits: %s", error)
                 await asyncio.sleep(1)
@@ -121,7 +129,7 @@ class Session:
             sent = len(stream.text)
             print(f"Worker process {os.getpid()} answers from character {sent} on: {prompt[:40]}", flush=True)
             for token in tokens(prompt):
-                # What was said before this worker came is not said again.
+                # Tokens that an earlier worker has sent are skipped.
                 if (sent := sent - len(token)) >= 0:
                     continue
                 if stream.stopped.is_set():
@@ -130,7 +138,7 @@ class Session:
                 await asyncio.sleep(PAUSE)
 
     async def keep(self) -> None:
-        """Renews the claim; what is known here is written anew, should Redis have come back empty."""
+        """Renews the claim, and writes the jobs again if Redis has come back empty."""
         expires = await redis.zscore("chat:sessions", self.name)
         if not await CLAIM(keys=[f"chat:{self.name}:owner"], args=[ME, round(CLAIM_SECONDS * 1000)]):
             await self.close()
@@ -148,9 +156,9 @@ class Session:
                 self.task = asyncio.create_task(self.run())
 
     async def release(self) -> None:
-        """Ends here, so that another worker can go on at once."""
+        """Gives the session back, so that another worker can continue at once."""
         await self.close()
-        with suppress(RedisError, OSError):  # Then the claim runs out by itself.
+        with suppress(RedisError, OSError):  # Otherwise the claim runs out.
             await CLAIM(keys=[f"chat:{self.name}:owner"], args=[ME, 0])
 
     async def close(self) -> None:
@@ -165,16 +173,16 @@ sessions: dict[str, Session] = {}
 
 
 async def write_down(name: str, answer: str, prompt: str) -> None:
-    """From here on the answer is given, whoever dies."""
+    """Writes a job to Redis: from here on a worker answers it, even if others die."""
     await redis.hset(f"chat:{name}:jobs", answer, prompt)
     await redis.zadd("chat:sessions", {name: time.time() + SESSION_SECONDS})
 
 
 async def claim(name: str) -> None:
-    """Makes a session this worker's, unless it is somebody's."""
+    """Takes a session for this worker, unless another worker owns it."""
     if name in sessions or not await CLAIM(keys=[f"chat:{name}:owner"], args=[ME, round(CLAIM_SECONDS * 1000)]):
         return
-    # The claim took a moment, in which another task may have done the same.
+    # Another task may have done the same while the claim was under way.
     if name not in sessions:
         sessions[name] = Session(name)
 
@@ -188,19 +196,19 @@ async def look_after_sessions() -> None:
 
 
 async def claim_all() -> None:
-    """Takes every session that nobody has."""
+    """Takes every session without an owner."""
     await redis.zremrangebyscore("chat:sessions", 0, time.time())
     for name in await redis.zrange("chat:sessions", 0, -1):
         await claim(name)
 
 
 async def in_time(work: Coroutine[None, None, None]) -> None:
-    """One session that hangs or fails must not keep the others waiting: their claims would run out."""
+    """Runs work with a limit of time: a session that hangs must not let the claims of others run out."""
     try:
         async with asyncio.timeout(CLAIM_SECONDS / 2):
             await work
     except (RedisError, WsproxyError, OSError):
-        pass  # Redis is away: the answers wait for it, and so does this. A TimeoutError is an OSError.
+        pass  # Redis is away: the next round tries again. A TimeoutError is an OSError.
     except Exception:
         logging.exception("A session cannot be looked after.")
 
@@ -210,8 +218,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     caretaker = asyncio.create_task(look_after_sessions())
     yield
     caretaker.cancel()
-    for session in list(sessions.values()):
-        await session.release()
+    await asyncio.gather(*(session.release() for session in list(sessions.values())))
+    await issuer.aclose()
     await worker.aclose()
     await redis.aclose()
 
@@ -219,8 +227,17 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
+@app.exception_handler(Unavailable)
+@app.exception_handler(RedisConnectionError)
+@app.exception_handler(RedisTimeoutError)
+async def redis_is_away(_: Request, error: Exception) -> JSONResponse:
+    """Tells pages to come again: all that they ask for may be asked twice."""
+    logging.warning("A request is refused: %s", error)
+    return JSONResponse({"detail": "Redis is away."}, 503, {"Retry-After": "1"})
+
+
 def seal(*parts: str) -> str:
-    """What only this application can put behind a name."""
+    """Returns a signature that only this application can make."""
     return hmac.new(SECRET, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:32]
 
 
@@ -229,7 +246,7 @@ def is_sealed(mark: str, *parts: str) -> bool:
 
 
 async def user(response: Response, chat_user: Annotated[str | None, Cookie()] = None) -> str:
-    """Who asks. Put your login here: this example makes a user of every browser, and knows it again by its cookie."""
+    """Returns the user. Put your login here: this example makes a user of every browser, by a cookie."""
     name, _, mark = (chat_user or "").partition(".")
     if not is_sealed(mark, "user", name):
         name = secrets.token_urlsafe(16)
@@ -239,7 +256,7 @@ async def user(response: Response, chat_user: Annotated[str | None, Cookie()] = 
 
 
 async def own_session(asking: Annotated[str, Depends(user)], session_id: str | None = None) -> str:
-    """A session of the caller's: a new one, or the named one, whose id shows that it was made for this user."""
+    """Returns a session of the user: a new one, or the named one if its id is signed for this user."""
     if session_id is None:
         name = secrets.token_urlsafe(16)
         return f"{name}.{seal('session', asking, name)}"
@@ -250,26 +267,26 @@ async def own_session(asking: Annotated[str, Depends(user)], session_id: str | N
 
 
 @app.post("/sessions", status_code=201)
-async def create(token: Annotated[SessionToken, Depends(worker.token_dependency("chat", own_session))]) -> dict:
-    """A token that opens one connection, and where; with `session_id` a further one of that session."""
+async def create(token: Annotated[SessionToken, Depends(issuer.token_dependency("chat", own_session))]) -> dict:
+    """Returns a token that opens one connection, and its path; with `session_id` a further token of that session."""
     await redis.zadd("chat:sessions", {token.session_id: time.time() + SESSION_SECONDS})
     await claim(token.session_id)
     return token.as_dict() | {"gateway": GATEWAY_URL}
 
 
-# An EventSource comes back with the URL that it has: its token opens event streams, and only these, as long as the page lives.
-lasting = worker.token_dependency("chat", own_session, ttl=SESSION_SECONDS, event_stream=True)
+# An EventSource comes back with the same URL: its token opens event streams, and nothing else, for an hour.
+lasting = issuer.token_dependency("chat", own_session, ttl=SESSION_SECONDS, event_stream=True)
 
 
 @app.post("/event-sources", status_code=201)
 async def create_event_source(token: Annotated[SessionToken, Depends(lasting)]) -> dict:
-    """All that a page without a WebSocket needs: the URL for its EventSource."""
+    """Returns the URL for an EventSource."""
     url = f"{GATEWAY_URL}{token.path}?token={quote(token.token)}"
     return {"session_id": token.session_id, "url": url}
 
 
 class Prompt(BaseModel):
-    """What somebody asks; `id` is chosen by the page, so that it can ask again without being answered twice."""
+    """A prompt; the page chooses `id`, so that it can send the prompt again without a second answer."""
 
     id: str = Field(pattern=f"^{ID.pattern}$")
     text: str = Field(max_length=PROMPT_MAX)
@@ -277,10 +294,12 @@ class Prompt(BaseModel):
 
 @app.post("/prompts", status_code=202)
 async def ask(prompt: Prompt, session: Annotated[str, Depends(own_session)]) -> dict:
-    """The same as `{"type":"prompt"}` over a WebSocket, for a page that has none."""
-    await write_down(session, prompt.id, prompt.text)
+    """Takes a prompt from a page without a WebSocket, as `{"type":"prompt"}` does over one."""
+    # The page sends a prompt again until it is taken, so it may be known.
+    if session not in sessions or prompt.id not in sessions[session].answers:
+        await write_down(session, prompt.id, prompt.text)
     await claim(session)
-    # If the session is another worker's, that one looks for what is written down when it renews its claim.
+    # If another worker owns the session, it finds the job when it renews its claim.
     if session in sessions:
         sessions[session].start(prompt.id, prompt.text)
     return {"id": prompt.id}
@@ -288,7 +307,7 @@ async def ask(prompt: Prompt, session: Annotated[str, Depends(own_session)]) -> 
 
 @app.get("/answer")
 async def whole_answer(prompt: str) -> PlainTextResponse:
-    """The whole answer at once: what a page must show in the end, byte for byte."""
+    """Returns the whole answer, which a page must show in the end, byte for byte."""
     return PlainTextResponse("".join(tokens(prompt)))
 
 
@@ -300,7 +319,7 @@ async def page() -> FileResponse:
 
 @app.get("/sse.html")
 async def page_of_events() -> FileResponse:
-    """The page that knows only EventSource."""
+    """The page with an EventSource."""
     return FileResponse(HERE / "sse.html")
 
 

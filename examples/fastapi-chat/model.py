@@ -1,4 +1,4 @@
-"""A language model that is none: its answer follows from the prompt alone, so that anybody can check it."""
+"""A simulated language model: its answer depends on the prompt alone, so that a test can check it."""
 
 import hashlib
 import os
@@ -10,18 +10,18 @@ STARTS = ["", "", "", "In the end, ", "Sometimes ", "Every evening, ", "As far a
 SUBJECTS = ["the river", "a patient gateway", "the café at the corner", "an old lighthouse", "the night train to Zürich"]
 VERBS = ["waits for", "remembers", "never loses", "looks after", "keeps", "carries", "listens to"]
 OBJECTS = ["a long sentence", "the first snow", "three words", "a quiet friend 😀", "the sign for water, 水,"]
-ENDS = ["until the last word has arrived", "as nobody is in a hurry", "even when the line is cut", "while the others sleep"]
+ENDS = ["until the last word has arrived", "as if there were no hurry", "even when the line is cut", "while the others sleep"]
 
 
 def tokens(prompt: str) -> list[str]:
-    """The answer in the pieces in which it is sent: whole sentences, about TOKENS words."""
+    """Yields the answer in pieces: whole sentences, about TOKENS words."""
     words = f"You asked: “{prompt}” Here is what I can say.".split(" ")
     dice = random.Random(hashlib.sha256(prompt.encode()).digest())
     while len(words) < TOKENS:
         first, *rest = sentence(dice)
         words += [dice.choice(["", "", "", "\n\n"]) + first, *rest]
     words += ["\n\nThat", "is", "all."]
-    # A word comes with what separates it from the one before.
+    # A word comes with the separator before it.
     return [words[0], *(word if word.startswith("\n") else " " + word for word in words[1:])]
 
 

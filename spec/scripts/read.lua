@@ -8,8 +8,8 @@
 --   moment: the last id of the clock, or the time as an id: what is not above it is complete
 --   resolved: `after`, or the position of the entry with event_id; "": there is none, "?": there are several
 --   known: 1 if it is of a message to one connection, which none of the logs holds
---   log: {head, 1 if the head was made now, 1 if the entries begin where the log's life does, 1 if nobody who comes
---         back has this log, 1 if these are all behind `after`, {position, prev, event_id, data, position, …}};
+--   log: {head, 1 if the head was made now, 1 if the entries begin where the log's life does, 1 if no client
+--         that comes back has this log, 1 if these are all behind `after`, {position, prev, event_id, data, position, …}};
 --         head is "" where there is none, and `1-0-<tag>` where its life has no entry yet
 --   stream, in the order in which they were opened: {stream, state, seq, text, meta, error}
 local call, match = redis.call, string.match
@@ -52,7 +52,7 @@ elseif connections and after ~= '' and after ~= '0-0' and find(connections, afte
 end
 local resolved, from = after, match(after, '^%d+%-%d+')
 
--- Nobody who comes back has the log of a connection again.
+-- A client that comes back has a new connection, and never the log of its old one.
 local function is_private(log)
   return match(log, '}:connection:[^:]*:log$') ~= nil
 end

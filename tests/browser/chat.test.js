@@ -91,7 +91,7 @@ async function whileAnswering(what, { path, prompts = PROMPTS } = {}) {
   return tab;
 }
 
-// What the page shows is what the model says, byte for byte, and it says so of itself.
+// The page shows the model's text, byte for byte, and the page checks that itself.
 async function isWhole({ page, seen }, prompts = PROMPTS) {
   const details = async () => JSON.stringify([await states(page), await texts(page), seen]) + gateway.output + workers.output;
   await until("the answers are finished", async () => {
@@ -147,8 +147,11 @@ test("both pages show every state, at every width and in both colour schemes", a
       await picture("away");
       cable.plug();
       await until("it is back", async () => /^Connected; came back once, nothing was lost/.test((await status(page)).text));
-      await page.getByRole("button", { name: "Stop" }).click();
-      await until("it has stopped", async () => (await states(page))[0] === "cancelled");
+      // The first answer may have ended while the page was away.
+      await ask(page, "And where does it come from?");
+      await until("the second answer has begun", async () => (await texts(page))[1]?.length > 100);
+      await page.getByRole("button", { name: "Stop" }).last().click();
+      await until("it has stopped", async () => (await states(page))[1] === "cancelled");
       const [wide, inner] = await page.evaluate("[document.documentElement.scrollWidth, innerWidth]");
       assert.ok(wide <= inner, `${name}: ${wide} of ${inner} px`);
       await picture("stopped");
@@ -298,4 +301,24 @@ test("a plain EventSource goes on after the gateway was killed, and after a cut"
   assert.equal(await tab.page.locator("#notices").innerText(), "");
   assert.equal(tab.seen.sockets, 0);
   await tab.page.context().close();
+});
+
+test("a plain EventSource that was refused while Redis was away goes on, and a prompt sent meanwhile is answered", async () => {
+  const tab = await visit("/sse.html");
+  const { page, seen } = tab;
+  const [first, second] = PROMPTS;
+  await ask(page, first);
+  await inMidStream(tab, 1);
+  await redis.stop("SIGKILL");
+  cable.cut();
+  cable.plug();
+  await ask(page, second);
+  const isRefused = (where) => seen.refusals.some((each) => each.startsWith("503 ") && each.includes(where));
+  const details = () => JSON.stringify(seen) + gateway.output.slice(-4000) + workers.output.slice(-4000);
+  await until("the prompt is refused", () => isRefused("/prompts"), { details });
+  await until("the event stream is refused", () => isRefused(`:${cable.port}/`), { details });
+  await redis.start();
+  await isWhole(tab, [first, second]);
+  assert.equal(await page.locator("#notices").innerText(), "");
+  await page.context().close();
 });

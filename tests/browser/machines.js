@@ -61,7 +61,7 @@ export class Machine {
     const child = this.child;
     running.add(child);
     child.once("exit", () => running.delete(child));
-    await until(`${this.command} ready`, () => this.isOver || this.isReady(), { details: () => this.output });
+    await until(`${this.command} ready`, () => this.isOver || this.isReady(), { ms: 60_000, details: () => this.output });
     if (this.isOver) throw new Error(`${this.command} ended:\n${this.output}`);
   }
 
@@ -140,7 +140,7 @@ export class Cable {
     for (const socket of this.#sockets) socket.destroy();
   }
 
-  // Nothing gets through any more, and nobody is told, as when a laptop is closed or its network is gone.
+  // Nothing gets through any more, and neither side is told, as when a laptop is closed or its network is gone.
   silence() {
     this.#state = "silent";
     for (const socket of this.#sockets) socket.isDead = true;

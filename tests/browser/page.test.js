@@ -53,14 +53,15 @@ async function visit({ width = 1200, height = 900, colorScheme = "light" } = {})
   });
   const requests = [];
   page.on("request", (request) => requests.push(request.url()));
-  // All that moves without anybody having asked for it.
+  // All that moves without a user's action.
   await page.addInitScript(() => {
     window.shifts = [];
     new PerformanceObserver((list) => {
       for (const { value, hadRecentInput, sources } of list.getEntries()) {
         // The cursor behind a growing text has no node of its own, and a line of words in the strip for the state may become two.
         const what = sources.filter(({ node }) => node && !node.parentElement?.closest("#story")).map(({ node }) => node.id || node.className || node.nodeName).join(" ");
-        if (what && !hadRecentInput) window.shifts.push(`${value.toFixed(4)} ${what}`);
+        // The lines of the metrics give way to longer numbers, by a pixel that no person sees.
+        if (what && !hadRecentInput && value >= 0.0001) window.shifts.push(`${value.toFixed(4)} ${what}`);
       }
     }).observe({ type: "layout-shift", buffered: true });
   });
@@ -171,7 +172,7 @@ test("five seconds away: the page says what was missed, and nothing is missing",
   await until("the end of the answer", () => seen.done === 1);
   const [shown] = await answers(page);
   assert.ok(shown.startsWith("You said “Keep talking while I am away”. I am the demo worker"), shown);
-  assert.ok(shown.endsWith("somebody else's worry."), shown);
+  assert.ok(shown.endsWith("the gateway's worry."), shown);
   assert.equal(shown, seen.tokens.join(""), "every word once");
   const path = (socket) => new URL(socket.url()).pathname;
   assert.deepEqual(seen.sockets.map(path), Array(2).fill(path(seen.sockets[0])), "it is the same session");

@@ -18,17 +18,17 @@ from oracle import Expectations
 from publishers import Publishers
 from world import World
 
-# How long messages flow and faults come.
+# Seconds for which messages flow and faults come.
 ROUND_SECONDS = 14.0
 
 
 class Plan:
-    """What a seed says about a round."""
+    """A round's plan, from its seed."""
 
     def __init__(self, seed):
         self.seed = seed
         self.random = random.Random(seed)
-        # Half of the rounds promise that nobody is told `history_lost`.
+        # Half of the rounds promise that no client is told `history_lost`.
         self.lossless = self.random.random() < 0.5
         self.gateways = self.random.randint(2, 3)
         self.capture = self.random.random() < 0.3
@@ -53,7 +53,7 @@ class Plan:
         return World(self.seed, self.limits, settings, expected, self.moves_clock)
 
     async def play(self, world):
-        """Starts everybody, lets the faults happen, and ends what publishes and comes and goes."""
+        """Starts all parts, lets the faults happen, and ends the publishers and the clients that come and go."""
         await world.gateway(self.gateways)
         sessions, users = ["s1", "s2", "s3"], ["u1", "u2"]
         people = [Person(world, name, form) for name in sessions for form in ("ws", "id", "sse")]

@@ -19,7 +19,7 @@ OPEN_SECONDS = 4.0
 
 
 class Refused(Exception):
-    """A handshake was refused, or nobody answered it."""
+    """A handshake was refused, or got no answer."""
 
 
 class Client:
@@ -102,7 +102,8 @@ class Client:
             headers["Last-Event-ID"] = asked
         request = client.build_request("GET", gateway.http + path, headers=headers)
         try:
-            response = await asyncio.wait_for(client.send(request, stream=True), OPEN_SECONDS)
+            async with asyncio.timeout(OPEN_SECONDS):
+                response = await client.send(request, stream=True)
             if response.status_code != 200:
                 raise httpx.HTTPError(f"{response.status_code} {(await response.aread())[:80]!r}")
         except BaseException:
@@ -119,7 +120,8 @@ class Client:
             self._reader.cancel()
         elif politely:
             with contextlib.suppress(TimeoutError, OSError):
-                await asyncio.wait_for(self._close.close(), 2)
+                async with asyncio.timeout(2):
+                    await self._close.close()
         else:
             self._close.transport.abort()
         await asyncio.wait([self._reader], timeout=5)
@@ -133,7 +135,8 @@ class Client:
                 return False
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 0.1)
+                async with asyncio.timeout(0.1):
+                    await self._changed.wait()
         return True
 
     # ---- reading ----
@@ -213,7 +216,7 @@ class Client:
     def _note(self, kind, label="", event_id=None, raw=b"", said=None, text=None):
         shown = text if text is not None else raw.decode(errors="replace")
         item = Item(kind, time.monotonic(), label, event_id, shown, said or {})
-        # What a client asks for is no id that it has seen.
+        # The requested id is none that the client has seen.
         last = self.view.last_id
         self.view.add(item)
         if kind in ("connect", "refused"):

@@ -35,7 +35,7 @@ async def nothing(world, random):
 
 
 async def cut(world, random):
-    """Redis cuts off subscribers, all others or everybody, once or several times."""
+    """Redis cuts off subscribers, all other connections or all, once or several times."""
     for _ in range(random.randint(1, 4)):
         await world.master.cut(random.choice(["pubsub", "pubsub", "normal", "all"]))
         await asyncio.sleep(random.uniform(0, 0.5))

@@ -28,7 +28,7 @@ SHORT_SEEDS = (1, 10)
 
 @dataclass
 class Result:
-    """What came of a scenario or a round."""
+    """The result of a scenario or a round."""
 
     name: str
     seconds: float = 0.0
@@ -134,7 +134,7 @@ def table(results):
 
 
 def write_report(path, seed, seconds, text):
-    """What came of a long run, to be committed."""
+    """The report of a long run, to be committed."""
     commit = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
@@ -188,7 +188,7 @@ def main():
 async def everything(asked, wanted, seed, is_short):
     """Scenarios first, then random rounds: in short two with fixed seeds, so that CI tries the same every time."""
     started = time.monotonic()
-    # All that was started is ended, also by whoever ends this.
+    # All that was started is ended, also when this process is ended.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     results = list(await run_scenarios(wanted, seed, asked.at_once)) if wanted else []
     if is_short:

@@ -193,7 +193,7 @@ def is_position(text):
 
 
 def order(position):
-    """What positions are ordered by within one life of a log."""
+    """Returns the order of a position within one life of a log."""
     found = _POSITION.fullmatch(position)
     milliseconds, sequence = (int(found[1]), int(found[2])) if found else (0, 0)
     # `0-T`: where nothing was at the time T.

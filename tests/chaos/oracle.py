@@ -1,6 +1,6 @@
 """Judges what every client has seen against what happened at Redis.
 
-These are the promises of docs/guarantees.md and docs/history.md that it checks:
+These are the promises of docs/concepts/guarantees.md and docs/concepts/history.md that it checks:
 
 - *Delivery, with history*: from where a client opened, resumed, or was told `history_lost`, its messages of each
   channel are a contiguous run of what the Redis that acknowledged them had there: each once, in order, unchanged,
@@ -9,7 +9,7 @@ These are the promises of docs/guarantees.md and docs/history.md that it checks:
 - What Redis forgets, and a client had seen, that client is told.
 - `0` begins with the first message of a log, or is told `history_lost`.
 - A client that resumes is told `resumed` or `history_lost` before it gets messages, and `count` messages follow.
-- Nobody waits for ever: every client gets the last message of each of its channels within a bounded time after the
+- No client waits for ever: every client gets the last message of each of its channels within a bounded time after the
   faults (the scenario waits; the judge says who got none).
 - *Histories over HTTP*: page by page the same, or `history_lost`.
 - *Events*: broadcast, user and connection share one order. One notice per client and incident, where the scenario
@@ -19,12 +19,12 @@ These are the promises of docs/guarantees.md and docs/history.md that it checks:
 - *Captured*: once in the history, however many instances see it.
 - *A token stream*: the text that a client has put together is the worker's; a stream that has ended at Redis has
   ended at every client.
-- A message never has two members `event_id`. No client gets what nobody published.
+- A message never has two members `event_id`. No client gets a message that was not published.
 - An acknowledged message is in its channel's history, once where it was published once or with an idempotency key,
   unless Redis has forgotten it.
-- Without faults (`Expectations.calm`) nobody is told `history_lost`, and the counters of losses stay 0. After faults in
-  which Redis loses nothing (`Expectations.lossless`) nobody is told it either, but for `ambiguous` in answer to an
-  event id of a worker's own: an instance that lost sight of Redis cannot know what Redis has kept.
+- Without faults (`Expectations.calm`) no client is told `history_lost`, and the counters of losses stay 0. After faults
+  in which Redis loses nothing (`Expectations.lossless`) no client is told it either, but for `ambiguous` in answer to
+  an event id of a worker's own: an instance that lost sight of Redis cannot know what Redis has kept.
 
 It does not check: reports of acknowledgements (`ack`), the upstream direction, announcements, presence, revocation,
 and that plain messages arrive at all while there are faults.
@@ -39,7 +39,7 @@ from truth import UNKNOWN
 
 @dataclass
 class Expectations:
-    """What a scenario promises beyond what always holds."""
+    """A scenario's promises beyond those that always hold."""
 
     # Redis forgets nothing: no client may be told `history_lost` that resumes from a position.
     lossless: bool = False
@@ -69,7 +69,7 @@ class Item:
 
 
 class View:
-    """What one client has seen, in its order, and the id from which it would resume."""
+    """The messages of one client, in its order, and the id from which it would resume."""
 
     def __init__(self, name, channels):
         self.name = name
@@ -87,7 +87,7 @@ class View:
             self.last_id = item.event_id
 
     def count(self, kind):
-        """How often something of this kind came."""
+        """Returns the number of items of this kind."""
         return sum(item.kind == kind for item in self.items)
 
 
@@ -166,7 +166,7 @@ class Judge:
         self.violations = []
         self.index = 0
         self.at = {}
-        # What the client had processed, in order, up to the id it remembers.
+        # Messages that the client had processed, in order, up to the id it remembers.
         self.seen = []
         self.memory = (None, {}, 0)
         self.connection = None
@@ -237,7 +237,7 @@ class Judge:
 
     def _connected(self, item):
         self.connection = names.connection(item.text)
-        # Nobody can have published to a connection before it was named.
+        # No worker can have published to a connection before it was named.
         self.at[self.connection] = After("0-0", item.at, frozenset())
         if item.event_id:
             self._stand_after(item.event_id, item.at)
@@ -281,7 +281,7 @@ class Judge:
         channel = self.truth.channels.get(item.label)
         self._check_members(item)
         if channel is None:
-            self._fail(f"got {item.label}, which nobody has published")
+            self._fail(f"got {item.label}, which was never published")
             return
         if item.label in self.truth.plain:
             self._plain(item)
@@ -427,7 +427,7 @@ class Judge:
 
 
 def judge_channels(truth, expectations):
-    """What can be said of the histories without looking at any client."""
+    """Checks the histories without looking at any client."""
     violations = []
     for labels in truth.entries.values():
         for label, entries in labels.items():

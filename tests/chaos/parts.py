@@ -69,7 +69,7 @@ class Clock:
         new.replace(self.path)
 
     def environment(self):
-        """What a redis-server needs to live by this clock."""
+        """The environment for a redis-server that lives by this clock."""
         return {"LD_PRELOAD": str(self.library), "CHAOS_CLOCK": str(self.path)}
 
 
@@ -86,7 +86,7 @@ class Server:
         self._observing = None
 
     async def start(self, observe=True):
-        """Starts it with what it has on its disk, and notes what the logs hold before anybody else can publish."""
+        """Starts it with what it has on its disk, and notes what the logs hold before a worker can publish."""
         if self._observing:
             # It reads what the one that ended has still said.
             await asyncio.wait([self._observing], timeout=2)
@@ -100,7 +100,7 @@ class Server:
             await self.observe()
 
     async def observe(self):
-        """From here on everything that it publishes is known. Nobody may publish before this returns."""
+        """From here on every message that it publishes is known. No part may publish before this returns."""
         await self.unobserve()
         feed = connect(self.port, None, OBSERVER).pubsub()
         await feed.psubscribe("*")
@@ -127,7 +127,7 @@ class Server:
             self._observing = None
 
     async def read_logs(self):
-        """Notes what the logs hold; nobody may publish meanwhile."""
+        """Notes what the logs hold; no part may publish meanwhile."""
         for channel in {*self.truth.entries, *self.truth.channels.values()}:
             log = await self.client.xrange(names.log(channel))
             self.truth.read(self.name, channel, [names.log_item(position, fields) for position, fields in log])
@@ -203,15 +203,15 @@ class Address:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
     def lead_to(self, target):
-        """New connections go to this server; nobody: they are closed at once. Old ones stay where they are."""
+        """New connections go to this server; without one they are closed at once. Old ones stay where they are."""
         self.target = target
 
     def stall(self):
-        """Nothing passes any more, and nobody is told: a network that swallows packets."""
+        """Nothing passes any more, and neither side is told: a network that swallows packets."""
         self._flows.clear()
 
     def flow(self):
-        """What waited passes."""
+        """Lets the waiting bytes pass."""
         self._flows.set()
 
     def cut(self):
@@ -246,7 +246,7 @@ class Address:
             await self._flows.wait()
             writer.write(data)
             await writer.drain()
-        # What was said before the end is still read, also by an instance that stands still just now.
+        # Bytes from before the end are still read, also by an instance that stands still just now.
         writer.close()
         raise ConnectionResetError
 
@@ -294,7 +294,7 @@ class Gateway:
             await until(f"{self.name} ready", self.is_ready)
 
     async def is_ready(self):
-        """What a load balancer asks."""
+        """Asks as a load balancer does."""
         if self.process.child.poll() is not None:
             raise RuntimeError(
                 f"{self.name} ended with {self.process.child.returncode}:\n{self.process.output()[-2000:]}"

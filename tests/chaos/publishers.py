@@ -15,7 +15,7 @@ from parts import until
 
 # A worker gives up on one message after this long; it may or may not be there then.
 GIVE_UP_SECONDS = 12.0
-# What the HTTP API answers when the same request may be sent again.
+# Answers of the HTTP API after which the same request may be sent again.
 AGAIN = {408, 429, 503, 504}
 
 
@@ -65,7 +65,7 @@ class Publishers:
         if self.random.random() > 0.3:
             return ""
         if not self.world.expectations.lossless and self.random.random() < 0.2:
-            # Used again and again: clients may be told that nobody knows where it leads.
+            # Used again and again: clients may be told that it is ambiguous.
             return f"job-{self.random.randint(1, 5)}"
         return f"own-{label}"
 
@@ -220,7 +220,7 @@ class Publishers:
     async def end(self, world):
         """Every token stream that Redis still knows has an end; those whose workers died, within their lease."""
         if world.clock:
-            # A lease ends by the clock of Redis, and nobody knows when that is.
+            # A lease ends by the clock of Redis, at an unknown time.
             return
 
         async def open_streams():

@@ -1,4 +1,4 @@
-"""docs/guarantees.md names tests that exist, and every scenario stands behind a promise."""
+"""docs/concepts/guarantees.md names tests that exist, and every scenario stands behind a promise."""
 
 import pathlib
 import re
@@ -17,10 +17,11 @@ class Guarantees(unittest.TestCase):
     """The table of promises and tests."""
 
     def test_named_tests_exist(self):
-        table = (ROOT / "docs/guarantees.md").read_text().partition(SECTION)[2]
+        table = (ROOT / "docs/concepts/guarantees.md").read_text().partition(SECTION)[2]
         rows = [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| ")][1:]
         scenarios = set(re.findall(r"^async def (\w+)\(world\):$", text_of("tests/chaos/scenarios", "*.py"), re.M))
-        others = text_of("crates/wsproxy/tests/it", "*.rs") + text_of("tests/python", "test_*.py")
+        others = "".join(text_of(f"crates/{crate}/tests/it", "*.rs") for crate in ["wsproxy", "wsproxy-proto"])
+        others += text_of("tests/python", "test_*.py")
         named = set()
         for chaos, tests in rows:
             names = re.findall(r"`(\w+)`", chaos)

@@ -57,7 +57,7 @@ class Story:
         return self
 
     def verdicts(self):
-        """What is wrong."""
+        """Returns the complaints."""
         found = Judge(self.view, self.truth, self.expected).run() + judge_channels(self.truth, self.expected)
         return [violation.what for violation in found]
 
@@ -89,7 +89,7 @@ class Runs(unittest.TestCase):
         self.broken(three().gets("b", 25).gets("c", 30), "came with the id")
 
     def test_invented_message(self):
-        self.broken(three().gets("b", 20).gets("x", 25), "nobody has published")
+        self.broken(three().gets("b", 20).gets("x", 25), "was never published")
 
     def test_notice_excuses_a_hole(self):
         self.assertEqual(three().lost(20).gets("c", 30).verdicts(), [])
@@ -194,7 +194,7 @@ class Lives(unittest.TestCase):
 
 
 class Others(unittest.TestCase):
-    """What is not a matter of one channel's run."""
+    """Checks beyond one channel's run."""
 
     def test_channels_share_one_order(self):
         user = names.user("u")

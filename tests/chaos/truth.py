@@ -1,4 +1,4 @@
-"""What happened at Redis: which messages every channel had, and which one each of them followed.
+"""The events at Redis: the messages of every channel, and the predecessor of each.
 
 It knows servers, channels and messages; it does not know clients, and judges nothing.
 """
@@ -44,7 +44,7 @@ class Text:
         return "".join(self.pieces[number] for number in range(1, seq + 1))
 
 
-# Stands for a message before it nobody can name: whatever came before is right.
+# Stands for an unknown message before it: any predecessor is right.
 UNKNOWN = Entry("", "(unknown)", "0-0", "", None, False, "", -1, 0.0)
 
 
@@ -103,7 +103,7 @@ class Truth:
                 self.tails[server, channel] = tail
 
     def read(self, server, channel, log):
-        """The log as it stands while nobody publishes: after a start, or when a replica has been promoted."""
+        """The log as it stands while no part publishes: after a start, or when a replica has been promoted."""
         known = [(n, entry) for n, item in enumerate(log) if (entry := self._known(channel, item))]
         behind = 0
         if known:

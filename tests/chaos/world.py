@@ -24,7 +24,7 @@ from parts import API_KEY, SECRET, Address, Clock, Gateway, Server, connect, unt
 from truth import Truth
 from wsproxy import Limits, Worker
 
-# Everybody has to have everything this long after the faults have ended.
+# Every client has to have every message this long after the faults have ended.
 SETTLE_SECONDS = 15.0
 # Counters that stay 0 where there is no fault.
 LOSSES = [
@@ -275,7 +275,7 @@ class World:
     # ---- faults that concern the whole world ----
 
     def lead_all_to(self, server):
-        """All addresses lead to this server from now on, for new connections; nobody: they lead nowhere."""
+        """All addresses lead to this server from now on, for new connections; without one they lead nowhere."""
         for address in self.addresses:
             address.lead_to(server)
         if server is not None:

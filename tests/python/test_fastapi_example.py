@@ -71,7 +71,7 @@ def test_a_session_id_alone_gets_no_token(backend, redis):
         answer = httpx.post(f"{backend}/sessions", params={"session_id": own["session_id"], "proof": proof})
         assert answer.status_code == 403, proof
     stored = redis.client.get(f"session:{own['session_id']}:auth")
-    assert stored == f"agent/demo {own['token']}", "nobody replaced the token"
+    assert stored == f"agent/demo {own['token']}", "no other call replaced the token"
     assert issue(backend, own)["session_id"] == own["session_id"]
 
 

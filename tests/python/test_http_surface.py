@@ -138,18 +138,21 @@ def test_the_served_document_describes_what_is_served(api_gateway, api):
 
 
 @pytest.mark.asyncio
-async def test_the_documented_metrics_are_the_served_ones(api_gateway, api):
+async def test_the_documented_metrics_are_the_served_ones(api_gateway, api, start_gateway):
     # Counters with labels appear with their first value: one refusal, one connection.
     httpx.get(f"{api_gateway.http}/demo/ws/s-1")
     async with open_session(api_gateway, make_token(api)):
         pass
     until("the end is counted", lambda: "wsproxy_disconnects_total{" in httpx.get(f"{api_gateway.http}/metrics").text)
     served = set()
-    for line in httpx.get(f"{api_gateway.http}/metrics").text.splitlines():
+    # The database has metrics only where it is used.
+    with_database = start_gateway(WSPROXY_ENDPOINTS__AGENTS="true")
+    pages = [httpx.get(f"{gateway.http}/metrics").text for gateway in (api_gateway, with_database)]
+    for line in "".join(pages).splitlines():
         if found := re.match(r"# TYPE (\w+) (\w+)", line):
             name, kind = found.groups()
             served.add(name if kind != "counter" or name.endswith("_total") else f"{name}_total")
-    documented = set(re.findall(r"^\| `(wsproxy_\w+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `(wsproxy_\w+)` \|", (ROOT / "docs/reference/metrics.md").read_text(), re.MULTILINE))
     assert served - documented == set(), "served, but not documented"
     assert documented - served == set(), "documented, but not served"
 

@@ -1,4 +1,4 @@
-"""docs/metrics.md and deploy/prometheus with a real Prometheus: every expression has a value, and every alert can fire."""
+"""docs/reference/metrics.md and deploy/prometheus with a real Prometheus: every expression has a value, and every alert can fire."""
 
 import json
 import re
@@ -10,12 +10,19 @@ import pytest
 from conftest import ROOT, Process, free_port, until
 
 RULES = ROOT / "deploy/prometheus/wsproxy.rules.yml"
-DOCS = (ROOT / "docs/metrics.md").read_text()
+DOCS = (ROOT / "docs/reference/metrics.md").read_text()
 WATCHED = DOCS.split("## What to watch")[1].split("\n## ")[0]
 ROWS = [row for row in WATCHED.splitlines() if row.startswith("| ") and not row.startswith("| question")]
 EXPRESSIONS = [expression for row in ROWS for expression in re.findall(r"`([^`]+)`", row.split(" | ")[1])]
 ALERTS = re.findall(r"alert: (\w+)", RULES.read_text())
-EVENTS = {"WSPROXY_ENDPOINTS__EVENTS": "true", "SECRET_KEY": "a-secret-of-the-tests-with-more-than-32-bytes"}
+FAMILIES = {"WSPROXY_ENDPOINTS__EVENTS": "true", "WSPROXY_ENDPOINTS__AGENTS": "true", "SECRET_KEY": "a-secret-of-the-tests-with-more-than-32-bytes"}
+
+
+def start_whole(start_gateway):
+    """Starts an instance with all families, and waits for its database."""
+    gateway = start_gateway(**FAMILIES)
+    until("the database", lambda: "wsproxy_database_up 1" in httpx.get(f"{gateway.http}/metrics").text)
+    return gateway
 
 
 def program(name):
@@ -74,7 +81,7 @@ def test_the_documentation_names_every_alert():
 
 
 def test_every_documented_expression_has_a_value_and_an_outage_fires(start_gateway, start_prometheus, redis):
-    gateway = start_gateway(**EVENTS)
+    gateway = start_whole(start_gateway)
     prometheus = start_prometheus(gateway.port)
     until("two scrapes", lambda: prometheus.query('count_over_time(up{job="wsproxy"}[5m]) > 2'))
     assert prometheus.query("up")[0]["value"][1] == "1", "the samples can be read"
@@ -99,7 +106,7 @@ def test_every_documented_expression_has_a_value_and_an_outage_fires(start_gatew
 
 def test_every_alert_fires_on_the_series_of_an_instance(start_gateway, tmp_path):
     """promtool plays the series that an instance serves: at rest nothing fires, and after one change exactly one alert does."""
-    gateway = start_gateway(**EVENTS)
+    gateway = start_whole(start_gateway)
     samples = httpx.get(f"{gateway.http}/metrics", headers={"Accept": "application/json"}).json()["metrics"]
     assert sorted(CHANGES) == sorted(ALERTS)
     tests = [play(samples, None, {})] + [play(samples, alert, change) for alert, change in CHANGES.items()]
@@ -109,7 +116,7 @@ def test_every_alert_fires_on_the_series_of_an_instance(start_gateway, tmp_path)
 
 
 def test_rules_and_both_text_formats_are_well_formed(start_gateway):
-    gateway = start_gateway(**EVENTS)
+    gateway = start_whole(start_gateway)
     promtool("check", "rules", str(RULES))
     text = httpx.get(f"{gateway.http}/metrics", headers={"Accept": "text/plain; version=0.0.4"})
     assert text.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -157,6 +164,11 @@ CHANGES = {
     "WsproxyInternalErrors": [("wsproxy_disconnects_total", {"endpoint": "sessions", "reason": "internal"}, ONCE)],
     "WsproxyIssuerAway": [("wsproxy_jwks_fetch_failures_total", {}, OFTEN)],
     "WsproxyLinksFlap": [("wsproxy_bus_links_lost_total", {}, OFTEN)],
+    "WsproxyDatabaseAway": [("wsproxy_database_up", {}, gauge(1, 0))],
+    "WsproxyDatabaseTakesNoWrites": [("wsproxy_database_writable", {}, gauge(1, 0))],
+    "WsproxyAgentAnswersLost": [("wsproxy_agent_answers_lost_total", {}, ONCE)],
+    "WsproxyAgentsFlap": [("wsproxy_agent_replaced_total", {"where": "flapping"}, OFTEN)],
+    "WsproxyAuditIncomplete": [("wsproxy_audit_rows_total", {"outcome": "dropped"}, ONCE)],
     "WsproxyLogIncomplete": [("wsproxy_log_lines_dropped_total", {}, ONCE)],
 }
 

@@ -91,7 +91,7 @@ def test_plain_text_is_sent_to_tls(start_gateway, start_proxy, name):
 def test_no_log_of_a_proxy_has_a_token(start_gateway, start_proxy, redis, name):
     gateway = start_gateway(**TRUST)
     proxy = start_proxy(name, gateway)
-    token = "sse.a-token-that-nobody-may-read"
+    token = "sse.a-token-that-no-log-may-have"
     redis.client.set("session:s-1:auth", token, ex=600)
     shown = [
         (f"/demo/ws/s-1?token={token}", [ACCEPT]),
@@ -100,7 +100,7 @@ def test_no_log_of_a_proxy_has_a_token(start_gateway, start_proxy, redis, name):
     ]
     streams = [proxy.connect(path, headers) for path, headers in shown]
     assert [status(stream) for stream in streams] == [200, 200, 403]
-    # In the middle of a stream, and then nobody is there.
+    # In the middle of a stream, and then no client is there.
     gateway.process.child.kill()
     gateway.process.child.wait()
     for path, headers in shown:
@@ -114,7 +114,7 @@ def test_no_log_of_a_proxy_has_a_token(start_gateway, start_proxy, redis, name):
     proxy.stop()
     logs = proxy.logs()
     assert "/demo/ws/s-1" in logs, "requests are logged"
-    assert "a-token-that-nobody-may-read" not in logs
+    assert "a-token-that-no-log-may-have" not in logs
 
 
 @behind_all

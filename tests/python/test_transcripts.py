@@ -6,7 +6,6 @@ import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
 import httpx
 import pytest
@@ -45,7 +44,7 @@ def shell(tmp_path):
 
 def test_the_calls_of_the_api_answer_as_shown(shell):
     port = str(free_port())
-    lines = [line.replace("8080", port) for line in transcript("docs/api.md", "api info")]
+    lines = [line.replace("8080", port) for line in transcript("docs/guides/http-worker.md", "api info")]
     blank = lines.index("")
     lines, calls = lines[:blank], lines[blank + 1 :]
     lines.append(f"until curl -sf http://localhost:{port}/ready; do sleep 0.1; done")
@@ -65,11 +64,11 @@ def test_the_calls_of_the_api_answer_as_shown(shell):
 
 
 def test_a_worker_by_hand_hears_and_answers(redis, start_gateway):
-    """The steps of docs/getting-started.md, in as many terminals as they say."""
+    """The steps of docs/tutorials/first-session.md, in as many terminals as they say."""
     port = str(start_gateway().port)
     subscribe, token, client, publish, close = [
         shlex.split(line.replace("redis-cli", f"redis-cli -p {redis.port}").replace("8080", port), comments=True)
-        for line in transcript("docs/getting-started.md", "PUBLISH session:s-1:down")
+        for line in transcript("docs/tutorials/first-session.md", "PUBLISH session:s-1:down")
     ]
     listener = subprocess.Popen(subscribe, stdout=subprocess.PIPE, text=True)
     try:
@@ -90,12 +89,12 @@ def test_a_worker_by_hand_hears_and_answers(redis, start_gateway):
 
 
 def test_the_demo_answers_the_shell(tmp_path, shell):
-    """The transcript of docs/getting-started.md with the demo worker, up to the client."""
+    """The transcript of docs/tutorials/first-session.md with the demo worker, up to the client."""
     port = str(free_port())
     dev = Process("dev", [str(BINARY), "dev", "--port", port], tmp_path)
     try:
         dev.ready("dev", lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200)
-        lines = [line.replace("8080", port) for line in transcript("docs/getting-started.md", "/dev/session")]
+        lines = [line.replace("8080", port) for line in transcript("docs/tutorials/first-session.md", "/dev/session")]
         [client] = [line for line in lines if "wscat" in line]
         words = shell([*lines[: lines.index(client)], f"printf '%s\\n' {client.removeprefix('npx -y wscat ')}"]).splitlines()
         header, url = words[words.index("-H") + 1], words[words.index("-c") + 1]
@@ -104,21 +103,3 @@ def test_the_demo_answers_the_shell(tmp_path, shell):
             assert json.loads(socket.recv(timeout=10))["type"]
     finally:
         dev.stop()
-
-
-def test_the_backend_of_the_readme_answers(tmp_path, redis, start_gateway):
-    """Sixty seconds with FastAPI, as README shows it."""
-    [code] = [block for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M) if "FastAPI(" in block]
-    (tmp_path / "app.py").write_text(code.replace("redis://127.0.0.1", redis.url))
-    gateway, port = start_gateway(), free_port()
-    backend = Process("uvicorn", [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port)], tmp_path, cwd=tmp_path)
-    try:
-        backend.ready("backend", lambda: httpx.get(f"http://127.0.0.1:{port}/openapi.json").status_code == 200)
-        until("the worker listens", lambda: redis.client.pubsub_numpat())
-        session = httpx.post(f"http://127.0.0.1:{port}/sessions").json()
-        subprotocols = ["wsproxy.v1", f"bearer.{session['token']}"]
-        with connect(gateway.ws + session["path"], subprotocols=subprotocols, proxy=None) as socket:
-            socket.send('{"hello":1}')
-            assert socket.recv(timeout=10) == '{"hello":1}'
-    finally:
-        backend.stop()

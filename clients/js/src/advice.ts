@@ -1,26 +1,26 @@
-// The one table of what to do after the end of a connection: the rule of docs/clients.md, of which spec/finality.json has every row.
+// The one table of what to do after the end of a connection: the rule of docs/guides/reconnecting.md, of which spec/finality.json has every row.
 
-/** How a connection, or the try to open one, ended. */
+/** The end of a connection, or of an attempt to open one. */
 export interface End {
   /** WebSocket close code; 1006 where there was none. */
   code: number;
   /** The reason that came with it. */
   reason: string;
-  /** Whether it had been open. */
+  /** True where the connection had been open. */
   opened: boolean;
   /** HTTP status of a refused handshake, where it is known (never for WebSockets in browsers). */
   status?: number;
-  /** What `Retry-After` asked for. */
+  /** The pause that `Retry-After` asked for. */
   retryAfterMs?: number;
   /** The gateway's own refusal; `unknown` where the body could not be seen, nothing where it is not the gateway's. */
   refusal?: Refusal | "unknown";
 }
 
-/** What the gateway says in the body of a refusal. */
+/** The gateway's own refusal, from the body of its answer. */
 export interface Refusal {
-  /** For programs, such as `invalid_token`. */
+  /** Code for programs, such as `invalid_token`. */
   code: string;
-  /** Whether the same request may be sent again. */
+  /** True where the same request may be sent again. */
   retryable: boolean;
 }
 
@@ -30,11 +30,25 @@ export interface Refusal {
  */
 export type Advice = "retry" | "slow" | "credentials" | "final";
 
+/** Close code of a policy: one code for several causes, which only the reason tells apart. */
+const POLICY = 1008;
+
+/** The gateway's reason for {@link POLICY} where the client sent too many messages per second. */
+const TOO_MANY_MESSAGES = "too many messages";
+
+/** Advice by the reason of {@link POLICY}; every other reason is final. */
+export const ADVICE_OF_POLICY: Readonly<Record<string, Advice>> = { "slow consumer": "retry", [TOO_MANY_MESSAGES]: "slow" };
+
 const OF_CREDENTIALS: readonly string[] = ["missing_credentials", "malformed_credentials", "invalid_token"];
 
-/** What to do after `end`. */
+/** Returns the advice for `end`. */
 export function advise(end: End): Advice {
   return end.status === undefined ? adviseClosed(end.code, end.reason) : adviseRefused(end.status, end.refusal);
+}
+
+/** Whether the gateway ended the connection since the client sent too many messages per second. */
+export function isRateLimited(code: number, reason: string): boolean {
+  return code === POLICY && reason === TOO_MANY_MESSAGES;
 }
 
 /** The gateway's own refusal in `body`; nothing where something in between has answered. */
@@ -65,10 +79,8 @@ function adviseClosed(code: number, reason: string): Advice {
     case 1009:
     case 1010:
       return "final";
-    case 1008:
-      // One code for three causes, of which the table tells them apart by their reason.
-      if (reason === "slow consumer") return "retry";
-      return reason === "too many messages" ? "slow" : "final";
+    case POLICY:
+      return Object.hasOwn(ADVICE_OF_POLICY, reason) ? ADVICE_OF_POLICY[reason]! : "final";
     case 1013:
       return "slow";
     case 4002:

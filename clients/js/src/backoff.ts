@@ -1,6 +1,6 @@
-// Waits between tries: exponential with full jitter; knows neither a clock nor a source of randomness.
+// Pauses between attempts: exponential with full jitter; knows neither a clock nor a source of randomness.
 
-/** How a connection that failed comes back. */
+/** Options of the pauses between attempts. */
 export interface BackoffOptions {
   /** Longest wait before the first retry. Default 500 ms. */
   baseMs?: number;

@@ -28,7 +28,7 @@ import { Uplink } from "./uplink.ts";
 import { AwakeClock, watchWake, type Wake } from "./wake.ts";
 import { openWebSocket, type WebSocketConstructor } from "./websocket.ts";
 
-/** What broke before this without a message may never have worked, as behind a proxy that accepts and then drops. */
+/** A connection that ends sooner, without a message, may never have worked, as behind a proxy that accepts and then drops. */
 const BRIEF_MS = 5_000;
 /** After this long on server-sent events the next try is a WebSocket again. */
 const SSE_STAY_MS = 60_000;
@@ -37,7 +37,7 @@ const SSE_SILENCE_MS = 40_000;
 /** On server-sent events for want of a WebSocket, the pause before the first look for one, and the longest of all. */
 const SEEK_MS = 5_000;
 const SEEK_MAX_MS = 300_000;
-/** How long a connection that may be dead is listened to before another one is opened, and how seldom that happens. */
+/** Time to listen to a connection that may be dead before another one is opened, and the shortest time between two such checks. */
 const DOUBT_MS = 3_000;
 const DOUBT_PAUSE_MS = 60_000;
 const SLOW_MS = 5_000;
@@ -52,7 +52,7 @@ type Kind = Transport["kind"];
  * handler attached there misses anything.
  */
 export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> implements AsyncIterable<Received<M>> {
-  /** Where it leads, without credentials. */
+  /** Address of the endpoint, without credentials. */
   protected readonly base: string;
   readonly #options: ConnectionOptions;
   readonly #seen: Recent;
@@ -65,7 +65,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   #asked = "";
   #path = "";
   #connectionId: string | undefined;
-  /** Why it is closed. */
+  /** The reason of the end. */
   #end: Partial<StateChange> = {};
   #attempt = 0;
   #reason: CredentialReason = "initial";
@@ -113,12 +113,12 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     });
   }
 
-  /** What it is doing. */
+  /** State of the connection. */
   get state(): State {
     return this.#state;
   }
 
-  /** What carries it while it is open. */
+  /** The transport of the open connection. */
   get transport(): "websocket" | "sse" | undefined {
     return this.#state === "open" ? this.#transport?.kind : undefined;
   }
@@ -206,13 +206,13 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#uplink.sendNow(JSON.stringify(message));
   }
 
-  /** What opens the next connection. */
+  /** Returns the address and the credential of the next connection. */
   protected abstract authorize(request: CredentialRequest): Promise<Grant>;
 
-  /** The type of the message with which the gateway tells who and where one is. */
+  /** Type of the gateway's first message, which names the connection. */
   protected abstract get greeting(): string;
 
-  /** Takes what the gateway itself says; false where `message` is no such thing. `id` is that beside the message. */
+  /** Takes a message of the gateway itself; false for any other. `id` is the position beside the message. */
   protected notice(message: JsonObject, id: string | undefined): boolean {
     const notice = readNotice(message, id, this.greeting);
     if (!notice) return false;
@@ -228,7 +228,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     return true;
   }
 
-  /** Takes a message that is no one's but the library's; it has been counted as received. */
+  /** Takes a message that is meant for the library only; it has been counted as received. */
   protected consume(_message: JsonObject, _eventId: string | undefined): boolean {
     return false;
   }
@@ -245,7 +245,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
   /** Another session begins where this one was. */
   protected renewed(): void {}
 
-  /** How long a healthy connection may be silent. */
+  /** Longest silence of a healthy connection. */
   protected silence(): number | undefined {
     return undefined;
   }
@@ -286,17 +286,17 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#timers.silence = setTimeout(() => this.listen(), Math.min(rest, TIMEOUT_MAX));
   }
 
-  /** Whether something came within the last `ms`. */
+  /** True where a message or a frame came within the last `ms`. */
   protected heardWithin(ms: number): boolean {
     return Date.now() - this.#heardAt < ms;
   }
 
-  /** Tells the handlers; what they throw harms nobody. */
+  /** Calls the handlers. An exception of one does not keep the event from the others. */
   protected tell<K extends keyof ConnectionEvents<M>>(event: K, value: ConnectionEvents<M>[K]): void {
     this.emit(event, value)?.catch((cause: unknown) => this.#threw(cause, event === "error"));
   }
 
-  /** Tells of something that went wrong. */
+  /** Reports an error that ends nothing. */
   protected problem(code: string, message: string, cause?: unknown): void {
     this.tell("error", { code, message, ...(cause === undefined ? {} : { cause }) });
   }
@@ -374,7 +374,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
         ended: (end) => this.#ended(turn, end),
       });
     } catch (error) {
-      // Such as an insecure URL in a secure page.
+      // For example, an insecure URL in a secure page.
       this.#failures += 1;
       this.#ended(turn, { code: 1006, reason: String(error), opened: false });
     }
@@ -424,7 +424,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     this.#to("open", {});
   }
 
-  /** Why a message can be neither sent nor kept now. */
+  /** The reason for which a message can be neither sent nor kept now. */
   #refusal(): string | undefined {
     const { transport } = this.#options;
     const isSse = this.#isUp && this.#transport?.kind === "sse";
@@ -522,7 +522,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     if (eventId !== undefined) {
       if (this.#seen.has(eventId)) return this.duplicate(text(own) || eventId);
       this.#seen.add(eventId);
-      // A message that is sent again because nobody acknowledged it must not take the position back. Any other that is behind is of
+      // A message that is repeated for want of an acknowledgement must not take the position back. Any other that is behind is of
       // another life of the log.
       const isAsked = isObject(data) && data["ack"] === true;
       if (!isAsked || !isBehind(eventId, this.#position)) this.#position = eventId;
@@ -532,7 +532,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const received: Received<M> = { data: data as M, eventId, raw: body };
     const heard = this.hears("message");
     const work = this.emit("message", received);
-    // Nobody has handled it: where it is sent again, there may be somebody.
+    // No handler took it. Where the message is sent again, there may be one.
     if (!heard) return this.handled(received, false);
     if (!work) return this.handled(received, true);
     work.then(
@@ -587,7 +587,7 @@ export abstract class Connection<M> extends Emitter<ConnectionEvents<M>> impleme
     const { sseAfter = 3 } = this.#options;
     const lived = end.opened ? Date.now() - this.#openedAt : 0;
     if (this.#transport?.kind === "websocket") {
-      // These answers come from the gateway: WebSockets get through.
+      // Only the gateway gives these answers: WebSockets get through.
       if ([401, 403, 429, 503].includes(end.status ?? 0)) return;
       const isBrief = end.code === 1006 && lived < BRIEF_MS && !this.#hasHeard;
       this.#failures = !end.opened || isBrief ? this.#failures + 1 : 0;

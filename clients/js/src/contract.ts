@@ -1,17 +1,17 @@
-// The seam between a connection and its kinds: what the connection tells them, and what each gives it.
+// The seam between a connection and its kinds (sessions, events): the events and types that both use.
 
 import type { Connected, HistoryLost, Problem, Received, Resumed, StateChange } from "./messages.ts";
 import type { TokenStream } from "./streams.ts";
 
 /** Every event of a connection. */
 export interface ConnectionEvents<M> {
-  /** It connects, is open, waits or is closed. */
+  /** The state has changed: connecting, open, waiting or closed. */
   state: StateChange;
   /** A message of a worker, once. */
   message: Received<M>;
-  /** The gateway told who and where one is. */
+  /** The gateway has named the connection. */
   connected: Connected;
-  /** What was missed follows. */
+  /** The missed messages follow. */
   resumed: Resumed;
   /** Messages are missing for good. */
   historyLost: HistoryLost;
@@ -27,15 +27,15 @@ export interface ConnectionEvents<M> {
 
 /** A place to connect to, and what opens it. */
 export interface Grant {
-  /** Where, without credentials. */
+  /** The address, without credentials. */
   url: string;
   /** The credential. */
   token: string;
-  /** Whether the credential opens event streams only. */
+  /** True where the credential opens event streams only. */
   eventStream?: boolean;
 }
 
 /** The types of messages that have one. */
 export type TypeOf<M> = M extends { type: infer T extends string } ? T : string;
-/** Those messages of `M` which have the type `T`. */
+/** The messages of `M` that have the type `T`. */
 export type OfType<M, T> = M extends { type: infer U } ? (T extends U ? M : never) : never;

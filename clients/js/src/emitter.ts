@@ -1,6 +1,6 @@
 // Typed events; knows nothing of connections.
 
-/** What is called with an event. A promise counts as handled when it is fulfilled. */
+/** A handler of events. A promise counts as handled when it is fulfilled. */
 export type Handler<T> = (event: T) => unknown;
 
 /** Events by name, with types. */
@@ -27,7 +27,7 @@ export class Emitter<E> {
     });
   }
 
-  /** Whether anybody listens. */
+  /** True where the event has a handler. */
   protected hears(event: keyof E): boolean {
     return (this.#handlers.get(event)?.size ?? 0) > 0;
   }

@@ -14,20 +14,20 @@ export type EventMap = Record<string, unknown>;
 /** A message of the events endpoint. */
 export type EventMessage<T extends EventMap> = {
   [K in keyof T & string]: {
-    /** What it is about. */
+    /** Type of the message. */
     type: K;
-    /** Its id: what the worker gave, else its position in the history. */
+    /** Id of the message: that of the worker, else the position in the history. */
     event_id: string;
-    /** When it was published. */
+    /** Time of publishing. */
     timestamp: string;
-    /** What it says. */
+    /** Content of the message. */
     data: T[K];
-    /** Whether it wants to be acknowledged. */
+    /** True where the worker wants an acknowledgement. */
     ack?: boolean;
   };
 }[keyof T & string];
 
-/** How to connect to the events of a user. */
+/** Options of a connection to the events of a user. */
 export interface EventsOptions extends ConnectionOptions {
   /** The endpoint, such as `https://gateway.example/ws`. */
   url: Address;
@@ -37,14 +37,14 @@ export interface EventsOptions extends ConnectionOptions {
    * again.
    */
   getToken: (request: CredentialRequest) => string | Promise<string>;
-  /** Whether messages are acknowledged when all handlers have run, and not where one threw. Default true; else call `ack`. */
+  /** Acknowledges messages when all handlers have run, and not where one threw. Default true; else call `ack`. */
   autoAck?: boolean;
-  /** How long before its expiry a token is refreshed; at most half of its life is left unused. Default 60 s. */
+  /** Time before the expiry at which a token is refreshed; at most half of its life is left unused. Default 60 s. */
   refreshBeforeMs?: number;
 }
 
 const PROBE_MS = 5_000;
-/** An unexplained failure is seldom the token's fault: whoever gives tokens is not asked at every one of them. */
+/** An unexplained failure is seldom the token's fault: the function that gives tokens is not called after each of them. */
 const TOKEN_AGE_MS = 30_000;
 const TOKEN_MARGIN_MS = 10_000;
 const REFRESH_RETRY_MS = 10_000;
@@ -60,11 +60,11 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
   #refresh: { token: string; asked: number } | undefined;
   #refreshedAt = 0;
   #intervalMs = 30_000;
-  /** What the gateway's clock shows more than ours. */
+  /** Lead of the gateway's clock over the local one. */
   #ahead = 0;
   #refreshTimer: ReturnType<typeof setTimeout> | undefined;
   #probeTimer: ReturnType<typeof setTimeout> | undefined;
-  /** How many of ours have no answer yet. */
+  /** Number of own pings without an answer. */
   #pings = 0;
   #turn = 0;
 
@@ -139,7 +139,7 @@ export class Events<T extends EventMap = EventMap> extends Connection<EventMessa
   protected override handled({ eventId, data }: Received<EventMessage<T>>, ok: boolean): void {
     if ((data as { ack?: unknown } | null)?.ack !== true) return;
     const ackId = text(data.event_id) || eventId;
-    // What could not be handled may come again.
+    // A message that could not be handled may come again.
     if (!ok && eventId) this.forget(eventId);
     if (ok && ackId && (this.#options.autoAck ?? true)) this.ack(ackId);
   }

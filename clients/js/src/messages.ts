@@ -1,4 +1,4 @@
-// What is said on the wire beside the messages of workers, and the types in which it is told.
+// The gateway's own messages on the wire, and the types in which handlers get them.
 
 /** A message that came. */
 export interface Received<M> {
@@ -10,7 +10,7 @@ export interface Received<M> {
   raw: string | Uint8Array;
 }
 
-/** What a connection is doing: `waiting` is between two tries, `closed` is final until `connect()`. */
+/** State of a connection: `waiting` is between two attempts, `closed` is final until `connect()`. */
 export type State = "connecting" | "open" | "waiting" | "closed";
 
 /** A change of state, and what led to it. */
@@ -19,7 +19,7 @@ export interface StateChange {
   state: State;
   /** The one before. */
   previous: State;
-  /** How many tries have failed since it was last stable. */
+  /** Number of failed attempts since the connection was last stable. */
   attempt: number;
   /** The wait until the next try, in the state `waiting`. */
   delayMs?: number;
@@ -31,21 +31,21 @@ export interface StateChange {
   status?: number;
 }
 
-/** What the gateway says of a connection when it begins. */
+/** The gateway's first message on a connection. */
 export interface Connected {
   /** The gateway's name of this connection. */
   connectionId: string | undefined;
   /** The position at which the stream begins. */
   eventId: string | undefined;
-  /** Who one is: events only. */
+  /** Id of the user: events only. */
   userId: string | undefined;
-  /** When the token expires, in seconds of Unix time: events only. */
+  /** Expiry of the token, in seconds of Unix time: events only. */
   expiresAt: number | undefined;
 }
 
-/** What was missed follows now, in order, before anything new. */
+/** The missed messages follow now, in order, before any new one. */
 export interface Resumed {
-  /** How many messages that are. */
+  /** Number of missed messages. */
   count: number;
   /** The position they follow. */
   lastEventId: string | undefined;
@@ -53,11 +53,11 @@ export interface Resumed {
 
 /** Messages are missing and cannot be had again: reload whatever is built from them. */
 export interface HistoryLost {
-  /** Why. */
+  /** The reason. */
   reason: "trimmed" | "unknown" | "expired" | "emptied" | "ambiguous" | "overflow" | "disabled" | (string & {});
   /** The same for people. */
   message: string;
-  /** Where the stream goes on. */
+  /** Position at which the stream goes on. */
   eventId: string | undefined;
 }
 
@@ -71,14 +71,14 @@ export interface Problem {
   code: string;
   /** The same for people. */
   message: string;
-  /** What was thrown, if something was. */
+  /** The thrown value, if there was one. */
   cause?: unknown;
 }
 
 /** A JSON object off the wire. */
 export type JsonObject = Record<string, unknown>;
 
-/** Whether `value` is one. */
+/** True where `value` is such an object. */
 export function isObject(value: unknown): value is JsonObject {
   return typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Uint8Array);
 }
@@ -113,7 +113,7 @@ const GATEWAY_CODES: readonly string[] = [
   "invalid_message",
 ];
 
-/** What the gateway says itself, by the event that tells it. */
+/** The gateway's own messages, by the event that tells each. */
 export type Notice =
   | { connected: Connected }
   | { resumed: Resumed }
@@ -161,7 +161,7 @@ export function position(value: unknown): string | undefined {
 }
 
 /**
- * Whether the position `next` is behind `last`. The tag is no part of the order; ids that workers gave have none, so the one
+ * True where the position `next` is behind `last`. The tag is no part of the order; ids that workers gave have none, so the one
  * that came later counts as the later one.
  */
 export function isBehind(next: string, last: string): boolean {

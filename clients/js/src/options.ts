@@ -1,14 +1,14 @@
-// What can be configured, with defaults that suit a browser.
+// The options of a connection, with defaults that suit a browser.
 
 import type { BackoffOptions } from "./backoff.ts";
 import type { SendRate } from "./outbox.ts";
 import type { FetchLike, Signal, SignalLike } from "./platform.ts";
 import type { WebSocketConstructor } from "./websocket.ts";
 
-/** Why a credential is asked for. */
+/** The reason for which a credential is asked for. */
 export type CredentialReason = "initial" | "reconnect" | "failed" | "rejected" | "expired" | "refresh";
 
-/** What the function that gives credentials is told. */
+/** Arguments of the function that gives credentials. */
 export interface CredentialRequest {
   /**
    * `initial`, `reconnect` after a lost connection, `failed` after a handshake that failed without saying why (browsers never say),
@@ -16,18 +16,18 @@ export interface CredentialRequest {
    * code 4401, `refresh` before the expiry of a token in use.
    */
   reason: CredentialReason;
-  /** Aborted when nobody waits for the answer any more. */
+  /** Aborted when the answer is not needed any more. */
   signal: Signal;
 }
 
-/** What every connection can be told. */
+/** Options of every connection. */
 export interface ConnectionOptions {
-  /** Where to resume first, such as an id from storage; `"0"`: from the start of what is held. Default: no resume. */
+  /** First position to resume from, such as an id from storage; `"0"`: the start of what is held. Default: no resume. */
   lastEventId?: string;
-  /** Whether to ask for positions and to resume after a lost connection. Default true. */
+  /** Asks for positions, and resumes after a lost connection. Default true. */
   resume?: boolean;
   /**
-   * Whether to offer the subprotocol `wsproxy.id.v1`, which carries positions beside messages instead of in them, so that messages
+   * Offers the subprotocol `wsproxy.id.v1`, which carries positions beside messages instead of in them, so that messages
    * of every kind resume. Without it, JSON objects alone do. Default true.
    */
   envelope?: boolean;
@@ -38,9 +38,9 @@ export interface ConnectionOptions {
   transport?: "auto" | "websocket" | "sse";
   /** After how many failed WebSockets in a row `auto` tries server-sent events. Default 3. */
   sseAfter?: number;
-  /** Where server-sent events carry the token: a header, or the URL, which needs no CORS preflight but ends in logs. Default `header`. */
+  /** Place of the token in requests for server-sent events: a header, or the URL, which needs no CORS preflight but ends in logs. Default `header`. */
   sseTokenIn?: "header" | "query";
-  /** How it comes back. */
+  /** Pauses between attempts. */
   backoff?: BackoffOptions;
   /** Ends it for good when there was no connection for so long. Default: never. */
   giveUpAfterMs?: number;
@@ -48,16 +48,16 @@ export interface ConnectionOptions {
   connectTimeoutMs?: number;
   /** After this time without any message the connection counts as dead. Default: what the gateway's heartbeat says, where it has one. */
   silenceMs?: number;
-  /** How many messages of `send` may wait, for a connection or for their turn. Default 256. */
+  /** Upper bound of messages of `send` that wait, for a connection or for their turn. Default 256. */
   queueMax?: number;
-  /** How fast messages are sent. Default: somewhat less than the gateway's default lets one connection send. */
+  /** Rate at which messages are sent. Default: somewhat less than the gateway's default lets one connection send. */
   sendRate?: SendRate;
   /**
-   * Whether what a lost connection may not have delivered is sent again over the next one, so that a worker may get a message twice.
-   * With false it gets each at most once. Default true.
+   * Repeats messages that a lost connection may not have delivered over the next one, so that a worker may get a message twice.
+   * With false a worker gets each at most once. Default true.
    */
   resend?: boolean;
-  /** How many positions are remembered to recognise duplicates. Default 2048. */
+  /** Number of positions that are remembered to recognise duplicates. Default 2048. */
   dedupMax?: number;
   /** Ends the connection when aborted. */
   signal?: SignalLike;

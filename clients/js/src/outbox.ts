@@ -1,7 +1,7 @@
 // Messages on their way up: they wait for a connection, then for their turn, then for a sign that they have arrived. Knows neither
 // a clock nor a network.
 
-/** How fast messages are sent: below what the gateway lets one connection send, since it closes a connection that sends more. */
+/** Rate at which messages are sent: below what the gateway lets one connection send, since it closes a connection that sends more. */
 export interface SendRate {
   /** Messages per second for as long as one likes. Default 90; the gateway's `limits.messages_per_second` is 100. */
   perSecond?: number;
@@ -29,9 +29,9 @@ export class Outbox {
   #burst: number;
   #tokens: number;
   #filledAt = 0;
-  /** How many of the first waiting messages were sent before. */
+  /** Number of the first waiting messages that were sent before. */
   #back = 0;
-  /** How many of those are doubtful: nobody knows yet whether they have arrived. */
+  /** Number of those that are doubtful: they may have arrived, which will be known soon. */
   #doubtful = 0;
 
   constructor(max: number, { perSecond = 90, burst = 100 }: SendRate = {}) {
@@ -40,12 +40,12 @@ export class Outbox {
     this.#burst = this.#tokens = Math.max(burst, 1);
   }
 
-  /** How many messages wait. */
+  /** Number of messages that wait. */
   get size(): number {
     return this.#waiting.length;
   }
 
-  /** Whether no further message may wait. */
+  /** True where no further message may wait. */
   get isFull(): boolean {
     return this.#waiting.length - this.#back >= this.#max;
   }
@@ -85,12 +85,12 @@ export class Outbox {
     this.#tokens -= 1;
   }
 
-  /** When the oldest message was sent that may not have arrived. */
+  /** Time of sending of the oldest message that may not have arrived. */
   get oldest(): number {
     return this.#sent[0]?.at ?? Infinity;
   }
 
-  /** What was sent before `time` has arrived. */
+  /** Notes that all messages sent before `time` have arrived. */
   arrived(time: number): void {
     let count = 0;
     while ((this.#sent[count]?.at ?? Infinity) <= time) count += 1;

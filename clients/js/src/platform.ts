@@ -1,7 +1,7 @@
 // Types of what the platform gives, spelled without a library of the platform's, so that the package's types need neither that of
 // the DOM nor that of Node.
 
-/** What is used of an `AbortSignal`. */
+/** The used part of an `AbortSignal`. */
 export interface SignalLike {
   readonly aborted: boolean;
   addEventListener(type: "abort", listener: () => void): void;
@@ -13,7 +13,7 @@ export type Signal = typeof globalThis extends { AbortSignal: { prototype: infer
 /** An address: text, or a `URL`. */
 export type Address = string | { readonly href: string };
 
-/** What is used of a `Response`. */
+/** The used part of a `Response`. */
 export interface ResponseLike {
   readonly ok: boolean;
   readonly status: number;
@@ -22,5 +22,5 @@ export interface ResponseLike {
   text(): Promise<string>;
 }
 
-/** What is used of `fetch`. */
+/** The used part of `fetch`. */
 export type FetchLike = (url: string, init: any) => Promise<ResponseLike>;

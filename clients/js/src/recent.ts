@@ -9,7 +9,7 @@ export class Recent {
     this.#max = max;
   }
 
-  /** Whether `key` is among the newest. */
+  /** True where `key` is among the newest. */
   has(key: string): boolean {
     return this.#keys.has(key);
   }

@@ -25,7 +25,7 @@ export type SessionToken =
       session?: string;
     };
 
-/** How to open a session. */
+/** Options of a session. */
 export interface SessionOptions extends ConnectionOptions {
   /** The gateway, such as `https://gateway.example`; or, without `agent` and `session`, the whole URL of the session. */
   url: Address;
@@ -41,9 +41,9 @@ export interface SessionOptions extends ConnectionOptions {
   getToken: (request: CredentialRequest) => SessionToken | Promise<SessionToken>;
 }
 
-/** What a token begins with that opens event streams only, any number of them until it expires. */
+/** Prefix of tokens that open event streams only, any number of them until they expire. */
 const EVENT_STREAM_PREFIX = "sse.";
-/** Ended streams that nobody holds are forgotten beyond this number. */
+/** Upper bound of remembered token streams that have ended and that the application does not hold. */
 const STREAMS_MAX = 64;
 
 /** A session with a worker: what came is delivered once and in order, over any number of connections. */

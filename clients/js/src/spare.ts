@@ -3,7 +3,7 @@
 import type { End } from "./advice.ts";
 import type { Transport } from "./transport.ts";
 
-/** What a transport tells that is about to be made. */
+/** Events of a transport that is being opened. */
 export interface Opening {
   /** It is open, after so long. */
   opened: (handshakeMs: number) => void;
@@ -11,7 +11,7 @@ export interface Opening {
   ended: (end: End) => void;
 }
 
-/** How a spare is made, and whom it tells. */
+/** Options of a spare: its opening, and its callbacks. */
 export interface SpareOptions {
   /** After this time it has failed. */
   timeoutMs: number;
@@ -34,7 +34,7 @@ interface Attempt {
 export class Spare {
   #current: Attempt | undefined;
 
-  /** Whether one is being opened. */
+  /** True while a spare is being opened. */
   get isOpening(): boolean {
     return this.#current !== undefined;
   }

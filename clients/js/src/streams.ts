@@ -3,10 +3,10 @@
 import { Emitter } from "./emitter.ts";
 import { type JsonObject, number, text } from "./messages.ts";
 
-/** How a stream ended. */
+/** Outcome of a stream. */
 export type Outcome = "finish" | "error" | "cancelled";
 
-/** Why a stream ended with `error`. */
+/** The error with which a stream ended. */
 export interface StreamFailure {
   /** Such as `worker_lost`: the worker was heard of no more. */
   code: string;
@@ -14,7 +14,7 @@ export interface StreamFailure {
   message: string;
 }
 
-/** What a stream tells. */
+/** Events of a stream. */
 export interface TokenStreamEvents {
   /** The text, the state or both have changed. `delta` is what was added; nothing where the text was replaced. */
   update: { text: string; delta: string | undefined };
@@ -61,22 +61,22 @@ export class TokenStream extends Emitter<TokenStreamEvents> implements AsyncIter
     return this.#state;
   }
 
-  /** What the worker gave when it opened it. */
+  /** Metadata that the worker gave at the opening. */
   get meta(): unknown {
     return this.#meta;
   }
 
-  /** Why it ended with `error`. */
+  /** The error with which it ended. */
   get error(): StreamFailure | undefined {
     return this.#error;
   }
 
-  /** Whether it has ended. */
+  /** True where it has ended. */
   get ended(): boolean {
     return this.#state !== "unknown" && this.#state !== "open";
   }
 
-  /** Whether text is known to be missing: possible only after `historyLost`, until a snapshot comes. */
+  /** True where text is known to be missing: possible only after `historyLost`, until a snapshot comes. */
   get incomplete(): boolean {
     return this.#early.size > 0 || this.#last > this.#seq;
   }

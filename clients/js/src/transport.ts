@@ -1,4 +1,4 @@
-// What carries messages: the seam between the connection's rules and WebSocket or server-sent events.
+// Transports of messages: the seam between the connection's rules and WebSocket or server-sent events.
 
 import type { End } from "./advice.ts";
 import type { Data } from "./outbox.ts";
@@ -11,7 +11,7 @@ export interface Frame {
   id?: string;
 }
 
-/** What a transport tells. Nothing follows `ended`, nor anything after `Transport.close`. */
+/** Events of a transport. None follows `ended` or `Transport.close`. */
 export interface TransportEvents {
   /** It is open: everything that is published from now on arrives. */
   opened(): void;
@@ -31,7 +31,7 @@ export interface Transport {
   readonly kind: "websocket" | "sse";
   /** Gives `data` to the network; only where `kind` is `websocket`. */
   send(data: Data): void;
-  /** How many bytes of what was sent have not left this machine. */
+  /** Number of sent bytes that have not left this machine. */
   unsent(): number;
   /**
    * Ends it; nothing is told any more but `closed`, when the other side has answered, or never will. With `isClean` it has read
@@ -40,12 +40,14 @@ export interface Transport {
   close(code: number, reason: string, closed?: (isClean: boolean) => void): void;
 }
 
-/** What is needed to open one. */
+/** Arguments for opening a transport. */
 export interface Target {
-  /** Where, with the query that resumes, without credentials. */
+  /** The address, with the query that resumes, without credentials. */
   url: string;
-  /** The credential. */
+  /** The credential; empty where none is needed. */
   token: string;
-  /** Whether to offer `wsproxy.id.v1`. */
+  /** Offers `wsproxy.id.v1`. */
   envelope: boolean;
+  /** Reads the answer to a refused handshake, where the platform shows it: `whenRefused`. */
+  whenRefused?: (socket: object, ended: (end: End) => void) => void;
 }

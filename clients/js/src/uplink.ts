@@ -1,10 +1,11 @@
 // Sends what waits in the outbox over one WebSocket after the other, and finds out what of it has arrived.
 
+import { isRateLimited } from "./advice.ts";
 import { type Data, Outbox, type SendRate } from "./outbox.ts";
 import type { Transport } from "./transport.ts";
 import { AwakeClock } from "./wake.ts";
 
-/** How messages are sent. */
+/** Options of sending. */
 export interface UplinkOptions {
   queueMax?: number;
   sendRate?: SendRate;
@@ -20,7 +21,7 @@ const UNSENT_PAUSE_MS = 50;
  */
 const BROKEN_MS = 15_000;
 const LEFT_MS = 120_000;
-/** How long a connection that was left may take to say that it has read everything. */
+/** Time for a connection that was left to say that it has read everything. */
 const SETTLE_MS = 5_000;
 const ROUND_TRIP_MIN_MS = 500;
 
@@ -42,12 +43,12 @@ export class Uplink {
     this.#clock = clock;
   }
 
-  /** How many messages wait. */
+  /** Number of messages that wait. */
   get size(): number {
     return this.#outbox.size;
   }
 
-  /** Whether no further message may wait. */
+  /** True where no further message may wait. */
   get isFull(): boolean {
     return this.#outbox.isFull;
   }
@@ -85,7 +86,7 @@ export class Uplink {
   lost({ code, reason }: { code: number; reason: string }): void {
     const transport = this.#detach();
     if (!transport) return;
-    if (code === 1008 && reason === "too many messages") this.#outbox.slower();
+    if (isRateLimited(code, reason)) this.#outbox.slower();
     // A close frame is taken as proof that the path was good until now.
     const since = code === 1006 ? this.#doubtful(BROKEN_MS) : this.#since(this.#roundTripMs);
     this.#outbox.lost(since, transport.unsent());

@@ -1,9 +1,9 @@
-// When a page or a machine comes back to life: the moments at which an open connection may be dead, and waiting longer a pity.
+// Moments at which a page or a machine comes back to life: an open connection may be dead then, and a pause can end early.
 
-/** What happened: the network is back, somebody looks at the page again, or the machine was asleep. */
+/** The event: the network is back, the user looks at the page again, or the machine was asleep. */
 export type Wake = "online" | "visible" | "slept";
 
-/** How often the clock is looked at. */
+/** Interval at which the clock is read. */
 const TICK_MS = 5_000;
 /** A timer that comes so late was not delayed by work. */
 const SLEEP_MS = 60_000;
@@ -17,7 +17,7 @@ export class AwakeClock {
   #lookedAt: number = Date.now();
   #sleptAt = -Infinity;
 
-  /** The milliseconds awake until now. Somebody has to ask at every tick. */
+  /** The milliseconds awake until now. The caller has to ask at every tick. */
   now(): number {
     const pause = Date.now() - this.#lookedAt;
     this.#lookedAt += pause;
@@ -26,7 +26,7 @@ export class AwakeClock {
     return this.#awakeMs;
   }
 
-  /** When the machine last fell asleep, by this clock. */
+  /** Time at which the machine last fell asleep, by this clock. */
   get sleptAt(): number {
     this.now();
     return this.#sleptAt;

@@ -2,7 +2,7 @@
 
 import type { Frame, Target, Transport, TransportEvents } from "./transport.ts";
 
-/** What is used of a WebSocket: that of browsers, of Node 22 and later, and of the package `ws` fit. */
+/** The used part of a WebSocket: that of browsers, of Node 22 and later, and of the package `ws` fit. */
 export interface WebSocketLike {
   binaryType: string;
   readonly protocol: string;
@@ -17,6 +17,8 @@ export type WebSocketConstructor = new (url: string, protocols: string[]) => Web
 
 const ENVELOPE = "wsproxy.id.v1";
 const ID_MAX = 128;
+/** A failed handshake is told by `error` and then `close`; by `error` alone in Node 22, so that the other one is not waited for longer. */
+export const CLOSE_MS = 100;
 
 /** The subprotocol that carries `token`: plain where the header allows all its characters, else in base64url. */
 export function bearer(token: string): string {
@@ -38,7 +40,8 @@ export function unwrap(body: string | Uint8Array): Frame {
 
 /** Opens a WebSocket. */
 export function openWebSocket(Socket: WebSocketConstructor, target: Target, events: TransportEvents): Transport {
-  const protocols = ["wsproxy.v1", bearer(target.token)];
+  const protocols = ["wsproxy.v1"];
+  if (target.token !== "") protocols.push(bearer(target.token));
   if (target.envelope) protocols.unshift(ENVELOPE);
   const url = new URL(target.url);
   url.protocol = url.protocol.replace("http", "ws");
@@ -60,15 +63,22 @@ export function openWebSocket(Socket: WebSocketConstructor, target: Target, even
     const body = typeof data === "string" ? data : new Uint8Array(data);
     events.frame(socket.protocol === ENVELOPE ? unwrap(body) : { body });
   });
-  socket.addEventListener("error", (event: { message?: unknown }) => {
-    // Browsers say nothing about a refused handshake; the package `ws` gives the status in this sentence.
-    status = Number(/server response: (\d{3})/.exec(String(event.message))?.[1]) || undefined;
-  });
-  socket.addEventListener("close", ({ code, reason, wasClean }: { code: number; reason: string; wasClean?: boolean }) => {
+  const ended = ({ code, reason, wasClean }: { code: number; reason: string; wasClean?: boolean }): void => {
     // The gateway answers with the same code and no reason. Any other close is its own, after which it has read nothing.
     if (over) return closed?.(wasClean === true && code === asked && reason === "");
     over = true;
     events.ended({ code, reason, opened, ...(status && !opened ? { status, refusal: "unknown" } : {}) });
+  };
+  socket.addEventListener("error", (event: { message?: unknown }) => {
+    // Browsers say nothing about a refused handshake; the package `ws` gives the status in this sentence.
+    status = Number(/server response: (\d{3})/.exec(String(event.message))?.[1]) || undefined;
+    if (!opened) setTimeout(() => over || ended({ code: 1006, reason: "" }), CLOSE_MS);
+  });
+  socket.addEventListener("close", ended);
+  target.whenRefused?.(socket, (end) => {
+    if (over) return;
+    over = true;
+    events.ended(end);
   });
   return {
     kind: "websocket",

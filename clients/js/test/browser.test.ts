@@ -1,14 +1,18 @@
 // The built package in Chromium, against the real gateway; and what a browser can do without it.
 
 import { createServer, type Server } from "node:http";
-import { readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { type AddressInfo } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type Browser, chromium, type Page } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
-import { Cable, Gateway, jwt, Redis, stopAll, until } from "./support/machines.ts";
+import { Agents } from "../src/agents/index.ts";
+import { API_KEY, Cable, Gateway, jwt, Redis, stopAll, until } from "./support/machines.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
+const folder = mkdtempSync(join(tmpdir(), "wsproxy-browser-"));
 let redis: Redis;
 let gateway: Gateway;
 let cable: Cable;
@@ -18,7 +22,7 @@ let browser: Browser;
 
 beforeAll(async () => {
   redis = await Redis.start();
-  gateway = await Gateway.start(redis);
+  gateway = await Gateway.start(redis, { WSPROXY_ENDPOINTS__AGENTS: "true", WSPROXY_DATABASE__PATH: join(folder, "wsproxy.db") });
   cable = await Cable.to(gateway.port);
   site = serve();
   await new Promise<void>((resolve) => site.listen(0, "127.0.0.1", resolve));
@@ -35,6 +39,7 @@ afterAll(async () => {
   await gateway?.stop();
   await redis?.end();
   stopAll();
+  rmSync(folder, { recursive: true, force: true });
 });
 
 /** A site with the package and with tokens; the gateway is another origin, and reached over the cable. */
@@ -171,8 +176,10 @@ test("the network's return ends the wait", async () => {
   await page.context().close();
 });
 
-test("a session that only looks open is replaced when somebody looks, and what was sent arrives once", async () => {
+test("a session that only looks open is replaced when the page is shown, and sent messages arrive once", async () => {
   const { page, complaints } = await visit();
+  let closed = 0;
+  page.on("websocket", (socket) => socket.on("close", () => (closed += 1)));
   await page.evaluate(`
     window.heard = [];
     window.session = client.connectSession({
@@ -189,6 +196,8 @@ test("a session that only looks open is replaced when somebody looks, and what w
   await page.evaluate(`session.send({ n: 1 }); window.resumed = session.once("resumed").then(() => true); ${look};`);
   await page.evaluate("resumed");
   await until("it arrived", () => numbers().length === 1);
+  // Before that the client does not know that it has arrived.
+  await until("the old connection has closed", () => closed === 1);
   // The path is dead, and the next look is a minute later.
   cable.silence();
   await publish("b-6", { n: 7 });
@@ -225,7 +234,7 @@ test("events in a browser, over WebSocket and over server-sent events", async ()
   await page.context().close();
 });
 
-test("whoever knows only EventSource resumes as well", async () => {
+test("a bare EventSource resumes as well", async () => {
   const { page } = await visit();
   const token = await gateway.token("b-5", true);
   await page.evaluate(`
@@ -244,5 +253,54 @@ test("whoever knows only EventSource resumes as well", async () => {
   });
   const heard = (await page.evaluate("heard")) as { n?: number }[];
   expect(heard.map(({ n }) => n).filter((n) => n !== undefined)).toEqual(Array.from({ length: 60 }, (_, n) => n));
+  await page.context().close();
+});
+
+test("a page is an agent: it answers calls over cuts, and its secret is in no URL", async () => {
+  const { page, sockets, complaints } = await visit();
+  // The database is opened in the background.
+  await until("the gateway is healthy", async () => (await fetch(`${gateway.url}/health`)).ok);
+  const { secret } = await gateway.api("agents/page-1/secrets");
+  await page.evaluate(`
+    window.begun = import("/dist/agents/index.js").then(({ Agent }) => {
+      window.agent = new Agent("${cable.url}", { userId: "page-1", secret: "${secret}", backoff: { baseMs: 20, maxMs: 200 } });
+      agent.tool("title", (params, { progress }) => (progress(1, 2, "reading"), { title: document.title, ...params }));
+      window.lost = 0;
+      agent.on("state", ({ state }) => { if (state === "waiting") lost += 1; });
+      agent.run().catch((error) => (window.ended = error.name));
+    });
+  `);
+  const agents = new Agents(gateway.url, { apiKey: API_KEY });
+  for (let n = 0; n < 4; n += 1) {
+    await until("the page is connected", () => page.evaluate("window.agent?.state === 'open'"));
+    const told: unknown[] = [];
+    expect(await agents.call("page-1", "title", { n }, { onProgress: (progress) => told.push(progress) })).toEqual({ title: "t", n });
+    expect(told).toEqual([{ progress: 1, total: 2, message: "reading" }]);
+    cable.cut();
+    // Counted, since the page may be back sooner than a look at its state.
+    await until("the page has noticed", () => page.evaluate(`lost === ${n + 1}`));
+  }
+  expect(sockets.length).toBeGreaterThan(3);
+  expect(sockets.every((url) => !/wsa_|bearer|secret/.test(url))).toBe(true);
+  expect(complaints).toEqual([]);
+  await until("the page is back", () => page.evaluate("agent.state === 'open'"));
+  await gateway.api("agents/page-1/disconnect");
+  await until("it has ended", () => page.evaluate("window.ended === 'AgentEnded'"));
+  await page.context().close();
+});
+
+test("a page whose secret is refused sees no reason, and tries again until its time is over", async () => {
+  const { page } = await visit();
+  await page.evaluate(`
+    import("/dist/agents/index.js").then(({ Agent }) => {
+      window.seen = [];
+      window.agent = new Agent("${cable.url}", { userId: "page-2", secret: "wsa_wrong", backoff: { baseMs: 50, maxMs: 100 }, giveUpAfterMs: 1000 });
+      agent.on("state", ({ state, status }) => seen.push([state, status ?? "no status"].join()));
+      agent.run().catch((error) => (window.ended = [error.name, error.message].join()));
+    });
+  `);
+  await until("it has given up", () => page.evaluate("window.ended"));
+  expect(await page.evaluate("ended")).toBe("AgentEnded,There was no connection for 1000 ms.");
+  expect(new Set((await page.evaluate("seen")) as string[])).toEqual(new Set(["connecting,no status", "waiting,no status", "closed,no status"]));
   await page.context().close();
 });

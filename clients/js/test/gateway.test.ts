@@ -154,7 +154,7 @@ test("what was missed over another instance comes too, after an instance was kil
   }
 });
 
-/** What a worker hears of a session's client from now on: the member `n` of each message. */
+/** The messages from a session's client from now on, as a worker gets them: the member `n` of each. */
 async function worker(id: string): Promise<{ numbers(): number[]; end(): void }> {
   const up = await redis.follow(`session:${id}:up`);
   return { numbers: () => [...up.heard.matchAll(/\{"n":(\d+)\}/g)].map(([, n]) => Number(n)), end: up.end };
@@ -198,7 +198,7 @@ test("a gateway that lets fewer come than the client believes gets all of it in 
   }
 });
 
-test("a session over a path that fell silent is replaced when somebody looks; neither direction loses anything", async () => {
+test("a session over a silent path is replaced when the page is shown; neither direction loses a message", async () => {
   const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
   vi.stubGlobal("document", document);
   try {
@@ -269,7 +269,8 @@ test("back from an outage over server-sent events, the client sends over a WebSo
 });
 
 test("bytes and text that is no JSON resume too", async () => {
-  const [session, id] = open();
+  // Bytes go over WebSockets only, and a client that is away for some tries would come back over server-sent events.
+  const [session, id] = open({ transport: "websocket" });
   // With a position: what is cut before it came has nothing to resume from.
   await session.once("connected");
   cable.plugged = false;
@@ -342,7 +343,7 @@ test("a token stream over cuts is one text, byte for byte", async () => {
   await stream.finished();
   expect(stream).toMatchObject({ text: words.join(""), state: "finish", meta: { model: "m" }, incomplete: false });
 
-  // Who comes late gets the same as a snapshot.
+  // A late client gets the same as a snapshot.
   const [late] = open({ session: id });
   const same = await late.once("stream");
   await same.finished();
@@ -379,7 +380,7 @@ test("a drained gateway is left, and found again", async () => {
   expect((await down)[0]?.data.n).toBe(1);
 });
 
-test("a Redis that restarts with its data costs nobody a message", async () => {
+test("a Redis that restarts with its data loses no message", async () => {
   const [session, id] = open();
   await session.once("connected");
   const heard: number[] = [];
@@ -392,7 +393,7 @@ test("a Redis that restarts with its data costs nobody a message", async () => {
   expect(heard).toEqual(numbers(0, 20));
 });
 
-test("events: to everybody, to a user, typed, and after a cut", async () => {
+test("events: to all users, to one user, typed, and after a cut", async () => {
   const [events, user] = listen<{ task_status_update: { id: number }; note: string }>();
   const connected = await events.once("connected");
   expect(connected).toMatchObject({ userId: user, connectionId: events.connectionId });

@@ -79,7 +79,13 @@ class Process:
             assert self.child.poll() is None, f"{what} ended with {self.child.returncode}:\n{self.output()}"
             return condition()
 
-        until(f"{what} ready", alive_and_ready)
+        # Two processes that import an application take their time, on a busy machine above all.
+        try:
+            until(f"{what} ready", alive_and_ready, 60)
+        except BaseException:
+            # A fixture that does not get this far cannot stop it.
+            self.stop()
+            raise
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
@@ -114,7 +120,7 @@ class RedisServer:
         self.process.stop(signal.SIGKILL)
 
     def texts(self, log: str) -> list[str]:
-        """What a log holds, oldest first."""
+        """Returns the entries of a log, oldest first."""
         return [fields["data"] for _, fields in self.client.xrange(log)]
 
     def heard(self, channel: str) -> int:

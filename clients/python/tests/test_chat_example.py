@@ -9,6 +9,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -115,7 +116,7 @@ def test_a_user_gets_tokens_for_own_sessions_only(chat: Chat) -> None:
             answer = httpx.post(f"{chat.url}/sessions", params=own, cookies={"chat_user": cookie})
             assert answer.status_code == 403, cookie
         assert other.post("/sessions", params={"session_id": theirs}).status_code == 201
-    assert chat.redis.client.get(f"session:{chat.session}:auth") == token, "nobody else replaced the token"
+    assert chat.redis.client.get(f"session:{chat.session}:auth") == token, "no other call replaced the token"
 
 
 def test_a_prompt_is_answered_once_though_it_is_sent_again(chat: Chat) -> None:
@@ -154,7 +155,7 @@ def test_the_answer_is_whole_after_all_workers_were_away_for_longer_than_the_lea
     answer = chat.ask("all die")
     chat.process.stop()
     chat.env["CHAT_TOKENS_PER_SECOND"] = "100"
-    # What the gateway does when the lease has run out.
+    # As the gateway does when the lease has run out.
     lost = ROOT / "clients/python/src/wsproxy/scripts/stream.lua"
     name = f"session:{chat.session}:down"
     state = f"{{{name}}}:stream:{answer}"
@@ -176,3 +177,26 @@ def test_the_answer_is_whole_after_redis_came_back_empty(chat: Chat) -> None:
     assert stream.text == chat.whole("redis dies")
     # And the session goes on.
     assert chat.finished(chat.ask("again")).text == chat.whole("again")
+
+
+def test_requests_are_refused_while_redis_is_away_and_taken_afterwards(chat: Chat) -> None:
+    own, cookies = {"session_id": chat.session}, dict(chat.user.cookies)
+
+    def post(path: str) -> int:
+        prompt = {"id": str(uuid.uuid4()), "text": "hello"}
+        # A connection of its own, so that both workers are asked.
+        return httpx.post(chat.url + path, params=own, cookies=cookies, json=prompt, timeout=20).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+
+        def statuses(path: str) -> set[int]:
+            return set(pool.map(post, [path] * 16))
+
+        assert statuses("/prompts") == {202}
+        chat.redis.kill()
+        for path in ["/prompts", "/sessions", "/event-sources"]:
+            assert statuses(path) == {503}, path
+        chat.redis.start()
+        # Also of the connections that were open when Redis was killed.
+        assert statuses("/prompts") == {202}
+        assert statuses("/sessions") == {201}

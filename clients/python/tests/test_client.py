@@ -324,7 +324,7 @@ async def test_a_message_is_acknowledged_when_it_is_done(fake: FakeGateway) -> N
 
     async def first(peer: Peer) -> None:
         await peer.say({"type": "a", "ack": True}, "2-0-000000aa")
-        # Again, since nobody said anything: the loop is not done with it.
+        # Again, since no acknowledgement came: the loop is not done with it.
         await peer.say({"type": "a", "ack": True}, "2-0-000000aa")
         await peer.say({"type": "b", "event_id": "own", "ack": True}, "3-0-000000aa")
         heard.append(await peer.hear())

@@ -61,7 +61,7 @@ async def test_what_a_history_lacks_is_said(redis: RedisServer, redis_worker: Wo
 async def test_an_event_id_that_means_something_else_is_refused_before_it_is_sent(
     redis: RedisServer, over: str, bad: str
 ) -> None:
-    # Nobody listens there, so that nothing could be sent.
+    # No server listens there, so that nothing could be sent.
     made = Worker.redis(redis.url) if over == "redis" else Worker.http("http://127.0.0.1:1", "k", retry_for=0)
     async with made as worker:
         for publish in (

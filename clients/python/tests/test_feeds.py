@@ -1,11 +1,13 @@
-"""What waits for a reader is bounded, and a reader or the log is told of what was dropped."""
+"""The queue of a reader is bounded, and the reader or the log is told of dropped messages."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import pytest
 
+from conftest import within
 from wsproxy import Gap, UpstreamMessage
 from wsproxy._feeds import SUBSCRIBED, Consumer, Item, Subscription
 
@@ -88,3 +90,40 @@ async def test_a_loss_of_which_nobody_is_told_is_logged_once(is_told: bool, capl
         assert await anext(messages) == message(42)
     lines = ["session:s-1:up: the reader is too slow, the oldest messages are dropped (2 so far)."]
     assert (gaps, caplog.messages) == (([OVERFLOW], []) if is_told else ([], lines))
+
+
+async def nothing() -> list[UpstreamMessage | Gap]:
+    return []
+
+
+async def wait_for_next(queue: Consumer) -> tuple[Subscription[UpstreamMessage], asyncio.Task[UpstreamMessage]]:
+    """A subscription over a log in which nothing new stands, and a task that waits for its next message."""
+    messages = Subscription(lambda: queue, lambda each: each, None, log=nothing)
+    queue.confirm(None)
+    task = asyncio.ensure_future(anext(messages))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done()
+    return messages, task
+
+
+@pytest.mark.asyncio
+async def test_a_reader_ends_that_is_cancelled_while_a_message_comes() -> None:
+    # At each of the loop's turns between the message and the reader's next wait.
+    for turns in range(10):
+        queue = consumer()
+        _, task = await wait_for_next(queue)
+        queue.push(message(1))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await within(task, 2.0)
+
+
+@pytest.mark.asyncio
+async def test_a_subscription_that_is_given_up_ends_the_wait_for_its_next_message() -> None:
+    messages, task = await wait_for_next(consumer())
+    await messages.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await within(task, 2.0)

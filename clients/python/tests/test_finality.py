@@ -14,7 +14,7 @@ import pytest
 from conftest import API_KEY, ROOT, SECRET, Gateway, RedisServer, eventually, within
 from wsproxy import GiveUp, InvalidRequest, Refused, Unavailable, Worker
 from wsproxy.client import Client, connect_events, connect_session
-from wsproxy.client._advice import RETRY_AFTER_MAX, after_close, after_refusal
+from wsproxy.client._advice import ADVICE_OF_POLICY, POLICY, RETRY_AFTER_MAX, after_close, after_refusal
 from wsproxy.client._transport import not_opened
 
 RULE: dict[str, Any] = json.loads((ROOT / "spec/finality.json").read_text())
@@ -34,6 +34,17 @@ def test_an_answer_that_opens_nothing_is_read_as_the_table_says(row: Row) -> Non
 @pytest.mark.parametrize("row", named("closes"))
 def test_a_close_is_read_as_the_table_says(row: Row) -> None:
     assert after_close(row["code"], row["reason"]) == row["advice"]
+
+
+@pytest.mark.parametrize("row", named("other_codes"))
+def test_a_close_code_of_no_row_is_read_as_its_range_says(row: Row) -> None:
+    others = set(range(row["from"], row["to"] + 1)) - {close["code"] for close in RULE["closes"]}
+    assert {after_close(code, "") for code in others} == {row["advice"]}
+
+
+def test_reasons_that_mean_something_are_the_gateways() -> None:
+    rows = [row for row in RULE["closes"] if row["code"] == POLICY and row["by"] == "gateway"]
+    assert {row["reason"]: row["advice"] for row in rows if row["advice"] != "final"} == ADVICE_OF_POLICY
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def session(url: str, **options: Any) -> Client:
 
 
 async def gives_up(row: Row, transport: str) -> str:
-    """What is wrong with how a client takes a row; empty where nothing is."""
+    """Returns the deviation of a client from a row; empty where there is none."""
     answers = Answers(row)
     async with answers.running() as url, session(url, transport=transport, give_up_after=2.0) as client:
         error = await raised(client)

@@ -1,4 +1,4 @@
-"""What was kept while nobody listened is given at least once, in order, by one worker at a time."""
+"""Messages that were kept while no worker listened are given at least once, in order, by one worker at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a client sends."""
+"""The rate of a client's messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Redis refuses is not done: the package waits, does it once, or says so and why."""
+"""Refusals of Redis: the package waits, does the call once, or says why it is not done."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ async def test_a_redis_that_comes_back_empty_is_told(worker: Worker, gateway: Ga
         sent = await within(worker.send("s-1", {"n": 1}))
         notice = await within(anext(connection))
         assert notice.is_history_lost
-        # What was sent before the gateway looked is covered by the notice; what was sent after it comes.
+        # The notice covers messages sent before the gateway looked; later ones come.
         await worker.send("s-1", {"n": 2})
         covered = order(notice.json()["event_id"]) >= order(sent.event_id)
         expected = [2] if covered else [1, 2]

@@ -1,4 +1,4 @@
-"""What JSON or UTF-8 cannot say is refused before anything is sent, wherever it is."""
+"""Values that JSON or UTF-8 cannot express are refused before anything is sent, wherever they are."""
 
 from __future__ import annotations
 

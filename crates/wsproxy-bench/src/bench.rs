@@ -1,4 +1,4 @@
-//! What all scenarios share: the fleet, the publisher, the processes that are watched, and the first figures.
+//! A running benchmark, shared by all scenarios: the fleet, the publisher, the watched processes, the first figures.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -6,9 +6,9 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cli::Common;
 use crate::clock::{NS_PER_SECOND, now_ns};
 use crate::fleet::{Fleet, FleetConfig, Opening, Span, Tally};
+use crate::options::Common;
 use crate::procfs::{CpuSample, Memory, Processes};
 use crate::progress::Progress;
 use crate::publisher::Publisher;
@@ -17,13 +17,13 @@ use crate::target::Target;
 
 /// A running benchmark.
 pub struct Bench {
-    /// What was asked for.
+    /// The options of the run.
     pub common: Common,
-    /// How sessions are named.
+    /// Names of sessions and their channels.
     pub target: Target,
     /// The clients.
     pub fleet: Fleet,
-    /// What publishes to them.
+    /// The publisher of their messages.
     pub publisher: Publisher,
     /// The server's processes.
     pub server: Processes,
@@ -31,9 +31,9 @@ pub struct Bench {
     pub redis: Processes,
     /// This process.
     pub own: Processes,
-    /// The line on standard error.
+    /// The progress line on standard error.
     pub progress: Progress,
-    /// What was found.
+    /// The results.
     pub report: Report,
 }
 
@@ -49,13 +49,13 @@ pub struct Moment {
 /// CPU time of all watched processes over a phase, and how long that was; in nanoseconds.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Spent {
-    /// The server's.
+    /// CPU time of the server.
     pub server: u64,
-    /// Redis'.
+    /// CPU time of Redis.
     pub redis: u64,
-    /// This process'.
+    /// CPU time of this process.
     pub client: u64,
-    /// By the clock.
+    /// Duration by the clock.
     pub elapsed: u64,
 }
 
@@ -69,21 +69,21 @@ impl Spent {
     }
 }
 
-/// How a scenario lays out its clients.
+/// Layout of a scenario's clients.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
     /// All clients, measured ones first.
     pub clients: u32,
-    /// How many of them are measured.
+    /// Number of the clients that are measured.
     pub measured: u32,
-    /// Whether all belong to one session.
+    /// Set where all clients belong to one session.
     pub shared: bool,
-    /// Whether clients that connect again continue where they were.
+    /// Set where clients that connect again continue at their position.
     pub resumes: bool,
 }
 
 impl Layout {
-    /// So many clients, each with a session of its own, all measured.
+    /// Creates a layout of `clients` clients, each with a session of its own, all measured.
     #[must_use]
     pub fn sessions(clients: u32) -> Self {
         Self { clients, measured: clients, shared: false, resumes: false }
@@ -93,7 +93,8 @@ impl Layout {
 impl Bench {
     /// Starts the fleet's threads and connects the publisher; no client connects yet.
     pub fn start(scenario: &str, common: &Common, layout: Layout) -> Result<Self> {
-        let run = format!("b{:x}", now_ns() & 0xff_ffff_ffff);
+        let own = || format!("b{:x}", now_ns() & 0xff_ffff_ffff);
+        let run = common.run.clone().unwrap_or_else(own);
         let target = Target::new(common.target, &common.path, &run, layout.shared);
         let target = if layout.resumes { target.resuming() } else { target };
         let fleet = Fleet::start(&FleetConfig {
@@ -123,7 +124,7 @@ impl Bench {
         })
     }
 
-    /// Connects a range of clients with whatever credentials they need, and waits for all of them.
+    /// Connects a range of clients with their credentials, and waits for all of them.
     pub fn open(&mut self, span: Span) -> Result<()> {
         self.progress.phase("connect");
         if self.target.is_shared() && self.target.needs_token() {
@@ -138,7 +139,7 @@ impl Bench {
         fleet.open_and_wait(opening, common.timeout * 4, |counters| progress.tick(counters))
     }
 
-    /// A session's token admits one handshake: the next one needs the next token.
+    /// Stores a new token for each session: a one-time token admits one handshake.
     fn open_one_by_one(&mut self, span: Span) -> Result<()> {
         for first in span.first..span.first + span.count {
             self.publisher.set_tokens(std::iter::once(0))?;
@@ -169,7 +170,7 @@ impl Bench {
         Ok(())
     }
 
-    /// CPU time of everybody, now.
+    /// Takes a sample of the CPU time of all watched processes.
     #[must_use]
     pub fn moment(&self) -> Moment {
         Moment {
@@ -180,7 +181,7 @@ impl Bench {
         }
     }
 
-    /// CPU time of everybody since `start`.
+    /// Returns the CPU time of all watched processes since `start`.
     #[must_use]
     pub fn spent_since(&self, start: &Moment) -> Spent {
         let end = self.moment();
@@ -192,7 +193,7 @@ impl Bench {
         }
     }
 
-    /// Notes who used how much of a CPU since `start`, and what that is per one of `amount` things.
+    /// Notes each process' CPU time since `start`, in percent and per one of `amount` things.
     pub fn note_cpu(&mut self, start: &Moment, amount: u64, per: &str) {
         let spent = self.spent_since(start);
         let elapsed = spent.elapsed as f64;
@@ -215,7 +216,7 @@ impl Bench {
         self.report.ratio("measured_s", elapsed, NS_PER_SECOND as f64);
     }
 
-    /// Puts the name of a phase before the CPU figures that were noted last, since others follow.
+    /// Prefixes the CPU figures that were noted last with a phase's name, since others follow.
     pub fn rename_cpu(&mut self, phase: &str) {
         let figures = &mut self.report.figures;
         let names: Vec<String> = figures
@@ -233,13 +234,13 @@ impl Bench {
         figures.remove("measured_s");
     }
 
-    /// Memory of the server, now.
+    /// Takes a sample of the server's memory.
     #[must_use]
     pub fn memory(&self) -> Memory {
         self.server.memory()
     }
 
-    /// Notes what must not have happened: failed handshakes, lost connections, messages out of order.
+    /// Notes failures: failed handshakes, lost connections, messages out of order.
     pub fn judge(&mut self, tally: &Tally, endings_expected: bool) {
         for (reason, count) in &tally.failures {
             self.report.problems.push(format!("{count} handshakes failed: {reason}"));
@@ -257,7 +258,7 @@ impl Bench {
         self.report.figure("server_messages", tally.unstamped);
     }
 
-    /// Notes messages that did not arrive, and publishes that were refused.
+    /// Notes lost messages and refused publishes.
     pub fn judge_deliveries(&mut self, expected: u64, delivered: u64) {
         let lost = expected.saturating_sub(delivered);
         self.report.figure("delivered", delivered);
@@ -269,25 +270,25 @@ impl Bench {
         self.report.problem_if(refused > 0, || format!("{refused} publishes were refused"));
     }
 
-    /// Notes publishes that reached nobody, by the server's own account.
+    /// Notes publishes that reached no subscriber, by the server's own account.
     pub fn judge_unheard(&mut self) {
         let unheard = self.publisher.unheard();
         self.report.problem_if(unheard > 0, || format!("{unheard} messages had no subscriber"));
     }
 }
 
-/// The raw limit as a process of its own, so that its CPU time is its own; killed when this is dropped.
+/// The raw limit as a separate process, so that its CPU time is its own; killed when this is dropped.
 #[derive(Debug)]
 pub struct LimitServer {
     child: Child,
-    /// Where its clients connect.
+    /// Address for its clients.
     pub server: SocketAddr,
-    /// Where messages for everybody are published.
+    /// Address where messages to all clients are published.
     pub publish: SocketAddr,
 }
 
 impl LimitServer {
-    /// Starts it and waits until it listens.
+    /// Starts the process and waits until it listens.
     pub fn start(redis: Option<SocketAddr>) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["limit", "serve"]).stdin(Stdio::null()).stdout(Stdio::piped());
@@ -310,7 +311,7 @@ impl LimitServer {
         Ok(Self { child, server, publish })
     }
 
-    /// Its process.
+    /// Returns its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()

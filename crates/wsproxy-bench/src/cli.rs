@@ -1,17 +1,18 @@
-//! The command line: which scenario, against what, how much of it.
+//! The command line: a scenario and its options.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use anyhow::{Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use crate::bench::LimitServer;
 use crate::limit;
+use crate::options::Common;
 use crate::remote::{self, Generator};
 use crate::report::Report;
 use crate::scenario::{
-    churn, cluster, connect, drain, echo, fanout, history, idle, outage, resume, sessions, slow,
+    agents, churn, cluster, connect, drain, echo, fanout, history, idle, outage, resume, rooms,
+    sessions, slow,
 };
 use crate::target::Kind;
 
@@ -42,7 +43,7 @@ enum Command {
 enum LimitCommand {
     /// Runs the bare server alone, until it is killed.
     Serve {
-        /// Subscribe each client's session on this Redis, instead of sending every message to everybody.
+        /// Subscribe each client's session on this Redis, instead of sending every message to all clients.
         #[arg(long)]
         redis: Option<SocketAddr>,
     },
@@ -52,17 +53,17 @@ enum LimitCommand {
 
 #[derive(Debug, Subcommand)]
 enum Scenario {
-    /// How many complete handshakes per second.
+    /// Complete handshakes per second.
     Connect(connect::Options),
-    /// How much memory an idle connection keeps, before and after a burst.
+    /// Memory of an idle connection, before and after a burst.
     Idle(idle::Options),
-    /// From a client up to a worker and back down.
+    /// Messages from a client up to a worker and back down.
     Echo(echo::Options),
     /// Each message to all connections of one session.
     Fanout(fanout::Options),
     /// Each message to one of many sessions.
     Sessions(sessions::Options),
-    /// Some clients stop reading: what the others notice.
+    /// Some clients stop reading: the effect on the others.
     Slow(slow::Options),
     /// Clients come and go.
     Churn(churn::Options),
@@ -76,67 +77,13 @@ enum Scenario {
     Outage(outage::Options),
     /// Users at the event endpoint of several instances.
     Cluster(cluster::Options),
+    /// Users' agents: memory, heartbeats, calls of tools.
+    Agents(agents::Options),
+    /// Members of rooms: moves, joins, leaves, memory.
+    Rooms(rooms::Options),
 }
 
-/// What every scenario needs to know.
-#[derive(Debug, Clone, Args)]
-pub struct Common {
-    /// Where the server listens.
-    #[arg(long, default_value = "127.0.0.1:8080")]
-    pub server: SocketAddr,
-    /// What kind of server it is.
-    #[arg(long, value_enum, default_value = "wsproxy")]
-    pub target: Kind,
-    /// Path of a client's WebSocket, with {id} and {agent}; the kind's own by default.
-    #[arg(long, default_value = "")]
-    pub path: String,
-    /// Where messages are published: Redis, or the HTTP side of a server that has one.
-    #[arg(long, default_value = "127.0.0.1:6379")]
-    pub publish: SocketAddr,
-    /// Processes of the server, with whatever they started; needed for CPU and memory.
-    #[arg(long, value_delimiter = ',')]
-    pub pid: Vec<u32>,
-    /// How many clients.
-    #[arg(short = 'n', long, default_value_t = 1_000)]
-    pub connections: u32,
-    /// Threads that share the clients.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub threads: u32,
-    /// Source addresses, from 127.0.0.1 up.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=250))]
-    pub sources: u32,
-    /// Handshakes at once and thread.
-    #[arg(long, default_value_t = 64)]
-    pub in_flight: u32,
-    /// Payload bytes of a message.
-    #[arg(long, default_value_t = 200)]
-    pub size: usize,
-    /// Seconds of the measured phase.
-    #[arg(long, default_value = "10", value_parser = seconds)]
-    pub duration: Duration,
-    /// Seconds of the same load before it.
-    #[arg(long, default_value = "2", value_parser = seconds)]
-    pub warmup: Duration,
-    /// Seconds without any progress after which a phase has failed.
-    #[arg(long, default_value = "30", value_parser = seconds)]
-    pub timeout: Duration,
-    /// How often due messages are sent, in microseconds.
-    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u64).range(50..=1_000_000))]
-    pub tick_us: u64,
-    /// Results as JSON instead of a table.
-    #[arg(long)]
-    pub json: bool,
-}
-
-impl Common {
-    /// How often due messages are sent.
-    #[must_use]
-    pub fn tick(&self) -> Duration {
-        Duration::from_micros(self.tick_us)
-    }
-}
-
-/// Runs what was asked for; true when nothing was lost and nothing failed.
+/// Runs the command; true when no message was lost and nothing failed.
 pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Scenario(scenario) => finish(&scenario),
@@ -149,11 +96,14 @@ pub fn run(cli: Cli) -> Result<bool> {
             if matches!(scenario, Scenario::Echo(_)) {
                 bail!("the raw limit has no way up");
             }
-            use Scenario::{Cluster, History, Outage, Resume};
-            if matches!(scenario, History(_) | Resume(_) | Outage(_) | Cluster(_)) {
-                bail!("the raw limit keeps no history and knows no users");
+            use Scenario::{Agents, Cluster, History, Outage, Resume, Rooms};
+            if matches!(scenario, History(_) | Resume(_) | Outage(_)) {
+                bail!("the raw limit keeps no history");
             }
-            // Many sessions come through Redis as they do for a real server; what goes to everybody goes to
+            if matches!(scenario, Cluster(_) | Agents(_) | Rooms(_)) {
+                bail!("the raw limit knows no users");
+            }
+            // Many sessions come through Redis as they do for a real server; messages to all clients go to
             // the bare loop directly.
             let through_redis = !matches!(scenario, Scenario::Fanout(_));
             let common = scenario.common_mut();
@@ -184,6 +134,8 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::Resume(options) => resume::run(options)?,
         Scenario::Outage(options) => outage::run(options)?,
         Scenario::Cluster(options) => cluster::run(options)?,
+        Scenario::Agents(options) => agents::run(options)?,
+        Scenario::Rooms(options) => rooms::run(options)?,
     };
     if scenario.common().json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -208,6 +160,8 @@ impl Scenario {
             Self::Resume(options) => &options.common,
             Self::Outage(options) => &options.common,
             Self::Cluster(options) => &options.common,
+            Self::Agents(options) => &options.common,
+            Self::Rooms(options) => &options.common,
         }
     }
 
@@ -225,12 +179,8 @@ impl Scenario {
             Self::Resume(options) => &mut options.common,
             Self::Outage(options) => &mut options.common,
             Self::Cluster(options) => &mut options.common,
+            Self::Agents(options) => &mut options.common,
+            Self::Rooms(options) => &mut options.common,
         }
     }
-}
-
-/// Seconds, with a fraction if need be.
-pub fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| format!("{text} is not a number of seconds"))?;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }

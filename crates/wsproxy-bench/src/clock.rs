@@ -13,7 +13,7 @@ pub fn now_ns() -> u64 {
     now.tv_sec.cast_unsigned() * NS_PER_SECOND + now.tv_nsec.cast_unsigned()
 }
 
-/// Sleeps until that point of [`now_ns`]; returns at once when it has passed.
+/// Sleeps until a point of [`now_ns`]; returns at once when that point has passed.
 pub fn sleep_until(at_ns: u64) {
     let request = Timespec {
         tv_sec: (at_ns / NS_PER_SECOND).cast_signed(),
@@ -23,7 +23,7 @@ pub fn sleep_until(at_ns: u64) {
     let _ = clock_nanosleep_absolute(ClockId::Monotonic, &request);
 }
 
-/// A duration in nanoseconds, for arithmetic with [`now_ns`].
+/// Converts a duration to nanoseconds, for arithmetic with [`now_ns`].
 #[must_use]
 pub fn ns(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)

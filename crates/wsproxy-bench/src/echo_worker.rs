@@ -1,4 +1,4 @@
-//! A worker as the echo scenario needs it: what comes up a session's channel goes down the same session.
+//! The worker of the echo scenario: sends each session's upstream messages back down to the same session.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::resp;
 
-/// A thread that answers. Dropping this ends it.
+/// The worker's thread. Dropping this ends it.
 #[derive(Debug)]
 pub struct EchoWorker {
     stop: Arc<AtomicBool>,
@@ -35,7 +35,7 @@ impl EchoWorker {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("worker".to_owned()).spawn(move || {
-            // The scenario sees a worker that failed by the messages that do not come back.
+            // The scenario notices a failed worker: its messages do not come back.
             if let Err(error) = answer(up, down, &stopped) {
                 eprintln!("The worker ended: {error:#}");
             }
@@ -80,7 +80,7 @@ fn answer(mut up: TcpStream, mut down: TcpStream, stop: &AtomicBool) -> Result<(
         input.drain(..at);
         down.write_all(&output)?;
         output.clear();
-        // The answers only say how many received it; taking them keeps Redis from buffering them.
+        // Redis' answers hold only the number of receivers; taking them keeps Redis from buffering them.
         let flags = rustix::net::RecvFlags::DONTWAIT;
         while let Ok((_, 1..)) = rustix::net::recv(&down, &mut buffer[..], flags) {}
     }

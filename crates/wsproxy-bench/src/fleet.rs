@@ -1,4 +1,4 @@
-//! Many clients on few threads, each thread one epoll loop; knows sockets and frames, not what is measured with them.
+//! Many clients on few threads, each thread one epoll loop; knows sockets and frames, not their purpose.
 
 mod client;
 mod counters;
@@ -16,28 +16,29 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
 
+pub(crate) use client::{Client, Phase};
 pub use counters::Counters;
 pub use tally::{Ending, Tally};
 
 use crate::clock::{now_ns, ns};
 use crate::target::Target;
 
-/// How the clients of a fleet reach the server.
+/// Configuration of a fleet.
 #[derive(Debug, Clone)]
 pub struct FleetConfig {
-    /// Where the server listens.
+    /// The server's address.
     pub server: SocketAddr,
-    /// What each client asks for.
+    /// The handshakes and channels of the clients.
     pub target: Target,
-    /// How many threads share the clients.
+    /// Number of threads that share the clients.
     pub threads: u32,
-    /// How many source addresses, from 127.0.0.1 up; each gives some 28,000 ports.
+    /// Number of source addresses, from 127.0.0.1 up; each gives some 28,000 ports.
     pub sources: u32,
-    /// How many clients there are.
+    /// Number of clients.
     pub clients: u32,
-    /// Of these the first so many are measured; the others only take part.
+    /// Number of measured clients, which are the first ones; the others only take part.
     pub measured: u32,
-    /// After this a handshake counts as failed.
+    /// Longest duration of a handshake; later it counts as failed.
     pub handshake_timeout: Duration,
 }
 
@@ -46,16 +47,16 @@ pub struct FleetConfig {
 pub struct Span {
     /// The first client.
     pub first: u32,
-    /// How many.
+    /// Number of clients.
     pub count: u32,
 }
 
-/// How fast a range of clients connects.
+/// Connects of a range of clients, and their pace.
 #[derive(Debug, Clone, Copy)]
 pub struct Opening {
-    /// Who connects.
+    /// The clients that connect.
     pub span: Span,
-    /// At most this many handshakes at once and thread.
+    /// Upper bound of concurrent handshakes per thread.
     pub in_flight: u32,
     /// Connections per second of the whole fleet; `None`: as fast as `in_flight` allows.
     pub rate: Option<f64>,
@@ -64,17 +65,19 @@ pub struct Opening {
 /// A steady stream of messages from clients.
 #[derive(Debug, Clone, Copy)]
 pub struct Echo {
-    /// Who sends, in turn.
+    /// The clients that send, in turn.
     pub span: Span,
     /// Messages per second of the whole fleet.
     pub rate: f64,
     /// Payload bytes.
     pub bytes: usize,
-    /// How often due messages are sent; its schedule is what latency is measured from.
+    /// Send heartbeats of agents in place of stamped messages.
+    pub heartbeats: bool,
+    /// Interval at which due messages are sent; latency is measured from their schedule.
     pub tick: Duration,
-    /// When to begin, in monotonic nanoseconds.
+    /// Begin, in monotonic nanoseconds.
     pub start_ns: u64,
-    /// When to end.
+    /// End, in monotonic nanoseconds.
     pub end_ns: u64,
 }
 
@@ -121,7 +124,7 @@ impl Fleet {
         Ok(Self { workers, counters })
     }
 
-    /// What has happened so far, over all threads.
+    /// Returns the totals so far, over all threads.
     #[must_use]
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -165,17 +168,17 @@ impl Fleet {
         self.command(|| Command::Echo(echo))
     }
 
-    /// Who connects from now on connects to this server.
+    /// Sets the server for all connections from now on.
     pub fn redirect(&self, server: SocketAddr) -> Result<()> {
         self.command(|| Command::Redirect(server))
     }
 
-    /// Counts from now on by themselves the messages that were to be sent until `at_ns`.
+    /// Begins to count separately the messages that were to be sent until `at_ns`.
     pub fn mark(&self, at_ns: u64) -> Result<()> {
         self.command(|| Command::Mark(at_ns))
     }
 
-    /// What was measured since the last report, over all threads.
+    /// Returns the figures since the last report, over all threads.
     pub fn report(&self) -> Result<Tally> {
         let mut total = Tally::default();
         for worker in &self.workers {
@@ -186,7 +189,10 @@ impl Fleet {
         Ok(total)
     }
 
-    /// Waits until `done`; an error when the time is over first.
+    /// Waits until `done`.
+    ///
+    /// # Errors
+    /// The time is over first.
     pub fn wait(
         &self,
         timeout: Duration,
@@ -229,7 +235,7 @@ impl Handle {
 }
 
 impl Span {
-    /// Everybody of a fleet of `clients`.
+    /// All clients of a fleet of `clients`.
     #[must_use]
     pub fn all(clients: u32) -> Self {
         Self { first: 0, count: clients }

@@ -7,14 +7,14 @@ use wsproxy_proto::ws::{
 
 use wsproxy_proto::history::Position;
 
-use crate::stamp::{POSITION_AND_STAMP_BYTES, Stamp};
+use crate::stamp::{CallStamp, POSITION_AND_STAMP_BYTES, Stamp};
 
-/// What arrived from the server.
+/// An event from the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// A whole message.
     Message {
-        /// What its first frame began with.
+        /// The start of its first frame.
         content: Content,
         /// Payload bytes over all its frames.
         bytes: u64,
@@ -27,23 +27,25 @@ pub enum Event {
     Close(u16),
 }
 
-/// Whose message it is.
+/// Origin of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// One that was published, with its position where it has one.
+    /// A published message, with its position where it has one.
     Stamped(Stamp, Option<Position>),
-    /// The server speaks for itself.
+    /// A call of a tool.
+    Call(CallStamp),
+    /// A message of the server itself.
     Notice(Notice),
 }
 
-/// What a server says for itself, as far as clients must know.
+/// A message of the server itself that clients must act on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Notice {
-    /// It wants to hear a pong as a message.
+    /// The server asks for a pong as a message.
     Ping,
-    /// The messages that were missed follow.
+    /// The missed messages follow.
     Resumed,
-    /// Not all messages that were missed can be had.
+    /// Some of the missed messages are lost.
     HistoryLost,
     /// Messages may have been missed.
     BusRecovered,
@@ -64,7 +66,7 @@ pub enum FrameError {
     Order,
 }
 
-/// Reads server frames from a byte stream, however it is cut.
+/// Reads server frames from a byte stream that is cut anywhere.
 ///
 /// Invariant: holds at most one header and one control payload, never a message.
 #[derive(Debug)]
@@ -99,7 +101,7 @@ impl Default for FrameReader {
 }
 
 impl FrameReader {
-    /// Takes bytes from the front of `input`; `None` once all of it is used up.
+    /// Takes bytes from the front of `input`; `None` once the input is used up.
     pub fn next(&mut self, input: &mut &[u8]) -> Result<Option<Event>, FrameError> {
         loop {
             if self.skip > 0 {
@@ -130,14 +132,14 @@ impl FrameReader {
         }
     }
 
-    /// What the last control frame carried.
+    /// Returns the payload of the last control frame.
     #[must_use]
     pub fn control_payload(&self) -> &[u8] {
         let start = usize::from(self.control_at);
         &self.held[start..start + usize::from(self.control_bytes)]
     }
 
-    /// The common case: header and stamp lie in the input, nothing is copied.
+    /// Reads the common case without copying: header and stamp lie in the input.
     fn take_whole(&mut self, input: &mut &[u8]) -> Result<Option<Step>, FrameError> {
         let Some((header, at)) = header(input)? else { return Ok(None) };
         let wanted = at + wanted(&header);
@@ -149,7 +151,7 @@ impl FrameReader {
         self.begin(&header, &frame[at..]).map(Some)
     }
 
-    /// The header or the stamp is cut: collect it byte by byte.
+    /// Collects a header or a stamp that is cut, byte by byte.
     fn take_pieces(&mut self, input: &mut &[u8]) -> Result<Step, FrameError> {
         loop {
             let held = usize::from(self.held_bytes);
@@ -215,6 +217,9 @@ fn content(start: &[u8]) -> Content {
     if let Some((stamp, position)) = Stamp::read_with_position(start) {
         return Content::Stamped(stamp, position);
     }
+    if let Some(stamp) = CallStamp::read(start) {
+        return Content::Call(stamp);
+    }
     let told = |text: &str| start.windows(text.len()).any(|window| window == text.as_bytes());
     Content::Notice(match () {
         () if told("\"type\":\"ping\"") => Notice::Ping,
@@ -231,7 +236,7 @@ enum Step {
     Starved,
 }
 
-/// How much of the payload must lie together before the frame is looked at.
+/// Returns the number of payload bytes that must lie together before the frame is read.
 fn wanted(header: &Header) -> usize {
     let wanted =
         if header.opcode.is_control() { CONTROL_BYTES_MAX } else { POSITION_AND_STAMP_BYTES };
@@ -270,7 +275,7 @@ fn push_header(opcode: Opcode, mask: Option<[u8; 4]>, payload: &[u8], output: &m
 }
 
 const HELD_BYTES_MAX: usize = HEADER_BYTES_MAX + CONTROL_BYTES_MAX;
-/// Nothing here needs protection from what lies in between; a fixed key saves a random number per frame and
+/// Fixed mask. There is no proxy to protect here; a fixed key saves a random number per frame and
 /// still makes the server unmask.
 const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
 

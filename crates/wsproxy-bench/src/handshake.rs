@@ -2,20 +2,20 @@
 
 use std::fmt::Write as _;
 
-/// What the server has answered so far.
+/// The server's answer so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     /// The head is not complete.
     Incomplete,
-    /// `101`; that many bytes belong to the head, frames follow.
+    /// `101`, with the number of bytes of the head; frames follow.
     Accepted(usize),
     /// Another status.
     Refused(u16),
-    /// Not HTTP, or an upgrade that proves nothing.
+    /// Not HTTP, or `101` without the right `Sec-WebSocket-Accept`.
     Malformed,
 }
 
-/// The bytes that ask for an upgrade.
+/// Returns the request for an upgrade.
 #[must_use]
 pub fn request(host: &str, path: &str, token: Option<&str>) -> Vec<u8> {
     let mut head = String::with_capacity(256);
@@ -54,7 +54,7 @@ pub fn answer(bytes: &[u8]) -> Answer {
 
 /// The key and the answer it must get are the example of the RFC: the server has to compute either way.
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
-/// What [`KEY`] must be answered with.
+/// The answer that [`KEY`] must get.
 pub const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
 const HEAD_BYTES_MAX: usize = 16 * 1024;

@@ -1,4 +1,4 @@
-//! Publishing with history as a worker does it: one script, called by its digest; knows no connections.
+//! Publishes with history as a worker does: one script, called by its digest; knows no connections.
 
 use crate::resp;
 
@@ -9,23 +9,23 @@ pub struct Channel {
     log: String,
 }
 
-/// What a history keeps, and the digest of the script that knows how.
+/// The publishing script by its digest, with the key that orders channels.
 #[derive(Debug, Clone)]
 pub struct Script {
     digest: String,
-    /// Orders the messages of all channels, where something does.
+    /// Key of the clock that orders several channels; empty where each channel has its own order.
     clock: String,
 }
 
-/// Keeps a message from being published twice.
+/// A guard against publishing a message twice.
 #[derive(Debug, Clone, Copy)]
 pub struct Once<'a> {
-    /// Names the message, and nothing else.
+    /// Key that names this message only.
     pub key: &'a str,
 }
 
 impl Channel {
-    /// A channel and its log.
+    /// Creates the names of a channel and its log.
     #[must_use]
     pub fn new(name: String) -> Self {
         let log = match name.strip_prefix("ws:") {
@@ -42,14 +42,14 @@ impl Channel {
 }
 
 impl Script {
-    /// The script under the digest that Redis gave it.
+    /// Creates the script from the digest that Redis gave it.
     #[must_use]
     pub fn new(digest: &[u8], clock: Option<String>) -> Self {
         let digest = String::from_utf8_lossy(digest).into_owned();
         Self { digest, clock: clock.unwrap_or_default() }
     }
 
-    /// Appends the command that makes Redis know it.
+    /// Appends the command that loads the script into Redis.
     pub fn push_load(output: &mut Vec<u8>) {
         resp::push_command(&[b"SCRIPT", b"LOAD", PUBLISH.as_bytes()], output);
     }
@@ -88,11 +88,11 @@ impl Script {
 }
 
 const PUBLISH: &str = include_str!("../../../spec/scripts/publish.lua");
-/// The gateway's own defaults.
+/// The gateway's own default.
 const ENTRIES_MAX: &[u8] = b"1000";
 const BYTES_MAX: &[u8] = b"1048576";
 const TTL_MS: &[u8] = b"3600000";
-/// Longer than any outage that a publisher tries to get over.
+/// Lifetime of the guard against doubles: longer than any outage that a publisher survives.
 const ONCE_MS: &[u8] = b"120000";
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Signs tokens as the issuer does whom a gateway trusts; knows one secret and no servers.
+//! An issuer of tokens that the gateway trusts; knows one secret and no servers.
 
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,14 +14,14 @@ pub struct Issuer {
 }
 
 impl Issuer {
-    /// One that shares `secret` with the gateway.
+    /// Creates an issuer that shares `secret` with the gateway.
     #[must_use]
     pub fn new(secret: &str) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         Self { key: EncodingKey::from_secret(secret.as_bytes()), issued_at: now }
     }
 
-    /// A token for a user that lives as long as any benchmark.
+    /// Signs a token for a user that lives longer than any benchmark.
     #[must_use]
     pub fn token(&self, user: &str) -> String {
         let claims =

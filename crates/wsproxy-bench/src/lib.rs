@@ -2,6 +2,7 @@
 //!
 //! It knows servers only from outside: sockets, Redis' protocol and `/proc`.
 
+pub mod answers;
 pub mod bench;
 pub mod cli;
 pub mod clock;
@@ -13,13 +14,16 @@ pub mod history;
 pub mod issuer;
 pub mod limit;
 pub mod load;
+pub mod options;
 pub mod persistent;
 pub mod procfs;
 pub mod progress;
 pub mod publisher;
+pub mod redis_memory;
 pub mod remote;
 pub mod report;
 pub mod resp;
+pub mod rooms;
 pub mod scenario;
 pub mod stamp;
 pub mod target;

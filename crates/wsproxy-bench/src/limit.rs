@@ -1,6 +1,6 @@
-//! The raw limit: a server that does nothing but write prebuilt frames, one system call per message and socket.
+//! The raw limit: a server that only writes prebuilt frames, one system call per message and socket.
 //!
-//! It knows just enough of HTTP and Redis to be measured with the same clients as a real server.
+//! It knows only as much of HTTP and Redis as the clients need, which also measure real servers.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -42,7 +42,7 @@ struct Socket {
     open: bool,
 }
 
-/// Serves until it is killed. Without `redis`, every message published on its control port goes to everybody;
+/// Serves until it is killed. Without `redis`, every message published on its control port goes to all clients;
 /// with it, each client's session is subscribed there.
 pub fn serve(redis: Option<SocketAddr>) -> Result<()> {
     let mut limit = Limit::bind(redis)?;
@@ -150,7 +150,7 @@ impl Limit {
             Err(_) => return self.close(slot),
         };
         if socket.open {
-            // A client only ever sends pongs and its farewell.
+            // A client only sends pongs and its close frame.
             let farewell = buffer[0] == 0x80 | Opcode::Close as u8;
             return if farewell { self.close(slot) } else { Ok(()) };
         }
@@ -197,7 +197,7 @@ impl Limit {
         Ok(())
     }
 
-    /// Each message goes to everybody: one frame, then one write per socket.
+    /// Sends each message to all clients: one frame, then one write per socket.
     fn on_publisher(&mut self, buffer: &mut [u8]) -> Result<()> {
         let Some(publisher) = &self.publisher else { return Ok(()) };
         let read = match rustix::net::recv(publisher, &mut *buffer, RecvFlags::empty()) {
@@ -232,7 +232,7 @@ impl Limit {
         Ok(())
     }
 
-    /// Each message goes to its session's client: one frame, one write.
+    /// Sends each message to its session's client: one frame, one write.
     fn on_bus(&mut self, buffer: &mut [u8]) -> Result<()> {
         let Some(bus) = &self.bus else { return Ok(()) };
         let (_, read) = rustix::net::recv(bus, &mut *buffer, RecvFlags::empty())?;
@@ -268,7 +268,7 @@ impl Limit {
         if sent == Ok(self.frame.len()) {
             return true;
         }
-        // The bare loop keeps nothing: who does not take a frame whole is dropped.
+        // The bare loop keeps no bytes: a client that does not take a frame whole is dropped.
         let _ = self.close(slot);
         false
     }

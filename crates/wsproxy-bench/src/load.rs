@@ -1,4 +1,4 @@
-//! How messages are published: at a steady rate on a schedule, or in rounds that wait for their arrival.
+//! Publishes messages: at a steady rate on a schedule, or in rounds that wait for their arrival.
 
 use std::time::Duration;
 
@@ -23,20 +23,20 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// `rate` messages per second of `bytes` bytes, in turn to sessions `first..first + sessions`.
+    /// Sends `rate` messages per second of `bytes` bytes, in turn to sessions `first..first + sessions`.
     #[must_use]
     pub fn new(first: u32, sessions: u32, bytes: usize, rate: f64) -> Self {
         let sessions = sessions.max(1);
         Self { first, sessions, bytes, rate, next: 0, to_all: false, payload: Vec::new() }
     }
 
-    /// `rate` messages per second to everybody, numbered by themselves.
+    /// Sends `rate` messages per second to all clients, numbered separately.
     #[must_use]
     pub fn to_all(bytes: usize, rate: f64) -> Self {
         Self { to_all: true, ..Self::new(0, 1, bytes, rate) }
     }
 
-    /// The same sessions and numbers at another rate.
+    /// Continues with the same sessions and numbers at another rate.
     pub fn set_rate(&mut self, rate: f64) {
         self.rate = rate;
     }
@@ -64,14 +64,14 @@ impl Flow {
     }
 }
 
-/// What a steady phase did.
+/// Counts of a steady phase.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Steady {
     /// Messages published, over all flows.
     pub published: u64,
     /// Messages that were due but could not be published in time.
     pub unsent: u64,
-    /// How late the publisher was at worst.
+    /// Greatest delay of the publisher.
     pub late_ns_max: u64,
 }
 
@@ -117,7 +117,7 @@ pub fn steady(
 }
 
 /// Publishes `burst` messages at once, waits until each has reached `receivers` clients, and begins again, until
-/// `duration` is over; gives how many rounds there were, `None` when a round did not arrive whole.
+/// `duration` is over; returns the number of rounds, `None` when a round did not arrive whole.
 pub fn rounds(
     publisher: &mut Publisher,
     counters: &Counters,
@@ -144,16 +144,16 @@ pub fn rounds(
     Ok(Some(done))
 }
 
-/// How [`rounds`] go.
+/// Parameters of [`rounds`].
 #[derive(Debug, Clone, Copy)]
 pub struct Rounds {
     /// Messages published at once.
     pub burst: u64,
     /// Clients that each message reaches.
     pub receivers: u64,
-    /// For how long.
+    /// Duration of all rounds.
     pub duration: Duration,
-    /// Without progress for this long, a round has failed.
+    /// Longest time without progress; after it a round has failed.
     pub timeout: Duration,
 }
 

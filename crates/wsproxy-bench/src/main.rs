@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Takes as many descriptors as the host allows: each client is one.
+/// Raises the limit of descriptors to the host's maximum: each client needs one.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);

@@ -1,4 +1,4 @@
-//! A publisher that gets over an outage of Redis: what was not acknowledged is published again, in the same order.
+//! A publisher that survives an outage of Redis: it publishes unacknowledged messages again, in the same order.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -29,18 +29,18 @@ pub struct PersistentPublisher {
     counts: Counts,
 }
 
-/// What has become of messages.
+/// Counts of messages by their fate.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Counts {
     /// Acknowledged by Redis.
     pub acknowledged: u64,
     /// Sent again.
     pub retried: u64,
-    /// Of those, Redis had them already.
+    /// Sent again, although Redis had them already.
     pub known: u64,
     /// Connections that were lost.
     pub outages: u64,
-    /// When Redis answered last after an outage, in monotonic nanoseconds; 0 while there was none.
+    /// Time of Redis' last answer after an outage, in monotonic nanoseconds; 0 before the first outage.
     pub answered_ns: u64,
 }
 
@@ -95,13 +95,13 @@ impl PersistentPublisher {
         self.waiting.len() + self.sent.len()
     }
 
-    /// What has become of messages so far.
+    /// Counts of messages so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.counts
     }
 
-    /// Connects where there is no connection, sends what it takes and reads what is there; never waits for long.
+    /// Connects if necessary, sends what the socket takes and reads what has arrived; never waits for long.
     pub fn step(&mut self) -> Result<()> {
         if self.connection.is_none() && now_ns() >= self.retry_ns {
             self.connection = Connection::open(self.address);
@@ -118,7 +118,7 @@ impl PersistentPublisher {
             self.connection = None;
             self.counts.outages += 1;
             self.counts.retried += self.sent.len() as u64;
-            // Before those that were never sent: the order within a session is that of its numbers.
+            // Unacknowledged messages go first: within a session messages leave in the order of their numbers.
             while let Some(message) = self.sent.pop_back() {
                 self.waiting.push_front(message);
             }
@@ -165,7 +165,7 @@ impl PersistentPublisher {
 }
 
 impl Connection {
-    /// A connection to a Redis that is ready; `None` where there is none, or one that still loads its data.
+    /// Opens a connection to a Redis that is ready; `None` where Redis is absent or still loads its data.
     fn open(address: SocketAddr) -> Option<Self> {
         let stream = TcpStream::connect(address).ok()?;
         stream.set_nodelay(true).ok()?;
@@ -221,7 +221,7 @@ impl Connection {
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 const RETRY_NS: u64 = 5_000_000;
 const OUTPUT_BYTES_MAX: usize = 256 * 1024;
-/// More on the way than this does not make Redis faster.
+/// Upper bound of messages in flight. More of them do not make Redis faster.
 const SENT_MAX: usize = 10_000;
 
 #[cfg(test)]
@@ -231,8 +231,8 @@ mod tests {
     use super::*;
     use crate::target::Kind;
 
-    /// Answers one connection: the script's digest, then each publish with what `answers` has; then it ends.
-    /// Gives the keys that keep messages from being published twice, in the order in which they came.
+    /// Serves one connection: answers with the script's digest, then each publish from `answers`, and ends.
+    /// Returns the keys that keep messages from being published twice, in the order in which they came.
     fn serve(listener: &TcpListener, answers: &[Option<&str>]) -> Vec<String> {
         let (mut stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -267,7 +267,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let redis = std::thread::spawn(move || {
-            // The second message is done, but nobody hears of it.
+            // Redis has stored the second message, but the publisher gets no answer.
             let first = serve(&listener, &[NEW, None, None]);
             (first, serve(&listener, &[KNOWN, NEW, NEW]))
         });

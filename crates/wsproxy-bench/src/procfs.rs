@@ -1,4 +1,4 @@
-//! CPU time and memory of other processes, from `/proc`; knows nothing of what they do.
+//! CPU time and memory of other processes, from `/proc`; does not know their purpose.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ pub struct Processes {
 pub struct CpuSample {
     /// Nanoseconds on a CPU, per thread.
     threads: BTreeMap<u32, u64>,
-    /// The same for whole processes, in the coarse unit of the kernel's ticks.
+    /// Nanoseconds on a CPU per process, in the coarse unit of the kernel's ticks.
     ticks: u64,
 }
 
@@ -24,30 +24,30 @@ pub struct CpuSample {
 pub struct Memory {
     /// All resident pages.
     pub resident: u64,
-    /// Those that belong to the process alone: heap and stacks.
+    /// Resident pages of the process alone: heap and stacks.
     pub anonymous: u64,
 }
 
 impl Processes {
-    /// These processes and, whenever a sample is taken, what they have started.
+    /// Watches these processes and their children, which are looked up at each sample.
     #[must_use]
     pub fn new(roots: &[u32]) -> Self {
         Self { roots: roots.to_vec(), alone: false }
     }
 
-    /// This process without its children, among whom may be the server.
+    /// Watches this process without its children, as the server may be one of them.
     #[must_use]
     pub fn own() -> Self {
         Self { roots: vec![std::process::id()], alone: true }
     }
 
-    /// Whether there is nothing to measure.
+    /// Returns true when there is no process to measure.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.roots.is_empty()
     }
 
-    /// CPU time until now.
+    /// Takes a sample of the CPU time.
     #[must_use]
     pub fn cpu(&self) -> CpuSample {
         let mut sample = CpuSample::default();
@@ -66,7 +66,7 @@ impl Processes {
         sample
     }
 
-    /// Memory now.
+    /// Takes a sample of the memory.
     #[must_use]
     pub fn memory(&self) -> Memory {
         let mut total = Memory::default();
@@ -98,7 +98,7 @@ impl Processes {
 }
 
 impl CpuSample {
-    /// CPU nanoseconds spent since an earlier sample.
+    /// Returns the CPU nanoseconds spent since an earlier sample.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> u64 {
         let vanished = earlier.threads.keys().any(|thread| !self.threads.contains_key(thread));
@@ -113,7 +113,7 @@ impl CpuSample {
     }
 }
 
-/// Whether a process has ended; one that only waits to be collected has.
+/// Returns true when a process has ended. A zombie has ended too.
 #[must_use]
 pub fn has_ended(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
@@ -145,7 +145,7 @@ fn memory_of(pid: u32) -> Option<Memory> {
     Some(Memory { resident: field("Rss:")?, anonymous: field("Anonymous:")? })
 }
 
-/// The kernel reports 100 ticks per second to user space on every architecture that we run on.
+/// Length of a tick: the kernel reports 100 of them per second to user space on all supported architectures.
 const NS_PER_TICK: u64 = 10_000_000;
 
 #[cfg(test)]

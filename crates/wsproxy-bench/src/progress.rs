@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use crate::clock::{NS_PER_SECOND, now_ns};
 use crate::fleet::Counters;
 
-/// Prints where a run is, seldom enough to cost nothing.
+/// Prints the state of a run, rarely enough to cost nothing.
 #[derive(Debug)]
 pub struct Progress {
     phase: String,
@@ -16,7 +16,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Begins with a first phase.
+    /// Begins the first phase.
     #[must_use]
     pub fn new(phase: &str) -> Self {
         let interval_ns =
@@ -31,7 +31,7 @@ impl Progress {
         }
     }
 
-    /// Names what happens from here on.
+    /// Begins another phase.
     pub fn phase(&mut self, phase: &str) {
         phase.clone_into(&mut self.phase);
     }

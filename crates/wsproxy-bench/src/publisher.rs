@@ -1,4 +1,4 @@
-//! Sends messages into a server from behind: pipelined to Redis (or what speaks like it), or as HTTP posts.
+//! Publishes messages as a worker does: pipelined to Redis (or a server with its protocol), or as HTTP posts.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,7 +17,7 @@ pub struct Publisher {
     stream: TcpStream,
     target: Target,
     speech: Speech,
-    /// Names of the sessions' channels, made when first needed: making them costs more than sending.
+    /// Names of the sessions' channels, made at first use: making a name costs more than sending.
     channels: Vec<Channel>,
     broadcast: Channel,
     script: Option<Script>,
@@ -38,7 +38,7 @@ enum Speech {
 }
 
 impl Publisher {
-    /// Connects to where the target's messages are published.
+    /// Connects to the server that takes the target's messages.
     pub fn connect(address: SocketAddr, target: &Target) -> Result<Self> {
         let stream = TcpStream::connect(address)
             .with_context(|| format!("no connection to the publishing side at {address}"))?;
@@ -61,7 +61,7 @@ impl Publisher {
         })
     }
 
-    /// From now on messages are published with history, or plain again.
+    /// Publishes with history from now on, or plain again.
     pub fn keep_history(&mut self, with_history: bool) -> Result<()> {
         anyhow::ensure!(self.speech == Speech::Redis, "only Redis keeps histories");
         if with_history && self.script.is_none() {
@@ -81,14 +81,14 @@ impl Publisher {
         Ok(())
     }
 
-    /// Adds a message to everybody to what the next flush sends.
+    /// Adds a message to all clients to the next flush.
     pub fn publish_to_all(&mut self, payload: &[u8]) {
         self.outstanding += 1;
         let Self { broadcast, script, with_history, output, .. } = self;
         push(broadcast, script.as_ref().filter(|_| *with_history), payload, output);
     }
 
-    /// Adds a message to a session to what the next flush sends.
+    /// Adds a message to a session to the next flush.
     pub fn publish(&mut self, session: u32, payload: &[u8]) {
         self.outstanding += 1;
         match self.speech {
@@ -113,7 +113,7 @@ impl Publisher {
         }
     }
 
-    /// Adds the tokens of these sessions, and sends them a few thousand at a time.
+    /// Stores the tokens of these sessions, a few thousand at a time.
     pub fn set_tokens(&mut self, sessions: impl Iterator<Item = u32>) -> Result<()> {
         if !self.target.needs_token() {
             return Ok(());
@@ -131,7 +131,7 @@ impl Publisher {
         self.settle()
     }
 
-    /// Sends what was added, and takes the answers that are there already.
+    /// Sends the added messages, and takes the answers that are there already.
     pub fn flush(&mut self) -> Result<()> {
         if !self.output.is_empty() {
             self.stream.write_all(&self.output).context("the publishing side went away")?;
@@ -144,7 +144,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Sends what was added and waits for every answer.
+    /// Sends the added messages and waits for every answer.
     pub fn settle(&mut self) -> Result<()> {
         self.flush()?;
         while self.outstanding > 0 {
@@ -153,31 +153,42 @@ impl Publisher {
         Ok(())
     }
 
-    /// Messages that reached no subscriber so far, by the server's own account.
+    /// Returns the number of messages that reached no subscriber so far, by the server's own account.
     #[must_use]
     pub fn unheard(&self) -> u64 {
         self.unheard
     }
 
-    /// Commands that were refused so far.
+    /// Returns the number of refused commands so far.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.refused
     }
 
-    /// The process behind a Redis connection; `None` where the server does not say.
+    /// Returns the process behind a Redis connection; `None` where the server does not tell.
     pub fn server_pid(&mut self) -> Option<u32> {
+        self.info("server", "process_id")?.parse().ok()
+    }
+
+    /// Returns the number of commands that Redis has done since its start, those of scripts included; `None` where the
+    /// server does not tell.
+    pub fn server_commands(&mut self) -> Option<u64> {
+        self.info("stats", "total_commands_processed")?.parse().ok()
+    }
+
+    /// Returns one line of a section of Redis' `INFO`.
+    fn info(&mut self, section: &str, line: &str) -> Option<String> {
         if self.speech != Speech::Redis || self.target.kind() == Kind::Raw {
             return None;
         }
         let mut info = Vec::new();
-        resp::push_command(&[b"INFO", b"server"], &mut info);
+        resp::push_command(&[b"INFO", section.as_bytes()], &mut info);
         let input = self.ask(&info).ok()?;
         let mut values = Vec::new();
         resp::read(&input, &mut values).ok()??;
         let text = std::str::from_utf8(values.first()?.text()).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("process_id:"))?;
-        line.trim().parse().ok()
+        let value = text.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'))?;
+        Some(value.trim().to_owned())
     }
 
     /// Sends one command and waits for its answer.
@@ -255,7 +266,7 @@ impl Publisher {
             self.outstanding = self.outstanding.saturating_sub(1);
             match status {
                 Some(201) => {}
-                // Nchan stored the message, but nobody was subscribed.
+                // Nchan stored the message, but had no subscriber.
                 Some(202) => self.unheard += 1,
                 _ => self.refused += 1,
             }
@@ -279,5 +290,5 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 const TOKEN_SECONDS: &[u8] = b"600";
 const CHUNK_BYTES: usize = 256 * 1024;
-/// Beyond this the publisher waits: the server is not keeping up, and the schedule shows it as latency.
+/// Upper bound of unanswered messages. Beyond it the publisher waits, and the schedule shows the delay as latency.
 const OUTSTANDING_MAX: u64 = 50_000;

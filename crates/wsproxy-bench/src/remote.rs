@@ -1,4 +1,4 @@
-//! Fleets in processes of their own, since one process has descriptors for some 19,000 clients; told what to do
+//! Fleets in separate processes, since one process has descriptors for some 19,000 clients; they take commands
 //! line by line over pipes.
 
 use std::collections::BTreeMap;
@@ -16,33 +16,33 @@ use serde::{Deserialize, Serialize};
 use crate::fleet::{Ending, Fleet, FleetConfig, Opening, Span, Tally};
 use crate::target::{Kind, Target};
 
-/// Which clients a process has.
+/// The clients of a process.
 #[derive(Debug, Clone, Args)]
 pub struct Generator {
-    /// Where its clients connect.
+    /// Address that its clients connect to.
     #[arg(long)]
     pub server: SocketAddr,
-    /// What the run is called.
+    /// Name of the run.
     #[arg(long)]
     pub run: String,
-    /// What tokens are signed with.
+    /// Secret that signs tokens.
     #[arg(long)]
     pub secret: String,
     /// Number of its first user.
     #[arg(long)]
     pub first: u32,
-    /// How many users it has.
+    /// Number of its users.
     #[arg(long)]
     pub count: u32,
     /// Source addresses, from 127.0.0.1 up.
     #[arg(long)]
     pub sources: u32,
-    /// After so many seconds a handshake counts as failed.
+    /// Longest duration of a handshake, in seconds; later it counts as failed.
     #[arg(long)]
     pub handshake_timeout: u64,
 }
 
-/// How many clients have come how far.
+/// Totals over all clients of a process.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Status {
     /// Handshakes that succeeded.
@@ -57,7 +57,7 @@ pub struct Status {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
-    /// Clients from `first` on connect, `rate` per second.
+    /// Connect the clients from `first` on, `rate` per second.
     Open {
         first: u32,
         count: u32,
@@ -86,7 +86,7 @@ pub struct RemoteFleet {
     child: Child,
     asks: ChildStdin,
     answers: BufReader<ChildStdout>,
-    /// How many clients it has.
+    /// Number of its clients.
     pub count: u32,
 }
 
@@ -116,12 +116,12 @@ impl RemoteFleet {
         self.ask::<Status>(&Ask::Open { first, count, rate }).map(|_| ())
     }
 
-    /// How many clients have come how far.
+    /// Totals over all clients of a process.
     pub fn status(&mut self) -> Result<Status> {
         self.ask(&Ask::Status)
     }
 
-    /// What was measured since the last report.
+    /// Returns the figures since the last report.
     pub fn report(&mut self) -> Result<Tally> {
         Ok(self.ask::<Record>(&Ask::Report)?.tally())
     }
@@ -143,7 +143,7 @@ impl Drop for RemoteFleet {
     }
 }
 
-/// Runs a fleet and does what comes by lines, until they end.
+/// Runs a fleet and executes the commands on standard input, until it ends.
 pub fn serve(generator: &Generator) -> Result<()> {
     let Generator { server, run, secret, first, count, sources, handshake_timeout } = generator;
     let target = Target::new(Kind::Events, "", run, false).with_users(secret, *first);

@@ -1,4 +1,4 @@
-//! Results of a scenario as a table for people and as JSON for scripts.
+//! The results of a scenario, as a table for people and as JSON for scripts.
 
 use std::fmt::Write as _;
 
@@ -6,23 +6,23 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-/// What a scenario found.
+/// The results of a scenario.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Which scenario.
+    /// Name of the scenario.
     pub scenario: String,
-    /// Which kind of server.
+    /// Kind of server.
     pub target: String,
-    /// What was asked for.
+    /// Settings, by name.
     pub settings: Map<String, Value>,
-    /// What was measured, by name; the unit is the last part of the name.
+    /// Figures, by name; the unit is the last part of the name.
     pub figures: Map<String, Value>,
-    /// Why the run does not count as good; empty for a good one.
+    /// Reasons why the run is not good; empty for a good run.
     pub problems: Vec<String>,
 }
 
 impl Report {
-    /// An empty report.
+    /// Creates an empty report.
     #[must_use]
     pub fn new(scenario: &str, target: &str) -> Self {
         Self {
@@ -44,7 +44,7 @@ impl Report {
         self.figures.insert(name.to_owned(), value.into());
     }
 
-    /// Notes a figure that is an amount per something, three decimals; nothing where there is nothing to divide by.
+    /// Notes a quotient with three decimals; does nothing where the divisor is 0.
     pub fn ratio(&mut self, name: &str, amount: f64, per: f64) {
         if let Some(value) = ratio(amount, per) {
             self.figures.insert(name.to_owned(), json!((value * 1e3).round() / 1e3));
@@ -61,26 +61,26 @@ impl Report {
         }
     }
 
-    /// A figure noted before; 0 where there is none.
+    /// Returns a figure that was noted before; 0 where there is none.
     #[must_use]
     pub fn seconds(&self, name: &str) -> f64 {
         self.figures.get(name).and_then(Value::as_f64).unwrap_or(0.0)
     }
 
-    /// Notes a reason why the run is not good, when there is one.
+    /// Notes a reason why the run is not good, if the condition holds.
     pub fn problem_if(&mut self, wrong: bool, text: impl FnOnce() -> String) {
         if wrong {
             self.problems.push(text());
         }
     }
 
-    /// Whether nothing went wrong.
+    /// Returns whether the run is good: no reason against it was noted.
     #[must_use]
     pub fn is_good(&self) -> bool {
         self.problems.is_empty()
     }
 
-    /// The table for people.
+    /// Returns the table for people.
     #[must_use]
     pub fn table(&self) -> String {
         let mut table = format!("{} against {}\n", self.scenario, self.target);
@@ -96,7 +96,7 @@ impl Report {
     }
 }
 
-/// An amount per something; `None` where there is nothing to divide by.
+/// Returns a quotient; `None` where the divisor is 0.
 #[must_use]
 pub fn ratio(amount: f64, per: f64) -> Option<f64> {
     (per > 0.0 && amount.is_finite()).then(|| amount / per)

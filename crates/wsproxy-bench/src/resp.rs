@@ -1,4 +1,4 @@
-//! Redis' protocol as far as a publisher and a subscriber need it: commands out, flat replies in.
+//! Redis' protocol, as far as a publisher and a subscriber need it: commands out, flat replies in.
 
 /// One element of a flat array, or a reply by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +56,7 @@ fn push_length(kind: u8, length: usize, output: &mut Vec<u8>) {
 pub struct Malformed;
 
 /// Reads one reply from the front of `input` into `values` (one for a plain reply, the elements of a flat
-/// array otherwise); gives how many bytes it took, `None` while it is incomplete.
+/// array otherwise); returns the number of bytes it took, `None` while it is incomplete.
 pub fn read<'a>(input: &'a [u8], values: &mut Vec<Value<'a>>) -> Result<Option<usize>, Malformed> {
     values.clear();
     if input.first() != Some(&b'*') {

@@ -1,5 +1,6 @@
-//! The scenarios: each sets up clients, puts one kind of load on the server and says what it found.
+//! The scenarios: each sets up clients, puts one kind of load on the server and reports its figures.
 
+pub mod agents;
 pub mod churn;
 pub mod cluster;
 pub mod connect;
@@ -10,5 +11,6 @@ pub mod history;
 pub mod idle;
 pub mod outage;
 pub mod resume;
+pub mod rooms;
 pub mod sessions;
 pub mod slow;

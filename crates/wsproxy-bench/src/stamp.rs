@@ -1,20 +1,20 @@
-//! What a measured message carries: when it was to be sent and its number; a JSON object at fixed offsets.
+//! The stamp of a measured message: its intended time of sending and its number, as JSON at fixed offsets.
 
 use wsproxy_proto::history::Position;
 
-/// When a message should have left its sender, and its number within its channel.
+/// Intended time of a message's sending, and its number within its channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     /// Intended time of sending, in nanoseconds of the monotonic clock.
     pub sent_ns: u64,
     /// Number of the message within its channel.
     pub number: u32,
-    /// Whether that is a channel which clients have beside their own.
+    /// Set for the channel that all clients share beside their own.
     pub shared: bool,
 }
 
 impl Stamp {
-    /// Reads the stamp at the start of a payload; `None` where the payload is not one of ours.
+    /// Reads the stamp at the start of a payload; `None` where the payload has none.
     #[must_use]
     pub fn read(payload: &[u8]) -> Option<Self> {
         let head = payload.get(..STAMP_BYTES)?;
@@ -28,7 +28,8 @@ impl Stamp {
         Some(Self { sent_ns, number, shared })
     }
 
-    /// The same, where the gateway may have put the position of the message in front as member `event_id`.
+    /// Reads the stamp of a payload to which the gateway may have added the message's position, as first member
+    /// `event_id`.
     #[must_use]
     pub fn read_with_position(payload: &[u8]) -> Option<(Self, Option<Position>)> {
         if let Some(stamp) = Self::read(payload) {
@@ -59,21 +60,39 @@ impl Stamp {
     }
 }
 
-/// Bytes at the start of a payload that hold its stamp.
-pub const STAMP_BYTES: usize = 43;
+/// Stamp of a call, as its request id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CallStamp {
+    /// Intended time of the call, in nanoseconds of the monotonic clock.
+    pub sent_ns: u64,
+    /// Number of the call.
+    pub number: u32,
+}
 
-/// Numbers of a shared channel are told apart by what they are written with.
-const SHARED: u64 = 5_000_000_000;
+impl CallStamp {
+    /// Reads the request id near the start of a message; `None` where there is none of this form.
+    #[must_use]
+    pub fn read(message: &[u8]) -> Option<Self> {
+        let at = memmem(message, REQUEST)? + REQUEST.len();
+        let id = message.get(at..at + CALL_STAMP_BYTES)?;
+        let sent_ns = digits(&id[1..21])?;
+        let number = u32::try_from(digits(&id[22..])?).ok()?;
+        (id[0] == b't' && id[21] == b'n').then_some(Self { sent_ns, number })
+    }
 
-/// Bytes at the start of a payload that hold its stamp and, before it, its position.
-pub const POSITION_AND_STAMP_BYTES: usize =
-    POSITION_BEFORE.len() + 50 + POSITION_AFTER.len() + STAMP_BYTES - 1;
+    /// Appends the request id.
+    pub fn write(self, output: &mut Vec<u8>) {
+        output.push(b't');
+        push_digits(self.sent_ns, 20, output);
+        output.push(b'n');
+        push_digits(u64::from(self.number), 10, output);
+    }
+}
 
-const POSITION_BEFORE: &[u8] = b"{\"event_id\":\"";
-const POSITION_AFTER: &[u8] = b"\",";
-
-/// The shortest payload that can carry a stamp.
-pub const PAYLOAD_BYTES_MIN: usize = STAMP_BYTES + 9;
+/// Returns the position of a short text.
+fn memmem(message: &[u8], text: &[u8]) -> Option<usize> {
+    message.windows(text.len()).position(|window| window == text)
+}
 
 fn digits(text: &[u8]) -> Option<u64> {
     text.iter().try_fold(0u64, |value, byte| {
@@ -91,12 +110,34 @@ fn push_digits(mut value: u64, width: usize, output: &mut Vec<u8>) {
     }
 }
 
+/// Bytes at the start of a payload that hold its stamp.
+pub const STAMP_BYTES: usize = 43;
+
+/// Added to the numbers of the shared channel when they are written, so that they are told apart.
+const SHARED: u64 = 5_000_000_000;
+
+/// Bytes at the start of a payload that hold its stamp and, before it, its position.
+pub const POSITION_AND_STAMP_BYTES: usize =
+    POSITION_BEFORE.len() + 50 + POSITION_AFTER.len() + STAMP_BYTES - 1;
+
+const POSITION_BEFORE: &[u8] = b"{\"event_id\":\"";
+const POSITION_AFTER: &[u8] = b"\",";
+
+/// Member before the request id.
+const REQUEST: &[u8] = b"\"requestId\":\"";
+
+/// Bytes of a request id.
+const CALL_STAMP_BYTES: usize = 32;
+
+/// The shortest payload that can carry a stamp.
+pub const PAYLOAD_BYTES_MIN: usize = STAMP_BYTES + 9;
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn stamp_survives_the_way_and_the_payload_is_json_of_the_asked_size() {
+    fn stamps_survive_the_way_as_json_of_right_size() {
         let stamp = Stamp { sent_ns: 1_234_567_890_123, number: 4_000_000_001, shared: false };
         for bytes in [PAYLOAD_BYTES_MIN, 64, 200, 65_536] {
             let mut payload = Vec::new();
@@ -128,6 +169,17 @@ mod tests {
             assert_eq!(Stamp::read_with_position(start), Some((stamp, position)));
         }
         assert_eq!(Stamp::read_with_position(b"{\"event_id\":\"own\",\"t\":1}"), None);
+    }
+
+    #[test]
+    fn request_ids_survive_the_way() {
+        let stamp = CallStamp { sent_ns: 1_234_567_890_123, number: 4_000_000_001 };
+        let mut id = Vec::new();
+        stamp.write(&mut id);
+        assert_eq!(id.len(), CALL_STAMP_BYTES);
+        let message = [br#"{"type":"tool_call","requestId":""#, &id[..], b"\"}"].concat();
+        assert_eq!(CallStamp::read(&message), Some(stamp));
+        assert_eq!(CallStamp::read(br#"{"requestId":"short"}"#), None);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How a scenario reaches a server: paths, credentials and channels; knows no sockets.
+//! The names that reach a server: paths, credentials and channels; knows no sockets.
 
 use std::net::SocketAddr;
 
@@ -9,13 +9,15 @@ use wsproxy_proto::names::{Id, Names};
 use crate::handshake;
 use crate::issuer::Issuer;
 
-/// Which kind of server is at the other end.
+/// The kind of server at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     /// The gateway's session endpoint: one-time tokens, `session:{id}:down` and `:up` on Redis.
     Wsproxy,
     /// The gateway's event endpoint: a JSON Web Token for each user, a channel for each and one for all.
     Events,
+    /// The gateway's agents: a user id and a secret for each, which the database has.
+    Agents,
     /// A server without credentials that relays the same channels at a path of its own.
     Plain,
     /// nginx with Nchan: subscribers are WebSockets, publishing is an HTTP POST.
@@ -24,7 +26,7 @@ pub enum Kind {
     Raw,
 }
 
-/// Everything that names a session to the server and on the bus.
+/// The names of sessions for the server and on the bus.
 #[derive(Debug, Clone)]
 pub struct Target {
     kind: Kind,
@@ -33,21 +35,22 @@ pub struct Target {
     agent: String,
     shared: bool,
     resumes: bool,
-    /// Signs tokens of users.
+    /// Signs the users' tokens.
     issuer: Option<Issuer>,
-    /// Number of the first client, where others have those before it.
+    /// Number of the first client; other processes have those before it.
     first: u32,
     names: Names,
 }
 
 impl Target {
-    /// `path` has `{id}` and `{agent}` in it, and is empty for the kind's own. `run` keeps one run's ids
-    /// apart from another's. With `shared`, all clients belong to one session.
+    /// Creates the names. `path` has `{id}` and `{agent}` in it, and is empty for the kind's own. `run` keeps one
+    /// run's ids apart from another's. With `shared`, all clients belong to one session.
     #[must_use]
     pub fn new(kind: Kind, path: &str, run: &str, shared: bool) -> Self {
         let path = match (path, kind) {
             ("", Kind::Wsproxy) => "/{agent}/ws/{id}",
             ("", Kind::Events) => "/ws",
+            ("", Kind::Agents) => "/?userId={id}",
             ("", Kind::Nchan) => "/sub/{id}",
             ("", Kind::Plain | Kind::Raw) => "/ws/{id}",
             (path, _) => path,
@@ -65,61 +68,61 @@ impl Target {
         }
     }
 
-    /// Clients say where they were, and connections of one client are one after the other.
+    /// Makes clients continue at their position. Connections of one client are one after the other.
     #[must_use]
     pub fn resuming(self) -> Self {
         Self { resumes: true, ..self }
     }
 
-    /// Clients are users from number `first` on, whose tokens are signed with `secret`.
+    /// Makes clients users from number `first` on, whose tokens are signed with `secret`.
     #[must_use]
     pub fn with_users(self, secret: &str, first: u32) -> Self {
         Self { issuer: Some(Issuer::new(secret)), first, ..self }
     }
 
-    /// Whether clients continue where they were.
+    /// Returns true where clients continue at their position.
     #[must_use]
     pub fn resumes(&self) -> bool {
         self.resumes
     }
 
-    /// Which kind of server this is.
+    /// Returns the kind of the server.
     #[must_use]
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// Whether all clients belong to one session.
+    /// Returns true where all clients belong to one session.
     #[must_use]
     pub fn is_shared(&self) -> bool {
         self.shared
     }
 
-    /// Whether handshakes need a token that was set before.
+    /// Returns true where handshakes need a token that was stored before.
     #[must_use]
     pub fn needs_token(&self) -> bool {
         self.kind == Kind::Wsproxy
     }
 
-    /// The session that a client belongs to.
+    /// Returns the number of a client's session.
     #[must_use]
     pub fn session_of(&self, client: u32) -> u32 {
         if self.shared { 0 } else { client }
     }
 
-    /// What keeps the ids of this run apart.
+    /// Returns the part of ids that is this run's own.
     #[must_use]
     pub fn run(&self) -> &str {
         &self.run
     }
 
-    /// The id of a session.
+    /// Returns the id of a session.
     #[must_use]
     pub fn session_id(&self, session: u32) -> String {
         format!("{}-{session}", self.run)
     }
 
-    /// The bytes of a client's handshake; `position` is that of the last message it got.
+    /// Returns the bytes of a client's handshake; `position` is that of the client's last message.
     #[must_use]
     pub fn request(&self, server: &SocketAddr, client: u32, position: Option<Position>) -> Vec<u8> {
         let session = self.session_of(self.first + client);
@@ -131,51 +134,76 @@ impl Target {
         }
         let token = match &self.issuer {
             Some(issuer) => Some(issuer.token(&id)),
+            None if self.kind == Kind::Agents => Some(self.token(self.first + client)),
             None => self.needs_token().then(|| self.token(session)),
         };
         handshake::request(&server.to_string(), &path, token.as_deref())
     }
 
-    /// The token of a session.
+    /// Returns the token of a session.
     #[must_use]
     pub fn token(&self, session: u32) -> String {
         format!("token-{}-{session}", self.run)
     }
 
-    /// The key that holds a session's token.
+    /// Returns the key that holds a session's token.
     #[must_use]
     pub fn token_key(&self, session: u32) -> String {
         self.named(session, Names::session_auth)
     }
 
-    /// The channel to a session's clients.
+    /// Returns the channel to a session's clients.
     #[must_use]
     pub fn down(&self, session: u32) -> String {
-        if self.kind == Kind::Events {
-            return self.named(session, Names::events_user);
+        match self.kind {
+            Kind::Events => return self.named(session, Names::events_user),
+            Kind::Agents => return self.named(session, Names::agent_commands),
+            _ => {}
         }
         self.named(session, Names::session_down)
     }
 
-    /// The channel to all users.
+    /// Returns the keys of one agent.
+    #[must_use]
+    pub fn agent_keys(&self, agent: u32) -> [String; 3] {
+        [
+            self.named(agent, Names::agent_owner),
+            self.agent_server(agent),
+            self.named(agent, Names::agent_status),
+        ]
+    }
+
+    /// Returns the key that names the instance of an agent.
+    #[must_use]
+    pub fn agent_server(&self, agent: u32) -> String {
+        self.named(agent, Names::agent_server)
+    }
+
+    /// Returns the key of the hash of an instance's agents.
+    #[must_use]
+    pub fn agents_of(&self, server: &str) -> String {
+        self.names.server_agents(server)
+    }
+
+    /// Returns the channel to all users.
     #[must_use]
     pub fn broadcast(&self) -> String {
         self.names.events_broadcast()
     }
 
-    /// What orders the messages of all channels, where something does.
+    /// Returns the key of the clock that orders all channels; `None` where each channel has an order of its own.
     #[must_use]
     pub fn clock(&self) -> Option<String> {
         (self.kind == Kind::Events).then(|| self.names.events_clock())
     }
 
-    /// A pattern that matches the channels from all clients of this run.
+    /// Returns a pattern that matches the channels from all clients of this run.
     #[must_use]
     pub fn up_pattern(&self) -> String {
         format!("session:{}-*:up", self.run)
     }
 
-    /// Where a message is posted to, for servers that are published to over HTTP.
+    /// Returns the path for posting a message, for servers that take messages over HTTP.
     #[must_use]
     pub fn publish_path(&self, session: u32) -> String {
         format!("/pub/{}", self.session_id(session))
@@ -213,6 +241,16 @@ mod tests {
         assert!(
             text(Some(position)).starts_with("GET /bench/ws/r1-7?last_event_id=5-1-00000009 HTTP")
         );
+    }
+
+    #[test]
+    fn agents_have_a_user_id_and_a_secret() {
+        let server: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let target = Target::new(Kind::Agents, "", "r1", false);
+        let text = String::from_utf8(target.request(&server, 7, None)).unwrap();
+        assert!(text.starts_with("GET /?userId=r1-7 HTTP/1.1\r\n"));
+        assert!(text.contains("\r\nAuthorization: Bearer token-r1-7\r\n"));
+        assert_eq!(target.down(7), "agent:r1-7:commands");
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! What all outboxes of the process hold together, against what they may hold.
+//! Bytes that all outboxes of the process hold together, and their bound.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// Bytes that wait behind sockets which took no more.
+/// Sum of the bytes in outboxes whose socket takes no more.
 ///
-/// Invariant: while the sum is above the limit, every tick ends the connection with the most
-/// bytes, so it stays above for a tick at most. A frame that many clients share counts once for each of them.
+/// Invariant: while the sum is above the limit, every tick ends the connections with the most bytes, so the sum is
+/// above for one tick at most. A frame that many clients share counts once for each of them.
 #[derive(Debug)]
 pub struct Budget {
     limit: usize,
@@ -13,25 +13,25 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// A budget of `limit` bytes.
+    /// Creates a budget of `limit` bytes.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
         Self { limit, used: AtomicUsize::new(0) }
     }
 
-    /// Bytes that wait now.
+    /// Returns the number of bytes that wait now.
     #[must_use]
     pub fn used(&self) -> usize {
         self.used.load(Relaxed)
     }
 
-    /// Whether more waits than may.
+    /// Returns whether more bytes wait than the limit allows.
     #[must_use]
     pub fn is_exceeded(&self) -> bool {
         self.used() > self.limit
     }
 
-    /// One outbox holds `after` bytes instead of `before`.
+    /// Notes that one outbox holds `after` bytes instead of `before`.
     pub fn change(&self, before: usize, after: usize) {
         if after >= before {
             self.used.fetch_add(after - before, Relaxed);

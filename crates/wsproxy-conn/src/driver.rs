@@ -1,4 +1,4 @@
-//! The task of one connection: the only code that reads its socket, and that waits for it.
+//! The task of one connection: the only code that reads its socket or waits for it.
 
 use std::{
     cell::RefCell,
@@ -13,73 +13,58 @@ use wsproxy_proto::{
     rate::{Bucket, ByteBucket},
     ws::{
         deflate::{Inflaters, Params},
-        frame::{Kind, Role},
-        receiver::{Event as WsEvent, Input, Receiver},
+        frame::Kind,
+        receiver::{Event, Input, Receiver},
     },
 };
 
 use crate::{
     clock::{self, Micros},
-    link::{Event, Events, Link, Phase},
+    link::{EventQueue, HandlerEvent, Link, LinkPhase},
     profile::Heartbeat,
     socket::Socket,
 };
 
-/// Bytes taken from a socket at once.
-const READ_BYTES: usize = 64 * 1024;
-
-/// The same where messages may be compressed: each byte can become a thousand, all of which must be
-/// handled before the connection can be made to wait.
-const READ_COMPRESSED_BYTES: usize = 16 * 1024;
-
-/// Most bytes that one read can come to, inflated: deflate makes at most 1,032 of one.
-pub const TAKEN_BYTES_MAX: usize = READ_COMPRESSED_BYTES * 1033;
-
-/// KiB that are still read, and thrown away, once the connection is ending. The peer may have sent so much before
-/// it could see the close frame.
-const DISCARDED_KIB_MAX: u16 = 4096;
-
-/// Messages after which the handler is shown its events, though more was read.
-const MESSAGES_MAX: usize = 256;
-
-/// Rounds after which a busy connection lets others run.
-const ROUNDS_MAX: usize = 8;
-
 thread_local! {
-    /// Lent to whichever connection reads on this thread: idle ones have no buffer.
+    /// Read buffer of this thread, lent to the connection that reads. An idle connection has none.
     static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
     static INFLATERS: RefCell<Inflaters> = RefCell::new(Inflaters::default());
 }
 
-/// The logic of a connection. It never awaits, and it never sees a socket.
+/// Logic of a connection. It never awaits and never sees a socket.
 pub trait Handler: Send + Unpin + 'static {
-    /// Whether what this client sends can be passed on; `Pending` pauses reading from it.
+    /// Returns whether a message of this client can be passed on. `Pending` pauses reading from the client.
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()>;
-    /// Whether it must be asked with [`Self::poll_ready`] before it gets a further message.
+    /// Returns whether the handler takes no further message until [`Self::poll_ready`] returns `Ready`.
     fn is_full(&self) -> bool {
         false
     }
-    /// A complete, valid data message. Text is UTF-8.
+    /// Handles a complete, valid data message. Text is UTF-8.
     fn on_message(&mut self, kind: Kind, payload: &[u8], link: &Arc<Link>, now: Micros);
-    /// Something that another task left with [`Link::notify`].
-    fn on_event(&mut self, event: Event, link: &Arc<Link>, now: Micros);
-    /// The connection is over; called once, last.
+    /// Handles an event that another task left with [`Link::notify`].
+    fn on_event(&mut self, event: HandlerEvent, link: &Arc<Link>, now: Micros);
+    /// Handles that no more than the low-water mark waits for the client, after [`Link::is_writable`] returned
+    /// `false`.
+    fn on_writable(&mut self, link: &Arc<Link>, now: Micros) {
+        let _ = (link, now);
+    }
+    /// Handles the end of the connection. Called once, last.
     fn on_end(&mut self, end: End, link: &Arc<Link>);
 }
 
-/// How a connection ended.
+/// End of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct End {
     /// The entry of the table.
     pub why: &'static Disconnect,
-    /// The code of the first close frame, even if it waited in vain to be written; 1005 where the
-    /// peer gave none, 1006 where there was no close frame.
+    /// Code of the first close frame, even if that could not be written. 1005 where the peer gave none, 1006 where
+    /// there was no close frame.
     pub code: u16,
     /// Whether the peer closed first.
     pub by_peer: bool,
 }
 
-/// The future that drives one connection from `101` to its end.
+/// Future that drives one connection from `101` to its end.
 ///
 /// Dropping it drops the connection without a close frame.
 #[derive(Debug)]
@@ -87,36 +72,38 @@ pub struct Driver<H: Handler> {
     link: Arc<Link>,
     handler: H,
     receiver: Receiver,
-    /// Messages of this client.
+    /// Rate limit of the client's messages.
     bucket: Bucket,
-    /// Bytes of this client.
+    /// Rate limit of the client's bytes.
     bytes: ByteBucket,
     /// KiB thrown away since the connection began to end.
     discarded_kib: u16,
     hearing: Hearing,
-    /// Nothing more comes from the peer at all.
+    /// The peer has ended its stream.
     ended_reading: bool,
 }
 
-/// What becomes of what the peer sends.
+/// Treatment of the bytes that the peer sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Hearing {
-    /// It is read and handled.
+    /// They are read and handled.
     Attentive,
-    /// The same; some of it may have come while the peer was not read.
+    /// They are read and handled. Some may have come while the peer was not read.
     CatchingUp,
-    /// It is not read: the bus takes no more, the peer does not read either, or it has sent too many bytes.
+    /// They are not read: the handler takes no more, the peer does not read its answers, or the peer sent too many
+    /// bytes.
     Paused,
-    /// The same; and the link holds bytes that were read before, until the handler takes messages again.
+    /// They are not read, and the link holds bytes of the last read until the handler takes messages again.
     Holding,
-    /// It is read and thrown away, since the peer has broken the protocol or has said its last.
+    /// They are read and thrown away: the peer broke the protocol or sent its close frame.
     Deaf,
-    /// The same, and the kernel knows that nothing more comes from us.
+    /// They are read and thrown away, and our half of the stream is shut down.
     Finished,
 }
 
 impl<H: Handler> Driver<H> {
-    /// Takes over a socket after `101`. `leftover`: bytes that were read behind the request head.
+    /// Takes over a socket after `101`, at the end that the profile's role names. `leftover` are the bytes that were
+    /// read behind the head of the request or answer.
     #[must_use]
     pub fn new(
         link: Arc<Link>,
@@ -126,7 +113,7 @@ impl<H: Handler> Driver<H> {
         leftover: &[u8],
     ) -> Self {
         let now = clock::now();
-        let receiver = Receiver::new(Role::Server, link.profile().receive, deflate);
+        let receiver = Receiver::new(link.profile().role, link.profile().receive, deflate);
         link.attach(socket, now);
         let mut driver = Self {
             link,
@@ -147,12 +134,16 @@ impl<H: Handler> Driver<H> {
         driver
     }
 
-    /// One turn of the loop: events, writing, the end, reading.
+    /// Runs one round: events, writing, the end, reading.
     fn round(&mut self, cx: &mut Context<'_>) -> Round {
         let now = clock::now();
         let look = self.link.look(cx.waker());
         if let Some(events) = look.events {
             self.handle(*events, now);
+            self.link.flush(now);
+        }
+        if look.writable {
+            self.handler.on_writable(&self.link, now);
             self.link.flush(now);
         }
         let link = Arc::clone(&self.link);
@@ -162,13 +153,13 @@ impl<H: Handler> Driver<H> {
             link.unblock(now);
             progress = true;
         }
-        if look.phase == Phase::Dead || (look.drained && look.peer_closed) {
+        if look.phase == LinkPhase::Dead || (look.drained && look.peer_closed) {
             return Round::Over;
         }
-        if look.phase == Phase::Closing && look.drained && self.hearing == Hearing::Deaf {
-            // The peer broke the protocol: it gets our close frame, then the end of the stream.
-            // Closing the socket now would make the kernel answer unread bytes with a reset,
-            // which can overtake the frame. The peer's own end, or the deadline, ends the rest.
+        if look.phase == LinkPhase::Closing && look.drained && self.hearing == Hearing::Deaf {
+            // The peer broke the protocol: it gets our close frame, then the end of the stream. If the socket were
+            // closed now, the kernel would answer unread bytes with a reset, which can overtake the frame. The peer's
+            // own end, or the deadline, ends the connection.
             socket.finish_writing();
             self.hearing = Hearing::Finished;
         }
@@ -187,17 +178,17 @@ impl<H: Handler> Driver<H> {
         if progress { Round::Progress } else { Round::Idle }
     }
 
-    /// Back pressure: a client is not read while the bus takes nothing more or more bytes came than the client may
-    /// send, nor while it leaves unread what its own messages caused. In the last case, if it lasts, the client
-    /// counts as dead: only there its silence is its own.
+    /// Returns whether the driver may read the peer (back pressure). Reading pauses while the handler takes no more
+    /// messages, while the peer is over its byte rate, and while too many answers wait for the peer. In the last case
+    /// the peer itself does not read, so the heartbeat timeout may still end the connection.
     fn may_read(
         &mut self,
-        phase: Phase,
+        phase: LinkPhase,
         reply_bytes: usize,
         now: Micros,
         cx: &mut Context<'_>,
     ) -> bool {
-        if phase != Phase::Open {
+        if phase != LinkPhase::Open {
             return !self.ended_reading && self.discarded_kib < DISCARDED_KIB_MAX;
         }
         let bus_ready = self.handler.poll_ready(cx).is_ready();
@@ -224,7 +215,7 @@ impl<H: Handler> Driver<H> {
         may_read
     }
 
-    fn handle(&mut self, events: Events, now: Micros) {
+    fn handle(&mut self, events: EventQueue, now: Micros) {
         for event in events.queue {
             self.handler.on_event(event, &self.link, now);
         }
@@ -242,7 +233,7 @@ impl<H: Handler> Driver<H> {
                     self.link.heard_at(now);
                 }
                 self.link.profile().stats.bytes_received.fetch_add(count as u64, Relaxed);
-                // What was left before these bytes came is seen before them: they may answer it.
+                // Events that were left before these bytes came go first: the bytes may answer them.
                 if let Some(events) = self.link.take_events() {
                     self.handle(*events, now);
                 }
@@ -261,7 +252,7 @@ impl<H: Handler> Driver<H> {
         let count = bytes.len();
         INFLATERS.with_borrow_mut(|inflaters| {
             let mut input = Input::new(bytes);
-            let mut messages = 0_usize;
+            let (mut messages, mut taken) = (0_usize, 0_usize);
             while !self.is_deaf() {
                 if self.handler.is_full() && !input.is_empty() && !self.link.is_closing() {
                     self.link.hold(input.rest());
@@ -270,16 +261,17 @@ impl<H: Handler> Driver<H> {
                     break;
                 }
                 if messages >= MESSAGES_MAX {
-                    // What they led to must not pile up behind them.
+                    // The events that these messages caused must not pile up behind them.
                     messages = 0;
                     let events = self.link.take_events();
                     events.into_iter().for_each(|events| self.handle(*events, now));
                 }
                 match self.receiver.next(&mut input, inflaters) {
                     Ok(None) => break,
-                    // After our own close frame only the peer's is of interest.
-                    Ok(Some(WsEvent::Message(kind, payload))) if !self.link.is_closing() => {
+                    // After our own close frame only the peer's close frame matters.
+                    Ok(Some(Event::Message(kind, payload))) if !self.link.is_closing() => {
                         messages += 1;
+                        taken += 1;
                         let profile = self.link.profile();
                         profile.stats.messages_received.fetch_add(1, Relaxed);
                         let is_late = self.hearing == Hearing::CatchingUp;
@@ -297,10 +289,10 @@ impl<H: Handler> Driver<H> {
                         }
                         self.handler.on_message(kind, payload, &self.link, now);
                     }
-                    Ok(Some(WsEvent::Ping(payload))) => self.link.pong(payload, now),
-                    Ok(Some(WsEvent::Message(..) | WsEvent::Pong(_))) => {}
-                    Ok(Some(WsEvent::Close(close))) => {
-                        // What answers earlier messages of the same read still goes out.
+                    Ok(Some(Event::Ping(payload))) => self.link.pong(payload, now),
+                    Ok(Some(Event::Message(..) | Event::Pong(_))) => {}
+                    Ok(Some(Event::Close(close))) => {
+                        // Answers to earlier messages of the same read still go out.
                         self.link.flush(now);
                         self.link.peer_closed(close.map(|(code, _)| code), now);
                         self.hearing = Hearing::Deaf;
@@ -313,17 +305,18 @@ impl<H: Handler> Driver<H> {
                 }
             }
             let held = if self.hearing == Hearing::Holding { input.rest().len() } else { 0 };
-            self.account(count - held + input.inflated(), now);
+            let of_messages = taken * self.link.profile().message_bytes;
+            self.account(count - held + input.inflated() + of_messages, now);
         });
     }
 
-    /// Bytes came, or were made of what came.
+    /// Accounts for bytes that came, or that were inflated from them.
     fn account(&mut self, bytes: usize, now: Micros) {
         if self.link.is_closing() {
             let kib = u16::try_from(bytes.div_ceil(1024)).unwrap_or(u16::MAX);
             self.discarded_kib = self.discarded_kib.saturating_add(kib);
             if self.discarded_kib >= DISCARDED_KIB_MAX {
-                // The peer learns that nobody listens; it has until the deadline to read our close frame.
+                // The peer gets no further reading; it has until the deadline to read our close frame.
                 self.hearing = self.hearing.max(Hearing::Deaf);
             }
         } else if let Some(rate) = self.link.profile().byte_rate {
@@ -342,20 +335,20 @@ const fn nanos(now: Micros) -> u64 {
 
 impl<H: Handler> Drop for Driver<H> {
     fn drop(&mut self) {
-        // Whoever else has the link must not take a connection without a task for a living one.
+        // Marks the link dead, since other tasks may still hold an `Arc<Link>`.
         self.link.over();
-        // Nor must the peer wait for it to let go of the link, and with it of the socket.
+        // Ends the stream now: the socket itself is closed only when the last `Arc<Link>` is dropped.
         if let Some(socket) = self.link.socket() {
             socket.shut_down();
         }
     }
 }
 
-/// What a turn of the loop led to.
+/// Result of a round.
 enum Round {
-    /// Another turn may find more.
+    /// Another round may find more to do.
     Progress,
-    /// Everybody who could wake the task knows it.
+    /// Nothing is left to do until something wakes the task.
     Idle,
     /// The connection is over.
     Over,
@@ -381,3 +374,23 @@ impl<H: Handler> Future for Driver<H> {
         Poll::Pending
     }
 }
+
+/// Upper bound of one read.
+const READ_BYTES: usize = 64 * 1024;
+
+/// Upper bound of one read where messages may be compressed. One byte can inflate to a thousand, and all of them are
+/// handled before reading can pause.
+const READ_COMPRESSED_BYTES: usize = 16 * 1024;
+
+/// Upper bound of one read after inflating: deflate makes at most 1,032 bytes of one.
+pub const TAKEN_BYTES_MAX: usize = READ_COMPRESSED_BYTES * 1033;
+
+/// Upper bound of the KiB that an ending connection reads and discards. The peer may have sent them before it saw the
+/// close frame.
+const DISCARDED_KIB_MAX: u16 = 4096;
+
+/// Number of messages after which the handler gets its events, although more messages of the same read follow.
+const MESSAGES_MAX: usize = 256;
+
+/// Number of rounds after which a busy connection lets other tasks run.
+const ROUNDS_MAX: usize = 8;

@@ -1,10 +1,11 @@
-//! One WebSocket connection on tokio: what happens between a socket and whoever handles its messages.
+//! One WebSocket connection on tokio: from the socket to the handler of its messages.
 //!
-//! Knows nothing of topics, endpoints or the bus. A [`Handler`] gets messages, a [`Link`] is how
-//! everybody else reaches the connection, the [`Driver`] is the task in between.
+//! Knows nothing of topics, endpoints or the bus. A [`Handler`] gets the messages, a [`Link`] lets other tasks reach
+//! the connection, and the [`Driver`] is the connection's own task.
 
 pub mod budget;
 pub mod clock;
+pub mod dial;
 pub mod driver;
 pub mod link;
 pub mod outbox;
@@ -15,7 +16,7 @@ pub mod socket;
 pub mod wheel;
 
 pub use driver::{Driver, End, Handler};
-pub use link::{Event, Link};
+pub use link::{HandlerEvent, Link};
 pub use outgoing::Outgoing;
 pub use profile::{Heartbeat, Profile, Stats};
 pub use runtime::Runtime;

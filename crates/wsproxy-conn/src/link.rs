@@ -1,6 +1,7 @@
-//! How everybody but its own task reaches a connection: queue, flush, notify.
+//! Handle to a connection for all other tasks: push, flush, notify, end.
 
 use std::{
+    any::Any,
     collections::VecDeque,
     io::{self, IoSlice},
     sync::{
@@ -15,7 +16,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 use wsproxy_proto::{
     disconnect::Disconnect,
-    ws::frame::{Opcode, server_frame},
+    ws::frame::{Kind, Opcode, Role, client_frame, server_frame},
 };
 
 use crate::{
@@ -26,130 +27,147 @@ use crate::{
     socket::Socket,
 };
 
-mod agenda;
+mod deadlines;
 mod ending;
-mod silence;
+mod liveness;
 
-use agenda::Agenda;
+use deadlines::Deadlines;
 use ending::Ending;
 
-/// [`Event::tag`]: the time has come for which the handler asked with [`Link::wake_at`]. Nobody else may use it.
-pub const TIMER: u8 = u8::MAX;
-
-/// So many bytes are written although the round is not over, so that rounds of any size fit
-/// into any send buffer as long as the client reads.
-const EARLY_FLUSH_BYTES: usize = 256 * 1024;
-
-/// Pongs up to this number are kept for one write.
-const PONGS_MAX: usize = 64;
-
-/// Something that another task wants a connection's handler to look at.
-#[derive(Debug, Clone)]
-pub struct Event {
-    /// What it is; the endpoint gives the meaning.
-    pub tag: u8,
-    /// A number that belongs to it.
-    pub number: u64,
-    /// Bytes that belong to it.
-    pub payload: Bytes,
+/// Something that another task wants a connection's handler to look at. Tags and values have the meaning that the
+/// handler gives them.
+#[derive(Debug)]
+pub enum HandlerEvent {
+    /// The time has come for which the handler asked with [`Link::wake_at`].
+    Timer,
+    /// A fact without further bytes.
+    Fact(u8),
+    /// Bytes in two parts, of which the first may be empty.
+    Bytes {
+        /// The kind of bytes.
+        tag: u8,
+        /// The first part.
+        head: Bytes,
+        /// The second part.
+        body: Bytes,
+    },
+    /// A value of a type that its sender and the handler know.
+    Value(Box<dyn Any + Send>),
 }
 
-/// Where a connection is in its life.
+impl HandlerEvent {
+    /// Bytes that count against [`Profile::event_bytes_max`].
+    const fn bytes(&self) -> usize {
+        match self {
+            Self::Bytes { head, body, .. } => head.len() + body.len(),
+            Self::Timer | Self::Fact(_) | Self::Value(_) => 0,
+        }
+    }
+}
+
+/// Phase in the life of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// The handshake is not answered yet; frames are kept.
+pub(crate) enum LinkPhase {
+    /// The handshake is not answered yet. Frames are queued and not written.
     Corked,
     /// Messages flow.
     Open,
-    /// A close frame is queued or written; nothing may be queued behind it.
+    /// A close frame is queued or written. No frame may follow it.
     Closing,
-    /// The socket is of no more use.
+    /// The socket is not used any more.
     Dead,
 }
 
-/// The part of a connection's state that several tasks change.
+/// State of a connection that several tasks change.
 #[derive(Debug)]
 struct State {
     outbox: Outbox,
     rare: Option<Box<Rare>>,
-    events: Option<Box<Events>>,
+    events: Option<Box<EventQueue>>,
     waker: Option<Waker>,
-    /// Bytes that the process's budget knows of.
+    /// Bytes that are counted in the process's budget.
     accounted: u32,
     messages_sent: u64,
     bytes_sent: u64,
-    /// The tick at which the wheel looks next; 0 where it does not.
+    /// Tick at which the wheel looks at the connection next; 0 where it does not.
     scheduled: u32,
-    phase: Phase,
+    phase: LinkPhase,
     /// The socket took no more; the connection's task will flush.
     blocked: bool,
-    /// Frames were queued since the last flush, and somebody is going to flush.
+    /// Frames were queued since the last flush, and the task that queued the first of them is going to flush.
     dirty: bool,
     /// The peer's close frame came.
     peer_closed: bool,
+    /// The handler waits until no more than the low-water mark is queued.
+    wants_writable: bool,
+    /// The driver is to tell the handler that the connection is writable.
+    writable: bool,
 }
 
-/// What most connections do not have, or not yet; on the heap, so that they stay small.
+/// State that most connections do not have, or not yet. It is on the heap, so that the others stay small.
 #[derive(Debug, Default)]
 struct Rare {
-    /// How it ends, once that is known.
+    /// Ending of the connection, once one has begun.
     ending: Option<Ending>,
-    agenda: Agenda,
-    /// Bytes that were read, and that the handler does not take yet.
+    deadlines: Deadlines,
+    /// Bytes that were read and that the handler does not take yet.
     held: Vec<u8>,
 }
 
-/// What waits for a connection's handler.
+/// Events that wait for a connection's handler.
 #[derive(Debug, Default)]
-pub(crate) struct Events {
-    pub(crate) queue: VecDeque<Event>,
+pub(crate) struct EventQueue {
+    pub(crate) queue: VecDeque<HandlerEvent>,
     bytes: usize,
 }
 
-/// A connection as seen by the hub, the timers and the API.
+/// Handle to a WebSocket connection, for the hub, the timers and the API.
 #[derive(Debug)]
 pub struct Link {
-    /// For the wheel, which must not keep a connection alive.
+    /// Reference for the wheel, which must not keep a connection alive.
     me: Weak<Self>,
     id: Uuid,
     window_bits: Option<u8>,
     socket: OnceLock<Socket>,
     state: Mutex<State>,
-    /// When the last bytes came.
+    /// Time at which the last bytes came.
     heard: AtomicU64,
-    /// When the last data message came or went.
+    /// Time at which the last data message came or was sent.
     active: AtomicU64,
-    /// Until the bus takes messages again the client is not read, and so cannot be heard.
+    /// Set while this process leaves the client unread for a reason of its own. The client's silence does not count
+    /// then.
     paused: AtomicBool,
-    /// Copy of the phase that can be read without the lock.
+    /// Whether an ending has begun. A copy of the phase that needs no lock.
     closing: AtomicBool,
     profile: Arc<Profile>,
     runtime: Arc<Runtime>,
 }
 
-/// What a connection's task must know before a turn.
+/// State of a connection that its task needs in a round.
 pub(crate) struct Look {
-    pub(crate) phase: Phase,
+    pub(crate) phase: LinkPhase,
     pub(crate) blocked: bool,
     pub(crate) drained: bool,
     pub(crate) peer_closed: bool,
     pub(crate) reply_bytes: usize,
-    pub(crate) events: Option<Box<Events>>,
+    pub(crate) writable: bool,
+    pub(crate) events: Option<Box<EventQueue>>,
 }
 
-/// What became of a frame that was to be queued.
+/// Result of [`Link::push`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Queued {
-    /// Queued, and whoever queued it must call [`Link::flush`] at the end of the round.
+    /// The frame is queued, and the caller must call [`Link::flush`] at the end of its round.
     Flush,
-    /// Queued; somebody else flushes.
+    /// The frame is queued, and another task flushes.
     Queued,
-    /// The connection is ending: dropped.
+    /// The frame is dropped, since the connection is ending.
     Ending,
 }
 
 impl Link {
-    /// A connection whose handshake is not answered yet. `window_bits`: negotiated for compression.
+    /// Creates the handle of a connection whose handshake is not answered yet. `window_bits` was negotiated for
+    /// compressed frames to the client.
     #[must_use]
     pub fn new(
         id: Uuid,
@@ -173,57 +191,58 @@ impl Link {
         })
     }
 
-    /// The connection's id.
+    /// Returns the connection's id.
     #[must_use]
     pub const fn id(&self) -> Uuid {
         self.id
     }
 
-    /// The window that was negotiated for compressed frames to this client.
+    /// Returns the window that was negotiated for compressed frames to the client.
     #[must_use]
     pub const fn window_bits(&self) -> Option<u8> {
         self.window_bits
     }
 
-    /// What it shares with the other connections of its endpoint.
+    /// Returns the state that the connection shares with the others of its endpoint.
     #[must_use]
     pub const fn profile(&self) -> &Arc<Profile> {
         &self.profile
     }
 
-    /// Bytes that wait for this client.
+    /// Returns the number of bytes that wait for the client.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         self.state.lock().outbox.bytes()
     }
 
-    /// Those of them that the process's budget knows of, and that a disconnect would free.
+    /// Returns the number of bytes in the process's budget that a disconnect would free.
     pub(crate) fn waiting_bytes(&self) -> usize {
         let state = self.state.lock();
         if state.accounted > 0 { state.outbox.untouched_bytes() } else { 0 }
     }
 
-    /// When the last bytes came from the client.
+    /// Returns the time at which the last bytes came from the client.
     #[must_use]
     pub fn heard(&self) -> Micros {
         Micros(self.heard.load(Relaxed))
     }
 
-    /// Data messages and bytes that were handed to the kernel.
+    /// Returns the number of data messages and of bytes that the kernel has taken.
     #[must_use]
     pub fn sent(&self) -> (u64, u64) {
         let state = self.state.lock();
         (state.messages_sent, state.bytes_sent)
     }
 
-    /// Queues a data frame which was read from the bus at `since`; [`Micros::UNTIMED`]: it was not.
+    /// Queues a data frame. Its message was read from the bus at `since`, or is of the gateway itself:
+    /// [`Micros::UNTIMED`].
     ///
-    /// More than the send buffer ends the connection as a slow consumer; nobody waits for it.
+    /// A connection with more than the send buffer allows ends as a slow consumer; the caller never waits.
     pub fn push(&self, frame: Bytes, since: Micros) -> Queued {
         self.push_data(frame, since, false)
     }
 
-    /// Queues a data frame which was read from the bus at `since`, and writes what is queued.
+    /// Queues a data frame whose message was read from the bus at `since`, and writes all queued frames.
     pub fn push_and_flush(&self, frame: Bytes, since: Micros) {
         let mut state = self.state.lock();
         if self.enqueue(&mut state, frame, since, false) && !state.blocked {
@@ -232,9 +251,49 @@ impl Link {
         }
     }
 
-    /// Queues a data frame that answers the client's own message; the driver flushes it.
+    /// Queues a data frame that answers a message of the client. The driver flushes it.
     pub fn reply(&self, frame: Bytes, now: Micros) {
         let _ = self.push_data(frame, now, true);
+    }
+
+    /// Queues a data frame that makes an earlier one with the same `key` needless. Where the earlier frame still waits
+    /// behind a socket that takes no more, it is dropped: only the newest is sent, behind everything that was queued
+    /// before it. A frame that is partly written is sent whole.
+    pub fn push_keyed(&self, key: u64, frame: Bytes, since: Micros) -> Queued {
+        let mut state = self.state.lock();
+        if !state.is_ending() && state.outbox.take_keyed(key) {
+            self.profile.stats.messages_replaced.fetch_add(1, Relaxed);
+        }
+        if !self.enqueue(&mut state, frame, since, false) {
+            return Queued::Ending;
+        }
+        // Otherwise the frame is on its way: the flush at the end of the round takes it.
+        if state.blocked || state.phase == LinkPhase::Corked {
+            state.outbox.name_last(key);
+        }
+        Self::queued(&mut state)
+    }
+
+    /// Returns whether at most the low-water mark waits for the client. Where more waits, the handler's
+    /// [`on_writable`](crate::Handler::on_writable) is called once, as soon as that is no longer so.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        let mut state = self.state.lock();
+        state.wants_writable = state.outbox.bytes() > self.profile.low_water_bytes;
+        !state.wants_writable
+    }
+
+    /// Encodes a message for this connection alone. The frame is masked where ours is the client's end.
+    #[must_use]
+    pub fn frame(&self, kind: Kind, payload: &[u8]) -> Bytes {
+        self.encode(kind.into(), payload)
+    }
+
+    fn encode(&self, opcode: Opcode, payload: &[u8]) -> Bytes {
+        match self.profile.role {
+            Role::Server => server_frame(opcode, payload, false),
+            Role::Client => client_frame(opcode, payload, false, masking_key()),
+        }
     }
 
     fn push_data(&self, frame: Bytes, since: Micros, reply: bool) -> Queued {
@@ -242,14 +301,19 @@ impl Link {
         if !self.enqueue(&mut state, frame, since, reply) {
             return Queued::Ending;
         }
-        if state.blocked || state.dirty || state.phase == Phase::Corked {
+        Self::queued(&mut state)
+    }
+
+    /// Decides who flushes the frame that was queued last.
+    fn queued(state: &mut State) -> Queued {
+        if state.blocked || state.dirty || state.phase == LinkPhase::Corked {
             return Queued::Queued;
         }
         state.dirty = true;
         Queued::Flush
     }
 
-    /// Queues a frame within the bounds; `false` where the connection is ending, or does now.
+    /// Queues a frame within the bounds. Returns `false` where the connection is ending, or begins to.
     fn enqueue(&self, state: &mut State, frame: Bytes, since: Micros, reply: bool) -> bool {
         if state.is_ending() {
             self.profile.stats.messages_discarded.fetch_add(1, Relaxed);
@@ -269,7 +333,7 @@ impl Link {
         !state.is_ending()
     }
 
-    /// Writes what is queued, as much as the socket takes, without waiting.
+    /// Writes as much of the queue as the socket takes, without waiting.
     pub fn flush(&self, now: Micros) {
         let mut state = self.state.lock();
         state.dirty = false;
@@ -278,18 +342,18 @@ impl Link {
         }
     }
 
-    /// Gives the connection's handler something to look at. A handler that does not keep up
-    /// with what is addressed to it ends its connection.
-    pub fn notify(&self, event: Event) {
+    /// Leaves an event for the connection's handler. Where too many events wait, the connection ends as a slow
+    /// consumer.
+    pub fn notify(&self, event: HandlerEvent) {
         self.leave(&mut self.state.lock(), event);
     }
 
-    fn leave(&self, state: &mut State, event: Event) {
-        if state.phase == Phase::Dead {
+    fn leave(&self, state: &mut State, event: HandlerEvent) {
+        if state.phase == LinkPhase::Dead {
             return;
         }
         let events = state.events.get_or_insert_default();
-        events.bytes += event.payload.len();
+        events.bytes += event.bytes();
         let profile = &self.profile;
         if events.queue.len() >= profile.events_max || events.bytes > profile.event_bytes_max {
             state.events = None;
@@ -300,18 +364,18 @@ impl Link {
         state.wake();
     }
 
-    /// Gives the connection its socket, now that the handshake is answered.
+    /// Gives the connection its socket after the handshake.
     pub(crate) fn attach(&self, socket: Socket, now: Micros) {
         // A link belongs to one handshake, which has one socket.
         let _ = self.socket.set(socket);
         let mut state = self.state.lock();
-        if state.phase == Phase::Corked {
-            state.phase = Phase::Open;
+        if state.phase == LinkPhase::Corked {
+            state.phase = LinkPhase::Open;
         }
         self.heard.store(now.0, Relaxed);
         self.active.store(now.0, Relaxed);
         self.write(&mut state, now);
-        if state.phase == Phase::Open {
+        if state.phase == LinkPhase::Open {
             let next = self.next_deadline(&state, now);
             self.schedule(&mut state, next);
         }
@@ -321,13 +385,13 @@ impl Link {
         self.socket.get()
     }
 
-    /// Whether an ending has begun.
+    /// Returns whether an ending has begun.
     #[must_use]
     pub fn is_closing(&self) -> bool {
         self.closing.load(Relaxed)
     }
 
-    /// What the task must know before a turn; takes the events, and remembers whom to wake.
+    /// Returns the state that the task needs in a round, with the events, and stores the task's waker.
     pub(crate) fn look(&self, waker: &Waker) -> Look {
         let mut state = self.state.lock();
         if state.waker.as_ref().is_none_or(|known| !known.will_wake(waker)) {
@@ -339,15 +403,16 @@ impl Link {
             drained: state.outbox.is_empty(),
             peer_closed: state.peer_closed,
             reply_bytes: state.outbox.reply_bytes(),
+            writable: std::mem::take(&mut state.writable),
             events: state.events.take(),
         }
     }
 
-    pub(crate) fn take_events(&self) -> Option<Box<Events>> {
+    pub(crate) fn take_events(&self) -> Option<Box<EventQueue>> {
         self.state.lock().events.take()
     }
 
-    /// Keeps what was read until [`Self::take_held`]; never more than one read.
+    /// Keeps bytes of one read until [`Self::take_held`].
     pub(crate) fn hold(&self, bytes: &[u8]) {
         self.state.lock().rare.get_or_insert_default().held = bytes.to_vec();
     }
@@ -357,7 +422,7 @@ impl Link {
         state.rare.as_mut().map(|rare| std::mem::take(&mut rare.held)).unwrap_or_default()
     }
 
-    /// The socket takes bytes again.
+    /// Writes the queue: the socket takes bytes again.
     pub(crate) fn unblock(&self, now: Micros) {
         let mut state = self.state.lock();
         state.blocked = false;
@@ -369,11 +434,11 @@ impl Link {
         if state.outbox.control_frames() >= PONGS_MAX && !state.blocked {
             self.write(&mut state, now);
         }
-        if state.phase != Phase::Open {
+        if state.phase != LinkPhase::Open {
             return;
         }
-        let pong = server_frame(Opcode::Pong, payload, false);
-        // Reading pauses now, but what was read with this ping may hold thousands more.
+        let pong = self.encode(Opcode::Pong, payload);
+        // Reading pauses now, but the same read may hold thousands of further pings.
         let is_full = state.blocked && state.outbox.reply_bytes() > self.profile.reply_bytes_max;
         let pong = if is_full { state.outbox.replace_pong(pong) } else { Err(pong) };
         if let Err(pong) = pong {
@@ -389,11 +454,11 @@ impl Link {
         self.active.store(now.0, Relaxed);
     }
 
-    /// Until `false` is told the client is not read for a reason that is not its own.
+    /// Notes whether this process leaves the client unread for a reason of its own.
     pub(crate) fn set_paused(&self, paused: bool, now: Micros) {
         if self.paused.load(Relaxed) != paused {
             if !paused {
-                // What it sent meanwhile is unread, not unsent: its silence begins now.
+                // The client may have sent messages meanwhile that are not read yet: its silence begins now.
                 self.heard_at(now);
                 self.active_at(now);
             }
@@ -401,14 +466,14 @@ impl Link {
         }
     }
 
-    /// Writes until nothing is left or the socket takes no more; the latter wakes the task,
-    /// which alone can wait for a socket.
+    /// Writes until the queue is empty or the socket takes no more. In the second case it wakes the task, which alone
+    /// can wait for the socket.
     fn write(&self, state: &mut State, now: Micros) {
         let Some(socket) = self.socket.get() else { return };
         let mut blocked = false;
         while !state.outbox.is_empty() && !blocked {
             let result = match state.outbox.only() {
-                // Cheaper in the kernel than a vector of one.
+                // One slice is cheaper in the kernel than a vector of one slice.
                 Some(frame) => socket.try_write(frame),
                 None => {
                     let mut slices = [IoSlice::new(&[]); SLICES_MAX];
@@ -427,12 +492,19 @@ impl Link {
         if blocked != state.blocked {
             state.blocked = blocked;
             self.profile.stats.blocked.fetch_add(blocked.into(), Relaxed);
-            // It has to wait for the socket; or somebody else has written what it waited for,
-            // and it may go on reading.
+            // The task has to wait for the socket; or another task has written the queue, and the task may read
+            // again.
             state.wake();
         }
         if state.blocked || state.accounted > 0 {
             self.account(state);
+        }
+        if state.wants_writable
+            && state.outbox.bytes() <= self.profile.low_water_bytes
+            && !state.is_ending()
+        {
+            (state.wants_writable, state.writable) = (false, true);
+            state.wake();
         }
     }
 
@@ -460,6 +532,12 @@ impl Link {
     }
 }
 
+/// Random bytes that a peer cannot foresee (RFC 6455, section 10.3).
+fn masking_key() -> [u8; 4] {
+    let [a, b, c, d, ..] = Uuid::new_v4().into_bytes();
+    [a, b, c, d]
+}
+
 impl Drop for Link {
     fn drop(&mut self) {
         self.runtime.budget.change(self.state.get_mut().accounted as usize, 0);
@@ -477,10 +555,12 @@ impl State {
             messages_sent: 0,
             bytes_sent: 0,
             scheduled: 0,
-            phase: Phase::Corked,
+            phase: LinkPhase::Corked,
             blocked: false,
             dirty: false,
             peer_closed: false,
+            wants_writable: false,
+            writable: false,
         }
     }
 
@@ -488,12 +568,12 @@ impl State {
         self.rare.as_ref()?.ending.as_ref()
     }
 
-    fn agenda(&self) -> Agenda {
-        self.rare.as_ref().map_or_else(Agenda::default, |rare| rare.agenda)
+    fn deadlines(&self) -> Deadlines {
+        self.rare.as_ref().map_or_else(Deadlines::default, |rare| rare.deadlines)
     }
 
     const fn is_ending(&self) -> bool {
-        matches!(self.phase, Phase::Closing | Phase::Dead)
+        matches!(self.phase, LinkPhase::Closing | LinkPhase::Dead)
     }
 
     fn wake(&self) {
@@ -502,3 +582,10 @@ impl State {
         }
     }
 }
+
+/// Number of queued bytes that are written before the round is over. So a round of any size fits any send buffer, as
+/// long as the client reads.
+const EARLY_FLUSH_BYTES: usize = 256 * 1024;
+
+/// Upper bound of the pongs that are kept for one write.
+const PONGS_MAX: usize = 64;

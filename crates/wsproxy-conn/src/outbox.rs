@@ -1,4 +1,4 @@
-//! What waits to be written to one client: two lanes, bounded by the caller in bytes, no IO.
+//! Frames that wait to be written to one client: two lanes, bounded in bytes by the caller, without IO.
 
 use std::{collections::VecDeque, io::IoSlice};
 
@@ -6,24 +6,22 @@ use bytes::{Buf, Bytes};
 
 use crate::clock::Micros;
 
-/// Most frames handed to one vectored write.
-pub const SLICES_MAX: usize = 64;
+mod keys;
 
-/// What a waiting frame costs beside its bytes: its place in a lane, which grows by doubling.
-/// Without it a bound in bytes would allow twenty times as much memory for tiny messages.
-pub const FRAME_OVERHEAD: usize = 64;
+use keys::Keys;
 
-/// A data frame and why it waits.
+/// Data frame with its tag.
 #[derive(Debug)]
 struct Entry {
     frame: Bytes,
-    origin: Origin,
+    tag: Tag,
 }
 
-/// When a frame's message was read from the bus, for the latency metric; whether the client's own
-/// messages caused it; whether a part of it is written. One number, since there can be very many.
+/// Tag of a data frame: the time at which its message was read from the bus (for the latency metric), whether the
+/// client's own messages caused it, and whether a part of it is written. It is one number, since there can be very
+/// many.
 #[derive(Debug, Clone, Copy)]
-struct Origin(u64);
+struct Tag(u64);
 
 /// The two lanes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,53 +30,55 @@ enum Lane {
     Data,
 }
 
-/// Frames waiting for one client.
+/// Frames that wait for one client.
 ///
-/// Control frames overtake data, but never cut a frame that is partly written.
-/// The owner bounds [`Self::bytes`]; the outbox itself only counts. Nothing is allocated while
-/// at most one data frame waits, and nothing is kept once it is empty.
+/// Control frames overtake data frames, but never cut a frame that is partly written. The owner bounds
+/// [`Self::bytes`]; the outbox only counts. The outbox allocates nothing while at most one data frame waits, and
+/// keeps nothing once it is empty.
 #[derive(Debug, Default)]
 pub struct Outbox {
-    /// The oldest data frame, or what is left of it.
+    /// Oldest data frame, or the rest of it.
     first: Option<Entry>,
     more: Option<Box<More>>,
-    /// The owner's bound, which 4 GiB are far beyond, keeps it from overflowing.
+    /// The owner's bound is far below 4 GiB, so this does not overflow.
     bytes: u32,
     reply_bytes: u32,
 }
 
-/// What waits beside the oldest data frame.
+/// Frames that wait in addition to the oldest data frame.
 #[derive(Debug, Default)]
 struct More {
     control: VecDeque<Bytes>,
-    /// Only used behind [`Outbox::first`].
+    /// Data frames behind [`Outbox::first`].
     data: VecDeque<Entry>,
+    /// Keys of data frames; on the heap, since hardly any connection has them.
+    keys: Option<Box<Keys>>,
     /// The first control frame is partly written.
     control_is_cut: bool,
 }
 
-/// What one write completed.
+/// Result of one write.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Written {
-    /// Data frames of which the last byte was handed over.
+    /// Number of data frames that are written completely.
     pub messages: u32,
-    /// Bytes, of any kind.
+    /// Number of bytes of all frames.
     pub bytes: usize,
-    /// Those of the messages that came from the bus: their time is measured.
+    /// Number of these data frames that came from the bus, whose latency is measured.
     pub timed: u32,
-    /// Since when the oldest of these waited; of value only where `timed` > 0.
+    /// Time at which the oldest of these came. Without meaning where `timed` is 0.
     pub oldest: Micros,
 }
 
 impl Outbox {
-    /// Nothing waits.
+    /// Outbox in which nothing waits.
     pub const EMPTY: Self = Self { first: None, more: None, bytes: 0, reply_bytes: 0 };
 
-    /// Appends a frame to the data lane; one with [`Micros::NEVER`] is not counted as a message, and the time of one
-    /// with [`Micros::UNTIMED`] and of a reply is not measured.
+    /// Appends a frame to the data lane. A frame with [`Micros::NEVER`] is not counted as a message. The latency of a
+    /// reply, and of a frame with [`Micros::UNTIMED`], is not measured.
     pub fn push(&mut self, frame: Bytes, since: Micros, reply: bool) {
         self.add(frame.len() + FRAME_OVERHEAD, reply);
-        let entry = Entry { frame, origin: Origin::new(since, reply) };
+        let entry = Entry { frame, tag: Tag::new(since, reply) };
         if self.first.is_none() {
             self.first = Some(entry);
         } else {
@@ -86,17 +86,17 @@ impl Outbox {
         }
     }
 
-    /// Appends a control frame, ahead of all data. It counts as a reply.
+    /// Appends a control frame, ahead of all data frames. It counts as a reply.
     pub fn push_control(&mut self, frame: Bytes) {
         self.add(frame.len() + FRAME_OVERHEAD, true);
         self.more.get_or_insert_default().control.push_back(frame);
     }
 
-    /// Puts a pong in the place of the last one, where that is the last control frame and
-    /// untouched (RFC 6455 section 5.5.3 allows to answer only the newest ping).
+    /// Replaces the last control frame, where it is a pong of which nothing is written: RFC 6455, section 5.5.3,
+    /// allows to answer only the newest ping.
     ///
     /// # Errors
-    /// There is none to replace; the frame comes back.
+    /// The frame itself, where there is no such pong.
     pub fn replace_pong(&mut self, frame: Bytes) -> Result<(), Bytes> {
         let more = self.more.as_mut();
         let more = more.filter(|more| more.control.len() > usize::from(more.control_is_cut));
@@ -111,8 +111,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Drops all that is not partly written, so that a close frame can follow at once.
-    /// Returns how many messages were lost.
+    /// Drops all frames but one that is partly written, so that a close frame can follow at once. Returns the number
+    /// of lost messages.
     pub fn discard(&mut self) -> usize {
         let before = self.messages();
         let cut = self.cut();
@@ -120,7 +120,7 @@ impl Outbox {
         let control = self.take_control().filter(|_| cut == Some(Lane::Control));
         *self = Self::EMPTY;
         if let Some(entry) = data {
-            self.add(entry.frame.len() + FRAME_OVERHEAD, entry.origin.is_reply());
+            self.add(entry.frame.len() + FRAME_OVERHEAD, entry.tag.is_reply());
             self.first = Some(entry);
         }
         if let Some(frame) = control {
@@ -130,26 +130,26 @@ impl Outbox {
         before - self.messages()
     }
 
-    /// Drops everything. Returns how many messages were lost.
+    /// Drops all frames. Returns the number of lost messages.
     pub fn clear(&mut self) -> usize {
         let lost = self.messages();
         *self = Self::EMPTY;
         lost
     }
 
-    /// Bytes that wait, with what it costs to keep them.
+    /// Returns the number of waiting bytes, with [`FRAME_OVERHEAD`] for each frame.
     #[must_use]
     pub const fn bytes(&self) -> usize {
         self.bytes as usize
     }
 
-    /// The share of [`Self::bytes`] that the client itself caused.
+    /// Returns the share of [`Self::bytes`] that the client's own messages caused.
     #[must_use]
     pub const fn reply_bytes(&self) -> usize {
         self.reply_bytes as usize
     }
 
-    /// The share of [`Self::bytes`] that [`Self::discard`] would free.
+    /// Returns the share of [`Self::bytes`] that [`Self::discard`] would free.
     #[must_use]
     pub fn untouched_bytes(&self) -> usize {
         let cut = match self.cut() {
@@ -160,19 +160,19 @@ impl Outbox {
         self.bytes() - cut.map_or(0, |frame| frame.len() + FRAME_OVERHEAD)
     }
 
-    /// Whether nothing waits.
+    /// Returns whether nothing waits.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 
-    /// How many control frames wait.
+    /// Returns the number of waiting control frames.
     #[must_use]
     pub fn control_frames(&self) -> usize {
         self.more.as_ref().map_or(0, |more| more.control.len())
     }
 
-    /// The one data frame that waits, where there is nothing else: most rounds leave just that.
+    /// Returns the waiting data frame, where there is no other frame. Most rounds leave just one.
     #[must_use]
     pub fn only(&self) -> Option<&[u8]> {
         match (&self.first, &self.more) {
@@ -181,7 +181,7 @@ impl Outbox {
         }
     }
 
-    /// What to write next, in order. Returns how many slices were filled.
+    /// Fills `slices` with the frames to write next, in their order. Returns the number of filled slices.
     pub fn fill<'a>(&'a self, slices: &mut [IoSlice<'a>; SLICES_MAX]) -> usize {
         let (cut, first) = match self.cut() {
             Some(Lane::Data) => (&self.first, &None),
@@ -190,7 +190,9 @@ impl Outbox {
         let control = self.more.iter().flat_map(|more| &more.control);
         let data = self.more.iter().flat_map(|more| &more.data);
         let frames = cut.iter().map(|entry| &entry.frame).chain(control);
-        let frames = frames.chain(first.iter().chain(data).map(|entry| &entry.frame));
+        let data = first.iter().chain(data).map(|entry| &entry.frame);
+        // A frame that a newer one made needless is empty.
+        let frames = frames.chain(data.filter(|frame| !frame.is_empty()));
         let mut filled = 0;
         for (slice, frame) in slices.iter_mut().zip(frames) {
             *slice = IoSlice::new(frame);
@@ -199,7 +201,7 @@ impl Outbox {
         filled
     }
 
-    /// Removes the first `count` bytes of what [`Self::fill`] showed.
+    /// Removes the first `count` bytes of the slices that [`Self::fill`] filled.
     pub fn advance(&mut self, mut count: usize) -> Written {
         let mut written = Written { bytes: count, ..Written::default() };
         while count > 0 {
@@ -207,20 +209,20 @@ impl Outbox {
                 0 => Lane::Data,
                 _ => Lane::Control,
             });
-            let Some((frame, origin)) = self.front(lane) else { break };
+            let Some((frame, tag)) = self.front(lane) else { break };
             let taken = count.min(frame.len());
             let is_whole = taken == frame.len();
             frame.advance(taken);
             count -= taken;
-            self.remove(taken, origin.is_reply());
+            self.remove(taken, tag.is_reply());
             self.set_cut(lane, !is_whole);
             if is_whole {
-                self.remove(FRAME_OVERHEAD, origin.is_reply());
+                self.remove(FRAME_OVERHEAD, tag.is_reply());
                 self.pop(lane);
-                written.messages += u32::from(origin.is_message());
-                if origin.is_timed() {
+                written.messages += u32::from(tag.is_message());
+                if tag.is_timed() {
                     if written.timed == 0 {
-                        written.oldest = origin.since();
+                        written.oldest = tag.since();
                     }
                     written.timed += 1;
                 }
@@ -229,9 +231,9 @@ impl Outbox {
         written
     }
 
-    /// The lane of which the first frame is partly written: nothing may come before the rest of it.
+    /// Returns the lane whose first frame is partly written. The rest of that frame comes before any other.
     fn cut(&self) -> Option<Lane> {
-        if self.first.as_ref().is_some_and(|entry| entry.origin.is_cut()) {
+        if self.first.as_ref().is_some_and(|entry| entry.tag.is_cut()) {
             return Some(Lane::Data);
         }
         self.more.as_ref().filter(|more| more.control_is_cut).map(|_| Lane::Control)
@@ -239,32 +241,44 @@ impl Outbox {
 
     fn set_cut(&mut self, lane: Lane, cut: bool) {
         match (lane, &mut self.first, &mut self.more) {
-            (Lane::Data, Some(entry), _) => entry.origin.set_cut(cut),
+            (Lane::Data, Some(entry), _) => entry.tag.set_cut(cut),
             (Lane::Control, _, Some(more)) => more.control_is_cut = cut,
             _ => {}
         }
     }
 
-    /// The first frame of a lane.
-    fn front(&mut self, lane: Lane) -> Option<(&mut Bytes, Origin)> {
+    /// Returns the first frame of a lane.
+    fn front(&mut self, lane: Lane) -> Option<(&mut Bytes, Tag)> {
         match lane {
-            Lane::Data => self.first.as_mut().map(|entry| (&mut entry.frame, entry.origin)),
+            Lane::Data => self.first.as_mut().map(|entry| (&mut entry.frame, entry.tag)),
             Lane::Control => {
                 let frame = self.more.as_mut()?.control.front_mut()?;
-                Some((frame, Origin::new(Micros::NEVER, true)))
+                Some((frame, Tag::new(Micros::NEVER, true)))
             }
         }
     }
 
+    /// Drops the first frame of a lane that has one.
     fn pop(&mut self, lane: Lane) {
+        let Some(more) = &mut self.more else {
+            // A control frame would be in there.
+            self.first = None;
+            return;
+        };
         match lane {
-            Lane::Data => self.first = self.more.as_mut().and_then(|more| more.data.pop_front()),
-            Lane::Control => drop(self.take_control()),
+            Lane::Data => self.first = more.next_data(),
+            Lane::Control => drop(more.control.pop_front()),
         }
-        let Some(more) = &mut self.more else { return };
-        if more.control.is_empty() && more.data.is_empty() {
-            self.more = None;
-        } else if more.data.capacity() > 64 && more.data.len() < more.data.capacity() / 4 {
+        if more.data.is_empty() {
+            if self.first.is_none() {
+                more.keys = None;
+            }
+            if more.control.is_empty() && more.keys.is_none() {
+                self.more = None;
+                return;
+            }
+        }
+        if more.data.capacity() > 64 && more.data.len() < more.data.capacity() / 4 {
             more.data.shrink_to(more.data.len() * 2);
         }
     }
@@ -275,7 +289,7 @@ impl Outbox {
 
     fn messages(&self) -> usize {
         let data = self.more.iter().flat_map(|more| &more.data);
-        self.first.iter().chain(data).filter(|entry| entry.origin.is_message()).count()
+        self.first.iter().chain(data).filter(|entry| entry.tag.is_message()).count()
     }
 
     const fn add(&mut self, bytes: usize, reply: bool) {
@@ -293,7 +307,7 @@ impl Outbox {
     }
 }
 
-impl Origin {
+impl Tag {
     const REPLY: u64 = 1;
     const CUT: u64 = 2;
 
@@ -317,16 +331,23 @@ impl Origin {
         self.0 = self.0 & !Self::CUT | if cut { Self::CUT } else { 0 };
     }
 
-    /// Whether it was not pushed with [`Micros::NEVER`].
+    /// Returns whether the frame was not pushed with [`Micros::NEVER`].
     const fn is_message(self) -> bool {
         self.0 >> 2 != Micros::NEVER.0 << 2 >> 2
     }
 
-    /// Whether it came from the bus, rather than from the gateway itself.
+    /// Returns whether the message came from the bus, and not from the gateway itself.
     const fn is_timed(self) -> bool {
         !self.is_reply() && self.is_message() && self.0 >> 2 != Micros::UNTIMED.0 << 2 >> 2
     }
 }
+
+/// Most frames handed to one vectored write.
+pub const SLICES_MAX: usize = 64;
+
+/// Cost of a waiting frame beside its bytes: its place in a lane, which grows by doubling. Without this cost a bound
+/// in bytes would allow twenty times as much memory for tiny messages.
+pub const FRAME_OVERHEAD: usize = 64;
 
 #[cfg(test)]
 mod tests {
@@ -343,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn control_overtakes_data_but_not_a_frame_in_progress() {
+    fn control_overtakes_data_but_no_cut_frame() {
         let mut outbox = Outbox::default();
         outbox.push(frame("aaaa"), Micros(1), false);
         outbox.push(frame("bb"), Micros(2), false);
@@ -357,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partly_written_control_frame_is_not_counted_as_a_message() {
+    fn cut_control_frame_is_not_counted_as_a_message() {
         let mut outbox = Outbox::default();
         outbox.push_control(frame("PONG"));
         assert_eq!(outbox.advance(1).messages, 0);
@@ -384,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn discarding_keeps_a_control_frame_that_is_partly_written() {
+    fn discard_keeps_a_cut_control_frame() {
         let mut outbox = Outbox::default();
         for text in ["PING", "PONG"] {
             outbox.push_control(frame(text));
@@ -400,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_close_frame_in_the_data_lane_is_not_counted_as_lost() {
+    fn close_frame_in_data_lane_is_not_lost() {
         let mut outbox = Outbox::default();
         outbox.push(frame("aa"), Micros(1), false);
         outbox.push(frame("C"), Micros::NEVER, false);
@@ -434,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn any_pattern_of_partial_writes_keeps_order_and_counts() {
+    fn partial_writes_keep_order_and_counts() {
         for step in 1..17 {
             let mut outbox = Outbox::default();
             let mut expected = String::new();

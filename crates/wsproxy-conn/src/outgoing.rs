@@ -1,4 +1,4 @@
-//! A message that is encoded once for all who get it; knows no connection but its compression.
+//! A message that is encoded once for all connections that get it. Of a connection it knows the compression only.
 
 use std::{borrow::Cow, cell::RefCell};
 
@@ -14,20 +14,20 @@ thread_local! {
     static DEFLATERS: RefCell<Option<(u32, Deflaters)>> = const { RefCell::new(None) };
 }
 
-/// One message on its way to any number of connections.
+/// Message on its way to any number of connections.
 ///
-/// The frame is built when the first connection asks, and compressed at most once per window
-/// size that was negotiated; everybody else shares the bytes.
+/// The frame is built for the first connection, and compressed at most once for each window size that was negotiated.
+/// All other connections share the bytes.
 pub struct Outgoing<'a> {
     kind: Kind,
     payload: Cow<'a, [u8]>,
     plain: Option<Bytes>,
-    /// By window bits; `None` where compressing did not make it smaller.
+    /// Compressed frames by window bits; `None` where compression does not make the message smaller.
     deflated: Vec<(u8, Option<Bytes>)>,
 }
 
 impl<'a> Outgoing<'a> {
-    /// `payload` must be UTF-8 where `kind` is text.
+    /// Creates a message. `payload` must be UTF-8 where `kind` is text.
     #[must_use]
     pub fn new(kind: Kind, payload: impl Into<Cow<'a, [u8]>>) -> Self {
         Self { kind, payload: payload.into(), plain: None, deflated: Vec::new() }
@@ -45,14 +45,16 @@ impl<'a> Outgoing<'a> {
         self.payload.is_empty()
     }
 
-    /// The frame for a connection that negotiated `window_bits` (`None`: no compression).
+    /// Returns the frame for a connection that negotiated `window_bits` (`None`: no compression).
     pub fn frame(&mut self, window_bits: Option<u8>, profile: &Profile) -> Bytes {
         if let Some(bits) = window_bits
             && self.payload.len() >= profile.compress_from_bytes
         {
             let known = self.deflated.iter().position(|(known, _)| *known == bits);
             let at = known.unwrap_or_else(|| {
-                let frame = compress(self.kind, &self.payload, bits, profile.compress_level);
+                let opcode = opcode(self.kind);
+                let frame = |compressed: &[u8]| server_frame(opcode, compressed, true);
+                let frame = with_compressed(&self.payload, bits, profile.compress_level, frame);
                 self.deflated.push((bits, frame));
                 self.deflated.len() - 1
             });
@@ -65,14 +67,20 @@ impl<'a> Outgoing<'a> {
     }
 }
 
-fn compress(kind: Kind, payload: &[u8], bits: u8, level: u32) -> Option<Bytes> {
-    DEFLATERS.with_borrow_mut(|pool| {
-        if pool.as_ref().is_none_or(|(pool_level, _)| *pool_level != level) {
-            *pool = Some((level, Deflaters::new(level)));
+/// Compresses `plain` with the compressor of this thread, and lends the result to `use_it`. `None` where compression
+/// does not make it smaller.
+pub fn with_compressed<T>(
+    plain: &[u8],
+    window_bits: u8,
+    level: u32,
+    use_it: impl FnOnce(&[u8]) -> T,
+) -> Option<T> {
+    DEFLATERS.with_borrow_mut(|kept| {
+        if kept.as_ref().is_none_or(|(kept_level, _)| *kept_level != level) {
+            *kept = Some((level, Deflaters::new(level)));
         }
-        let (_, deflaters) = pool.as_mut()?;
-        let compressed = deflaters.compress(bits, payload)?;
-        Some(server_frame(opcode(kind), compressed, true))
+        let (_, deflaters) = kept.as_mut()?;
+        Some(use_it(deflaters.compress(window_bits, plain)?))
     })
 }
 

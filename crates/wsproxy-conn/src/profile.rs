@@ -1,66 +1,67 @@
-//! What the connections of one endpoint have in common: limits, intervals and counters.
+//! State that the connections of one endpoint share: limits, intervals and counters.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use wsproxy_proto::{
     rate::{ByteRate, Rate},
-    ws::receiver::Limits,
+    ws::{frame::Role, receiver::Limits},
 };
 
 use crate::clock::Micros;
 
-/// Upper bounds of the latency histogram's buckets, in microseconds; a last one has none.
-pub const LATENCY_BUCKETS: [u64; 16] = [
-    50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
-    1_000_000, 2_500_000, 10_000_000,
-];
-
-/// The settings of an endpoint's connections, shared by all of them.
+/// Settings and counters that the connections of one endpoint share.
 #[derive(Debug)]
 pub struct Profile {
-    /// Bounds of what is received.
+    /// Our end of the connections. A client masks its frames, a server does not.
+    pub role: Role,
+    /// Bounds of received messages.
     pub receive: Limits,
-    /// Most bytes that may wait for one client; beyond it the connection ends as a slow consumer.
+    /// Upper bound of the bytes that wait for one client. Beyond it the connection ends as a slow consumer.
     pub send_buffer_bytes: usize,
-    /// While more bytes than this wait which the client itself caused, it is not read from.
+    /// Low-water mark: number of waiting bytes at which a handler is told that it may push more; see
+    /// [`Link::is_writable`](crate::Link::is_writable).
+    pub low_water_bytes: usize,
+    /// Upper bound of the waiting bytes that the client's own messages caused. Beyond it the client is not read.
     pub reply_bytes_max: usize,
-    /// Most events that may wait for a connection's handler; beyond it the connection ends as a slow consumer.
+    /// Upper bound of the events that wait for a handler. Beyond it the connection ends as a slow consumer.
     pub events_max: usize,
-    /// Most bytes that may wait in them.
+    /// Upper bound of the bytes of these events.
     pub event_bytes_max: usize,
-    /// Messages per second; `None`: no limit.
+    /// Limit of messages per second; `None`: no limit.
     pub rate: Option<Rate>,
-    /// Bytes per second, inflated ones included; reading pauses beyond it. `None`: no limit.
+    /// Limit of bytes per second, after inflating. Beyond it reading pauses. `None`: no limit.
     pub byte_rate: Option<ByteRate>,
-    /// What is a sign of life.
+    /// Bytes that a message counts in `byte_rate` beside its own, so that reading pauses for many small ones too.
+    pub message_bytes: usize,
+    /// Sign of life of the client.
     pub heartbeat: Heartbeat,
-    /// A ping is sent when nothing was heard for this long.
+    /// Time without a sign of life after which a ping is sent.
     pub heartbeat_interval: Micros,
-    /// A connection from which nothing was heard for this long is dead.
+    /// Time without a sign of life after which the connection ends.
     pub heartbeat_timeout: Micros,
-    /// A connection without a data message in either direction for this long ends.
+    /// Time without a data message in either direction after which the connection ends.
     pub idle_timeout: Micros,
-    /// How long the close handshake may take.
+    /// Upper bound of the time that the close handshake takes.
     pub close_timeout: Micros,
-    /// Messages from this size on are compressed where that was negotiated.
+    /// Size from which messages are compressed, where compression was negotiated.
     pub compress_from_bytes: usize,
-    /// 1 to 9.
+    /// Level of compression, 1 to 9.
     pub compress_level: u32,
     /// Counters of all these connections.
     pub stats: Stats,
 }
 
-/// What is a sign of life of a client.
+/// Sign of life of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Heartbeat {
-    /// Any bytes; it is asked for one with WebSocket pings.
+    /// Any bytes. The driver asks for them with WebSocket pings.
     #[default]
     Frames,
-    /// Data messages only; the handler asks for one, in messages of its own.
+    /// Data messages only. The handler asks for them with messages of its own.
     Messages,
 }
 
-/// Counters, only ever added to; the metrics read them at scrape.
+/// Counters that only grow. Metrics read them.
 #[derive(Debug, Default)]
 pub struct Stats {
     /// Data messages that arrived complete and valid.
@@ -71,24 +72,26 @@ pub struct Stats {
     pub messages_sent: AtomicU64,
     /// Bytes handed to the kernel.
     pub bytes_sent: AtomicU64,
-    /// Messages that waited for a client when its connection ended, or came for it afterwards.
+    /// Messages that were not sent: they waited when the connection ended, or came for it afterwards.
     pub messages_discarded: AtomicU64,
-    /// Times that a client's socket took no more.
+    /// Messages that were not sent, since a newer one with the same key took their place.
+    pub messages_replaced: AtomicU64,
+    /// Number of times that a client's socket took no more.
     pub blocked: AtomicU64,
-    /// Times that reading from a client paused.
+    /// Number of times that reading from a client paused.
     pub reads_paused: AtomicU64,
-    /// Times that reading from a client paused, since it had sent more bytes than its rate allows.
+    /// Number of times that reading from a client paused, since the client was over its byte rate.
     pub reads_throttled: AtomicU64,
-    /// Time from the bus to the kernel, of messages that came from there.
+    /// Time from the bus to the kernel, of messages that came from the bus.
     pub latency: Latency,
 }
 
-/// A histogram with fixed buckets.
+/// Histogram with fixed buckets.
 #[derive(Debug, Default)]
 pub struct Latency {
-    /// Counts, not cumulative; the last one is beyond all bounds.
+    /// Counts, not cumulative. The last one is beyond all bounds.
     pub buckets: [AtomicU64; LATENCY_BUCKETS.len() + 1],
-    /// Sum of all, in microseconds.
+    /// Sum of all times, in microseconds.
     pub sum_micros: AtomicU64,
 }
 
@@ -100,3 +103,9 @@ impl Latency {
         self.sum_micros.fetch_add(span.0.saturating_mul(u64::from(count)), Relaxed);
     }
 }
+
+/// Upper bounds of the latency histogram's buckets, in microseconds. One more bucket has no bound.
+pub const LATENCY_BUCKETS: [u64; 16] = [
+    50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
+    1_000_000, 2_500_000, 10_000_000,
+];

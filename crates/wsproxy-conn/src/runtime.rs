@@ -1,4 +1,4 @@
-//! What all connections of a process share: the timer wheel and the budget.
+//! State that all connections of a process share: the timer wheel and the budget.
 
 use std::sync::{
     Arc, Weak,
@@ -15,23 +15,17 @@ use crate::{
     wheel::{TICK, Wheel},
 };
 
-/// A tick that comes this much later than its predecessor means that the process stood still.
-const STANDSTILL: Micros = Micros(2_000_000);
-
-/// After a standstill clients get this long to be heard before they count as dead.
-const GRACE: Micros = Micros(5_000_000);
-
-/// Shared by all connections; [`Self::tick`] must be called every [`TICK`].
+/// The timer wheel and the budget of all connections. The owner calls [`Self::tick`] every [`TICK`].
 #[derive(Debug)]
 pub struct Runtime {
-    /// All connections, by when they must be looked at.
+    /// All connections, by the time of their next deadline.
     pub(crate) wheel: Wheel,
-    /// What they may hold together.
+    /// Bytes that all outboxes together may hold.
     pub budget: Budget,
     last_tick: AtomicU64,
-    /// Nobody is declared dead before this time.
+    /// No client counts as dead before this time.
     grace_until: AtomicU64,
-    /// Held while connections are between two slots of the wheel, where nobody else would find them.
+    /// Held while connections are in no slot of the wheel, so that [`Self::links`] misses none.
     turning: Mutex<()>,
 }
 
@@ -48,11 +42,11 @@ impl Runtime {
         })
     }
 
-    /// Looks at every connection that is due: pings, timeouts, deadlines; and keeps the budget.
+    /// Handles every connection whose deadline has passed (pings, timeouts, expiry), and keeps the budget.
     pub fn tick(&self, now: Micros) {
         let last = Micros(self.last_tick.swap(now.0, Relaxed));
         if now.since(last) > STANDSTILL {
-            // The process was stopped or starved: what clients sent meanwhile is unread, not unsent.
+            // The process was stopped or starved. Clients may have sent messages that are not read yet.
             self.grace_until.store(now.after(GRACE).0, Relaxed);
         }
         let grace_until = Micros(self.grace_until.load(Relaxed));
@@ -68,17 +62,17 @@ impl Runtime {
         }
     }
 
-    /// Every connection that has a socket.
+    /// All connections that have a socket.
     #[must_use]
     pub fn links(&self) -> Vec<Arc<Link>> {
         let _turning = self.turning.lock();
         self.wheel.links()
     }
 
-    /// Ends connections, the worst first, until what waits fits again. Those that would free
-    /// nothing are left alone.
+    /// Ends the connections with the most waiting bytes until the rest fits the budget. Connections that would free
+    /// nothing stay.
     fn relieve(&self, now: Micros) {
-        // The figures change while we sort: each is asked for once.
+        // The numbers change while they are sorted, so each is read once.
         let links = self.links().into_iter().map(|link| (link.waiting_bytes(), link));
         let mut links: Vec<_> = links.filter(|(bytes, _)| *bytes > 0).collect();
         links.sort_unstable_by_key(|(bytes, _)| *bytes);
@@ -88,9 +82,15 @@ impl Runtime {
         }
     }
 
-    /// How often [`Self::tick`] wants to be called.
+    /// Interval at which the owner calls [`Self::tick`].
     #[must_use]
     pub fn tick_interval() -> std::time::Duration {
         TICK.into()
     }
 }
+
+/// Time between two ticks from which the process counts as having stood still.
+const STANDSTILL: Micros = Micros(2_000_000);
+
+/// Time after a standstill in which no client counts as dead.
+const GRACE: Micros = Micros(5_000_000);

@@ -1,21 +1,37 @@
-//! The kernel's end of a connection; knows bytes only.
+//! Socket of a connection: TCP, a unix socket, or TLS over TCP. Knows bytes only.
 
 use std::{
-    io::{self, IoSlice},
+    io::{self, IoSlice, Read},
     net::Shutdown,
     task::{Context, Poll},
     time::Duration,
 };
 
-use tokio::net::{TcpStream, UnixStream};
+use socket2::SockRef;
+use tokio::{
+    io::Interest,
+    net::{TcpStream, UnixStream},
+};
 
-/// A stream socket that can be read by its task and written by anybody, without `&mut`.
+pub mod tls;
+
+use tls::TlsSocket;
+
+/// Stream socket that its own task reads and that any task writes, without `&mut`.
 #[derive(Debug)]
 pub enum Socket {
-    /// TCP, from a client or a proxy.
+    /// TCP, to a client, a proxy or a server.
     Tcp(TcpStream),
-    /// A unix socket, from a proxy on the same machine. Boxed, so that the others are smaller.
+    /// A unix socket, to a proxy on the same machine. Boxed, so that TCP sockets are smaller.
     Unix(Box<UnixStream>),
+    /// TLS over TCP. Boxed for the same reason.
+    Tls(Box<TlsSocket>),
+}
+
+impl From<TlsSocket> for Socket {
+    fn from(socket: TlsSocket) -> Self {
+        Self::Tls(Box::new(socket))
+    }
 }
 
 impl From<TcpStream> for Socket {
@@ -31,14 +47,20 @@ impl From<UnixStream> for Socket {
 }
 
 impl Socket {
-    /// Reads what is there. `Ok(0)` is the end of the stream.
+    /// Reads the bytes that have come. `Ok(0)` is the end of the stream.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] where nothing is there.
+    /// [`io::ErrorKind::WouldBlock`] where no bytes have come.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Tcp(stream) => stream.try_read(buffer),
-            Self::Unix(stream) => stream.try_read(buffer),
+            Self::Tcp(stream) => {
+                read_some(buffer, stream.into(), |read| stream.try_io(Interest::READABLE, read))
+            }
+            Self::Unix(stream) => {
+                let socket = SockRef::from(&**stream);
+                read_some(buffer, socket, |read| stream.try_io(Interest::READABLE, read))
+            }
+            Self::Tls(socket) => socket.try_read(buffer),
         }
     }
 
@@ -50,6 +72,7 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.try_write(bytes),
             Self::Unix(stream) => stream.try_write(bytes),
+            Self::Tls(socket) => socket.try_write_vectored(&[IoSlice::new(bytes)]),
         }
     }
 
@@ -61,10 +84,11 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.try_write_vectored(slices),
             Self::Unix(stream) => stream.try_write_vectored(slices),
+            Self::Tls(socket) => socket.try_write_vectored(slices),
         }
     }
 
-    /// Whether a read is worth trying; registers the task's waker if not.
+    /// Returns whether a read is worth trying. Registers the waker of the task where it is not.
     ///
     /// # Errors
     /// The runtime is shutting down.
@@ -72,10 +96,11 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.poll_read_ready(cx),
             Self::Unix(stream) => stream.poll_read_ready(cx),
+            Self::Tls(socket) => socket.poll_read_ready(cx),
         }
     }
 
-    /// Whether a write is worth trying; registers the task's waker if not.
+    /// Returns whether a write is worth trying. Registers the waker of the task where it is not.
     ///
     /// # Errors
     /// The runtime is shutting down.
@@ -83,40 +108,69 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.poll_write_ready(cx),
             Self::Unix(stream) => stream.poll_write_ready(cx),
+            Self::Tls(socket) => socket.stream.poll_write_ready(cx),
         }
     }
 
-    /// Tells the peer that nothing more will come. A socket that is gone already is fine.
+    /// Ends our half of the stream. Does nothing where the socket is gone already.
     pub fn finish_writing(&self) {
-        // The only errors are those of a peer that left, which reading finds as well.
+        if let Self::Tls(socket) = self {
+            socket.say_goodbye();
+        }
+        // An error means that the peer left, which reading finds too.
         let _ = self.with_ref(|socket| socket.shutdown(Shutdown::Write));
     }
 
-    /// Ends both directions.
+    /// Ends both halves of the stream. Does nothing where the socket is gone already.
     pub fn shut_down(&self) {
-        // As above.
+        if let Self::Tls(socket) = self {
+            socket.say_goodbye();
+        }
+        // An error means that the peer left, which reading finds too.
         let _ = self.with_ref(|socket| socket.shutdown(Shutdown::Both));
     }
 
-    /// Options of a socket that carries messages: no Nagle delay, and an upper bound for how
-    /// long written bytes may stay unacknowledged, which finds peers that vanished.
+    /// Sets the options of a socket that carries messages: no Nagle delay, and an upper bound of the time for which
+    /// written bytes stay unacknowledged, which finds peers that vanished.
     ///
     /// # Errors
     /// The kernel refused an option.
     pub fn prepare(&self, unacknowledged_max: Duration) -> io::Result<()> {
-        if let Self::Tcp(stream) = self {
-            stream.set_nodelay(true)?;
-            let socket = socket2::SockRef::from(stream);
-            #[cfg(target_os = "linux")]
-            socket.set_tcp_user_timeout(Some(unacknowledged_max))?;
-        }
+        let stream = match self {
+            Self::Tcp(stream) => stream,
+            Self::Tls(socket) => &socket.stream,
+            Self::Unix(_) => return Ok(()),
+        };
+        stream.set_nodelay(true)?;
+        #[cfg(target_os = "linux")]
+        SockRef::from(stream).set_tcp_user_timeout(Some(unacknowledged_max))?;
         Ok(())
     }
 
-    fn with_ref<T>(&self, f: impl FnOnce(socket2::SockRef<'_>) -> T) -> T {
+    fn with_ref<T>(&self, f: impl FnOnce(SockRef<'_>) -> T) -> T {
         match self {
-            Self::Tcp(stream) => f(socket2::SockRef::from(stream)),
-            Self::Unix(stream) => f(socket2::SockRef::from(&**stream)),
+            Self::Tcp(stream) => f(SockRef::from(stream)),
+            Self::Unix(stream) => f(SockRef::from(&**stream)),
+            Self::Tls(socket) => f(SockRef::from(&socket.stream)),
         }
     }
+}
+
+/// Reads within `try_io` of a stream. After a read that did not fill the buffer nothing is left, and the runtime is told
+/// so: the next look at the stream waits for the next bytes, without a read that finds none.
+fn read_some(
+    buffer: &mut [u8],
+    socket: SockRef<'_>,
+    try_io: impl FnOnce(&mut dyn FnMut() -> io::Result<usize>) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut part = None;
+    let read = try_io(&mut || {
+        let count = (&*socket).read(buffer)?;
+        if (1..buffer.len()).contains(&count) {
+            part = Some(count);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(count)
+    });
+    part.map_or(read, Ok)
 }

@@ -1,4 +1,4 @@
-//! What the core costs per message, without any IO: `cargo run --release --example cost`.
+//! Cost of the protocol core per message, without IO: `cargo run --release --example cost`.
 
 #![expect(clippy::disallowed_methods, reason = "this measures time, and is no part of the core")]
 
@@ -6,18 +6,10 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use wsproxy_proto::json;
+use wsproxy_proto::rooms::{check, stamp, text};
 use wsproxy_proto::ws::deflate::{Deflaters, Inflaters, Params};
 use wsproxy_proto::ws::frame::{Opcode, Role, client_frame, server_frame};
 use wsproxy_proto::ws::receiver::{Input, Limits, Receiver};
-
-const LIMITS: Limits = Limits { message_bytes_max: 1 << 20, fragments_max: 64 };
-
-const PARAMS: Params = Params {
-    server_no_context_takeover: true,
-    client_no_context_takeover: true,
-    server_max_window_bits: 15,
-    client_max_window_bits: 15,
-};
 
 fn main() {
     println!("receiver: {} bytes, idle heap 0", size_of::<Receiver>());
@@ -55,9 +47,42 @@ fn main() {
             );
         }
     }
+    rooms();
 }
 
-/// A JSON array of chat messages.
+/// Measures a position of a room: in the smallest envelope, and in one with a message id, a time and a type.
+fn rooms() {
+    let slim =
+        br#"{"positionUpdate":{"entityId":"avatar-0190-0001","position":{"x":1.5,"y":2.5,"z":-3.5},
+        "rotation":{"x":0.1,"y":0.2,"z":0.3,"w":0.9},"sequenceNumber":70000}}"#;
+    let full = br#"{"messageId":"6fa459ea-ee8a-3ca4-894e-db77e160355e","timestamp":"1732190000000","type":"POSITION_UPDATE",
+        "positionUpdate":{"entityId":"avatar-0190-0001","position":{"x":1.5,"y":2.5,"z":-3.5},
+        "rotation":{"x":0.1,"y":0.2,"z":0.3,"w":0.9},"sequenceNumber":70000}}"#;
+    for json in [&slim[..], full] {
+        let Ok(envelope) = text::to_binary(json) else { return };
+        let length = envelope.len();
+        let mut out = Vec::with_capacity(256);
+        measure(&format!("check position {length} B"), || {
+            assert!(check::check(black_box(&envelope), "client-1").is_ok());
+        });
+        measure(&format!("check and stamp position {length} B"), || {
+            out.clear();
+            let envelope = black_box(&envelope);
+            if let Ok(checked) = check::check(envelope, "client-1") {
+                stamp::stamp(envelope, checked.stamp, "client-1", None, &mut out);
+            }
+            black_box(&out);
+        });
+        measure(&format!("position to binary {length} B"), || {
+            assert!(text::to_binary(black_box(json)).is_ok());
+        });
+        measure(&format!("position to text {length} B"), || {
+            assert!(text::to_text(black_box(&envelope)).is_some());
+        });
+    }
+}
+
+/// Makes a JSON array of chat messages.
 fn json_text(items: usize) -> String {
     let items: Vec<String> = (0..items)
         .map(|i| format!(
@@ -103,3 +128,12 @@ fn measure(what: &str, mut run: impl FnMut()) {
     }
     println!("{what:32} {best:10.1} ns");
 }
+
+const LIMITS: Limits = Limits { message_bytes_max: 1 << 20, fragments_max: 64 };
+
+const PARAMS: Params = Params {
+    server_no_context_takeover: true,
+    client_no_context_takeover: true,
+    server_max_window_bits: 15,
+    client_max_window_bits: 15,
+};

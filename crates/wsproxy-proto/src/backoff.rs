@@ -1,19 +1,28 @@
-//! Waits between tries; knows neither a clock nor a source of randomness.
+//! Waits between retries; knows neither a clock nor a source of randomness.
 
 use std::time::Duration;
 
-/// Exponential backoff with equal jitter: half of each wait is certain, half is chance, so that
-/// many who failed together do not come back together, and nobody comes back at once.
+/// Exponential backoff with equal jitter: half of each wait is fixed, half is random. Clients that failed together do
+/// not come back together, and none comes back at once.
+///
+/// ```
+/// use std::time::Duration;
+/// use wsproxy_proto::backoff::Backoff;
+///
+/// let backoff = Backoff { first: Duration::from_millis(100), max: Duration::from_secs(5) };
+/// assert_eq!(backoff.delay(0, 0), Duration::from_millis(50));
+/// assert_eq!(backoff.delay(9, u64::MAX), Duration::from_secs(5));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backoff {
-    /// Longest wait after the first failure.
+    /// Upper bound of the wait after the first failure.
     pub first: Duration,
-    /// Longest wait of all.
+    /// Upper bound of all waits.
     pub max: Duration,
 }
 
 impl Backoff {
-    /// The wait before try number `attempt` (0 is the first retry); `random` is any number.
+    /// Returns the wait before retry number `attempt`, from 0 on. `random` is any random number.
     #[must_use]
     pub fn delay(&self, attempt: u32, random: u64) -> Duration {
         let max = self.max.as_nanos().min(u128::from(u64::MAX)) as u64;
@@ -31,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn doubles_up_to_the_maximum_and_stays_within_half_and_whole() {
+    fn doubles_to_the_maximum_between_half_and_whole() {
         let backoff = Backoff { first: Duration::from_millis(100), max: Duration::from_secs(5) };
         for (attempt, ms) in [(0, 100), (1, 200), (2, 400), (5, 3200), (6, 5000), (200, 5000)] {
             let whole = Duration::from_millis(ms);

@@ -1,8 +1,8 @@
-//! The history of channels: positions, the envelope on the channel, and the rules by which nothing is
-//! ever skipped or delivered twice without saying so.
+//! Histories of channels: positions, the envelope on the channel, and the rules by which no entry is skipped or
+//! delivered twice without the client being told.
 //!
-//! A history is a log of entries with growing ids, each of which names the one before it (`prev`).
-//! What a reader has is a chain, or it is told that it is none.
+//! A history is a log of entries with growing ids. Each entry names the one before it (`prev`). The entries of a
+//! reader are a chain, or the reader is told that they are none.
 
 use std::fmt;
 
@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 pub mod envelope;
 pub mod fence;
+pub mod limits;
 pub mod pages;
 pub mod position;
 pub mod reader;
@@ -17,27 +18,25 @@ pub mod rule;
 
 pub use envelope::Envelope;
 pub use fence::Fence;
+pub use limits::HistoryLimits;
 pub use pages::Pages;
 pub use position::Position;
 pub use reader::Reader;
 
-/// What a client or a reader wants to continue behind.
+/// Place in a history behind which a client or a reader continues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum After {
-    /// Behind a position; [`Position::START`]: everything that is held.
+    /// Behind a position. [`Position::START`] stands for all entries that are held.
     Position(Position),
     /// Behind the entry to which a worker gave this event id.
     Event(Box<str>),
 }
 
-/// Longest event id of a worker's own, in bytes.
-pub const EVENT_ID_BYTES_MAX: usize = 128;
-
 impl After {
-    /// What a client gave as its last event id; `None` where it is empty.
+    /// Reads the last event id that a client gave; `None` where it is empty.
     ///
     /// # Errors
-    /// It is longer than [`EVENT_ID_BYTES_MAX`] or holds spaces or control characters.
+    /// [`BadEventId`] where the text is longer than [`EVENT_ID_BYTES_MAX`] or holds spaces or control characters.
     pub fn parse(text: &str) -> Result<Option<Self>, BadEventId> {
         if text.is_empty() {
             return Ok(None);
@@ -47,7 +46,7 @@ impl After {
         }
         match Position::parse(text.as_bytes()) {
             Some(position) if position != Position::START => Ok(Some(Self::Position(position))),
-            // Also the form that positions once had: no event has such an id, so it is not held.
+            // Positions of an earlier version come here too: no event has such an id, so none is found.
             _ if is_plain(text) => Ok(Some(Self::Event(text.into()))),
             _ => Err(BadEventId),
         }
@@ -64,11 +63,11 @@ impl fmt::Display for After {
     }
 }
 
-/// A worker's event id must fit into an envelope, a query and a line of an event stream, and must not look like a
-/// position: neither as positions are written nor as they once were.
+/// Checks an event id that a worker gives. It must fit an envelope, a query and a line of an event stream, and must
+/// not look like a position of this or an earlier version.
 ///
 /// # Errors
-/// It does not.
+/// [`BadEventId`].
 pub fn check_event_id(text: &str) -> Result<(), BadEventId> {
     if !text.is_empty() && is_plain(text) && !looks_like_a_position(text) {
         Ok(())
@@ -78,7 +77,7 @@ pub fn check_event_id(text: &str) -> Result<(), BadEventId> {
 }
 
 fn is_plain(text: &str) -> bool {
-    // As the script reads it: bytes of ASCII.
+    // The script compares bytes of ASCII too.
     let is_plain = |byte: u8| byte > b' ' && byte != 0x7f;
     text.len() <= EVENT_ID_BYTES_MAX && text.bytes().all(is_plain)
 }
@@ -97,46 +96,48 @@ fn looks_like_a_position(text: &str) -> bool {
     }
 }
 
-/// Why a text is no event id of a worker's own.
+/// Error of a text that is no event id of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "is empty, longer than {EVENT_ID_BYTES_MAX} bytes, holds spaces or control characters, or looks like a position"
 )]
 pub struct BadEventId;
 
-/// An entry of a log.
+/// Entry of a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its id.
+    /// Id of the entry.
     pub id: Position,
-    /// The id of the entry before it; [`Position::START`] for the first one of a log's life.
+    /// Id of the entry before it; [`Position::START`] for the first entry of a log's life.
     pub prev: Position,
-    /// The id that a worker gave it.
+    /// Event id that a worker gave the entry.
     pub event_id: Option<Box<str>>,
-    /// What was published.
+    /// Payload that was published.
     pub data: Bytes,
 }
 
-/// One log at one moment.
+/// State of one log at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Log {
-    /// Where it ends: the last entry of its life, held or not, or where its life began without one. `None` where
-    /// nothing is known of it.
+    /// End of the log: the last entry of its life, held or not, or the start of a life without entries. `None` where
+    /// nothing is known of the log.
     pub head: Option<Position>,
-    /// The head was made when it was read, since there was none.
+    /// The head was made by this reading, since there was none.
     pub is_new: bool,
-    /// Whether its entries begin where its life does; meant only where all that are held were asked for.
+    /// Whether the entries begin where the life of the log does. It has a meaning only where all held entries were
+    /// asked for.
     pub is_from_start: bool,
-    /// Nobody who comes back has this log again, so nobody's position depends on it.
+    /// The log belongs to one connection. A client that comes back has another one, so no position depends on this
+    /// log.
     pub is_private: bool,
-    /// The entries behind what was asked for, oldest first.
+    /// Entries behind the place that was asked for, oldest first.
     pub entries: Vec<Entry>,
-    /// Whether these are all; otherwise further ones follow behind the last of them.
+    /// Whether these are all entries; otherwise further ones follow.
     pub complete: bool,
 }
 
 impl Log {
-    /// Whether the entries follow each other without a hole, and end where the log does.
+    /// Returns whether the entries follow each other without a hole, and end where the log does.
     #[must_use]
     pub fn is_chain(&self) -> bool {
         let is_whole = self.entries.windows(2).all(|pair| pair[1].prev == pair[0].id);
@@ -144,64 +145,64 @@ impl Log {
         is_whole && (!self.complete || end.is_none() || end == self.head)
     }
 
-    /// The position before its entries: whoever has seen it misses nothing but these.
+    /// Returns the position before the entries: a reader that is there misses nothing but these entries.
     #[must_use]
     pub fn previous(&self) -> Position {
         let next = self.entries.first().map(|next| next.prev);
         next.unwrap_or_else(|| self.position())
     }
 
-    /// Whether anything lies behind what was asked for.
+    /// Returns whether there are entries behind the place that was asked for.
     #[must_use]
     pub const fn has_entries(&self) -> bool {
         !self.entries.is_empty()
     }
 
-    /// Where a reader is that has seen all of it.
+    /// Returns the position of a reader that has seen the whole log.
     #[must_use]
     pub fn position(&self) -> Position {
         self.head.unwrap_or(Position::START)
     }
 
-    /// Forgets the entries above `moment`. Logs with one order are not read at one moment; only what is not above
-    /// the first of these moments is complete in all of them.
+    /// Removes the entries above `moment`. Logs with one order are not read at one moment; only entries up to the
+    /// first of these moments are complete in all of the logs.
     pub fn cut(&mut self, moment: (u64, u64)) {
         self.entries.truncate(self.entries.partition_point(|entry| entry.id.id() <= moment));
     }
 }
 
-/// All logs of one reader at one moment, read atomically.
+/// State of all logs of one reader at one moment, read atomically.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Snapshot {
-    /// The store's clock, in milliseconds.
+    /// Time by the store's clock, in milliseconds.
     pub now_ms: u64,
-    /// The latest id of all logs that share an order; entries that are written later are above it.
+    /// Latest id of all logs that share one order. Entries that are written later are above it.
     pub moment: (u64, u64),
-    /// What was asked for as a position.
+    /// Position that was asked for.
     pub after: Resolved,
-    /// That position is of a message to one connection of the same order, which no log here holds.
+    /// That position is of a message to one connection, with the same order. No log here holds it.
     pub known: bool,
-    /// In the order in which they were asked for.
+    /// The logs, in the order in which they were asked for.
     pub logs: Vec<Log>,
 }
 
-/// The position that a client named.
+/// Position that a client named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Resolved {
-    /// Nothing was asked for, or no entry has this event id.
+    /// No position was asked for, or no entry has this event id.
     #[default]
     Nothing,
-    /// It is here.
+    /// The position is here.
     At(Position),
-    /// Several entries have this event id: nobody knows which one the client has seen.
+    /// Several entries have this event id, so the one that the client has seen is unknown.
     Ambiguous,
 }
 
 impl Resolved {
-    /// The position.
+    /// Returns the position.
     ///
     /// # Errors
-    /// There is none, or there are several.
+    /// [`Lost::Unknown`] where there is none, [`Lost::Ambiguous`] where there are several.
     pub const fn position(self) -> Result<Position, Lost> {
         match self {
             Self::At(position) => Ok(position),
@@ -212,7 +213,7 @@ impl Resolved {
 }
 
 impl Snapshot {
-    /// Where a reader is that has seen all of this.
+    /// Returns the position of a reader that has seen all of these logs.
     #[must_use]
     pub fn position(&self) -> Position {
         let heads = self.logs.iter().filter_map(|log| log.head);
@@ -220,16 +221,16 @@ impl Snapshot {
     }
 }
 
-/// Why a history cannot be continued: the client must load its state anew.
+/// Reason why a history cannot be continued. The client must load its state anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Lost {
-    /// Entries behind the position were removed, since the log is bounded.
+    /// The log is bounded, and entries behind the position were removed.
     #[error("entries behind this position are no longer held")]
     Trimmed,
-    /// The position was never held here, or the store was rolled back to a time before it.
+    /// The store never held the position, or was rolled back to a time before it.
     #[error("this position is not held")]
     Unknown,
-    /// Nothing has happened for so long that nothing is known any more.
+    /// The log was unused for so long that its head has expired.
     #[error("this position is older than what is known")]
     Expired,
     /// The store was emptied since.
@@ -238,7 +239,7 @@ pub enum Lost {
     /// A worker gave this event id to several messages.
     #[error("several messages have this event id")]
     Ambiguous,
-    /// More came meanwhile than may wait for one client.
+    /// More was missed, or came meanwhile, than may wait for one client.
     #[error("more was missed than may wait for one client")]
     Overflow,
     /// The endpoint keeps no history.
@@ -247,7 +248,7 @@ pub enum Lost {
 }
 
 impl Lost {
-    /// All of them, for metrics and documentation.
+    /// All reasons, for metrics and documentation.
     pub const ALL: [Self; 7] = [
         Self::Trimmed,
         Self::Unknown,
@@ -258,7 +259,7 @@ impl Lost {
         Self::Disabled,
     ];
 
-    /// As clients and metrics see it.
+    /// Returns the word that clients and metrics see.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -272,3 +273,6 @@ impl Lost {
         }
     }
 }
+
+/// Upper bound of the length of an event id that a worker gives, in bytes.
+pub const EVENT_ID_BYTES_MAX: usize = 128;

@@ -1,21 +1,23 @@
-//! Validation of JSON (RFC 8259) without building anything; knows no schema.
+//! Validation of JSON (RFC 8259) that builds nothing; knows no schema.
 //!
-//! What passes here is read alike by every parser a worker may use: escaped surrogates come in
-//! pairs, nesting is bounded, and numbers follow the grammar, whose range it does not limit.
+//! Every parser that a worker may use reads a valid text alike: escaped surrogates come in pairs, nesting is bounded,
+//! and numbers follow the grammar. The range of numbers is not limited.
 
+pub mod members;
 mod strings;
+pub mod text;
 
-/// What is wrong, and where.
+/// Error in a text, and its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} at byte {offset}")]
 pub struct JsonError {
-    /// Index of the first byte that cannot be.
+    /// Index of the first byte that cannot stand there.
     pub offset: usize,
-    /// What is wrong with it.
+    /// Kind of the error.
     pub kind: JsonErrorKind,
 }
 
-/// The ways in which a text fails to be JSON.
+/// Ways in which a text is no JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum JsonErrorKind {
     /// The text ends inside the value.
@@ -24,7 +26,7 @@ pub enum JsonErrorKind {
     /// A byte that cannot stand here.
     #[error("unexpected byte")]
     Unexpected,
-    /// More levels of arrays and objects than allowed.
+    /// More levels of arrays and objects than are allowed.
     #[error("too deep")]
     TooDeep,
     /// A control character inside a string.
@@ -36,7 +38,7 @@ pub enum JsonErrorKind {
     /// An escaped half of a surrogate pair.
     #[error("lone surrogate")]
     LoneSurrogate,
-    /// Something after the value.
+    /// Bytes after the value.
     #[error("trailing data")]
     Trailing,
     /// The text is not UTF-8.
@@ -44,30 +46,40 @@ pub enum JsonErrorKind {
     NotUtf8,
 }
 
-/// Most levels that can be asked for: one bit of the stack each.
-pub const DEPTH_MAX: usize = 1024;
-
 /// Checks that `text` is exactly one JSON value of at most `depth_max` levels of arrays and
 /// objects (at most [`DEPTH_MAX`]; a scalar has none).
 ///
+/// ```
+/// use wsproxy_proto::json::validate;
+///
+/// assert!(validate(br#"{"type":"chat"}"#, 64).is_ok());
+/// assert_eq!(validate(b"[1,]", 64).unwrap_err().offset, 3);
+/// ```
+///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error.
 pub fn validate(text: &[u8], depth_max: usize) -> Result<(), JsonError> {
-    if simdutf8::basic::from_utf8(text).is_err() {
-        let offset = simdutf8::compat::from_utf8(text).map_or_else(|e| e.valid_up_to(), str::len);
-        return Err(JsonError { offset, kind: JsonErrorKind::NotUtf8 });
-    }
-    let mut reader = Reader { text, at: 0 };
-    reader.document(depth_max.min(DEPTH_MAX))
+    check_utf8(text)?;
+    let mut reader = JsonScanner::<false> { text, at: 0 };
+    reader.value(depth_max.min(DEPTH_MAX))?;
+    reader.end()
 }
 
-/// A place in the text.
-struct Reader<'t> {
+fn check_utf8(text: &[u8]) -> Result<(), JsonError> {
+    if simdutf8::basic::from_utf8(text).is_ok() {
+        return Ok(());
+    }
+    let offset = simdutf8::compat::from_utf8(text).map_or_else(|e| e.valid_up_to(), str::len);
+    Err(JsonError { offset, kind: JsonErrorKind::NotUtf8 })
+}
+
+/// Place in the text. There is one kind for each use, so that the scanner of clients' messages is compiled for them alone.
+struct JsonScanner<'t, const TAKES_LONE_SURROGATES: bool> {
     text: &'t [u8],
     at: usize,
 }
 
-/// Which of the open containers are objects: a stack of bits.
+/// Stack of bits, one for each open container: whether it is an object.
 struct Levels {
     bits: [u64; DEPTH_MAX / 64],
     depth: usize,
@@ -80,7 +92,7 @@ impl Levels {
         self.depth += 1;
     }
 
-    /// Closes the innermost container; whether the one around it is an object, if there is one.
+    /// Closes the innermost container. Returns whether the one around it is an object, if there is one.
     fn pop(&mut self) -> Option<bool> {
         self.depth -= 1;
         let top = self.depth.checked_sub(1)?;
@@ -88,13 +100,14 @@ impl Levels {
     }
 }
 
-impl Reader<'_> {
-    fn document(&mut self, depth_max: usize) -> Result<(), JsonError> {
+impl<const TAKES_LONE_SURROGATES: bool> JsonScanner<'_, TAKES_LONE_SURROGATES> {
+    /// Reads one value.
+    fn value(&mut self, depth_max: usize) -> Result<(), JsonError> {
         let mut levels = Levels { bits: [0; DEPTH_MAX / 64], depth: 0 };
-        // The container that we are in, if any: whether it is an object.
+        // Whether the innermost open container is an object, if there is one.
         let mut inside: Option<bool> = None;
         loop {
-            // Here a value begins.
+            // A value begins here.
             match self.token()? {
                 b'"' => self.string()?,
                 open @ (b'[' | b'{') => {
@@ -119,9 +132,9 @@ impl Reader<'_> {
                 b'n' => self.word(b"ull")?,
                 first => self.number(first)?,
             }
-            // Here one has ended.
+            // A value has ended here.
             loop {
-                let Some(object) = inside else { return self.end() };
+                let Some(object) = inside else { return Ok(()) };
                 match self.token()? {
                     b',' => {
                         if object {
@@ -137,7 +150,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A key and its colon.
+    /// Reads a key and its colon.
     #[inline]
     fn key(&mut self) -> Result<(), JsonError> {
         if self.token()? != b'"' {
@@ -157,7 +170,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The next byte that is no white space.
+    /// Returns the next byte that is no white space.
     #[inline]
     fn peek_token(&mut self) -> Option<u8> {
         while let Some(&byte) = self.text.get(self.at) {
@@ -169,7 +182,7 @@ impl Reader<'_> {
         None
     }
 
-    /// Uses up the next byte that is no white space.
+    /// Consumes the next byte that is no white space.
     #[inline]
     fn token(&mut self) -> Result<u8, JsonError> {
         let byte = self.peek_token().ok_or_else(|| self.here(JsonErrorKind::End))?;
@@ -225,19 +238,19 @@ impl Reader<'_> {
         }
     }
 
-    /// At least one digit.
+    /// Reads one digit or more.
     fn digits(&mut self) -> Result<(), JsonError> {
         let from = self.at;
         self.skip_digits();
         if self.at == from { Err(self.here_or_end()) } else { Ok(()) }
     }
 
-    /// The byte here is wrong.
+    /// Returns the error that the byte here is wrong.
     fn here(&self, kind: JsonErrorKind) -> JsonError {
         JsonError { offset: self.at, kind }
     }
 
-    /// The byte used up last is wrong.
+    /// Returns the error that the byte consumed last is wrong.
     fn previous(&self, kind: JsonErrorKind) -> JsonError {
         JsonError { offset: self.at - 1, kind }
     }
@@ -247,6 +260,9 @@ impl Reader<'_> {
         self.here(if end { JsonErrorKind::End } else { JsonErrorKind::Unexpected })
     }
 }
+
+/// Upper bound of `depth_max`: each level takes one bit of the stack.
+pub const DEPTH_MAX: usize = 1024;
 
 #[cfg(test)]
 mod tests {

@@ -1,11 +1,13 @@
-//! The parts of wsproxy that can be proved without IO: WebSocket, names, limits, endings.
+//! Protocol parts of wsproxy that need no IO: WebSocket, JSON, histories, names, users' agents, rooms, rate limits, endings.
 //!
-//! Nothing here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
+//! No code here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
 
+pub mod agents;
 pub mod backoff;
 pub mod disconnect;
 pub mod history;
 pub mod json;
 pub mod names;
 pub mod rate;
+pub mod rooms;
 pub mod ws;

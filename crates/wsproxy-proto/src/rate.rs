@@ -1,6 +1,19 @@
 //! Rate limits as arithmetic on one number (GCRA); the clock is the caller's.
 
-/// A limit: `burst` events at once, and `per_second` of them for as long as one likes.
+/// Limit of events: a burst at once, and a steady rate after that.
+///
+/// ```
+/// use wsproxy_proto::rate::{Bucket, Rate};
+///
+/// // 10 events per second, of which 2 may come at once.
+/// let rate = Rate::new(10, 1000, 2).unwrap();
+/// let mut bucket = Bucket::default();
+/// let now = 1_000_000_000;
+/// assert!(bucket.take(rate, now).is_ok());
+/// assert!(bucket.take(rate, now).is_ok());
+/// assert_eq!(bucket.take(rate, now), Err(100_000_000));
+/// assert!(bucket.take(rate, now + 100_000_000).is_ok());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
     /// Nanoseconds that one event costs.
@@ -10,8 +23,8 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// `events` per `window_ms` milliseconds, of which `burst` may come at once.
-    /// `None` where `events` is 0: no limit.
+    /// Creates a limit of `events` per `window_ms` milliseconds, of which `burst` may come at once. `None` where
+    /// `events` is 0: no limit.
     #[must_use]
     pub fn new(events: u32, window_ms: u64, burst: u32) -> Option<Self> {
         if events == 0 {
@@ -22,7 +35,7 @@ impl Rate {
     }
 }
 
-/// The state of one limited party: 8 bytes.
+/// State of one party that a [`Rate`] limits: 8 bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Bucket {
     /// Theoretical arrival time of the next event, in nanoseconds of the caller's clock.
@@ -33,7 +46,7 @@ impl Bucket {
     /// Takes one event at `now` (nanoseconds of any monotonic clock).
     ///
     /// # Errors
-    /// The nanoseconds after which a further try can succeed; nothing is taken.
+    /// Nanoseconds after which the event can be taken. Nothing is taken now.
     pub fn take(&mut self, rate: Rate, now: u64) -> Result<(), u64> {
         let next = self.next.max(now);
         if next - now > rate.tolerance {
@@ -43,8 +56,8 @@ impl Bucket {
         Ok(())
     }
 
-    /// Takes one event that may have happened earlier than `now`, but not before the last one or
-    /// [`Self::settle`]: time in which nobody looked counts as time in which events could happen.
+    /// Takes one event that may have happened earlier than `now`, but not before the last event or [`Self::settle`].
+    /// All the time since then counts as time in which events could happen.
     ///
     /// # Errors
     /// As [`Self::take`].
@@ -56,33 +69,33 @@ impl Bucket {
         Ok(())
     }
 
-    /// Time until `now` in which nothing happened is no credit for later.
+    /// Forgets unused time until `now`, so that [`Self::take_late`] gives no credit for it.
     pub fn settle(&mut self, now: u64) {
         self.next = self.next.max(now);
     }
 
-    /// Whether nothing is owed at `now`, so that the state may be forgotten.
+    /// Returns whether nothing is owed at `now`, so that the state may be forgotten.
     #[must_use]
     pub fn is_idle(&self, now: u64) -> bool {
         self.next <= now
     }
 }
 
-/// A limit in bytes: `burst` bytes at once, and `per_second` of them for as long as one likes.
+/// Limit of bytes: a burst at once, and `per_second` after that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ByteRate {
     per_second: u64,
     /// Microseconds that may be owed.
     tolerance: u32,
-    /// Microseconds that are owed at most, whatever was taken at once.
+    /// Upper bound of the microseconds that are owed, whatever was taken at once.
     owed_max: u32,
 }
 
 impl ByteRate {
-    /// `None` where `per_second` is 0: no limit. `taken_max` is the most that is ever taken at once; a debt
-    /// beyond `burst` and that is forgiven.
+    /// Creates a limit; `None` where `per_second` is 0: no limit. `taken_max` is the upper bound of one
+    /// [`ByteBucket::take`]. A debt beyond `burst` and `taken_max` is forgiven.
     ///
-    /// A burst that takes longer to earn than [`EARNING_MICROS_MAX`] is cut to what that time earns.
+    /// A burst that takes longer to earn than [`EARNING_MICROS_MAX`] is cut to the bytes that this time earns.
     #[must_use]
     pub fn new(per_second: usize, burst: usize, taken_max: usize) -> Option<Self> {
         if per_second == 0 {
@@ -95,24 +108,24 @@ impl ByteRate {
     }
 }
 
-/// The state of one party that a [`ByteRate`] limits: 4 bytes.
+/// State of one party that a [`ByteRate`] limits: 4 bytes.
 ///
-/// It keeps the low half of the caller's microseconds, which comes round after 71 minutes. A party that was silent
-/// for just so long may wait once for what it can owe beyond the tolerance, that is for one read.
+/// It keeps the low half of the caller's microseconds, which repeats after 71 minutes. A party that was silent for
+/// exactly that time may wait once for as long as one read costs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ByteBucket {
-    /// When nothing is owed any more, in microseconds of the caller's clock.
+    /// Time at which nothing is owed any more, in microseconds of the caller's clock.
     clear: u32,
 }
 
 impl ByteBucket {
-    /// Takes `bytes` at `now` (microseconds of any monotonic clock), whether they are left or not.
+    /// Takes `bytes` at `now` (microseconds of any monotonic clock), even beyond the limit.
     pub fn take(&mut self, rate: ByteRate, bytes: usize, now: u64) {
         let owed = self.owed(rate, now).saturating_add(cost(rate.per_second, bytes));
         self.clear = (now as u32).wrapping_add(owed.min(rate.owed_max));
     }
 
-    /// Microseconds until bytes may be taken again; 0 where they may be now.
+    /// Returns the microseconds until bytes may be taken again; 0 where they may be taken now.
     #[must_use]
     pub fn wait(&self, rate: ByteRate, now: u64) -> u64 {
         u64::from(self.owed(rate, now).saturating_sub(rate.tolerance))
@@ -120,19 +133,19 @@ impl ByteBucket {
 
     fn owed(&self, rate: ByteRate, now: u64) -> u32 {
         let owed = self.clear.wrapping_sub(now as u32);
-        // More than can be owed is a time that is over.
+        // More than can be owed: the time is in the past.
         if owed > rate.owed_max { 0 } else { owed }
     }
 }
 
-/// Longest time in which a burst of bytes is earned: 17 minutes.
-pub const EARNING_MICROS_MAX: u32 = 1 << 30;
-
-/// Rounded up, so that nothing is free.
+/// Returns the microseconds that bytes cost, rounded up, so that no byte is free.
 fn cost(per_second: u64, bytes: usize) -> u32 {
     let micros = (bytes as u64).saturating_mul(1_000_000).div_ceil(per_second);
     u32::try_from(micros).unwrap_or(u32::MAX)
 }
+
+/// Upper bound of the time in which a burst of bytes is earned: 17 minutes.
+pub const EARNING_MICROS_MAX: u32 = 1 << 30;
 
 #[cfg(test)]
 mod tests {
@@ -196,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn no_events_means_no_limit_and_a_clock_that_stands_still_is_safe() {
+    fn zero_events_mean_no_limit_and_clock_may_stand_still() {
         assert_eq!(Rate::new(0, 1000, 5), None);
         let rate = Rate::new(1, 1000, 1).unwrap();
         let mut bucket = Bucket::default();

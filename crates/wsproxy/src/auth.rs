@@ -1,4 +1,4 @@
-//! Whom to believe: tokens of sessions, JSON Web Tokens, keys of the worker API and the comparison of secrets; knows neither
+//! Credentials: tokens of sessions, JSON Web Tokens, keys of the worker API and the comparison of secrets; knows neither
 //! requests nor endpoints.
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -10,14 +10,15 @@ mod jwks;
 pub mod jwt;
 mod key;
 pub mod session;
+pub mod sign;
 
-/// 256 random bits, in characters that every kind of credential allows.
+/// Makes a secret of 256 random bits, in characters that every kind of credential allows.
 #[must_use]
 pub fn new_token() -> String {
     BASE64_URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>())
 }
 
-/// Whether two secrets are one, in a time that depends on their lengths only.
+/// Compares two secrets, in a time that depends on their lengths only.
 #[must_use]
 pub fn equal(a: &[u8], b: &[u8]) -> bool {
     a.ct_eq(b).into()

@@ -4,17 +4,19 @@ use std::{io::Write, process::ExitCode, sync::mpsc, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
+mod agents;
 mod config;
 mod dev;
 pub mod exit;
 mod health;
 mod jwt;
+mod migrate;
 pub mod serve;
 mod settings;
 pub mod token;
 pub(crate) mod version;
 
-/// Holds the long-lived WebSocket connections, so that application workers don't have to.
+/// Holds the long-lived WebSockets and event streams of an application.
 #[derive(Parser)]
 #[command(name = "wsproxy", version, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
@@ -26,10 +28,10 @@ struct Cli {
 enum Command {
     /// Run the gateway.
     #[command(after_help = serve::EXAMPLE)]
-    Serve(settings::Settings<settings::Everything>),
-    /// Try it out: the gateway with its embedded bus, on this machine only unless --bind says else.
+    Serve(settings::CliSettings<settings::Everything>),
+    /// Try it out: the gateway with its embedded bus and a demo worker, for this machine only unless --bind is given.
     #[command(after_help = dev::EXAMPLE)]
-    Dev(settings::Settings<dev::DevKeys>),
+    Dev(settings::CliSettings<dev::DevKeys>),
     /// Check or show the configuration, or print an example.
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -37,6 +39,11 @@ enum Command {
     Token(token::TokenArgs),
     /// Sign a JSON Web Token that opens /ws with jwt.secret_key, to try things out.
     Jwt(jwt::JwtArgs),
+    /// Credentials of users' agents: add, list, show, rotate, revoke, remove, adopt.
+    #[command(subcommand, after_help = agents::DATABASE)]
+    Agents(agents::AgentsCommand),
+    /// Create absent tables, and prepare those of an application.
+    Migrate(migrate::MigrateArgs),
     /// Ask a running instance whether it is healthy; exits with 0 or 1.
     Health(health::HealthArgs),
     /// Print a completion script for a shell.
@@ -45,7 +52,7 @@ enum Command {
         /// The shell.
         shell: Shell,
     },
-    /// Print the version, and which commit of which day it was built from.
+    /// Print the version, and the commit and day of the build.
     #[command(after_help = VERSION_EXAMPLE)]
     Version {
         /// As JSON.
@@ -64,13 +71,13 @@ enum Shell {
     Zsh,
 }
 
-/// Runs what the arguments of the process ask for.
+/// Runs the command that the arguments of the process name.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // A closed pipe is the only way in which this fails: then nobody reads it.
+            // Printing fails only if the pipe is closed, and then no process reads it.
             let _ = error.print();
             let code = if error.use_stderr() { exit::USAGE } else { 0 };
             return ExitCode::from(code);
@@ -96,6 +103,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config(command) => return config::run(command),
         Command::Token(args) => token::run(args)?,
         Command::Jwt(args) => jwt::run(args)?,
+        Command::Agents(command) => agents::run(command)?,
+        Command::Migrate(args) => migrate::run(args)?,
         Command::Health(args) => return health::run(args),
         Command::Completions { shell } => print(&completions(shell))?,
         Command::Version { json } => print(&version::text(json))?,
@@ -117,18 +126,7 @@ fn completions(shell: Shell) -> String {
     String::from_utf8_lossy(&script).into_owned()
 }
 
-const EXAMPLES: &str = "Examples:
-  wsproxy dev                                            # try it out: nothing else is needed
-  REDIS_URL=redis://127.0.0.1:6379 wsproxy serve         # run it beside a Redis
-  REDIS_URL=redis://127.0.0.1:6379 wsproxy token s-1     # what a client opens the session s-1 with";
-
-const COMPLETIONS_EXAMPLE: &str = "Example:
-  wsproxy completions bash > ~/.local/share/bash-completion/completions/wsproxy";
-
-const VERSION_EXAMPLE: &str = "Example:
-  wsproxy version --json";
-
-/// Writes to standard error, which may be stuck: that must not keep an instance from ending.
+/// Writes to standard error with a time limit: a stuck pipe must not keep an instance from ending.
 fn complain(text: String) {
     let (done, wait) = mpsc::sync_channel(1);
     std::thread::spawn(move || {
@@ -138,8 +136,6 @@ fn complain(text: String) {
     let _ = wait.recv_timeout(COMPLAINT_TIMEOUT);
 }
 
-const COMPLAINT_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// Writes to standard output; a reader that left, such as `head`, is no error.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
@@ -148,3 +144,16 @@ fn print(text: &str) -> anyhow::Result<()> {
         _ => Ok(()),
     }
 }
+
+const EXAMPLES: &str = "Examples:
+  wsproxy dev                                            # try it out: nothing else is needed
+  REDIS_URL=redis://127.0.0.1:6379 wsproxy serve         # run it beside a Redis
+  REDIS_URL=redis://127.0.0.1:6379 wsproxy token s-1     # a token that opens the session s-1";
+
+const COMPLETIONS_EXAMPLE: &str = "Example:
+  wsproxy completions bash > ~/.local/share/bash-completion/completions/wsproxy";
+
+const VERSION_EXAMPLE: &str = "Example:
+  wsproxy version --json";
+
+const COMPLAINT_TIMEOUT: Duration = Duration::from_secs(1);

@@ -1,8 +1,12 @@
 //! The configuration in the types that the code needs; knows nothing of files and environments.
 
+pub mod agents;
 pub mod api_key;
 mod check;
+pub mod database;
+pub mod echo;
 pub mod environment;
+pub mod events;
 pub mod host;
 pub mod keys;
 mod kind;
@@ -10,7 +14,9 @@ pub mod load;
 pub mod origin;
 pub mod problem;
 pub mod render;
+pub mod rooms;
 mod rule;
+pub mod sessions;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -19,62 +25,76 @@ use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
 
 use self::{
+    agents::AgentsConfig,
     api_key::ApiKey,
-    kind::{Kind, List, Raw},
+    database::{AuditConfig, DatabaseConfig},
+    events::EventsConfig,
+    kind::{List, Raw, ValueKind},
     origin::OriginRule,
+    rooms::RoomsConfig,
+    sessions::SessionsConfig,
 };
 
-/// Everything an operator can set. One field per section of the file.
+/// The configuration of an instance, with a field for each section of the file.
 #[derive(Debug, Clone, Default)]
 pub struct Config {
     /// `[server]`
-    pub server: Server,
+    pub server: ServerConfig,
     /// `[admin]`
-    pub admin: Admin,
+    pub admin: AdminConfig,
     /// `[redis]`
-    pub redis: Redis,
+    pub redis: RedisConfig,
     /// `[limits]`
-    pub limits: Limits,
+    pub limits: LimitsConfig,
     /// `[heartbeat]`
-    pub heartbeat: Heartbeat,
+    pub heartbeat: HeartbeatConfig,
     /// `[rate_limit]`
     pub rate_limit: RateLimit,
     /// `[compression]`
-    pub compression: Compression,
+    pub compression: CompressionConfig,
     /// `[log]`
-    pub log: Log,
+    pub log: LogConfig,
     /// `[endpoints]`
-    pub endpoints: Endpoints,
+    pub endpoints: EndpointsConfig,
     /// `[sessions]`
-    pub sessions: Sessions,
+    pub sessions: SessionsConfig,
     /// `[events]`
-    pub events: Events,
+    pub events: EventsConfig,
+    /// `[rooms]`
+    pub rooms: RoomsConfig,
+    /// `[agents]`
+    pub agents: AgentsConfig,
+    /// `[database]`
+    pub database: DatabaseConfig,
+    /// `[audit]`
+    pub audit: AuditConfig,
     /// `[history]`
-    pub history: History,
+    pub history: HistoryConfig,
     /// `[sse]`
-    pub sse: Sse,
+    pub sse: SseConfig,
     /// `[jwt]`
-    pub jwt: Jwt,
+    pub jwt: JwtConfig,
     /// `[api]`
-    pub api: Api,
+    pub api: ApiConfig,
 }
 
-/// `[server]`: where clients arrive and how the instance ends.
+/// `[server]`: the clients' port, handshakes, and the end of the instance.
 #[derive(Debug, Clone)]
-pub struct Server {
+pub struct ServerConfig {
     /// Address to listen on.
     pub bind: IpAddr,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
-    /// Name of the instance; `None`: a fresh id at every start.
+    /// Name of the instance; `None`: a new id at every start.
     pub server_id: Option<String>,
     /// Worker threads; 0: one per core.
     pub threads: usize,
-    /// Everything must have ended this long after the first signal.
+    /// The process ends at the latest this long after the first signal.
     pub shutdown_timeout: Duration,
-    /// How long `/ready` says 503, and clients are still taken, before listeners stop: load balancers need time to notice.
+    /// Time after the signal in which `/ready` says 503 and clients are still accepted: load balancers need time to
+    /// notice.
     pub drain_delay: Duration,
-    /// Over which time connections are closed, so that they do not all come back at once.
+    /// Time over which connections are closed at the end, so that clients do not all come back at once.
     pub drain_spread: Duration,
     /// Deadline for all bus and store work of one handshake.
     pub handshake_timeout: Duration,
@@ -82,20 +102,20 @@ pub struct Server {
     pub header_timeout: Duration,
     /// Largest request head, in bytes.
     pub header_bytes_max: usize,
-    /// Addresses whose `X-Forwarded-For` or `Forwarded` is believed.
+    /// Proxies whose `X-Forwarded-For` or `Forwarded` is used as the client's address.
     pub trusted_proxies: Vec<IpNet>,
-    /// Answer only requests that name this machine; no key sets it, `wsproxy dev` does.
+    /// Answer only requests whose host is this machine. No key sets this, only `wsproxy dev`.
     pub local_hosts_only: bool,
-    /// Which header of a trusted proxy names the client.
+    /// The header of a trusted proxy that names the client.
     pub forwarded_header: ForwardedHeader,
     /// Browser origins that may connect, `https://app.example` or `https://*.example`; `*`: any. Empty: any.
     pub allowed_origins: Vec<OriginRule>,
 }
 
-/// Which header of a trusted proxy names the client.
+/// The header of a trusted proxy that names the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ForwardedHeader {
-    /// Either; where both are there they must name the same client.
+    /// Either; if both are present they must name the same client.
     Auto,
     /// `X-Forwarded-For`, whatever `Forwarded` says.
     XForwardedFor,
@@ -105,56 +125,56 @@ pub enum ForwardedHeader {
 
 /// `[admin]`: health, metrics and API on a port of their own.
 #[derive(Debug, Clone, Default)]
-pub struct Admin {
-    /// Address; `None`: that of `[server]`.
+pub struct AdminConfig {
+    /// Address of `port`; `None`: `server.bind`.
     pub bind: Option<IpAddr>,
-    /// Port for admin routes and API; `None`: they are served on the main port.
+    /// Port for admin routes and API; `None`: the clients' port serves them.
     pub port: Option<u16>,
 }
 
 /// `[redis]`: the bus. Without a URL the embedded one is used.
 #[derive(Debug, Clone)]
-pub struct Redis {
-    /// `redis://`, `rediss://` or `unix://`; `None`: embedded bus. May hold a password, hence secret.
+pub struct RedisConfig {
+    /// URL, `redis://`, `rediss://` or `unix://`; secret, since it may hold a password. `None`: embedded bus.
     pub url: Option<SecretString>,
-    /// Put before every key and channel, with a colon.
+    /// Prefix of every key and channel, followed by a colon.
     pub channel_prefix: String,
     /// Time to connect and authenticate.
     pub connect_timeout: Duration,
-    /// A link on which nothing came for this long after a question is replaced.
+    /// A connection to Redis that does not answer a request for this long is replaced.
     pub response_timeout: Duration,
-    /// How often a message of the instance's own must come back.
+    /// Interval of the probes: messages of the instance that must come back over each connection.
     pub probe_interval: Duration,
-    /// Bound of what waits to be published; beyond it clients' reads pause.
+    /// Upper bound of messages that wait to be published; beyond it reading from clients pauses.
     pub publish_queue_bytes: usize,
     /// File with further CA certificates (PEM) for `rediss://`.
     pub ca_file: Option<std::path::PathBuf>,
 }
 
-/// `[limits]`: what one connection and the process may use.
+/// `[limits]`: limits of one connection and of the instance.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct LimitsConfig {
     /// Connections per instance; 0: as many as descriptors allow.
     pub max_connections: usize,
     /// Largest message, before and after inflating.
     pub max_message_bytes: usize,
     /// Most fragments of one message.
     pub max_fragments: u32,
-    /// Bound of what waits for one client.
+    /// Upper bound of data that waits for one client.
     pub send_buffer_bytes: usize,
-    /// Bound of what waits for all clients; beyond it the worst offender goes.
+    /// Upper bound of data that waits for all clients; beyond it the connection with most data is closed.
     pub send_buffers_total_bytes: usize,
     /// Messages per second and connection; 0: no limit.
     pub messages_per_second: u32,
-    /// How many of them may come at once.
+    /// Messages that may come at once.
     pub message_burst: u32,
-    /// What the embedded store may hold.
+    /// Upper bound of the embedded store.
     pub store_bytes: usize,
-    /// The part of it that logs and token streams may take.
+    /// Share of the embedded store for logs and token streams.
     pub store_logs_share: f64,
     /// Bytes per second and connection, inflated ones included; 0: no limit.
     pub bytes_per_second: usize,
-    /// How many of them may come at once.
+    /// Bytes that may come at once.
     pub bytes_burst: usize,
     /// Connections of one user of the event endpoint at this instance; 0: no limit.
     pub connections_per_user: usize,
@@ -164,13 +184,15 @@ pub struct Limits {
     pub resumes_per_second: u32,
 }
 
-/// `[heartbeat]`: how dead and idle connections are found.
+/// `[heartbeat]`: detection of dead and idle connections.
 #[derive(Debug, Clone)]
-pub struct Heartbeat {
+pub struct HeartbeatConfig {
     /// A ping is sent when nothing arrived for this long.
     pub interval: Duration,
-    /// A connection from which nothing arrived for this long is dead.
+    /// A connection from which nothing arrived for this long is closed with 4002.
     pub timeout: Duration,
+    /// An operator set `timeout`, so that it holds for families with a default of their own too.
+    pub timeout_is_set: bool,
     /// A connection without data messages for this long is closed with 4003; zero: never.
     pub idle_timeout: Duration,
 }
@@ -180,18 +202,20 @@ pub struct Heartbeat {
 pub struct RateLimit {
     /// Attempts per window; 0: no limit.
     pub max_requests: u32,
-    /// The window.
+    /// An operator set `max_requests`, so that it holds for families with a default of their own too.
+    pub max_requests_is_set: bool,
+    /// Length of the window.
     pub window: Duration,
 }
 
 /// `[compression]`: permessage-deflate.
 #[derive(Debug, Clone)]
-pub struct Compression {
-    /// Negotiate it where the client offers it.
+pub struct CompressionConfig {
+    /// Compress where the client offers it.
     pub enabled: bool,
     /// Messages shorter than this are sent as they are.
     pub threshold_bytes: usize,
-    /// 1 (fast) to 9 (small).
+    /// Level from 1 (fast) to 9 (small).
     pub level: u32,
     /// Let clients keep their compression context between messages: costs up to 48 KB a connection.
     pub client_context_takeover: bool,
@@ -199,197 +223,153 @@ pub struct Compression {
 
 /// `[log]`
 #[derive(Debug, Clone)]
-pub struct Log {
+pub struct LogConfig {
     /// A level, or directives such as `info,wsproxy::bus=debug`.
     pub level: String,
-    /// How lines look.
+    /// Format of the lines.
     pub format: LogFormat,
+    /// Interval of the line that sums up the instance; zero: there is none.
+    pub summary_interval: Duration,
 }
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     /// Pretty where standard error is a terminal, else JSON.
     Auto,
-    /// One JSON object per line.
+    /// A JSON object for each line.
     Json,
-    /// For people.
+    /// Shorter lines for people.
     Pretty,
 }
 
-/// `[endpoints]`: which endpoint families are served.
+/// `[endpoints]`: the endpoint families that are served.
 #[derive(Debug, Clone)]
-pub struct Endpoints {
+pub struct EndpointsConfig {
     /// `/{agent_id}/ws/{session_id}`
     pub sessions: bool,
     /// `/ws`
     pub events: bool,
+    /// `/ws/{room_id}`
+    pub rooms: bool,
+    /// Users' agents, at `agents.path`.
+    pub agents: bool,
     /// `/echo`: answers every message with itself; for conformance suites.
     pub echo: bool,
 }
 
-/// `[sessions]`
-#[derive(Debug, Clone)]
-pub struct Sessions {
-    /// What a client's message meets when no worker listens.
-    pub no_receiver: NoReceiver,
-    /// Most entries of `{session:<id>:up}:log`.
-    pub up_log_entries_max: u64,
-    /// Most bytes of that stream.
-    pub up_log_bytes_max: usize,
-    /// That log expires this long after its last entry.
-    pub up_log_ttl: Duration,
-    /// Invalid messages after which the connection is closed; 0: never.
-    pub strikes_max: u32,
-    /// How messages from workers are framed.
-    pub down_frames: DownFrames,
-    /// What clients are told after a loss of the bus.
-    pub on_bus_loss: OnBusLoss,
-    /// How long a token lives which the API or `wsproxy token` made.
-    pub token_ttl: Duration,
-    /// Clients can resume what workers publish with history.
-    pub history: bool,
-    /// Plain publishes of JSON with an `event_id` are taken into the history.
-    pub capture: bool,
-    /// Announcements of opened and closed sessions are kept in a log.
-    pub events_log: bool,
-    /// Most entries of an agent's log.
-    pub events_log_entries_max: u64,
-    /// How long an entry is held, and a log after its last entry.
-    pub events_log_ttl: Duration,
-    /// Whether JSON objects of the history carry their id.
-    pub event_ids: EventIds,
-}
-
-/// Whether JSON objects of the history carry their id.
+/// The place of positions in messages of the history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EventIds {
-    /// As their first member, `event_id`.
+    /// JSON objects carry their position as first member `event_id`.
     Json,
-    /// They are sent as they are; ids are only in the envelope of the subprotocol.
+    /// Only the envelope of the subprotocol `wsproxy.id.v1` carries positions.
     None,
 }
 
-/// `[history]`: bounds of the logs; workers that publish by script must give the same.
+/// `[history]`: bounds of the logs; workers that publish by script must use the same values.
 #[derive(Debug, Clone)]
-pub struct History {
+pub struct HistoryConfig {
     /// Most entries of a log.
     pub entries_max: u64,
     /// Most bytes of a log.
     pub bytes_max: usize,
-    /// How long an entry is held, and a log after its last entry.
+    /// Lifetime of an entry, and of a log after its last entry.
     pub ttl: Duration,
 }
 
-impl History {
-    /// As the bus wants them.
+impl HistoryConfig {
+    /// Returns the limits in the type of the bus.
     #[must_use]
-    pub const fn limits(&self) -> crate::bus::HistoryLimits {
+    pub const fn limits(&self) -> wsproxy_proto::history::HistoryLimits {
         let Self { entries_max, bytes_max, ttl } = *self;
-        crate::bus::HistoryLimits { entries_max, bytes_max: bytes_max as u64, ttl }
+        wsproxy_proto::history::HistoryLimits { entries_max, bytes_max: bytes_max as u64, ttl }
     }
-}
-
-/// `[events]`
-#[derive(Debug, Clone)]
-pub struct Events {
-    /// Clients can resume; what workers publish with history is delivered without a gap.
-    pub history: bool,
-    /// Plain publishes with an `event_id` are taken into the history.
-    pub capture: bool,
-    /// Invalid messages after which a connection is closed; 0: never.
-    pub strikes_max: u32,
-    /// What clients are told after a loss of the bus where a channel has no history.
-    pub on_bus_loss: OnBusLoss,
-    /// A message that wants an `ack` is sent again after this time.
-    pub ack_interval: Duration,
-    /// How often it is sent before it is reported.
-    pub ack_tries: u32,
-    /// Most messages of a connection that wait for an `ack`.
-    pub ack_queue: usize,
-    /// How long the registry keeps what nobody refreshes.
-    pub registry_ttl: Duration,
-    /// The longest revocation that the API takes; at least as long as tokens live.
-    pub revocation_ttl: Duration,
 }
 
 /// `[sse]`: server-sent events at the URLs of sessions and events.
 #[derive(Debug, Clone)]
-pub struct Sse {
+pub struct SseConfig {
     /// Answer `Accept: text/event-stream`.
     pub enabled: bool,
-    /// A comment is sent when nothing else was for this long.
+    /// A comment is sent after this long without other data.
     pub keep_alive: Duration,
-    /// What the client is told to wait before it reconnects.
+    /// Pause that clients are told before they reconnect.
     pub retry: Duration,
     /// Compress where the client accepts gzip.
     pub compression: bool,
 }
 
-/// What a client's message meets when no worker listens.
+/// Treatment of a client's message when no worker listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoReceiver {
-    /// Nothing.
+    /// The message is ignored.
     Ignore,
-    /// An `error` message with code `no_receiver`.
+    /// The client gets an `error` message with code `no_receiver`.
     Error,
-    /// It is kept in `{session:<id>:up}:log`.
+    /// The message is kept in the stream `{session:<id>:up}:log`.
     Queue,
 }
 
-/// How messages from workers are framed.
+/// Framing of messages from workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DownFrames {
     /// Text where the payload is UTF-8, else binary.
     Auto,
-    /// Always text; what is not UTF-8 is dropped, counted and logged.
+    /// Always text; a payload that is not UTF-8 is dropped, counted and logged.
     Text,
     /// Always binary.
     Binary,
 }
 
-/// What clients are told after a loss of the bus.
+/// Treatment of clients after a loss of the bus.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnBusLoss {
-    /// One `bus_recovered` message when it is back.
+    /// Clients get one `bus_recovered` message when the bus is back.
     Notice,
-    /// Close code 1012, so that they reconnect.
+    /// Clients are closed with 1012, so that they reconnect.
     Close,
 }
 
-/// `[jwt]`: whose tokens are believed. Without any key none is.
+/// `[jwt]`: the JSON Web Tokens that are accepted; none without a key.
 #[derive(Debug, Clone)]
-pub struct Jwt {
-    /// The secret that the HS algorithms share with whoever issues tokens.
+pub struct JwtConfig {
+    /// The secret that HS algorithms share with the issuer.
     pub secret_key: Option<SecretString>,
-    /// The algorithms that are accepted; a token's header chooses among those of one key only.
+    /// Accepted algorithms. The header of a token chooses only among those that fit the key.
     pub algorithms: Vec<Algorithm>,
     /// The issuer's public key, as PEM.
     pub public_key_file: Option<std::path::PathBuf>,
-    /// Where the issuer publishes its public keys.
+    /// URL of the issuer's public keys (JWKS).
     pub jwks_url: Option<String>,
-    /// How often they are fetched; a token with an unknown key has them fetched at once.
+    /// Interval of fetching these keys; a token signed with an unknown key causes a fetch at once.
     pub jwks_refresh: Duration,
     /// Time for one fetch.
     pub jwks_timeout: Duration,
     /// File with further CA certificates (PEM) for `jwks_url`.
     pub ca_file: Option<std::path::PathBuf>,
-    /// Who tokens must be for. Empty: they must not be for anybody in particular.
+    /// Accepted audiences: a token must name one of them in `aud`. Empty: tokens with an audience are refused.
     pub audience: Vec<String>,
-    /// Who must have issued tokens; `None`: anybody who has the key.
+    /// Required issuer of tokens (`iss`); `None`: any issuer that has the key.
     pub issuer: Option<String>,
-    /// By how much clocks may differ.
+    /// Tolerated difference of the issuer's clock.
     pub leeway: Duration,
     /// The claim that names the user.
     pub user_claim: String,
     /// Refuse tokens that never expire.
     pub require_exp: bool,
-    /// What tokens must say they are in their header (`typ`); `None`: anything.
+    /// Required type in the header of tokens (`typ`); `None`: any type.
     pub typ: Option<String>,
 }
 
-impl Jwt {
-    /// The leeway in seconds, which is what tokens count in; a part of a second counts as one.
+impl JwtConfig {
+    /// Returns whether there is a key that can verify tokens.
+    #[must_use]
+    pub const fn has_key(&self) -> bool {
+        self.secret_key.is_some() || self.public_key_file.is_some() || self.jwks_url.is_some()
+    }
+
+    /// Returns the leeway in seconds, rounded up, since tokens count in seconds.
     #[must_use]
     pub const fn leeway_seconds(&self) -> u64 {
         self.leeway.as_secs() + (self.leeway.subsec_nanos() > 0) as u64
@@ -398,21 +378,21 @@ impl Jwt {
 
 /// `[api]`: HTTP for workers without Redis.
 #[derive(Debug, Clone, Default)]
-pub struct Api {
-    /// Bearer keys with all scopes and no name; without any key the API answers 401 to everybody.
+pub struct ApiConfig {
+    /// Bearer keys with all scopes and no name. Without any key the API answers every call with 401.
     pub keys: Vec<SecretString>,
-    /// The file that `keys` were read from, where they were; no key of the configuration sets it.
+    /// The file from which `keys` were read, if any. No key of the configuration sets this.
     pub keys_file: Option<std::path::PathBuf>,
     /// Bearer keys with a name and scopes.
     pub key: Vec<ApiKey>,
 }
 
-/// The keys of the worker API in the text of a file; `None` where something in it is no key.
+/// Reads the keys of the worker API from the text of a file; `None` if a part of it is no key.
 pub(crate) fn read_api_keys(text: &str) -> Option<Vec<SecretString>> {
     List(kind::Secret(rule::API_KEY)).read(&Raw::Text(text.into()))
 }
 
-impl Default for Server {
+impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             bind: IpAddr::from([0, 0, 0, 0]),
@@ -433,7 +413,7 @@ impl Default for Server {
     }
 }
 
-impl Default for Redis {
+impl Default for RedisConfig {
     fn default() -> Self {
         Self {
             url: None,
@@ -447,7 +427,7 @@ impl Default for Redis {
     }
 }
 
-impl Default for Limits {
+impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             max_connections: 0,
@@ -468,84 +448,68 @@ impl Default for Limits {
     }
 }
 
-impl Default for Heartbeat {
+impl Default for HeartbeatConfig {
     fn default() -> Self {
         Self {
             interval: Duration::from_secs(30),
             timeout: Duration::from_secs(60),
+            timeout_is_set: false,
             idle_timeout: Duration::ZERO,
         }
     }
 }
 
-impl Default for RateLimit {
-    fn default() -> Self {
-        Self { max_requests: 0, window: Duration::from_secs(60) }
+impl HeartbeatConfig {
+    /// Returns the timeout of a family whose default is `own`.
+    #[must_use]
+    pub const fn timeout_or(&self, own: Duration) -> Duration {
+        if self.timeout_is_set { self.timeout } else { own }
     }
 }
 
-impl Default for Compression {
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self { max_requests: 0, max_requests_is_set: false, window: Duration::from_secs(60) }
+    }
+}
+
+impl RateLimit {
+    /// Returns the attempts per window of a family whose default is `own`.
+    #[must_use]
+    pub const fn max_requests_or(&self, own: u32) -> u32 {
+        if self.max_requests_is_set { self.max_requests } else { own }
+    }
+}
+
+impl Default for CompressionConfig {
     fn default() -> Self {
         Self { enabled: true, threshold_bytes: 1024, level: 1, client_context_takeover: false }
     }
 }
 
-impl Default for Log {
-    fn default() -> Self {
-        Self { level: "info".into(), format: LogFormat::Auto }
-    }
-}
-
-impl Default for Endpoints {
-    fn default() -> Self {
-        Self { sessions: true, events: false, echo: false }
-    }
-}
-
-impl Default for Sessions {
+impl Default for LogConfig {
     fn default() -> Self {
         Self {
-            no_receiver: NoReceiver::Ignore,
-            up_log_entries_max: 1000,
-            up_log_bytes_max: 1024 * 1024,
-            up_log_ttl: Duration::from_secs(3600),
-            strikes_max: 10,
-            down_frames: DownFrames::Auto,
-            on_bus_loss: OnBusLoss::Notice,
-            token_ttl: Duration::from_secs(60),
-            history: false,
-            capture: false,
-            events_log: false,
-            events_log_entries_max: 10_000,
-            events_log_ttl: Duration::from_secs(24 * 3600),
-            event_ids: EventIds::Json,
+            level: "info".into(),
+            format: LogFormat::Auto,
+            summary_interval: Duration::from_secs(60),
         }
     }
 }
 
-impl Default for History {
+impl Default for EndpointsConfig {
+    fn default() -> Self {
+        Self { sessions: true, events: false, rooms: false, agents: false, echo: false }
+    }
+}
+
+impl Default for HistoryConfig {
     fn default() -> Self {
         Self { entries_max: 1000, bytes_max: 1024 * 1024, ttl: Duration::from_secs(3600) }
     }
 }
 
-impl Default for Events {
-    fn default() -> Self {
-        Self {
-            history: true,
-            capture: false,
-            strikes_max: 10,
-            on_bus_loss: OnBusLoss::Notice,
-            ack_interval: Duration::from_secs(5),
-            ack_tries: 3,
-            ack_queue: 1000,
-            registry_ttl: Duration::from_secs(3600),
-            revocation_ttl: Duration::from_secs(24 * 3600),
-        }
-    }
-}
-
-impl Default for Sse {
+impl Default for SseConfig {
     fn default() -> Self {
         Self {
             enabled: true,
@@ -556,7 +520,7 @@ impl Default for Sse {
     }
 }
 
-impl Default for Jwt {
+impl Default for JwtConfig {
     fn default() -> Self {
         Self {
             secret_key: None,

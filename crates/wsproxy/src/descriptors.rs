@@ -1,21 +1,21 @@
-//! How the open files that the process may have are shared out, so that every number which is promised can be kept.
+//! Shares out the process's open files, so that the promised number of connections is always possible.
 
 use std::io;
 
 use tracing::warn;
 
-/// Open files by what they are for. Their sum, with [`OWN`], is at most the limit of the process.
+/// Shares of the open files. Their sum, with [`OWN`], is at most the limit of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptors {
     /// Connections of clients.
     pub connections: usize,
-    /// Further sockets on the clients' port: those that are being refused, or ask for `/health`.
+    /// Further sockets on the clients' port: for refusals, and for `/health`.
     pub spare: usize,
-    /// Sockets on the port of `[admin]`, which clients cannot take away.
+    /// Sockets on the port of `[admin]`, reserved against clients.
     pub admin: usize,
 }
 
-/// The limit of open files leaves hardly any for clients.
+/// The limit of open files leaves too few for clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the limit of open files is {limit}, and at least {LIMIT_MIN} are needed (ulimit -n, LimitNOFILE)"
@@ -24,8 +24,8 @@ pub struct TooFew {
     limit: usize,
 }
 
-/// Raises the limit of open files as far as it goes and shares it out; `wanted` connections at most, unless that
-/// is 0.
+/// Raises the limit of open files as far as possible and shares it out, with at most `wanted` connections unless
+/// that is 0.
 ///
 /// # Errors
 /// [`TooFew`] below [`LIMIT_MIN`].
@@ -53,7 +53,7 @@ impl Descriptors {
     }
 }
 
-/// Raises the soft limit of open files to the hard one; the limit that holds then.
+/// Raises the soft limit of open files to the hard one, and returns the limit then.
 fn raise_limit() -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -68,10 +68,10 @@ fn raise_limit() -> usize {
     current.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX / 2)
 }
 
-/// Open files that are no client's: listeners, the bus, the issuer of tokens, files of secrets, logs.
+/// Open files of the instance itself: listeners, the bus, the issuer of tokens, files of secrets, logs.
 pub const OWN: usize = 64;
 
-/// With fewer an instance is of no use.
+/// Smallest limit of open files with which an instance starts.
 pub const LIMIT_MIN: usize = OWN + 16;
 
 const SPARE_MAX: usize = 512;

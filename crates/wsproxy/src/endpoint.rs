@@ -1,141 +1,258 @@
-//! The endpoint families: pure handlers on one connection runtime. None of them knows another.
+//! The list of the endpoint families. No family knows another.
+//!
+//! A new family needs a folder here, a row in each list below and a label in `telemetry/family.rs`. Its settings need a
+//! file in `config`, its channels and keys a file in `names` of `wsproxy-proto`.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use tracing::trace;
-use wsproxy_conn::{End, Event, Link, clock::Micros};
-use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
+use axum::Router;
+use hashbrown::HashSet;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use uuid::Uuid;
+use wsproxy_proto::disconnect::Disconnect;
 
 use crate::{
-    bus::{BusError, Outcome, Publish, Receipt},
-    telemetry::log::MESSAGES,
+    core::Core,
+    endpoint::{
+        agents::{Agents, inbox::Ending},
+        echo::Echo,
+        events::Events,
+        rooms::Rooms,
+        session::Sessions,
+    },
+    http::{Body, admin::Details, api, rejection::Rejection},
+    telemetry::{
+        family::Family,
+        report::Reporter,
+        scrape::{Scrape, Source},
+    },
 };
 
-pub mod caller;
+pub mod agents;
 pub mod echo;
 pub mod events;
+pub mod rooms;
+pub mod routes;
 pub mod session;
 
-/// [`Event::tag`]: what became of a message that this connection published.
-pub const PUBLISHED: u8 = 0;
+/// The endpoint families of an instance, including those that are switched off. The routes of such a family answer 404,
+/// its metrics are zero, and workers can still prepare sessions that another instance serves.
+pub struct Families {
+    /// `/{agent_id}/ws/{session_id}`
+    pub sessions: Arc<Sessions>,
+    /// `/ws`
+    pub events: Arc<Events>,
+    /// `/ws/{room_id}`
+    pub rooms: Arc<Rooms>,
+    /// Users' agents
+    pub agents: Arc<Agents>,
+    /// `/echo`
+    pub echo: Arc<Echo>,
+}
 
-/// What became of a client's message that no worker has got, as far as its client is told.
+/// The endpoint that a path names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unpublished {
-    /// No worker listens.
-    Unheard,
-    /// Nobody knows.
-    Lost,
-    /// The bus certainly did not publish it. Where it is `passing`, it may be sent again.
-    Refused {
-        /// Whether waiting can help.
-        passing: bool,
-    },
+pub enum Endpoint<'p> {
+    /// `/{agent_id}/ws/{session_id}`
+    Session(&'p str, &'p str),
+    /// `/ws`
+    Events,
+    /// `/ws/{room_id}`
+    Room(&'p str),
+    /// An upgrade at `agents.path`
+    Agents,
+    /// `/echo`
+    Echo,
 }
 
-impl Unpublished {
-    const ALL: [Self; 4] = [
-        Self::Unheard,
-        Self::Lost,
-        Self::Refused { passing: true },
-        Self::Refused { passing: false },
-    ];
-
-    /// [`Event::number`] of an event [`PUBLISHED`].
-    #[must_use]
-    pub fn from_number(number: u64) -> Self {
-        let place = usize::try_from(number).ok();
-        place.and_then(|place| Self::ALL.get(place).copied()).unwrap_or(Self::Lost)
+impl Families {
+    /// Starts every family. Their tasks run on `background` until `end`.
+    ///
+    /// # Errors
+    /// A sentence for the operator: the configuration of a family cannot be used.
+    pub fn start(
+        core: &Arc<Core>,
+        background: &TaskTracker,
+        end: &CancellationToken,
+    ) -> Result<Arc<Self>, String> {
+        Ok(Arc::new(Self {
+            events: Events::start(core, background, end)?,
+            sessions: Sessions::start(core, background, end),
+            rooms: Rooms::start(core, background, end)?,
+            agents: Agents::start(core, background, end)?,
+            echo: Echo::start(core),
+        }))
     }
 
-    fn number(self) -> u64 {
-        Self::ALL.iter().position(|one| *one == self).map_or(1, |place| place as u64)
+    /// Refuses a configuration that only other servers know to be wrong, where they answer in time.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub async fn check(&self, core: &Core) -> Result<(), String> {
+        self.agents.check(core).await
     }
 
-    /// Code and message for the client; `None` where no worker listens, which is no error.
+    /// Returns whether this instance serves a family.
     #[must_use]
-    pub const fn error(self) -> Option<(&'static str, &'static str)> {
-        Some(match self {
-            Self::Unheard => return None,
-            Self::Lost => ("publish_lost", "The message may not have reached a worker."),
-            Self::Refused { passing: true } => {
-                ("publish_refused", "The message was not delivered. It may be sent again later.")
+    pub const fn serves(core: &Core, family: Family) -> bool {
+        let endpoints = &core.config.endpoints;
+        match family {
+            Family::Sessions => endpoints.sessions,
+            Family::Events => endpoints.events,
+            Family::Rooms => endpoints.rooms,
+            Family::Agents => endpoints.agents,
+            Family::Echo => endpoints.echo,
+        }
+    }
+
+    /// Opens a client of an endpoint.
+    ///
+    /// # Errors
+    /// All entries of the table of refusals.
+    pub async fn open(
+        &self,
+        endpoint: Endpoint<'_>,
+        core: &Arc<Core>,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, Rejection> {
+        match endpoint {
+            Endpoint::Session(agent, session) => {
+                session::entrance::open(&self.sessions, core, request, (agent, session)).await
             }
-            Self::Refused { passing: false } => (
-                "publish_refused",
-                "The message was not delivered, and sending it again will not help.",
-            ),
-        })
+            Endpoint::Events => events::entrance::open(&self.events, core, request).await,
+            Endpoint::Room(room) => rooms::entrance::open(&self.rooms, core, request, room).await,
+            // A database's futures are large, and no other handshake is to carry them.
+            Endpoint::Agents => Box::pin(agents::entrance::open(&self.agents, core, request)).await,
+            Endpoint::Echo => self.echo.open(core, request),
+        }
+    }
+
+    /// Returns the families' routes of the worker API.
+    pub fn api(&self) -> Router<Arc<Core>> {
+        session::api::router(&self.sessions)
+            .merge(events::api::router(&self.events))
+            .merge(rooms::api::router(&self.rooms))
+            .merge(agents::api::router(&self.agents))
+    }
+
+    /// Returns the families' routes for load balancers and supervisors, which every port serves.
+    /// `details` tells who gets more than counts.
+    pub fn probes(&self, details: Details) -> Router<Arc<Core>> {
+        events::health::router(&self.events).merge(rooms::stats::router(&self.rooms, details))
+    }
+
+    /// Begins no further work on connections, which are about to be closed.
+    pub fn stop_calls(&self) {
+        self.agents.stop_calls();
+    }
+
+    /// Returns the connections with work in flight, which are closed last.
+    #[must_use]
+    pub fn busy(&self) -> HashSet<Uuid> {
+        self.agents.connections.busy().iter().map(|inbox| inbox.connection).collect()
+    }
+
+    /// Ends the connections with work in flight, and their work.
+    pub fn end_busy(&self) {
+        for inbox in self.agents.connections.busy() {
+            inbox.close(Ending { why: &Disconnect::RESTART, reason: None, secret: None });
+        }
+    }
+
+    /// Returns the families that tell operators more than their numbers.
+    pub fn reporters(&self) -> Vec<Arc<dyn Reporter>> {
+        vec![Arc::clone(&self.agents) as Arc<dyn Reporter>]
+    }
+
+    /// Removes this instance's connections from the store, where other instances see them. Members of rooms may come
+    /// back at other instances until `deadline`.
+    pub async fn close(&self, deadline: Instant) {
+        self.sessions.close().await;
+        self.events.close().await;
+        tokio::join!(self.rooms.close(deadline), Box::pin(self.agents.close()));
     }
 }
 
-impl From<&BusError> for Unpublished {
-    fn from(error: &BusError) -> Self {
-        match error {
-            BusError::NotDone(refusal) => Self::Refused { passing: refusal.is_passing() },
-            // Nothing was put into the queue.
-            BusError::Full | BusError::Closed => Self::Refused { passing: true },
-            BusError::Refused(_) => Self::Refused { passing: false },
-            BusError::Unreachable(_) => Self::Lost,
+/// Returns all routes of the worker API: method, and path in OpenAPI's form.
+pub fn api_routes() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    let of_families =
+        [session::api::ROUTES, events::api::ROUTES, rooms::api::ROUTES, agents::api::ROUTES];
+    of_families.into_iter().flatten().chain(api::ROUTES)
+}
+
+impl Source for Families {
+    fn collect(&self, scrape: &mut Scrape) {
+        self.sessions.collect(scrape);
+        self.events.collect(scrape);
+        self.rooms.collect(scrape);
+        self.agents.collect(scrape);
+        self.echo.collect(scrape);
+    }
+}
+
+impl<'p> Endpoint<'p> {
+    /// Returns the endpoint of a path, even one that this instance does not serve. Only a request for an upgrade reaches
+    /// users' agents: what else is at their path stays there.
+    #[must_use]
+    pub fn of(core: &Core, path: &'p str, is_upgrade: bool) -> Option<Self> {
+        let config = &core.config;
+        if is_upgrade && config.endpoints.agents && config.agents.path == path {
+            return Some(Self::Agents);
+        }
+        let mut segments = path.strip_prefix('/')?.split('/');
+        match (segments.next()?, segments.next(), segments.next(), segments.next()) {
+            ("ws", None, None, None) => Some(Self::Events),
+            // While events are served, `/ws/health` is a probe.
+            ("ws", Some("health"), None, None) if !core.config.endpoints.events => {
+                Some(Self::Events)
+            }
+            ("echo", None, None, None) => Some(Self::Echo),
+            // `/ws/stats` is a probe, and no room.
+            ("ws", Some(room), None, None) if config.endpoints.rooms && room != "stats" => {
+                Some(Self::Room(room))
+            }
+            (agent, Some("ws"), Some(session), None) => Some(Self::Session(agent, session)),
+            _ => None,
+        }
+    }
+
+    /// Returns the family of the endpoint.
+    #[must_use]
+    pub const fn family(self) -> Family {
+        match self {
+            Self::Session(..) => Family::Sessions,
+            Self::Events => Family::Events,
+            Self::Room(_) => Family::Rooms,
+            Self::Agents => Family::Agents,
+            Self::Echo => Family::Echo,
         }
     }
 }
 
-/// The logic of one connection of an endpoint: it is told what happened and states consequences.
-pub trait Logic: Send + Unpin + 'static {
-    /// Messages may flow.
-    fn on_open(&mut self, actions: &mut dyn Actions);
-    /// A complete, valid data message from the client. Text is UTF-8.
-    fn on_message(&mut self, kind: Kind, payload: &[u8], actions: &mut dyn Actions);
-    /// Something from the hub or the bus.
-    fn on_event(&mut self, event: Event, actions: &mut dyn Actions);
-    /// The connection is over; `sent` counts messages and bytes that went to the client.
-    fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions);
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The consequences that a [`Logic`] can state.
-pub trait Actions {
-    /// The present.
-    fn now(&self) -> Micros;
-    /// Answers something that the client said; one that does not read the answers is not read.
-    fn reply(&mut self, kind: Kind, payload: &[u8]);
-    /// Sends a message that the client did not cause.
-    fn send(&mut self, kind: Kind, payload: &[u8]);
-    /// Sends what was sent before, byte for byte.
-    fn resend(&mut self, kind: Kind, message: &[u8]);
-    /// Whether something waits which the client has not taken yet.
-    fn is_backed_up(&self) -> bool;
-    /// Publishes on the bus; the outcome comes back as an event where the message asks for it.
-    ///
-    /// # Errors
-    /// It did not fit into the queue.
-    fn publish(&mut self, publish: Publish) -> Result<(), BusError>;
-    /// Ends the connection at once.
-    fn disconnect(&mut self, why: &'static Disconnect);
-    /// Ends the connection after all that waits for the client is written.
-    fn finish(&mut self, why: &'static Disconnect, code: u16, reason: &str);
-    /// Asks for an event with the tag [`wsproxy_conn::link::TIMER`] soon after `at`, instead of any other time.
-    fn wake_at(&mut self, at: Micros);
-    /// Ends the connection as expired at this time (unix seconds), instead of any other; `None`: never.
-    fn expire_at(&mut self, at: Option<u64>);
-    /// Has a token looked at; the answer comes as an event with the tag [`events::VERIFIED`].
-    fn verify(&mut self, token: &str);
-    /// Who wants to know what becomes of a message of this connection.
-    fn receipt(&self) -> Arc<dyn Receipt>;
-}
-
-impl Receipt for Link {
-    fn published(&self, outcome: Outcome) {
-        trace!(target: MESSAGES, connection_id = %self.id(), ?outcome, "The bus answered to a client's message.");
-        let unpublished = match outcome {
-            Outcome::Received(receivers) if receivers > 0 => return,
-            Outcome::Kept | Outcome::Stored { .. } => return,
-            Outcome::Received(_) => Unpublished::Unheard,
-            Outcome::Refused(refusal) => Unpublished::Refused { passing: refusal.is_passing() },
-            Outcome::Lost => Unpublished::Lost,
-        };
-        let number = unpublished.number();
-        self.notify(Event { tag: PUBLISHED, number, payload: Bytes::new() });
+    #[test]
+    fn the_document_describes_exactly_these_routes() {
+        let document: serde_json::Value = serde_json::from_str(api::OPENAPI).unwrap();
+        let mut described: Vec<_> = document["paths"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .filter(|(path, _)| path.starts_with("/api/"))
+            .flat_map(|(path, item)| {
+                let methods = item.as_object().unwrap().keys();
+                methods.filter(|m| *m != "parameters").map(move |m| (m.clone(), path.clone()))
+            })
+            .collect();
+        let mut served: Vec<_> =
+            api_routes().map(|(m, p)| ((*m).to_owned(), (*p).to_owned())).collect();
+        described.sort();
+        served.sort();
+        assert_eq!(described, served);
     }
 }

@@ -1,19 +1,25 @@
 //! The wsproxy gateway as a library, so that tests start instances in-process.
 
+pub mod audit;
 pub mod auth;
 pub mod bus;
 pub mod cli;
+pub mod client;
 pub mod config;
+pub mod core;
+pub mod database;
 pub mod descriptors;
 pub mod dev;
+pub mod embedded;
 pub mod endpoint;
-pub mod gateway;
 pub mod http;
 pub mod hub;
+pub mod logic;
+mod queue;
+pub mod redis;
 pub mod registry;
 pub mod server;
 pub mod shutdown;
 pub mod store;
-pub mod streams;
 pub mod telemetry;
 mod tls;

@@ -1,7 +1,7 @@
-//! Who of the event endpoint is connected, here and over all instances, and how they are sent away.
+//! The connections of the event endpoint, here and on all instances, and the way to end them.
 //!
-//! What should be there is kept in this process; one task brings Redis to it, in batches, and again
-//! after Redis lost anything. No message and no handshake waits for that.
+//! This process holds the state that Redis should have. One task writes the differences in batches, and writes
+//! everything again after Redis lost data. No message and no handshake waits for that task.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -13,75 +13,76 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
-use wsproxy_conn::{Link, clock::Micros};
-use wsproxy_proto::{
-    disconnect::Disconnect,
-    names::{Id, Names},
-};
+use wsproxy_proto::names::{Id, Names};
 
 use crate::{
     bus::Bus,
+    client::Client,
     config::Config,
-    hub::{
-        Hub,
-        tap::{Ending, Tap},
+    hub::Hub,
+    registry::{
+        commands::Commands, lease::Lease, local::Local, redis::RedisRegistry,
+        revocation::Revocations, writer::WriterCounters,
     },
-    registry::{lease::Lease, local::Local, redis::RedisRegistry},
-    store::{StoreError, memory::MemoryStore},
+    store::command::StoreError,
     telemetry::{counter::Counter, throttle::Throttle},
 };
 
-mod commands;
+pub mod agents;
+pub(crate) mod commands;
 pub mod control;
 pub mod lease;
 mod local;
 mod members;
+pub(crate) mod metrics;
 mod redis;
 mod revocation;
+pub mod rooms;
 pub mod sessions;
-mod writer;
+pub(crate) mod writer;
 
-/// The connections of this instance, and the way to all others. Cheap to read; see [`Self::join`].
+/// The connections of this instance, and access to those of all others; see [`Self::join`].
 pub struct Registry {
-    settings: Settings,
+    settings: RegistrySettings,
     lease: Arc<Lease>,
     backend: Backend,
+    revocations: Revocations,
     hub: Arc<Hub>,
-    /// Guards the index and the changes; held for a few steps, or one walk after an outage.
+    /// Guards the index and the changes. Held for a few steps, or for one walk after an outage.
     local: Mutex<Local>,
-    /// There is something to write.
+    /// Signals the writer that there are changes.
     changed: Notify,
-    /// The latest reading, so that many who ask cost one.
+    /// The latest totals, so that many callers cost one reading.
     totals: tokio::sync::Mutex<Option<(Instant, Totals)>>,
     closing: CancellationToken,
     tasks: TaskTracker,
-    /// What it counts; the metrics read it.
+    /// Counters that the metrics read.
     pub counters: RegistryCounters,
 }
 
-/// Where the instances meet.
+/// Storage of the shared registry.
 enum Backend {
-    /// There is one instance: what is here is all, but for revocations, which are in the embedded store.
-    Memory(MemoryStore),
-    /// In Redis.
+    /// This process: there is no other instance.
+    Embedded,
+    /// Redis.
     Redis(Box<RedisRegistry>),
 }
 
-/// What a registry has to know.
+/// Parameters of a registry.
 #[derive(Debug, Clone)]
-pub struct Settings {
-    /// Which instance this is.
+pub struct RegistrySettings {
+    /// Name of this instance.
     pub server_id: Arc<str>,
-    /// How keys and channels are spelled.
+    /// Spelling of keys and channels.
     pub names: Names,
-    /// How long an entry is kept that nobody renews.
+    /// Time to live of an entry that its instance does not renew.
     pub ttl: Duration,
-    /// By how many seconds clocks may differ: revocations cover what was issued so much later.
+    /// Tolerated difference of clocks in seconds: revocations cover tokens that were issued so much later.
     pub leeway: u64,
 }
 
-impl Settings {
-    /// What an instance with this configuration has to know.
+impl RegistrySettings {
+    /// Returns the parameters of a configuration.
     #[must_use]
     pub fn new(config: &Config, server_id: &Arc<str>, names: &Names) -> Self {
         Self {
@@ -93,56 +94,43 @@ impl Settings {
     }
 }
 
-/// What the registry counts.
+/// Counters of a registry.
 #[derive(Debug, Default)]
 pub struct RegistryCounters {
-    /// Changes that were written to Redis.
-    pub written: Counter,
-    /// Times that Redis did not do what the registry asked.
-    pub failures: Counter,
-    /// Times that all connections were written again since Redis had lost them.
-    pub rewrites: Counter,
-    /// Connections that were sent away by a command or a revocation.
+    /// Counters of the writing to Redis.
+    pub writer: WriterCounters,
+    /// Connections that a command or a revocation closed.
     pub disconnected: Counter,
-    /// Commands that made no sense.
+    /// Commands that could not be read.
     pub bad_commands: Counter,
-    /// Of log lines about these.
+    /// Throttle of the log lines about these.
     pub bad_command_lines: Throttle,
-    /// Times that revocations were read again since commands may have been missed.
+    /// Readings of revocations because commands may have been missed.
     pub rechecks: Counter,
 }
 
-/// A connection that wants into the registry.
+/// A connection that joins the registry.
 #[derive(Debug)]
 pub struct Joining {
-    /// Its id.
+    /// Id of the connection.
     pub connection: Uuid,
-    /// Whose it is.
+    /// The user of the connection.
     pub user: Id,
-    /// How it is sent away.
-    pub peer: Peer,
-    /// The name of its token (`jti`), if it has one.
+    /// The client, to close the connection by command.
+    pub client: Client,
+    /// The name of the client's token (`jti`), if it has one.
     pub token: Option<String>,
-    /// When its token was made (`iat`), in unix seconds.
+    /// Time of issue of the client's token (`iat`), in unix seconds.
     pub issued_at: Option<u64>,
-    /// Where the client is.
+    /// Address of the client.
     pub address: Option<IpAddr>,
-    /// What the client calls itself.
+    /// The client's `User-Agent`.
     pub user_agent: Option<String>,
-    /// How it is connected.
+    /// Transport of the connection.
     pub transport: Transport,
 }
 
-/// A connection as far as it can be sent away.
-#[derive(Debug, Clone)]
-pub enum Peer {
-    /// A WebSocket.
-    Link(Arc<Link>),
-    /// An event stream.
-    Stream(Arc<Tap>),
-}
-
-/// How a client is connected.
+/// Transport of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
@@ -153,7 +141,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// As announcements, logs and the registry name it.
+    /// Returns the name in announcements, logs and the registry.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -166,65 +154,77 @@ impl Transport {
 /// A connection of a user, on any instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Presence {
-    /// Its id.
+    /// Id of the connection.
     pub connection_id: Uuid,
-    /// What is known of it.
+    /// Record of the connection.
     #[serde(flatten)]
-    pub record: Record,
+    pub record: ConnectionRecord,
 }
 
-/// What the registry holds of a connection.
+/// The registry's record of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    /// The instance that holds it.
+pub struct ConnectionRecord {
+    /// The instance that holds the connection.
     pub server_id: Box<str>,
-    /// Since when, by that instance's clock: RFC 3339.
+    /// Time of the opening by that instance's clock: RFC 3339.
     pub connected_at: Box<str>,
-    /// How it is connected.
+    /// Transport of the connection.
     pub transport: Transport,
-    /// Where the client is.
+    /// Address of the client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpAddr>,
-    /// What the client calls itself.
+    /// The client's `User-Agent`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_agent: Option<Box<str>>,
 }
 
-/// How many connections there are.
+/// Numbers of connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Totals {
-    /// In the registry, of all instances.
+    /// Connections in the registry, of all instances.
     pub total: u64,
-    /// Of this instance.
+    /// Connections of this instance.
     pub local: u64,
-    /// Of instances that are alive.
+    /// Connections of living instances.
     pub alive: u64,
-    /// Of instances that died and were not removed yet.
+    /// Connections of dead instances that were not removed yet.
     pub dead: u64,
 }
 
-/// A connection in the registry; dropping it takes it out.
+/// Guard of a connection in the registry; dropping it removes the connection.
 #[must_use = "dropping it takes the connection out of the registry"]
-pub struct Entry {
+pub struct Membership {
     registry: Arc<Registry>,
     connection: Uuid,
 }
 
 impl Registry {
-    /// Starts what it does in the background, until [`Self::close`]. The lease must outlive it.
+    /// Starts the registry's tasks, which run until [`Self::close`]. The lease must outlive them.
     #[must_use]
-    pub fn start(settings: Settings, hub: Arc<Hub>, bus: &Bus, lease: &Arc<Lease>) -> Arc<Self> {
-        let backend = match bus {
-            Bus::Memory(bus) => Backend::Memory(bus.store()),
+    pub fn start(
+        settings: RegistrySettings,
+        hub: Arc<Hub>,
+        bus: &Bus,
+        lease: &Arc<Lease>,
+    ) -> Arc<Self> {
+        let (backend, revocations) = match bus {
+            Bus::Embedded(bus) => {
+                (Backend::Embedded, revocation::RevocationStore::Embedded(bus.store()))
+            }
             Bus::Redis(bus) => {
-                Backend::Redis(RedisRegistry::new(bus.clone(), &settings, lease.settings()).into())
+                let timeout = lease.settings().response_timeout;
+                let commands = Commands::new(bus.client().clone(), timeout);
+                let redis = RedisRegistry::new(commands.clone(), &settings, lease.settings());
+                (Backend::Redis(redis.into()), revocation::RevocationStore::Redis(commands))
             }
         };
+        let (names, leeway) = (settings.names.clone(), settings.leeway);
         let registry = Arc::new(Self {
             local: Mutex::new(Local::new(matches!(backend, Backend::Redis(_)))),
             settings,
             lease: Arc::clone(lease),
             backend,
+            revocations: Revocations::new(revocations, names, leeway),
             hub,
             changed: Notify::new(),
             totals: tokio::sync::Mutex::default(),
@@ -234,25 +234,25 @@ impl Registry {
         });
         registry.tasks.spawn(control::run(Arc::clone(&registry)));
         if matches!(registry.backend, Backend::Redis(_)) {
-            registry.tasks.spawn(writer::run(Arc::clone(&registry)));
+            registry.tasks.spawn(writer::connections::run(Arc::clone(&registry)));
         }
         registry
     }
 
-    /// Takes in a connection, for as long as the returned guard lives. Never waits.
+    /// Adds a connection for as long as the returned guard lives. Never waits.
     ///
-    /// Join before [`Self::is_revoked`] is asked: a revocation in between reaches the connection
-    /// then, by one way or by the other.
-    pub fn join(self: &Arc<Self>, joining: Joining) -> Entry {
+    /// Call this before [`Self::is_revoked`]: then a revocation in between closes the connection, or is found by
+    /// `is_revoked`.
+    pub fn join(self: &Arc<Self>, joining: Joining) -> Membership {
         let connection = joining.connection;
         if self.local.lock().join(joining) {
             self.changed.notify_one();
         }
-        Entry { registry: Arc::clone(self), connection }
+        Membership { registry: Arc::clone(self), connection }
     }
 
-    /// The same, unless the user has `user_max` connections here.
-    pub fn join_within(self: &Arc<Self>, joining: Joining, user_max: usize) -> Option<Entry> {
+    /// Adds a connection as [`Self::join`] does, unless the user has `user_max` connections here.
+    pub fn join_within(self: &Arc<Self>, joining: Joining, user_max: usize) -> Option<Membership> {
         let connection = joining.connection;
         let mut local = self.local.lock();
         if local.of_user(joining.user.as_str()).take(user_max).count() >= user_max {
@@ -263,42 +263,59 @@ impl Registry {
         if is_changed {
             self.changed.notify_one();
         }
-        Some(Entry { registry: Arc::clone(self), connection })
+        Some(Membership { registry: Arc::clone(self), connection })
     }
 
-    /// How many connections are here.
+    /// Returns whether a token was revoked, by its name or with all tokens of its user. Takes one round trip
+    /// without a deadline of its own.
+    ///
+    /// A token without `iat` is refused as long as the store has any revocation of its user.
+    ///
+    /// # Errors
+    /// The store did not answer.
+    pub async fn is_revoked(
+        &self,
+        user: &Id,
+        token: Option<&str>,
+        issued_at: Option<u64>,
+    ) -> Result<bool, StoreError> {
+        self.revocations.cover(user, token, issued_at).await
+    }
+
+    /// Returns the number of connections here.
     #[must_use]
     pub fn len(&self) -> usize {
         self.local.lock().len()
     }
 
-    /// Whether none is here.
+    /// Returns whether no connection is here.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether everything here is in Redis, as far as this instance knows.
+    /// Returns whether Redis has every connection here, as far as this instance knows. For tests.
+    #[doc(hidden)]
     #[must_use]
     pub fn is_written(&self) -> bool {
         self.local.lock().is_written()
     }
 
-    /// The connections of a user, on all instances that are alive.
+    /// Returns the connections of a user on all living instances.
     ///
     /// # Errors
     /// The store did not answer.
     pub async fn connections_of(&self, user: &Id) -> Result<Vec<Presence>, StoreError> {
         match &self.backend {
-            Backend::Memory(_) => {
+            Backend::Embedded => {
                 Ok(self.local.lock().presence(&self.settings.server_id, user.as_str()))
             }
             Backend::Redis(redis) => redis.connections_of(user.as_str()).await,
         }
     }
 
-    /// How many connections there are. What others hold may be a second old; while Redis does not
-    /// answer only our own are known.
+    /// Returns the numbers of connections. Those of other instances may be a second old, and are unknown while
+    /// Redis does not answer.
     pub async fn totals(&self) -> Totals {
         let local = self.len() as u64;
         let here = Totals { total: local, local, alive: local, dead: 0 };
@@ -307,7 +324,7 @@ impl Registry {
         let fresh = |at: &Instant| at.elapsed() < TOTALS_KEPT;
         if known.as_ref().is_none_or(|(at, _)| !fresh(at)) {
             let read = timeout(TOTALS_TIMEOUT, redis.totals()).await;
-            // A failure is kept as long: nobody is helped by many who wait for Redis.
+            // A failure is kept as long: more callers that wait for Redis would help none.
             let (alive, dead) = match read {
                 Ok(Ok(counts)) => counts,
                 _ => (local, 0),
@@ -317,7 +334,7 @@ impl Registry {
         known.as_ref().map_or(here, |(_, totals)| Totals { local, ..*totals })
     }
 
-    /// Takes everything of this instance out of Redis and ends. Connections must be gone by then.
+    /// Removes the entries of this instance from Redis and ends. Connections must be gone by then.
     pub async fn close(&self) {
         self.closing.cancel();
         self.tasks.close();
@@ -325,20 +342,20 @@ impl Registry {
     }
 }
 
-impl Entry {
-    /// Whether it is a connection of this user.
+impl Membership {
+    /// Returns whether the connection is one of this user.
     #[must_use]
     pub fn is_of(&self, user: &Id) -> bool {
         self.registry.local.lock().is_of(self.connection, user.as_str())
     }
 
-    /// The connection goes on with another token of the same user.
+    /// Replaces the connection's token by another one of the same user.
     pub fn renew(&self, token: Option<&str>, issued_at: Option<u64>) {
         self.registry.local.lock().renew(self.connection, token, issued_at);
     }
 }
 
-impl Drop for Entry {
+impl Drop for Membership {
     fn drop(&mut self) {
         if self.registry.local.lock().leave(self.connection) {
             self.registry.changed.notify_one();
@@ -346,32 +363,8 @@ impl Drop for Entry {
     }
 }
 
-impl Peer {
-    /// Whether it is on its way out already.
-    fn is_ending(&self) -> bool {
-        match self {
-            Self::Link(link) => link.is_closing(),
-            Self::Stream(tap) => tap.is_closed(),
-        }
-    }
-
-    /// Sends it away. Whoever is revoked gets nothing more of what waits.
-    fn end(&self, why: &'static Disconnect, code: u16, reason: &str, now: Micros) {
-        match self {
-            Self::Link(link) if *why == Disconnect::REVOKED => {
-                link.disconnect_with(why, code, reason, now);
-            }
-            Self::Link(link) => link.finish_with(why, code, reason, now),
-            Self::Stream(tap) => {
-                let ending = Ending { why, code, reason: reason.into() };
-                if *why == Disconnect::REVOKED { tap.cut_off(ending) } else { tap.end(ending) }
-            }
-        }
-    }
-}
-
-/// Health checks more often than this are answered from memory.
+/// Lifetime of totals that were read: more frequent health checks are answered from memory.
 const TOTALS_KEPT: Duration = Duration::from_secs(1);
 
-/// A health check must not hang with Redis.
+/// Time limit of reading totals, so that a health check does not hang with Redis.
 const TOTALS_TIMEOUT: Duration = Duration::from_secs(1);

@@ -1,8 +1,8 @@
-//! The composition root: starts what a configuration asks for. The only place that names backends.
+//! The composition root: makes and starts the parts of an instance. The only file that chooses the bus's backend.
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -16,50 +16,41 @@ use wsproxy_conn::{Runtime, clock};
 use wsproxy_proto::names::Names;
 
 use crate::{
-    auth::{api_keys::ApiKeys, jwt::JwtVerifier},
+    auth::api_keys::ApiKeys,
     bus::{Bus, watch},
     cli::{exit::Failure, version},
     config::Config,
+    core::{
+        Core,
+        admission::{Attempts, Bounds, Resumes, Seats},
+        caller::Texts,
+        sockets::Sockets,
+        waiting::WaitingRoom,
+    },
     descriptors::{self, Descriptors},
     endpoint::{
-        caller::Texts,
-        events::EventEndpoint,
-        session::{SessionCounters, SessionEndpoint},
+        Families,
+        routes::{self, Routes},
     },
-    gateway::{self, Gateway},
     http::{
         admin::{self, Details},
-        admission::{Attempts, Places, Resumes},
-        api, listener,
-        routes::{self, Routes},
-        sockets::Sockets,
+        api, listener, rejection,
     },
-    hub::{Histories, Hub, delivery::Delivery, healer},
-    registry::{
-        self, Registry,
-        lease::{self, Lease},
-        sessions::{self, SessionLog},
-    },
-    shutdown, streams,
+    hub::{Hub, delivery::Delivery, healer},
+    registry::lease::LeaseCounters,
+    shutdown,
     telemetry::{
-        metrics::Metrics,
+        family::Family,
+        metrics::{Metrics, process::Process},
+        scrape::Source,
         throttle::{Throttle, Throttles},
     },
 };
 
-/// All but this part of the connections may wait for a verdict on their credentials: the clients of an instance that
-/// was killed come to another one at once. And half of the spare sockets may in any case.
-const HANDSHAKES_PART: usize = 4;
-
-/// How often the files of API keys are read again.
-const READ_KEYS_EVERY: Duration = Duration::from_secs(2);
-
-/// How often addresses with nothing owed are forgotten.
-const FORGET_EVERY: Duration = Duration::from_secs(60);
-
 /// A running instance. Dropping it does not end it: see [`Self::drain`].
 pub struct Instance {
-    gateway: Arc<Gateway>,
+    core: Arc<Core>,
+    families: Arc<Families>,
     address: SocketAddr,
     admin_address: SocketAddr,
     /// Cancelled when listeners must stop.
@@ -72,19 +63,19 @@ pub struct Instance {
 /// Runs an instance until a signal tells it to end.
 ///
 /// # Errors
-/// Why it could not start.
+/// The instance could not start: see [`Instance::start`].
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
-    let instance = Instance::start(config, |_| Router::new()).await?;
-    if let Bus::Memory(_) = instance.gateway.bus {
-        // The first thing to know where a Redis was meant: then all tokens are refused with 403.
+    let instance = Instance::start(config, |_, _| Router::new()).await?;
+    if let Bus::Embedded(_) = instance.core.bus {
+        // An operator who forgot the URL would otherwise only see that all tokens are refused with 403.
         warn!(
-            bus = instance.gateway.bus.kind(),
+            bus = instance.core.bus.kind(),
             "No Redis is configured: this instance knows only tokens that its own API made, and no other instance or \
              worker on a Redis reaches its clients. Where there should be one set redis.url (REDIS_URL)."
         );
     }
-    // Without a supervisor that wants to know there is nobody to tell.
+    // An error means that no supervisor asked to be notified.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     signals.wait().await;
     instance.drain(signals).await;
@@ -92,15 +83,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 impl Instance {
-    /// Binds, connects the bus in the background and accepts connections. What `extra` makes is
+    /// Binds, connects the bus in the background and accepts connections. The routes of `extra` are
     /// served beside the admin routes.
     ///
     /// # Errors
-    /// An address is taken, or the bus's URL cannot be used.
-    #[expect(clippy::unused_async, reason = "being async says that it needs a runtime")]
+    /// An address is taken, the bus's URL cannot be used, or the tables of the database do not allow what is configured.
     pub async fn start(
         config: Config,
-        extra: impl FnOnce(&Arc<Gateway>) -> Router,
+        extra: impl FnOnce(&Arc<Core>, &Arc<Families>) -> Router,
     ) -> anyhow::Result<Self> {
         let address = SocketAddr::new(config.server.bind, config.server.port);
         let main = listen(address)?;
@@ -113,66 +103,80 @@ impl Instance {
 
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let descriptors = descriptors::take(config.limits.max_connections).context(Failure::Os)?;
-        let gateway = compose(config, descriptors, &background, &background_end)?;
+        let core = compose(config, descriptors, &background, &background_end)?;
+        let families = Families::start(&core, &background, &background_end);
+        let families = families.map_err(anyhow::Error::msg).context(Failure::Config)?;
+        if let Err(why) = families.check(&core).await {
+            background_end.cancel();
+            return Err(anyhow::Error::msg(why).context(Failure::Config));
+        }
+        show(&core, &families);
         let told = if admin.is_some() { Details::Always } else { Details::WithKey };
-        let rest = admin::probes(&gateway, told)
-            .merge(admin::metrics(&gateway))
-            .merge(admin::events(&gateway))
-            .merge(api::router(Arc::clone(&gateway)))
-            .merge(extra(&gateway))
+        let rest = admin::probes(&core, told)
+            .merge(admin::metrics(&core, told))
+            .merge(families.probes(told).with_state(Arc::clone(&core)))
+            .merge(api::router(Arc::clone(&core), families.api()))
+            .merge(extra(&core, &families))
             .fallback(routes::not_found);
         let accepting = CancellationToken::new();
         let data_rest = match admin {
-            Some(_) => admin::probes(&gateway, Details::Never)
-                .merge(admin::events(&gateway))
+            Some(_) => admin::probes(&core, Details::Never)
+                .merge(families.probes(Details::Never).with_state(Arc::clone(&core)))
                 .fallback(routes::not_found),
             None => rest.clone(),
         };
-        let routes = Routes::new(Arc::clone(&gateway), true, data_rest);
-        let sockets = Arc::clone(&gateway.sockets);
-        gateway.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
+        let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), true, data_rest);
+        let sockets = Arc::clone(&core.sockets);
+        core.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
         if let Some(admin) = admin {
-            let routes = Routes::new(Arc::clone(&gateway), false, rest);
+            let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), false, rest);
             let sockets = Sockets::new(descriptors.admin);
             // Health and metrics answer as long as anything runs.
             background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
         }
-        let (hub, store) = (Arc::clone(&gateway.hub), gateway.store.clone());
+        let (hub, store) = (Arc::clone(&core.hub), core.store.clone());
         background.spawn(healer::run(hub, store, background_end.clone()));
-        background.spawn(watch::run(gateway.bus.clone(), background_end.clone()));
-        if gateway.session_histories.is_some() {
-            background.spawn(streams::reap(Arc::clone(&gateway), background_end.clone()));
-        }
-        background.spawn(keep_time(Arc::clone(&gateway), background_end.clone()));
-        info!(%address, %admin_address, server_id = &*gateway.server_id,
-            bus = gateway.bus.kind(), connections_max = gateway.places.max(),
+        background.spawn(watch::run(core.bus.clone(), background_end.clone()));
+        let (reports, interval) = (Arc::clone(&core.reports), core.config.log.summary_interval);
+        let lines_end = background_end.clone();
+        background.spawn(async move { reports.sum_up(interval, lines_end).await });
+        background.spawn(keep_time(Arc::clone(&core), background_end.clone()));
+        info!(%address, %admin_address, server_id = &*core.server_id,
+            bus = core.bus.kind(), connections_max = core.seats.max(),
             version = env!("CARGO_PKG_VERSION"), commit = version::COMMIT,
             "Listening.");
-        Ok(Self { gateway, address, admin_address, accepting, background, background_end })
+        Ok(Self { core, families, address, admin_address, accepting, background, background_end })
     }
 
-    /// Where clients arrive.
+    /// Returns the address of the clients' port.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where admin routes and the API are.
+    /// Returns the address of the admin routes and the worker API.
     #[must_use]
     pub const fn admin_address(&self) -> SocketAddr {
         self.admin_address
     }
 
-    /// What the parts share.
+    /// Returns the shared state.
     #[must_use]
-    pub const fn gateway(&self) -> &Arc<Gateway> {
-        &self.gateway
+    pub const fn core(&self) -> &Arc<Core> {
+        &self.core
     }
 
-    /// Ends politely, in the order of contract section 2.9.
+    /// Returns the endpoint families.
+    #[must_use]
+    pub const fn families(&self) -> &Arc<Families> {
+        &self.families
+    }
+
+    /// Drains and ends the instance: see [`shutdown::Shutdown`].
     pub async fn drain(self, hurry: impl shutdown::Hurry) {
-        let end = shutdown::Ending {
-            gateway: self.gateway,
+        let end = shutdown::Shutdown {
+            core: self.core,
+            families: self.families,
             accepting: self.accepting,
             background: self.background,
             background_end: self.background_end,
@@ -190,7 +194,7 @@ fn compose(
     descriptors: Descriptors,
     background: &TaskTracker,
     background_end: &CancellationToken,
-) -> anyhow::Result<Arc<Gateway>> {
+) -> anyhow::Result<Arc<Core>> {
     let names = Names::new(&config.redis.channel_prefix);
     let server_id: Arc<str> = match &config.server.server_id {
         Some(id) => id.as_str().into(),
@@ -199,8 +203,6 @@ fn compose(
     let hub = Hub::new();
     let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
     let (tasks, end) = (background, background_end.clone());
-    let jwt = config.endpoints.events.then(|| JwtVerifier::new(&config.jwt, tasks, end.clone()));
-    let jwt = jwt.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
     let api_keys = ApiKeys::new(&config.api).map_err(anyhow::Error::msg);
     let api_keys = Arc::new(api_keys.context(Failure::Config)?);
     if api_keys.has_files() {
@@ -210,48 +212,32 @@ fn compose(
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
     } else {
-        Bus::memory(&config.redis, &config.limits, delivery, tasks, end)
+        Bus::embedded(&config.redis, &config.limits, delivery, tasks, end)
     };
     hub.connect(bus.clone());
-    let (session_histories, event_histories) = histories(&config, &names);
     let Descriptors { connections, spare, .. } = descriptors;
-    let Registries { lease, registry, session_log } =
-        registries(&config, (&server_id, &names), &hub, &bus);
-    let gateway = Arc::new(Gateway {
-        session_histories,
-        event_histories,
-        server_id: Arc::clone(&server_id),
+    let runtime = Runtime::new(config.limits.send_buffers_total_bytes, clock::now());
+    let core = Arc::new(Core {
+        server_id,
+        waiting_room: WaitingRoom::new(Arc::clone(&hub), Arc::clone(&runtime)),
         hub,
         store: bus.store(),
         bus,
-        runtime: Runtime::new(config.limits.send_buffers_total_bytes, clock::now()),
+        runtime,
         event_streams: Arc::default(),
-        places: Places::new(connections),
-        handshakes: Places::new((connections - connections / HANDSHAKES_PART).max(spare / 2)),
+        seats: Seats::new(connections),
+        handshakes: Seats::new((connections - connections / HANDSHAKES_PART).max(spare / 2)),
         sockets: Sockets::new(connections + spare),
-        attempts: Attempts::new(config.rate_limit.max_requests, config.rate_limit.window),
+        attempts: Arc::new(Attempts::new(config.rate_limit.max_requests, config.rate_limit.window)),
         resumes: Resumes::new(config.limits.resumes_per_second),
         api_keys,
         api_failures: Throttle::default(),
         lines: Throttles::default(),
         texts: Texts::default(),
-        jwt,
-        events: Arc::new(EventEndpoint::new(&config, &names, &server_id)),
-        registry,
-        lease,
-        session_log: session_log.clone(),
-        sessions: Arc::new(SessionEndpoint {
-            log: session_log,
-            config: config.sessions.clone(),
-            names: names.clone(),
-            server_id,
-            counters: SessionCounters::default(),
-        }),
-        session_profile: Arc::new(gateway::profile(&config)),
-        event_profile: Arc::new(gateway::event_profile(&config)),
-        echo_profile: Arc::new(gateway::profile(&config)),
+        lease: OnceLock::new(),
         names,
         metrics: Metrics::new(),
+        reports: Arc::default(),
         tasks: TaskTracker::new(),
         followers_end: CancellationToken::new(),
         draining: false.into(),
@@ -259,46 +245,43 @@ fn compose(
         started: Instant::now(),
         config,
     });
-    gateway.metrics.connect(&gateway);
-    Ok(gateway)
+    Ok(core)
 }
 
-/// The services by which an instance shares with others what is connected to it.
-struct Registries {
-    lease: Option<Arc<Lease>>,
-    registry: Option<Arc<Registry>>,
-    session_log: Option<Arc<SessionLog>>,
+/// Registers the instance's sources of metrics.
+fn show(core: &Core, families: &Arc<Families>) {
+    let served = Family::ALL.into_iter().filter(|family| Families::serves(core, *family));
+    core.metrics.begin(served, &rejection::OF_HANDSHAKES);
+    let bounds = Bounds {
+        connections: Arc::clone(&core.seats),
+        handshakes: Arc::clone(&core.handshakes),
+        attempts: Arc::clone(&core.attempts),
+    };
+    let lease = match core.lease.get() {
+        Some(lease) => Arc::clone(lease) as Arc<dyn Source>,
+        None => Arc::new(LeaseCounters::default()),
+    };
+    core.reports.read(families.reporters());
+    core.metrics.read([
+        Arc::clone(families) as Arc<dyn Source>,
+        Arc::clone(&core.runtime) as Arc<dyn Source>,
+        Arc::new(bounds),
+        Arc::clone(&core.hub) as Arc<dyn Source>,
+        Arc::new(core.bus.clone()),
+        Arc::clone(&core.api_keys) as Arc<dyn Source>,
+        lease,
+        Arc::new(Process { started: core.started }),
+    ]);
 }
 
-/// The registries that the configuration needs, and the lease below them.
-fn registries(
-    config: &Config,
-    (server_id, names): (&Arc<str>, &Names),
-    hub: &Arc<Hub>,
-    bus: &Bus,
-) -> Registries {
-    let logs_sessions = config.endpoints.sessions && config.sessions.events_log;
-    let lease = (config.endpoints.events || logs_sessions)
-        .then(|| Lease::start(lease::Settings::new(config, server_id, names), bus));
-    let registry = lease.as_ref().filter(|_| config.endpoints.events).map(|lease| {
-        let settings = registry::Settings::new(config, server_id, names);
-        Registry::start(settings, Arc::clone(hub), bus, lease)
-    });
-    let session_log = lease
-        .as_ref()
-        .filter(|_| logs_sessions)
-        .map(|lease| SessionLog::start(sessions::Limits::new(&config.sessions), hub, bus, lease));
-    Registries { lease, registry, session_log }
-}
-
-/// Keys of the worker API change in their files while the instance runs.
+/// Reads the files of API keys again at intervals, until `end`.
 async fn read_keys_again(keys: Arc<ApiKeys>, end: CancellationToken) {
     loop {
         tokio::select! {
             () = end.cancelled() => return,
             () = tokio::time::sleep(READ_KEYS_EVERY) => {}
         }
-        // A file system may take its time, and connections must not wait for it.
+        // A file system may be slow, and connections must not wait for it.
         let keys = Arc::clone(&keys);
         if let Err(error) = tokio::task::spawn_blocking(move || keys.read_again()).await {
             warn!(%error, "The files of API keys cannot be read again.");
@@ -306,28 +289,8 @@ async fn read_keys_again(keys: Arc<ApiKeys>, end: CancellationToken) {
     }
 }
 
-/// The histories of sessions and of events, where they have any.
-fn histories(config: &Config, names: &Names) -> (Option<Arc<Histories>>, Option<Arc<Histories>>) {
-    let limits = config.history.limits();
-    let sessions = || Histories {
-        limits,
-        names: names.clone(),
-        clock: None,
-        private: None,
-        capture: config.sessions.capture,
-    };
-    let events = || Histories {
-        clock: Some(names.events_clock().into()),
-        private: Some(names.events_connection("").into()),
-        capture: config.events.capture,
-        ..sessions()
-    };
-    let sessions = config.sessions.history.then(|| Arc::new(sessions()));
-    (sessions, config.events.history.then(|| Arc::new(events())))
-}
-
-/// Timers of all connections, and the forgetting of addresses.
-async fn keep_time(gateway: Arc<Gateway>, end: CancellationToken) {
+/// Drives the timers of all connections, and forgets idle addresses at intervals, until `end`.
+async fn keep_time(core: Arc<Core>, end: CancellationToken) {
     let mut ticks = tokio::time::interval(Runtime::tick_interval());
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut forgotten = Instant::now();
@@ -337,11 +300,21 @@ async fn keep_time(gateway: Arc<Gateway>, end: CancellationToken) {
             _ = ticks.tick() => {}
         }
         let now = clock::now();
-        gateway.event_streams.relieve(&gateway.runtime);
-        gateway.runtime.tick(now);
+        core.event_streams.relieve(&core.runtime);
+        core.runtime.tick(now);
         if forgotten.elapsed() > FORGET_EVERY {
             forgotten = Instant::now();
-            gateway.attempts.forget_idle(now.0.saturating_mul(1000));
+            core.attempts.forget_idle(now.0.saturating_mul(1000));
         }
     }
 }
+
+/// Divisor of the seats that gives the part kept free of handshakes. The rest is large, since all clients of a killed
+/// instance come to another one at once. Half of the spare sockets may be handshakes in any case.
+const HANDSHAKES_PART: usize = 4;
+
+/// Interval at which the files of API keys are read again.
+const READ_KEYS_EVERY: Duration = Duration::from_secs(2);
+
+/// Interval at which idle addresses are forgotten.
+const FORGET_EVERY: Duration = Duration::from_secs(60);

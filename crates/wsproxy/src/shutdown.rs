@@ -1,4 +1,4 @@
-//! How an instance ends: politely, in a fixed order, within its time; or at once when told twice.
+//! The end of an instance: in a fixed order and within its time, or at once at a second signal.
 
 use std::{
     io,
@@ -13,39 +13,26 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
-use uuid::Uuid;
-use wsproxy_conn::{Link, clock};
+use wsproxy_conn::clock;
 use wsproxy_proto::disconnect::Disconnect;
 
-use crate::{gateway::Gateway, http::sse::open::OpenStream, telemetry};
+use crate::{client::Client, core::Core, endpoint::Families, telemetry};
 
-/// Connections are closed in batches, so many of them a second.
-const BATCHES_PER_SECOND: u32 = 20;
-
-/// At the end of its time whatever still runs gets so long to notice.
-const LAST_GRACE: Duration = Duration::from_millis(500);
-
-/// Signals within so long of the first are the same one.
-const SAME_SIGNAL: Duration = Duration::from_millis(300);
-
-/// Exit code after a second signal: as if the first had killed the process.
-const EXIT_HURRIED: i32 = 130;
-
-/// SIGTERM and SIGINT.
+/// The signals SIGTERM and SIGINT.
 pub struct Signals(Mutex<(Signal, Signal)>);
 
 impl Signals {
-    /// From now on signals do not kill the process.
+    /// Catches the signals, which from now on do not kill the process.
     ///
     /// # Errors
-    /// The system refused.
+    /// The operating system refuses.
     pub fn new() -> io::Result<Self> {
         let (terminate, interrupt) =
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         Ok(Self(Mutex::new((terminate, interrupt))))
     }
 
-    /// Resolves at the next signal.
+    /// Waits for the next signal.
     pub async fn wait(&self) {
         let mut signals = self.0.lock().await;
         let (terminate, interrupt) = &mut *signals;
@@ -57,15 +44,15 @@ impl Signals {
     }
 }
 
-/// Whoever can cut an ending short.
+/// Source of the order to end at once.
 pub trait Hurry {
-    /// Resolves when the ending must be over at once.
+    /// Waits for the order to end at once.
     fn hurry(&self) -> impl Future<Output = ()> + Send;
 }
 
 impl Hurry for Signals {
     async fn hurry(&self) {
-        // Some supervisors signal the process and its group: that is one wish, not two.
+        // Some supervisors signal both the process and its group: this counts as one signal.
         sleep(SAME_SIGNAL).await;
         let _ = timeout(Duration::ZERO, self.wait()).await;
         self.wait().await;
@@ -75,22 +62,23 @@ impl Hurry for Signals {
     }
 }
 
-/// Nobody can.
+/// Never orders to end at once.
 impl Hurry for () {
     async fn hurry(&self) {
         std::future::pending().await
     }
 }
 
-/// Everything that has to end.
-pub struct Ending {
-    pub(crate) gateway: Arc<Gateway>,
+/// Parts of an instance that have to end.
+pub struct Shutdown {
+    pub(crate) core: Arc<Core>,
+    pub(crate) families: Arc<Families>,
     pub(crate) accepting: CancellationToken,
     pub(crate) background: TaskTracker,
     pub(crate) background_end: CancellationToken,
 }
 
-impl Ending {
+impl Shutdown {
     /// Ends everything within `server.shutdown_timeout`.
     pub async fn run(self, hurry: impl Hurry) {
         tokio::select! {
@@ -100,30 +88,30 @@ impl Ending {
     }
 
     async fn end(self) {
-        let server = &self.gateway.config.server;
+        let server = &self.core.config.server;
         let deadline = Instant::now() + server.shutdown_timeout.saturating_sub(LAST_GRACE * 2);
-        // Readiness first: until load balancers have noticed, they send clients, who are taken as before.
-        self.gateway.draining.store(true, Relaxed);
+        // Readiness first: load balancers send clients until they notice, and these clients are accepted as before.
+        self.core.draining.store(true, Relaxed);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        info!(connections = self.gateway.places.taken(), "Draining.");
+        info!(connections = self.core.seats.taken(), "Draining.");
         sleep(server.drain_delay).await;
-        self.gateway.closing.store(true, Relaxed);
+        self.core.closing.store(true, Relaxed);
+        self.families.stop_calls();
         self.accepting.cancel();
-        self.gateway.followers_end.cancel();
+        self.core.followers_end.cancel();
         self.disconnect_all(deadline).await;
-        self.gateway.tasks.close();
-        let drained = timeout_at(deadline, self.gateway.tasks.wait()).await.is_ok();
+        self.core.tasks.close();
+        let drained = timeout_at(deadline, self.core.tasks.wait()).await.is_ok();
         if !drained {
-            warn!(connections = self.gateway.places.taken(), "The time to drain is over.");
-            self.gateway.runtime.links().iter().for_each(|link| link.abort());
-            self.gateway.event_streams.list().iter().for_each(OpenStream::abort);
-            let _ = timeout_at(deadline + LAST_GRACE, self.gateway.tasks.wait()).await;
+            warn!(connections = self.core.seats.taken(), "The time to drain is over.");
+            self.clients().iter().for_each(Client::abort);
+            let _ = timeout_at(deadline + LAST_GRACE, self.core.tasks.wait()).await;
         }
         let last = Instant::now().max(deadline) + LAST_GRACE;
-        if timeout_at(last, self.leave()).await.is_err() {
+        if timeout_at(last, self.leave(deadline)).await.is_err() {
             warn!("There was no time to leave the registry.");
         }
-        // Last the bus: announcements of closed sessions are on their way.
+        // End the bus last: announcements of closed sessions are still in its queue.
         self.background_end.cancel();
         self.background.close();
         let last = Instant::now().max(deadline) + LAST_GRACE;
@@ -133,35 +121,32 @@ impl Ending {
         info!(drained, "Ended.");
     }
 
-    /// Takes what other instances know of this one out of Redis. The lease goes last: while it runs, no
-    /// other instance cleans up.
-    async fn leave(&self) {
-        let Gateway { session_log, registry, lease, .. } = &*self.gateway;
-        if let Some(log) = session_log {
-            log.close().await;
-        }
-        if let Some(registry) = registry {
-            registry.close().await;
-        }
-        if let Some(lease) = lease {
+    /// Removes this instance's entries from Redis. The lease goes last: while it runs, no other instance
+    /// removes them. Waits at most until `deadline` for members of rooms who come back elsewhere.
+    async fn leave(&self, deadline: Instant) {
+        self.families.close(deadline).await;
+        if let Some(lease) = self.core.lease.get() {
             lease.close().await;
         }
     }
 
-    /// Closes connections spread over `drain_spread`, so that they do not all come back at once.
-    /// A connection that is accepted by a late handshake is found by the next look.
+    /// Closes connections spread over `drain_spread`, so that clients do not all reconnect at once. Agents with calls in
+    /// flight go last, each when its calls have ended or when half of the time is over. The last step also closes
+    /// connections of late handshakes.
     async fn disconnect_all(&self, deadline: Instant) {
-        let spread = self.gateway.config.server.drain_spread;
+        let spread = self.core.config.server.drain_spread;
         let batches = (spread.as_millis() as u32 * BATCHES_PER_SECOND / 1000).max(1);
         let start = Instant::now();
         let mut clients = self.clients();
-        // The newest last in the list, first to go: whoever is here longest is most likely busy.
+        // Ids grow with time. The newest connections go first: the oldest ones are most likely busy.
         clients.sort_unstable_by_key(Client::id);
         for batch in 0..batches {
             let left = (batches - batch) as usize;
             let count = clients.len().div_ceil(left);
-            for client in clients.drain(clients.len() - count..).rev() {
-                client.finish(&Disconnect::RESTART);
+            let busy = self.families.busy();
+            let last = clients.drain(clients.len() - count..).rev();
+            for client in last.filter(|client| !busy.contains(&client.id())) {
+                client.finish(&Disconnect::RESTART, clock::now());
             }
             if clients.is_empty() {
                 break;
@@ -170,36 +155,46 @@ impl Ending {
                 sleep_until((start + spread * (batch + 1) / batches).min(deadline)).await;
             }
         }
+        self.disconnect_busy(start + deadline.duration_since(start) / 2).await;
         for client in self.clients() {
-            client.finish(&Disconnect::RESTART);
+            client.finish(&Disconnect::RESTART, clock::now());
         }
     }
 
+    /// Closes the connections of agents with calls in flight, as soon as the calls have ended.
+    async fn disconnect_busy(&self, until: Instant) {
+        let mut before = self.families.busy();
+        while !before.is_empty() && Instant::now() < until {
+            sleep(LOOK_AT_BUSY_EVERY).await;
+            let busy = self.families.busy();
+            for client in self.clients() {
+                if before.contains(&client.id()) && !busy.contains(&client.id()) {
+                    client.finish(&Disconnect::RESTART, clock::now());
+                }
+            }
+            before = busy;
+        }
+        self.families.end_busy();
+    }
+
     fn clients(&self) -> Vec<Client> {
-        let links = self.gateway.runtime.links().into_iter().map(Client::WebSocket);
-        let streams = self.gateway.event_streams.list().into_iter().map(Client::EventStream);
+        let links = self.core.runtime.links().into_iter().map(Client::WebSocket);
+        let streams = self.core.event_streams.list().into_iter().map(Client::EventStream);
         links.chain(streams).collect()
     }
 }
 
-/// Whoever must be told to go.
-enum Client {
-    WebSocket(Arc<Link>),
-    EventStream(OpenStream),
-}
+/// Batches per second in which connections are closed.
+const BATCHES_PER_SECOND: u32 = 20;
 
-impl Client {
-    fn id(&self) -> Uuid {
-        match self {
-            Self::WebSocket(link) => link.id(),
-            Self::EventStream(stream) => stream.id(),
-        }
-    }
+/// Interval of looks at agents with calls in flight.
+const LOOK_AT_BUSY_EVERY: Duration = Duration::from_millis(50);
 
-    fn finish(&self, why: &'static Disconnect) {
-        match self {
-            Self::WebSocket(link) => link.finish(why, clock::now()),
-            Self::EventStream(stream) => stream.finish(why),
-        }
-    }
-}
+/// Time for running tasks to end after the time of the drain.
+const LAST_GRACE: Duration = Duration::from_millis(500);
+
+/// Time after a signal within which another one counts as the same.
+const SAME_SIGNAL: Duration = Duration::from_millis(300);
+
+/// Exit code after a second signal, as of a process that SIGINT killed.
+const EXIT_HURRIED: i32 = 130;

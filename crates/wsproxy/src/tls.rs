@@ -1,21 +1,21 @@
-//! How the instance's own connections to servers are encrypted; knows no protocol above TLS.
+//! Encryption of the instance's own connections to servers; knows no protocol above TLS.
 
 use std::{path::Path, sync::Arc};
 
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 
-/// Trusts the system's authorities and those in `ca_file`.
+/// Returns a configuration that trusts the system's authorities and those in `ca_file`.
 ///
 /// # Errors
-/// The file cannot be read or holds no certificate, as a sentence for the operator.
+/// A sentence for the operator: the file cannot be read, or holds no certificate.
 pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if let Some(path) = ca_file {
         add_authorities(&mut roots, path)?;
     }
-    // Named explicitly: the process-wide default may be another, or none.
+    // Named explicitly: the process may have another default, or none.
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -23,10 +23,10 @@ pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, Stri
     Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
-/// Checks that a file of authorities is of use.
+/// Checks that a file of authorities can be used.
 ///
 /// # Errors
-/// As those of [`client_config`].
+/// See [`client_config`].
 pub(crate) fn check_ca_file(path: &Path) -> Result<(), String> {
     add_authorities(&mut RootCertStore::empty(), path)
 }
@@ -41,7 +41,7 @@ fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), String>
     for certificate in certificates {
         roots
             .add(certificate)
-            .map_err(|error| format!("the CA file {} is no use: {error}", path.display()))?;
+            .map_err(|error| format!("the CA file {} cannot be used: {error}", path.display()))?;
     }
     Ok(())
 }

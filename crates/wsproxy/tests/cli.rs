@@ -1,4 +1,4 @@
-//! The program as an operator meets it: output, exit codes, and the generated page.
+//! Tests of the program as an operator runs it: output, exit codes, and the generated page.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::{
@@ -11,11 +11,11 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use wsproxy::config::{
-    load::{Sources, load},
+    load::{ConfigSources, load},
     render,
 };
 
-/// Runs the program with nothing in its environment but `env`.
+/// Runs the program with the environment `env` only.
 fn wsproxy(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
     command.args(args).env_clear().envs(env.iter().copied()).stdin(Stdio::null());
@@ -72,7 +72,7 @@ fn all_problems_come_at_once_with_exit_code_78() {
     assert_eq!(serve.status.code(), Some(78));
 }
 
-/// What `serve` says until it listens, or until it ends, and how it ended.
+/// Runs `serve`; returns its output until it listens, or else its exit code and output.
 fn serve(env: &[(&str, &str)]) -> Result<String, (Option<i32>, String)> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
     command.arg("serve").env_clear().envs(env.iter().copied()).stdin(Stdio::null());
@@ -91,7 +91,7 @@ fn serve(env: &[(&str, &str)]) -> Result<String, (Option<i32>, String)> {
     if listens { Ok(said) } else { Err((code, said)) }
 }
 
-/// Files that keys of the configuration name, by what is in them.
+/// Writes files for keys of the configuration; returns their paths by content.
 fn files() -> (tempfile::TempDir, impl Fn(&str) -> String) {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().to_str().unwrap().to_owned();
@@ -113,7 +113,7 @@ fn files() -> (tempfile::TempDir, impl Fn(&str) -> String) {
     (folder, move |name: &str| format!("{root}/{name}"))
 }
 
-/// Configurations, each with the key that is to blame; `""` where nothing is wrong.
+/// Configurations, each with the key to blame; `""` for a good one.
 #[derive(Default)]
 struct Configurations(Vec<(String, Vec<(&'static str, String)>)>);
 
@@ -206,7 +206,7 @@ fn add_secrets_and_ports(all: &mut Configurations, file: impl Fn(&str) -> String
     }
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free a moment ago.
 fn free_port() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port().to_string()
@@ -358,7 +358,7 @@ fn wrong_usage_exits_with_64_and_help_with_0() {
     assert!(stdout(&wsproxy(&["serve", "--help"], &[])).contains("--metrics-port"));
 }
 
-/// The words that tell users of a command what it takes.
+/// Checks the arguments and flags in the help of each command.
 #[test]
 fn the_help_of_a_command_lists_what_it_reads() {
     let everything =
@@ -430,7 +430,7 @@ fn the_commit_of_a_build_is_the_one_checked_out() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let git =
         Command::new("git").arg("-C").arg(&root).args(["log", "-1", "--format=%H %ct"]).output();
-    // Sources that are no checkout, or a machine without git, tell no commit.
+    // Sources that are no checkout, or a machine without git, have no commit.
     let head = git.ok().filter(|head| head.status.success());
     assert_eq!(build::commit(&root).is_some(), head.is_some());
     if let (Some(commit), Some(head)) = (build::commit(&root), head) {
@@ -438,7 +438,7 @@ fn the_commit_of_a_build_is_the_one_checked_out() {
         assert!(commit.id.len() >= 12 && id.starts_with(&commit.id), "{} {id}", commit.id);
         assert_eq!(commit.seconds.to_string(), seconds);
     }
-    // A folder inside of a checkout is somebody else's.
+    // A folder inside a checkout belongs to another project.
     assert!(build::commit(&root.join("crates")).is_none());
 }
 
@@ -506,7 +506,7 @@ fn a_token_says_at_once_why_redis_does_not_answer() {
     }
 }
 
-/// The port of a server that answers one request.
+/// Starts a server that answers one request; returns its port.
 fn answering(answer: &'static str) -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -538,11 +538,11 @@ fn a_jwt_is_signed_with_the_configured_secret() {
     assert!(stdout(&wsproxy(&["jwt", "--help"], &[])).contains("openssl rand"));
 }
 
-/// Run with `UPDATE_DOCS=1` to write the page anew.
+/// Compares the page; `UPDATE_DOCS=1` writes it anew.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the variable is the test's, not the program's")]
 fn the_reference_page_is_the_generated_one() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/configuration.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/reference/configuration.md");
     if std::env::var_os("UPDATE_DOCS").is_some() {
         fs::write(&path, render::markdown()).unwrap();
     }
@@ -550,7 +550,7 @@ fn the_reference_page_is_the_generated_one() {
     assert!(page == render::markdown(), "{} is not up to date", path.display());
 }
 
-/// Files that people copy must work as they are.
+/// Checks deployed files: people copy them, so they must work unchanged.
 #[test]
 fn the_deployed_file_passes_the_check() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/systemd/wsproxy.toml");
@@ -564,7 +564,7 @@ fn the_unit_waits_longer_than_a_shutdown_may_take() {
     let unit = fs::read_to_string(format!("{folder}/wsproxy.service")).unwrap();
     let stop = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec=")).unwrap();
     let file = Some(format!("{folder}/wsproxy.toml").into());
-    let loaded = load(Sources { file, ..Sources::default() }).unwrap();
+    let loaded = load(ConfigSources { file, ..ConfigSources::default() }).unwrap();
     let stop = Duration::from_secs(stop.parse().unwrap());
     assert!(stop > loaded.config.server.shutdown_timeout + loaded.config.server.drain_delay);
 }

@@ -1,4 +1,4 @@
-//! `wsproxy dev` as somebody meets it who has just built the program.
+//! Tests of `wsproxy dev` as a user runs it: terminal, page and demo worker.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::{
@@ -11,9 +11,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-const DEADLINE: Duration = Duration::from_secs(20);
-
-/// The running program and what it prints, line by line.
+/// The running program and the lines that it prints.
 struct Dev {
     child: Child,
     lines: Receiver<String>,
@@ -29,7 +27,7 @@ impl Dev {
         let (out, end) = std::io::pipe().unwrap();
         command.stdout(end.try_clone().unwrap()).stderr(end);
         let child = command.spawn().unwrap();
-        // It holds the ends for writing, which would keep the pipe open.
+        // The command has the writing ends of the pipe, which would keep it open.
         drop(command);
         let out = BufReader::new(out);
         let (sender, lines) = mpsc::sync_channel(64);
@@ -43,7 +41,7 @@ impl Dev {
         dev
     }
 
-    /// The next line that begins like this.
+    /// Returns the next line that begins with `start`.
     fn line(&self, start: &str) -> String {
         loop {
             let line = self.lines.recv_timeout(DEADLINE).unwrap();
@@ -53,7 +51,7 @@ impl Dev {
         }
     }
 
-    /// Status and body of a request.
+    /// Sends a request; returns status and body of the answer.
     fn ask(&self, method: &str, path: &str, host: &str, body: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -68,7 +66,7 @@ impl Dev {
 
 impl Drop for Dev {
     fn drop(&mut self) {
-        // Already ended where the test has waited for it.
+        // The process may have ended already, if the test has waited for that.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -87,7 +85,7 @@ fn a_message_goes_through_and_a_signal_ends_it() {
 #[test]
 fn the_terminal_ends_with_the_address() {
     let dev = Dev::start();
-    // Sessions that come and go do not push it away.
+    // Log lines of sessions do not follow the address.
     assert_eq!(dev.ask("POST", "/dev/session", "localhost", "").0, 201);
     assert_eq!(dev.ask("GET", "/demo/ws/s", "localhost", "").0, 426);
     let after = dev.lines.recv_timeout(Duration::from_millis(500));
@@ -119,12 +117,12 @@ fn only_pages_of_this_machine_get_a_token() {
     assert_eq!(status, 201);
     let session: serde_json::Value = serde_json::from_str(&body).unwrap();
     assert!(session["agent_id"] == "demo" && session["token"].as_str().unwrap().len() > 40);
-    for path in ["/", "/dev/page.js", "/dev/page.css"] {
+    for path in ["/", "/dev/page.js", "/dev/page.css", "/dev/rooms", "/dev/rooms.js"] {
         assert_eq!(dev.ask("GET", path, "localhost", "").0, 200, "{path}");
         assert_eq!(dev.ask("GET", path, "evil.example", "").0, 403, "{path}");
     }
     assert_eq!(dev.ask("POST", "/dev/session", "evil.example", "").0, 403);
-    // A foreign page whose name leads here learns nothing either.
+    // A foreign page whose host name points here gets no token either.
     let paths = ["/health", "/ready", "/metrics", "/api/v1/openapi.json", "/demo/ws/s", "/nothing"];
     for path in paths {
         let (status, body) = dev.ask("GET", path, "evil.example", "");
@@ -139,7 +137,28 @@ fn only_pages_of_this_machine_get_a_token() {
     assert_eq!(dev.ask("POST", "/dev/session", "localhost", "{").0, 400);
     assert_eq!(dev.ask("GET", "/dev/session", "localhost", "").0, 405);
     assert_eq!(dev.ask("GET", "/favicon.ico", "localhost", "").0, 204);
-    let nobody = dev.ask("POST", "/dev/cut", "localhost", r#"{"session_id":"nobody"}"#);
-    assert_eq!(nobody, (200, r#"{"cut":0}"#.to_owned()));
+    let cut = dev.ask("POST", "/dev/cut", "localhost", r#"{"session_id":"s-absent"}"#);
+    assert_eq!(cut, (200, r#"{"cut":0}"#.to_owned()));
     assert_eq!(dev.ask("POST", "/dev/cut", "localhost", "").0, 400);
 }
+
+#[test]
+fn a_visitor_of_rooms_names_itself_on_this_machine() {
+    let dev = Dev::start();
+    let (status, body) = dev.ask("POST", "/dev/rooms/member", "localhost", r#"{"user_id":"ann"}"#);
+    let member: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert!(status == 201 && member["user_id"] == "ann" && member["token"].is_null(), "{body}");
+    for body in ["", "{}", r#"{"user_id":"a b"}"#] {
+        assert_eq!(dev.ask("POST", "/dev/rooms/member", "localhost", body).0, 400, "{body}");
+    }
+    let absent = r#"{"room_id":"lobby","client_id":"c"}"#;
+    let cut = dev.ask("POST", "/dev/rooms/cut", "localhost", absent);
+    assert_eq!(cut, (200, r#"{"cut":0}"#.to_owned()));
+    assert_eq!(dev.ask("POST", "/dev/rooms/cut", "localhost", "").0, 400);
+    for path in ["/dev/rooms/member", "/dev/rooms/cut"] {
+        assert_eq!(dev.ask("POST", path, "evil.example", absent).0, 403, "{path}");
+    }
+    assert_eq!(dev.ask("GET", "/ws/lobby?user_id=ann", "localhost", "").0, 426);
+}
+
+const DEADLINE: Duration = Duration::from_secs(20);

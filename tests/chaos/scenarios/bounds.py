@@ -5,7 +5,7 @@ import asyncio
 import names
 from parts import until
 from scenarios import scenario
-from scenarios.identity import SESSION, everybody
+from scenarios.identity import SESSION, spread_clients
 
 CAPTURE = {"WSPROXY_SESSIONS__CAPTURE": "true"}
 SHORT = names.Limits(ttl_ms=2000)
@@ -14,7 +14,7 @@ SHORT = names.Limits(ttl_ms=2000)
 @scenario()
 async def small_ttl(world):
     """A worker's ttl is smaller than the gateway's: a log has come and gone while the client was away."""
-    clients = await everybody(world)
+    clients = await spread_clients(world)
     for client in clients:
         await client.leave()
     short = names.Limits(ttl_ms=1000)
@@ -48,9 +48,9 @@ async def small_ttl_events(world):
 
 @scenario(limits=SHORT)
 async def small_log_expires(world):
-    """Logs expire again and again, under clients that stay and clients that come back; nobody misses anything
+    """Logs expire again and again, under clients that stay and clients that come back; no client misses anything
     silently."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     for n in range(3):
         await world.run(f"early.{n}", SESSION, 3)
         await away.until(f"early.{n}.2")
@@ -65,7 +65,7 @@ async def small_log_expires(world):
 @scenario(limits=names.Limits(entries_max=10))
 async def small_log_trimmed(world):
     """More is published than the log may hold, while clients are away and while they are connected."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     for n, count in enumerate((5, 10, 11, 30)):
         await away.leave()
         await world.run(f"missed.{n}", SESSION, count)
@@ -79,7 +79,7 @@ async def small_log_trimmed(world):
 @scenario(limits=names.Limits(bytes_max=4096))
 async def small_log_of_bytes(world):
     """As small_log_trimmed, by bytes."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     for n, count in enumerate((5, 20)):
         await away.leave()
         for k in range(count):
@@ -157,7 +157,7 @@ async def capture_twice(world):
 @scenario(settings=CAPTURE, lossless=True)
 async def captured_by_several(world):
     """Several instances see the same plain messages, and clients come back: each message is captured once."""
-    *_, away = await everybody(world, gateways=3)
+    *_, away = await spread_clients(world, gateways=3)
     for n in range(40):
         await world.plain(f"c.{n}", SESSION, captured=True)
         if n % 10 == 3:

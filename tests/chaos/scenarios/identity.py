@@ -8,7 +8,7 @@ from scenarios import scenario
 SESSION = names.session("s")
 
 
-async def everybody(world, gateways=2):
+async def spread_clients(world, gateways=2):
     """Clients of one session in every form, spread over the instances; scenarios send the last one away."""
     await world.gateway(gateways)
     forms = ("ws", "id", "sse", "id")
@@ -18,7 +18,7 @@ async def everybody(world, gateways=2):
 
 async def emptied_in_a_millisecond(world, empty):
     """Publishes, empties and publishes again, in one transaction, while clients are connected."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     for n in range(12):
         before = [{"label": f"{n}.{x}", "channel": SESSION} for x in "ab"]
         after = [{"label": f"{n}.{x}", "channel": SESSION} for x in "cd"]
@@ -50,7 +50,7 @@ async def flushall_same_ms(world):
 @scenario()
 async def emptied(world):
     """FLUSHALL, and DEL of one log, at an easier pace, while messages flow and one client is away."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     for n, empty in enumerate((("FLUSHALL",), ("DEL", names.log(SESSION)), ("DEL", *names.history(SESSION)))):
         await world.run(f"before.{n}", SESSION, 5)
         await away.leave()
@@ -65,7 +65,7 @@ async def emptied(world):
 @scenario()
 async def lagging_replica(world):
     """A replica that lags is promoted and counts on: what the old master acknowledged since is forgotten."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     await world.run("both", SESSION, 3)
     replica = await world.replica()
     await replica.promote(world.master)
@@ -81,7 +81,7 @@ async def lagging_replica(world):
 @scenario()
 async def two_masters(world):
     """For a moment two masters take messages of one session, in the same milliseconds; then one of them is dead."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     replica = await world.replica()
     await world.publish("both", SESSION)
     await replica.follow(world.master)
@@ -105,7 +105,7 @@ async def two_masters(world):
 async def clock_back(world):
     """The clock of the Redis host is set back; within that time a replica that lags is promoted. Ids just count on
     from the last one then, so that the new master gives ids that clients have seen."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     await world.publish("first", SESSION)
     replica = await world.replica()
     world.clock.set(-8)
@@ -127,7 +127,7 @@ async def clock_back(world):
 async def clock_back_emptied(world):
     """The clock is set back, then the log is emptied: ids begin anew below those that clients have seen."""
     world.clock.set(20)
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     await world.publish("future", SESSION)
     await away.until("future")
     await away.leave()
@@ -142,7 +142,7 @@ async def clock_back_emptied(world):
 async def clock_ahead_for_a_moment(world):
     """The clock was ahead by more than the ttl and is corrected; messages flow on and no link is lost."""
     world.clock.set(20)
-    await everybody(world)
+    await spread_clients(world)
     await world.publish("future", SESSION)
     world.clock.set(0)
     for n in range(12):

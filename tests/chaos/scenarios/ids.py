@@ -9,14 +9,14 @@ from redis.exceptions import ResponseError
 import names
 from parts import until
 from scenarios import scenario
-from scenarios.identity import SESSION, everybody
+from scenarios.identity import SESSION, spread_clients
 
 
 @scenario()
 async def own_id_twice(world):
     """A worker's id is published twice without an idempotency key, with other messages between; a client has seen
     the first copy and comes back with that id."""
-    clients = await everybody(world)
+    clients = await spread_clients(world)
     await world.publish("copy.1", SESSION, "task-5")
     await asyncio.gather(*(client.until("copy.1") for client in clients))
     for client in clients:
@@ -90,7 +90,7 @@ async def own_id_of_a_connection(world):
 
 @scenario(lossless=True)
 async def members_named_event_id(world):
-    """Payloads that have a member `event_id` of the application's own: nobody gets two members of that name, and
+    """Payloads that have a member `event_id` of the application's own: no client gets two members of that name, and
     clients that know positions resume exactly."""
     await world.gateway(2)
     readers = [await world.opened("s", form) for form in ("id", "sse")]
@@ -123,9 +123,9 @@ def forgeries(last):
 
 @scenario(lossless=True)
 async def forged_envelope(world):
-    """Somebody publishes plain messages that begin like ones with history: the channel goes on, for those who are
+    """A worker publishes plain messages that begin like ones with history: the channel goes on, for those who are
     there and for those who come back."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     last = await world.publish("first", SESSION)
     for n in range(len(forgeries(last))):
         await world.forge(SESSION, forgeries(last)[n])
@@ -140,7 +140,7 @@ async def forged_envelope(world):
 
 @scenario(lossless=True)
 async def forged_envelope_events(world):
-    """As forged_envelope, on the channel that everybody has."""
+    """As forged_envelope, on the channel that all clients have."""
     await world.gateway(2)
     clients = [
         await world.opened(f"user:u{n}", form, world.gateways[n % 2]) for n, form in enumerate(("ws", "id", "sse"))
@@ -155,9 +155,9 @@ async def forged_envelope_events(world):
 
 @scenario()
 async def forged_envelope_plausible(world):
-    """A forged message whose id could be one: nobody can tell it from that of another master, so that clients may be
+    """A forged message whose id could be one: no client can tell it from that of another master, so that clients may be
     told; then all goes on."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     for n in range(4):
         last = await world.publish(f"first.{n}", SESSION)
         await away.until(f"first.{n}", 3)

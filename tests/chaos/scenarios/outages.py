@@ -1,4 +1,4 @@
-"""Outages in which Redis loses nothing, so that nobody may miss anything: killed, frozen, full, cut off, forgetful."""
+"""Outages in which Redis loses no data, and no client may miss a message: killed, frozen, full, cut off, emptied."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ import names
 from clients import Refused
 from parts import until
 from scenarios import scenario
-from scenarios.identity import SESSION, everybody
+from scenarios.identity import SESSION, spread_clients
 
 
 class Traffic:
@@ -25,10 +25,11 @@ class Traffic:
         return self
 
     async def __aexit__(self, kind, error, trace):
-        # What has been begun is repeated until it is done.
+        # A call that has begun is repeated until it is done.
         self.channel = None
         if kind is None:
-            await asyncio.wait_for(self.task, 20)
+            async with asyncio.timeout(20):
+                await self.task
         else:
             self.task.cancel()
 
@@ -47,7 +48,7 @@ class Traffic:
 @scenario(calm=True)
 async def calm(world):
     """Nothing goes wrong: every message comes once, in order, live or after coming back; no counter of losses moves."""
-    *_, away = await everybody(world, gateways=3)
+    *_, away = await spread_clients(world, gateways=3)
     users = [await world.opened("user:u", form, world.gateways[n % 3]) for n, form in enumerate(("ws", "id", "sse"))]
     for channel in (SESSION, names.user("u"), names.BROADCAST):
         await world.reader(channel)
@@ -71,7 +72,7 @@ async def calm(world):
 @scenario(calm=True)
 async def plain_only(world):
     """Plain messages to a session and an event channel that have a history: each comes once, among the others."""
-    await everybody(world)
+    await spread_clients(world)
     await world.opened("user:u")
     for n in range(40):
         await world.plain(f"p.{n}", SESSION)
@@ -82,7 +83,7 @@ async def plain_only(world):
 @scenario(lossless=True)
 async def redis_killed(world):
     """Redis is killed twice and comes back with what it acknowledged; a client is away meanwhile."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     async with Traffic(world):
         for away_for in (0.2, 1.5):
             await asyncio.sleep(0.5)
@@ -96,7 +97,7 @@ async def redis_killed(world):
 @scenario(lossless=True)
 async def redis_frozen(world):
     """Redis answers nothing for some seconds, and then goes on."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     async with Traffic(world):
         await asyncio.sleep(0.5)
         world.master.freeze()
@@ -110,8 +111,8 @@ async def redis_frozen(world):
 
 @scenario(lossless=True)
 async def links_cut(world):
-    """Redis cuts off subscribers, all others, and everybody, again and again."""
-    *_, away = await everybody(world)
+    """Redis cuts off subscribers, all other connections, and all, again and again."""
+    *_, away = await spread_clients(world)
     async with Traffic(world, pause=0.01):
         for n, kind in enumerate(("pubsub", "normal", "all", "pubsub", "pubsub", "normal", "all")):
             await asyncio.sleep(0.3)
@@ -124,7 +125,7 @@ async def links_cut(world):
 @scenario(lossless=True)
 async def one_instance_cut_off(world):
     """The network between one instance and Redis is gone for a while; the other instance goes on."""
-    await everybody(world)
+    await spread_clients(world)
     async with Traffic(world):
         for _ in range(2):
             world.gateways[0].address.lead_to(None)
@@ -138,7 +139,7 @@ async def one_instance_cut_off(world):
 @scenario(lossless=True)
 async def network_stalls(world):
     """Nothing passes between one instance and Redis for a while, and neither end is told."""
-    await everybody(world)
+    await spread_clients(world)
     async with Traffic(world):
         for pause in (0.5, 5.0):
             world.gateways[0].address.stall()
@@ -151,7 +152,7 @@ async def network_stalls(world):
 @scenario(lossless=True)
 async def instances_come_and_go(world):
     """Instances are killed, frozen, thawed, drained and started; clients come back on whatever instance there is."""
-    clients = await everybody(world, gateways=3)
+    clients = await spread_clients(world, gateways=3)
     for transport in ("websocket", "sse"):
         await world.packaged(transport, transport)
     one, two, three = world.gateways
@@ -176,8 +177,8 @@ async def instances_come_and_go(world):
 @scenario(lossless=True, settings={"WSPROXY_SESSIONS__EVENTS_LOG": "true"})
 async def announcements_kept(world):
     """Sessions open and close while Redis is killed and an instance dies for good: every one that a client has seen
-    open is announced as opened and, by whoever notices, as closed."""
-    clients = await everybody(world)
+    open is announced as opened and, by the instance that notices, as closed."""
+    clients = await spread_clients(world)
     opened = len(clients)
     for n, client in enumerate(clients):
         if n % 2:
@@ -212,7 +213,7 @@ async def announcements_kept(world):
 @scenario(lossless=True)
 async def scripts_forgotten(world):
     """Redis has forgotten all scripts: nothing was done, so that everything is done again, unnoticed."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     answers = []
     for n in range(4):
         await world.master.client.script_flush()
@@ -241,7 +242,7 @@ async def scripts_forgotten(world):
 
 @scenario(lossless=True)
 async def redis_full(world):
-    """Redis is at maxmemory for some seconds: what is refused was not done, and everybody says so."""
+    """Redis is at maxmemory for some seconds: what is refused was not done, and every answer says so."""
     await refusing(world, "maxmemory", 1)
 
 
@@ -253,7 +254,7 @@ async def too_few_replicas(world):
 
 async def refusing(world, setting, value):
     """Redis refuses writes: the API and the package say that nothing was done; `/ready` knows; later all is well."""
-    await everybody(world)
+    await spread_clients(world)
     await world.run("before", SESSION, 3)
     package = world.package(retry_for=15)
     started = time.monotonic()

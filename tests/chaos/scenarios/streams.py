@@ -6,7 +6,7 @@ import contextlib
 import names
 from parts import until
 from scenarios import scenario
-from scenarios.identity import everybody
+from scenarios.identity import spread_clients
 
 # A worker that died is noticed after its lease, and some time for a Redis that refused meanwhile.
 END_SECONDS = 12.0
@@ -30,7 +30,7 @@ async def must_end(world, *streams):
 @scenario(lossless=True)
 async def stream_worker_dies(world):
     """Token streams: one ends well, one has a worker that dies, under clients that come and go."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     await written(world, "dies", 3)
     await written(world, "ends", 3, lease_ms=15_000)
     await away.leave()
@@ -56,7 +56,7 @@ async def stream_worker_dies_without_replicas(world):
 
 async def dies_meanwhile(world, setting, value):
     """The worker of a stream dies, and Redis refuses writes until after its lease has run out."""
-    await everybody(world)
+    await spread_clients(world)
     await written(world, "dies", 3)
     await world.master.client.config_set(setting, value)
     await asyncio.sleep(4)
@@ -67,7 +67,7 @@ async def dies_meanwhile(world, setting, value):
 @scenario(lossless=True)
 async def stream_over_a_restart(world):
     """A token stream is written while Redis is killed and instances come and go: all its text arrives, and its end."""
-    *_, away = await everybody(world)
+    *_, away = await spread_clients(world)
     await world.stream("open", "s", "long", "{}")
     for n in range(1, 41):
 
@@ -90,7 +90,7 @@ async def stream_over_a_restart(world):
 @scenario()
 async def stream_of_an_emptied_redis(world):
     """Redis is emptied under a token stream: no client waits for an end that never comes."""
-    await everybody(world)
+    await spread_clients(world)
     await written(world, "gone", 3, lease_ms=3000)
     await world.master.client.flushall()
     await world.publish("after", names.session("s"))

@@ -15,7 +15,7 @@ func main() {
 		panic(err)
 	}
 	request.Header.Set("Accept", "text/event-stream")
-	// Nothing is said about compression, so that the client asks for gzip and unpacks it, as it does for everybody.
+	// Nothing is said about compression, so that the client asks for gzip and unpacks it, as it does for every server.
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
 		panic(err)

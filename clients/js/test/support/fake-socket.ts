@@ -6,7 +6,7 @@ export class FakeSocket implements WebSocketLike {
   static all: FakeSocket[] = [];
   static get last(): FakeSocket {
     const last = FakeSocket.all.at(-1);
-    if (!last) throw new Error("Nobody has connected.");
+    if (!last) throw new Error("No client has connected.");
     return last;
   }
 
@@ -57,6 +57,11 @@ export class FakeSocket implements WebSocketLike {
   end(code = 1006, reason = "", error?: string, wasClean = false): void {
     if (error) this.#listeners.get("error")?.({ message: error });
     this.#listeners.get("close")?.({ code, reason, wasClean });
+  }
+
+  /** Fails as in Node 22: there is an error, and no close. */
+  fail(): void {
+    this.#listeners.get("error")?.({ message: "Received network error or non-101 status code." });
   }
 
   /** Answers the client's close frame. */

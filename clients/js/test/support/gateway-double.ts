@@ -5,7 +5,7 @@ import type { AddressInfo } from "node:net";
 import { type WebSocket, WebSocketServer } from "ws";
 import type { Connection, Received } from "../../src/index.ts";
 
-/** What arrives, in order, for whoever asks. */
+/** Arrived items, in order, for the next reader. */
 export class Inbox<T> {
   readonly #items: T[] = [];
   readonly #waiting: ((item: T) => void)[] = [];
@@ -83,6 +83,8 @@ export class GatewayDouble {
   /** HTTP status with which WebSockets are refused; 0: they are not. */
   refuse = 0;
   refused = 0;
+  /** Body and further headers of such a refusal. */
+  refusal = { body: "", headers: "" };
   /** Which subprotocol is selected, if it was offered. */
   protocol = "wsproxy.v1";
   readonly #http: Server;
@@ -105,7 +107,8 @@ export class GatewayDouble {
     this.#http.on("upgrade", (request, socket, head) => {
       if (this.refuse) {
         this.refused += 1;
-        socket.end(`HTTP/1.1 ${this.refuse} Refused\r\nConnection: close\r\nContent-Length: 0\r\n\r\n`);
+        const { body, headers } = this.refusal;
+        socket.end(`HTTP/1.1 ${this.refuse} Refused\r\n${headers}Connection: close\r\nContent-Length: ${body.length}\r\n\r\n${body}`);
         return;
       }
       this.#sockets.handleUpgrade(request, socket, head, (ws) => this.peers.put(new Peer(ws, request)));

@@ -132,7 +132,7 @@ export class Redis extends Machine {
     });
   }
 
-  /** What is published on `channel` from now on, as it comes. */
+  /** The messages of `channel` from now on, as they come. */
   async follow(channel: string): Promise<{ heard: string; end(): void }> {
     const socket = connect(this.port, "127.0.0.1");
     const follower = { heard: "", end: () => void socket.destroy() };
@@ -252,10 +252,10 @@ export class Cable {
   }
 }
 
-/** A JWT for `user`. */
-export function jwt(user: string, seconds = 3600, secret: string = SECRET): string {
+/** A JWT for `user`, with further claims. */
+export function jwt(user: string, seconds = 3600, secret: string = SECRET, claims: object = {}): string {
   const encode = (value: unknown): string => Buffer.from(JSON.stringify(value)).toString("base64url");
   const now = Math.floor(Date.now() / 1000);
-  const head = `${encode({ alg: "HS256", typ: "JWT" })}.${encode({ sub: user, iat: now, exp: now + seconds })}`;
+  const head = `${encode({ alg: "HS256", typ: "JWT" })}.${encode({ sub: user, iat: now, exp: now + seconds, ...claims })}`;
   return `${head}.${createHmac("sha256", secret).update(head).digest("base64url")}`;
 }

@@ -72,11 +72,11 @@ test("what a handler failed on is not acknowledged, and handled when it comes ag
   fail = false;
   peer.say(task(2), task(1, { ack: true }));
   expect(await peer.said.next()).toEqual({ type: "ack", event_id: "1-0-000000aa" });
-  // What came again is old: the position stays.
+  // A repeated message is old: the position stays.
   expect(events.lastEventId).toBe("2-0-000000aa");
 });
 
-test("what nobody listens to is not acknowledged", async () => {
+test("a message without a handler is not acknowledged", async () => {
   const [events, peer] = await open();
   peer.say(task(1, { ack: true }), { type: "ping" });
   expect(await peer.said.next()).toEqual({ type: "pong" });

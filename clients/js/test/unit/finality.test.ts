@@ -3,6 +3,7 @@
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
+import { ADVICE_OF_POLICY, advise, isRateLimited } from "../../src/advice.ts";
 import { connectSession, GiveUp, type Session, type SessionOptions, type StateChange } from "../../src/index.ts";
 import { FakeSocket } from "../support/fake-socket.ts";
 
@@ -10,7 +11,8 @@ type Advice = "retry" | "slow" | "credentials" | "final";
 interface Table {
   retry_after_seconds_max: number;
   handshakes: { name: string; status: number; content_type?: string; body: string; advice: Advice }[];
-  closes: { name: string; code: number; reason: string; advice: Advice }[];
+  closes: { name: string; code: number; reason: string; advice: Advice; by: "gateway" | "worker" | "other" }[];
+  other_codes: { name: string; from: number; to: number; advice: Advice }[];
   tokens: { name: string; outcome: string; advice: "open" | "retry" | "final" }[];
 }
 const table = JSON.parse(readFileSync(fileURLToPath(new URL("../../../../spec/finality.json", import.meta.url)), "utf8")) as Table;
@@ -41,7 +43,7 @@ async function session(options: Partial<SessionOptions>): Promise<{ reasons: str
   return { reasons, changes };
 }
 
-/** What the client did, in the words of the table. */
+/** The client's action, in the words of the table. */
 async function done({ reasons, changes }: { reasons: string[]; changes: StateChange[] }): Promise<Advice> {
   const change = changes.find(({ state }) => state === "waiting" || state === "closed");
   if (change?.state === "closed") {
@@ -83,6 +85,20 @@ test.each(table.closes)("closed: $name ($code)", async ({ code, reason, advice }
   const made = await session({ transport: "websocket" });
   FakeSocket.last.open().end(code, reason);
   expect(await done(made)).toBe(advice);
+});
+
+test.each(table.other_codes)("closed with another code: $name", ({ from, to, advice }) => {
+  const known = new Set(table.closes.map(({ code }) => code));
+  for (let code = from; code <= to; code++) {
+    if (!known.has(code)) expect([code, advise({ code, reason: "", opened: true })]).toEqual([code, advice]);
+  }
+});
+
+test("reasons that mean something are the gateway's", () => {
+  const policy = table.closes.filter(({ code, by, advice }) => code === 1008 && by === "gateway" && advice !== "final");
+  expect(ADVICE_OF_POLICY).toEqual(Object.fromEntries(policy.map(({ reason, advice }) => [reason, advice])));
+  const limited = table.closes.filter(({ code, reason }) => isRateLimited(code, reason)).map(({ name }) => name);
+  expect(limited).toEqual(["rate_limited"]);
 });
 
 test.each(table.tokens)("tokens: $name", async ({ outcome, advice }) => {

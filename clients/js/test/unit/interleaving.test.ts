@@ -24,7 +24,7 @@ class Log {
   readonly entries: number[] = [];
   kept = 0;
 
-  /** What a gateway says to a client that comes with this position, as frames of the envelope. */
+  /** The frames of a gateway for a client that comes with this position. */
   answer(position: string): string[] {
     const newest = this.entries.length;
     const hello = `\n${JSON.stringify({ type: "opened", connection_id: "c", event_id: `${newest}-0-000000aa` })}`;

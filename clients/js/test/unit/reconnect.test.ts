@@ -1,4 +1,4 @@
-// How a connection comes back, by a clock of the test's own.
+// Reconnects, by a clock of the test's own.
 
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import { connectEvents, connectSession, GiveUp, type Events, type EventsOptions, type Session, type SessionOptions, type StateChange } from "../../src/index.ts";
@@ -58,6 +58,19 @@ test("ids in a path are escaped, a token may say where, and resume can be switch
   expect(FakeSocket.last.url.href).toBe("wss://gateway.test/demo/ws/a%2Fb");
   await session({ getToken: () => ({ token: "t", path: "/other/ws/x" }) });
   expect(FakeSocket.last.url.href).toBe("wss://gateway.test/other/ws/x?last_event_id=");
+});
+
+test("a handshake that fails without a close event, as in Node 22, is not waited for", async () => {
+  const connection = await session();
+  FakeSocket.last.fail();
+  await turn(100);
+  expect(connection.state).toBe("waiting");
+  await turn(500);
+  FakeSocket.last.fail();
+  FakeSocket.last.end();
+  expect([connection.state, FakeSocket.all.length]).toEqual(["waiting", 2]);
+  await turn(100);
+  expect(FakeSocket.all.length).toBe(2);
 });
 
 test("waits grow with jitter to the cap, and start again after a stable time", async () => {
@@ -238,7 +251,7 @@ test("what a broken connection may not have delivered is sent again, first and i
   connection.send("c");
   await turn(1000);
   expect(FakeSocket.last.open().sent).toEqual(["a", "b", "c"]);
-  // What was sent long before has arrived, though nothing came since.
+  // Messages from long before have arrived, though no answer came since.
   await turn(16_000);
   FakeSocket.last.end();
   await turn(30_000);
@@ -365,7 +378,7 @@ function stubPage(): { show(): void; online(): void } {
   };
 }
 
-test("a session that stays silent when somebody looks is replaced by a new connection, which loses nothing", async () => {
+test("a session that stays silent when the page is shown is replaced, and loses no message", async () => {
   const page = stubPage();
   const connection = await session();
   const heard: unknown[] = [];
@@ -483,7 +496,7 @@ test("with resend: false a sleep sends nothing again", async () => {
   expect(FakeSocket.last.open().sent).toEqual([]);
 });
 
-test("a pause that the gateway asked for is kept to, whoever looks", async () => {
+test("a pause that the gateway asked for is kept, also when the page is shown", async () => {
   const page = stubPage();
   const fetch = async (): Promise<Response> => new Response("{}", { status: 503, headers: { "Retry-After": "20" } });
   let tries = 0;
@@ -497,7 +510,7 @@ test("a pause that the gateway asked for is kept to, whoever looks", async () =>
   expect(tries).toBe(2);
 });
 
-test("an events connection asks whether it lives when somebody looks, and leaves where nobody answers", async () => {
+test("an events connection pings when the page is shown, and leaves without an answer", async () => {
   const page = new EventTarget();
   vi.stubGlobal("addEventListener", page.addEventListener.bind(page));
   vi.stubGlobal("removeEventListener", page.removeEventListener.bind(page));

@@ -1,6 +1,7 @@
 // Rules without a network: backoff, credentials in a subprotocol, the envelope, positions, the set of recent ids.
 
 import { expect, test } from "vitest";
+import { Answers } from "../../src/agents/answers.ts";
 import { fullJitter } from "../../src/backoff.ts";
 import { isBehind, position } from "../../src/messages.ts";
 import { Recent } from "../../src/recent.ts";
@@ -51,4 +52,19 @@ test("only the newest ids are remembered", () => {
   expect(["a", "b", "c"].map((id) => recent.has(id))).toEqual([false, true, true]);
   recent.delete("c");
   expect(recent.has("c")).toBe(false);
+});
+
+test("an agent remembers its newest answers, within their bounds", () => {
+  const answers = new Answers();
+  for (let n = 0; n < 70; n += 1) answers.keep(`q-${n}`, "body", `${n}`, n);
+  expect(["q-5", "q-6", "q-69"].map((id) => answers.find(id, "body", 70))).toEqual([undefined, "6", "69"]);
+  expect(answers.find("q-69", "another body", 70)).toBe(undefined);
+  expect(answers.find("q-69", "body", 600_069)).toBe(undefined);
+  answers.keep("long", "body", "x".repeat(4 * 1024 * 1024 - 4), 71);
+  expect([answers.find("q-69", "body", 71), answers.find("long", "body", 71)?.length]).toEqual([undefined, 4 * 1024 * 1024 - 4]);
+  answers.keep("too long", "body", "x".repeat(5 * 1024 * 1024), 72);
+  expect(answers.find("too long", "body", 72)).toBe(undefined);
+  // An id that comes again counts once.
+  for (const id of ["other", "same", "same"]) answers.keep(id, "body", "x".repeat(1.5 * 1024 * 1024), 73);
+  expect(answers.find("other", "body", 73)).toBeDefined();
 });

@@ -61,7 +61,7 @@ test("a connection lost before anything came resumes from where it began", async
   first.drop();
   const second = await gateway.peers.next();
   expect(second.lastEventId).toBe("17-3-000000aa");
-  // What is the position now is not what this client has: the messages that were missed have not come yet.
+  // The position is not yet this client's: the missed messages have not come yet.
   second.say({ type: "opened", connection_id: "d", event_id: "20-0-000000aa" });
   await session.once("connected");
   second.drop();
@@ -192,9 +192,9 @@ test("gateway's notices are events, a worker's errors are messages", async () =>
   session.on("message", ({ data }) => heard.push(data));
   const peer = await gateway.peers.next();
   const mine = { type: "error", code: "model_overloaded", message: "later" };
-  peer.say({ type: "error", code: "no_receiver", message: "nobody" }, { type: "bus_recovered", gap_ms: 5 }, mine);
+  peer.say({ type: "error", code: "no_receiver", message: "no worker" }, { type: "bus_recovered", gap_ms: 5 }, mine);
   await session.once("message");
-  expect(heard).toEqual([{ code: "no_receiver", message: "nobody" }, { gapMs: 5 }, mine]);
+  expect(heard).toEqual([{ code: "no_receiver", message: "no worker" }, { gapMs: 5 }, mine]);
 });
 
 test.each(["wsproxy.v1", "wsproxy.id.v1"])("words of the library are the application's where the gateway does not say them (%s)", async (protocol) => {

@@ -59,7 +59,7 @@ test("messages, positions and resume; the token is in a header", async () => {
   expect(heard).toEqual([{ a: 1 }, "ü"]);
 });
 
-test("a position without a message is remembered and shown to nobody, in this form and in that of earlier gateways", async () => {
+test("a position without a message is remembered but not shown, in this form and in that of earlier gateways", async () => {
   for (const block of ['event: position\nid: 7-0-000000aa\ndata: {"type":"position","event_id":"7-0-000000aa"}\n\n', "id: 7-0-000000aa\n\n"]) {
     const { made } = session({ transport: "sse" });
     const heard: unknown[] = [];

@@ -32,7 +32,7 @@ function opened(): Uplink {
   return uplink;
 }
 
-/** What a further connection sends again. */
+/** The messages that a further connection repeats. */
 function again(uplink: Uplink): unknown[] {
   sent = [];
   uplink.opened(transport(), 50);

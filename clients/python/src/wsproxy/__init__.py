@@ -1,10 +1,21 @@
 """Workers and clients of the wsproxy gateway.
 
-:class:`Worker` is the backend's side, over Redis or over HTTP; :mod:`wsproxy.client` is the other end.
+:class:`Worker` is the backend's side, over Redis or over HTTP; :mod:`wsproxy.client` is the other end. :class:`Agents`
+calls tools on users' agents; :mod:`wsproxy.agent` is such an agent. :class:`Rooms` speaks to rooms.
 """
 
+from ._calls import Progress, ProgressCallback
 from ._feeds import Subscription
+from .agents import Agents
 from .errors import (
+    AgentBusy,
+    AgentGone,
+    AgentOffline,
+    AgentReplaced,
+    CallCancelled,
+    CallDuplicate,
+    CallError,
+    CallTimeout,
     ConnectionClosed,
     GiveUp,
     InvalidRequest,
@@ -17,10 +28,12 @@ from .errors import (
     StreamExists,
     StreamNotFound,
     TooLarge,
+    ToolError,
     Unauthorized,
     Unavailable,
     WsproxyError,
 )
+from .rooms import Rooms
 from .serve import ServedSession, Serving
 from .stream import TokenStream
 from .types import (
@@ -35,6 +48,11 @@ from .types import (
     Payload,
     Presence,
     Receipt,
+    RoomEvent,
+    RoomJoin,
+    RoomLeave,
+    RoomMember,
+    RoomMessage,
     SessionEvent,
     SessionToken,
     UpstreamMessage,
@@ -42,6 +60,15 @@ from .types import (
 from .worker import Worker
 
 __all__ = [
+    "AgentBusy",
+    "AgentGone",
+    "AgentOffline",
+    "AgentReplaced",
+    "Agents",
+    "CallCancelled",
+    "CallDuplicate",
+    "CallError",
+    "CallTimeout",
     "ConnectionClosed",
     "Event",
     "Failure",
@@ -57,8 +84,16 @@ __all__ = [
     "Outgoing",
     "Payload",
     "Presence",
+    "Progress",
+    "ProgressCallback",
     "Receipt",
     "Refused",
+    "RoomEvent",
+    "RoomJoin",
+    "RoomLeave",
+    "RoomMember",
+    "RoomMessage",
+    "Rooms",
     "ServedSession",
     "Serving",
     "SessionEvent",
@@ -71,6 +106,7 @@ __all__ = [
     "Subscription",
     "TokenStream",
     "TooLarge",
+    "ToolError",
     "Unauthorized",
     "Unavailable",
     "UpstreamMessage",

@@ -1,4 +1,4 @@
-"""What a way to the gateway must be able to do; Redis and HTTP both do it, and the worker knows only this."""
+"""The interface of a way to the gateway, over Redis or over HTTP; the worker knows only this."""
 
 from __future__ import annotations
 
@@ -9,16 +9,28 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from ._backoff import Backoff
+from ._calls import Calls
 from ._feeds import Consumer, Kept, Subscription
 from .errors import Unavailable
-from .types import Failure, GapCallback, History, Outcome, Presence, Receipt, SessionToken, UpstreamMessage
+from .types import (
+    Failure,
+    GapCallback,
+    History,
+    Outcome,
+    Presence,
+    Receipt,
+    RoomEvent,
+    RoomMember,
+    SessionToken,
+    UpstreamMessage,
+)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a message goes: to all, or to a user, a connection or a session by its id."""
+    """Destination of a message: all users, or a user, a connection or a session by its id."""
 
     kind: Literal["broadcast", "user", "connection", "session"]
     id: str = ""
@@ -40,7 +52,7 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class StreamReply:
-    """Where a token stream stands after an operation."""
+    """State of a token stream after an operation."""
 
     seq: int
     event_id: str | None
@@ -83,7 +95,7 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class Disconnection:
-    """Whose connections to the event endpoint are ended, and for how long (seconds) their tokens are refused."""
+    """The connections to the event endpoint that are ended, and the seconds for which their tokens are refused."""
 
     user: str | None
     connection: str | None
@@ -91,6 +103,16 @@ class Disconnection:
     code: int | None
     reason: str | None
     revoke: float | None
+
+
+class RoomCalls(Protocol):
+    """A way to rooms; :class:`wsproxy.Rooms` knows only this."""
+
+    async def publish(self, room: str, payload: bytes, *, is_json: bool) -> Receipt: ...
+    async def kick(self, room: str, client: str | None, user: str | None, reason: str | None) -> int: ...
+    async def close(self, room: str, reason: str | None) -> int: ...
+    async def members(self, room: str) -> list[RoomMember]: ...
+    def listen(self, room: str, on_gap: GapCallback | None) -> Subscription[RoomEvent]: ...
 
 
 class Backend(Protocol):
@@ -109,11 +131,11 @@ class Backend(Protocol):
     async def history(self, target: Target, after: str, limit: int) -> History: ...
 
     is_kept_on: bool
-    """Whether kept messages stay after they were handed out."""
+    """True where kept messages stay after they were handed out."""
 
     async def claim(self, sessions: Sequence[str], owner: str, lease: float) -> list[bool]: ...
     async def held(self, sessions: Sequence[str], owner: str) -> list[bool]:
-        """Whether another worker serves them."""
+        """Returns true where another worker serves them."""
 
     async def release(self, session: str, owner: str) -> None: ...
     async def has_clients(self, sessions: Sequence[str]) -> list[bool]: ...
@@ -126,11 +148,13 @@ class Backend(Protocol):
     def read_sessions(
         self, agent: str, after: str, parse: Callable[[UpstreamMessage], T | None], on_gap: GapCallback | None
     ) -> Subscription[T]: ...
+    def calls(self, owned: bool) -> Calls: ...
+    def rooms(self) -> RoomCalls: ...
     async def aclose(self) -> None: ...
 
 
 async def retrying(call: Callable[[int], Awaitable[T]], seconds: float, *, in_doubt_too: bool) -> T:
-    """Calls with the number of the attempt until it is available, for at most so many seconds.
+    """Calls ``call`` with the number of the attempt until it succeeds, for at most ``seconds``.
 
     A call that may have been done already is repeated only with ``in_doubt_too``.
     """

@@ -22,7 +22,7 @@ class Backoff:
 
     @property
     def attempt(self) -> int:
-        """How many pauses there were since the last success."""
+        """Number of pauses since the last success."""
         return self._attempt
 
     def reset(self) -> None:

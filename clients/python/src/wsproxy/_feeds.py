@@ -16,17 +16,17 @@ from .types import Gap, GapCallback, UpstreamMessage
 T = TypeVar("T")
 _log = logging.getLogger("wsproxy")
 
-# A reader that falls further behind loses the oldest and is told so; nobody else waits for it.
+# A reader that falls further behind loses the oldest messages and is told so; no other reader waits for it.
 _ENTRIES_MAX = 10_000
 _BYTES_MAX = 16 * 1024 * 1024
-# Losses that nobody asked to be told of are logged this often, in seconds.
+# Losses of readers without `on_gap` are logged this often, in seconds.
 _WARN_EVERY = 30.0
 # A log is read this often, in seconds, if its channel says nothing.
 _LOOK_AFTER = 15.0
 
 
 class Subscribed:
-    """In a queue: from here on the subscription is confirmed (anew)."""
+    """A mark in a queue: from here on the subscription is confirmed (anew)."""
 
 
 SUBSCRIBED = Subscribed()
@@ -34,11 +34,11 @@ Item: TypeAlias = UpstreamMessage | Gap | Subscribed
 
 
 ReadLog: TypeAlias = Callable[[], Awaitable["list[UpstreamMessage | Gap] | None"]]
-"""Reads on in a log; ``None`` where nobody keeps one."""
+"""Reads on in a log; ``None`` where there is no log."""
 
 
 class Consumer:
-    """What waits for one reader: at most ``entries_max`` items and ``bytes_max`` bytes, or one message.
+    """The queue of one reader: at most ``entries_max`` items and ``bytes_max`` bytes, or one message.
 
     Beyond that the oldest are dropped, only as many as must be, and a gap is in their place.
     """
@@ -51,7 +51,7 @@ class Consumer:
         entries_max: int = _ENTRIES_MAX,
         bytes_max: int = _BYTES_MAX,
     ) -> None:
-        """``name`` is what is read, for the log."""
+        """``name`` names the channel in the log."""
         self._drop = drop
         self._name = name
         self._entries_max = entries_max
@@ -64,7 +64,7 @@ class Consumer:
         self._is_told = False
         self._warned: float | None = None
         self.warns = False
-        """Whether a loss is logged at once, since the reader wants not to be told of it."""
+        """True where a loss is logged at once, since the reader has no ``on_gap``."""
         self._arrived = asyncio.Event()
         self._confirmed = asyncio.Event()
         self._taken = asyncio.Event()
@@ -82,13 +82,13 @@ class Consumer:
     def _make_room(self) -> None:
         gap: Gap | None = None
         is_subscribed, dropped = False, 0
-        # Two places are for what is put in front again.
+        # Two places are for items that are put back in front.
         while len(self._items) > 1 and (len(self._items) + 2 > self._entries_max or self._bytes > self._bytes_max):
             item = self._items.popleft()
             self._bytes -= _size(item)
             dropped += isinstance(item, UpstreamMessage)
             gap = item if isinstance(item, Gap) else gap
-            # That a subscription stands anew is no message: what was kept is looked at then.
+            # A confirmed subscription is no message, but a reason to look at kept messages.
             is_subscribed |= isinstance(item, Subscribed)
         if is_subscribed:
             self._items.appendleft(SUBSCRIBED)
@@ -147,18 +147,18 @@ class Consumer:
         return item
 
     async def room(self) -> None:
-        """Waits while so much is in the queue that more might be lost."""
+        """Waits while the queue is so full that more messages might be lost."""
         while len(self._items) >= self._entries_max // 2 or self._bytes >= self._bytes_max // 2:
             self._taken.clear()
             await self._taken.wait()
 
     @property
     def waiting(self) -> int:
-        """How many messages wait."""
+        """Number of messages that wait."""
         return sum(isinstance(item, UpstreamMessage) for item in self._items)
 
     def drain(self) -> list[Item]:
-        """Takes all that waits."""
+        """Takes all waiting items."""
         items = list(self._items)
         self._items.clear()
         self._bytes, self._is_told = 0, False
@@ -174,11 +174,11 @@ def _size(item: Item) -> int:
 
 
 class Finished(Exception):
-    """No more comes: how a reader ends behind all that waits."""
+    """The end of a queue, behind all that waits."""
 
 
 class Kept(Protocol):
-    """What was kept while nobody listened. An entry that was handed out is done when the next one is asked for."""
+    """Messages that were kept while no worker listened. An entry is done when the next one is asked for."""
 
     look_after: float | None
 
@@ -212,7 +212,7 @@ class Subscription(Generic[T]):
         self._open = open_consumer
         self._parse = parse
         self._on_gap = on_gap
-        # What was kept while nobody listened: looked at whenever the subscription is confirmed.
+        # Messages that were kept while no worker listened: read whenever the subscription is confirmed.
         self._kept = kept
         self._ahead: deque[Item] = deque()
         # Entries to deliver instead of the channel's messages, which then only say when to look, if there is a log.
@@ -223,7 +223,7 @@ class Subscription(Generic[T]):
 
     async def __aenter__(self) -> Subscription[T]:
         try:
-            await self._opened().confirmed()
+            await self.confirmed()
         except BaseException:
             self._close()
             raise
@@ -234,7 +234,7 @@ class Subscription(Generic[T]):
     ) -> None:
         self._close()
         if self._kept is not None:
-            # After an exception nobody knows how far the loop came with what it got.
+            # After an exception it is unknown how far the loop came with its message.
             await self._kept.aclose(done=error is None)
 
     def __aiter__(self) -> Subscription[T]:
@@ -287,14 +287,17 @@ class Subscription(Generic[T]):
         while True:
             if self._look:
                 found = await log()
-                # Without a log the channel's own messages are all that there is.
+                # Without a log there are only the channel's own messages.
                 self._ahead.extend(heard if found is None else found)
                 self._look = bool(found)
                 if self._ahead:
                     return self._ahead.popleft()
-            # The look that follows finds all that the channel has said so far.
+            # The next look at the log finds all messages of the channel so far.
             try:
-                heard = [await asyncio.wait_for(consumer.next(), _LOOK_AFTER), *consumer.drain()]
+                # `asyncio.wait_for` of Python 3.11 drops a cancellation that comes together with the result.
+                async with asyncio.timeout(_LOOK_AFTER):
+                    heard = [await consumer.next()]
+                heard += consumer.drain()
             except TimeoutError:
                 heard = []
             self._look = True
@@ -307,12 +310,15 @@ class Subscription(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """How many messages the loop has not got yet, but for those that are kept."""
+        """Number of messages that the loop has not got yet, without those that are kept."""
         return self._consumer.waiting if self._consumer is not None else 0
 
     async def confirmed(self) -> None:
         """Waits until the subscription stands for the first time."""
-        await self._opened().confirmed()
+        try:
+            await self._opened().confirmed()
+        except Finished:
+            raise StopAsyncIteration from None
 
     async def settle(self) -> None:
         """Counts what the loop got last as done, without asking for the next one."""
@@ -332,7 +338,7 @@ class Subscription(Generic[T]):
             raise StopAsyncIteration
         if self._consumer is None:
             self._consumer = self._open()
-            # Where there is a log, what is dropped here is found there.
+            # Messages that are dropped here are found in the log, where there is one.
             self._consumer.warns = self._on_gap is None and self._log is None
         return self._consumer
 
@@ -340,6 +346,8 @@ class Subscription(Generic[T]):
         self._closed = True
         if self._consumer is not None:
             self._consumer.close()
+            # A task that waits for the next message must not wait for ever.
+            self._consumer.fail(Finished())
 
     def __del__(self) -> None:
         # A loop that was left by `break` must not hold its channel for ever.

@@ -49,7 +49,7 @@ class Follower:
         self._task: asyncio.Task[None] | None = None
         self._standing = False
         self._heard = time.monotonic()
-        # Of entries that were kept. A stream that can go on behind the last one does; others send them again.
+        # Ids of kept entries. A stream that can go on behind the last one does; others send them again.
         self._last_kept = (0, 0)
         self._resumes = resumes
         self._paced = paced
@@ -79,7 +79,7 @@ class Follower:
 
     def _end(self) -> None:
         if self.over:
-            # To cancel the task again would keep it from closing its connection.
+            # A second cancellation would keep the task from closing its connection.
             return
         self.over = True
         self._forget()
@@ -161,7 +161,7 @@ class Follower:
 
 
 def entry(text: str | None) -> tuple[int, int] | None:
-    """The id of an entry of a log, by which entries are ordered; ``None``: it is none."""
+    """Returns the id of a log's entry, which orders entries; ``None`` for other texts."""
     milliseconds, _, sequence = (text or "").partition("-")
     if not (milliseconds.isdigit() and sequence.isdigit()):
         return None

@@ -21,9 +21,11 @@ from ._backend import (
     TokenRequest,
     retrying,
 )
+from ._calls_http import HttpCalls
 from ._feeds import Consumer, Kept, Subscription
 from ._follower import Follower
 from ._positions import START
+from ._rooms_http import HttpRooms
 from .client._advice import refusal
 from .client.streams import MergedStreams
 from .errors import (
@@ -43,7 +45,8 @@ from .types import Failure, GapCallback, History, HistoryEvent, Presence, Receip
 
 T = TypeVar("T")
 
-# What the gateway takes in one call.
+_CONNECTIONS_MAX = 1000
+# Bounds of one call.
 _BATCH_MAX = 1000
 _BATCH_BYTES = 512 * 1024
 # Codes of refusals before anything was done.
@@ -57,7 +60,7 @@ def error_of(response: httpx.Response) -> WsproxyError:
     answer = refusal(response.status_code, response.content)
     code, message = answer.code, answer.message
     if not code and response.status_code != 413:
-        # Of something in between, as while the gateway is deployed: that passes, and says nothing of the call.
+        # A proxy's answer, as while the gateway is deployed: it passes, and says nothing of the call.
         return Unavailable(f"The gateway cannot be reached: {message}", in_doubt=response.status_code >= 500)
     text = f"{message} ({response.status_code} {code})".replace(" )", ")")
     if code == "not_done" and response.status_code == 409:
@@ -69,7 +72,7 @@ def error_of(response: httpx.Response) -> WsproxyError:
             return TooLarge(text)
         case 429 | 500 | 502 | 503 | 504 | 408:
             retry_after = response.headers.get("retry-after", "")
-            # Whatever was refused for its number or before it was read was not done.
+            # A call that was refused for its rate or before it was read was not done.
             in_doubt = response.status_code not in (429, 408) and code not in _NOT_DONE
             pause = float(retry_after) if retry_after.isdigit() else None
             return Unavailable(text, in_doubt=in_doubt, retry_after=pause)
@@ -78,8 +81,20 @@ def error_of(response: httpx.Response) -> WsproxyError:
     return InvalidRequest(text)
 
 
+def failure_of(error: httpx.HTTPError) -> WsproxyError:
+    """The error of a call that got no answer."""
+    match error:
+        case _ if isinstance(error, _NOT_SENT):
+            return Unavailable(f"The gateway cannot be reached: {error!r}")
+        case httpx.TransportError():
+            return Unavailable(f"The gateway cannot be reached: {error!r}", in_doubt=True)
+        case httpx.DecodingError():
+            return Unavailable(f"The answer is damaged: {error!r}", in_doubt=True)
+    return InvalidRequest(str(error))
+
+
 def _stream_error(code: str, text: str) -> WsproxyError | None:
-    # The gateway says `not_found` and `conflict` for several things, and tells them apart in words.
+    # The gateway has `not_found` and `conflict` for several errors, and tells them apart in words.
     said = f"{code} {text}".lower()
     if "stream" not in said:
         return None
@@ -98,7 +113,9 @@ class HttpBackend:
     is_kept_on = True
 
     def __init__(self, base_url: str, api_key: str, retry_for: float, options: Mapping[str, Any]) -> None:
-        defaults: dict[str, Any] = {"timeout": httpx.Timeout(10.0, connect=5.0)}
+        # Followed streams and calls of agents hold a connection each, for long.
+        limits = httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=20)
+        defaults: dict[str, Any] = {"timeout": httpx.Timeout(10.0, connect=5.0), "limits": limits}
         self._client = httpx.AsyncClient(
             base_url=f"{base_url.rstrip('/')}/api/v1/",
             headers={"authorization": f"Bearer {api_key}"},
@@ -106,26 +123,20 @@ class HttpBackend:
         )
         self._retry_for = retry_for
         self._followers: dict[str, Follower] = {}
-        # Of one reader each.
+        # Followers with one reader each.
         self._own: set[Follower] = set()
 
     async def _once(self, method: str, path: str, **arguments: Any) -> Any:
         try:
             response = await self._client.request(method, path, **arguments)
-        except _NOT_SENT as error:
-            raise Unavailable(f"The gateway cannot be reached: {error!r}") from error
-        except httpx.TransportError as error:
-            raise Unavailable(f"The gateway cannot be reached: {error!r}", in_doubt=True) from error
-        except httpx.DecodingError as error:
-            raise Unavailable(f"The answer is damaged: {error!r}", in_doubt=True) from error
         except httpx.HTTPError as error:
-            raise InvalidRequest(str(error)) from error
+            raise failure_of(error) from error
         if not response.is_success:
             raise error_of(response)
         try:
             return response.json()
         except ValueError as error:
-            # Such as the page of a proxy that says 200 while the gateway is deployed.
+            # For example, the page of a proxy that says 200 while the gateway is deployed.
             raise Unavailable("The answer is no JSON, so it is not the gateway's.", in_doubt=True) from error
 
     async def _call(self, method: str, path: str, *, repeatable: bool, **arguments: Any) -> Any:
@@ -286,13 +297,13 @@ class HttpBackend:
             yield each
 
     def kept_messages(self, session: str) -> Kept | None:
-        # The gateway sends what was kept at the start of the stream.
+        # The gateway sends kept messages at the start of the stream.
         return None
 
     def follow_upstream(self, session: str, kept: bool) -> Consumer:
         path = f"sessions/{_path(session)}/upstream"
         if kept:
-            # Of its own: one that joined a running stream would not get what was kept.
+            # A follower of its own: one that joined a running stream would not get the kept messages.
             follower = Follower(self._client, f"{path}?log=true", error_of, lambda: self._own.discard(follower))
             self._own.add(follower)
             return follower.open()
@@ -307,7 +318,7 @@ class HttpBackend:
         path = f"sessions/events?agent={_path(agent)}&after={after or '0'}"
 
         def open_own() -> Consumer:
-            # Of its own: one that joined a running stream would not begin where it wants to.
+            # A follower of its own: one that joined a running stream would not begin at its position.
             forget: Callable[[], object] = lambda: self._own.discard(follower)  # noqa: E731
             follower = Follower(self._client, path, error_of, forget, resumes=True, paced=True)
             self._own.add(follower)
@@ -322,6 +333,14 @@ class HttpBackend:
             follower = Follower(self._client, path, error_of, forget, resumes=resumes)
             self._followers[path] = follower
         return follower.open()
+
+    def calls(self, owned: bool) -> HttpCalls:
+        """Calls of users' agents over the same client, which they close at their end if ``owned``."""
+        return HttpCalls(self._client, error_of, failure_of, self.aclose if owned else None)
+
+    def rooms(self) -> HttpRooms:
+        """Rooms over the same client."""
+        return HttpRooms(self._call)
 
     async def aclose(self) -> None:
         for follower in [*self._followers.values(), *self._own]:

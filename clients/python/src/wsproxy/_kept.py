@@ -1,4 +1,4 @@
-"""What was kept of a session's upstream while nobody listened, handed out at least once and by one worker at a time.
+"""Kept upstream of a session without a listening worker, handed out at least once and by one worker at a time.
 
 An entry is deleted when the loop that got it has come back for the next one, not when it was read: a worker that dies,
 or whose connection breaks, loses none. A lease in Redis names the reader. Another worker that follows the same session
@@ -72,7 +72,7 @@ class KeptMessages:
         self._held_until = 0.0
         self._renewer: asyncio.Task[None] | None = None
         self.look_after: float | None = None
-        """Seconds after which it is worth looking again, although nobody says so."""
+        """Seconds after which it is worth looking again without a message."""
 
     def look(self) -> None:
         """Something may have been kept."""
@@ -88,7 +88,7 @@ class KeptMessages:
                 return message
             # Another worker may have handed out what was read, if the lease has ended.
             self._page.clear()
-            # The logs first: where they are empty, as nearly always, no lease is needed.
+            # The logs come first: where they are empty, as nearly always, no lease is needed.
             entries = await self._for_ever(self._read)
             if not entries:
                 await self._let_go()
@@ -124,7 +124,7 @@ class KeptMessages:
             self.abandon()
 
     def abandon(self) -> None:
-        """Ends the reader without a word to Redis, where the lease ends by itself."""
+        """Ends the reader without a call to Redis, where the lease ends by itself."""
         if self._renewer is not None and not self._renewer.get_loop().is_closed():
             self._renewer.cancel()
         self._renewer = None
@@ -165,12 +165,12 @@ class KeptMessages:
             return
         self.abandon()
         self._held_until = 0.0
-        # Where this fails the lease ends by itself.
+        # If this fails the lease ends by itself.
         with contextlib.suppress(WsproxyError):
             await self._call(lambda: self._redis.eval(RELEASE, 1, self._lease, self._me))
 
     async def _for_ever(self, call: Callable[[], Awaitable[T]]) -> T:
-        """As all iterators do, waits for Redis as long as it takes."""
+        """Waits for Redis as long as it takes, as all iterators do."""
         backoff = Backoff(base=0.1, cap=5.0)
         while True:
             try:

@@ -1,6 +1,6 @@
 """One Redis connection for all subscriptions of a worker, which comes back after any outage.
 
-redis-py's own ``pubsub.listen()`` raises after a few seconds without Redis and leaves nobody who reads. Here a task
+redis-py's own ``pubsub.listen()`` raises after a few seconds without Redis, and then no task reads. Here a task
 keeps the wanted channels and the subscribed ones the same, for as long as it lives.
 """
 
@@ -40,12 +40,14 @@ class Listener:
             **(options | {"protocol": 2, "health_check_interval": 0, "retry": Retry(NoBackoff(), 0)}),
         )
         self._consumers: dict[str, list[Consumer]] = {}
-        # Of the connection that there is: what was asked for, and what of it Redis has confirmed.
+        # Channels that were requested on the present connection, and those that Redis has confirmed.
         self._sent: set[str] = set()
         self._confirmed: set[str] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._heard = time.monotonic()
+        self.life = 0
+        """Number of the present connection: what was confirmed in another one may have missed messages."""
 
     def open(self, channel: str) -> Consumer:
         """A reader of a channel. It is confirmed when Redis said so."""
@@ -58,6 +60,10 @@ class Listener:
         self._changed.set()
         return consumer
 
+    def is_confirmed(self, channel: str) -> bool:
+        """Returns true while Redis holds the subscription of a channel, as far as is known."""
+        return channel in self._confirmed
+
     async def aclose(self) -> None:
         """Ends the task and its connection."""
         if self._task is not None:
@@ -69,7 +75,7 @@ class Listener:
         if consumer in consumers:
             consumers.remove(consumer)
         if not consumers and self._consumers.pop(channel, None) is not None:
-            # Still confirmed, until it is really given up: somebody may come back before that.
+            # Still confirmed, until it is really given up: a reader may come back before that.
             self._changed.set()
 
     async def _run(self) -> None:
@@ -102,8 +108,9 @@ class Listener:
                 consumer.fail(error)
 
     async def _serve(self, connection: AbstractConnection) -> None:
-        """Until the connection is lost, which both tasks notice by an exception."""
+        """Runs until the connection is lost, which both tasks notice by an exception."""
         lost_for = time.monotonic() - self._heard
+        self.life += 1
         awaited: Counter[str] = Counter()
         writer = asyncio.ensure_future(self._write(connection, awaited))
         reader = asyncio.ensure_future(self._read(connection, awaited, lost_for))
@@ -151,7 +158,7 @@ class Listener:
             elif response[0] == b"subscribe":
                 channel = response[1].decode()
                 awaited[channel] -= 1
-                # One that was given up and taken again meanwhile stands only with the last of its confirmations.
+                # A channel that was given up and taken again is confirmed only by the last of its confirmations.
                 if awaited[channel] <= 0 and channel in self._sent:
                     del awaited[channel]
                     self._confirmed.add(channel)

@@ -30,10 +30,12 @@ from ._backend import (
     retrying,
 )
 from ._backoff import Backoff
+from ._calls_redis import RedisCalls
 from ._feeds import Consumer, Kept, Subscription
 from ._kept import HOLD, RELEASE, KeptMessages
 from ._listener import Listener
 from ._positions import START, lost_behind, parse
+from ._rooms_redis import RedisRooms
 from .errors import (
     InvalidRequest,
     StreamConflict,
@@ -79,7 +81,7 @@ _HEAD_SECONDS_MIN = 3600.0
 _IDEMPOTENCY_MS = 10 * 60 * 1000
 # Entries of a log that are read at a time.
 _PAGE = 200
-# How a connection ends whose token was revoked.
+# Close code of a connection whose token was revoked.
 _REVOKED = 4401
 # Prefix of tokens that open event streams until they expire.
 _EVENT_STREAM_PREFIX = "sse."
@@ -147,7 +149,7 @@ def _script_error(text: str) -> WsproxyError:
         case ["ENDED", *outcome]:
             return StreamEnded("The stream has ended already.", outcome[0].strip(".,:") if outcome else "finish")
         case ["SEQ", *_]:
-            return StreamConflict("The stream was continued by somebody else.")
+            return StreamConflict("The stream was continued by another worker.")
         case ["TOOLARGE", *_]:
             return TooLarge("The text of the stream is too large.")
         case ["WRONGTYPE", *_]:
@@ -165,6 +167,8 @@ class RedisBackend:
     def __init__(self, url: str, prefix: str, limits: Limits, retry_for: float, options: Mapping[str, Any]) -> None:
         # Repeating is decided here, call by call: redis-py cannot know which of them may be done twice.
         defaults: dict[str, Any] = {"socket_keepalive": True, "socket_connect_timeout": 5.0, "socket_timeout": 10.0}
+        # With RESP 3 redis-py 8 awaits notices of maintenance, and then its pool hands out connections that have died.
+        defaults["protocol"] = 2
         options = defaults | dict(options) | {"decode_responses": False}
         self._redis: Redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), health_check_interval=15, **options)
         self._listener = Listener(url, options)
@@ -324,7 +328,7 @@ class RedisBackend:
                 await self._redis.zadd(leases, {member: 0}, lt=True)
             raise
         if call.op == "end":
-            # Where this fails the gateway removes it, when it finds that the stream has ended.
+            # If this fails, the gateway removes the lease when it finds that the stream has ended.
             with contextlib.suppress(exceptions.RedisError, OSError):
                 await self._redis.zrem(leases, member)
 
@@ -366,7 +370,7 @@ class RedisBackend:
         async def revoke() -> Any:
             return await self._redis.eval(_REVOKE, 1, key, str(milliseconds), channel, text)
 
-        # What was revoked may be revoked again, and its connections ended.
+        # A revocation may be repeated, and so may the end of its connections.
         return int(await self._do(revoke, repeatable=True))
 
     async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
@@ -384,7 +388,7 @@ class RedisBackend:
             lease = self._key("ws", "server", server)
             if await self._do(lambda lease=lease: self._redis.exists(lease), repeatable=True):  # type: ignore[misc]
                 alive.add(server)
-        # Entries of an instance that died stay until somebody removes them.
+        # Entries of an instance that died stay until another instance removes them.
         return [_presence(name, entry) for name, entry in entries.items() if entry.get("server_id") in alive]
 
     async def history(self, target: Target, after: str, limit: int) -> History:
@@ -435,7 +439,7 @@ class RedisBackend:
         await self._once(lambda: self._redis.eval(RELEASE, 1, key, owner))
 
     async def has_clients(self, sessions: Sequence[str]) -> list[bool]:
-        # Whoever has a client of a session listens to its channel.
+        # An instance with a client of a session listens to the session's channel.
         channels = [self._key("session", session, "down") for session in sessions]
         counts = await self._once(lambda: self._redis.pubsub_numsub(*channels))
         return [int(count) > 0 for _, count in counts]
@@ -480,6 +484,15 @@ class RedisBackend:
             except Unavailable:
                 await asyncio.sleep(backoff.next(0.0))
 
+    def calls(self, owned: bool) -> RedisCalls:
+        """Calls of users' agents over the same connections, which they close at their end if ``owned``."""
+        close = self.aclose if owned else None
+        return RedisCalls(self._redis, self._listener, self._prefix, self._once, close)
+
+    def rooms(self) -> RedisRooms:
+        """Rooms over the same connections."""
+        return RedisRooms(self._redis, self._listener, self._prefix, self._do, script("room_leave.lua"))
+
     async def aclose(self) -> None:
         await self._listener.aclose()
         await self._redis.aclose()
@@ -493,11 +506,11 @@ class _Log:
         # The last entry that was read; empty: none.
         self._after = after
         self._has_read = False
-        # Whether that entry should still be there: if it is not, later ones may have been removed too.
+        # True where that entry should still be there: if it is not, later ones may have been removed too.
         self._is_held = True
 
     async def read(self, redis: Redis) -> list[UpstreamMessage | Gap] | None:
-        """What follows; ``None`` where there is no log."""
+        """Returns the entries that follow; ``None`` where there is no log."""
         is_there = True
         found: list[UpstreamMessage | Gap] = []
         entries = cast("list[Any]", await redis.xrange(self._key, self._after or "-", "+", count=_PAGE + 1))

@@ -23,7 +23,7 @@ class ServerSentEvent:
 class Parser:
     """Takes chunks as they come from the network, and gives whole events.
 
-    An event or line that grows beyond ``bytes_max`` raises :class:`ValueError`: nobody may make us hold more.
+    An event or line that grows beyond ``bytes_max`` raises :class:`ValueError`: no server may make a client hold more.
     """
 
     def __init__(self, last_event_id: str = "", bytes_max: int = 64 * 1024 * 1024) -> None:

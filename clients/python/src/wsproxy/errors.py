@@ -1,4 +1,4 @@
-"""What can go wrong, as one small hierarchy: every error of this package is a :class:`WsproxyError`."""
+"""The errors, as one small hierarchy: every error of this package is a :class:`WsproxyError`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Unauthorized(WsproxyError):
 
 
 class NotFound(WsproxyError):
-    """What was asked for does not exist (any more), or the gateway has no such route."""
+    """The requested thing does not exist (any more), or the gateway has no such route."""
 
 
 class NotSupported(WsproxyError):
@@ -54,7 +54,7 @@ class StreamExists(StreamError):
 
 
 class StreamConflict(StreamError):
-    """Somebody else appended to the stream: this worker no longer owns it."""
+    """Another worker appended to the stream: this worker no longer owns it."""
 
 
 class StreamEnded(StreamError):
@@ -91,3 +91,46 @@ class ConnectionClosed(WsproxyError):
         super().__init__(f"closed with {code} {reason}".rstrip())
         self.code = code
         self.reason = reason
+
+
+class AgentReplaced(ConnectionClosed):
+    """Another agent connected with this agent's credential, and the newer one holds the place.
+
+    To come back would replace it in turn: end one of the two, or give each a credential of its own.
+    """
+
+
+class CallError(WsproxyError):
+    """A call of a tool on a user's agent that gave no result. ``request_id`` names the call, also in the audit log."""
+
+    def __init__(self, message: str, *, request_id: str = "") -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class ToolError(CallError):
+    """The tool answered, with an error. A tool itself raises it for an error without the name of an exception."""
+
+
+class AgentOffline(CallError):
+    """No agent of the user is connected. The call was not sent to any."""
+
+
+class AgentBusy(CallError):
+    """The agent or the gateway has too many calls in flight, or the gateway ends. The call was not sent."""
+
+
+class AgentGone(CallError):
+    """The agent's connection ended with the call in flight: the tool may have run."""
+
+
+class CallTimeout(CallError):
+    """There was no answer within the timeout: the tool may have run."""
+
+
+class CallCancelled(CallError):
+    """Another process cancelled the call: the tool may have run in part."""
+
+
+class CallDuplicate(CallError):
+    """The idempotency key is that of an earlier call, which has ended: the tool ran, and its outcome is not kept."""

@@ -33,9 +33,9 @@ _KNOWN_MAX = 200_000
 _START_SECONDS = 5.0
 # Announcements of a moment are taken together, in seconds.
 _MOMENT = 0.05
-# How often is it asked whether clients are there at all, in seconds.
+# Interval of the question whether clients are connected at all, in seconds.
 _SWEEP_EVERY = 60.0
-# Sessions that have ended and of which it is remembered what was handed out.
+# Ended sessions of which the last handed-out message is remembered.
 _REMEMBERED_MAX = 10_000
 # Sessions in one call.
 _BATCH = 500
@@ -123,7 +123,7 @@ Handler: TypeAlias = Callable[[ServedSession], Awaitable[object]]
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How sessions are served; :meth:`wsproxy.Worker.serve` explains each."""
+    """Options of serving; :meth:`wsproxy.Worker.serve` explains each."""
 
     lease: float
     linger: float
@@ -142,20 +142,20 @@ class Serving:
         self._handler = handler
         self._options = options
         self._me = secrets.token_hex(12)
-        # Connections of each session that is open, whoever serves it.
+        # Connections of each open session, also of those that other workers serve.
         self._open: dict[str, set[str]] = {}
-        # Those that were opened since the last look.
+        # Sessions that were opened since the last look.
         self._new: set[str] = set()
         self._changed = asyncio.Event()
         self._mine: dict[str, ServedSession] = {}
-        # Sessions in which nobody listened at the last sweep.
+        # Sessions without a listening gateway at the last sweep.
         self._silent: set[str] = set()
         self._swept = time.monotonic()
-        # Sessions that nobody served at the last look, and that this worker had no room for.
+        # Sessions that no worker served at the last look, and that this worker had no room for.
         self._passed: set[str] = set()
         self._warned = 0.0
         self._is_ending = False
-        # Behind what announcements are followed; `None` where the gateway keeps none.
+        # Position behind which announcements are followed; `None` where the gateway keeps none.
         self._after: str | None = "0"
         self._kept: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._events: Subscription[SessionEvent] | None = None
@@ -219,7 +219,7 @@ class Serving:
         while self._events is not None:
             try:
                 await self._confirmed()
-                # Before the log, which says what has changed since then.
+                # This comes before the log, which holds the changes since then.
                 await self._read_open()
                 async for event in self._events:
                     self._note(event)
@@ -232,7 +232,7 @@ class Serving:
 
     async def _gap(self, gap: Gap) -> None:
         self._warn(f"Announcements of the sessions of {self._agent} were missed ({gap.reason}).")
-        # Before the announcements behind the gap, which are handed out when this returns.
+        # This comes before the announcements behind the gap, which are handed out when this returns.
         await self._read_open()
 
     async def _read_open(self) -> None:
@@ -244,7 +244,7 @@ class Serving:
         except Unavailable:
             raise
         except WsproxyError as error:
-            # Such as an ACL that knows the channels only.
+            # For example, an ACL that allows the channels only.
             self._warn(f"Sessions of {self._agent} that the log no longer has are not found: {error}")
 
     def _note(self, event: SessionEvent) -> None:
@@ -268,7 +268,7 @@ class Serving:
             served._opened()
 
     def _forget(self, session: str) -> None:
-        """Nobody is connected any more."""
+        """Forgets a session without a connected client."""
         self._open.pop(session, None)
         self._new.discard(session)
         if (served := self._mine.get(session)) is not None:
@@ -279,7 +279,7 @@ class Serving:
     async def _look_after(self) -> None:
         looked = 0.0
         while True:
-            # All of them now and then, which renews the leases; else those that are new.
+            # All sessions now and then, which renews the leases; otherwise the new ones.
             is_full = time.monotonic() - looked >= self._options.lease / 3
             sessions = {*self._mine, *self._open} if is_full else set(self._new)
             self._new.clear()
@@ -304,7 +304,7 @@ class Serving:
     async def _claim(self, sessions: list[str]) -> set[str]:
         """Renews the leases of this worker's sessions, and takes others while it has room.
 
-        Answers some of those that it had no room for although nobody serves them.
+        Answers some of those that it had no room for and that no other worker serves.
         """
         mine = [each for each in sessions if each in self._mine]
         others = [each for each in sessions if each not in self._mine]
@@ -358,7 +358,7 @@ class Serving:
         )
 
     async def _sweep(self) -> None:
-        """Forgets sessions whose end nobody announced: no gateway listens for their clients, twice in a row."""
+        """Forgets sessions whose end was not announced: no gateway listens for their clients, twice in a row."""
         if time.monotonic() - self._swept < _SWEEP_EVERY:
             return
         self._swept = time.monotonic()
@@ -396,7 +396,7 @@ class Serving:
                 async with asyncio.timeout(_GOODBYE):
                     await self._backend.release(served.id, self._me)
             if served.id in self._open:
-                # Somebody came back in the last moment.
+                # A client came back in the last moment.
                 self._new.add(served.id)
                 self._changed.set()
 

@@ -37,7 +37,7 @@ _GOODBYE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """How a stream behaves; :meth:`wsproxy.Worker.stream` explains each."""
+    """Options of a stream; :meth:`wsproxy.Worker.stream` explains each."""
 
     meta: Mapping[str, Any] | None
     lease: float
@@ -102,14 +102,14 @@ class TokenStream:
 
     @property
     def outcome(self) -> str | None:
-        """How it ended; ``None`` while it is open or left open."""
+        """The outcome; ``None`` while the stream is open or left open."""
         return self._outcome
 
     async def append(self, text: str) -> None:
         """Adds text. It is kept, and on its way to the clients, when this returns.
 
         With a flush interval it may wait that long, and an error is raised by a later call. Raises
-        :class:`StreamEnded` when the stream was ended by somebody else (the gateway, after the lease ran out),
+        :class:`StreamEnded` when another worker or the gateway ended the stream (the gateway, after the lease ran out),
         :class:`StreamConflict` when another worker took it over, :class:`TooLarge` beyond 4 MiB of text, and
         :class:`Unavailable` when the bus stays away for longer than the worker's ``retry_for``.
         """
@@ -165,7 +165,7 @@ class TokenStream:
 
     async def __aenter__(self) -> TokenStream:
         if self._options.watch_stop:
-            # Before the stream is there, so that no stop can come too early.
+            # The subscription comes before the stream, so that no stop can come too early.
             self._consumer = self._backend.follow_upstream(self._session, False)
         try:
             if self._consumer is not None:
@@ -211,15 +211,16 @@ class TokenStream:
         leave = self._left or (cancelled and not by_stop and self._options.on_cancel == "leave")
 
         async def say() -> None:
-            if leave:
-                await self.flush()
-            elif cancelled:
-                await self._end("cancelled")
-            else:
-                await self._end("error", {"code": "worker_error", "message": "The worker failed."})
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                if leave:
+                    await self.flush()
+                elif cancelled:
+                    await self._end("cancelled")
+                else:
+                    await self._end("error", {"code": "worker_error", "message": "The worker failed."})
 
-        # In a task of its own, since the one that is being cancelled may be cancelled again.
-        task = asyncio.ensure_future(asyncio.wait_for(say(), _GOODBYE_SECONDS))
+        # This runs in a separate task, since the cancelled one may be cancelled again.
+        task = asyncio.ensure_future(say())
         try:
             await asyncio.shield(task)
         except (WsproxyError, TimeoutError) as failure:
@@ -244,7 +245,7 @@ class TokenStream:
         call = self._call("append", text=text, seq=self._seq + 1)
 
         try:
-            # One whose answer was lost may be said again: the number and the text tell.
+            # An append whose answer was lost may be repeated: the number and the text tell.
             reply = await self._retrying(lambda _: self._backend.stream(call))
         except StreamNotFound:
             await self._restore()
@@ -252,7 +253,7 @@ class TokenStream:
         self._seq = reply.seq
 
     async def _restore(self) -> None:
-        """Redis came back without the stream: it is opened anew with all that was said."""
+        """Opens the stream anew with all its text, since Redis came back without it."""
         _log.warning("Stream %s is gone and is opened anew.", self._id)
         await self._retrying(self._open)
         text, self._seq = "".join(self._text), 0
@@ -292,7 +293,7 @@ class TokenStream:
             async with asyncio.timeout(min(_FOLLOW_SECONDS, self._options.retry_for)):
                 await consumer.confirmed()
         except TimeoutError:
-            # It is tried further; a stream that cannot be stopped yet is better than none.
+            # The subscription is tried further; a stream that cannot be stopped yet is better than none.
             _log.warning("Stream %s cannot be stopped by its clients yet.", self._id)
 
     async def _watch(self, consumer: Consumer) -> None:
@@ -329,7 +330,7 @@ class TokenStream:
         if self._outcome is not None:
             raise StreamEnded("The stream has ended already.", self._outcome)
         if isinstance(self._failure, Unavailable):
-            # What was not sent still waits, and the next flush sends it.
+            # Text that was not sent still waits, and the next flush sends it.
             self._failure = None
         elif self._failure is not None:
             raise self._failure

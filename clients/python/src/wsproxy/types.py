@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+from ._envelope import read
 from .errors import InvalidRequest
 
 Payload: TypeAlias = bytes | str | Mapping[str, Any] | Sequence[Any] | int | float | bool | None
 """A message: ``bytes`` and ``str`` go out verbatim, everything else as compact JSON."""
 
 Outcome: TypeAlias = Literal["finish", "error", "cancelled"]
-"""How a token stream ends."""
+"""Outcome of a token stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much history a log keeps; give the worker the limits that the gateway has.
+    """Bounds of a log's history; give the worker the limits that the gateway has.
 
     ``entries_max`` messages, ``bytes_max`` bytes of data, and no longer than ``ttl`` seconds after the last message.
     """
@@ -47,7 +49,7 @@ class SessionToken:
         return f"/{self.agent_id}/ws/{self.session_id}"
 
     def as_dict(self) -> dict[str, str | float]:
-        """What a page needs, ready to be an HTTP answer."""
+        """The fields for the page, ready to be an HTTP answer."""
         return {
             "path": self.path,
             "session_id": self.session_id,
@@ -58,11 +60,12 @@ class SessionToken:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of a publish.
+    """The result of a publish.
 
-    ``receivers`` counts gateway instances that had somebody to deliver to, not clients; 0 means that nobody is
-    connected now. ``event_id`` is the position in history (``None`` without history): whoever comes back with an
-    earlier one gets the message. ``duplicate`` is true where the idempotency key was used before and nothing was sent.
+    ``receivers`` counts gateway instances that had a client to deliver to, not clients; 0 means that no client
+    is connected now. ``event_id`` is the position in history (``None`` without history): a client that comes back with
+    an earlier one gets the message. ``duplicate`` is true where the idempotency key was used before and no message was
+    sent.
     """
 
     receivers: int
@@ -120,9 +123,9 @@ GapCallback: TypeAlias = Callable[[Gap], Awaitable[None] | None]
 
 @dataclass(frozen=True, slots=True)
 class UpstreamMessage:
-    """What a client of a session sent: JSON, as the gateway let it through.
+    """A message from a client of a session: JSON, as the gateway let it through.
 
-    ``event_id`` is the entry's id in the log of the session's upstream, where the message was kept while nobody
+    ``event_id`` is the entry's id in the log of the session's upstream, where the message was kept while no worker
     listened.
     """
 
@@ -143,9 +146,9 @@ class UpstreamMessage:
 class SessionEvent:
     """A connection of a session was opened or closed. The fields from ``reason`` on are there for ``closed`` only.
 
-    With the ``reason`` ``server_lost`` the gateway instance of the connection was killed, and nobody knows
-    ``duration_ms``. ``event_id`` is the position in the log, where announcements are kept. ``raw`` is the whole
-    announcement.
+    With the ``reason`` ``server_lost`` the gateway instance of the connection was killed, and
+    ``duration_ms`` is unknown. ``event_id`` is the position in the log, where announcements are kept. ``raw`` is the
+    whole announcement.
     """
 
     event: Literal["opened", "closed"]
@@ -169,6 +172,65 @@ class Presence:
     server_id: str
     connected_at: str
     transport: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoomMember:
+    """One member of a room. ``since`` is the time at which it joined (RFC 3339); ``name`` is for people."""
+
+    client_id: str
+    user_id: str
+    name: str | None
+    server_id: str
+    since: str
+
+
+@dataclass(frozen=True)
+class RoomMessage:
+    """A message in a room, from a member or from a worker.
+
+    ``sender`` is the member's client id, empty for a worker, and for positions, whose entries name their senders.
+    ``kind`` names the payload, such as ``chat_message``, ``custom`` or ``position_batch``. ``raw`` has the bytes that
+    were published: protobuf, or the JSON of a worker. A message that is no envelope has the kind ``opaque``, no
+    ``sender`` and no ``message``.
+    """
+
+    sender: str
+    kind: str
+    raw: bytes = field(repr=False)
+
+    @cached_property
+    def message(self) -> Mapping[str, Any] | None:
+        """The JSON form of the envelope (``spec/rooms/v1/rooms.proto``), which is decoded when it is asked for."""
+        found = None if self.kind == "opaque" else read(self.raw)
+        if found is not None and not self.sender:
+            # A worker's own word about the sender does not count.
+            found.pop("sender", None)
+        return found
+
+    @property
+    def body(self) -> Any:
+        """The payload, such as ``{"message": "hi"}`` of a ``chat_message``."""
+        first, *others = self.kind.split("_")
+        return (self.message or {}).get(first + "".join(map(str.capitalize, others)))
+
+
+@dataclass(frozen=True, slots=True)
+class RoomJoin:
+    """A client became a member of the room. A member that comes back in time with another connection does not join."""
+
+    member: RoomMember
+
+
+@dataclass(frozen=True, slots=True)
+class RoomLeave:
+    """A member left the room."""
+
+    client_id: str
+
+
+RoomEvent: TypeAlias = RoomMessage | RoomJoin | RoomLeave
+"""An event of a room, as :meth:`Rooms.listen` gives it."""
 
 
 @dataclass(frozen=True, slots=True)

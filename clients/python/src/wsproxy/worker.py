@@ -15,9 +15,12 @@ from typing import Any, Literal
 from ._backend import Backend, Disconnection, Publication, Target, TokenRequest
 from ._feeds import Subscription
 from ._http import HttpBackend
+from ._ids import check_id
 from ._positions import START, is_event_id, is_plain, is_reserved
 from ._redis import RedisBackend
+from .agents import Agents
 from .errors import InvalidRequest
+from .rooms import Rooms, check_reason
 from .serve import Handler, ServeOptions, Serving
 from .stream import StreamOptions, TokenStream
 from .types import (
@@ -36,7 +39,6 @@ from .types import (
     encode,
 )
 
-_ID = re.compile(r"[A-Za-z0-9\-_.~@+=|]{1,128}")
 _KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
 _TOKEN_TTL_MAX = 24 * 3600.0
 
@@ -60,6 +62,8 @@ class Worker:
         """Not for direct use: :meth:`redis` and :meth:`http` make workers."""
         self._backend = backend
         self._retry_for = retry_for
+        self._agents: Agents | None = None
+        self._rooms: Rooms | None = None
 
     @classmethod
     def redis(
@@ -90,8 +94,24 @@ class Worker:
     ) -> None:
         await self.aclose()
 
+    @property
+    def agents(self) -> Agents:
+        """Users' agents, over the worker's own connections."""
+        if self._agents is None:
+            self._agents = Agents(self._backend.calls(owned=False))
+        return self._agents
+
+    @property
+    def rooms(self) -> Rooms:
+        """Rooms, over the worker's own connections."""
+        if self._rooms is None:
+            self._rooms = Rooms(self._backend.rooms())
+        return self._rooms
+
     async def aclose(self) -> None:
         """Closes all connections. Open iterators end with errors or wait for ever: close them before."""
+        if self._agents is not None:
+            await self._agents.aclose()
         await self._backend.aclose()
 
     # ---- sessions ----
@@ -114,11 +134,11 @@ class Worker:
         client chooses which workers are told of its connection.
 
         Without ``session`` a fresh one is named. A session has one token at a time: a further call replaces the one
-        before. Whoever gets the token reads the session: check who asks.
+        before. A client with the token reads the session: check who asks.
         """
-        _check_id("agent", agent)
+        check_id("agent", agent)
         session = session if session is not None else str(uuid.uuid4())
-        _check_id("session", session)
+        check_id("session", session)
         if not 0 < ttl <= _TOKEN_TTL_MAX:
             raise InvalidRequest(f"ttl must be above 0 and at most {_TOKEN_TTL_MAX:.0f} seconds.")
         return await self._backend.issue_token(TokenRequest(agent, session, ttl, event_stream, bound))
@@ -183,11 +203,11 @@ class Worker:
         mapping gets it as a member, unless it has one. A message whose ``idempotency_key`` (at most 128 characters)
         was used within ten minutes is not sent again, and its receipt says ``duplicate``.
 
-        Without history the message is gone for whoever is away, and an outage raises
+        Without history the message is gone for clients that are away, and an outage raises
         :class:`~wsproxy.Unavailable` with ``in_doubt`` instead of repeating. Bytes that begin with ``FF``, ``H`` and a
         digit are refused then: the gateway would take them for a message with history.
         """
-        target = Target("session", _check_id("session", session))
+        target = Target("session", check_id("session", session))
         return await self._publish(target, message, history, event_id, idempotency_key)
 
     def stream(
@@ -226,9 +246,9 @@ class Worker:
         - ``adopt``: where the stream is open already, go on with it: ``text`` and ``seq`` say where it stands. One
           that has ended raises :class:`~wsproxy.StreamEnded`. Over HTTP its text must still be in the history.
         """
-        _check_id("session", session)
+        check_id("session", session)
         if stream_id is not None:
-            _check_id("stream", stream_id)
+            check_id("stream", stream_id)
         elif adopt:
             raise InvalidRequest("A stream to adopt needs its id.")
         if not 1 <= lease <= 3600 or flush_interval < 0:
@@ -243,17 +263,18 @@ class Worker:
     def upstream(
         self, session: str, *, kept: bool = True, on_gap: GapCallback | None = None
     ) -> Subscription[UpstreamMessage]:
-        """What the clients of a session send, in order, for ever: an asynchronous iterator, or ``async with`` it.
+        """Messages from the clients of a session, in order, for ever: an asynchronous iterator, or ``async with`` it.
 
         It survives any outage; where messages may be missing, ``on_gap`` is called. With ``kept`` it begins with what
-        was kept while nobody listened (the gateway's ``no_receiver = "queue"``).
+        was kept while no worker listened (the gateway's ``no_receiver = "queue"``).
 
         Over Redis a kept message is deleted when the loop comes back for the next one, or leaves ``async with``
-        without an exception: at least once, whoever dies. Of several workers one hands them out at a time; another
-        goes on where it stopped, 15 seconds after its death. Over HTTP they stay, and whoever follows next gets them
-        again (``event_id`` tells it). What clients send while workers listen reaches each of these workers, once.
+        without an exception: at least once, also when a worker dies. Of several workers one hands them out at
+        a time; another goes on where it stopped, 15 seconds after its death. Over HTTP they stay, and the next worker
+        that follows gets them again (``event_id`` tells it). A message that comes while workers listen reaches each of
+        these workers, once.
         """
-        _check_id("session", session)
+        check_id("session", session)
         return Subscription(
             lambda: self._backend.follow_upstream(session, kept),
             lambda message: message,
@@ -274,7 +295,7 @@ class Worker:
         entry. Announcements come at least once: of one ``connection_id``, an ``event`` that repeats the one before it
         is a duplicate. One that was closed as ``server_lost`` may open again, if its instance was only frozen.
         """
-        _check_id("agent", agent)
+        check_id("agent", agent)
         if after is None:
             return Subscription(lambda: self._backend.follow_sessions(agent), _session_event, on_gap)
         if not re.fullmatch(r"0|\d{1,20}-\d{1,20}", after):
@@ -322,7 +343,7 @@ class Worker:
         A handler that raises is started again for the messages that follow; its exception is logged. One that returns
         is called again when another client of the session connects.
         """
-        _check_id("agent", agent)
+        check_id("agent", agent)
         if not 1 <= lease <= 3600 or linger < 0 or grace < 0 or sessions_max < 1:
             raise InvalidRequest("lease must be 1 to 3600, linger and grace not below 0, sessions_max at least 1.")
         return Serving(self, self._backend, agent, handler, ServeOptions(lease, linger, grace, sessions_max, on_gap))
@@ -335,8 +356,8 @@ class Worker:
         ``code`` is the close code (default 4004), ``reason`` at most 123 bytes. Answers the number of gateway
         instances that were told.
         """
-        _check_id("session", session)
-        _check_reason(reason)
+        check_id("session", session)
+        check_reason(reason)
         return await self._backend.close_session(session, code, reason, connection)
 
     # ---- events ----
@@ -371,7 +392,7 @@ class Worker:
         idempotency_key: str | None = None,
     ) -> Receipt:
         """Sends an event to all connections of a user (the token's ``sub``); see :meth:`broadcast`."""
-        target = Target("user", _check_id("user", user))
+        target = Target("user", check_id("user", user))
         return await self._send_event(target, Event(type, data, event_id, ack), history, idempotency_key)
 
     async def to_connection(
@@ -436,21 +457,21 @@ class Worker:
         if revoke is not None and (connection is not None or revoke <= 0):
             raise InvalidRequest("revoke is for a user or a jti, and above 0 seconds.")
         if user is not None:
-            _check_id("user", user)
+            check_id("user", user)
         if jti is not None and not _is_utf8(jti):
             raise InvalidRequest("A jti holds no half of a surrogate pair.")
         connection = _connection_id(connection) if connection is not None else None
-        _check_reason(reason)
+        check_reason(reason)
         return await self._backend.disconnect(Disconnection(user, connection, jti, code, reason, revoke))
 
     async def presence(self, user: str) -> list[Presence]:
         """The live connections of a user to the event endpoint, over all instances."""
-        return await self._backend.presence(_check_id("user", user))
+        return await self._backend.presence(check_id("user", user))
 
     async def history(
         self, *, session: str | None = None, user: str | None = None, after: str = "0-0", limit: int = 100
     ) -> History:
-        """What is kept for a session, a user, or (without either) for everybody, oldest first.
+        """Kept messages of a session, a user, or (without either) of the broadcast, oldest first.
 
         ``after`` is a position (a receipt's ``event_id``), an event id of your own, or ``0-0`` for all that is kept;
         ``limit`` is the most messages of this page.
@@ -460,9 +481,9 @@ class Worker:
         if limit < 1:
             raise InvalidRequest("limit must be at least 1.")
         if session is not None:
-            target = Target("session", _check_id("session", session))
+            target = Target("session", check_id("session", session))
         else:
-            target = Target("broadcast") if user is None else Target("user", _check_id("user", user))
+            target = Target("broadcast") if user is None else Target("user", check_id("user", user))
         if not is_plain(after):
             raise InvalidRequest("after must be a position such as 1732190000000-0-5d2c0f6a, or an event id.")
         return await self._backend.history(target, START if after == "0" else after, limit)
@@ -487,12 +508,6 @@ class Worker:
         if not history and is_reserved(payload):
             raise InvalidRequest("A message without history must not begin with the bytes FF, H and a digit.")
         return await self._backend.publish(Publication(target, payload, history, event_id, key))
-
-
-def _check_id(what: str, name: str) -> str:
-    if not _ID.fullmatch(name):
-        raise InvalidRequest(f"A {what} id has 1 to 128 letters, digits and -_.~@+=|.")
-    return name
 
 
 def _connection_id(text: str) -> str:
@@ -525,11 +540,6 @@ def _check_key(key: str) -> str:
     return key
 
 
-def _check_reason(reason: str | None) -> None:
-    if reason is not None and not (_is_utf8(reason) and len(reason.encode()) <= 123):
-        raise InvalidRequest("A close reason has at most 123 bytes, of UTF-8.")
-
-
 def _is_utf8(text: str) -> bool:
     # Half of a surrogate pair cannot be sent.
     try:
@@ -545,7 +555,7 @@ def _target(to: str) -> Target:
         case "broadcast" if not name:
             return Target("broadcast")
         case "user" | "connection" | "session":
-            return Target(kind, _connection_id(name) if kind == "connection" else _check_id(kind, name))
+            return Target(kind, _connection_id(name) if kind == "connection" else check_id(kind, name))
     raise InvalidRequest(f"{to!r} is none of broadcast, user:U, connection:C and session:S.")
 
 
@@ -585,5 +595,5 @@ def _session_event(message: UpstreamMessage) -> SessionEvent | None:
             raw=raw,
         )
     except (ValueError, KeyError, TypeError):
-        # Somebody else's message on the channel is none of ours.
+        # Another publisher's message on the channel is none of ours.
         return None

@@ -1,4 +1,4 @@
-//! One client: its socket, how far its handshake is and what it expects; knows no epoll.
+//! One client: its socket, the state of its handshake and the numbers it expects; knows no epoll.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
@@ -10,9 +10,9 @@ use wsproxy_proto::history::Position;
 
 use crate::frame::FrameReader;
 
-/// How far a client is.
+/// State of a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(crate) enum Phase {
     Idle,
     Handshake,
     Open,
@@ -21,27 +21,27 @@ pub(super) enum Phase {
 
 /// One client of a fleet; its slot is used again when it reconnects.
 #[derive(Debug)]
-pub(super) struct Client {
-    pub(super) socket: Option<OwnedFd>,
-    pub(super) phase: Phase,
+pub(crate) struct Client {
+    pub(crate) socket: Option<OwnedFd>,
+    pub(crate) phase: Phase,
     /// Distinguishes this connection from earlier ones of the slot, whose events may still be queued.
-    pub(super) generation: u32,
-    pub(super) reader: FrameReader,
+    pub(crate) generation: u32,
+    pub(crate) reader: FrameReader,
     /// The answer's head while it is incomplete.
-    pub(super) head: Vec<u8>,
-    /// What the socket did not take yet.
-    pub(super) unsent: Vec<u8>,
-    /// Number of the next message of its own channel, and of the one that everybody shares.
-    pub(super) expected: [Option<u32>; 2],
-    /// Of the last message that had one.
-    pub(super) position: Option<Position>,
-    pub(super) sent: u32,
-    pub(super) started_ns: u64,
-    pub(super) stalled: bool,
+    pub(crate) head: Vec<u8>,
+    /// Bytes that the socket did not take yet.
+    pub(crate) unsent: Vec<u8>,
+    /// Number of the next message of its own channel, and of the channel that all clients share.
+    pub(crate) expected: [Option<u32>; 2],
+    /// Position of the last message that had one.
+    pub(crate) position: Option<Position>,
+    pub(crate) sent: u32,
+    pub(crate) started_ns: u64,
+    pub(crate) stalled: bool,
 }
 
 impl Client {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             socket: None,
             phase: Phase::Idle,
@@ -58,7 +58,7 @@ impl Client {
     }
 
     /// Starts to connect from `source`; on loopback the connection usually stands when this returns.
-    pub(super) fn connect(&mut self, server: SocketAddr, source: Ipv4Addr) -> Result<(), Errno> {
+    pub(crate) fn connect(&mut self, server: SocketAddr, source: Ipv4Addr) -> Result<(), Errno> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket =
             rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
@@ -78,7 +78,7 @@ impl Client {
     }
 
     /// Sends as much as the socket takes and keeps the rest; true when all of it went.
-    pub(super) fn send(&mut self, bytes: &[u8]) -> Result<bool, Errno> {
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<bool, Errno> {
         let Some(socket) = &self.socket else { return Ok(true) };
         if !self.unsent.is_empty() {
             self.unsent.extend_from_slice(bytes);
@@ -93,20 +93,20 @@ impl Client {
         Ok(self.unsent.is_empty())
     }
 
-    /// Sends what was left over; true when nothing is left.
-    pub(super) fn flush(&mut self) -> Result<bool, Errno> {
+    /// Sends the bytes that were left over; true when none is left.
+    pub(crate) fn flush(&mut self) -> Result<bool, Errno> {
         let unsent = std::mem::take(&mut self.unsent);
         self.send(&unsent)
     }
 
-    /// Forgets what the connection before this one received.
-    pub(super) fn start_over(&mut self) {
+    /// Forgets the messages of the previous connection.
+    pub(crate) fn start_over(&mut self) {
         self.expected = [None; 2];
         self.position = None;
     }
 
     /// Forgets the connection; its events of this round no longer count.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.socket = None;
         self.phase = Phase::Idle;
         self.generation = self.generation.wrapping_add(1);

@@ -1,4 +1,4 @@
-//! What the threads of a fleet tell while they run; added up once per round, not per message.
+//! The totals of a fleet's threads while they run; added up once per round, not per message.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,15 +21,15 @@ pub struct Counters {
     waiter: Mutex<Option<Thread>>,
 }
 
-/// A total that somebody may be waiting for.
+/// A total that a thread may be waiting for.
 #[derive(Debug, Default)]
 struct Awaited {
     total: AtomicU64,
-    /// The waiter is woken when the total reaches this; 0 while nobody waits.
+    /// The waiting thread is woken when the total reaches this; 0 while none waits.
     wake_at: AtomicU64,
 }
 
-/// What happened in one round of one thread.
+/// The changes of one round of one thread.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Round {
     pub(crate) opened: u64,
@@ -53,7 +53,7 @@ impl Counters {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// Open connections that ended, whoever ended them.
+    /// Open connections that ended, on either side.
     #[must_use]
     pub fn closed(&self) -> u64 {
         self.closed.load(Ordering::Acquire)
@@ -77,7 +77,7 @@ impl Counters {
         self.delivered.total.load(Ordering::SeqCst)
     }
 
-    /// Those that arrived at other clients.
+    /// Stamped messages that arrived whole at other clients.
     #[must_use]
     pub fn aside(&self) -> u64 {
         self.aside.load(Ordering::Acquire)
@@ -89,13 +89,13 @@ impl Counters {
         self.sent.load(Ordering::Acquire)
     }
 
-    /// Sleeps until that many messages have arrived; false when `timeout` passes without any progress.
+    /// Sleeps until `wanted` messages have arrived; false when `timeout` passes without any progress.
     #[must_use]
     pub fn wait_delivered(&self, wanted: u64, timeout: Duration) -> bool {
         self.wait(&self.delivered, wanted, timeout)
     }
 
-    /// Sleeps until that many handshakes have ended; false when `timeout` passes without any progress.
+    /// Sleeps until `wanted` handshakes have ended; false when `timeout` passes without any progress.
     #[must_use]
     pub fn wait_settled(&self, wanted: u64, timeout: Duration) -> bool {
         self.wait(&self.settled, wanted, timeout)
@@ -152,7 +152,7 @@ impl Counters {
 }
 
 impl Awaited {
-    /// True when somebody waits for what has now been reached.
+    /// Returns true when a thread waits for a total that has now been reached.
     fn add(&self, amount: u64) -> bool {
         if amount == 0 {
             return false;
@@ -163,5 +163,5 @@ impl Awaited {
     }
 }
 
-/// A waiter looks again this often, for its timeout.
+/// Interval at which a waiting thread checks its timeout.
 const PARK: Duration = Duration::from_millis(100);

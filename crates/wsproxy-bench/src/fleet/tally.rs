@@ -1,15 +1,15 @@
-//! What one thread measured since it was last asked, and how several threads' figures add up.
+//! The figures of one thread since the last report, and their sum over several threads.
 
 use std::collections::BTreeMap;
 
 use hdrhistogram::Histogram;
 
-/// How one connection was ended by the server.
+/// The end of a connection by the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ending {
     /// Close code; 1006 where the socket just ended.
     pub code: u16,
-    /// When, in monotonic nanoseconds.
+    /// Time, in monotonic nanoseconds.
     pub at_ns: u64,
 }
 
@@ -18,27 +18,27 @@ pub struct Ending {
 pub struct Tally {
     /// From the intended time of sending to arrival, in nanoseconds.
     pub latency: Histogram<u64>,
-    /// The same for messages to everybody, where they are numbered by themselves.
+    /// The same for messages to all clients, where they are numbered separately.
     pub shared_latency: Histogram<u64>,
     /// From the start of a connection (its intended start where a rate is given) to `101`.
     pub handshake: Histogram<u64>,
-    /// Handshakes that failed, by what happened.
+    /// Failed handshakes, by reason.
     pub failures: BTreeMap<String, u64>,
     /// Connections that the server ended.
     pub endings: Vec<Ending>,
     /// Messages whose number did not follow the one before on the same connection.
     pub out_of_order: u64,
-    /// Those of them that had come before.
+    /// Messages out of order that had come before.
     pub repeated: u64,
-    /// Notices that all missed messages follow.
+    /// Notices that the missed messages follow.
     pub resumed: u64,
-    /// Notices that not all missed messages can be had.
+    /// Notices that some missed messages are lost.
     pub history_lost: u64,
     /// Notices that messages may have been missed.
     pub bus_recovered: u64,
     /// Messages that were to be sent before the mark of [`Fleet::mark`](super::Fleet::mark) and came after it was set.
     pub late: u64,
-    /// When the last of them came, in monotonic nanoseconds.
+    /// Arrival of the last of these late messages, in monotonic nanoseconds.
     pub late_last_ns: u64,
     /// Messages without a stamp: the server's own.
     pub unstamped: u64,
@@ -73,7 +73,7 @@ impl Default for Tally {
 impl Tally {
     /// Adds the figures of another thread.
     pub fn add(&mut self, other: &Self) {
-        // Both were made by `histogram`, so that neither addition can fail.
+        // `histogram` made both, so that neither addition can fail.
         let _ = self.latency.add(&other.latency);
         let _ = self.shared_latency.add(&other.shared_latency);
         let _ = self.handshake.add(&other.handshake);
@@ -97,7 +97,7 @@ impl Tally {
         *self.failures.entry(reason.into()).or_insert(0) += 1;
     }
 
-    /// Close codes of the connections that the server ended.
+    /// Returns the close codes of the connections that the server ended.
     #[must_use]
     pub fn codes(&self) -> BTreeMap<u16, u64> {
         let mut codes = BTreeMap::new();

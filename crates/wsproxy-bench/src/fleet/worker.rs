@@ -24,9 +24,9 @@ use super::{Command, Counters, Echo, FleetConfig, Opening, Span, Tally};
 use crate::clock::{NS_PER_SECOND, now_ns, ns};
 use crate::frame::{self, Content, Event, Notice};
 use crate::handshake::{self, Answer};
-use crate::stamp::Stamp;
+use crate::stamp::{CallStamp, Stamp};
 
-/// The thread's state.
+/// The state of one thread.
 ///
 /// Invariant: the slot of a client is its number divided by the number of threads.
 pub(super) struct Worker {
@@ -47,7 +47,7 @@ pub(super) struct Worker {
     /// Handshakes in the order in which they began: slot and generation.
     handshakes: VecDeque<(u32, u32)>,
     echo: Option<Sending>,
-    /// Messages that were to be sent until then are counted by themselves; 0 for none.
+    /// Messages that were to be sent until this time are counted separately; 0 for none.
     mark_ns: u64,
     tally: Tally,
     round: Round,
@@ -177,7 +177,7 @@ impl Worker {
                 if pace.next_ns > started_ns as f64 {
                     return;
                 }
-                // What the schedule asked for counts, not when the in-flight limit let it happen.
+                // Latency counts from the schedule, not from when the in-flight limit allowed the connection.
                 started_ns = pace.next_ns as u64;
                 if !self.to_open.is_empty() {
                     pace.next_ns += pace.interval_ns;
@@ -255,7 +255,7 @@ impl Worker {
         }
     }
 
-    /// Takes what one system call gives; `None` when there is nothing more to come.
+    /// Takes the bytes of one system call; `None` when no more follow.
     fn read(&mut self, slot: u32, buffer: &mut [u8]) -> Option<usize> {
         let client = &mut self.clients[slot as usize];
         let socket = client.socket.as_ref()?;
@@ -308,6 +308,10 @@ impl Worker {
                     self.tally.bytes += bytes;
                     self.take(slot, stamp, now);
                 }
+                Ok(Some(Event::Message { content: Content::Call(call), bytes })) => {
+                    self.tally.bytes += bytes;
+                    self.answer(slot, call);
+                }
                 Ok(Some(Event::Message { content: Content::Notice(notice), .. })) => {
                     self.take_notice(slot, notice);
                 }
@@ -347,7 +351,7 @@ impl Worker {
             self.tally.late_last_ns = now;
         }
         let expected = &mut self.clients[slot as usize].expected[lane];
-        // Who resumes has to get everything from the first message on.
+        // A client that resumes has to get everything from the first message on.
         let first = self.config.target.resumes().then_some(0);
         if let Some(expected) = expected.or(first)
             && expected != stamp.number
@@ -356,6 +360,17 @@ impl Worker {
             self.tally.repeated += u64::from(stamp.number < expected);
         }
         *expected = Some(stamp.number.wrapping_add(1));
+    }
+
+    /// Answers a call as an agent does.
+    fn answer(&mut self, slot: u32, call: CallStamp) {
+        let mut answer = br#"{"type":"tool_response","requestId":""#.to_vec();
+        call.write(&mut answer);
+        answer.extend_from_slice(br#"","success":true,"result":{"ok":true},"executionTime":1}"#);
+        let mut sent = Vec::with_capacity(answer.len() + 8);
+        frame::push_client_frame(Opcode::Text, &answer, &mut sent);
+        self.round.delivered += 1;
+        self.send(slot, &sent);
     }
 
     fn take_notice(&mut self, slot: u32, notice: Notice) {
@@ -385,7 +400,7 @@ impl Worker {
         }
     }
 
-    /// The connection is over for a reason other than a close frame.
+    /// Ends a connection for a reason other than a close frame.
     fn end(&mut self, slot: u32, reason: &str) {
         match self.clients[slot as usize].phase {
             Phase::Handshake => self.fail(slot, reason),
@@ -463,7 +478,7 @@ impl Worker {
         }
     }
 
-    /// Sends every message whose time has come; it carries that time, however late it goes.
+    /// Sends every message whose time has come. It carries its intended time, even when it leaves late.
     fn send_due(&mut self) {
         let Some(mut sending) = self.echo.take() else { return };
         let now = now_ns() as f64;
@@ -481,7 +496,10 @@ impl Worker {
             client.sent = client.sent.wrapping_add(1);
             sending.scratch.clear();
             sending.frame.clear();
-            stamp.write(sending.plan.bytes, &mut sending.scratch);
+            match sending.plan.heartbeats {
+                true => sending.scratch.extend_from_slice(HEARTBEAT),
+                false => stamp.write(sending.plan.bytes, &mut sending.scratch),
+            }
             frame::push_client_frame(Opcode::Text, &sending.scratch, &mut sending.frame);
             self.round.sent += 1;
             self.send(slot, &sending.frame);
@@ -541,11 +559,13 @@ fn describe(error: Errno) -> &'static str {
     }
 }
 
-/// Tokens above any slot: a slot is 32 bits, and its generation would have to wrap to collide.
+/// Epoll tokens above any slot: a slot is 32 bits, and its generation would have to wrap to collide.
 const WAKE: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 const EVENTS_MAX: usize = 1024;
 const READ_BYTES: usize = 256 * 1024;
 const OPEN_TICK_NS: u64 = 250_000;
+/// Sign of life of an agent.
+const HEARTBEAT: &[u8] = br#"{"type":"heartbeat","timestamp":1763729000000}"#;
 /// 127.0.0.1, in the order in which addresses count up.
 const FIRST_SOURCE: u32 = 0x7f00_0001;

@@ -1,15 +1,15 @@
-//! Clients come and go at a rate while a number of them is always there; memory must not grow with it.
+//! Clients come and go at a rate while their number stays the same; memory must not grow.
 
 use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::clock::{NS_PER_SECOND, now_ns, ns, sleep_until};
 use crate::fleet::{Opening, Span};
+use crate::options::Common;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -22,11 +22,11 @@ pub struct Options {
     abort: bool,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let standing = common.connections;
-    // A client's place is used again a second after it left at the earliest.
+    // A client's slot is used again a second after the client left, at the earliest.
     let places = standing + (options.rate * REST_SECONDS).ceil() as u32;
     let layout = Layout { clients: places, measured: places, shared: false, resumes: false };
     let mut bench = Bench::start("churn", common, layout)?;
@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// Opens and closes at the rate; gives how many were to be opened.
+/// Opens and closes connections at the rate; returns the number of those that were to be opened.
 fn come_and_go(bench: &mut Bench, options: &Options, places: u32) -> Result<u64> {
     let standing = bench.common.connections;
     let start_ns = now_ns();
@@ -92,7 +92,7 @@ fn come_and_go(bench: &mut Bench, options: &Options, places: u32) -> Result<u64>
     Ok(done)
 }
 
-/// As much of a range of a ring as lies before the ring's end.
+/// Cuts a range of a ring at the ring's end.
 fn range(first: u64, count: u64, places: u32) -> Span {
     let first = (first % u64::from(places)) as u32;
     Span { first, count: (places - first).min(count as u32) }

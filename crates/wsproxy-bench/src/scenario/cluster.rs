@@ -1,5 +1,5 @@
-//! Users at the event endpoint of several instances on one Redis: how they connect, what they cost, how soon they
-//! hear what is for them and what is for all.
+//! Users at the event endpoint of several instances on one Redis: their handshakes, their cost, and the latency of
+//! messages to one user and to all.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,16 +8,16 @@ use anyhow::{Result, ensure};
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::{Common, seconds};
 use crate::clock::{now_ns, ns};
 use crate::fleet::Tally;
 use crate::load::{self, Flow};
+use crate::options::{Common, seconds};
 use crate::procfs::Processes;
 use crate::remote::{Generator, RemoteFleet, Status};
 use crate::report::Report;
 use crate::target::Kind;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -25,7 +25,7 @@ pub struct Options {
     /// The instances; --pid names their processes in the same order.
     #[arg(long, value_delimiter = ',', required = true)]
     servers: Vec<SocketAddr>,
-    /// What the instances verify tokens with.
+    /// Secret that the instances verify tokens with.
     #[arg(long)]
     secret: String,
     /// Connections per second over all instances.
@@ -48,7 +48,7 @@ pub struct Options {
     settle: Duration,
 }
 
-/// The generators, as if they were one fleet.
+/// All generators, with the calls of one fleet.
 struct Crowd {
     fleets: Vec<RemoteFleet>,
     timeout: Duration,
@@ -56,7 +56,7 @@ struct Crowd {
     pings: u64,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let mut common = options.common.clone();
     common.target = Kind::Events;
@@ -104,7 +104,7 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// Connects of every generator the clients from `first` up to `end`, at the rate.
+/// Connects the clients from `first` up to `end` of every generator, at the rate.
 fn connect(
     bench: &mut Bench,
     crowd: &mut Crowd,
@@ -138,11 +138,11 @@ fn connect(
     bench.note_cpu(&start, opened, "connect");
     bench.rename_cpu("connect");
     bench.judge(&tally, false);
-    ensure!(opened > 0, "nobody could connect");
+    ensure!(opened > 0, "no client could connect");
     Ok(())
 }
 
-/// Publishes at the rates that the flows have, and notes who heard it how soon.
+/// Publishes at the flows' rates, and notes deliveries and latencies.
 fn phase(
     bench: &mut Bench,
     crowd: &mut Crowd,
@@ -185,7 +185,7 @@ fn phase(
     Ok(())
 }
 
-/// Waits until the memory of each instance stands still, and gives it.
+/// Waits until the memory of each instance stops changing, and returns it.
 fn settle(bench: &mut Bench, patience: Duration) -> Vec<u64> {
     bench.progress.phase("settle");
     let instances: Vec<Processes> =
@@ -224,7 +224,7 @@ fn note_memory(bench: &mut Bench, crowd: &Crowd, few_each: u32, few: &[u64], man
 }
 
 impl Crowd {
-    /// Spreads the clients over generators, as many for each instance.
+    /// Spreads the clients over generators, evenly over the instances.
     fn start(bench: &Bench, options: &Options) -> Result<Self> {
         let common = &options.common;
         let instances = options.servers.len() as u32;
@@ -270,7 +270,7 @@ impl Crowd {
         Ok(total)
     }
 
-    /// Waits until as much has happened; false when nothing happens any more before that.
+    /// Waits until a total is reached; false when progress stops before that.
     fn wait(&mut self, what: impl Fn(&Status) -> u64, wanted: u64) -> Result<bool> {
         let (mut last, mut since_ns) = (0, now_ns());
         loop {
@@ -289,7 +289,7 @@ impl Crowd {
     }
 }
 
-/// Descriptors are bounded to some 20,000 per process.
+/// Upper bound of clients per generator: a process has some 20,000 descriptors.
 const CLIENTS_MAX: u32 = 19_000;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);

@@ -4,11 +4,11 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::fleet::{Opening, Span};
+use crate::options::Common;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -18,7 +18,7 @@ pub struct Options {
     rate: Option<f64>,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -60,5 +60,5 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// Enough to have every code path and every pool of the server in use once.
+/// Connections of the warm-up: enough to use every code path and every pool of the server once.
 const WARM_UP_CLIENTS: u32 = 500;

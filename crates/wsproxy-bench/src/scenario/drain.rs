@@ -1,25 +1,25 @@
-//! The server is told to end while clients are connected: how they are told, spread over what time, and its exit.
+//! The server is told to end while clients are connected: close codes, the time they are spread over, and its exit.
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::clock::now_ns;
 use crate::fleet::Span;
+use crate::options::Common;
 use crate::procfs::has_ended;
 use crate::report::Report;
 use crate::target::Kind;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
     pub(crate) common: Common,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -70,5 +70,5 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// The close code of an instance that restarts.
+/// Close code of an instance that restarts.
 const RESTARTING: u16 = 1012;

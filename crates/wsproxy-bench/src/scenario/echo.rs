@@ -6,14 +6,14 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::clock::{now_ns, ns};
 use crate::echo_worker::EchoWorker;
 use crate::fleet::{Echo, Span};
+use crate::options::Common;
 use crate::report::Report;
 use crate::target::Kind;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -23,7 +23,7 @@ pub struct Options {
     rate: f64,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     if !matches!(common.target, Kind::Wsproxy | Kind::Plain) {
@@ -53,7 +53,7 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// Gives how many were sent and how many came back.
+/// Returns the numbers of messages that were sent and that came back.
 fn phase(bench: &mut Bench, rate: f64, duration: Duration) -> Result<(u64, u64)> {
     let tick = bench.common.tick();
     let start_ns = now_ns() + ns(tick);
@@ -63,14 +63,14 @@ fn phase(bench: &mut Bench, rate: f64, duration: Duration) -> Result<(u64, u64)>
     let Bench { fleet, progress, .. } = bench;
     let counters = fleet.counters();
     let (sent, delivered) = (counters.sent(), counters.delivered());
-    fleet.echo(Echo { span, rate, bytes, tick, start_ns, end_ns })?;
+    fleet.echo(Echo { span, rate, bytes, heartbeats: false, tick, start_ns, end_ns })?;
     let over = |_: &_| now_ns() > end_ns + ns(tick) * 4;
     fleet.wait(duration * 2 + LATE, over, &mut |counters| progress.tick(counters))?;
     let sent = counters.sent() - sent;
-    // What does not come is judged by the figures.
+    // Messages that do not come show in the figures.
     let _ = counters.wait_delivered(delivered + sent, LATE);
     Ok((sent, counters.delivered() - delivered))
 }
 
-/// Echoes that take longer than this after the last message was sent count as lost.
+/// Longest wait for echoes after the last message was sent; later ones count as lost.
 const LATE: Duration = Duration::from_secs(5);

@@ -6,12 +6,12 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::fleet::Span;
 use crate::load::{self, Flow, Rounds};
+use crate::options::Common;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -24,7 +24,7 @@ pub struct Options {
     rate: Option<f64>,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -80,10 +80,10 @@ fn publish(
     let flows = std::slice::from_mut(flow);
     let tick = bench.common.tick();
     let steady = load::steady(publisher, flows, tick, duration, || progress.tick(counters))?;
-    // What does not come is judged by the figures.
+    // Messages that do not come show in the figures.
     let _ = counters.wait_delivered(before + steady.published * receivers, timeout.min(LATE));
     Ok(())
 }
 
-/// Messages that take longer than this after the last one was published count as lost.
+/// Longest wait for messages after the last one was published; later ones count as lost.
 const LATE: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! What a history costs: the same messages at the same rate to the same clients, plain and with history in turn.
+//! The cost of a history: the same messages at the same rate to the same clients, plain and with history in turn.
 
 use std::time::Duration;
 
@@ -6,12 +6,12 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout, Spent};
-use crate::cli::Common;
 use crate::fleet::{Span, Tally};
 use crate::load::{self, Flow};
+use crate::options::Common;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -22,12 +22,12 @@ pub struct Options {
     /// All clients belong to one session, so that each message goes to all of them.
     #[arg(long)]
     shared: bool,
-    /// How often both kinds take turns; each phase lasts its part of the duration.
+    /// Number of turns of both kinds; each phase lasts its part of the duration.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     turns: u32,
 }
 
-/// What the phases of one kind used together.
+/// CPU time and messages of all phases of one kind.
 #[derive(Default)]
 struct Kind {
     published: u64,
@@ -37,7 +37,7 @@ struct Kind {
     tally: Tally,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -60,7 +60,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let (mut plain, mut kept) = (Kind::default(), Kind::default());
     let duration = common.duration / options.turns;
     for turn in 0..options.turns {
-        // Neither kind is always the first, so that what drifts hits both.
+        // Neither kind is always the first, so that drift hits both.
         for with_history in [turn % 2 == 1, turn % 2 == 0] {
             let kind = if with_history { &mut kept } else { &mut plain };
             phase(&mut bench, &mut flow, with_history, receivers, duration, kind)?;
@@ -87,7 +87,7 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// Adds a phase to what its kind used.
+/// Adds a phase to the sums of its kind.
 fn phase(
     bench: &mut Bench,
     flow: &mut Flow,
@@ -105,7 +105,7 @@ fn phase(
     let before = counters.delivered();
     let flows = std::slice::from_mut(flow);
     let steady = load::steady(publisher, flows, tick, duration, || progress.tick(counters))?;
-    // What does not come is judged by the figures.
+    // Messages that do not come show in the figures.
     let _ = counters.wait_delivered(before + steady.published * receivers, LATE);
     kind.published += steady.published;
     kind.unsent += steady.unsent;
@@ -127,5 +127,5 @@ fn note(bench: &mut Bench, name: &str, kind: &Kind) {
     report.quantiles(&format!("{name}_latency"), &kind.tally.latency);
 }
 
-/// Messages that take longer than this after the last one was published count as lost.
+/// Longest wait for messages after the last one was published; later ones count as lost.
 const LATE: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! What an idle connection costs in memory, and whether a burst is given back.
+//! The memory of an idle connection, and whether the server gives a burst's memory back.
 
 use std::time::Duration;
 
@@ -6,14 +6,14 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::{Common, seconds};
 use crate::clock::{now_ns, ns};
 use crate::fleet::Span;
 use crate::load::Flow;
+use crate::options::{Common, seconds};
 use crate::procfs::Memory;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -29,7 +29,7 @@ pub struct Options {
     settle: Duration,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -72,7 +72,7 @@ pub fn run(options: &Options) -> Result<Report> {
     Ok(bench.report)
 }
 
-/// One message to each session, a few at a time: Redis drops subscribers that fall behind by 32 MB.
+/// Publishes one message to each session, a few at a time: Redis drops subscribers that fall behind by 32 MB.
 fn burst(bench: &mut Bench, bytes: usize) -> Result<u64> {
     bench.progress.phase("burst");
     let clients = bench.common.connections;
@@ -93,7 +93,7 @@ fn burst(bench: &mut Bench, bytes: usize) -> Result<u64> {
     Ok(bench.fleet.counters().delivered() - before)
 }
 
-/// Waits until the server's memory stands still.
+/// Waits until the server's memory stops changing.
 fn settle(bench: &mut Bench, phase: &str, patience: Duration) -> Memory {
     bench.progress.phase(phase);
     let deadline = now_ns() + ns(patience);

@@ -1,4 +1,4 @@
-//! Redis is killed under load and comes back with its data: nobody reconnects, nothing is lost, all catch up.
+//! Redis is killed under load and comes back with its data: no client reconnects, no message is lost, all catch up.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -10,14 +10,14 @@ use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bench::{Bench, Layout};
-use crate::cli::{Common, seconds};
 use crate::clock::{NS_PER_SECOND, now_ns, ns, sleep_until};
 use crate::fleet::Span;
+use crate::options::{Common, seconds};
 use crate::persistent::{Counts, PersistentPublisher};
 use crate::procfs::Processes;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -36,7 +36,7 @@ pub struct Options {
 /// A Redis that this tool has started; ended when this is dropped.
 struct Redis(Child);
 
-/// What the publisher did, and since when messages were caught up with.
+/// The publisher's counts, and the time since which no message is behind.
 struct Published {
     messages: u64,
     counts: Counts,
@@ -44,7 +44,7 @@ struct Published {
     late_ns_max: u64,
 }
 
-/// Runs it: the duration before the outage, the outage, and the duration after it.
+/// Runs the scenario: the duration before the outage, the outage, and the duration after it.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -71,7 +71,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let counters = bench.fleet.counters();
     let complete = counters.wait_delivered(published.messages, common.timeout);
     bench.note_cpu(&start, published.messages, "message");
-    // What comes twice would come now.
+    // Duplicates would come now.
     std::thread::sleep(SETTLE);
     note(&mut bench, &published, kill_ns)?;
     bench.report.problem_if(!complete, || "not every message arrived".to_owned());
@@ -94,7 +94,7 @@ fn take_down(pid: u32, kill_ns: u64, options: &Options) -> Result<JoinHandle<Res
     })?)
 }
 
-/// Publishes at the rate, whether there is a Redis or not, until all is acknowledged.
+/// Publishes at the rate, with or without Redis, until all messages are acknowledged.
 fn publish(
     bench: &mut Bench,
     publisher: &mut PersistentPublisher,
@@ -123,7 +123,7 @@ fn publish(
         publisher.step()?;
         let counts = publisher.counts();
         if counts.answered_ns != before.answered_ns {
-            // All that was due until now has been missed, or waits in front of what follows.
+            // Every message that was due until now was missed, or waits in front of the next ones.
             bench.fleet.mark(counts.answered_ns)?;
             backlog = Some(messages);
         }

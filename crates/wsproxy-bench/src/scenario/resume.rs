@@ -1,4 +1,4 @@
-//! An instance is killed while many clients are connected; what they miss meanwhile they get from another one.
+//! An instance is killed while many clients are connected; they get missed messages from another instance.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,33 +8,33 @@ use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::clock::now_ns;
 use crate::fleet::{Opening, Span};
 use crate::load::Flow;
+use crate::options::Common;
 use crate::procfs::Processes;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
     pub(crate) common: Common,
-    /// The instance to which all go when that of --server is killed. --pid names both, that of --server first.
+    /// The instance that takes all clients when that of --server is killed. --pid names both, that of --server first.
     #[arg(long)]
     other: SocketAddr,
-    /// Messages that each client gets before.
+    /// Messages that each client gets before the kill.
     #[arg(long, default_value_t = 5)]
     before: u32,
     /// Messages that each client misses.
     #[arg(long, default_value_t = 20)]
     missed: u32,
-    /// Handshakes at once when all come back; 0: all.
+    /// Handshakes at once when all clients come back; 0: all.
     #[arg(long, default_value_t = 0)]
     returning: u32,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<Report> {
     come_back(&mut bench, options, before)
 }
 
-/// The instance dies, and messages are published to nobody.
+/// Kills the instance, and publishes messages while no client is connected.
 fn kill_and_miss(bench: &mut Bench, flow: &mut Flow, pid: u32, options: &Options) -> Result<()> {
     bench.progress.phase("kill");
     let process =
@@ -85,7 +85,7 @@ fn kill_and_miss(bench: &mut Bench, flow: &mut Flow, pid: u32, options: &Options
     bench.fleet.redirect(options.other)
 }
 
-/// All clients connect at once and say where they were.
+/// Connects all clients at once, each with the position of its last message.
 fn come_back(bench: &mut Bench, options: &Options, before: u64) -> Result<Report> {
     bench.progress.phase("resume");
     let clients = bench.common.connections;
@@ -104,7 +104,7 @@ fn come_back(bench: &mut Bench, options: &Options, before: u64) -> Result<Report
     let complete_ns = now_ns();
     bench.note_cpu(&start, missed, "missed_message");
     let after = bench.memory();
-    // What comes twice would come now.
+    // Duplicates would come now.
     std::thread::sleep(SETTLE);
     let delivered = bench.fleet.counters().delivered() - before;
     let open = bench.fleet.counters().open_now();
@@ -134,7 +134,7 @@ fn come_back(bench: &mut Bench, options: &Options, before: u64) -> Result<Report
     Ok(bench.report.clone())
 }
 
-/// So many messages to each session, in chunks that Redis' buffers for subscribers can hold.
+/// Publishes the same number of messages to each session, in chunks that Redis' buffers for subscribers can hold.
 fn publish(bench: &mut Bench, flow: &mut Flow, each: u32) -> Result<()> {
     let all = u64::from(bench.common.connections) * u64::from(each);
     for published in 1..=all {

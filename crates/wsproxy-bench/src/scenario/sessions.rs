@@ -7,12 +7,12 @@ use clap::Args;
 use serde_json::json;
 
 use crate::bench::{Bench, Layout, Moment};
-use crate::cli::Common;
 use crate::fleet::{Span, Tally};
 use crate::load::{self, Flow, Rounds, Steady};
+use crate::options::Common;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
@@ -29,7 +29,7 @@ pub struct Options {
     burst: Option<u64>,
 }
 
-/// What one rate gave.
+/// Figures of one rate.
 struct Step {
     steady: Steady,
     delivered: u64,
@@ -37,7 +37,7 @@ struct Step {
     start: Moment,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let clients = common.connections;
@@ -78,7 +78,7 @@ pub fn run(options: &Options) -> Result<Report> {
     }
     bench.report.set("rates_per_s", options.rates.clone());
     if ramp {
-        // A ramp is meant to find the rate that is too high, but not as its first.
+        // A ramp is meant to find the rate that is too high. Its first rate must be held.
         bench.report.problem_if(highest == 0.0, || "not even the first rate was held".to_owned());
         bench.report.figure("highest_rate_held_per_s", highest);
         bench.report.figure("steps", steps);
@@ -117,7 +117,7 @@ fn step(bench: &mut Bench, flow: &mut Flow, duration: Duration) -> Result<Step> 
     let before = counters.delivered();
     let flows = std::slice::from_mut(flow);
     let steady = load::steady(publisher, flows, tick, duration, || progress.tick(counters))?;
-    // What does not come is judged by the figures.
+    // Messages that do not come show in the figures.
     let _ = counters.wait_delivered(before + steady.published, LATE);
     let delivered = counters.delivered() - before;
     Ok(Step { steady, delivered, tally: bench.fleet.report()?, start })
@@ -150,5 +150,5 @@ fn is_held(step: &Step, hold_p99_ms: f64) -> bool {
     whole && undisturbed && p99_ms < hold_p99_ms
 }
 
-/// Messages that take longer than this after the last one was published count as lost.
+/// Longest wait for messages after the last one was published; later ones count as lost.
 const LATE: Duration = Duration::from_secs(5);

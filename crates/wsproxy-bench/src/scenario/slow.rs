@@ -1,4 +1,4 @@
-//! Some clients stop reading: what it costs the server, and what those notice that go on.
+//! Some clients stop reading: the cost for the server, and the effect on the other clients.
 
 use std::time::Duration;
 
@@ -6,32 +6,32 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::cli::Common;
 use crate::clock::{NS_PER_SECOND, now_ns};
 use crate::fleet::{Span, Tally};
 use crate::load::{self, Flow};
+use crate::options::Common;
 use crate::report::Report;
 
-/// What to do.
+/// Options of the scenario.
 #[derive(Debug, Args)]
 pub struct Options {
     #[command(flatten)]
     pub(crate) common: Common,
-    /// Messages per second over those that read.
+    /// Messages per second over the clients that read.
     #[arg(long, default_value_t = 10_000.0)]
     rate: f64,
-    /// How many stop reading, beside those that go on.
+    /// Number of clients that stop reading, beside those that go on.
     #[arg(long, default_value_t = 1)]
     stalled: u32,
-    /// Messages per second to each of them.
+    /// Messages per second to each client that does not read.
     #[arg(long, default_value_t = 500.0)]
     stalled_rate: f64,
-    /// Payload bytes of these.
+    /// Payload bytes of a message to a client that does not read.
     #[arg(long, default_value_t = 8_192)]
     stalled_size: usize,
 }
 
-/// What one phase gave.
+/// Figures of one phase.
 struct Phase {
     published: u64,
     delivered: u64,
@@ -40,7 +40,7 @@ struct Phase {
     resident_max: u64,
 }
 
-/// Runs it.
+/// Runs the scenario.
 pub fn run(options: &Options) -> Result<Report> {
     let common = &options.common;
     let (readers, stalled) = (common.connections, options.stalled);
@@ -82,7 +82,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let Bench { fleet, progress, .. } = &mut bench;
     let counters = fleet.counters();
     let still_open = u64::from(readers);
-    // Those that the server did not end simply stay; the figures say so.
+    // Clients that the server did not disconnect stay connected; the figures show them.
     let _ = fleet.wait(RESUMED, |c| c.open_now() <= still_open, &mut |c| progress.tick(c));
     let open = counters.open_now();
     let tally = fleet.report()?;
@@ -113,7 +113,7 @@ fn phase(bench: &mut Bench, flows: &mut [Flow], duration: Duration) -> Result<Ph
         }
     })?;
     let published = flows[0].published() - published;
-    // What does not come is judged by the figures.
+    // Messages that do not come show in the figures.
     let _ = counters.wait_delivered(delivered + published, LATE);
     let (delivered, aside) = (counters.delivered() - delivered, counters.aside() - aside);
     Ok(Phase { published, delivered, aside, tally: fleet.report()?, resident_max })

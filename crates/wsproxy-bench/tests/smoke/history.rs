@@ -3,8 +3,6 @@
 use crate::bench;
 use crate::servers::{Gateway, Redis};
 
-const WITH_HISTORY: [(&str, &str); 1] = [("WSPROXY_SESSIONS__HISTORY", "true")];
-
 #[test]
 fn plain_messages_and_those_with_history_take_turns() {
     let redis = Redis::start();
@@ -67,7 +65,7 @@ fn clients_get_over_an_outage_of_redis() {
 }
 
 #[test]
-fn users_of_several_instances_hear_what_is_for_them_and_what_is_for_all() {
+fn users_of_several_instances_get_own_and_broadcast_messages() {
     let redis = Redis::start();
     let secret = "0123456789abcdef0123456789abcdef";
     let settings = [
@@ -90,3 +88,5 @@ fn users_of_several_instances_hear_what_is_for_them_and_what_is_for_all() {
     assert_eq!(of("opened"), 40);
     assert!(of("heartbeats_answered") > 0, "{report}");
 }
+
+const WITH_HISTORY: [(&str, &str); 1] = [("WSPROXY_SESSIONS__HISTORY", "true")];

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up has failed")]
 
 mod history;
+mod rooms;
 mod servers;
 
 use std::io::{BufRead, BufReader};
@@ -24,8 +25,6 @@ fn bench(arguments: &[&str]) -> (bool, Value) {
     let report = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}\n{errors}"));
     (output.status.success(), report)
 }
-
-const SHORT: [&str; 4] = ["--duration", "0.3", "--warmup", "0.1"];
 
 #[test]
 fn every_message_of_a_fanout_arrives() {
@@ -68,9 +67,11 @@ fn lost_connections_make_the_run_fail() {
     let pid = limit.id().to_string();
     let (server, publish) = (address("server="), address("publish="));
     let target = ["--target", "wsproxy", "--server", &server, "--publish", &publish];
-    // The raw limit knows no polite end: it just dies, which is no way for a gateway to go.
+    // The raw limit has no drain: it dies at once, and the run must count that as a failure.
     let (good, report) = bench(&[&["drain", "--pid", &pid], &target[..]].concat());
     limit.wait().unwrap();
     assert!(!good, "{report}");
     assert_eq!(report["figures"]["codes"]["1006"], 50);
 }
+
+const SHORT: [&str; 4] = ["--duration", "0.3", "--warmup", "0.1"];

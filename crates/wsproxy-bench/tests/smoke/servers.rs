@@ -1,4 +1,4 @@
-//! What the tool is put on: a Redis and gateways, each a process that ends with the test.
+//! A Redis and gateways for the tool to measure, each a process that ends with the test.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use wsproxy::config::{
     environment::Environment,
-    load::{Sources, load},
+    load::{ConfigSources, load},
 };
 
-/// A Redis that keeps what its configuration says.
+/// A Redis with a configuration of its own.
 pub(crate) struct Redis {
     child: Child,
     pub(crate) address: SocketAddr,
-    /// Starts it again.
+    /// Configuration with which the tool starts Redis again.
     pub(crate) conf: PathBuf,
     _folder: tempfile::TempDir,
 }
@@ -50,7 +50,7 @@ impl Redis {
 }
 
 impl Gateway {
-    /// Starts one with these environment variables, and waits until it is ready.
+    /// Starts a gateway with these environment variables, and waits until it is ready.
     pub(crate) fn start(redis: &Redis, settings: &[(&str, &str)]) -> Self {
         let address = free_address();
         let child = Command::new(std::env::current_exe().unwrap())
@@ -93,7 +93,8 @@ fn gateway() {
     if std::env::var_os(MARK).is_none() {
         return;
     }
-    let sources = Sources { environment: Environment::of_process(), ..Sources::default() };
+    let sources =
+        ConfigSources { environment: Environment::of_process(), ..ConfigSources::default() };
     let loaded = load(sources).unwrap_or_else(|problems| panic!("{problems}"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(wsproxy::server::run(loaded.config)).unwrap();

@@ -1,50 +1,50 @@
-//! How a connection ends: at once, after what waits, by the peer, or without a word.
+//! Endings of a connection: at once, after the queued frames, by the peer, or without a close frame.
 
 use std::sync::atomic::Ordering::Relaxed;
 
 use wsproxy_proto::{
     disconnect::Disconnect,
-    ws::frame::{Opcode, close_payload, server_frame},
+    ws::frame::{Opcode, close_payload},
 };
 
 use crate::{
     clock::Micros,
     driver::End,
-    link::{Link, Phase, Rare, State},
+    link::{Link, LinkPhase, Rare, State},
 };
 
-/// How a connection ends, as far as it is known.
+/// Ending that has begun.
 #[derive(Debug)]
 pub(super) struct Ending {
     why: &'static Disconnect,
-    /// The code that goes over the wire, in whichever direction comes first.
+    /// Code of the first close frame in either direction.
     code: u16,
     by_peer: bool,
-    /// Messages may still wait ahead of our close frame.
+    /// Messages may wait ahead of our close frame.
     finishing: bool,
-    /// When the close handshake must be over.
+    /// Time at which the close handshake must be over.
     pub(super) by: Micros,
 }
 
 impl Link {
-    /// Ends the connection: what waits for it is dropped, the close frame goes out at once.
+    /// Ends the connection at once: drops the queued frames and sends the close frame.
     ///
-    /// This also cuts [`Self::finish`] short; any other ending that has begun stays what it is.
+    /// Cuts [`Self::finish`] short. Changes nothing where any other ending has begun.
     pub fn disconnect(&self, why: &'static Disconnect, now: Micros) {
         self.end(&mut self.state.lock(), why, None, now);
     }
 
-    /// The same with a code and a reason of the backend's own.
+    /// As [`Self::disconnect`], with the code and reason of a worker.
     pub fn disconnect_with(&self, why: &'static Disconnect, code: u16, reason: &str, now: Micros) {
         self.end(&mut self.state.lock(), why, Some((code, reason)), now);
     }
 
-    /// Ends the connection after all that waits for it has been written.
+    /// Ends the connection after the queued frames: the close frame is sent behind them.
     pub fn finish(&self, why: &'static Disconnect, now: Micros) {
         self.finish_with(why, why.code, why.reason, now);
     }
 
-    /// The same with a code and a reason of the backend's own.
+    /// As [`Self::finish`], with the code and reason of a worker.
     pub fn finish_with(&self, why: &'static Disconnect, code: u16, reason: &str, now: Micros) {
         let mut state = self.state.lock();
         if state.is_ending() {
@@ -54,25 +54,26 @@ impl Link {
         if let Some(ending) = ending_of(&mut state.rare) {
             ending.finishing = true;
         }
-        let frame = server_frame(Opcode::Close, close_payload(code, reason).as_ref(), false);
+        let frame = self.encode(Opcode::Close, close_payload(code, reason).as_ref());
         state.outbox.push(frame, Micros::NEVER, false);
         self.write(&mut state, now);
     }
 
-    /// Ends the connection without a word: the socket failed, the peer left, or time is over.
+    /// Ends the connection without a close frame: the socket failed, the peer left, or the time for the close
+    /// handshake is over.
     pub fn abort(&self) {
         self.die(&mut self.state.lock());
     }
 
-    /// The peer's close frame came: it is answered with its own code, and what waits is dropped.
-    /// Where our own close frame waits behind messages, they are written first.
+    /// Answers the peer's close frame with its own code, and drops the queued frames. Where our own close frame waits
+    /// behind messages, these are written first.
     pub(crate) fn peer_closed(&self, code: Option<u16>, now: Micros) {
         let mut state = self.state.lock();
         state.peer_closed = true;
         if state.is_ending() {
             return;
         }
-        // A close frame without a code is answered with 1000: an empty answer would say less.
+        // A close frame without a code is answered with 1000, which says more than an empty answer.
         let answer = code.unwrap_or(Disconnect::NORMAL.code);
         self.end(&mut state, &Disconnect::NORMAL, Some((answer, "")), now);
         if let Some(ending) = ending_of(&mut state.rare) {
@@ -80,17 +81,18 @@ impl Link {
         }
     }
 
-    /// Nothing more comes from the peer. It may still read what we have to say at the end.
+    /// Handles the end of the peer's stream. The peer may still read our close frame.
     pub(crate) fn peer_left(&self) {
         let mut state = self.state.lock();
-        if state.phase == Phase::Closing {
+        if state.phase == LinkPhase::Closing {
             state.peer_closed = true;
         } else {
             self.die(&mut state);
         }
     }
 
-    /// The task is done: nothing can be queued from now on, and the wheel forgets the connection.
+    /// Ends the connection for the task, which is done: no frame can be queued any more, and the wheel forgets the
+    /// connection.
     pub(crate) fn over(&self) -> End {
         let mut state = self.state.lock();
         self.die(&mut state);
@@ -111,10 +113,10 @@ impl Link {
     ) {
         let (code, reason) = told.unwrap_or((why.code, why.reason));
         match (state.phase, ending_of(&mut state.rare)) {
-            (Phase::Corked | Phase::Open, _) => self.start_closing(state, why, code, now),
-            // The close frame of `finish` is the last that waits: as long as anything is
-            // untouched it is, and can be replaced. The time for it stays the same.
-            (Phase::Closing, Some(ending))
+            (LinkPhase::Corked | LinkPhase::Open, _) => self.start_closing(state, why, code, now),
+            // The close frame of `finish` is the last in the queue. As long as any frame is untouched the close frame
+            // is, and can be replaced. The time for the close handshake stays the same.
+            (LinkPhase::Closing, Some(ending))
                 if ending.finishing && state.outbox.untouched_bytes() > 0 =>
             {
                 (ending.why, ending.code, ending.finishing) = (why, code, false);
@@ -124,13 +126,13 @@ impl Link {
         let lost = state.outbox.discard() as u64;
         self.profile.stats.messages_discarded.fetch_add(lost, Relaxed);
         let payload = close_payload(code, reason);
-        state.outbox.push_control(server_frame(Opcode::Close, payload.as_ref(), false));
+        state.outbox.push_control(self.encode(Opcode::Close, payload.as_ref()));
         self.write(state, now);
         self.account(state);
     }
 
     fn start_closing(&self, state: &mut State, why: &'static Disconnect, code: u16, now: Micros) {
-        state.phase = Phase::Closing;
+        state.phase = LinkPhase::Closing;
         self.closing.store(true, Relaxed);
         let by = now.after(self.profile.close_timeout);
         let ending = Ending { why, code, by_peer: false, finishing: false, by };
@@ -140,10 +142,10 @@ impl Link {
     }
 
     pub(super) fn die(&self, state: &mut State) {
-        if state.phase == Phase::Dead {
+        if state.phase == LinkPhase::Dead {
             return;
         }
-        state.phase = Phase::Dead;
+        state.phase = LinkPhase::Dead;
         self.closing.store(true, Relaxed);
         let lost = state.outbox.clear() as u64;
         self.profile.stats.messages_discarded.fetch_add(lost, Relaxed);
@@ -152,7 +154,7 @@ impl Link {
     }
 }
 
-/// Borrows no more of the state than the box.
+/// Returns the ending. Borrows no more of the state than the box.
 fn ending_of(rare: &mut Option<Box<Rare>>) -> Option<&mut Ending> {
     rare.as_mut()?.ending.as_mut()
 }

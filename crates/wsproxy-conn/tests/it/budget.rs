@@ -1,4 +1,4 @@
-//! What all connections may hold together.
+//! Budget of all connections together.
 
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ async fn the_worst_offenders_go_until_the_rest_fits() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_being_finished_counts_like_any_other() {
+async fn finishing_connection_counts_against_the_budget() {
     let mut process = Process::with_budget(500_000);
     let profile = Arc::new(profile());
     let [worst, other] = [600_000, 100_000].map(|bytes| {
@@ -52,7 +52,7 @@ async fn a_client_that_is_being_finished_counts_like_any_other() {
 }
 
 #[tokio::test]
-async fn nobody_pays_for_frames_that_cannot_be_taken_back() {
+async fn partly_written_frames_end_no_other_connection() {
     let mut process = Process::with_budget(500_000);
     let profile = Arc::new(profile());
     let stuck = Connection::shared(&process, &profile);

@@ -1,4 +1,4 @@
-//! Ends: the close handshake from both sides, violations, deadlines, and peers that just leave.
+//! Endings: the close handshake from both sides, violations, deadlines, and peers that just leave.
 
 use std::{sync::Arc, sync::atomic::Ordering::SeqCst};
 
@@ -12,13 +12,13 @@ use wsproxy_proto::{
 use crate::support::{Connection, Process, close_code, profile, settle, text, until};
 
 #[tokio::test]
-async fn a_disconnect_is_a_close_frame_its_answer_and_the_end_of_the_stream() {
+async fn disconnect_sends_close_frame_and_ends_stream() {
     let process = Process::new();
     let mut connection = Connection::new(&process, profile());
     connection.link.disconnect_with(&Disconnect::BACKEND, 4100, "go", clock::now());
     let heard = connection.hears(1).await;
     assert_eq!((close_code(&heard[0]), &heard[0].1[2..]), (4100, &b"go"[..]));
-    // What it says before its answer is heard by nobody.
+    // Messages before the peer's close frame are ignored.
     connection.says(Opcode::Text, b"late").await;
     connection.says(Opcode::Ping, b"late").await;
     connection.says(Opcode::Close, &4100_u16.to_be_bytes()).await;
@@ -46,7 +46,7 @@ async fn a_peer_that_closes_gets_its_own_code_back() {
 }
 
 #[tokio::test]
-async fn a_violation_is_told_then_the_stream_ends_and_the_rest_is_thrown_away() {
+async fn violation_gets_close_frame_and_rest_is_discarded() {
     let mut connection = Connection::new(&Process::new(), profile());
     connection.says(Opcode::Text, b"good").await;
     connection.peer.write_all(&[0x83, 0x80, 0, 0, 0, 0]).await.unwrap();
@@ -63,7 +63,7 @@ async fn a_violation_is_told_then_the_stream_ends_and_the_rest_is_thrown_away() 
     assert_eq!(connection.seen.messages.lock().len(), 1);
 }
 
-/// Says as much as is taken. Returns how much that was.
+/// Sends as much as the socket takes. Returns the number of bytes.
 async fn floods(connection: &mut Connection) -> usize {
     let bytes = client_frame(Opcode::Binary, &[b'x'; 60_000], false, [1; 4]);
     let (mut taken, mut quiet) = (0, 0);
@@ -80,7 +80,7 @@ async fn floods(connection: &mut Connection) -> usize {
 }
 
 #[tokio::test]
-async fn only_a_few_megabytes_are_thrown_away_after_an_ending() {
+async fn bytes_discarded_after_an_ending_are_bounded() {
     let mut process = Process::new();
     for is_violation in [true, false] {
         let mut connection = Connection::new(&process, profile());
@@ -92,7 +92,7 @@ async fn only_a_few_megabytes_are_thrown_away_after_an_ending() {
         let code = close_code(&connection.hears(1).await[0]);
         let taken = floods(&mut connection).await;
         assert!((4 << 20..5 << 20).contains(&taken), "{taken} bytes were taken");
-        // The peer is told that nobody listens, and it has until the deadline to hear that.
+        // The peer's stream is no longer read. It has until the deadline to read our close frame.
         assert!(connection.hears_all().await.is_empty());
         assert!(!connection.task.is_finished());
         process.pass(5200);
@@ -101,7 +101,7 @@ async fn only_a_few_megabytes_are_thrown_away_after_an_ending() {
 }
 
 #[tokio::test]
-async fn finishing_writes_what_waits_first_even_to_a_peer_that_has_no_more_to_say() {
+async fn finish_writes_the_queue_before_the_close_frame() {
     for says_close in [true, false] {
         let mut connection = Connection::new(&Process::new(), profile());
         let pushed = connection.clog(100_000) as usize;
@@ -121,7 +121,7 @@ async fn finishing_writes_what_waits_first_even_to_a_peer_that_has_no_more_to_sa
 }
 
 #[tokio::test]
-async fn a_disconnect_cuts_finishing_short_and_no_frame_in_two() {
+async fn disconnect_cuts_finish_short_between_frames() {
     let mut connection = Connection::new(&Process::new(), profile());
     let pushed = connection.clog(100_000);
     connection.link.finish(&Disconnect::RESTART, clock::now());
@@ -138,7 +138,7 @@ async fn a_disconnect_cuts_finishing_short_and_no_frame_in_two() {
 }
 
 #[tokio::test]
-async fn a_peer_that_does_not_answer_a_close_frame_has_five_seconds() {
+async fn unanswered_close_frame_ends_at_the_deadline() {
     let mut process = Process::new();
     let mut connection = Connection::new(&process, profile());
     let pushed = connection.clog(100_000);
@@ -150,13 +150,13 @@ async fn a_peer_that_does_not_answer_a_close_frame_has_five_seconds() {
     process.pass(200);
     assert_eq!(connection.ends().await, ("backend", 4004, false));
     assert_eq!((process.runtime.budget.used(), connection.link.queued_bytes()), (0, 0));
-    // The message of which a part was written is as lost as the others.
+    // A message that is partly written is lost like the others.
     let stats = &connection.link.profile().stats;
     assert_eq!(stats.messages_sent.load(SeqCst) + stats.messages_discarded.load(SeqCst), pushed);
 }
 
 #[tokio::test]
-async fn a_message_of_which_only_a_part_left_is_lost_but_not_sent() {
+async fn partly_written_message_counts_as_lost() {
     let mut connection = Connection::new(&Process::new(), profile());
     connection.link.push(text(&"x".repeat(1 << 20)), clock::now());
     connection.link.flush(clock::now());
@@ -177,7 +177,7 @@ async fn a_peer_that_leaves_without_a_word_is_gone() {
 }
 
 #[tokio::test]
-async fn an_aborted_connection_ends_without_a_word_and_leaves_the_wheel() {
+async fn aborted_connection_sends_nothing_and_leaves_the_wheel() {
     let process = Process::new();
     let mut connection = Connection::new(&process, profile());
     connection.clog(100_000);
@@ -205,7 +205,7 @@ async fn a_connection_whose_task_is_dropped_is_over() {
 }
 
 #[tokio::test]
-async fn a_handshake_that_is_ended_before_its_answer_is_answered_and_closed() {
+async fn connection_ended_before_101_is_closed_after_it() {
     let process = Process::new();
     let (profile, runtime) = (Arc::new(profile()), Arc::clone(&process.runtime));
     let link = wsproxy_conn::Link::new(uuid::Uuid::new_v4(), None, profile, runtime, clock::now());

@@ -1,4 +1,4 @@
-//! Silence: pings, dead peers, idle ones, and a process that was away itself.
+//! Liveness: pings, dead peers, idle peers, and a process that was itself stopped.
 
 use std::sync::{Arc, atomic::Ordering::SeqCst};
 
@@ -36,7 +36,7 @@ async fn any_frame_is_a_sign_of_life() {
 }
 
 #[tokio::test]
-async fn an_idle_client_is_closed_although_pings_go_back_and_forth() {
+async fn idle_client_is_closed_despite_pings() {
     let mut process = Process::new();
     let profile = Profile {
         idle_timeout: Micros(100 * SECOND),
@@ -53,7 +53,7 @@ async fn an_idle_client_is_closed_although_pings_go_back_and_forth() {
 }
 
 #[tokio::test]
-async fn after_a_standstill_clients_are_asked_before_they_are_declared_dead() {
+async fn clients_are_pinged_after_a_standstill_before_timeout() {
     for away in [3, 40, 95, 1000] {
         let mut process = Process::new();
         let profile = Profile { idle_timeout: Micros(90 * SECOND), ..profile() };
@@ -71,7 +71,7 @@ async fn after_a_standstill_clients_are_asked_before_they_are_declared_dead() {
 }
 
 #[tokio::test]
-async fn while_the_bus_takes_nothing_clients_are_unread_but_not_dead() {
+async fn clients_survive_while_the_handler_is_full() {
     let mut process = Process::new();
     let mut connection = Connection::new(&process, profile());
     connection.seen.set_bus_full(true);
@@ -90,11 +90,11 @@ async fn while_the_bus_takes_nothing_clients_are_unread_but_not_dead() {
 }
 
 #[tokio::test]
-async fn the_silence_of_a_client_that_was_not_read_begins_when_it_is_read_again() {
+async fn silence_begins_when_reading_resumes() {
     let mut connection = Connection::new(&Process::new(), profile());
     let before = connection.link.heard();
     connection.seen.set_bus_full(true);
-    connection.link.notify(wsproxy_conn::Event { tag: 0, number: 0, payload: "".into() });
+    connection.link.notify(wsproxy_conn::HandlerEvent::Fact(0));
     until("reading pauses", || connection.link.profile().stats.reads_paused.load(SeqCst) == 1)
         .await;
     assert_eq!(connection.link.heard(), before);
@@ -105,7 +105,7 @@ async fn the_silence_of_a_client_that_was_not_read_begins_when_it_is_read_again(
 }
 
 #[tokio::test]
-async fn a_half_open_peer_with_a_full_socket_is_found_and_costs_nothing_afterwards() {
+async fn half_open_peer_with_full_socket_times_out() {
     let mut process = Process::new();
     let mut connection = Connection::new(&process, profile());
     connection.clog(1 << 20);

@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
-mod agenda;
 mod budget;
 mod closing;
+mod deadlines;
+mod dial;
 mod heartbeat;
+mod keyed;
 mod memory;
 mod pressure;
 mod rates;
@@ -14,3 +16,4 @@ mod rounds;
 mod stress;
 mod support;
 mod tcp;
+mod writable;

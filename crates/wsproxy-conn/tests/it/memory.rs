@@ -1,12 +1,13 @@
-//! What a connection costs: bounds that make growth noticed.
+//! Cost of a connection: bounds that show growth.
 
-use wsproxy_conn::{Driver, Link, outbox::Outbox};
+use wsproxy_conn::{Driver, Link, Socket, outbox::Outbox};
 
 use crate::support::{Connection, Process, Recorder, profile, settle, text};
 
 #[test]
 fn connections_stay_small() {
     assert!(size_of::<Outbox>() <= 56, "Outbox: {}", size_of::<Outbox>());
+    assert!(size_of::<Socket>() <= size_of::<tokio::net::TcpStream>() + 8);
     // With the two counters of its `Arc` it fills a class of the allocators, the next is 320.
     assert!(size_of::<Link>() + 16 <= 256, "Link: {}", size_of::<Link>());
     assert!(size_of::<Driver<Recorder>>() <= 72, "Driver: {}", size_of::<Driver<Recorder>>());

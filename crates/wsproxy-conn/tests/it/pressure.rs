@@ -1,4 +1,4 @@
-//! Clients that do not read: bounded, closed, and nobody else's business.
+//! Clients that do not read: bounded, closed, and without effect on others.
 
 use std::sync::{Arc, atomic::Ordering::SeqCst};
 
@@ -9,7 +9,7 @@ use wsproxy_proto::ws::frame::{Opcode, client_frame};
 use crate::support::{Connection, Process, close_code, profile, settle, text, until};
 
 #[tokio::test]
-async fn a_slow_consumer_is_bounded_and_closed_and_others_are_untouched() {
+async fn slow_consumer_is_closed_and_others_are_untouched() {
     let process = Process::new();
     let profile = Arc::new(Profile { send_buffer_bytes: 100_000, ..profile() });
     let mut slow = Connection::shared(&process, &profile);
@@ -66,7 +66,7 @@ async fn control_frames_overtake_data() {
 }
 
 #[tokio::test]
-async fn a_ping_flood_from_a_client_that_does_not_read_is_left_unread() {
+async fn ping_flood_of_unreading_client_pauses_reading() {
     let connection = Connection::new(&Process::new(), profile());
     let Connection { peer, link, .. } = connection;
     let (mut from, mut to) = peer.into_split();
@@ -89,7 +89,7 @@ async fn a_ping_flood_from_a_client_that_does_not_read_is_left_unread() {
 }
 
 #[tokio::test]
-async fn pings_of_a_client_that_reads_are_answered_one_by_one() {
+async fn reading_client_gets_a_pong_per_ping() {
     let mut connection = Connection::new(&Process::new(), profile());
     let pings: Vec<u8> = (0..500_u32)
         .flat_map(|i| client_frame(Opcode::Ping, &i.to_be_bytes(), false, [0; 4]).to_vec())
@@ -101,7 +101,7 @@ async fn pings_of_a_client_that_reads_are_answered_one_by_one() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_its_own_echoes_unread_is_not_read() {
+async fn client_with_unread_echoes_is_not_read() {
     let connection = Connection::new(&Process::new(), profile());
     connection.seen.echoes.store(true, SeqCst);
     let Connection { peer, link, .. } = connection;
@@ -126,7 +126,7 @@ async fn a_client_that_leaves_its_own_echoes_unread_is_not_read() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_reads_its_echoes_counts_as_dead() {
+async fn client_that_never_reads_echoes_times_out() {
     let mut process = Process::new();
     let mut connection = Connection::new(&process, profile());
     connection.seen.echoes.store(true, SeqCst);

@@ -1,4 +1,5 @@
-//! Clients that send more than they may, or more than is taken from them now: read later, never closed for it.
+//! Clients that send more bytes than they may, or more than the handler takes now: they are read later, and never
+//! closed for it.
 
 use std::{sync::atomic::Ordering::SeqCst, time::Duration};
 
@@ -12,7 +13,7 @@ use wsproxy_proto::{
 
 use crate::support::{Connection, Process, SECOND, profile, settle, until};
 
-/// A burst of 100 KB, and 1 MB a second.
+/// Limit: a burst of 100 KB, and 1 MB per second.
 fn limited() -> Profile {
     Profile { byte_rate: ByteRate::new(1_000_000, 100_000, TAKEN_BYTES_MAX), ..profile() }
 }
@@ -44,7 +45,32 @@ async fn bytes_beyond_the_rate_are_read_later() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_not_read_for_its_rate_is_not_closed_for_its_silence() {
+async fn many_small_messages_are_read_later_where_each_counts() {
+    let process = Process::new();
+    let connection = Connection::new(&process, Profile { message_bytes: 10_000, ..limited() });
+    let (seen, link) = (connection.seen.clone(), connection.link.clone());
+    let mut peer = connection.peer;
+    let started = clock::now();
+    let sender = tokio::spawn(async move {
+        for _ in 0..50 {
+            peer.write_all(&client_frame(Opcode::Text, b"1", false, [0; 4])).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        peer
+    });
+    while seen.messages.lock().len() < 50 {
+        process.runtime.tick(clock::now());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let took = clock::now().since(started);
+    // 500 KB less the burst, and less the last read, which is paid for afterwards.
+    assert!(took >= Micros(200_000), "50 messages were read within {took:?}");
+    assert!(!link.is_closing());
+    drop(sender.await.unwrap());
+}
+
+#[tokio::test]
+async fn throttled_client_is_not_closed_for_silence() {
     let mut process = Process::new();
     let profile = Profile {
         byte_rate: ByteRate::new(1, 1000, TAKEN_BYTES_MAX),
@@ -74,7 +100,7 @@ async fn an_honest_client_is_never_throttled() {
     assert_eq!(stats.reads_throttled.load(SeqCst) + stats.reads_paused.load(SeqCst), 0);
 }
 
-/// Messages of the time in which a client was not read are none too many.
+/// Messages that came while a client was not read are not too many.
 #[tokio::test]
 async fn what_came_during_a_pause_is_no_burst() {
     for (count, is_too_much) in [(250, false), (4000, true)] {
@@ -93,7 +119,7 @@ async fn what_came_during_a_pause_is_no_burst() {
         assert_eq!(connection.link.is_closing(), is_too_much);
         if !is_too_much {
             assert_eq!(connection.seen.messages.lock().len(), count);
-            // From now on it is a burst again.
+            // Further messages are a burst again.
             connection.peer.write_all(&frame.repeat(100)).await.unwrap();
             until("it is too much", || connection.link.is_closing()).await;
         }
@@ -101,7 +127,7 @@ async fn what_came_during_a_pause_is_no_burst() {
 }
 
 #[tokio::test]
-async fn a_full_handler_gets_the_rest_of_a_read_later_and_in_order() {
+async fn full_handler_gets_the_rest_later_in_order() {
     let mut connection = Connection::new(&Process::new(), profile());
     connection.seen.full_each.store(3, SeqCst);
     let mut bytes = Vec::new();
@@ -123,7 +149,7 @@ async fn a_full_handler_gets_the_rest_of_a_read_later_and_in_order() {
 }
 
 #[tokio::test]
-async fn a_connection_that_ends_while_its_handler_is_full_ends_as_any() {
+async fn connection_with_full_handler_ends_normally() {
     let mut connection = Connection::new(&Process::new(), profile());
     connection.seen.full_each.store(1, SeqCst);
     let frame = client_frame(Opcode::Text, b"x", false, [3; 4]);

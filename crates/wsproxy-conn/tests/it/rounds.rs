@@ -1,4 +1,4 @@
-//! What is queued in a round leaves at once; what is read in parts is put together.
+//! Frames that are queued in one round leave together. Messages that are read in parts are put together.
 
 use std::sync::{Arc, atomic::Ordering::SeqCst};
 
@@ -10,7 +10,7 @@ use wsproxy_proto::ws::frame::{Header, Kind, Opcode, client_frame, encode_header
 use crate::support::{Connection, PATIENCE, Process, profile, text, until};
 
 #[tokio::test]
-async fn a_round_of_messages_leaves_at_its_end_and_not_before() {
+async fn round_leaves_at_its_flush_and_not_before() {
     let mut connection = Connection::new(&Process::new(), profile());
     let queued: Vec<_> =
         (0..100).map(|i| connection.link.push(text(&i.to_string()), clock::now())).collect();
@@ -25,7 +25,7 @@ async fn a_round_of_messages_leaves_at_its_end_and_not_before() {
 }
 
 #[tokio::test]
-async fn a_round_larger_than_the_send_buffer_reaches_a_client_with_room() {
+async fn round_larger_than_send_buffer_reaches_reading_client() {
     let profile = Profile { send_buffer_bytes: 4096, ..profile() };
     let mut connection = Connection::new(&Process::new(), profile);
     for _ in 0..8 {
@@ -36,7 +36,7 @@ async fn a_round_larger_than_the_send_buffer_reaches_a_client_with_room() {
 }
 
 #[tokio::test]
-async fn messages_wait_for_the_answer_to_the_handshake() {
+async fn messages_wait_for_the_101() {
     let process = Process::new();
     let (profile, runtime) = (Arc::new(profile()), Arc::clone(&process.runtime));
     let link = Link::new(Uuid::new_v4(), None, profile, runtime, clock::now());
@@ -49,7 +49,7 @@ async fn messages_wait_for_the_answer_to_the_handshake() {
 }
 
 #[tokio::test]
-async fn bytes_behind_the_request_head_are_the_first_ones() {
+async fn leftover_bytes_are_handled_first() {
     let process = Process::new();
     let (profile, runtime) = (Arc::new(profile()), Arc::clone(&process.runtime));
     let link = Link::new(Uuid::new_v4(), None, profile, runtime, clock::now());
@@ -65,7 +65,7 @@ async fn bytes_behind_the_request_head_are_the_first_ones() {
 }
 
 #[tokio::test]
-async fn a_message_in_fragments_and_single_bytes_is_one_message() {
+async fn fragments_in_single_bytes_make_one_message() {
     let mut connection = Connection::new(&Process::new(), profile());
     let mut bytes = Vec::new();
     for (opcode, fin, payload) in [
@@ -90,7 +90,7 @@ async fn a_message_in_fragments_and_single_bytes_is_one_message() {
 }
 
 #[tokio::test]
-async fn what_many_messages_of_one_read_lead_to_does_not_pile_up() {
+async fn events_of_one_large_read_do_not_pile_up() {
     let mut connection = Connection::new(&Process::new(), profile());
     connection.seen.events_each.store(3, SeqCst);
     let frame = client_frame(Opcode::Text, b"1", false, [0; 4]);
@@ -100,7 +100,7 @@ async fn what_many_messages_of_one_read_lead_to_does_not_pile_up() {
 }
 
 #[tokio::test]
-async fn a_client_that_sends_without_end_does_not_starve_another() {
+async fn flooding_client_does_not_starve_another() {
     let process = Process::new();
     let busy = Connection::new(&process, profile());
     let mut other = Connection::new(&process, profile());

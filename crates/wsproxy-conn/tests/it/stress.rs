@@ -17,13 +17,7 @@ use wsproxy_proto::ws::frame::Opcode;
 
 use crate::support::{Connection, PATIENCE, Process, frames, profile, text, until};
 
-const LINKS: usize = 50;
-const PUBLISHERS: usize = 4;
-const THREADS_EACH: usize = 2;
-const ROUNDS: usize = 60;
-const ROUND_MESSAGES: usize = 20;
-
-/// How a client behaves.
+/// Behaviour of a client.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Habit {
     Fast,
@@ -35,7 +29,7 @@ enum Habit {
     Stuck,
 }
 
-/// Rounds of messages to all links, as the readers of several buses would deliver them.
+/// Pushes rounds of messages to all links, as the readers of several buses would.
 fn publish(links: &[Arc<Link>], source: usize, pushed: &AtomicU64) {
     let mut seed = source as u64 + 1;
     for round in 0..ROUNDS {
@@ -57,7 +51,7 @@ fn publish(links: &[Arc<Link>], source: usize, pushed: &AtomicU64) {
     }
 }
 
-/// Reads as its habit says; returns all that it got.
+/// Reads as the habit says. Returns all bytes that it got.
 async fn read(mut peer: UnixStream, habit: Habit, index: usize) -> (Habit, Vec<u8>) {
     let mut bytes = Vec::new();
     let most = match habit {
@@ -78,7 +72,7 @@ async fn read(mut peer: UnixStream, habit: Habit, index: usize) -> (Habit, Vec<u
     (habit, bytes)
 }
 
-/// Every publisher's messages came in order, and without a hole. Returns how many came.
+/// Checks that every publisher's messages came in order and without a hole. Returns their number.
 fn check(bytes: &[u8]) -> u64 {
     let mut next = [0; PUBLISHERS * THREADS_EACH];
     let mut count = 0;
@@ -99,7 +93,7 @@ fn check(bytes: &[u8]) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_client_gets_an_unbroken_beginning_and_every_message_is_counted_once() {
+async fn clients_get_unbroken_prefixes_and_counts_are_exact() {
     let mut process = Process::with_budget(64 << 20);
     let profile = Arc::new(Profile { send_buffer_bytes: 400_000, ..profile() });
     let (mut links, mut seen, mut clients, mut stuck) = (vec![], vec![], vec![], vec![]);
@@ -146,3 +140,9 @@ async fn every_client_gets_an_unbroken_beginning_and_every_message_is_counted_on
     assert!(process.runtime.links().is_empty());
     assert!(links.iter().all(|link| Arc::weak_count(link) == 1));
 }
+
+const LINKS: usize = 50;
+const PUBLISHERS: usize = 4;
+const THREADS_EACH: usize = 2;
+const ROUNDS: usize = 60;
+const ROUND_MESSAGES: usize = 20;

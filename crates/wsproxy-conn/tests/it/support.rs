@@ -1,4 +1,4 @@
-//! A connection whose other end, time and bus are in the test's hands.
+//! A connection whose other end, time and bus the test controls.
 
 use std::{
     sync::{
@@ -18,27 +18,27 @@ use tokio::{
 };
 use uuid::Uuid;
 use wsproxy_conn::{
-    Driver, End, Event, Handler, Heartbeat, Link, Profile, Runtime, Stats,
+    Driver, End, Handler, HandlerEvent, Heartbeat, Link, Profile, Runtime, Stats,
     clock::{self, Micros},
-    link::TIMER,
 };
 use wsproxy_proto::ws::{
-    frame::{Kind, Opcode, client_frame, decode_header, server_frame},
+    frame::{Kind, Opcode, Role, client_frame, decode_header, server_frame},
     receiver::Limits,
 };
-
-pub(crate) const SECOND: u64 = 1_000_000;
 
 /// Settings like those of the gateway.
 pub(crate) fn profile() -> Profile {
     Profile {
+        role: Role::Server,
         receive: Limits { message_bytes_max: 1 << 20, fragments_max: 100 },
         send_buffer_bytes: 10 << 20,
+        low_water_bytes: 64 * 1024,
         reply_bytes_max: 64 * 1024,
         events_max: 1024,
         event_bytes_max: 1 << 20,
         rate: None,
         byte_rate: None,
+        message_bytes: 0,
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: Micros(30 * SECOND),
         heartbeat_timeout: Micros(90 * SECOND),
@@ -50,7 +50,7 @@ pub(crate) fn profile() -> Profile {
     }
 }
 
-/// A process: its timers, its budget, and the time that its tests have made of it.
+/// Process: its timers, its budget, and the time to which the test has advanced it.
 pub(crate) struct Process {
     pub(crate) runtime: Arc<Runtime>,
     pub(crate) now: Micros,
@@ -66,7 +66,7 @@ impl Process {
         Self { runtime: Runtime::new(bytes, now), now }
     }
 
-    /// Lets so many milliseconds pass, tick by tick.
+    /// Lets time pass, tick by tick.
     pub(crate) fn pass(&mut self, millis: u64) {
         let end = self.now.after(Micros(millis * 1000));
         while self.now < end {
@@ -80,18 +80,20 @@ impl Process {
     }
 }
 
-/// What a handler saw, and how it behaves.
+/// Record of a handler, and its behaviour.
 #[derive(Default)]
 pub(crate) struct Seen {
     pub(crate) messages: Mutex<Vec<(Kind, Vec<u8>)>>,
     pub(crate) events: AtomicUsize,
-    /// Times that it was woken.
+    /// Number of times that it was woken.
     pub(crate) timers: AtomicUsize,
+    /// Number of times that it was told that it may push more.
+    pub(crate) writable: AtomicUsize,
     pub(crate) end: Mutex<Option<End>>,
     pub(crate) echoes: AtomicBool,
-    /// Every message leads to so many events, from elsewhere.
+    /// Number of events that every message causes.
     pub(crate) events_each: AtomicUsize,
-    /// After every so many messages the handler is full; 0: never.
+    /// Number of messages after which the handler is full; 0: never.
     pub(crate) full_each: AtomicUsize,
     bus_is_full: AtomicBool,
     waker: Mutex<Option<Waker>>,
@@ -132,14 +134,20 @@ impl Handler for Recorder {
                 self.0.bus_is_full.store(true, SeqCst);
             }
         }
-        for number in 0..self.0.events_each.load(SeqCst) {
-            link.notify(Event { tag: 0, number: number as u64, payload: Bytes::new() });
+        for _ in 0..self.0.events_each.load(SeqCst) {
+            link.notify(HandlerEvent::Fact(0));
         }
     }
 
-    fn on_event(&mut self, event: Event, _link: &Arc<Link>, _now: Micros) {
-        let seen = if event.tag == TIMER { &self.0.timers } else { &self.0.events };
+    fn on_event(&mut self, event: HandlerEvent, _link: &Arc<Link>, _now: Micros) {
+        let seen =
+            if matches!(event, HandlerEvent::Timer) { &self.0.timers } else { &self.0.events };
         seen.fetch_add(1, SeqCst);
+    }
+
+    fn on_writable(&mut self, link: &Arc<Link>, _now: Micros) {
+        assert!(link.queued_bytes() <= link.profile().low_water_bytes);
+        self.0.writable.fetch_add(1, SeqCst);
     }
 
     fn on_end(&mut self, end: End, _link: &Arc<Link>) {
@@ -147,7 +155,7 @@ impl Handler for Recorder {
     }
 }
 
-/// A driven connection and its other end.
+/// Driven connection and its other end.
 pub(crate) struct Connection {
     pub(crate) link: Arc<Link>,
     pub(crate) seen: Arc<Seen>,
@@ -187,7 +195,7 @@ impl Connection {
         self.peer.write_all(&client_frame(opcode, payload, false, [1, 2, 3, 4])).await.unwrap();
     }
 
-    /// The next `count` frames.
+    /// Reads the next `count` frames.
     pub(crate) async fn hears(&mut self, count: usize) -> Vec<(Opcode, Vec<u8>)> {
         let mut bytes = Vec::new();
         loop {
@@ -202,7 +210,7 @@ impl Connection {
         }
     }
 
-    /// All frames up to the end of the stream.
+    /// Reads all frames up to the end of the stream.
     pub(crate) async fn hears_all(&mut self) -> Vec<(Opcode, Vec<u8>)> {
         let mut bytes = Vec::new();
         let read = tokio::time::timeout(PATIENCE, self.peer.read_to_end(&mut bytes)).await;
@@ -212,13 +220,13 @@ impl Connection {
         frames
     }
 
-    /// Whether nothing can be read right now.
+    /// Returns whether nothing can be read now.
     pub(crate) fn hears_nothing(&self) -> bool {
         let mut byte = [0];
         matches!(self.peer.try_read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
     }
 
-    /// Queues messages until the socket takes no more and some `bytes` wait.
+    /// Queues messages until the socket takes no more and `bytes` wait. Returns their number.
     pub(crate) fn clog(&self, bytes: usize) -> u64 {
         let mut count = 0;
         while self.link.queued_bytes() < bytes {
@@ -237,9 +245,6 @@ impl Connection {
     }
 }
 
-/// How long anything may take on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-
 /// Lets the tasks run until a condition holds.
 pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -249,7 +254,7 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Lets all tasks do whatever they can do now. Only for what must not happen.
+/// Lets all tasks do what they can do now. Only for tests of what must not happen.
 pub(crate) async fn settle() {
     for _ in 0..300 {
         yield_now().await;
@@ -260,13 +265,13 @@ pub(crate) fn text(payload: &str) -> Bytes {
     server_frame(Opcode::Text, payload.as_bytes(), false)
 }
 
-/// A close frame's code.
+/// Returns the code of a close frame.
 pub(crate) fn close_code(frame: &(Opcode, Vec<u8>)) -> u16 {
     assert_eq!(frame.0, Opcode::Close);
     u16::from_be_bytes([frame.1[0], frame.1[1]])
 }
 
-/// The whole frames, and how many bytes follow them.
+/// Returns the whole frames, and the number of bytes behind them.
 pub(crate) fn frames(mut bytes: &[u8]) -> (Vec<(Opcode, Vec<u8>)>, usize) {
     let mut frames = Vec::new();
     while let Some((header, length)) = decode_header(bytes).unwrap() {
@@ -279,3 +284,8 @@ pub(crate) fn frames(mut bytes: &[u8]) -> (Vec<(Opcode, Vec<u8>)>, usize) {
     }
     (frames, bytes.len())
 }
+
+pub(crate) const SECOND: u64 = 1_000_000;
+
+/// Upper bound of every wait, on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! What only TCP does: resets, and options of the socket.
+//! Behaviour that only TCP has: resets, and options of the socket.
 
 use std::{
     sync::{Arc, atomic::Ordering::SeqCst},
@@ -27,7 +27,7 @@ struct Tcp {
     task: JoinHandle<()>,
 }
 
-/// A driven connection over loopback with small buffers.
+/// Opens a driven connection over loopback with small buffers.
 async fn connect(process: &Process) -> Tcp {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let socket = TcpSocket::new_v4().unwrap();
@@ -80,7 +80,7 @@ async fn a_close_frame_is_not_overtaken_by_a_reset() {
 }
 
 #[tokio::test]
-async fn a_reset_ends_a_connection_that_waits_for_its_socket() {
+async fn reset_ends_a_blocked_connection() {
     let process = Process::new();
     let tcp = connect(&process).await;
     while tcp.link.queued_bytes() < 200_000 {
@@ -96,7 +96,7 @@ async fn a_reset_ends_a_connection_that_waits_for_its_socket() {
 }
 
 #[tokio::test]
-async fn a_client_that_reads_again_gets_everything_in_order() {
+async fn client_that_reads_again_gets_all_in_order() {
     let mut tcp = connect(&Process::new()).await;
     for i in 0..500 {
         let message = format!("{i} {}", "x".repeat(i * 7));

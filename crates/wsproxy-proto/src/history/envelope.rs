@@ -1,39 +1,34 @@
-//! How a message of a history looks on its channel.
+//! Form of a message of a history on its channel.
 //!
-//! `FF` `H2 <id> <prev> <event id or nothing>` line feed payload. No text begins with `FF`, so a plain
-//! message is taken for one only where it was made to look like one.
+//! The form is `FF` `H2 <id> <prev> <event id or nothing>`, a line feed, and the payload. No text begins with `FF`,
+//! so a plain message has this form only on purpose.
 
 use std::io::Write;
 
 use crate::history::{EVENT_ID_BYTES_MAX, Position};
 
-/// Whether a message begins as one of a history does, of this or another version. A plain message that does is
-/// refused where it is published: readers would take it for what it says.
+/// Returns whether a message begins like one of a history, of this or another version. A plain message that does is
+/// refused when it is published, since readers would take it for one of a history.
 #[must_use]
 pub fn is_reserved(message: &[u8]) -> bool {
     matches!(message, [0xff, b'H', b'0'..=b'9', ..])
 }
 
-/// A message of a history, borrowed from what was read.
+/// Message of a history, borrowed from the bytes that were read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Envelope<'a> {
-    /// Its id.
+    /// Id of the message.
     pub id: Position,
-    /// The id of the entry before it.
+    /// Id of the entry before it.
     pub prev: Position,
-    /// The id that the worker gave it; the payload carries it already.
+    /// Event id that the worker gave it. The payload carries it already.
     pub event_id: Option<&'a str>,
-    /// What was published.
+    /// Payload that was published.
     pub payload: &'a [u8],
 }
 
-const MAGIC: &[u8] = b"\xffH2 ";
-
-/// Longest head: four marks, two positions, an event id, blanks.
-const HEAD_BYTES_MAX: usize = 4 + 2 * 51 + EVENT_ID_BYTES_MAX + 1;
-
 impl<'a> Envelope<'a> {
-    /// Reads a message; `None` where it is a plain one.
+    /// Reads a message; `None` where it is a plain message.
     #[must_use]
     pub fn parse(message: &'a [u8]) -> Option<Self> {
         let rest = message.strip_prefix(MAGIC)?;
@@ -46,7 +41,7 @@ impl<'a> Envelope<'a> {
         Some(Self { id, prev, event_id, payload: &rest[end + 1..] })
     }
 
-    /// The message as it goes over the channel.
+    /// Returns the message as it goes over the channel.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut message = Vec::with_capacity(HEAD_BYTES_MAX / 2 + self.payload.len());
@@ -58,6 +53,11 @@ impl<'a> Envelope<'a> {
         message
     }
 }
+
+const MAGIC: &[u8] = b"\xffH2 ";
+
+/// Upper bound of the head: four marks, two positions, an event id, blanks.
+const HEAD_BYTES_MAX: usize = 4 + 2 * 51 + EVENT_ID_BYTES_MAX + 1;
 
 #[cfg(test)]
 mod tests {

@@ -1,31 +1,31 @@
-//! Logs that are read page by page: whether the pages belong together, and what they come to.
+//! Logs that are read page by page, and the check that their pages belong together.
 
 use crate::history::{Entry, Log, Lost, Position, Snapshot, rule};
 
-/// What was read of some logs so far.
+/// Pages of some logs that were read so far.
 ///
-/// Every page is judged by itself: the store may have been emptied or rolled back between them.
+/// Every page is judged by itself, since the store may be emptied or rolled back between two pages.
 #[derive(Debug, Default)]
 pub struct Pages {
     logs: Vec<Log>,
-    /// Where each log must go on in the next page; empty before the first one.
+    /// Position at which each log must go on in the next page; empty before the first page.
     expected: Vec<Position>,
 }
 
-/// Behind what the logs are read.
+/// Place behind which the logs are read.
 #[derive(Debug, Clone, Copy)]
 pub enum Since {
-    /// A client's position, which stands for all of them.
+    /// Position of a client, which stands for all logs.
     Client(Position),
-    /// How far an instance has come in the one log.
+    /// Position of an instance in the one log.
     Reader(Position),
 }
 
 impl Pages {
-    /// Adds a page. Answers behind which position the next one is to be read, if there is one.
+    /// Adds a page. Returns the position behind which the next page is to be read, if there is one.
     ///
     /// # Errors
-    /// Why something may be missing. The pages are of no use then.
+    /// The reason why entries may be missing. The pages are of no use then.
     pub fn push(
         &mut self,
         since: Since,
@@ -50,7 +50,7 @@ impl Pages {
         Ok(behind)
     }
 
-    /// The logs with everything that was read.
+    /// Returns the logs with all entries that were read.
     #[must_use]
     pub fn into_logs(self) -> Vec<Log> {
         self.logs
@@ -59,7 +59,7 @@ impl Pages {
     fn merge(&mut self, page: &mut [Log]) -> Option<Position> {
         let ends = page.iter().filter(|log| !log.complete);
         let ends = ends.filter_map(|log| log.entries.last().map(|entry| entry.id));
-        // Of logs with one order the page goes as far as the one that was read least far.
+        // Of logs with one order the page ends where the log ends that was read least far.
         let behind = ends.min_by_key(|end| end.id());
         self.logs.resize(page.len(), Log::default());
         let mut expected = Vec::with_capacity(page.len());

@@ -1,51 +1,51 @@
-//! Where in a history an entry is or a reader has come to.
+//! Positions in a history.
 
 use std::fmt;
 
-/// The position of an entry: its id as Redis makes them, and a tag that no other entry with this id has.
+/// Position of an entry: its id, as Redis makes ids, and a tag that no other entry with this id has.
 ///
-/// Ids alone repeat: two masters for a moment, a log removed within a millisecond and a clock set back all give
-/// an id again. Two positions are one entry only if their tags are equal too.
+/// Ids alone repeat: after a moment with two masters, after a log was removed within a millisecond, after a clock was
+/// set back. Two positions are one entry only if their tags are equal too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Position {
     /// Milliseconds since 1970 by the store's clock.
     pub milliseconds: u64,
-    /// Number within them.
+    /// Number within the millisecond.
     pub sequence: u64,
-    /// What distinguishes entries with one id.
+    /// Tag that tells entries with the same id apart.
     pub tag: u32,
 }
 
 impl Position {
-    /// Before everything.
+    /// Position before all entries.
     pub const START: Self = Self { milliseconds: 0, sequence: 0, tag: 0 };
 
-    /// Whether no entry can be before it: the start, or where a log was when it had no entry yet (`1-0-tag`).
+    /// Returns whether no entry can be before it: the start, or the head of a log without entries (`1-0-tag`).
     #[must_use]
     pub const fn is_beginning(self) -> bool {
         self.milliseconds <= 1
     }
 
-    /// The id, by which positions are ordered. It is no identity.
+    /// Returns the id, by which positions are ordered. It is no identity.
     #[must_use]
     pub const fn id(self) -> (u64, u64) {
         (self.milliseconds, self.sequence)
     }
 
-    /// Whether its id is lower than that of `other`.
+    /// Returns whether its id is lower than that of `other`.
     #[must_use]
     pub fn is_before(self, other: Self) -> bool {
         self.id() < other.id()
     }
 
-    /// The later one by id.
+    /// Returns the later one by id.
     #[must_use]
     pub fn later(self, other: Self) -> Self {
         if self.is_before(other) { other } else { self }
     }
 
-    /// Reads `milliseconds-sequence-tag`, digits without superfluous zeros and eight hexadecimal digits; the start
-    /// is `0-0`.
+    /// Reads `milliseconds-sequence-tag`: digits without leading zeros, and eight hexadecimal digits. The start is
+    /// `0-0`.
     #[must_use]
     pub fn parse(text: &[u8]) -> Option<Self> {
         if text == b"0-0" {

@@ -1,29 +1,28 @@
-//! When a reader may go on, and when it must be told that something is missing.
+//! Rules that decide when a reader may go on, and when it is told that entries are missing.
 //!
-//! Every rule goes by identity, none by time, and fails closed: what cannot be shown to be complete counts as
-//! lost.
+//! Every rule compares identities, never times. A log that cannot be shown to be complete counts as lost.
 
 use crate::history::{Log, Lost, Position, Snapshot};
 
-/// What a message is to a reader who has seen everything up to a position.
+/// Relation of a message to a reader that has seen all up to a position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// The next one.
+    /// The next message.
     Next,
-    /// One that was seen.
+    /// A message that the reader has seen.
     Duplicate,
-    /// Something between is missing, or the message is not what it says.
+    /// Messages between are missing, or the message is not what it says.
     Gap,
 }
 
-/// Judges a message that came over a link which was not interrupted since `last` was seen. `latest_ms`: what the
-/// store's clock shows at most.
+/// Judges a message that came over a connection which was not interrupted since `last` was seen. `latest_ms` is an
+/// upper bound of the time by the store's clock.
 ///
-/// Such a link itself loses nothing, so the first entry of a new life of the log is the next message if it is
-/// above `last`. At or below it, it may as well be one that was seen: only the log can tell.
+/// Such a connection loses no message, so the first entry of a new life of the log is the next message if it is above
+/// `last`. If it is not above `last` the reader may have seen it: only the log can tell.
 #[must_use]
 pub fn step(last: Option<Position>, id: Position, prev: Position, latest_ms: u64) -> Step {
-    // Nobody but a forger names a time that has not come, or an entry behind itself.
+    // Only a forged message names a time that has not come, or an entry behind itself.
     if id.milliseconds > latest_ms || !prev.is_before(id) {
         return Step::Gap;
     }
@@ -39,19 +38,18 @@ pub fn step(last: Option<Position>, id: Position, prev: Position, latest_ms: u64
     }
 }
 
-/// Whether a client that saw everything up to `after` misses nothing but the entries of `snapshot`.
+/// Checks that a client that has seen all up to `after` misses nothing but the entries of `snapshot`.
 ///
-/// The logs share one order, so one position stands for all of them. `ttl_ms`: how long
-/// entries are held.
+/// The logs share one order, so one position stands for all of them. Entries are held for `ttl_ms`.
 ///
 /// # Errors
-/// Why something may be missing.
+/// The reason why entries may be missing.
 pub fn resume(after: Position, ttl_ms: u64, snapshot: &Snapshot) -> Result<(), Lost> {
     if after == Position::START {
         let is_whole = snapshot.logs.iter().all(|log| log.is_from_start);
         return if is_whole { Ok(()) } else { Err(Lost::Trimmed) };
     }
-    // The position belongs to one of the logs, or is known to belong to another one of the same order.
+    // The position belongs to one of the logs, or is known to belong to another log of the same order.
     let mut is_known = snapshot.known;
     for log in snapshot.logs.iter().filter(|log| !log.is_private) {
         let previous = log.previous();
@@ -62,11 +60,11 @@ pub fn resume(after: Position, ttl_ms: u64, snapshot: &Snapshot) -> Result<(), L
         } else if after.is_before(previous) {
             return Err(trimmed(after, ttl_ms, snapshot.now_ms));
         } else if previous == Position::START {
-            // Its life began behind the position: what was in an earlier one is not known.
+            // The life of the log began behind the position, and the entries of an earlier life are not known.
             return Err(Lost::Unknown);
         }
     }
-    // Of the logs that do not hold it the client has seen everything that is not above its position.
+    // Of the logs that do not hold the position the client has seen all entries that are not above it.
     if is_known {
         Ok(())
     } else if snapshot.logs.iter().all(|log| log.previous().is_beginning()) {
@@ -76,10 +74,10 @@ pub fn resume(after: Position, ttl_ms: u64, snapshot: &Snapshot) -> Result<(), L
     }
 }
 
-/// Whether an instance that had seen everything of a log up to `last` misses nothing but the entries of `log`.
+/// Checks that an instance that has seen a log up to `last` misses nothing but the entries of `log`.
 ///
 /// # Errors
-/// Why something may be missing.
+/// The reason why entries may be missing.
 pub fn heal(last: Position, ttl_ms: u64, now_ms: u64, log: &Log) -> Result<(), Lost> {
     let previous = log.previous();
     if previous == last {
@@ -95,12 +93,12 @@ pub fn heal(last: Position, ttl_ms: u64, now_ms: u64, log: &Log) -> Result<(), L
     }
 }
 
-/// Why a log has no head: nobody asked for it or wrote for longer than it lives, or it was removed.
+/// Reason why a log has no head: it expired unused, or was removed.
 const fn gone(last: Position, ttl_ms: u64, now_ms: u64) -> Lost {
     if !last.is_beginning() && is_old(last, ttl_ms, now_ms) { Lost::Expired } else { Lost::Emptied }
 }
 
-/// Why entries behind a position are held no more.
+/// Reason why entries behind a position are held no more.
 const fn trimmed(last: Position, ttl_ms: u64, now_ms: u64) -> Lost {
     if !last.is_beginning() && is_old(last, ttl_ms, now_ms) { Lost::Expired } else { Lost::Trimmed }
 }

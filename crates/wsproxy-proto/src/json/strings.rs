@@ -1,9 +1,9 @@
-//! Strings of JSON: where they end, and whether their escapes exist.
+//! Strings of JSON: their end, and their escapes.
 
-use super::{JsonError, JsonErrorKind, Reader};
+use super::{JsonError, JsonErrorKind, JsonScanner};
 
-impl Reader<'_> {
-    /// What follows an opening quote, up to and with the closing one.
+impl<const TAKES_LONE_SURROGATES: bool> JsonScanner<'_, TAKES_LONE_SURROGATES> {
+    /// Reads a string behind its opening quote, with the closing quote.
     #[inline]
     pub(super) fn string(&mut self) -> Result<(), JsonError> {
         loop {
@@ -20,7 +20,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Goes to the next quote, backslash or control character, eight bytes at a time.
+    /// Skips to the next quote, backslash or control character, eight bytes at a time.
     #[inline]
     fn skip_plain(&mut self) {
         let (words, _) = self.text[self.at..].as_chunks::<8>();
@@ -50,6 +50,9 @@ impl Reader<'_> {
             Some(_) => return Err(self.here(JsonErrorKind::Escape)),
             None => return Err(self.here(JsonErrorKind::End)),
         }
+        if TAKES_LONE_SURROGATES {
+            return self.hex().map(|_| ());
+        }
         let lone = JsonError { offset: from, kind: JsonErrorKind::LoneSurrogate };
         match self.hex()? {
             0xdc00..=0xdfff => Err(lone),
@@ -64,7 +67,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Four hexadecimal digits.
+    /// Reads four hexadecimal digits.
     fn hex(&mut self) -> Result<u32, JsonError> {
         let mut value = 0;
         for _ in 0..4 {
@@ -78,8 +81,8 @@ impl Reader<'_> {
     }
 }
 
-/// The highest bit of each byte of `word` that ends a run of plain characters. Bytes above the
-/// lowest one found may be marked wrongly, by a borrow; the lowest is always right.
+/// Returns the highest bit of each byte of `word` that ends a run of plain characters. A borrow may mark bytes above
+/// the lowest of them wrongly; the lowest is always right.
 #[inline]
 fn special_bytes(word: u64) -> u64 {
     const LOW: u64 = u64::MAX / 255;

@@ -1,4 +1,4 @@
-//! The client's side of the opening handshake (RFC 6455 section 4.1); knows no sockets.
+//! Client's side of the opening handshake (RFC 6455, section 4.1); knows no sockets.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -13,7 +13,18 @@ use super::deflate::Params;
 use super::handshake::{accept, lists_token, only};
 use super::{extension, negotiation};
 
-/// An opening handshake to send.
+/// Opening handshake to send.
+///
+/// ```
+/// use wsproxy_proto::ws::client::{ClientRequest, Response, read_response};
+///
+/// let host = http::HeaderValue::from_static("example.org");
+/// let path = http::uri::PathAndQuery::from_static("/chat");
+/// let request = ClientRequest::new(host, path, *b"the sample nonce");
+/// assert!(request.build().starts_with(b"GET /chat HTTP/1.1\r\nHost: example.org\r\n"));
+/// let refused = read_response(b"HTTP/1.1 503 Unavailable\r\n\r\n", &request);
+/// assert!(matches!(refused, Ok(Response::Refused { status, .. }) if status == 503));
+/// ```
 #[derive(Debug, Clone)]
 pub struct ClientRequest {
     host: HeaderValue,
@@ -25,7 +36,7 @@ pub struct ClientRequest {
 }
 
 impl ClientRequest {
-    /// `nonce` is the caller's randomness.
+    /// Creates a request. `nonce` is 16 random bytes.
     #[must_use]
     pub fn new(host: HeaderValue, path: PathAndQuery, nonce: [u8; 16]) -> Self {
         Self {
@@ -38,8 +49,7 @@ impl ClientRequest {
         }
     }
 
-    /// Offers a subprotocol, after those offered before. What is no token cannot be offered and
-    /// is left out.
+    /// Offers a subprotocol, after those offered before. A name that is no token cannot be offered, and is left out.
     #[must_use]
     pub fn subprotocol(mut self, name: &str) -> Self {
         if !name.is_empty() && name.bytes().all(extension::is_token) {
@@ -55,14 +65,14 @@ impl ClientRequest {
         self
     }
 
-    /// Offers permessage-deflate with these parameters; a window of 15 bits is no demand.
+    /// Offers permessage-deflate with these parameters. A window of 15 bits is no demand.
     #[must_use]
     pub fn deflate(mut self, offer: Params) -> Self {
         self.deflate = Some(offer);
         self
     }
 
-    /// The request's head for the wire.
+    /// Returns the request's head for the wire.
     #[must_use]
     pub fn build(&self) -> Vec<u8> {
         let mut head = Vec::with_capacity(512);
@@ -98,51 +108,46 @@ fn add(head: &mut Vec<u8>, name: &str, value: &[u8]) {
     }
 }
 
-/// What the server answered.
+/// Answer of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Response {
-    /// The head is not complete: call again with more bytes.
+    /// The head is not complete: more bytes are needed.
     Incomplete,
-    /// `101`, and all of it as it must be.
+    /// `101` with valid headers.
     Accepted {
-        /// What was negotiated.
+        /// Parameters of compression that were negotiated.
         deflate: Option<Params>,
-        /// The subprotocol that the server chose.
+        /// Subprotocol that the server chose.
         subprotocol: Option<String>,
-        /// Bytes of the head; frames follow.
+        /// Number of bytes of the head; frames follow.
         consumed: usize,
     },
     /// Any other status.
     Refused {
-        /// What the server says.
+        /// Status of the answer.
         status: StatusCode,
-        /// With these headers.
+        /// Headers of the answer.
         headers: HeaderMap,
-        /// Bytes of the head; a body follows.
+        /// Number of bytes of the head; a body follows.
         consumed: usize,
     },
 }
 
-/// What is wrong with an answer.
+/// Error of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ResponseError {
-    /// Not HTTP/1.1, or more of it than any honest server sends.
+    /// The answer is not HTTP/1.1, or larger than [`RESPONSE_BYTES_MAX`].
     #[error("the answer is not HTTP/1.1")]
     NotHttp,
-    /// `101` with something missing or other than it must be.
+    /// `101` with a header that is missing or wrong.
     #[error("{0}")]
     Malformed(&'static str),
 }
 
-/// Largest head of an answer.
-pub const RESPONSE_BYTES_MAX: usize = 16 << 10;
-
-const HEADERS_MAX: usize = 100;
-
-/// Reads the server's answer to `request` from `head`, all bytes received so far.
+/// Reads the server's answer to `request` from `head`, which is all bytes received so far.
 ///
 /// # Errors
-/// The answer cannot be trusted: give the connection up.
+/// [`ResponseError`]: the connection cannot be used.
 pub fn read_response(head: &[u8], request: &ClientRequest) -> Result<Response, ResponseError> {
     let mut fields = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut fields);
@@ -172,7 +177,7 @@ pub fn read_response(head: &[u8], request: &ClientRequest) -> Result<Response, R
     Ok(Response::Accepted { deflate, subprotocol, consumed })
 }
 
-/// The rules of RFC 6455 section 4.1 for a `101`.
+/// Checks a `101` by the rules of RFC 6455, section 4.1.
 fn check(
     headers: &HeaderMap,
     request: &ClientRequest,
@@ -208,6 +213,11 @@ fn check(
     }
     Ok((deflate, subprotocol))
 }
+
+/// Upper bound of the head of an answer.
+pub const RESPONSE_BYTES_MAX: usize = 16 << 10;
+
+const HEADERS_MAX: usize = 100;
 
 const MALFORMED_EXTENSIONS: &str = "the answer's extensions are malformed";
 

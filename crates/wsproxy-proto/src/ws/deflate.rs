@@ -1,8 +1,7 @@
 //! permessage-deflate (RFC 7692): compression and bounded inflation; knows no frames.
 //!
-//! Without context takeover a message needs no memory of the ones before it, so a worker thread
-//! has one inflater and few compressors for all of its connections, and a compressed message can
-//! be shared by all who receive it.
+//! Without context takeover a message needs no memory of earlier ones. So a worker thread has one inflater and few
+//! compressors for all of its connections, and all receivers share a compressed message.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
@@ -10,29 +9,16 @@ pub use super::negotiation::{Params, Policy, negotiate};
 use super::scratch::Scratch;
 use crate::disconnect::Disconnect;
 
-/// The end of a sync flush, which senders leave out (RFC 7692 section 7.2.1).
-const TAIL: [u8; 4] = [0, 0, 0xff, 0xff];
-
-/// [`TAIL`], and an empty final block: a message that does not end with it was cut off.
-const TAIL_AND_END: [u8; 6] = [0, 0, 0xff, 0xff, 3, 0];
-
-/// Most final blocks in one message. One is what a sender may need; each makes us start the
-/// inflater anew, for as little as two bytes on the wire.
-const FINAL_BLOCKS_MAX: u32 = 64;
-
-/// About what an inflater with a full window occupies.
-pub(crate) const INFLATER_BYTES: usize = 48 << 10;
-
 /// Decompressor and room for output, one per worker thread.
 #[derive(Debug, Default)]
 pub struct Inflaters {
-    /// For peers without context takeover; made when first needed.
+    /// Inflater for peers without context takeover, made when it is first needed.
     shared: Option<Decompress>,
     output: Scratch,
 }
 
 impl Inflaters {
-    /// What was inflated or taken over last.
+    /// Output that was inflated or taken over last.
     pub(crate) fn output(&self) -> &[u8] {
         self.output.filled()
     }
@@ -42,14 +28,14 @@ impl Inflaters {
         self.output.replace(payload);
     }
 
-    /// Gives back the room that a big message needed.
+    /// Frees the room that a big message needed.
     #[inline]
     pub(crate) fn trim(&mut self) {
         self.output.trim();
     }
 
-    /// Inflates one whole message into the output; `own` is the connection's inflater where its
-    /// peer keeps the window between messages.
+    /// Inflates one whole message into the output. `own` is the connection's inflater, where its peer keeps the
+    /// window between messages.
     pub(crate) fn inflate(
         &mut self,
         own: Option<&mut Decompress>,
@@ -58,7 +44,7 @@ impl Inflaters {
     ) -> Result<(), Disconnect> {
         self.output.clear();
         if payload.is_empty() {
-            // Against the letter of the RFC, but what it means is plain.
+            // The RFC does not allow this, but the meaning is plain.
             return Ok(());
         }
         let takeover = own.is_some();
@@ -84,28 +70,28 @@ impl Inflaters {
     }
 }
 
-/// An inflater for a peer's window of 2 to the power of `bits`.
+/// Creates an inflater for a peer's window of 2 to the power of `bits`.
 pub(crate) fn inflater(bits: u8) -> Decompress {
     Decompress::new_with_window_bits(false, bits.clamp(9, 15))
 }
 
-/// Largest compressed message that may inflate to `bytes_max`: incompressible data grows, by up
+/// Returns the upper bound of a compressed message that may inflate to `bytes_max`. Incompressible data grows, by up
 /// to an eighth when a fixed code is used.
 pub(crate) fn compressed_bytes_max(bytes_max: usize) -> usize {
     bytes_max.saturating_add(bytes_max / 8).saturating_add(64)
 }
 
-/// The inflation of one message.
+/// Inflation of one message.
 struct Run<'r> {
     inflater: &'r mut Decompress,
     output: &'r mut Scratch,
     bytes_max: usize,
-    /// Final blocks so far.
+    /// Number of final blocks so far.
     final_blocks: u32,
 }
 
 impl Run<'_> {
-    /// Inflates all of `input`. `StreamEnd` when it ended with the end of a final block.
+    /// Inflates all of `input`. Returns `StreamEnd` where it ends with the end of a final block.
     fn feed(&mut self, mut input: &[u8]) -> Result<Status, Disconnect> {
         loop {
             self.make_room(input.len());
@@ -123,7 +109,7 @@ impl Run<'_> {
                 return Err(Disconnect::TOO_BIG);
             }
             match status {
-                // A final block ends the window, too, with every compressor that makes them.
+                // Every compressor that makes a final block ends its window with it.
                 Status::StreamEnd => {
                     self.final_blocks += 1;
                     if self.final_blocks > FINAL_BLOCKS_MAX {
@@ -136,13 +122,13 @@ impl Run<'_> {
                 }
                 _ if produced == room => {}
                 _ if input.is_empty() => return Ok(Status::Ok),
-                // Room and input, but no way on.
+                // There is room and input, but the inflater does not go on.
                 _ => return Err(Disconnect::BAD_DEFLATE),
             }
         }
     }
 
-    /// Grows the output step by step, so that a bomb is noticed before it has gone off.
+    /// Grows the output step by step, so that the limit stops a message that inflates without end.
     fn make_room(&mut self, input: usize) {
         if self.output.spare().len() < 64 {
             let filled = self.output.filled().len();
@@ -163,15 +149,15 @@ pub struct Deflaters {
 }
 
 impl Deflaters {
-    /// `level` 1 (fast) to 9.
+    /// Creates the set. `level` is 1 (fast) to 9.
     #[must_use]
     pub fn new(level: u32) -> Self {
         let level = Compression::new(level.clamp(1, 9));
         Self { level, by_bits: Default::default(), output: Scratch::default() }
     }
 
-    /// `payload` compressed with an empty window, hence good for every connection that agreed on
-    /// at least `window_bits` (9 to 15); `None` if it did not get smaller.
+    /// Compresses `payload` with an empty window, so that the result suits every connection that agreed on at least
+    /// `window_bits` (9 to 15). `None` where the result is not smaller.
     pub fn compress(&mut self, window_bits: u8, payload: &[u8]) -> Option<&[u8]> {
         let bits = window_bits.clamp(9, 15);
         let level = self.level;
@@ -193,16 +179,16 @@ impl Deflaters {
     }
 }
 
-/// Room in which any message of `length` bytes can be compressed at once, whatever it holds: at
-/// level 1 a byte costs up to 9 bits.
+/// Returns the room in which any message of `length` bytes can be compressed at once. At level 1 a byte costs up to 9
+/// bits.
 ///
-/// zlib-rs 0.6.8 panics at that level ("must fit in remaining") some messages after a call that
-/// ran out of room and was followed by a reset or a further call, so no call may run out of room.
+/// No call may run out of room. At level 1, zlib-rs 0.6.8 panics ("must fit in remaining") some messages after such a
+/// call, if a reset or a further call followed it.
 const fn compressed_room(length: usize) -> usize {
     length + length / 8 + 256
 }
 
-/// A compressor that belongs to one connection and may keep its window.
+/// Compressor that belongs to one connection and may keep its window.
 #[derive(Debug)]
 pub struct Deflater {
     compressor: Compress,
@@ -211,8 +197,8 @@ pub struct Deflater {
 }
 
 impl Deflater {
-    /// `level` 1 to 9; `window_bits` 9 to 15; `takeover`: whether the window is kept between
-    /// messages.
+    /// Creates a compressor. `level` is 1 to 9, `window_bits` 9 to 15; `takeover` is whether the window is kept
+    /// between messages.
     #[must_use]
     pub fn new(level: u32, window_bits: u8, takeover: bool) -> Self {
         let level = Compression::new(level.clamp(1, 9));
@@ -221,14 +207,14 @@ impl Deflater {
         Self { compressor, takeover, output: Scratch::default() }
     }
 
-    /// `payload` compressed; must be sent, since the peer's window follows ours.
+    /// Compresses `payload`. The result must be sent, since the peer's window follows ours.
     pub fn compress(&mut self, payload: &[u8]) -> &[u8] {
         if !self.takeover {
             self.compressor.reset();
         }
         self.output.trim();
         let mut rest = payload;
-        // One turn, but for a compressor that wants several.
+        // One turn is enough, except for a compressor that needs several.
         loop {
             self.output.make_room(compressed_room(rest.len()));
             let (before_in, before_out) = (self.compressor.total_in(), self.compressor.total_out());
@@ -246,3 +232,16 @@ impl Deflater {
         output.strip_suffix(&TAIL).unwrap_or(output)
     }
 }
+
+/// End of a sync flush, which senders leave out (RFC 7692, section 7.2.1).
+const TAIL: [u8; 4] = [0, 0, 0xff, 0xff];
+
+/// [`TAIL`] and an empty final block. A message that does not end with it was cut off.
+const TAIL_AND_END: [u8; 6] = [0, 0, 0xff, 0xff, 3, 0];
+
+/// Upper bound of the final blocks in one message. A sender may need one. Each makes us start the inflater anew, for
+/// as little as two bytes on the wire.
+const FINAL_BLOCKS_MAX: u32 = 64;
+
+/// Approximate size of an inflater with a full window.
+pub(crate) const INFLATER_BYTES: usize = 48 << 10;

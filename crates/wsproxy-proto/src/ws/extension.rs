@@ -1,14 +1,14 @@
-//! The grammar of `Sec-WebSocket-Extensions` (RFC 6455 section 9.1); knows no extension.
+//! Grammar of `Sec-WebSocket-Extensions` (RFC 6455, section 9.1); knows no extension.
 
-/// One element of the list.
+/// Element of the list.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Extension<'a> {
     pub(crate) name: &'a str,
-    /// Names, and values without their quotes.
+    /// Names of the parameters, and their values without quotes.
     pub(crate) params: Vec<(&'a str, Option<&'a str>)>,
 }
 
-/// The elements of a header value. What comes after a mistake is not understood and left out.
+/// Returns the elements of a header value. Elements behind a mistake are left out.
 pub(crate) fn parse(value: &str) -> impl Iterator<Item = Result<Extension<'_>, Malformed>> {
     let mut rest = Some(value);
     std::iter::from_fn(move || {
@@ -23,7 +23,7 @@ pub(crate) fn parse(value: &str) -> impl Iterator<Item = Result<Extension<'_>, M
     })
 }
 
-/// The header value does not follow the grammar.
+/// Error of a header value that does not follow the grammar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
@@ -56,7 +56,7 @@ fn token(text: &str) -> Result<(&str, &str), Malformed> {
     if end == 0 { Err(Malformed) } else { Ok(text.split_at(end)) }
 }
 
-/// A quoted value must be a token after removal of the quotes, hence needs no unescaping.
+/// Reads a value. A quoted value must be a token without its quotes, so it needs no unescaping.
 fn token_or_quoted(text: &str) -> Result<(&str, &str), Malformed> {
     let Some(quoted) = skip_space(text).strip_prefix('"') else { return token(text) };
     let (value, rest) = quoted.split_once('"').ok_or(Malformed)?;
@@ -71,7 +71,7 @@ fn skip_space(text: &str) -> &str {
     text.trim_start_matches([' ', '\t'])
 }
 
-/// RFC 9110 section 5.6.2.
+/// Returns whether a byte may be in a token (RFC 9110, section 5.6.2).
 pub(crate) fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }

@@ -1,20 +1,20 @@
-//! One frame: its header on the wire, and whole frames to send; knows nothing of messages.
+//! Frames: their headers on the wire, and whole frames to send. Knows nothing of messages.
 
 use bytes::Bytes;
 
 use super::mask;
 use crate::disconnect::Disconnect;
 
-/// Which end of a connection we are.
+/// Our end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// We dialled: what we send is masked.
+    /// We dialled. The frames that we send are masked.
     Client,
-    /// We were dialled: what arrives is masked.
+    /// We were dialled. The frames that arrive are masked.
     Server,
 }
 
-/// What a data message carries.
+/// Kind of a data message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// UTF-8.
@@ -23,25 +23,25 @@ pub enum Kind {
     Binary,
 }
 
-/// The frame types of RFC 6455 section 5.2.
+/// Types of frames (RFC 6455, section 5.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opcode {
     /// A further fragment of a message.
     Continuation = 0,
-    /// Text, or its first fragment.
+    /// Text message, or its first fragment.
     Text = 1,
-    /// Binary data, or its first fragment.
+    /// Binary message, or its first fragment.
     Binary = 2,
-    /// The end of what the sender sends.
+    /// Last frame of the sender.
     Close = 8,
-    /// Asks for a pong with the same payload.
+    /// Request for a pong with the same payload.
     Ping = 9,
-    /// The answer to a ping.
+    /// Answer to a ping.
     Pong = 10,
 }
 
 impl Opcode {
-    /// Whether this is close, ping or pong.
+    /// Returns whether this is close, ping or pong.
     #[must_use]
     pub const fn is_control(self) -> bool {
         self as u8 >= 8
@@ -69,28 +69,22 @@ impl From<Kind> for Opcode {
     }
 }
 
-/// Everything of a frame but its payload.
+/// Header of a frame: everything but its payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// Whether this is the last fragment.
     pub fin: bool,
     /// RSV1: the message is compressed.
     pub compressed: bool,
-    /// What the frame is.
+    /// Type of the frame.
     pub opcode: Opcode,
-    /// The masking key, where the payload is masked.
+    /// Masking key, where the payload is masked.
     pub mask: Option<[u8; 4]>,
-    /// Bytes of payload that follow the header.
+    /// Number of bytes of payload that follow the header.
     pub payload_len: u64,
 }
 
-/// Longest header on the wire.
-pub const HEADER_BYTES_MAX: usize = 14;
-
-/// Longest payload of a control frame.
-pub const CONTROL_BYTES_MAX: usize = 125;
-
-/// A header as it goes over the wire.
+/// Header as it goes over the wire.
 #[derive(Debug, Clone, Copy)]
 pub struct EncodedHeader {
     bytes: [u8; HEADER_BYTES_MAX],
@@ -103,7 +97,7 @@ impl AsRef<[u8]> for EncodedHeader {
     }
 }
 
-/// Spells `header` for the wire.
+/// Encodes `header` for the wire.
 #[must_use]
 pub fn encode_header(header: &Header) -> EncodedHeader {
     let mut bytes = [0; HEADER_BYTES_MAX];
@@ -130,11 +124,11 @@ pub fn encode_header(header: &Header) -> EncodedHeader {
     EncodedHeader { bytes, len: len as u8 }
 }
 
-/// Reads a header at the start of `bytes`: it and its length, or `None` where it is incomplete.
+/// Reads a header at the start of `bytes`. Returns it with its length; `None` where it is incomplete.
 ///
 /// # Errors
-/// Whatever is wrong in every context: reserved bits and opcodes, control frames that are
-/// fragmented, compressed or long, lengths that are not minimal. Two bytes are enough for most.
+/// [`Disconnect::PROTOCOL`] for errors in every context: reserved bits and opcodes, control frames that are
+/// fragmented, compressed or too long, lengths that are not minimal. Two bytes are enough to find most of them.
 #[inline]
 pub fn decode_header(bytes: &[u8]) -> Result<Option<(Header, usize)>, Disconnect> {
     let [first, second, rest @ ..] = bytes else { return Ok(None) };
@@ -168,19 +162,19 @@ pub fn decode_header(bytes: &[u8]) -> Result<Option<(Header, usize)>, Disconnect
     Ok(Some((header, bytes.len() - rest.len())))
 }
 
-/// `length`, provided that no shorter spelling exists and the highest bit is clear.
+/// Returns `length`, where it has no shorter form and its highest bit is clear.
 fn minimal(length: u64, least: u64) -> Result<u64, Disconnect> {
     if length < least || length > i64::MAX as u64 { Err(Disconnect::PROTOCOL) } else { Ok(length) }
 }
 
-/// One whole FIN frame of a server: header and payload contiguous and unmasked, so that all
-/// subscribers can share it. `compressed` says that `payload` already is.
+/// Encodes one whole FIN frame of a server. Header and payload are contiguous and unmasked, so that all receivers can
+/// share the frame. `compressed` says that `payload` is compressed.
 #[must_use]
 pub fn server_frame(opcode: Opcode, payload: &[u8], compressed: bool) -> Bytes {
     whole_frame(opcode, payload, compressed, None).into()
 }
 
-/// One whole FIN frame of a client; `mask` is the caller's randomness.
+/// Encodes one whole FIN frame of a client. `mask` is random bytes that the peer cannot foresee.
 #[must_use]
 pub fn client_frame(opcode: Opcode, payload: &[u8], compressed: bool, mask: [u8; 4]) -> Bytes {
     whole_frame(opcode, payload, compressed, Some(mask)).into()
@@ -199,7 +193,7 @@ fn whole_frame(opcode: Opcode, payload: &[u8], compressed: bool, mask: Option<[u
     frame
 }
 
-/// The payload of a close frame.
+/// Payload of a close frame.
 #[derive(Debug, Clone, Copy)]
 pub struct ClosePayload {
     bytes: [u8; CONTROL_BYTES_MAX],
@@ -212,7 +206,7 @@ impl AsRef<[u8]> for ClosePayload {
     }
 }
 
-/// Spells `code` and as many whole characters of `reason` as fit a close frame.
+/// Encodes `code` and as many whole characters of `reason` as fit a close frame.
 #[must_use]
 pub fn close_payload(code: u16, reason: &str) -> ClosePayload {
     let reason = &reason.as_bytes()[..reason.floor_char_boundary(CONTROL_BYTES_MAX - 2)];
@@ -221,3 +215,9 @@ pub fn close_payload(code: u16, reason: &str) -> ClosePayload {
     bytes[2..2 + reason.len()].copy_from_slice(reason);
     ClosePayload { bytes, len: 2 + reason.len() as u8 }
 }
+
+/// Upper bound of a header on the wire.
+pub const HEADER_BYTES_MAX: usize = 14;
+
+/// Upper bound of the payload of a control frame.
+pub const CONTROL_BYTES_MAX: usize = 125;

@@ -1,4 +1,4 @@
-//! The server's side of the opening handshake (RFC 6455 section 4.2); knows no sockets.
+//! Server's side of the opening handshake (RFC 6455, section 4.2); knows no sockets.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -8,14 +8,14 @@ use http::header::{
 };
 use http::{HeaderMap, Method, Version};
 
-/// A request that may be answered with `101`.
+/// Request that may be answered with `101`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upgrade {
     /// Value of `Sec-WebSocket-Accept`.
     pub accept: String,
 }
 
-/// Why a request is no opening handshake.
+/// Reason why a request is no opening handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// `426` with `Upgrade: websocket`.
@@ -24,14 +24,14 @@ pub enum Refusal {
     Version,
     /// `405` with `Allow: GET`.
     Method,
-    /// `400`; says what is wrong.
+    /// `400`, with a sentence about the error.
     Malformed(&'static str),
 }
 
 /// Checks the opening handshake of a client.
 ///
 /// # Errors
-/// How to refuse it.
+/// The refusal to answer with.
 pub fn read_upgrade(
     method: &Method,
     version: Version,
@@ -56,12 +56,12 @@ pub fn read_upgrade(
     Ok(Upgrade { accept: accept(key) })
 }
 
-/// The subprotocols that a client offers, in its order of preference.
+/// Returns the subprotocols that a client offers, in its order of preference.
 pub fn subprotocols(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     tokens(headers, &SEC_WEBSOCKET_PROTOCOL)
 }
 
-/// `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key`.
+/// Returns the `Sec-WebSocket-Accept` for a `Sec-WebSocket-Key`.
 pub(crate) fn accept(key: &str) -> String {
     let mut sha1 = sha1_smol::Sha1::new();
     sha1.update(key.as_bytes());
@@ -69,12 +69,12 @@ pub(crate) fn accept(key: &str) -> String {
     STANDARD.encode(sha1.digest().bytes())
 }
 
-/// Whether one of the comma-separated elements of any `name` header is `token`, in any case.
+/// Returns whether one of the comma-separated elements of any `name` header is `token`, in upper or lower case.
 pub(crate) fn lists_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
     tokens(headers, name).any(|found| found.eq_ignore_ascii_case(token))
 }
 
-/// The value of a header that is given exactly once.
+/// Returns the value of a header that is given exactly once.
 pub(crate) fn only<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
     let mut values = headers.get_all(name).iter();
     let value = values.next()?.to_str().ok()?.trim();
@@ -92,7 +92,7 @@ fn tokens<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item =
 }
 
 fn is_key(key: &str) -> bool {
-    // 18 bytes are what 24 characters can hold at most.
+    // 24 characters hold 18 bytes at most.
     let mut bytes = [0; 18];
     key.len() == 24 && matches!(STANDARD.decode_slice(key, &mut bytes), Ok(16))
 }
@@ -123,7 +123,7 @@ mod tests {
         ("sec-websocket-key", KEY),
     ];
 
-    /// The good request with the headers called `name` replaced by `values`.
+    /// Reads the valid request with the headers called `name` replaced by `values`.
     fn with(name: &'static str, values: &[&str]) -> Result<Upgrade, Refusal> {
         let mut list: Vec<_> = GOOD.into_iter().filter(|header| header.0 != name).collect();
         list.extend(values.iter().map(|value| (name, *value)));

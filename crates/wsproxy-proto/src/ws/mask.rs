@@ -1,6 +1,6 @@
-//! Masking of payloads (RFC 6455 section 5.3); knows no frames.
+//! Masking of payloads (RFC 6455, section 5.3); knows no frames.
 
-/// Masks or unmasks `bytes`, of which the first is byte number `phase` (modulo 4) of its payload.
+/// Masks or unmasks `bytes`. The first of them is byte number `phase` (modulo 4) of its payload.
 #[inline]
 pub fn apply(bytes: &mut [u8], mask: [u8; 4], phase: usize) {
     // Blocks of 32 bytes, so that the compiler makes vector instructions of the inner loop.

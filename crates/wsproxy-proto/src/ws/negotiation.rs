@@ -1,4 +1,4 @@
-//! What client and server agree on for permessage-deflate (RFC 7692 section 7.1).
+//! Negotiation of permessage-deflate between client and server (RFC 7692, section 7.1).
 
 use std::fmt::Write as _;
 
@@ -7,10 +7,7 @@ use http::header::SEC_WEBSOCKET_EXTENSIONS;
 
 use super::extension::{self, Extension};
 
-/// The extension's name.
-pub(crate) const NAME: &str = "permessage-deflate";
-
-/// What both ends agreed on.
+/// Parameters that both ends agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Params {
     /// The server starts each message with an empty window.
@@ -23,15 +20,15 @@ pub struct Params {
     pub client_max_window_bits: u8,
 }
 
-/// What we, as server, allow and ask for.
+/// Parameters that we, as server, allow and ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Whether clients may keep their window between messages, which costs us an inflater
-    /// (up to 48 KiB) per connection; else we answer `client_no_context_takeover`.
+    /// Whether clients may keep their window between messages, which costs us an inflater of up to 48 KiB per
+    /// connection. Otherwise we answer `client_no_context_takeover`.
     pub client_context_takeover: bool,
-    /// Largest window that we compress with, 9 to 15.
+    /// Upper bound of the window that we compress with, 9 to 15.
     pub server_window_bits: u8,
-    /// Largest window that clients may use where they let us choose, 9 to 15.
+    /// Upper bound of the clients' window, where they let us choose it, 9 to 15.
     pub client_window_bits: u8,
 }
 
@@ -41,9 +38,9 @@ impl Default for Policy {
     }
 }
 
-/// Takes the first acceptable offer; with it the value of `Sec-WebSocket-Extensions` to answer.
+/// Takes the first acceptable offer. Returns it with the value of `Sec-WebSocket-Extensions` to answer.
 ///
-/// We always answer `server_no_context_takeover`, so that one compressed message serves all.
+/// We always answer `server_no_context_takeover`, so that all clients can share one compressed message.
 #[must_use]
 pub fn negotiate(headers: &HeaderMap, policy: &Policy) -> Option<(Params, String)> {
     headers
@@ -52,12 +49,12 @@ pub fn negotiate(headers: &HeaderMap, policy: &Policy) -> Option<(Params, String
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| extension::parse(value).map_while(Result::ok))
         .filter(|offer| offer.name == NAME)
-        .find_map(|offer| accept(&Asked::read(&offer)?, policy))
+        .find_map(|offer| accept(&OfferedParams::read(&offer)?, policy))
 }
 
-/// The parameters of one offer or answer, each at most once and with a value that it may have.
+/// Parameters of one offer or answer, each at most once and with a valid value.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Asked {
+pub(crate) struct OfferedParams {
     pub(crate) server_no_context_takeover: bool,
     pub(crate) client_no_context_takeover: bool,
     pub(crate) server_max_window_bits: Option<u8>,
@@ -65,8 +62,8 @@ pub(crate) struct Asked {
     pub(crate) client_max_window_bits: Option<Option<u8>>,
 }
 
-impl Asked {
-    /// `None` where a parameter is unknown, repeated, or has a value that it cannot have.
+impl OfferedParams {
+    /// Reads the parameters; `None` where one is unknown, repeated, or has a value that it cannot have.
     pub(crate) fn read(extension: &Extension<'_>) -> Option<Self> {
         let mut asked = Self::default();
         for &(name, value) in &extension.params {
@@ -94,7 +91,7 @@ fn once(flag: &mut bool, value: Option<&str>) -> Option<()> {
     (first && value.is_none()).then_some(())
 }
 
-/// 8 to 15, without leading zeros.
+/// Reads a number from 8 to 15, without leading zeros.
 fn bits(value: &str) -> Option<u8> {
     match value.as_bytes() {
         [digit @ b'8'..=b'9'] => Some(digit - b'0'),
@@ -103,13 +100,13 @@ fn bits(value: &str) -> Option<u8> {
     }
 }
 
-fn accept(asked: &Asked, policy: &Policy) -> Option<(Params, String)> {
+fn accept(asked: &OfferedParams, policy: &Policy) -> Option<(Params, String)> {
     // zlib has no compressor for windows of 256 bytes.
     if asked.server_max_window_bits == Some(8) {
         return None;
     }
     let server_bits = asked.server_max_window_bits.unwrap_or(15).min(policy.server_window_bits);
-    // Without the client's consent to the parameter its window is what it likes.
+    // A client that did not offer the parameter chooses its window itself.
     let client_bits = asked
         .client_max_window_bits
         .map_or(15, |offered| offered.unwrap_or(15).min(policy.client_window_bits));
@@ -127,15 +124,15 @@ fn accept(asked: &Asked, policy: &Policy) -> Option<(Params, String)> {
     if asked.server_max_window_bits.is_some() {
         let _ = write!(answer, "; server_max_window_bits={server_bits}");
     }
-    // The largest window is what the client may use without our saying so.
+    // A client may use the largest window without our answer.
     if client_bits < 15 {
         let _ = write!(answer, "; client_max_window_bits={client_bits}");
     }
     Some((params, answer))
 }
 
-/// The offer of a client: windows of 15 bits are no demand, and that we understand
-/// `client_max_window_bits` is always said.
+/// Returns the offer of a client. Windows of 15 bits are no demand. The offer always has `client_max_window_bits`,
+/// since we understand it.
 pub(crate) fn offer(params: &Params) -> String {
     let mut offer = String::from(NAME);
     if params.server_no_context_takeover {
@@ -154,10 +151,10 @@ pub(crate) fn offer(params: &Params) -> String {
     offer
 }
 
-/// What a client has agreed on with the server's `answer` to its offer; `None` where the answer
+/// Returns the parameters that a client agreed on with the server's `answer` to its offer; `None` where the answer
 /// does not fit the offer.
 pub(crate) fn confirm(answer: &Extension<'_>, offer: &Params) -> Option<Params> {
-    let answer = Asked::read(answer)?;
+    let answer = OfferedParams::read(answer)?;
     let server_bits = match answer.server_max_window_bits {
         Some(bits) => bits,
         None if offer.server_max_window_bits < 15 => return None,
@@ -182,6 +179,9 @@ pub(crate) fn confirm(answer: &Extension<'_>, offer: &Params) -> Option<Params> 
     })
 }
 
+/// Name of the extension.
+pub(crate) const NAME: &str = "permessage-deflate";
+
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
@@ -204,7 +204,7 @@ mod tests {
         "permessage-deflate; server_no_context_takeover; client_no_context_takeover";
 
     #[test]
-    fn answers_only_what_was_asked_and_what_we_always_do() {
+    fn answers_only_offered_parameters_and_no_takeover() {
         for offer in [
             "permessage-deflate",
             "permessage-deflate; client_max_window_bits",
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_limits_windows_only_where_the_client_allows_it() {
+    fn policy_limits_windows_where_the_client_offers() {
         let policy = Policy {
             client_context_takeover: true,
             server_window_bits: 11,

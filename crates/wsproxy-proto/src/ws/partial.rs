@@ -1,55 +1,54 @@
-//! What a connection keeps of a frame or message that is still incomplete; knows no rules but
-//! those of UTF-8.
+//! Parts of an incomplete frame or message that a connection keeps; knows no rules but those of UTF-8.
 
 use super::frame::{HEADER_BYTES_MAX, Kind, Opcode};
 use super::utf8;
 use crate::disconnect::Disconnect;
 
-/// Everything kept between two reads.
+/// State that is kept between two reads.
 #[derive(Debug, Default)]
 pub(crate) struct Partial {
     header: [u8; HEADER_BYTES_MAX],
     header_len: u8,
-    /// A frame whose header is complete and whose payload is not.
+    /// Frame whose header is complete and whose payload is not.
     pub(crate) frame: Option<OpenFrame>,
-    /// The message to which `data` belongs.
-    pub(crate) message: Option<Message>,
+    /// Message to which `data` belongs.
+    pub(crate) message: Option<PartialMessage>,
     /// Payload of the message so far, unmasked.
     pub(crate) data: Vec<u8>,
     /// Payload of an incomplete control frame, which may come between fragments.
     pub(crate) control: Vec<u8>,
-    /// Bytes of `data` known to be whole characters.
+    /// Number of bytes of `data` that are known to be whole characters.
     valid: usize,
 }
 
-/// A frame in the middle of its payload.
+/// Frame in the middle of its payload.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OpenFrame {
-    /// The opcode of a control frame.
+    /// Opcode of a control frame.
     pub(crate) control: Option<Opcode>,
     pub(crate) fin: bool,
     pub(crate) mask: [u8; 4],
-    /// Which byte of the mask comes next.
+    /// Index of the next byte of the mask.
     pub(crate) phase: u8,
     pub(crate) remaining: usize,
 }
 
-/// A message of which the first frame's header has come.
+/// Message whose first header has come.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Message {
+pub(crate) struct PartialMessage {
     pub(crate) kind: Kind,
     pub(crate) compressed: bool,
-    /// Frames so far.
+    /// Number of frames so far.
     pub(crate) fragments: u32,
 }
 
 impl Partial {
-    /// The bytes of an incomplete header.
+    /// Bytes of an incomplete header.
     pub(crate) fn header(&self) -> &[u8] {
         &self.header[..usize::from(self.header_len)]
     }
 
-    /// Keeps as many of `bytes` as a header can have, and says how many.
+    /// Keeps as many of `bytes` as a header can have. Returns their number.
     pub(crate) fn keep_header(&mut self, bytes: &[u8]) -> usize {
         let from = usize::from(self.header_len);
         let length = bytes.len().min(HEADER_BYTES_MAX - from);
@@ -62,7 +61,7 @@ impl Partial {
         self.header_len = 0;
     }
 
-    /// Appends payload to the message. `to_come` is what is known to follow until its end.
+    /// Appends payload to the message. `to_come` is the number of bytes that are known to follow until its end.
     pub(crate) fn append(
         &mut self,
         chunk: &[u8],
@@ -70,7 +69,7 @@ impl Partial {
     ) -> Result<(), Disconnect> {
         let needed = self.data.len() + chunk.len();
         if needed > self.data.capacity() {
-            // Twice what came, never what was claimed.
+            // At most twice the bytes that came, never the bytes that the header claims.
             let most = to_come.map_or(usize::MAX, |to_come| needed + to_come);
             let target = (2 * self.data.capacity()).max(needed).min(most);
             self.data.reserve_exact(target - self.data.len());
@@ -82,7 +81,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Takes the complete message out: its payload, and whether that is compressed.
+    /// Takes the payload of the complete message out, and whether that is compressed.
     pub(crate) fn close_message(&mut self) -> Result<(Vec<u8>, bool), Disconnect> {
         if self.is_plain_text() && self.valid != self.data.len() {
             return Err(Disconnect::NOT_UTF8);
@@ -96,7 +95,7 @@ impl Partial {
         self.message.is_some_and(|message| message.kind == Kind::Text && !message.compressed)
     }
 
-    /// Whether nothing is incomplete.
+    /// Returns whether nothing is incomplete.
     pub(crate) fn is_idle(&self) -> bool {
         self.header_len == 0 && self.frame.is_none() && self.message.is_none()
     }

@@ -1,4 +1,4 @@
-//! What arrives: from bytes in any pieces to whole messages; knows nothing of sending.
+//! Receiving half of a connection: from bytes in any pieces to whole messages. Knows nothing of sending.
 
 use std::ops::Range;
 
@@ -6,33 +6,33 @@ use flate2::Decompress;
 
 use super::deflate::{self, Inflaters, Params};
 use super::frame::{self, Header, Kind, Opcode, Role};
-use super::partial::{Message, OpenFrame, Partial};
+use super::partial::{OpenFrame, Partial, PartialMessage};
 use super::{mask, utf8};
 use crate::disconnect::{Disconnect, is_sendable};
 
-/// What a peer may make us keep and work on for one message.
+/// Bounds of one message of the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Largest message, before and after inflating.
+    /// Upper bound of a message, before and after inflating.
     pub message_bytes_max: usize,
-    /// Most frames of one message, empty ones included.
+    /// Upper bound of the frames of one message, empty ones included.
     pub fragments_max: u32,
 }
 
-/// One thing that the peer said.
+/// Message or control frame of the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event<'r> {
-    /// A whole message; text is valid UTF-8.
+    /// Whole message. Text is valid UTF-8.
     Message(Kind, &'r [u8]),
-    /// To be answered with a pong of the same payload.
+    /// Ping, to be answered with a pong of the same payload.
     Ping(&'r [u8]),
-    /// The answer to a ping, or unasked.
+    /// Pong, as the answer to a ping or unasked.
     Pong(&'r [u8]),
-    /// The last thing the peer says: code and reason where it gave them.
+    /// Close frame, the last frame of the peer: code and reason where it gave them.
     Close(Option<(u16, &'r str)>),
 }
 
-/// Bytes just read, which the receiver uses up and unmasks in place.
+/// Bytes of one read, which the receiver consumes and unmasks in place.
 #[derive(Debug)]
 pub struct Input<'a> {
     bytes: &'a mut [u8],
@@ -41,31 +41,31 @@ pub struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    /// All of `bytes` is still to be looked at.
+    /// Creates an input of which no byte is consumed.
     #[must_use]
     pub fn new(bytes: &'a mut [u8]) -> Self {
         Self { bytes, at: 0, inflated: 0 }
     }
 
-    /// Bytes by which the messages that were completed here grew when they were inflated.
+    /// Returns the bytes by which the messages that ended in this input grew when they were inflated.
     #[must_use]
     pub const fn inflated(&self) -> usize {
         self.inflated
     }
 
-    /// Whether all bytes are used up.
+    /// Returns whether all bytes are consumed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.at == self.bytes.len()
     }
 
-    /// What is still to be looked at.
+    /// Returns the bytes that are not consumed.
     #[must_use]
     pub fn rest(&self) -> &[u8] {
         &self.bytes[self.at..]
     }
 
-    /// Uses up the next `length` bytes.
+    /// Consumes the next `length` bytes.
     fn take(&mut self, length: usize) -> Range<usize> {
         let from = self.at;
         self.at += length;
@@ -73,33 +73,49 @@ impl<'a> Input<'a> {
     }
 }
 
-/// The receiving half of one connection.
+/// Receiving half of one connection.
 ///
-/// Invariant: holds heap memory only while a frame or message is incomplete (no more than twice
-/// the bytes that came of it), and for the peer's window where context takeover was agreed on.
+/// Invariant: the receiver holds heap memory only while a frame or message is incomplete (at most twice the bytes
+/// that came of it), and for the peer's window where context takeover was agreed on.
+///
+/// ```
+/// use wsproxy_proto::ws::{
+///     deflate::Inflaters,
+///     frame::{Kind, Opcode, Role, client_frame},
+///     receiver::{Event, Input, Limits, Receiver},
+/// };
+///
+/// let limits = Limits { message_bytes_max: 1024, fragments_max: 16 };
+/// let (mut receiver, mut inflaters) = (Receiver::new(Role::Server, limits, None), Inflaters::default());
+/// let mut bytes = client_frame(Opcode::Text, b"hello", false, [1, 2, 3, 4]).to_vec();
+/// let (first, rest) = bytes.split_at_mut(3);
+/// assert_eq!(receiver.next(&mut Input::new(first), &mut inflaters), Ok(None));
+/// let message = Event::Message(Kind::Text, b"hello");
+/// assert_eq!(receiver.next(&mut Input::new(rest), &mut inflaters), Ok(Some(message)));
+/// ```
 #[derive(Debug)]
 pub struct Receiver {
     partial: Option<Box<Partial>>,
-    /// Used only with context takeover, from the first compressed message on.
+    /// Inflater with context takeover, made for the first compressed message.
     inflater: Option<Box<Decompress>>,
     message_bytes_max: usize,
     fragments_max: u32,
     deflate: Option<Params>,
     role: Role,
-    /// The peer has closed or broken the rules: what still arrives means nothing.
+    /// The peer has closed or broken the rules. Further bytes are ignored.
     ended: bool,
 }
 
-/// Where the payload of an event lies.
-enum Place {
+/// Location of an event's payload.
+enum PayloadLocation {
     Input(Range<usize>),
-    /// The output of the inflaters, which also takes over what was put together here, so that
-    /// nothing stays with the connection.
+    /// The output of the inflaters. It also takes over a message that was put together here, so that nothing stays
+    /// with the connection.
     Output,
 }
 
 impl Receiver {
-    /// `role` is ours; `deflate` is what was negotiated.
+    /// Creates a receiver. `role` is our end; `deflate` was negotiated.
     #[must_use]
     pub fn new(role: Role, limits: Limits, deflate: Option<Params>) -> Self {
         Self {
@@ -113,12 +129,12 @@ impl Receiver {
         }
     }
 
-    /// The next event in `input`; `None` when it is used up. Bytes of an incomplete frame or
-    /// message are kept inside.
+    /// Returns the next event in `input`; `None` where all of it is consumed. Bytes of an incomplete frame or message
+    /// are kept inside.
     ///
     /// # Errors
-    /// How the connection is to be ended. What arrives afterwards, or after the peer's close,
-    /// is ignored.
+    /// The entry of the table with which the connection is to be ended. Bytes that come after an error, or after the
+    /// peer's close frame, are ignored.
     #[inline]
     pub fn next<'r>(
         &'r mut self,
@@ -132,7 +148,7 @@ impl Receiver {
         if input.is_empty() {
             return Ok(None);
         }
-        let (opcode, place) = match self.advance(input, inflaters) {
+        let (opcode, location) = match self.advance(input, inflaters) {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(None),
             Err(disconnect) => {
@@ -140,9 +156,9 @@ impl Receiver {
                 return Err(disconnect);
             }
         };
-        let payload = match place {
-            Place::Input(range) => &input.bytes[range],
-            Place::Output => inflaters.output(),
+        let payload = match location {
+            PayloadLocation::Input(range) => &input.bytes[range],
+            PayloadLocation::Output => inflaters.output(),
         };
         Ok(Some(match opcode {
             Opcode::Text => Event::Message(Kind::Text, payload),
@@ -156,13 +172,13 @@ impl Receiver {
         }))
     }
 
-    /// Whether messages may be compressed, so that few bytes can become many.
+    /// Returns whether messages may be compressed, so that few bytes can become many.
     #[must_use]
     pub const fn inflates(&self) -> bool {
         self.deflate.is_some()
     }
 
-    /// Bytes that this connection holds on the heap now.
+    /// Returns the number of bytes that this connection holds on the heap.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
         let partial = self.partial.as_ref().map_or(0, |partial| partial.heap_bytes());
@@ -176,19 +192,19 @@ impl Receiver {
         self.inflater = None;
     }
 
-    /// Goes on to the end of the next message or control frame.
+    /// Consumes input to the end of the next message or control frame.
     fn advance(
         &mut self,
         input: &mut Input<'_>,
         inflaters: &mut Inflaters,
-    ) -> Result<Option<(Opcode, Place)>, Disconnect> {
+    ) -> Result<Option<(Opcode, PayloadLocation)>, Disconnect> {
         loop {
             let mid_frame = self.partial.as_ref().is_some_and(|partial| partial.frame.is_some());
             if !mid_frame {
                 let Some(header) = self.read_header(input)? else { return Ok(None) };
                 self.check(&header)?;
                 let mask = header.mask.unwrap_or_default();
-                // Safe on 32 bits, too: `check` compared it with limits of type `usize`.
+                // No truncation on 32 bits: `check` compared the length with limits of type `usize`.
                 let length = header.payload_len as usize;
                 let alone = header.opcode.is_control()
                     || header.fin && header.opcode != Opcode::Continuation;
@@ -208,7 +224,7 @@ impl Receiver {
         }
     }
 
-    /// A header from `input` and what was kept of it; `None` where it is still incomplete.
+    /// Returns the header of the kept bytes and `input`; `None` where it is still incomplete.
     #[inline]
     fn read_header(&mut self, input: &mut Input<'_>) -> Result<Option<Header>, Disconnect> {
         let partial = match &mut self.partial {
@@ -240,7 +256,7 @@ impl Receiver {
         Ok(Some(header))
     }
 
-    /// Judges `header` by what came before it and by the limits.
+    /// Checks `header` against the frames before it and against the limits.
     #[inline]
     fn check(&self, header: &Header) -> Result<(), Disconnect> {
         let unnegotiated = header.compressed && self.deflate.is_none();
@@ -266,14 +282,14 @@ impl Receiver {
         } else {
             self.message_bytes_max
         };
-        // No overflow: what is kept was within the limit.
+        // No overflow: the kept bytes are within the limit.
         if header.payload_len > (max - size) as u64 {
             return Err(Disconnect::TOO_BIG);
         }
         Ok(())
     }
 
-    /// A control frame, or a message of one frame, that lies whole and unmasked in `input`.
+    /// Returns a control frame, or a message of one frame, that is whole in `input`, after unmasking.
     #[inline]
     fn whole(
         &mut self,
@@ -281,7 +297,7 @@ impl Receiver {
         range: Range<usize>,
         input: &mut Input<'_>,
         inflaters: &mut Inflaters,
-    ) -> Result<(Opcode, Place), Disconnect> {
+    ) -> Result<(Opcode, PayloadLocation), Disconnect> {
         let payload = &input.bytes[range.clone()];
         if header.compressed {
             self.inflate(payload, inflaters)?;
@@ -289,20 +305,20 @@ impl Receiver {
             if header.opcode == Opcode::Text && !utf8::is_valid(inflaters.output()) {
                 return Err(Disconnect::NOT_UTF8);
             }
-            return Ok((header.opcode, Place::Output));
+            return Ok((header.opcode, PayloadLocation::Output));
         }
         if header.opcode == Opcode::Text && !utf8::is_valid(payload) {
             return Err(Disconnect::NOT_UTF8);
         }
-        Ok((header.opcode, Place::Input(range)))
+        Ok((header.opcode, PayloadLocation::Input(range)))
     }
 
-    /// Starts to collect a frame whose payload is not all here, or is a fragment.
+    /// Starts to collect a frame whose payload is incomplete or a fragment.
     fn open(&mut self, header: &Header, length: usize, mask: [u8; 4]) -> Result<(), Disconnect> {
         let partial = self.partial.get_or_insert_default();
         let control = header.opcode.is_control().then_some(header.opcode);
         if control.is_none() {
-            let message = partial.message.get_or_insert(Message {
+            let message = partial.message.get_or_insert(PartialMessage {
                 kind: if header.opcode == Opcode::Text { Kind::Text } else { Kind::Binary },
                 compressed: header.compressed,
                 fragments: 0,
@@ -314,8 +330,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// Moves payload of the open frame out of `input`; the opcode when a control frame or
-    /// message is complete thereby.
+    /// Moves payload of the open frame out of `input`. Returns the opcode where that completes a control frame or
+    /// message.
     fn absorb(&mut self, input: &mut Input<'_>) -> Result<Option<Opcode>, Disconnect> {
         let Some(partial) = &mut self.partial else { return Ok(None) };
         let Some(frame) = &mut partial.frame else { return Ok(None) };
@@ -338,14 +354,14 @@ impl Receiver {
         Ok(partial.message.filter(|_| complete).map(|message| message.kind.into()))
     }
 
-    /// Hands over what was collected, so that the connection keeps nothing of it.
+    /// Hands the collected payload over, so that the connection keeps nothing of it.
     fn finish(
         &mut self,
         opcode: Opcode,
         input: &mut Input<'_>,
         inflaters: &mut Inflaters,
-    ) -> Result<(Opcode, Place), Disconnect> {
-        let Some(partial) = &mut self.partial else { return Ok((opcode, Place::Output)) };
+    ) -> Result<(Opcode, PayloadLocation), Disconnect> {
+        let Some(partial) = &mut self.partial else { return Ok((opcode, PayloadLocation::Output)) };
         if opcode.is_control() {
             inflaters.take_over(std::mem::take(&mut partial.control));
         } else {
@@ -361,7 +377,7 @@ impl Receiver {
             }
         }
         self.give_back();
-        Ok((opcode, Place::Output))
+        Ok((opcode, PayloadLocation::Output))
     }
 
     fn give_back(&mut self) {
@@ -387,7 +403,7 @@ impl Receiver {
     }
 }
 
-/// Code and reason of a close frame (RFC 6455 section 5.5.1).
+/// Reads code and reason of a close frame (RFC 6455, section 5.5.1).
 fn read_close(payload: &[u8]) -> Result<Option<(u16, &str)>, Disconnect> {
     let Some((code, reason)) = payload.split_first_chunk::<2>() else {
         return if payload.is_empty() { Ok(None) } else { Err(Disconnect::PROTOCOL) };

@@ -1,12 +1,9 @@
-//! Room for output that is used again and again, without clearing it each time.
-
-/// Most room that is kept between messages.
-const RETAINED_BYTES_MAX: usize = 64 << 10;
+//! Buffer for output that is used again and again, without clearing it each time.
 
 /// Bytes, of which the first part is filled.
 ///
-/// The spare capacity of a plain vector would have to be zeroed for each call of the compressor,
-/// which for small messages costs more than the compressor itself.
+/// A plain vector would have to zero its spare capacity for each call of the compressor. For small
+/// messages that costs more than the compressor itself.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     bytes: Vec<u8>,
@@ -22,7 +19,7 @@ impl Scratch {
         &mut self.bytes[self.filled..]
     }
 
-    /// Says that `length` bytes of [`Self::spare`] are filled now.
+    /// Notes that `length` bytes of [`Self::spare`] are filled.
     pub(crate) fn fill(&mut self, length: usize) {
         self.filled += length;
     }
@@ -40,13 +37,13 @@ impl Scratch {
         }
     }
 
-    /// Holds `bytes` from now on.
+    /// Replaces the content by `bytes`.
     pub(crate) fn replace(&mut self, bytes: Vec<u8>) {
         self.filled = bytes.len();
         self.bytes = bytes;
     }
 
-    /// Forgets everything, and gives back the room that a big message needed.
+    /// Clears the content, and frees the room that a big message needed.
     #[inline]
     pub(crate) fn trim(&mut self) {
         self.filled = 0;
@@ -55,6 +52,9 @@ impl Scratch {
         }
     }
 }
+
+/// Upper bound of the room that is kept between messages.
+const RETAINED_BYTES_MAX: usize = 64 << 10;
 
 #[cfg(test)]
 mod tests {

@@ -1,7 +1,7 @@
 //! UTF-8 of text that arrives in pieces; knows no frames.
 
-/// Where the complete characters of `text` end, given that they are known to reach to `from`.
-/// `None` as soon as no continuation could make the text valid.
+/// Returns the end of the complete characters of `text`, which are known to reach to `from`. `None` as soon as no
+/// continuation can make the text valid.
 pub(crate) fn advance(text: &[u8], from: usize) -> Option<usize> {
     match simdutf8::compat::from_utf8(&text[from..]) {
         Ok(_) => Some(text.len()),
@@ -10,7 +10,7 @@ pub(crate) fn advance(text: &[u8], from: usize) -> Option<usize> {
     }
 }
 
-/// Whether `text` is UTF-8 and ends with a complete character.
+/// Returns whether `text` is UTF-8 and ends with a complete character.
 #[inline]
 pub(crate) fn is_valid(text: &[u8]) -> bool {
     simdutf8::basic::from_utf8(text).is_ok()
@@ -21,7 +21,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn byte_by_byte_equals_the_whole_and_fails_at_the_first_impossible_byte() {
+    fn utf8_byte_by_byte_equals_the_whole() {
         let text = "aä€\u{10ffff}z".as_bytes();
         let mut known = 0;
         for end in 0..=text.len() {

@@ -1,10 +1,21 @@
-//! What the fuzz targets do with their input; the plain tests do it with the committed seeds.
+//! Bodies of the fuzz targets. Plain tests run them with the committed seeds.
 
+use buffa::Message as _;
 use http::header::{HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_EXTENSIONS};
 use http::uri::PathAndQuery;
 use http::{Method, Version};
+use wsproxy_proto::agents::answer::{self, Answer, Form};
+use wsproxy_proto::agents::command::{self, BadCommandKind, Command};
+use wsproxy_proto::agents::message::{self, AgentMessage, BadMessage};
+use wsproxy_proto::agents::writer;
 use wsproxy_proto::history::{After, Envelope, Position};
-use wsproxy_proto::json::validate;
+use wsproxy_proto::json::{members::Members, validate};
+use wsproxy_proto::names::Id;
+use wsproxy_proto::rooms::check::{self, Body, Checked, Kind, Refused};
+use wsproxy_proto::rooms::stamp;
+use wsproxy_proto::rooms::text::{to_binary, to_text};
+use wsproxy_proto::rooms::v1::Envelope as RoomEnvelope;
+use wsproxy_proto::rooms::v1::envelope::Payload;
 use wsproxy_proto::ws::client::{ClientRequest, Response, read_response};
 use wsproxy_proto::ws::deflate::{Deflater, Deflaters, Policy, negotiate};
 use wsproxy_proto::ws::frame::{Opcode, Role};
@@ -13,9 +24,7 @@ use wsproxy_proto::ws::receiver::Limits;
 
 use crate::support::{Ear, MASK, NO_TAKEOVER, Said, TAKEOVER, frame};
 
-const LIMITS: Limits = Limits { message_bytes_max: 2000, fragments_max: 6 };
-
-/// One byte of settings, one that decides the split, and what the peer sends.
+/// Input: one byte of settings, one that decides the split, and the bytes of the peer.
 pub(crate) fn receiver(data: &[u8]) {
     let [settings, split, bytes @ ..] = data else { return };
     let role = if settings & 1 == 0 { Role::Server } else { Role::Client };
@@ -33,7 +42,7 @@ pub(crate) fn receiver(data: &[u8]) {
         assert!(parts.receiver.heap_bytes() <= 2 * LIMITS.message_bytes_max + 512 + (48 << 10));
     }
     assert_eq!((&parts.said, parts.error), (&whole.said, whole.error));
-    // Whether something is kept depends on what came, not on how.
+    // The kept bytes depend on the bytes that came, not on their split.
     assert_eq!(parts.receiver.heap_bytes() == 0, whole.receiver.heap_bytes() == 0);
     for said in &whole.said {
         let length = match said {
@@ -45,7 +54,7 @@ pub(crate) fn receiver(data: &[u8]) {
     }
 }
 
-/// One byte of settings; the rest is compressed and inflated again, and taken for compressed.
+/// Input: one byte of settings. The rest is compressed and inflated again, and also taken as compressed data.
 pub(crate) fn deflate(data: &[u8]) {
     let [settings, bytes @ ..] = data else { return };
     let limits = Limits { message_bytes_max: bytes.len(), fragments_max: 1 };
@@ -74,7 +83,7 @@ pub(crate) fn deflate(data: &[u8]) {
     assert!(ear.error.is_some() || ear.said.len() == 2);
 }
 
-/// Header lines of a request, and the same bytes as a server's answer.
+/// Input: header lines of a request. The same bytes are taken as a server's answer.
 pub(crate) fn handshake(data: &[u8]) {
     let mut headers = HeaderMap::new();
     for line in data.split(|byte| *byte == b'\n').take(50) {
@@ -117,8 +126,8 @@ pub(crate) fn handshake(data: &[u8]) {
     }
 }
 
-/// A text, judged by us and by `serde_json`, which allows 127 levels, and whose limit on the
-/// size of numbers we do not share.
+/// Input: a text, judged by this crate and by `serde_json`. The latter allows 127 levels, and has a limit of the size
+/// of numbers.
 pub(crate) fn json(data: &[u8]) {
     let verdict = validate(data, 127);
     let oracle = serde_json::from_slice::<serde_json::Value>(data);
@@ -132,11 +141,11 @@ pub(crate) fn json(data: &[u8]) {
     }
 }
 
-/// A message of a channel, a position, and what a client gives as its last event id.
+/// Input: a message of a channel, a position, and the last event id of a client.
 pub(crate) fn history(data: &[u8]) {
     if let Some(envelope) = Envelope::parse(data) {
         assert_eq!(Envelope::parse(&envelope.encode()), Some(envelope));
-        // Nothing is read that would be written otherwise.
+        // Each accepted input is the only form of its value.
         assert_eq!(envelope.encode(), data);
     }
     if let Some(position) = Position::parse(data) {
@@ -150,3 +159,155 @@ pub(crate) fn history(data: &[u8]) {
         assert!(again.len() <= 128 && !again.contains([' ', '\n', '\r', '\0']));
     }
 }
+
+/// Input: a payload of the channel of commands to an agent.
+pub(crate) fn agent_command(data: &[u8]) {
+    let read = command::parse(data);
+    let is_object = !matches!(&read, Err(bad) if bad.kind == BadCommandKind::NotAnObject);
+    assert_eq!(is_object, is_json_object(data), "{read:?}");
+    let again = match &read {
+        Ok(Command::Call(call)) => {
+            let sent = writer::tool_call(&call.request, &call.tool, call.params, None);
+            assert!(is_json_object(&sent) && contains(data, call.params));
+            call.encode()
+        }
+        Ok(Command::Cancel { request, reply_to }) => command::cancel(request, reply_to.as_ref()),
+        Ok(Command::Owner(marker)) => marker.encode(),
+        Ok(Command::Other) | Err(_) => return,
+    };
+    assert_eq!(command::parse(&again), read);
+}
+
+/// Input: a message of an agent.
+pub(crate) fn agent_message(data: &[u8]) {
+    let read = message::parse(data);
+    assert_eq!(read != Err(BadMessage::NotAnObject), is_json_object(data), "{read:?}");
+    let Ok(user) = Id::parse("u1") else { return };
+    match &read {
+        Ok(AgentMessage::Response(response)) => {
+            assert!(is_json_object(&answer::response(&user, response, Form::Request)));
+            let published = answer::response(&user, response, Form::Caller);
+            let Some(Answer::Ended(answer)) = Answer::parse(&published) else { panic!("{read:?}") };
+            assert_eq!((answer.success, answer.result), (response.success, response.result));
+            assert_eq!(answer.error, response.error.as_deref());
+            assert_eq!(answer.execution_time, response.execution_time);
+            assert!(response.result.is_none_or(|result| contains(data, result)));
+        }
+        Ok(AgentMessage::Progress(progress)) => {
+            assert!(is_json_object(&answer::progress_data(progress)));
+            let published = answer::progress(&user, progress);
+            let told = Answer::Progress { user, progress: progress.clone() };
+            assert_eq!(Answer::parse(&published), Some(told));
+        }
+        Ok(AgentMessage::Heartbeat | AgentMessage::Hello(_)) | Err(_) => {}
+    }
+}
+
+/// Input: an envelope of a room.
+pub(crate) fn room_envelope(data: &[u8]) {
+    let whole = RoomEnvelope::decode_from_slice(data);
+    let message_id = check::message_id(data);
+    let checked = match check::read(data) {
+        Ok(checked) => checked,
+        Err(Refused::NoEnvelope) => {
+            return assert!(
+                !whole.is_ok_and(|whole| whole.payload.is_some()),
+                "a decoder reads it"
+            );
+        }
+        Err(refused) => return assert!(matches!(refused, Refused::Invalid(_)), "{refused:?}"),
+    };
+    let whole = whole.unwrap();
+    assert!(says_the_same(&checked, &whole), "{checked:?} {whole:?}");
+    assert_eq!(message_id, checked.message_id);
+
+    let mut stamped = Vec::new();
+    stamp::stamp(data, checked.stamp, "alice-1", None, &mut stamped);
+    assert!(stamped.starts_with(data));
+    let told = RoomEnvelope::decode_from_slice(&stamped).unwrap();
+    assert_eq!((told.sender.as_str(), told.seq), ("alice-1", 0));
+    assert_eq!(
+        (&told.payload, &told.to, told.reliable),
+        (&whole.payload, &whole.to, whole.reliable)
+    );
+    let again = check::read(&stamped).unwrap();
+    assert_eq!((again.sender, again.body), ("alice-1", checked.body));
+    assert_eq!(again.stamp.message_type, None);
+
+    let text = to_text(&stamped).unwrap();
+    let back = to_binary(text.as_bytes()).unwrap();
+    assert_eq!(RoomEnvelope::decode_from_slice(&back), Ok(told));
+    if let Err(refused) = check::check(data, "alice-1") {
+        assert!(matches!(refused, Refused::NotAllowed(_) | Refused::WrongSender(_)), "{refused:?}");
+    }
+}
+
+/// Returns whether a decoder of whole messages found what the check found.
+fn says_the_same(checked: &Checked<'_>, whole: &RoomEnvelope) -> bool {
+    let payload = match (whole.payload.as_ref().unwrap(), checked.body) {
+        (Payload::PositionUpdate(message), Body::Position { entity, .. }) => {
+            message.entity_id == entity && {
+                let floats = [message.position.x, message.position.y, message.position.z];
+                floats.iter().all(|float| float.is_finite())
+            }
+        }
+        (Payload::EntitySpawn(message), Body::Spawn { entity, owner, .. }) => {
+            message.entity_id == entity
+                && message.owner_id == owner
+                && message.components.len() <= 64
+        }
+        (Payload::EntityUpdate(message), Body::Update { entity, .. }) => {
+            message.entity_id == entity
+        }
+        (Payload::EntityDespawn(message), Body::Despawn { entity }) => message.entity_id == entity,
+        (Payload::ChatMessage(message), Body::Chat { from }) => message.from_client_id == from,
+        (Payload::PresenceEvent(message), Body::Presence { event, client, data }) => {
+            message.client_id == client
+                && message.event_type.to_i32() == event as i32
+                && message.data.is_set() == data.is_some()
+        }
+        (Payload::Ack(message), Body::Ack(ack)) => {
+            message.seq == ack.seq && message.more == ack.more().collect::<Vec<_>>()
+        }
+        (Payload::ClientHello(message), Body::Hello(hello)) => {
+            let has = |feature| message.features.iter().any(|other| other == feature);
+            (hello.batch, hello.acks) == (has("batch"), has("acks"))
+                && message.display_name == hello.display_name
+                && message.presence.is_set() == hello.presence.is_some()
+        }
+        (Payload::Custom(message), Body::Custom { name, data }) => {
+            message.name == name && message.data == data
+        }
+        (Payload::ServerHello(_), Body::Other) => checked.kind == Kind::ServerHello,
+        (Payload::Error(_), Body::Other) => checked.kind == Kind::Error,
+        (Payload::PositionBatch(_), Body::Other) => checked.kind == Kind::Batch,
+        _ => false,
+    };
+    payload
+        && whole.message_id == checked.message_id
+        && whole.to == checked.to.unwrap_or_default()
+        && whole.sender == checked.sender
+        && whole.reliable == checked.reliable
+        && checked.stamp.overrules_seq == (whole.seq != 0)
+}
+
+/// Input: a text frame of a room.
+pub(crate) fn room_text(data: &[u8]) {
+    let Ok(binary) = to_binary(data) else { return };
+    let whole = RoomEnvelope::decode_from_slice(&binary).unwrap();
+    assert!(whole.payload.is_some());
+    assert_ne!(check::read(&binary), Err(Refused::NoEnvelope));
+    room_envelope(&binary);
+}
+
+/// Returns whether `text` is a JSON object with at most 128 levels, whose strings may have halves of surrogate pairs.
+fn is_json_object(text: &[u8]) -> bool {
+    Members::of(text, 128).is_ok_and(|mut members| members.all(|member| member.is_ok()))
+}
+
+/// Returns whether `part` was borrowed from `whole`, or stands for an absent part.
+fn contains(whole: &[u8], part: &[u8]) -> bool {
+    part == b"{}" || whole.as_ptr_range().contains(&part.as_ptr())
+}
+
+const LIMITS: Limits = Limits { message_bytes_max: 2000, fragments_max: 6 };

@@ -1,4 +1,4 @@
-//! The seeds of the fuzz targets, and inputs that once failed, as plain tests.
+//! Seeds of the fuzz targets, and inputs that once failed, as plain tests.
 
 use std::fs;
 use std::path::Path;
@@ -41,4 +41,24 @@ fn json_seeds() {
 #[test]
 fn history_seeds() {
     run("history", bodies::history);
+}
+
+#[test]
+fn agent_command_seeds() {
+    run("agent_command", bodies::agent_command);
+}
+
+#[test]
+fn agent_message_seeds() {
+    run("agent_message", bodies::agent_message);
+}
+
+#[test]
+fn room_envelope_seeds() {
+    run("room_envelope", bodies::room_envelope);
+}
+
+#[test]
+fn room_text_seeds() {
+    run("room_text", bodies::room_text);
 }

@@ -6,7 +6,7 @@ use wsproxy_proto::ws::deflate::{Deflater, Deflaters, Params};
 use wsproxy_proto::ws::frame::{Opcode, Role};
 use wsproxy_proto::ws::receiver::Limits;
 
-use crate::support::{Ear, LIMITS, MASK, NO_TAKEOVER, Said, TAKEOVER, frame};
+use crate::support::{Ear, LIMITS, MASK, NO_TAKEOVER, Said, TAKEOVER, cases, frame, noise};
 
 fn compressed(opcode: Opcode, payload: &[u8]) -> Vec<u8> {
     frame(true, true, opcode, payload, Some(MASK))
@@ -19,13 +19,6 @@ fn hear(params: Params, payloads: &[&[u8]]) -> (Vec<Said>, Option<Disconnect>) {
     }
     (ear.said, ear.error)
 }
-
-/// The examples of RFC 7692 section 7.2.3.
-const HELLO: &[u8] = b"\xf2\x48\xcd\xc9\xc9\x07\x00";
-const HELLO_AGAIN: &[u8] = b"\xf2\x00\x11\x00\x00";
-const STORED: &[u8] = b"\x00\x05\x00\xfa\xff\x48\x65\x6c\x6c\x6f\x00";
-const FINAL: &[u8] = b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00";
-const TWO_BLOCKS: &[u8] = b"\xf2\x48\x05\x00\x00\x00\xff\xff\xca\xc9\xc9\x07\x00";
 
 #[test]
 fn the_examples_of_the_rfc() {
@@ -42,7 +35,7 @@ fn the_examples_of_the_rfc() {
 }
 
 #[test]
-fn empty_messages_and_final_blocks_without_the_extra_byte() {
+fn empty_messages_and_final_blocks_inflate() {
     for params in [NO_TAKEOVER, TAKEOVER] {
         let (said, error) = hear(params, &[b"\x00", b"", b"\x02\x00", b"\x03\x00", &FINAL[..7]]);
         let empty = Said::Binary(vec![]);
@@ -112,12 +105,7 @@ fn a_bomb_ends_at_the_limit() {
 
 #[test]
 fn incompressible_messages_of_the_largest_size_pass() {
-    let mut noise = Vec::new();
-    let mut state = 1_u64;
-    noise.resize_with(1000, || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 56) as u8
-    });
+    let noise = noise(1, 1000);
     let limits = Limits { message_bytes_max: 1000, fragments_max: 10 };
     for level in 1..=9 {
         let mut deflater = Deflater::new(level, 15, false);
@@ -143,16 +131,13 @@ fn what_does_not_get_smaller_is_not_compressed() {
 }
 
 #[test]
-fn a_pool_survives_messages_whose_compressed_form_is_longer() {
-    let mut state = 1_u64;
-    let mut random = move || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 56) as u8
-    };
+fn pool_survives_messages_that_do_not_shrink() {
     let (mut pool, mut own) = (Deflaters::new(1), Deflater::new(1, 15, true));
-    for length in [1024, 1024, 4096, 1500, 16_384, 100].repeat(100) {
+    let lengths = [1024, 1024, 4096, 1500, 16_384, 100].repeat(100);
+    for (seed, length) in lengths.into_iter().enumerate() {
         // Bytes that cost 8 bits each, now and then 9: the output ends near the input's length.
-        let noise: Vec<u8> = (0..length).map(|_| random() % 146).collect();
+        let noise: Vec<u8> =
+            noise(seed as u64, length).into_iter().map(|byte| byte % 146).collect();
         assert_eq!(pool.compress(15, &noise), None);
         own.compress(&noise);
         assert!(pool.compress(15, &vec![7; length]).is_some());
@@ -180,7 +165,7 @@ fn messages() -> impl Strategy<Value = Vec<Vec<u8>>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(cases(64))]
 
     #[test]
     fn compressing_then_receiving_is_identity(
@@ -217,7 +202,7 @@ proptest! {
     }
 
     #[test]
-    fn shared_frames_suit_every_window_at_least_as_large(
+    fn shared_frames_inflate_in_larger_windows(
         messages in messages(),
         bits in 9..=15_u8,
         larger in 0..=6_u8,
@@ -234,3 +219,10 @@ proptest! {
         }
     }
 }
+
+/// The examples of RFC 7692 section 7.2.3.
+const HELLO: &[u8] = b"\xf2\x48\xcd\xc9\xc9\x07\x00";
+const HELLO_AGAIN: &[u8] = b"\xf2\x00\x11\x00\x00";
+const STORED: &[u8] = b"\x00\x05\x00\xfa\xff\x48\x65\x6c\x6c\x6f\x00";
+const FINAL: &[u8] = b"\xf3\x48\xcd\xc9\xc9\x07\x00\x00";
+const TWO_BLOCKS: &[u8] = b"\xf2\x48\x05\x00\x00\x00\xff\xff\xca\xc9\xc9\x07\x00";

@@ -4,8 +4,10 @@ use proptest::prelude::*;
 use serde_json::Value;
 use wsproxy_proto::json::validate;
 
-/// Whether `serde_json` builds a value of `text`. It has no opinion where it stops at a number
-/// beyond a float, whose grammar is right.
+use crate::support::cases;
+
+/// Returns whether `serde_json` builds a value of `text`. `None` where it stops at a number that no float can hold,
+/// but whose grammar is right.
 fn oracle_accepts(text: &[u8]) -> Option<bool> {
     match serde_json::from_slice::<Value>(text) {
         Ok(_) => Some(true),
@@ -39,7 +41,7 @@ fn value() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Pieces that are JSON in some order.
+/// Pieces that are JSON in some orders.
 fn soup() -> impl Strategy<Value = Vec<u8>> {
     let piece = proptest::sample::select(vec![
         "{",
@@ -82,7 +84,7 @@ fn soup() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #![proptest_config(cases(1024))]
 
     #[test]
     fn what_serde_writes_is_valid(value in value(), pretty in any::<bool>()) {

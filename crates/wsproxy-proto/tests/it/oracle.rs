@@ -1,4 +1,4 @@
-//! The same bytes for tungstenite and for us, in both directions and both roles.
+//! The same bytes for tungstenite and for this crate, in both directions and both roles.
 
 use std::io::{self, Cursor, Read, Write};
 
@@ -8,9 +8,9 @@ use tungstenite::protocol::{CloseFrame, Message, Role as OracleRole, WebSocket};
 use wsproxy_proto::disconnect::is_sendable;
 use wsproxy_proto::ws::frame::{Opcode, Role, client_frame, close_payload, server_frame};
 
-use crate::support::{Ear, LIMITS, MASK, Said, frame};
+use crate::support::{Ear, LIMITS, MASK, Said, cases, frame, noise};
 
-/// A peer that has already said everything, and whose ear is a vector.
+/// Peer that has sent everything already, and that collects what it gets.
 struct Wire {
     incoming: Cursor<Vec<u8>>,
     outgoing: Vec<u8>,
@@ -37,7 +37,7 @@ fn oracle(role: OracleRole, incoming: &[u8]) -> WebSocket<Wire> {
     WebSocket::from_raw_socket(wire, role, None)
 }
 
-/// What tungstenite hears, and whether the peer broke the rules.
+/// Returns the events of tungstenite, and whether the peer broke the rules.
 fn oracle_hears(role: OracleRole, incoming: &[u8]) -> (Vec<Said>, bool) {
     let mut socket = oracle(role, incoming);
     let mut said = Vec::new();
@@ -47,7 +47,7 @@ fn oracle_hears(role: OracleRole, incoming: &[u8]) -> (Vec<Said>, bool) {
             Ok(Message::Binary(bytes)) => said.push(Said::Binary(bytes.to_vec())),
             Ok(Message::Ping(bytes)) => said.push(Said::Ping(bytes.to_vec())),
             Ok(Message::Pong(bytes)) => said.push(Said::Pong(bytes.to_vec())),
-            // It answers a bad code as if it were another one.
+            // Tungstenite answers a bad code as if it were another one.
             Ok(Message::Close(Some(close))) if close.reason.as_str() == "Protocol violation" => {
                 return (said, true);
             }
@@ -69,7 +69,7 @@ fn oracle_hears(role: OracleRole, incoming: &[u8]) -> (Vec<Said>, bool) {
 /// Frames, most of which follow the rules.
 fn frames(masked: bool) -> impl Strategy<Value = Vec<u8>> {
     let code = prop_oneof![1000..1016_u16, 2990..3010_u16, any::<u16>()]
-        // Registered after tungstenite's table was made.
+        // This code was registered after tungstenite's table was made.
         .prop_filter("1014", |code| *code != 1014);
     let payload = prop_oneof![
         "\\PC{0,60}".prop_map(String::into_bytes),
@@ -103,7 +103,7 @@ fn frames(masked: bool) -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(one, 0..12).prop_map(|frames| frames.concat())
 }
 
-/// What we send in the order of `said`.
+/// Encodes the frames that we send, in the order of `said`.
 fn spell(said: &[Said], mask: Option<[u8; 4]>) -> Vec<u8> {
     let mut bytes = Vec::new();
     for said in said {
@@ -130,8 +130,7 @@ fn said() -> impl Strategy<Value = Vec<Said>> {
     let size = prop_oneof![0..300_usize, 65_000..66_000_usize];
     let one = prop_oneof![
         "\\PC{0,200}".prop_map(Said::Text),
-        size.prop_flat_map(|size| proptest::collection::vec(any::<u8>(), size))
-            .prop_map(Said::Binary),
+        (any::<u64>(), size).prop_map(|(seed, size)| Said::Binary(noise(seed, size))),
         control().prop_map(Said::Ping),
         control().prop_map(Said::Pong),
     ];
@@ -146,6 +145,8 @@ fn said() -> impl Strategy<Value = Vec<Said>> {
 }
 
 proptest! {
+    #![proptest_config(cases(256))]
+
     #[test]
     fn the_oracle_hears_what_we_say(said in said(), mask in any::<Option<[u8; 4]>>()) {
         let role = if mask.is_some() { OracleRole::Server } else { OracleRole::Client };

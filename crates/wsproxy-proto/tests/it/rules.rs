@@ -10,7 +10,7 @@ use crate::support::{Ear, LIMITS, MASK, NO_TAKEOVER, Said, frame, heard, part};
 
 fn ends(bytes: &[u8], disconnect: Disconnect) {
     assert_eq!(heard(bytes).1, Some(disconnect), "{bytes:x?}");
-    // Byte by byte it ends, too, and never later.
+    // It also ends where the bytes come one by one, and never later.
     let mut ear = Ear::server();
     bytes.iter().for_each(|byte| {
         ear.hear(&[*byte]);
@@ -82,7 +82,7 @@ fn control_frames_are_short_and_whole() {
 }
 
 #[test]
-fn fragments_come_in_order_with_control_frames_in_between() {
+fn control_frames_may_come_between_fragments() {
     let bytes = [
         part(false, Opcode::Text, b"a"),
         part(true, Opcode::Ping, b"1"),
@@ -140,22 +140,22 @@ fn reasons_are_cut_at_a_character() {
 
 #[test]
 fn text_fails_at_the_first_impossible_byte() {
-    // A frame of 1,000 bytes of which only the first three have come.
+    // Only the first three bytes of a frame of 1,000 bytes have come.
     let mut bytes = part(true, Opcode::Text, &[b"a\xed\xa0".to_vec(), vec![b'x'; 997]].concat());
     bytes.truncate(8 + 3);
     ends(&bytes, Disconnect::NOT_UTF8);
     bytes.truncate(8 + 2);
     assert_eq!(heard(&bytes), (vec![], None));
-    // Across fragments, the second of which is incomplete.
+    // The error is in the second fragment, which is incomplete.
     let mut bytes = part(false, Opcode::Text, b"\xce\xba\xe1");
     bytes.extend(part(false, Opcode::Continuation, b"\xbd\x28xyz"));
     ends(&bytes[..bytes.len() - 3], Disconnect::NOT_UTF8);
-    // A character cut off by the end of the message.
+    // The end of the message cuts a character off.
     ends(&part(true, Opcode::Text, b"\xe2\x82"), Disconnect::NOT_UTF8);
     let bytes =
         [part(false, Opcode::Text, b"\xe2"), part(true, Opcode::Continuation, b"\x82")].concat();
     ends(&bytes, Disconnect::NOT_UTF8);
-    // A ping in the middle of a character harms nobody; nor do odd bytes in binary data.
+    // A ping in the middle of a character is no error, nor are odd bytes in binary data.
     let bytes = [
         part(false, Opcode::Text, b"\xe2\x82"),
         part(true, Opcode::Ping, b"\xff"),
@@ -230,13 +230,13 @@ fn memory_follows_what_came_and_is_given_back() {
     }
     assert_eq!(ear.said, [Said::Binary(payload)]);
     assert_eq!(ear.receiver.heap_bytes(), 0);
-    // A claim alone costs next to nothing.
+    // A length that is only claimed costs nearly no memory.
     ear.hear(b"\x82\xff\0\0\0\0\x30\0\0\0\0\0\0\0");
     assert!(ear.receiver.heap_bytes() <= 200, "{}", ear.receiver.heap_bytes());
 }
 
 #[test]
-fn a_ping_inside_an_open_message_leaves_only_the_message() {
+fn ping_inside_a_message_leaves_only_the_message() {
     let mut ear = Ear::server();
     ear.hear(&part(false, Opcode::Text, b"a"));
     let before = ear.receiver.heap_bytes();
@@ -250,7 +250,7 @@ fn a_ping_inside_an_open_message_leaves_only_the_message() {
 }
 
 #[test]
-fn compression_must_be_agreed_on_and_belongs_to_the_first_frame() {
+fn compression_must_be_negotiated_and_marks_first_frame() {
     let hello = b"\xf2\x48\xcd\xc9\xc9\x07\x00";
     let whole = frame(true, true, Opcode::Text, hello, Some(MASK));
     ends(&whole, Disconnect::PROTOCOL);

@@ -1,4 +1,4 @@
-//! Any split of the input says the same and ends the same.
+//! Any split of the input gives the same events and the same ending.
 
 use proptest::prelude::*;
 use wsproxy_proto::disconnect::Disconnect;
@@ -6,15 +6,13 @@ use wsproxy_proto::ws::deflate::{Deflater, Params};
 use wsproxy_proto::ws::frame::{Opcode, Role, close_payload};
 use wsproxy_proto::ws::receiver::Limits;
 
-use crate::support::{Ear, NO_TAKEOVER, Said, TAKEOVER, frame};
+use crate::support::{Ear, NO_TAKEOVER, Said, TAKEOVER, cases, frame};
 
-const LIMITS: Limits = Limits { message_bytes_max: 5000, fragments_max: 8 };
-
-/// One step of a conversation: a message, in fragments with control frames in between.
+/// Step of a conversation: a message, in fragments with control frames between them.
 #[derive(Debug, Clone)]
 struct Step {
     said: Said,
-    /// Where the payload is cut into fragments, as shares of 256.
+    /// Places at which the payload is cut into fragments, as shares of 256.
     cuts: Vec<u8>,
     /// Pings between fragments.
     pings: Vec<Vec<u8>>,
@@ -38,7 +36,7 @@ fn step() -> impl Strategy<Value = Step> {
     )
 }
 
-/// The bytes of `steps`, and what they say.
+/// Returns the bytes of `steps`, and the events that they are.
 fn spell(steps: &[Step], masked: bool, params: Option<Params>) -> (Vec<u8>, Vec<Said>) {
     let takeover = params.is_some_and(|params| !params.client_no_context_takeover);
     let mut deflater = Deflater::new(1, 15, takeover);
@@ -106,6 +104,8 @@ fn cuts() -> impl Strategy<Value = Vec<usize>> {
 }
 
 proptest! {
+    #![proptest_config(cases(256))]
+
     #[test]
     fn encoding_then_receiving_is_identity_at_any_split(
         steps in proptest::collection::vec(step(), 0..6),
@@ -153,3 +153,5 @@ proptest! {
         prop_assert_eq!(heard(Role::Server, params, &bytes, &cuts), whole);
     }
 }
+
+const LIMITS: Limits = Limits { message_bytes_max: 5000, fragments_max: 8 };

@@ -1,23 +1,34 @@
-//! What the tests share: events that own their bytes, and frames of any shape.
+//! Parts that several tests use: events that own their bytes, frames of any shape, the number of cases of a property.
 
+use proptest::prelude::ProptestConfig;
 use wsproxy_proto::disconnect::Disconnect;
 use wsproxy_proto::ws::deflate::{Inflaters, Params};
 use wsproxy_proto::ws::frame::{Header, Kind, Opcode, Role, encode_header};
 use wsproxy_proto::ws::receiver::{Event, Input, Limits, Receiver};
 
-pub(crate) const LIMITS: Limits = Limits { message_bytes_max: 1 << 20, fragments_max: 1024 };
+/// Configuration of a property that is tried so many times in the whole check, and a sixteenth of that in the
+/// inner loop, where all tests of the crate together take a second or two. `PROPTEST_CASES` sets another number.
+/// Failures are not written to a file.
+pub(crate) fn cases(whole: u32) -> ProptestConfig {
+    let is_whole = std::env::var_os("ALL_CASES").is_some();
+    let usual = if is_whole { whole } else { whole / 16 };
+    let wanted = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    ProptestConfig {
+        cases: wanted.unwrap_or(usual),
+        max_shrink_iters: 20_000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
 
-pub(crate) const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
-
-pub(crate) const TAKEOVER: Params = Params {
-    server_no_context_takeover: false,
-    client_no_context_takeover: false,
-    server_max_window_bits: 15,
-    client_max_window_bits: 15,
-};
-
-pub(crate) const NO_TAKEOVER: Params =
-    Params { server_no_context_takeover: true, client_no_context_takeover: true, ..TAKEOVER };
+/// Bytes without a pattern, the same for the same seed.
+pub(crate) fn noise(mut seed: u64, length: usize) -> Vec<u8> {
+    let next = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 56) as u8
+    };
+    std::iter::repeat_with(next).take(length).collect()
+}
 
 /// An [`Event`] that owns its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +54,7 @@ impl From<Event<'_>> for Said {
     }
 }
 
-/// A receiver with what it has said so far.
+/// Receiver with the events that it has returned so far.
 pub(crate) struct Ear {
     pub(crate) receiver: Receiver,
     inflaters: Inflaters,
@@ -78,14 +89,14 @@ impl Ear {
     }
 }
 
-/// What `bytes` say to a server, and how they end the connection if they do.
+/// Returns the events that `bytes` are to a server, and the ending where they cause one.
 pub(crate) fn heard(bytes: &[u8]) -> (Vec<Said>, Option<Disconnect>) {
     let mut ear = Ear::server();
     ear.hear(bytes);
     (ear.said, ear.error)
 }
 
-/// One frame, masked where `mask` is given.
+/// Encodes one frame, masked where `mask` is given.
 pub(crate) fn frame(
     fin: bool,
     compressed: bool,
@@ -101,7 +112,21 @@ pub(crate) fn frame(
     bytes
 }
 
-/// A masked, uncompressed frame of a client.
+/// Encodes a masked, uncompressed frame of a client.
 pub(crate) fn part(fin: bool, opcode: Opcode, payload: &[u8]) -> Vec<u8> {
     frame(fin, false, opcode, payload, Some(MASK))
 }
+
+pub(crate) const LIMITS: Limits = Limits { message_bytes_max: 1 << 20, fragments_max: 1024 };
+
+pub(crate) const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
+
+pub(crate) const TAKEOVER: Params = Params {
+    server_no_context_takeover: false,
+    client_no_context_takeover: false,
+    server_max_window_bits: 15,
+    client_max_window_bits: 15,
+};
+
+pub(crate) const NO_TAKEOVER: Params =
+    Params { server_no_context_takeover: true, client_no_context_takeover: true, ..TAKEOVER };

@@ -1,4 +1,4 @@
-//! The keys of the worker API while an instance runs: whose a secret is, and what their files say meanwhile.
+//! The keys of the worker API while an instance runs: secrets, names and scopes, and the files that are read again.
 
 use std::{
     fmt,
@@ -13,78 +13,81 @@ use tracing::{info, warn};
 use crate::{
     auth,
     config::{
-        Api,
+        ApiConfig,
         api_key::{KeySecret, Scopes},
         read_api_keys,
     },
-    telemetry::counter::Counter,
+    telemetry::{
+        counter::Counter,
+        scrape::{Scrape, Section, Source},
+    },
 };
 
-/// All keys.
+/// All keys of the worker API.
 #[derive(Debug)]
-pub struct ApiKeys(Vec<Entry>);
+pub struct ApiKeys(Vec<ApiKeyEntry>);
 
 /// A key with its name, or all keys without one.
 #[derive(Debug)]
-pub struct Entry {
+pub struct ApiKeyEntry {
     name: Box<str>,
     scopes: Scopes,
-    /// Where the secrets come from, where it is a file.
-    file: Option<File>,
-    /// Guards the secrets that are in use.
+    /// The file of the secrets; `None` if they are in the configuration.
+    file: Option<SecretsFile>,
+    /// Guards the secrets in use.
     secrets: RwLock<Vec<SecretString>>,
-    /// Calls with the key that were let in.
+    /// Accepted calls with the key.
     pub accepted: Counter,
     /// Calls that the key's scopes do not allow.
     pub refused: Counter,
 }
 
 #[derive(Debug)]
-struct File {
+struct SecretsFile {
     path: PathBuf,
-    /// Whether it may hold several keys.
+    /// Set if the file may hold several keys.
     many: bool,
-    /// What is wrong with it now, so that it is said once.
+    /// The present problem of the file, which is logged once.
     trouble: Mutex<Option<String>>,
 }
 
 /// The key that a worker has shown.
 #[derive(Clone, Copy)]
 pub struct Found<'a> {
-    entry: &'a Entry,
-    /// Which one of the entry's, from 1.
+    entry: &'a ApiKeyEntry,
+    /// Number of the secret within the entry, from 1.
     number: usize,
 }
 
 impl ApiKeys {
-    /// Reads the keys of a configuration, those in files included.
+    /// Reads the keys of a configuration, including those in files.
     ///
     /// # Errors
-    /// A file is no use, as a sentence for the operator.
-    pub fn new(config: &Api) -> Result<Self, String> {
-        let plain = Entry {
-            file: config.keys_file.clone().map(|path| File::new(path, true)),
+    /// A sentence for the operator: a file cannot be used.
+    pub fn new(config: &ApiConfig) -> Result<Self, String> {
+        let plain = ApiKeyEntry {
+            file: config.keys_file.clone().map(|path| SecretsFile::new(path, true)),
             secrets: RwLock::new(config.keys.clone()),
-            ..Entry::new(NAMELESS, Scopes::all())
+            ..ApiKeyEntry::new(NAMELESS, Scopes::all())
         };
         let mut entries = vec![plain];
         for key in &config.key {
             let (file, secrets) = match &key.secret {
                 KeySecret::Text(secret) => (None, vec![secret.clone()]),
                 KeySecret::File(path) => {
-                    let file = File::new(path.clone(), false);
+                    let file = SecretsFile::new(path.clone(), false);
                     let secrets =
                         file.read().map_err(|problem| format!("{} {problem}", key.name))?;
                     (Some(file), secrets)
                 }
             };
             let secrets = RwLock::new(secrets);
-            entries.push(Entry { file, secrets, ..Entry::new(&key.name, key.scopes) });
+            entries.push(ApiKeyEntry { file, secrets, ..ApiKeyEntry::new(&key.name, key.scopes) });
         }
         Ok(Self(entries))
     }
 
-    /// The key with this secret. Compares all of them, so that the time does not tell which is close.
+    /// Returns the key with this secret. Compares all keys, so that the duration does not reveal a similar key.
     #[must_use]
     pub fn find(&self, secret: &[u8]) -> Option<Found<'_>> {
         let mut found = None;
@@ -98,22 +101,17 @@ impl ApiKeys {
         found
     }
 
-    /// The entries, for metrics.
-    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.0.iter()
-    }
-
-    /// Whether any key is in a file.
+    /// Returns whether a key is in a file.
     #[must_use]
     pub fn has_files(&self) -> bool {
         self.0.iter().any(|entry| entry.file.is_some())
     }
 
-    /// Reads the files again. A file that is no use leaves the keys as they are. Blocks.
+    /// Reads the files again. The keys of a file that cannot be used stay in use. Blocks.
     pub fn read_again(&self) {
         for entry in &self.0 {
             let Some(file) = &entry.file else { continue };
-            // A pipe gives its bytes once, and waits for ever the next time.
+            // A pipe gives its bytes once, and blocks for ever at the next read.
             if std::fs::metadata(&file.path).is_ok_and(|found| !found.is_file()) {
                 continue;
             }
@@ -130,7 +128,7 @@ impl ApiKeys {
                         warn!(
                             key = &*entry.name,
                             error = problem,
-                            "The file of an API key is no use: the key stays as it was."
+                            "The file of an API key cannot be used: the key stays as it was."
                         );
                     }
                 }
@@ -138,8 +136,8 @@ impl ApiKeys {
         }
     }
 
-    /// Puts the secrets in use; answers whether they are others than before.
-    fn replace(&self, entry: &Entry, secrets: Vec<SecretString>) -> Result<bool, String> {
+    /// Puts the secrets in use; returns whether they differ from those before.
+    fn replace(&self, entry: &ApiKeyEntry, secrets: Vec<SecretString>) -> Result<bool, String> {
         for secret in &secrets {
             let owner = self.find(secret.expose_secret().as_bytes());
             if owner.is_some_and(|owner| !std::ptr::eq(owner.entry, entry)) {
@@ -154,13 +152,29 @@ impl ApiKeys {
     }
 }
 
-impl Entry {
+impl Source for ApiKeys {
+    /// Counts calls by the name of the key; the configuration bounds the number of names.
+    fn collect(&self, scrape: &mut Scrape) {
+        let help = "Calls of the worker API with a known key: accepted, or refused since the key \
+            lacks the scope";
+        let samples = self.0.iter().flat_map(|entry| {
+            [("accepted", &entry.accepted), ("missing_scope", &entry.refused)].map(
+                |(outcome, counter)| {
+                    ([("key", entry.name()), ("outcome", outcome)], counter.value())
+                },
+            )
+        });
+        scrape.section(Section::Api).counters("api_calls", help, samples);
+    }
+}
+
+impl ApiKeyEntry {
     fn new(name: &str, scopes: Scopes) -> Self {
         let (accepted, refused, secrets) = Default::default();
         Self { name: name.into(), scopes, file: None, secrets, accepted, refused }
     }
 
-    /// The name in metrics.
+    /// Returns the name in metrics.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -168,20 +182,20 @@ impl Entry {
 }
 
 impl<'a> Found<'a> {
-    /// The key's entry.
+    /// Returns the key's entry.
     #[must_use]
-    pub const fn entry(&self) -> &'a Entry {
+    pub const fn entry(&self) -> &'a ApiKeyEntry {
         self.entry
     }
 
-    /// What the key opens.
+    /// Returns the scopes of the key.
     #[must_use]
     pub const fn scopes(&self) -> Scopes {
         self.entry.scopes
     }
 }
 
-/// The name in logs; of a key without a name its place in the list.
+/// Writes the name for logs; for a key without a name its place in the list.
 impl fmt::Display for Found<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.entry.name)?;
@@ -189,7 +203,7 @@ impl fmt::Display for Found<'_> {
     }
 }
 
-impl File {
+impl SecretsFile {
     fn new(path: PathBuf, many: bool) -> Self {
         Self { path, many, trouble: Mutex::default() }
     }
@@ -199,7 +213,7 @@ impl File {
     }
 }
 
-/// The keys in a file, one where not `many`; the error completes "the key …" and quotes nothing of it.
+/// Reads the keys in a file, one unless `many`. The error completes "the key …" and quotes no part of the file.
 pub(crate) fn read_file(path: &Path, many: bool) -> Result<Vec<SecretString>, String> {
     let mut text = String::new();
     let opened = std::fs::File::open(path);
@@ -215,11 +229,11 @@ pub(crate) fn read_file(path: &Path, many: bool) -> Result<Vec<SecretString>, St
     })
 }
 
-/// The name that all keys of `api.keys` share. No key in `[[api.key]]` can have it twice over:
-/// names are compared when the configuration is checked.
+/// The name that all keys of `api.keys` share. A key in `[[api.key]]` cannot have it too, since the check of the
+/// configuration compares names.
 pub(crate) const NAMELESS: &str = "api.keys";
 
-/// More than any sensible number of keys.
+/// Upper bound of a file's size: more than any sensible number of keys.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 #[cfg(test)]
@@ -236,7 +250,7 @@ mod tests {
             secret,
             scopes: [scope].into_iter().collect(),
         };
-        let config = Api {
+        let config = ApiConfig {
             keys: vec!["plain-secret-0123456789".into()],
             keys_file: None,
             key: vec![

@@ -1,24 +1,66 @@
-//! What a token says, checked against what the operator wants; knows no signatures.
+//! The claims of a token, checked against the configuration; knows no signatures.
 
 use serde_json::{Map, Value};
 use wsproxy_proto::names::Id;
 
 use crate::{auth::jwt::JwtError, config};
 
-/// What a good token says.
+/// The claims of a good token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claims {
-    /// Whom it is about.
+    /// The user.
     pub user: Id,
-    /// The token's own name, by which it can be revoked.
+    /// The token's own name (`jti`), which revocations use.
     pub jti: Option<String>,
-    /// When it was made, in unix seconds.
+    /// Time of issue, in unix seconds.
     pub issued_at: Option<u64>,
-    /// When it expires, in unix seconds and without the leeway for which it stays good; `None`: never.
+    /// Expiry, in unix seconds, without the leeway; `None`: never.
     pub expires_at: Option<u64>,
+    /// Rooms that the token opens (`rooms`). Other endpoints do not read it.
+    pub rooms: RoomsClaim,
+    /// Name that others see (`name`), at most [`DISPLAY_NAME_BYTES_MAX`] bytes without control characters.
+    pub display_name: Option<String>,
 }
 
-/// What the operator wants tokens to say.
+/// Rooms that a token opens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RoomsClaim {
+    /// All: the token has no such claim.
+    All,
+    /// Those that one of these patterns names. A pattern is a room, or the beginning of one with `*` behind it.
+    Some(Vec<String>),
+    /// The claim is no list of texts: no room is opened.
+    Malformed,
+}
+
+impl RoomsClaim {
+    fn read(claims: &Map<String, Value>) -> Self {
+        match claims.get("rooms") {
+            None | Some(Value::Null) => Self::All,
+            Some(Value::Array(patterns)) => {
+                let text = |pattern: &Value| pattern.as_str().map(ToOwned::to_owned);
+                patterns.iter().map(text).collect::<Option<_>>().map_or(Self::Malformed, Self::Some)
+            }
+            Some(_) => Self::Malformed,
+        }
+    }
+
+    /// Returns whether the token opens `room`.
+    #[must_use]
+    pub fn opens(&self, room: &Id) -> bool {
+        let fits = |pattern: &String| match pattern.strip_suffix('*') {
+            Some(beginning) => room.as_str().starts_with(beginning),
+            None => room.as_str() == pattern,
+        };
+        match self {
+            Self::All => true,
+            Self::Some(patterns) => patterns.iter().any(fits),
+            Self::Malformed => false,
+        }
+    }
+}
+
+/// The configured rules of claims.
 pub(super) struct Rules {
     pub(super) audience: Vec<String>,
     pub(super) issuer: Option<String>,
@@ -28,7 +70,7 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    pub(super) fn new(config: &config::Jwt) -> Self {
+    pub(super) fn new(config: &config::JwtConfig) -> Self {
         Self {
             audience: config.audience.clone(),
             issuer: config.issuer.clone(),
@@ -50,7 +92,7 @@ impl Rules {
         if time(claims, "nbf")?.is_some_and(|start| start > latest) {
             return Err(JwtError::NotYetValid);
         }
-        // The issuer's clock is too far ahead: a revocation, which covers what was issued until then and the leeway,
+        // The issuer's clock is too far ahead: a revocation, which covers tokens issued until then plus the leeway,
         // would not cover this token.
         let issued_at = time(claims, "iat")?;
         if issued_at.is_some_and(|issued| issued > latest) {
@@ -62,10 +104,17 @@ impl Rules {
         {
             return Err(JwtError::Issuer);
         }
-        Ok(Claims { user: self.user(claims)?, jti: name(claims)?, issued_at, expires_at })
+        Ok(Claims {
+            user: self.user(claims)?,
+            jti: name(claims)?,
+            issued_at,
+            expires_at,
+            rooms: RoomsClaim::read(claims),
+            display_name: display_name(claims),
+        })
     }
 
-    /// A token that is for somebody in particular is refused by all others: RFC 7519, 4.1.3.
+    /// Checks the audience. A token with an audience is refused by all others: RFC 7519, 4.1.3.
     fn check_audience(&self, claim: Option<&Value>) -> Result<(), JwtError> {
         let wanted = |one: &Value| {
             one.as_str().is_some_and(|one| self.audience.iter().any(|known| known == one))
@@ -78,7 +127,7 @@ impl Rules {
         if good { Ok(()) } else { Err(JwtError::Audience) }
     }
 
-    /// Existing systems put the key of a database row into claims of their own, as a number.
+    /// Reads an id that is text or a number: existing systems put the key of a database row into a claim.
     fn user(&self, claims: &Map<String, Value>) -> Result<Id, JwtError> {
         match claims.get(&self.user_claim) {
             Some(Value::String(user)) => Id::parse(user).map_err(|_| JwtError::User),
@@ -90,7 +139,7 @@ impl Rules {
     }
 }
 
-/// A time in unix seconds, which may have a fraction.
+/// Reads a time in unix seconds, which may have a fraction.
 fn time(claims: &Map<String, Value>, name: &'static str) -> Result<Option<u64>, JwtError> {
     match claims.get(name) {
         None | Some(Value::Null) => Ok(None),
@@ -105,7 +154,7 @@ fn time(claims: &Map<String, Value>, name: &'static str) -> Result<Option<u64>, 
     }
 }
 
-/// A name of another kind could not be revoked, which its issuer would not notice.
+/// Checks the token's name. A name of another type could not be revoked, and its issuer would not notice.
 fn name(claims: &Map<String, Value>) -> Result<Option<String>, JwtError> {
     match claims.get("jti") {
         None | Some(Value::Null) => Ok(None),
@@ -116,7 +165,18 @@ fn name(claims: &Map<String, Value>) -> Result<Option<String>, JwtError> {
     }
 }
 
-/// Up to here a float holds every second exactly.
+/// Reads the name that others see. Issuers write many kinds of names: a long one is cut, and what is no text is left out.
+fn display_name(claims: &Map<String, Value>) -> Option<String> {
+    let name = claims.get("name")?.as_str()?;
+    let mut name: String = name.chars().filter(|c| !c.is_control()).collect();
+    name.truncate(name.floor_char_boundary(DISPLAY_NAME_BYTES_MAX));
+    (!name.is_empty()).then_some(name)
+}
+
+/// Longest name that others see, in bytes.
+pub const DISPLAY_NAME_BYTES_MAX: usize = 128;
+
+/// Latest time: up to here a float holds every second exactly.
 const SECONDS_MAX: f64 = (1_u64 << 53) as f64;
 
 const NAME_BYTES_MAX: usize = 256;
@@ -130,7 +190,7 @@ mod tests {
     const NOW: u64 = 1_800_000_000;
 
     fn rules() -> Rules {
-        Rules::new(&config::Jwt::default())
+        Rules::new(&config::JwtConfig::default())
     }
 
     fn check(rules: &Rules, claims: &Value) -> Result<Claims, JwtError> {
@@ -180,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_without_an_end_is_good_only_where_that_is_allowed() {
+    fn a_token_without_expiry_is_refused_by_default() {
         let endless = json!({"sub": "u-1"});
         assert_eq!(check(&rules(), &endless), Err(JwtError::Missing("exp")));
         let lenient = Rules { require_exp: false, ..rules() };
@@ -220,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_is_an_id_or_a_number_in_the_claim_that_is_configured() {
+    fn the_configured_claim_names_the_user() {
         for bad in [
             json!({"sub": ""}),
             json!({"sub": "a:b"}),
@@ -240,7 +300,45 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_could_not_be_revoked_by_its_name_is_refused() {
+    fn a_token_opens_the_rooms_of_its_claim() {
+        let rooms = |claims: &Value| check(&rules(), &with(claims)).unwrap().rooms;
+        for (claims, opened) in [
+            (json!({}), [true, true, true]),
+            (json!({"rooms": null}), [true, true, true]),
+            (json!({"rooms": []}), [false, false, false]),
+            (json!({"rooms": ["lobby"]}), [true, false, false]),
+            (json!({"rooms": ["team-*"]}), [false, true, false]),
+            (json!({"rooms": ["lobby", "team-*"]}), [true, true, false]),
+            (json!({"rooms": ["*"]}), [true, true, true]),
+            (json!({"rooms": ["lobb", "*lobby", "lob*by", ""]}), [false, false, false]),
+        ] {
+            let claim = rooms(&claims);
+            let opens = ["lobby", "team-7", "hall"].map(|id| claim.opens(&Id::parse(id).unwrap()));
+            assert_eq!(opens, opened, "{claims}");
+        }
+        // Events accept such a token, rooms do not.
+        for bad in [json!("lobby"), json!({"lobby": 1}), json!(["lobby", 5]), json!(true)] {
+            assert_eq!(rooms(&json!({"rooms": bad})), RoomsClaim::Malformed, "{bad}");
+        }
+        assert!(!RoomsClaim::Malformed.opens(&Id::parse("lobby").unwrap()));
+    }
+
+    #[test]
+    fn a_display_name_is_short_text_of_one_line() {
+        let name = |name: Value| check(&rules(), &with(&json!({ "name": name }))).unwrap();
+        assert_eq!(name(json!("Ann\n\u{85}Lee")).display_name.as_deref(), Some("AnnLee"));
+        assert_eq!(name(json!("\u{e4}".repeat(100))).display_name, Some("\u{e4}".repeat(64)));
+        assert_eq!(
+            name(json!(format!("x{}", "\u{e4}".repeat(64)))).display_name.unwrap().len(),
+            127
+        );
+        for unusable in [json!(null), json!(5), json!(["Ann"]), json!(""), json!("\n")] {
+            assert_eq!(name(unusable).display_name, None);
+        }
+    }
+
+    #[test]
+    fn a_token_with_an_unusable_name_is_refused() {
         for bad in [json!({"jti": 5}), json!({"jti": ""}), json!({"jti": "x".repeat(257)})] {
             assert_eq!(check(&rules(), &with(&bad)), Err(JwtError::Invalid("jti")), "{bad}");
         }

@@ -12,36 +12,49 @@ use crate::{
     auth::{
         jwks::fetch::{FetchError, Fetcher},
         jwt::{self, JwtError},
-        key::Key,
+        key::JwtKey,
     },
     config,
-    telemetry::counter::Counter,
+    telemetry::{
+        counter::Counter,
+        scrape::{Scrape, Section, Source},
+    },
 };
 
 mod fetch;
 
 /// An issuer's keys.
 ///
-/// Keys that are known stay in use while the issuer cannot be reached. What it no longer publishes
-/// is forgotten with the next fetch that succeeds.
+/// Known keys stay in use while the issuer cannot be reached. The next successful fetch removes keys that the issuer no
+/// longer publishes.
 pub(super) struct Jwks {
     state: watch::Sender<State>,
     algorithms: Vec<Algorithm>,
-    /// Time for one fetch, and so for everybody who waits for one.
+    /// Time limit of one fetch, and so of every handshake that waits for one.
     timeout: Duration,
     pub(super) counters: JwksCounters,
 }
 
-/// How fetching keys went.
+/// Counters of fetches.
 #[derive(Debug, Default)]
 pub struct JwksCounters {
-    /// Fetches that were begun.
+    /// Fetches that began.
     pub fetches: Counter,
-    /// Of these, those that brought no keys.
+    /// Fetches that brought no keys.
     pub failures: Counter,
 }
 
-/// Which key a token wants.
+impl Source for JwksCounters {
+    fn collect(&self, scrape: &mut Scrape) {
+        let scrape = scrape.section(Section::Issuers);
+        let help = "Fetches of the keys of the issuer of tokens";
+        scrape.counter("jwks_fetches", help, self.fetches.value());
+        let help = "Of these, fetches without keys: the known ones stay in use";
+        scrape.counter("jwks_fetch_failures", help, self.failures.value());
+    }
+}
+
+/// The key that a token names.
 pub(super) struct Lookup<'a> {
     pub(super) token: &'a str,
     pub(super) id: Option<&'a str>,
@@ -51,13 +64,13 @@ pub(super) struct Lookup<'a> {
 #[derive(Default)]
 struct State {
     /// `None` until a fetch succeeded.
-    keys: Option<Arc<[Key]>>,
+    keys: Option<Arc<[JwtKey]>>,
     /// Fetches that have ended.
     fetched: u64,
     phase: Phase,
-    /// Whether the newest fetch brought nothing.
+    /// Set if the newest fetch brought no keys.
     failed: bool,
-    /// When the newest fetch began that somebody asked for.
+    /// Time at which the newest fetch for a token began.
     asked: Option<Instant>,
 }
 
@@ -66,21 +79,23 @@ enum Phase {
     #[default]
     Fetching,
     Resting,
-    /// Somebody wants the rest to end.
+    /// A handshake asks for a fetch before the next one is due.
     Wanted,
 }
 
 impl Jwks {
-    /// Begins to fetch on `tasks`, until `end`.
+    /// Starts fetching on `tasks`, until `end`.
     pub(super) fn start(
-        config: &config::Jwt,
+        config: &config::JwtConfig,
         url: &str,
         tasks: &TaskTracker,
         end: CancellationToken,
     ) -> Result<Arc<Self>, String> {
         let fetcher = Fetcher::new(url, config.ca_file.as_deref(), config.jwks_timeout, tasks)?;
         if fetcher.is_exposed() {
-            warn!("jwt.jwks_url is not https: who can change what is on its way can sign tokens.");
+            warn!(
+                "jwt.jwks_url is not https: a third party on the network path can replace the keys and sign tokens."
+            );
         }
         let jwks = Arc::new(Self {
             state: watch::Sender::new(State::default()),
@@ -92,15 +107,15 @@ impl Jwks {
         Ok(jwks)
     }
 
-    /// The claims of a token, unchecked, if a key that is known at this moment signed it.
+    /// Returns the unchecked claims of a token if a known key signed it.
     pub(super) fn open(&self, wanted: &Lookup<'_>) -> Result<Map<String, Value>, JwtError> {
         let keys = self.state.borrow().keys.clone().ok_or(JwtError::Unavailable)?;
-        let named = |key: &Key| wanted.id.is_none_or(|id| key.id.as_deref() == Some(id));
+        let named = |key: &JwtKey| wanted.id.is_none_or(|id| key.id.as_deref() == Some(id));
         let fitting = keys.iter().filter(|key| named(key) && key.is_for(wanted.algorithm));
         let mut result = Err(JwtError::UnknownKey);
         for key in fitting.take(KEYS_TRIED_MAX) {
             match key.open(wanted.token).map_err(|error| jwt::cause(&error)) {
-                // Of a token that names no key all that can be said is that none of ours fits.
+                // The token names no key, so another key may still have signed it.
                 Err(JwtError::Signature) if wanted.id.is_none() => {}
                 Err(JwtError::Signature) => result = Err(JwtError::Signature),
                 decided => return decided,
@@ -109,11 +124,10 @@ impl Jwks {
         result
     }
 
-    /// Waits for a fetch that is under way, or for one that begins at once unless one was asked for
-    /// a moment ago.
+    /// Waits for a running fetch, or for one that begins at once unless a token caused one a moment ago.
     ///
     /// # Errors
-    /// What to say of a token whose key is not known, where there is nothing to wait for.
+    /// The verdict on a token with an unknown key, if there is no fetch to wait for.
     pub(super) async fn ask_again(&self) -> Result<(), JwtError> {
         let mut changes = self.state.subscribe();
         let mut before = Ok(0);
@@ -173,8 +187,8 @@ impl Jwks {
         }
     }
 
-    /// The keys in a document that are of use here.
-    fn read(&self, body: &[u8]) -> Result<Vec<Key>, FetchError> {
+    /// Returns the usable keys of a document.
+    fn read(&self, body: &[u8]) -> Result<Vec<JwtKey>, FetchError> {
         #[derive(serde::Deserialize)]
         struct Set {
             keys: Vec<Value>,
@@ -185,7 +199,7 @@ impl Jwks {
         })?;
         let mut keys = Vec::new();
         for jwk in &set.keys {
-            match Key::jwk(jwk, &self.algorithms) {
+            match JwtKey::jwk(jwk, &self.algorithms) {
                 Ok(key) => keys.push(key),
                 Err(problem) => debug!("A published key is left out, since it {problem}."),
             }
@@ -195,8 +209,8 @@ impl Jwks {
             return Err(FetchError::NoKey { published });
         }
         if keys.is_empty() {
-            // Issuers withdraw keys that were stolen, and then nothing is to be believed.
-            warn!(published, "The issuer publishes no key of use any more: no token is believed.");
+            // An issuer withdraws stolen keys with an empty set: then no token may be accepted.
+            warn!(published, "The issuer publishes no usable key any more: no token is accepted.");
         } else if known
             .is_none_or(|known| !known.iter().map(|k| &k.id).eq(keys.iter().map(|k| &k.id)))
         {
@@ -216,7 +230,7 @@ impl State {
     }
 }
 
-/// How long to rest after a fetch: a little more or less, so that instances do not ask together.
+/// Returns the pause after a fetch, with jitter, so that instances do not ask together.
 fn pause(failures: u32, refresh: Duration) -> Duration {
     let pause = match failures {
         0 => refresh,
@@ -225,10 +239,10 @@ fn pause(failures: u32, refresh: Duration) -> Duration {
     pause.mul_f64(rand::random_range(0.9..1.1))
 }
 
-/// Tokens with made-up keys make us ask the issuer this often at most.
+/// Shortest time between two fetches for tokens with unknown keys.
 const ASK_EVERY: Duration = Duration::from_secs(10);
 
-/// A token that names no key is tried against so many of them at most.
+/// Upper bound of keys that are tried for a token that names none.
 const KEYS_TRIED_MAX: usize = 8;
 
 const RETRY_FIRST: Duration = Duration::from_secs(1);

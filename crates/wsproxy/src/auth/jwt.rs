@@ -1,4 +1,4 @@
-//! JSON Web Tokens: who signed them, with what, and what they say. Knows neither requests nor endpoints.
+//! JSON Web Tokens: their signatures, keys and claims. Knows neither requests nor endpoints.
 
 use std::{path::Path, sync::Arc};
 
@@ -7,28 +7,32 @@ use secrecy::ExposeSecret;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
-pub use crate::auth::{claims::Claims, jwks::JwksCounters};
+pub use crate::auth::{
+    claims::{Claims, DISPLAY_NAME_BYTES_MAX, RoomsClaim},
+    jwks::JwksCounters,
+};
 use crate::{
     auth::{
         claims::Rules,
         jwks::{Jwks, Lookup},
-        key::Key,
+        key::JwtKey,
     },
     config,
+    telemetry::scrape::{Scrape, Source},
 };
 
-/// Believes the tokens that a configuration says are to be believed.
+/// The verifier of tokens, by configuration.
 pub struct JwtVerifier {
     /// Keys that never change: the secret, the public key.
-    fixed: Vec<Key>,
-    /// Keys that their issuer changes.
+    fixed: Vec<JwtKey>,
+    /// Keys that their issuer publishes and changes.
     published: Option<Arc<Jwks>>,
     rules: Rules,
-    /// What the header must say, as [`media_type`] writes it.
+    /// The required `typ` of the header, as [`media_type`] writes it.
     typ: Option<String>,
 }
 
-/// Why a token is not believed. Says nothing of what the token holds.
+/// The reason why a token is refused. Quotes no part of the token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum JwtError {
     /// No three parts of base64, no JSON, no header of a signed token; or too long.
@@ -43,59 +47,59 @@ pub enum JwtError {
     /// The issuer publishes no such key.
     #[error("The token is signed with a key that is not known.")]
     UnknownKey,
-    /// The signature is not that of the key.
+    /// The key did not make the signature.
     #[error("The signature of the token is wrong.")]
     Signature,
-    /// Too late.
+    /// The token has expired.
     #[error("The token has expired.")]
     Expired,
-    /// Too early.
+    /// The token is not valid yet.
     #[error("The token is not valid yet.")]
     NotYetValid,
-    /// Made in the future: the issuer's clock is ahead by more than the leeway.
+    /// The time of issue is in the future: the issuer's clock is ahead by more than the leeway.
     #[error("The token was issued in the future.")]
     IssuedAhead,
-    /// The header says that it is something else, or nothing where it has to say something.
+    /// The header names another type, or no type although one is required.
     #[error("The token is of another type.")]
     Type,
-    /// It is for somebody else, or for nobody in particular where it has to be for us.
+    /// The token has another audience, or none although one is required.
     #[error("The token is for another audience.")]
     Audience,
-    /// Somebody else issued it.
+    /// Another issuer issued it.
     #[error("The token comes from another issuer.")]
     Issuer,
-    /// A claim that it must have.
+    /// A required claim is missing.
     #[error("The token has no {0}.")]
     Missing(&'static str),
-    /// A claim that is not what such a claim is.
+    /// A claim has a wrong type or value.
     #[error("The {0} of the token is malformed.")]
     Invalid(&'static str),
-    /// It names no user, or none that can be part of a channel's name.
+    /// The token names no user, or one that cannot be part of a channel's name.
     #[error("The token names no user, or one that is no valid id.")]
     User,
-    /// The issuer's keys are not known, so that nothing can be said about the token.
+    /// The issuer's keys are unknown, so the token cannot be verified.
     #[error("The keys of the token's issuer cannot be reached.")]
     Unavailable,
 }
 
 impl JwtVerifier {
-    /// Reads keys and, where they are published, begins to fetch them on `tasks` until `end`.
+    /// Reads keys, and starts fetching published ones on `tasks` until `end`.
     ///
     /// # Errors
-    /// A file cannot be used, as a sentence for the operator.
+    /// A sentence for the operator: a file cannot be used.
     pub fn new(
-        config: &config::Jwt,
+        config: &config::JwtConfig,
         tasks: &TaskTracker,
         end: CancellationToken,
     ) -> Result<Self, String> {
         let mut fixed = Vec::new();
         if let Some(secret) = &config.secret_key {
             let secret = secret.expose_secret().as_bytes();
-            let key = Key::secret(secret, &config.algorithms);
+            let key = JwtKey::secret(secret, &config.algorithms);
             if key.is_some() && secret.len() < SECRET_BYTES_GOOD {
                 warn!(
                     bytes = secret.len(),
-                    "jwt.secret_key is shorter than 32 bytes: who has a token can try to guess it."
+                    "jwt.secret_key is shorter than 32 bytes: an attacker with a token can try to guess it."
                 );
             }
             fixed.extend(key);
@@ -108,23 +112,23 @@ impl JwtVerifier {
         let (published, typ) = (published.transpose()?, config.typ.as_deref().map(media_type));
         if published.is_some() && config.issuer.is_none() {
             warn!(
-                "jwt.jwks_url is set without jwt.issuer: every issuer that shares these keys is believed."
+                "jwt.jwks_url is set without jwt.issuer: tokens of every issuer with these keys are accepted."
             );
         }
         if published.is_some() && config.audience.is_empty() {
             warn!(
-                "jwt.jwks_url is set without jwt.audience: tokens are believed that do not say for which \
-                 application they were issued."
+                "jwt.jwks_url is set without jwt.audience: tokens without an audience are accepted, \
+                 whatever application they were issued for."
             );
         }
         Ok(Self { fixed, published, rules: Rules::new(config), typ })
     }
 
-    /// The claims of `token` at `now` (unix seconds). Waits only where the issuer has to be asked
-    /// for a key that is not known, and never longer than `jwt.jwks_timeout`.
+    /// Returns the claims of `token` at `now` (unix seconds). Waits only for the issuer's answer about an unknown key,
+    /// and never longer than `jwt.jwks_timeout`.
     ///
     /// # Errors
-    /// Why it is not believed.
+    /// The reason why the token is refused.
     pub async fn verify(&self, token: &str, now: u64) -> Result<Claims, JwtError> {
         match self.verify_now(token, now) {
             Err(JwtError::UnknownKey | JwtError::Unavailable) => {}
@@ -135,11 +139,11 @@ impl JwtVerifier {
         self.verify_now(token, now)
     }
 
-    /// The same with the keys that are known at this moment.
+    /// Returns the claims of `token`, verified with the known keys only.
     ///
     /// # Errors
-    /// Why it is not believed; [`JwtError::UnknownKey`] and [`JwtError::Unavailable`] where
-    /// [`Self::verify`] could say more.
+    /// The reason why the token is refused. After [`JwtError::UnknownKey`] and [`JwtError::Unavailable`],
+    /// [`Self::verify`] may still accept the token.
     pub fn verify_now(&self, token: &str, now: u64) -> Result<Claims, JwtError> {
         let dots = token.bytes().filter(|byte| *byte == b'.').count();
         if token.len() > TOKEN_BYTES_MAX || dots != 2 {
@@ -166,15 +170,24 @@ impl JwtVerifier {
             .and_then(|claims| self.rules.check(&claims, now))
     }
 
-    /// How fetching keys went, where they are published.
+    /// Returns the counters of fetches, if an issuer publishes keys.
     #[must_use]
     pub fn jwks_counters(&self) -> Option<&JwksCounters> {
         self.published.as_ref().map(|published| &published.counters)
     }
 }
 
+impl Source for JwtVerifier {
+    fn collect(&self, scrape: &mut Scrape) {
+        match self.jwks_counters() {
+            Some(counters) => counters.collect(scrape),
+            None => JwksCounters::default().collect(scrape),
+        }
+    }
+}
+
 impl JwtError {
-    /// What it is called in logs and metrics.
+    /// Returns the word for logs and metrics.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -196,24 +209,24 @@ impl JwtError {
     }
 }
 
-/// The type in a header in one spelling: RFC 7515, 4.1.9.
+/// Returns the type of a header in its full spelling: RFC 7515, 4.1.9.
 fn media_type(typ: &str) -> String {
     let typ = typ.to_ascii_lowercase();
     typ.strip_prefix("application/").map(ToOwned::to_owned).unwrap_or(typ)
 }
 
-/// Whether a file holds a public key for one of `algorithms`; completes "jwt.public_key_file …".
+/// Checks that a file holds a public key for one of `algorithms`; the error completes "jwt.public_key_file …".
 pub(crate) fn check_public_key(path: &Path, algorithms: &[Algorithm]) -> Result<(), String> {
     read_public_key(path, algorithms).map(drop)
 }
 
-fn read_public_key(path: &Path, algorithms: &[Algorithm]) -> Result<Key, String> {
+fn read_public_key(path: &Path, algorithms: &[Algorithm]) -> Result<JwtKey, String> {
     let pem = std::fs::read(path);
     let pem = pem.map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    Key::pem(&pem, algorithms).map_err(|problem| format!("{} {problem}", path.display()))
+    JwtKey::pem(&pem, algorithms).map_err(|problem| format!("{} {problem}", path.display()))
 }
 
-/// The library's errors may quote the token.
+/// Maps the library's errors, which may quote the token.
 pub(super) fn cause(error: &jsonwebtoken::errors::Error) -> JwtError {
     use jsonwebtoken::errors::ErrorKind;
     match error.kind() {
@@ -223,10 +236,10 @@ pub(super) fn cause(error: &jsonwebtoken::errors::Error) -> JwtError {
     }
 }
 
-/// Longest token, in bytes: what fits into the head of a request beside the rest.
+/// Longest token in bytes: it must fit into the head of a request.
 const TOKEN_BYTES_MAX: usize = 8 * 1024;
 
-/// Shorter secrets than the hash are guessed more easily than the hash is broken: RFC 7518, 3.2.
+/// Shortest good secret: shorter ones are easier to guess than the hash is to break (RFC 7518, 3.2).
 const SECRET_BYTES_GOOD: usize = 32;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Keys that verify signatures, each bound to the algorithms it is for; knows no claims.
+//! Keys that verify signatures, each bound to its algorithms; knows no claims.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{
@@ -7,22 +7,22 @@ use jsonwebtoken::{
 };
 use serde_json::{Map, Value};
 
-/// A key and the algorithms that it is for: what a token's header says chooses among these only,
-/// so that nobody signs with a public key as if it were a secret.
-pub(super) struct Key {
-    /// Its name, where the issuer gave it one.
+/// A key and its algorithms. A token's header chooses among these only, so that no attacker can use a public key as a
+/// secret.
+pub(super) struct JwtKey {
+    /// The issuer's name of the key, if it has one.
     pub(super) id: Option<Box<str>>,
     decoding: DecodingKey,
     validation: Validation,
 }
 
-impl Key {
-    /// A shared secret, for those of `algorithms` that use one; `None` where none does.
+impl JwtKey {
+    /// Creates a key of a shared secret, for those of `algorithms` that use one; `None` if none does.
     pub(super) fn secret(secret: &[u8], algorithms: &[Algorithm]) -> Option<Self> {
         Self::new(None, DecodingKey::from_secret(secret), algorithms).ok()
     }
 
-    /// A public key from a PEM file, for those of `algorithms` that use its kind.
+    /// Reads a public key from PEM, for those of `algorithms` that use its kind.
     ///
     /// # Errors
     /// Completes "the file …".
@@ -31,7 +31,7 @@ impl Key {
         let mut labels = text.lines().filter_map(|line| line.trim().strip_prefix("-----BEGIN "));
         let known = |label| matches!(label, "PUBLIC KEY-----" | "RSA PUBLIC KEY-----");
         match (labels.next(), labels.next()) {
-            // Private keys do not belong on a gateway, and a certificate's dates would not be looked at.
+            // Private keys do not belong on a gateway, and the dates of a certificate would not be checked.
             (Some(label), None) if known(label) => {}
             (Some(_), Some(_)) => return Err("holds more than one key; publish them as a JWKS"),
             _ => return Err(NO_PEM),
@@ -43,7 +43,7 @@ impl Key {
         Self::new(None, decoding, algorithms)
     }
 
-    /// One entry of a JWKS, for those of `algorithms` that it is for.
+    /// Reads one entry of a JWKS, for those of `algorithms` that it allows.
     ///
     /// # Errors
     /// Completes "the key …".
@@ -60,7 +60,7 @@ impl Key {
             AlgorithmParameters::EllipticCurve(ec) => Some(&ec.curve),
             AlgorithmParameters::OctetKeyPair(ed) => Some(&ed.curve),
             AlgorithmParameters::RSA(_) => None,
-            // Whoever reads a published secret could sign with it.
+            // Every reader of a published secret could sign with it.
             AlgorithmParameters::OctetKey(_) => return Err("is a secret"),
             _ => return Err("is of a kind that is not supported"),
         };
@@ -78,12 +78,12 @@ impl Key {
         Self::new(common.key_id.as_deref().map(Box::from), decoding, &algorithms)
     }
 
-    /// Whether a token with this algorithm in its header may be signed with this key.
+    /// Returns whether the key may sign tokens with this algorithm in their header.
     pub(super) fn is_for(&self, algorithm: Algorithm) -> bool {
         self.validation.algorithms.contains(&algorithm)
     }
 
-    /// The claims of `token`, unchecked, if this key signed it.
+    /// Returns the unchecked claims of `token` if this key signed it.
     pub(super) fn open(
         &self,
         token: &str,
@@ -116,19 +116,14 @@ impl Key {
         };
         let mut validation = Validation::new(first);
         validation.algorithms = algorithms;
-        // Claims are checked against a time that is an argument, and more strictly.
+        // `claims` checks them, more strictly and against a time that is an argument.
         validation.required_spec_claims.clear();
         (validation.validate_exp, validation.validate_aud) = (false, false);
         Ok(Self { id, decoding, validation })
     }
 }
 
-const NO_PEM: &str = "holds no PUBLIC KEY in PEM form";
-
-/// Shorter ones can be broken, longer ones cost too much; the library knows the same limits.
-const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
-
-/// Told by its size, which is all that a point says.
+/// Returns the curve of a public key by the size of its point.
 fn curve_of(key: &DecodingKey) -> Option<EllipticCurve> {
     let bytes = key.try_get_as_bytes().ok()?;
     match (key.family(), bytes.len()) {
@@ -139,7 +134,7 @@ fn curve_of(key: &DecodingKey) -> Option<EllipticCurve> {
     }
 }
 
-/// Size of an RSA key; 0 where it is none.
+/// Returns the size of an RSA key; 0 for other keys.
 fn rsa_bits(key: &DecodingKey) -> usize {
     let Ok(Jwk { algorithm: AlgorithmParameters::RSA(rsa), .. }) =
         Jwk::from_decoding_key(key, None)
@@ -151,6 +146,11 @@ fn rsa_bits(key: &DecodingKey) -> usize {
     let first = modulus.get(zeros).map_or(0, |byte| byte.leading_zeros() as usize);
     (modulus.len() - zeros) * 8 - first
 }
+
+const NO_PEM: &str = "holds no PUBLIC KEY in PEM form";
+
+/// Sizes of RSA keys in bits: shorter keys can be broken, longer ones cost too much. The library has the same limits.
+const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
 
 #[cfg(test)]
 mod tests;

@@ -1,39 +1,30 @@
-//! Tokens of sessions: how the store holds them, and what each one opens. Knows neither requests nor endpoints.
+//! Tokens of sessions: their form in the store and their scope. Knows neither requests nor endpoints.
 
 use std::time::Duration;
 
 use wsproxy_proto::names::Id;
 
 use super::{equal, new_token};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, command::StoreError};
 
-/// Prefix of tokens that open event streams, any number of them until they expire.
-///
-/// The kind is part of the token itself, so that whoever reads a token knows it, and no setting of a gateway turns
-/// one kind into the other.
-pub const EVENT_STREAM_PREFIX: &str = "sse.";
-
-/// Prefix of a stored value that is bound to an agent: `agent/{agent_id} {token}`. No unbound token begins with it.
-const BOUND_PREFIX: &[u8] = b"agent/";
-
-/// What a new token is to open.
+/// The scope of a new token.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Scope {
-    /// Only the path of this agent; `None`: the session under any agent id.
+pub struct TokenScope {
+    /// The agent whose path the token opens; `None`: the session under any agent id.
     pub agent: Option<Id>,
-    /// Event streams until the token expires, rather than one connection of either transport.
+    /// Set for event streams until the token expires; otherwise the token opens one connection of either transport.
     pub event_stream: bool,
 }
 
 /// Makes a token and stores it under `key` for `ttl`.
 ///
 /// # Errors
-/// The store did not take it.
+/// The store did not take the token; see [`StoreError`].
 pub async fn issue(
     store: &Store,
     key: &str,
     ttl: Duration,
-    scope: &Scope,
+    scope: &TokenScope,
 ) -> Result<String, StoreError> {
     let prefix = if scope.event_stream { EVENT_STREAM_PREFIX } else { "" };
     let token = format!("{prefix}{}", new_token());
@@ -45,35 +36,35 @@ pub async fn issue(
     Ok(token)
 }
 
-/// Whether a token opens event streams only, and is not used up by them.
+/// Returns whether a token opens event streams only, and any number of them.
 #[must_use]
 pub fn is_for_event_streams(token: &[u8]) -> bool {
     token.starts_with(EVENT_STREAM_PREFIX.as_bytes())
 }
 
-/// Why a token does not open a session. For the operator's log: the client is not told which of them it is.
+/// The reason why a token does not open a session, for the operator's log. Clients do not learn which reason it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WrongToken {
-    /// Nothing is stored.
+    /// The store has no token.
     #[error("no token is stored")]
     Missing,
     /// Another token is stored.
     #[error("another token is stored")]
     Another,
-    /// The token is right, and bound to another agent.
+    /// The token is right, but bound to another agent.
     #[error("the token is bound to another agent")]
     Agent,
-    /// What is stored begins with `agent/`, but is no id, a space and a token. It opens nothing: who wrote it wanted a
-    /// binding.
+    /// The stored value begins with `agent/`, but has no id, space and token after it. It opens no session, since its
+    /// worker wanted a binding.
     #[error("the stored value is no agent/{{agent_id}} {{token}}")]
     Malformed,
 }
 
-/// Checks that `token` opens the path of `agent`, where the store holds `stored` for the session. Compares tokens in a
-/// time that depends on their lengths only.
+/// Checks that `token` opens the path of `agent`, with the value `stored` that the store has for the session. Compares
+/// tokens in a time that depends on their lengths only.
 ///
 /// # Errors
-/// Why it does not.
+/// The reason why the token does not open the session.
 pub fn check(stored: &[u8], token: &[u8], agent: &Id) -> Result<(), WrongToken> {
     let (bound_to, wanted) = match stored.strip_prefix(BOUND_PREFIX) {
         None => (None, stored),
@@ -92,6 +83,15 @@ pub fn check(stored: &[u8], token: &[u8], agent: &Id) -> Result<(), WrongToken> 
     }
     if bound_to.is_none_or(|bound_to| bound_to == *agent) { Ok(()) } else { Err(WrongToken::Agent) }
 }
+
+/// Prefix of tokens that open event streams, any number of them until they expire.
+///
+/// The prefix is part of the token itself, so that clients and workers see the kind, and no setting of a gateway
+/// changes it.
+pub const EVENT_STREAM_PREFIX: &str = "sse.";
+
+/// Prefix of a stored value that is bound to an agent: `agent/{agent_id} {token}`. No unbound token begins with it.
+const BOUND_PREFIX: &[u8] = b"agent/";
 
 #[cfg(test)]
 mod tests {
@@ -132,12 +132,12 @@ mod tests {
 
     #[tokio::test]
     async fn issued_tokens_say_their_kind_and_binding() {
-        let store = Store::Memory(crate::store::memory::MemoryStore::default());
+        let store = Store::Embedded(crate::embedded::store::EmbeddedStore::default());
         let minute = Duration::from_secs(60);
         for (agent, event_stream) in
             [(None, false), (None, true), (Some(id("a-1")), false), (Some(id("a-1")), true)]
         {
-            let scope = Scope { agent, event_stream };
+            let scope = TokenScope { agent, event_stream };
             let token = issue(&store, "key", minute, &scope).await.unwrap();
             assert_eq!(is_for_event_streams(token.as_bytes()), event_stream);
             assert!(Id::parse(&token).is_ok(), "{token} needs no encoding");

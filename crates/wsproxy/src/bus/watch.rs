@@ -1,6 +1,6 @@
-//! Tells the log when the bus is away at all, and when the instance is ready. Knows no backend.
+//! Logs outages of the bus as a whole, and when the instance is ready. Knows no backend.
 //!
-//! A link that is lost and made again within a moment is a line of its own, where it happens.
+//! The backend itself logs each connection that is lost and made again within a moment.
 
 use std::time::Duration;
 
@@ -9,27 +9,27 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bus::Bus;
 
-/// What has to be told.
+/// A change of state that is logged.
 #[derive(Debug, PartialEq, Eq)]
 enum Turn {
-    /// It has been away for too long.
+    /// The bus has been away for too long.
     Away,
-    /// It is there: for the first time, or again after so long.
+    /// The bus is there: for the first time, or again after this time.
     Ready(Option<Duration>),
 }
 
-/// What was told last.
+/// State of the bus as it was logged last.
 #[derive(Debug)]
 struct Watch {
-    /// Since when it is away.
+    /// Time since which the bus is away.
     away: Option<Instant>,
-    /// That it is away was told.
+    /// Set if the outage was logged.
     is_told: bool,
     was_ready: bool,
 }
 
 impl Watch {
-    /// It is not there yet.
+    /// Creates the state before the first connection.
     const fn new(now: Instant) -> Self {
         Self { away: Some(now), is_told: false, was_ready: false }
     }
@@ -48,7 +48,7 @@ impl Watch {
     }
 }
 
-/// Looks at the bus until the end.
+/// Watches the bus until `end`.
 pub async fn run(bus: Bus, end: CancellationToken) {
     let mut watch = Watch::new(Instant::now());
     loop {
@@ -74,10 +74,10 @@ pub async fn run(bus: Bus, end: CancellationToken) {
     }
 }
 
-/// How often the bus is looked at.
+/// Interval between looks at the bus.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// A link that is made again within this time is no outage. So there is at most one line a second, too.
+/// Time within which a connection that is made again is no outage. Also bounds the rate of lines to one a second.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(watch.look(false, at(100)), None);
         assert_eq!(watch.look(true, at(200)), Some(Turn::Ready(None)));
         assert_eq!(watch.look(true, at(300)), None);
-        // A link was lost for a moment.
+        // A connection was lost for a moment.
         assert_eq!(watch.look(false, at(400)), None);
         assert_eq!(watch.look(true, at(500)), None);
         assert_eq!(watch.look(false, at(1000)), None);

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     exit,
-    settings::{Everything, Settings},
+    settings::{CliSettings, Everything},
 };
 use crate::config::{
     load::Loaded,
@@ -25,11 +25,11 @@ pub(super) enum ConfigCommand {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        settings: Settings<Everything>,
+        settings: CliSettings<Everything>,
     },
-    /// Print the values in effect and where each came from; secrets are hidden.
+    /// Print the values in effect and the origin of each; secrets are hidden.
     #[command(after_help = SHOW_EXAMPLE)]
-    Show(Settings<Everything>),
+    Show(CliSettings<Everything>),
     /// Print a file with every key and its default.
     #[command(after_help = EXAMPLE_EXAMPLE)]
     Example,
@@ -56,7 +56,10 @@ pub(super) fn run(command: ConfigCommand) -> anyhow::Result<ExitCode> {
 fn no_problems(loaded: &Loaded) -> String {
     let mut text = String::from("The configuration has no problems.");
     if !loaded.ignored.is_empty() {
-        text += &format!(" Not used by this version: {}", loaded.ignored.join(", "));
+        text += &format!(
+            " Not read, since no endpoint that is on needs them: {}",
+            loaded.ignored.join(", ")
+        );
     }
     text.push('\n');
     text.extend(loaded.warnings.iter().map(|warning| format!("Warning: {warning}\n")));

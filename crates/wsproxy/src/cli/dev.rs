@@ -1,4 +1,4 @@
-//! `wsproxy dev`: the gateway for somebody who tries it out.
+//! `wsproxy dev`: the gateway for a person who tries it out.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -7,40 +7,40 @@ use std::{
 
 use super::{
     serve,
-    settings::{Reads, Settings},
+    settings::{CliSettings, Reads},
 };
 use crate::{
     config::{Config, NoReceiver, keys::Key},
     dev,
 };
 
-/// The keys of a gateway for somebody who tries it out.
+/// The configuration of a gateway for a person who tries it out.
 pub(super) struct DevKeys;
 
 impl Reads for DevKeys {
-    /// Everything is on one port, so that the page reaches it.
+    /// Leaves out `[admin]`: everything is on one port, so that the page reaches it.
     fn reads(key: &Key) -> bool {
         key.section != "admin"
     }
 
     fn defaults() -> Config {
         let mut defaults = Config::default();
-        // Nothing here is protected, so other machines cannot reach it unless they are meant to.
+        // Nothing is protected, so other machines reach it only if --bind is given.
         defaults.server.bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        // Who writes a first worker wants to see at once that it is not heard.
+        // The author of a first worker wants to see at once that it does not receive messages.
         defaults.sessions.no_receiver = NoReceiver::Error;
-        // A first `npx wscat` downloads for a while.
+        // The first `npx wscat` may download for minutes before it uses the token.
         defaults.sessions.token_ttl = Duration::from_mins(10);
-        // The page tells what goes on, and the address stays the last line of the terminal.
+        // The page shows the traffic; with fewer log lines the address stays the last line of the terminal.
         defaults.log.level = "warn".into();
         defaults
     }
 }
 
-pub(super) fn run(settings: Settings<DevKeys>) -> anyhow::Result<()> {
+pub(super) fn run(settings: CliSettings<DevKeys>) -> anyhow::Result<()> {
     serve::run_with(settings.load()?, |config| {
         dev::run(config, |text| {
-            // Who started it may have closed the terminal or the pipe.
+            // The terminal or the pipe may be closed already.
             let _ = super::print(text);
         })
     })

@@ -1,27 +1,22 @@
-//! Exit codes, those of sysexits.h; the only place that chooses one.
+//! Exit codes, those of sysexits.h. Every exit code is chosen here.
 
 use std::{fmt, io::ErrorKind};
 
 use crate::config::problem::Problems;
 
-/// The command line was wrong.
-pub const USAGE: u8 = 64;
-const UNAVAILABLE: u8 = 69;
-const SOFTWARE: u8 = 70;
-const OS: u8 = 71;
-const NO_PERMISSION: u8 = 77;
-const CONFIG: u8 = 78;
-
-/// What kind of failure an error is, where its type does not tell: attach it with
-/// [`anyhow::Context`].
+/// The kind of a failure whose error type does not tell it; attached with [`anyhow::Context`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// Something that is needed does not answer, such as Redis.
+    /// A required service does not answer, such as Redis.
     Unavailable,
     /// The operating system refused, such as a port that is taken.
     Os,
-    /// What is asked for contradicts the configuration.
+    /// The command contradicts the configuration.
     Config,
+    /// There is no such user.
+    NoUser,
+    /// The values that were given do not fit to what is stored.
+    Data,
 }
 
 impl fmt::Display for Failure {
@@ -30,11 +25,13 @@ impl fmt::Display for Failure {
             Self::Unavailable => "a needed service is unavailable",
             Self::Os => "the operating system refused",
             Self::Config => "the configuration does not allow it",
+            Self::NoUser => "the user is not known",
+            Self::Data => "the values do not fit",
         })
     }
 }
 
-/// The exit code for `error`.
+/// Returns the exit code for `error`.
 #[must_use]
 pub fn code(error: &anyhow::Error) -> u8 {
     if error.is::<Problems>() {
@@ -45,6 +42,8 @@ pub fn code(error: &anyhow::Error) -> u8 {
             Failure::Unavailable => UNAVAILABLE,
             Failure::Os => OS,
             Failure::Config => CONFIG,
+            Failure::NoUser => NO_USER,
+            Failure::Data => DATA,
         };
     }
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
@@ -57,6 +56,16 @@ pub fn code(error: &anyhow::Error) -> u8 {
         _ => SOFTWARE,
     }
 }
+
+/// The command line was wrong.
+pub const USAGE: u8 = 64;
+const DATA: u8 = 65;
+const NO_USER: u8 = 67;
+const UNAVAILABLE: u8 = 69;
+const SOFTWARE: u8 = 70;
+const OS: u8 = 71;
+const NO_PERMISSION: u8 = 77;
+const CONFIG: u8 = 78;
 
 #[cfg(test)]
 mod tests {

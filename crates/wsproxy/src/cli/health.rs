@@ -9,13 +9,13 @@ use std::{
 
 use anyhow::{Context, bail};
 
-use super::settings::{Reads, Settings};
+use super::settings::{CliSettings, Reads};
 use crate::{
     config::{Config, keys::Key},
     http::listener,
 };
 
-/// The keys that say where an instance of the same configuration answers.
+/// The keys that `health` reads: the address of an instance with the same configuration.
 pub(super) struct HealthKeys;
 
 impl Reads for HealthKeys {
@@ -28,14 +28,14 @@ impl Reads for HealthKeys {
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct HealthArgs {
-    /// What to ask; /health of the configured port on this machine where it is not given.
+    /// URL to ask. Default: /health of the configured port on this machine.
     #[arg(long, value_name = "URL")]
     url: Option<String>,
     #[command(flatten)]
-    settings: Settings<HealthKeys>,
+    settings: CliSettings<HealthKeys>,
 }
 
-/// Success where the answer is a 200; else the reason on standard error, and exit code 1.
+/// Returns success if the answer is a 200; else prints the reason to standard error and returns exit code 1.
 pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
     let url = match args.url {
         Some(url) => url,
@@ -69,7 +69,7 @@ fn ask(url: &str) -> anyhow::Result<()> {
     stream.set_write_timeout(Some(TIMEOUT))?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
-    // "HTTP/1.1 200" is all that matters.
+    // Only the status matters: "HTTP/1.1 200".
     let mut head = [0; 12];
     let mut filled = 0;
     while filled < head.len() {
@@ -93,7 +93,7 @@ const TIMEOUT: Duration = Duration::from_secs(3);
 const EXAMPLE: &str = "Example:
   wsproxy health --url http://127.0.0.1:8080/ready && echo ready
 
-The configuration only tells the address: give the same file, variables or flags as to serve.";
+The configuration is read for the address only: use the file, variables or flags of serve.";
 
 #[cfg(test)]
 mod tests {

@@ -12,12 +12,12 @@ use crate::{
 /// Runs an instance until it has ended.
 ///
 /// # Errors
-/// Why it could not start, or did not end well.
+/// The instance could not start, or could not end as it should; see [`super::exit::code`].
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     run_with(loaded, server::run)
 }
 
-/// Logs and a runtime for `work`, which runs an instance until it has ended.
+/// Starts logs and a runtime, and runs `work` on it, which runs an instance until it has ended.
 pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     loaded: Loaded,
     work: impl FnOnce(Config) -> F,
@@ -29,10 +29,7 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     }
     if !ignored.is_empty() {
         let names = ignored.join(", ");
-        tracing::info!(
-            names,
-            "Variables of endpoints that this version does not have are ignored."
-        );
+        tracing::info!(names, "These variables are not read: no endpoint that is on needs them.");
     }
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.enable_all().thread_name("wsproxy");
@@ -41,7 +38,7 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     }
     let runtime = builder.build().context("cannot start the runtime")?;
     let result = runtime.block_on(work(config));
-    // What is still running has had its time: the server waits for whatever matters.
+    // The server has waited for all tasks that matter; the others are dropped.
     runtime.shutdown_timeout(LEFTOVER_GRACE);
     result
 }
@@ -52,5 +49,5 @@ pub(super) const EXAMPLE: &str = "Example:
 Every key of the configuration can be set in a file (--config) and in the environment; flags are for the
 most common ones: wsproxy config example, wsproxy config check.";
 
-/// For name lookups and the like, which run on threads of their own and cannot be cancelled.
+/// Time for work on blocking threads, such as name lookups, which cannot be cancelled.
 const LEFTOVER_GRACE: Duration = Duration::from_millis(200);

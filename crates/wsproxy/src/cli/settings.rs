@@ -1,4 +1,4 @@
-//! `--config` and the flags that set keys, read off the table of keys: those that a command reads.
+//! `--config`, and flags for the keys that a command reads, made from the table of keys.
 
 use std::{marker::PhantomData, path::PathBuf};
 
@@ -7,17 +7,17 @@ use clap::{Arg, ArgMatches, Command, value_parser};
 use crate::config::{
     Config,
     environment::Environment,
-    keys::{Flag, KEYS, Key},
-    load::{CONFIG_ENV, Loaded, Sources, load},
+    keys::{self, Flag, Key},
+    load::{CONFIG_ENV, ConfigSources, Loaded, load},
     problem::Problems,
 };
 
-/// What a command reads of the configuration.
+/// The part of the configuration that a command reads.
 pub(super) trait Reads {
-    /// Whether the command does something with the key, so that it has the key's flag.
+    /// Returns whether the command reads the key, and so has its flag.
     fn reads(key: &Key) -> bool;
 
-    /// Values of keys that nobody set.
+    /// Default values of keys that are not set.
     fn defaults() -> Config {
         Config::default()
     }
@@ -32,33 +32,34 @@ impl Reads for Everything {
     }
 }
 
-/// Where the configuration of a command comes from.
-pub(super) struct Settings<R> {
+/// The sources of a command's configuration.
+pub(super) struct CliSettings<R> {
     file: Option<PathBuf>,
     flags: Vec<(&'static Key, String)>,
     reads: PhantomData<R>,
 }
 
-impl<R: Reads> Settings<R> {
+impl<R: Reads> CliSettings<R> {
     /// The configuration from flags, environment and file.
     pub(super) fn load(self) -> Result<Loaded, Problems> {
         let (defaults, environment) = (R::defaults(), Environment::of_process());
-        load(Sources { defaults, file: self.file, environment, flags: self.flags })
+        load(ConfigSources { defaults, file: self.file, environment, flags: self.flags })
     }
 }
 
-/// The keys that have a flag which the command reads.
-fn keys<R: Reads>() -> impl Iterator<Item = (&'static Key, Flag)> {
-    KEYS.iter().filter(|key| R::reads(key)).filter_map(|key| Some((key, key.flag?)))
+/// The keys with a flag that the command reads.
+fn flags<R: Reads>() -> impl Iterator<Item = (&'static Key, Flag)> {
+    keys::all().filter(|key| R::reads(key)).filter_map(|key| Some((key, key.flag?)))
 }
 
-impl<R: Reads> clap::Args for Settings<R> {
+impl<R: Reads> clap::Args for CliSettings<R> {
     fn augment_args(command: Command) -> Command {
         let file = Arg::new(FILE).long(FILE).short('c').value_name("FILE");
         let file = file.value_parser(value_parser!(PathBuf)).value_hint(clap::ValueHint::FilePath);
-        let file = file.help(format!("TOML file; else the one that {CONFIG_ENV} names, or none"));
+        let file =
+            file.help(format!("TOML file. Default: the file that {CONFIG_ENV} names, or none"));
         let defaults = R::defaults();
-        let flags = keys::<R>().map(|(key, Flag { name, value })| {
+        let flags = flags::<R>().map(|(key, Flag { name, value })| {
             // Values are checked together with those of the file, so that all problems show.
             let flag = Arg::new(name).long(name).value_name(value);
             let default = key.write(&defaults);
@@ -74,7 +75,7 @@ impl<R: Reads> clap::Args for Settings<R> {
     }
 }
 
-impl<R: Reads> clap::FromArgMatches for Settings<R> {
+impl<R: Reads> clap::FromArgMatches for CliSettings<R> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let mut settings = Self { file: None, flags: Vec::new(), reads: PhantomData };
         settings.update_from_arg_matches(matches)?;
@@ -86,7 +87,7 @@ impl<R: Reads> clap::FromArgMatches for Settings<R> {
         let given = |(key, flag): (&'static Key, Flag)| {
             Some((key, matches.get_one::<String>(flag.name)?.clone()))
         };
-        self.flags = keys::<R>().filter_map(given).collect();
+        self.flags = flags::<R>().filter_map(given).collect();
         Ok(())
     }
 }

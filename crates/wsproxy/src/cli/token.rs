@@ -8,15 +8,16 @@ use wsproxy_proto::names::{Id, Names};
 
 use super::{
     exit::Failure,
-    settings::{Reads, Settings},
+    settings::{CliSettings, Reads},
 };
 use crate::{
-    auth::session::{self, Scope},
-    bus::{self, Bus, Deliver},
+    auth::session::{self, TokenScope},
+    bus::{Bus, deliver::Deliver},
     config::{Config, keys::Key},
+    redis,
 };
 
-/// The keys that say where tokens are stored, under which name, and for how long.
+/// The keys that `token` reads: the Redis for tokens, and their lifetime.
 pub(super) struct TokenKeys;
 
 impl Reads for TokenKeys {
@@ -33,21 +34,21 @@ pub(super) struct TokenArgs {
     /// The session that the token opens.
     #[arg(value_parser = |text: &str| Id::parse(text).map_err(|e| format!("a session id {e}")))]
     session_id: Id,
-    /// How long the token may be used, such as 60s; sessions.token_ttl where it is not given.
+    /// Lifetime of the token, such as 60s. Default: sessions.token_ttl.
     #[arg(long, value_name = "TIME", value_parser = ttl)]
     ttl: Option<Duration>,
-    /// A token for event streams (EventSource): it opens any number of them until it expires, and no WebSocket.
-    /// Without this it opens one connection or event stream, once.
+    /// Make a token for event streams (EventSource), which opens any number of them until it expires, and no
+    /// WebSocket. Default: one connection or event stream, once.
     #[arg(long)]
     event_stream: bool,
-    /// The token opens the session only under this agent id, /AGENT/ws/SESSION_ID; without this under any.
+    /// Bind the token to this agent id, /AGENT/ws/SESSION_ID. Default: any agent id.
     #[arg(long, value_name = "AGENT", value_parser = |text: &str| Id::parse(text).map_err(|e| format!("an agent id {e}")))]
     agent: Option<Id>,
     /// Print JSON: token, session_id, expires_in (seconds).
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    settings: Settings<TokenKeys>,
+    settings: CliSettings<TokenKeys>,
 }
 
 pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
@@ -55,7 +56,7 @@ pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
     let ttl = args.ttl.unwrap_or(config.sessions.token_ttl);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("cannot start the runtime")?;
-    let scope = Scope { agent: args.agent, event_stream: args.event_stream };
+    let scope = TokenScope { agent: args.agent, event_stream: args.event_stream };
     let token = runtime.block_on(save_token(&config, &args.session_id, ttl, &scope))?;
     if !args.json {
         return super::print(&format!("{token}\n"));
@@ -69,19 +70,19 @@ pub(super) fn run(args: TokenArgs) -> anyhow::Result<()> {
 /// Makes a token and stores it in the configured Redis for `ttl`.
 ///
 /// # Errors
-/// There is no Redis, or it did not take it.
+/// [`Failure::Config`] without a Redis; [`Failure::Unavailable`] if Redis did not answer or refused the token.
 pub async fn save_token(
     config: &Config,
     session_id: &Id,
     ttl: Duration,
-    scope: &Scope,
+    scope: &TokenScope,
 ) -> anyhow::Result<String> {
     if config.redis.url.is_none() {
-        let problem = anyhow::anyhow!("tokens are kept in Redis, and redis.url is not set");
+        let problem = anyhow::anyhow!("tokens are stored in Redis, but redis.url is not set");
         return Err(problem.context(Failure::Config));
     }
-    // Once, so that its trouble is known at once: a gateway would try again for ever.
-    bus::try_redis(&config.redis)
+    // One attempt, so that the command fails at once: the bus of a gateway would try again for ever.
+    redis::connect::try_once(&config.redis)
         .await
         .map_err(anyhow::Error::msg)
         .context(Failure::Unavailable)?;
@@ -92,14 +93,14 @@ pub async fn save_token(
     let key = names.session_auth(session_id);
     let issued = session::issue(&store, &key, ttl, scope);
     let token = tokio::time::timeout(config.server.handshake_timeout, issued);
-    let token = token.await.context("Redis answered, and then no more");
+    let token = token.await.context("Redis stopped answering");
     let token = token.context(Failure::Unavailable)?;
     end.cancel();
     token.context("Redis did not take the token").context(Failure::Unavailable)
 }
 
-/// Subscribes to nothing, and so gets nothing.
-struct Nobody;
+/// Receiver of a bus without subscriptions: it never gets a message.
+pub(super) struct Nobody;
 
 impl Deliver for Nobody {
     fn message(&mut self, _channel: &[u8], _payload: &[u8], _last: bool) {}
@@ -121,7 +122,7 @@ const EXAMPLE: &str = "Example:
   wsproxy token s-1 --ttl 5m --agent demo
 
 The client shows the token at /demo/ws/s-1, as ?token=TOKEN or in the header Authorization: Bearer TOKEN.
-The agent id is the first segment of a session's path; workers that serve sessions of that agent hear of it.";
+The agent id is the first segment of a session's path; the session is announced to the workers of that agent id.";
 
 #[cfg(test)]
 mod tests {

@@ -1,10 +1,4 @@
-//! `wsproxy version`, and where else the program says what it was built from.
-
-/// The commit that was built; `None` where the sources were no checkout of git.
-pub(crate) const COMMIT: Option<&str> = option_env!("WSPROXY_BUILD_COMMIT");
-
-/// The day of the commit, or of `SOURCE_DATE_EPOCH` where the build set that.
-const DATE: Option<&str> = option_env!("WSPROXY_BUILD_DATE");
+//! `wsproxy version`, and the commit and day of the build.
 
 /// The version, for people or as JSON.
 pub(super) fn text(json: bool) -> String {
@@ -28,3 +22,9 @@ pub(super) fn text(json: bool) -> String {
     });
     format!("{fields}\n")
 }
+
+/// The commit of the build; `None` if the sources were no checkout of git.
+pub(crate) const COMMIT: Option<&str> = option_env!("WSPROXY_BUILD_COMMIT");
+
+/// The day of the commit, or of `SOURCE_DATE_EPOCH` if the build set it.
+const DATE: Option<&str> = option_env!("WSPROXY_BUILD_DATE");

@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use serde_json::Value;
 
 use super::{
-    kind::{Kind, Raw, quoted},
+    kind::{Raw, ValueKind, quoted},
     problem::nearest,
     rule::API_KEY,
 };
@@ -16,22 +16,22 @@ use super::{
 pub struct ApiKey {
     /// The name of the key in logs and metrics.
     pub name: String,
-    /// What a worker shows.
+    /// The secret that a worker shows.
     pub secret: KeySecret,
-    /// What a worker may do with it.
+    /// The calls that the key allows.
     pub scopes: Scopes,
 }
 
-/// Where the secret of a key is.
+/// Source of a key's secret.
 #[derive(Debug, Clone)]
 pub enum KeySecret {
-    /// In the configuration.
+    /// The configuration.
     Text(SecretString),
-    /// In a file that is read again and again.
+    /// A file that is read again every few seconds.
     File(PathBuf),
 }
 
-/// What a key of the worker API opens.
+/// A part of the worker API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     /// `/api/v1/sessions/…`
@@ -42,16 +42,16 @@ pub enum Scope {
     Rooms,
     /// `/api/v1/agents/…`
     Agents,
-    /// `/api/v1/info`, and whatever else concerns the instance.
+    /// `/api/v1/info`, and other calls that concern the instance.
     Admin,
 }
 
 impl Scope {
-    /// All of them, in the order of their numbers.
+    /// All scopes, in the order of their numbers.
     pub const ALL: [Self; 5] =
         [Self::Sessions, Self::Events, Self::Rooms, Self::Agents, Self::Admin];
 
-    /// The name in the configuration.
+    /// Returns the name in the configuration.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -75,7 +75,7 @@ impl Scopes {
         Scope::ALL.into_iter().collect()
     }
 
-    /// Whether `scope` is among them.
+    /// Returns whether the set has `scope`.
     #[must_use]
     pub const fn has(self, scope: Scope) -> bool {
         self.0 & (1 << scope as u8) != 0
@@ -88,10 +88,10 @@ impl FromIterator<Scope> for Scopes {
     }
 }
 
-/// A list of tables, or the same as JSON.
+/// A list of tables of keys, or the same as JSON.
 pub(super) struct ApiKeyTables;
 
-impl Kind<Vec<ApiKey>> for ApiKeyTables {
+impl ValueKind<Vec<ApiKey>> for ApiKeyTables {
     fn allowed(&self) -> String {
         format!(
             "a list of tables (in the environment a JSON array of objects), each with name ({NAME}), \
@@ -152,7 +152,7 @@ fn raw(value: Value) -> Raw {
     }
 }
 
-/// The key of a table; the error never quotes a secret.
+/// Reads the key in a table; the error never quotes a secret.
 fn key(table: &Table) -> Result<ApiKey, String> {
     if let Some((unknown, _)) = table.iter().find(|(name, _)| !FIELDS.contains(&name.as_str())) {
         let near = nearest(unknown, FIELDS).map(|near| format!("; did you mean {near}?"));
@@ -196,7 +196,7 @@ fn scopes_allowed() -> String {
     format!("a list of some of {}", names.join(", "))
 }
 
-/// A key as an inline table.
+/// Writes a key as an inline table.
 fn written(key: &ApiKey) -> String {
     let secret = match &key.secret {
         KeySecret::Text(_) => "secret = \"***\"".to_owned(),

@@ -1,7 +1,6 @@
-//! Rules between keys, and what files and URLs must hold to be of use; knows values, not where they came from.
+//! Rules between keys, and checks of files and URLs; knows values, but not their origins.
 //!
-//! An instance makes of its configuration what is tried here, with the same functions: so `config check`
-//! refuses what `serve` would.
+//! An instance reads files and URLs with the same functions, so that `config check` refuses what `serve` refuses.
 
 use std::{collections::HashSet, path::Path};
 
@@ -10,29 +9,37 @@ use secrecy::ExposeSecret;
 use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
 use super::{
-    Api, Config, Endpoints, Jwt,
+    ApiConfig, Config, EndpointsConfig, JwtConfig,
+    agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
+    rooms::Development,
 };
 use crate::{
     auth::{api_keys, jwt},
-    bus, tls,
+    database::url,
+    redis::address::RedisAddress,
+    tls,
 };
 
-/// A broken rule: the key to blame, the other one that it contradicts, and what is allowed or wrong.
-pub(super) struct Broken {
+/// A broken rule: the key to blame, the other key that it contradicts, and the allowed values or the error.
+pub(super) struct BrokenRule {
     pub(super) key: &'static str,
     pub(super) other: Option<&'static str>,
     pub(super) message: String,
 }
 
-/// Every rule that `config` breaks.
-pub(super) fn check(config: &Config) -> Vec<Broken> {
+/// Returns every rule that `config` breaks.
+pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
     let mut broken = rules(config);
     let mut tried = |key: &'static str, result: Result<(), String>| {
-        broken.extend(result.err().map(|message| Broken { key, other: None, message }));
+        broken.extend(result.err().map(|message| BrokenRule { key, other: None, message }));
     };
     let Config { redis, jwt, .. } = config;
-    tried("redis.url", bus::check_url(redis));
+    let url = redis.url.as_ref().map(|url| RedisAddress::parse(url.expose_secret()).map(drop));
+    tried("redis.url", url.transpose().map(drop).map_err(str::to_owned));
+    let url = config.database.url.as_ref().filter(|_| config.endpoints.agents);
+    let url = url.map(|url| url::parse(url.expose_secret()).map(drop));
+    tried("database.url", url.transpose().map(drop).map_err(str::to_owned));
     for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &jwt.ca_file)] {
         tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file));
     }
@@ -43,11 +50,11 @@ pub(super) fn check(config: &Config) -> Vec<Broken> {
     broken
 }
 
-fn verifies_with_public_keys(jwt: &Jwt) -> bool {
+fn verifies_with_public_keys(jwt: &JwtConfig) -> bool {
     jwt.algorithms.iter().any(|algorithm| algorithm.family() != AlgorithmFamily::Hmac)
 }
 
-fn check_public_key(path: &Path, jwt: &Jwt) -> Result<(), String> {
+fn check_public_key(path: &Path, jwt: &JwtConfig) -> Result<(), String> {
     jwt::check_public_key(path, &jwt.algorithms).map_err(|problem| {
         format!(
             "must be the file of a PUBLIC KEY in PEM form that fits jwt.algorithms, but {problem}"
@@ -55,13 +62,13 @@ fn check_public_key(path: &Path, jwt: &Jwt) -> Result<(), String> {
     })
 }
 
-/// The rules that can be told from the values alone.
-fn rules(config: &Config) -> Vec<Broken> {
+/// Checks the rules that need the values only.
+fn rules(config: &Config) -> Vec<BrokenRule> {
     let Config { server, admin, redis, limits, heartbeat, .. } = config;
     let mut broken = Vec::new();
     let mut rule = |holds: bool, key, allowed, other| {
         if !holds {
-            broken.push(Broken { key, other, message: format!("must be {allowed}") });
+            broken.push(BrokenRule { key, other, message: format!("must be {allowed}") });
         }
     };
     let [bind, admin_bind] =
@@ -90,22 +97,34 @@ fn rules(config: &Config) -> Vec<Broken> {
     let is_earned = limits.bytes_per_second == 0 || limits.bytes_burst <= earned_max;
     rule(is_earned, key, "at most 1000 times", other);
 
-    let Jwt { secret_key, public_key_file, jwks_url, .. } = &config.jwt;
-    let verifies = secret_key.is_some() || public_key_file.is_some() || jwks_url.is_some();
+    let verifies = config.jwt.has_key();
     let allowed =
         "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
     rule(!config.endpoints.events || verifies, "endpoints.events", allowed, None);
-    let Endpoints { sessions, events, echo } = config.endpoints;
-    let allowed = "true, unless endpoints.events or endpoints.echo is: nothing would be served";
-    rule(sessions || events || echo, "endpoints.sessions", allowed, None);
-    check_jwt(&config.jwt, config.endpoints.events, rule);
+    let EndpointsConfig { sessions, events, rooms, agents, echo } = config.endpoints;
+    let allowed = "true, unless another endpoint is: nothing would be served";
+    rule(sessions || events || rooms || agents || echo, "endpoints.sessions", allowed, None);
+    let development = config.rooms.development;
+    let allowed = "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url, or \
+                   rooms.development is on";
+    let is_open = development != Development::Off;
+    rule(!config.endpoints.rooms || verifies || is_open, "endpoints.rooms", allowed, None);
+    let is_safe = development != Development::Loopback || bind.is_loopback();
+    let allowed = "\"anywhere\" (or false): in development mode every client names itself, so true is for machines \
+                   whose own programs are the only clients. \"anywhere\" is for all others, such as containers. true \
+                   needs a loopback address in";
+    rule(!config.endpoints.rooms || is_safe, "rooms.development", allowed, Some("server.bind"));
+    let AgentsConfig { call_timeout, call_timeout_max, .. } = config.agents;
+    let (key, other) = ("agents.call_timeout", Some("agents.call_timeout_max"));
+    rule(call_timeout <= call_timeout_max, key, "at most", other);
+    check_jwt(&config.jwt, events || (rooms && verifies), rule);
     broken
 }
 
-/// Every algorithm needs a key of its kind, and every public key an algorithm. A secret that no
-/// algorithm uses may be there: deployments may share it with other services.
+/// Checks that every algorithm has a key of its kind, and every public key an algorithm. A secret without an
+/// algorithm is allowed: deployments may share it with other services.
 fn check_jwt(
-    jwt: &Jwt,
+    jwt: &JwtConfig,
     in_use: bool,
     mut rule: impl FnMut(bool, &'static str, &'static str, Option<&'static str>),
 ) {
@@ -124,7 +143,7 @@ fn check_jwt(
 
     let length = secret.as_ref().map_or(usize::MAX, |secret| secret.expose_secret().len());
     let (bytes_min, allowed) = secret_bytes_min(&jwt.algorithms);
-    // Deployments without events may have one for other services, of whatever length.
+    // Deployments without events may have a secret for other services, of any length.
     rule(!in_use || length >= bytes_min, "jwt.secret_key", allowed, other);
 
     let public = file.is_some() || url.is_some();
@@ -139,8 +158,8 @@ fn check_jwt(
     }
 }
 
-/// Names and secrets are different, and every file holds a key.
-fn check_api_keys(api: &Api) -> Result<(), String> {
+/// Checks that names and secrets are different, and that every file holds a key.
+fn check_api_keys(api: &ApiConfig) -> Result<(), String> {
     let (mut names, mut secrets) = (HashSet::from([api_keys::NAMELESS]), HashSet::new());
     secrets.extend(api.keys.iter().map(|secret| secret.expose_secret().to_owned()));
     for ApiKey { name, secret, .. } in &api.key {
@@ -164,9 +183,8 @@ fn secret_of(name: &str, path: &Path) -> Result<String, String> {
     Ok(secrets.first().map(|secret| secret.expose_secret().to_owned()).unwrap_or_default())
 }
 
-/// How long a secret must be for these algorithms: as long as the hash (RFC 7518, 3.2). For HS256 half of that is
-/// accepted with a warning, since many deployments have shorter secrets; less is guessed in no time by whoever
-/// has a token.
+/// Returns the shortest secret for these algorithms: as long as the hash (RFC 7518, 3.2). For HS256 half of that is
+/// accepted with a warning, since many deployments have shorter secrets.
 fn secret_bytes_min(algorithms: &[Algorithm]) -> (usize, &'static str) {
     if algorithms.contains(&Algorithm::HS512) {
         (
@@ -185,5 +203,5 @@ fn secret_bytes_min(algorithms: &[Algorithm]) -> (usize, &'static str) {
     }
 }
 
-/// Longer than this a burst of bytes cannot be remembered.
+/// Longest time for which a burst of bytes can be remembered.
 const BURST_SECONDS_MAX: usize = (EARNING_MICROS_MAX / 1_000_000) as usize / 1000 * 1000;

@@ -1,4 +1,4 @@
-//! The environment as a value, so that tests bring their own; the only place that reads the real one.
+//! The environment as a value, so that tests can make one. The only file of the gateway that reads variables.
 
 use std::{
     collections::BTreeMap,
@@ -11,35 +11,35 @@ use std::{
 pub struct Environment(BTreeMap<OsString, OsString>);
 
 impl Environment {
-    /// Those of this process.
+    /// Returns the variables of this process.
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "this is the one place that reads it")]
     pub fn of_process() -> Self {
         Self(std::env::vars_os().collect())
     }
 
-    /// The value of a variable. `Err` where it is not UTF-8.
+    /// Returns the value of a variable; `Err` if it is not UTF-8.
     pub(super) fn value(&self, name: &str) -> Option<Result<&str, NotUtf8>> {
         self.0.get(OsStr::new(name)).map(|value| value.to_str().ok_or(NotUtf8))
     }
 
-    /// The path in a variable; empty text is none.
+    /// Returns the path in a variable; `None` if it is empty.
     pub(super) fn path(&self, name: &str) -> Option<PathBuf> {
         self.0.get(OsStr::new(name)).filter(|path| !path.is_empty()).map(PathBuf::from)
     }
 
-    /// Whether a variable is set, to nothing.
+    /// Returns whether a variable is set to empty text.
     pub(super) fn is_empty(&self, name: &str) -> bool {
         self.0.get(OsStr::new(name)).is_some_and(|value| value.is_empty())
     }
 
-    /// Names of all variables that are set to something.
+    /// Returns the names of all variables that are not empty.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         let set = self.0.iter().filter(|(_, value)| !value.is_empty());
         set.filter_map(|(name, _)| name.to_str())
     }
 
-    /// Names that start with [`PREFIX`], in whatever case, and were not put there by Kubernetes.
+    /// Returns the names that start with [`PREFIX`], in any case, except for those that Kubernetes sets.
     pub(super) fn ours(&self) -> impl Iterator<Item = &str> {
         let named = self.0.iter().filter_map(|(name, value)| Some((name.to_str()?, value)));
         let is_ours = |name: &str| {
@@ -63,11 +63,8 @@ impl<const N: usize> From<[(&str, &str); N]> for Environment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NotUtf8;
 
-/// What our variables start with.
-pub const PREFIX: &str = "WSPROXY_";
-
-/// Kubernetes tells every container of a namespace where its services are. Where one of them is
-/// called `wsproxy` or `wsproxy-…`, those variables look like ours.
+/// Returns whether Kubernetes set the variable. It sets the addresses of all services in every container of a
+/// namespace; those of a service named `wsproxy` or `wsproxy-…` look like ours.
 fn is_service_link(name: &str, value: &str) -> bool {
     let rest = &name[PREFIX.len() - 1..];
     let link = ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme));
@@ -81,6 +78,9 @@ fn is_service_link(name: &str, value: &str) -> bool {
         || rest.contains("_SERVICE_PORT_");
     !rest.contains("__") && (service || port || (link && rest.ends_with("_PORT")))
 }
+
+/// Prefix of the gateway's own variables.
+pub const PREFIX: &str = "WSPROXY_";
 
 #[cfg(test)]
 mod tests {

@@ -5,14 +5,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// `host[:port]`, as in a `Host` header: RFC 3986, 3.2.2, without user, escapes and punctuation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Authority<'a> {
-    /// A name, or an address; one of version 6 in its brackets.
+    /// The name or address, an IPv6 address in its brackets.
     pub host: &'a str,
-    /// The digits behind the colon; `None` without a colon.
+    /// The digits after the colon; `None` without a colon.
     pub port: Option<&'a str>,
 }
 
 impl<'a> Authority<'a> {
-    /// Reads one; `None` where `text` is none.
+    /// Reads a host and port; `None` if `text` is none.
     #[must_use]
     pub fn parse(text: &'a str) -> Option<Self> {
         let end = match text.strip_prefix('[') {
@@ -32,7 +32,7 @@ impl<'a> Authority<'a> {
         (is_host && is_port).then_some(Self { host, port })
     }
 
-    /// The host where it is an address.
+    /// Returns the host if it is an address.
     #[must_use]
     pub fn address(&self) -> Option<IpAddr> {
         match self.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
@@ -41,8 +41,7 @@ impl<'a> Authority<'a> {
         }
     }
 
-    /// Whether the host is an address, or a name whose labels are complete: no empty one, hence
-    /// no dot at either end.
+    /// Returns whether the host is an address, or a name without an empty label (hence without a dot at either end).
     #[must_use]
     pub fn is_complete(&self) -> bool {
         let is_label = |label: &str| !label.is_empty() && !label.contains('~');

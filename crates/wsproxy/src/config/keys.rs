@@ -1,33 +1,35 @@
-//! The table of all keys: the one place that says what can be set, how, and what it means.
+//! The table of all keys: the one place that has their names, values and descriptions.
 //!
-//! Loading, `config example`, `config show`, the flags and `docs/configuration.md` are read off it.
+//! Loading, `config example`, `config show`, the flags and `docs/reference/configuration.md` are made from it.
 
 use super::{
-    Config, DownFrames, EventIds, ForwardedHeader, LogFormat, NoReceiver, OnBusLoss,
+    Config, ForwardedHeader, LogFormat, agents,
     api_key::ApiKeyTables,
+    database, echo,
     environment::PREFIX,
+    events,
     kind::{
-        Address, Bytes, File, Kind, List, Network, Number, OneOf, Optional, Raw, Seconds, Secret,
-        Share, Switch, Time,
+        Bytes, FilePath, Fraction, IpAddress, List, Network, Number, OneOf, Optional, Raw, Seconds,
+        Secret, Switch, Time, ValueKind,
     },
     origin::OriginKind,
-    rule,
+    rooms, rule, sessions,
 };
 
-/// One key of the file.
+/// A key of the file.
 #[derive(Debug)]
 pub struct Key {
-    /// Its section.
+    /// Section of the key.
     pub section: &'static str,
-    /// Its name there.
+    /// Name in the section.
     pub name: &'static str,
-    /// One or two sentences.
+    /// Description, in one or two sentences.
     pub doc: &'static str,
     /// The short name in the environment.
     pub alias: Option<Alias>,
     /// The flag of the command line.
     pub flag: Option<Flag>,
-    /// Never shown; may be read from a file that `NAME_FILE` names.
+    /// Set for values that are never shown; the variable `NAME_FILE` can name a file that has the value.
     pub secret: bool,
     pub(super) allowed: fn() -> String,
     pub(super) explain: fn(&Raw) -> Option<String>,
@@ -38,7 +40,7 @@ pub struct Key {
 /// A flag of the command line.
 #[derive(Debug, Clone, Copy)]
 pub struct Flag {
-    /// Its name, without dashes.
+    /// Name of the flag, without dashes.
     pub name: &'static str,
     /// The name of its value in the help.
     pub value: &'static str,
@@ -47,10 +49,18 @@ pub struct Flag {
 /// A short name in the environment, beside the one that begins with [`PREFIX`].
 #[derive(Debug, Clone, Copy)]
 pub struct Alias {
-    /// Its name.
+    /// Name of the variable.
     pub name: &'static str,
     /// The unit of a bare number, where it is not that of the key.
     pub unit: &'static str,
+    /// Whether the variable is read. One that deployments share with other services is read only where a part that is
+    /// on needs it.
+    pub(super) is_read: fn(&Config) -> bool,
+}
+
+/// All keys.
+pub fn all() -> impl Iterator<Item = &'static Key> {
+    TABLE.iter().copied().flatten()
 }
 
 impl Key {
@@ -78,22 +88,28 @@ impl Key {
         (self.write)(config)
     }
 
-    const fn alias(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "" });
+    pub(super) const fn alias(mut self, name: &'static str) -> Self {
+        self.alias = Some(Alias { name, unit: "", is_read: |_| true });
         self
     }
 
-    const fn alias_ms(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "ms" });
+    /// A short name that is read only where agents are served: other services of a deployment have it too.
+    pub(super) const fn alias_of_agents(mut self, name: &'static str) -> Self {
+        self.alias = Some(Alias { name, unit: "", is_read: |config| config.endpoints.agents });
         self
     }
 
-    const fn flag(mut self, name: &'static str, value: &'static str) -> Self {
+    pub(super) const fn alias_ms(mut self, name: &'static str) -> Self {
+        self.alias = Some(Alias { name, unit: "ms", is_read: |_| true });
+        self
+    }
+
+    pub(super) const fn flag(mut self, name: &'static str, value: &'static str) -> Self {
         self.flag = Some(Flag { name, value });
         self
     }
 
-    const fn secret(mut self) -> Self {
+    pub(super) const fn secret(mut self) -> Self {
         self.secret = true;
         self
     }
@@ -102,26 +118,28 @@ impl Key {
 /// A key whose value is the field of the same name, or the one that is named.
 macro_rules! key {
     ($section:ident.$name:ident, $kind:expr, $doc:literal) => {
-        key!($section.$name => $name, $kind, $doc)
+        $crate::config::keys::key!($section.$name => $name, $kind, $doc)
     };
     ($section:ident.$name:ident => $field:ident, $kind:expr, $doc:literal) => {
-        Key {
+        $crate::config::keys::Key {
             section: stringify!($section),
             name: stringify!($name),
             doc: $doc,
             alias: None,
             flag: None,
             secret: false,
-            allowed: || allowed(&$kind, |config| &config.$section.$field),
-            explain: |raw| explain(&$kind, |config| &config.$section.$field, raw),
+            allowed: || $crate::config::keys::allowed(&$kind, |config| &config.$section.$field),
+            explain: |raw| $crate::config::keys::explain(&$kind, |config| &config.$section.$field, raw),
             read: |config, raw| {
-                let value = $kind.read(raw);
+                let value = $crate::config::kind::ValueKind::read(&$kind, raw);
                 value.map(|value| config.$section.$field = value).is_some()
             },
-            write: |config| $kind.write(&config.$section.$field),
+            write: |config| $crate::config::kind::ValueKind::write(&$kind, &config.$section.$field),
         }
     };
 }
+
+pub(super) use key;
 
 /// An endpoint family that this version does not have: configurations may already switch it off.
 const fn absent(name: &'static str) -> Key {
@@ -139,172 +157,179 @@ const fn absent(name: &'static str) -> Key {
     }
 }
 
-/// The field tells which [`Kind`] is meant where one serves several types.
-fn allowed<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
+/// Returns the allowed values of a kind. The field selects the [`ValueKind`] where one type implements several.
+pub(super) fn allowed<T, K: ValueKind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
     kind.allowed()
 }
 
-fn explain<T, K: Kind<T>>(kind: &K, _: fn(&Config) -> &T, raw: &Raw) -> Option<String> {
+pub(super) fn explain<T, K: ValueKind<T>>(
+    kind: &K,
+    _: fn(&Config) -> &T,
+    raw: &Raw,
+) -> Option<String> {
     kind.explain(raw)
 }
 
 /// The sections, in the order of the file.
 pub static SECTIONS: &[(&str, &str)] = &[
-    ("server", "Where clients arrive and how the instance ends."),
-    ("admin", "Health, metrics and the API, on a port of their own where one is set."),
-    ("redis", "The bus. Without a URL the embedded one is used: one instance, nothing to install."),
-    ("limits", "What one connection and the process may use."),
-    ("heartbeat", "How dead and idle connections are found."),
+    ("server", "The clients' port, handshakes, and the end of the instance."),
+    ("admin", "A port of its own for health, metrics and the worker API."),
+    (
+        "redis",
+        "The bus. Without a URL it is the embedded one: for one instance, nothing to install.",
+    ),
+    ("limits", "Limits of one connection and of the instance."),
+    ("heartbeat", "Detection of dead and idle connections."),
     ("rate_limit", "Connection attempts per client address."),
     ("compression", "permessage-deflate."),
-    ("log", "What is logged, to standard error."),
-    ("endpoints", "Which endpoint families are served."),
+    ("log", "The log on standard error."),
+    ("endpoints", "The endpoint families that are served."),
     ("sessions", "The session endpoint, /{agent_id}/ws/{session_id}."),
     ("events", "The event endpoint, /ws."),
+    ("rooms", "Rooms, /ws/{room_id}: members who see each other come, go, move and speak."),
+    ("agents", "Users' agents: one connection for each user, and calls of tools on it."),
+    (
+        "database",
+        "The SQL database with credentials of agents and the audit log. Opened only where agents are served.",
+    ),
+    ("audit", "The log of calls to agents, in the database."),
     (
         "history",
-        "Bounds of each channel's history. Workers that publish by script must give the same.",
+        "Bounds of each channel's history. Workers that publish by script must use the same values.",
     ),
     ("sse", "Server-sent events, at the URLs of sessions and events."),
     (
         "jwt",
-        "Whose JSON Web Tokens are believed: those signed with a shared secret, or with a private key whose public half is in a file or published as a JWKS.",
+        "The JSON Web Tokens that are accepted: signed with a shared secret, or with a private key whose public key is in a file or published as a JWKS.",
     ),
-    ("api", "HTTP for workers without Redis, below /api/v1."),
+    ("api", "The worker API over HTTP, below /api/v1."),
 ];
 
-/// Variables of endpoints which this version does not have. A deployment may set them for other
-/// services, so they are accepted, named once in the log, and ignored.
-pub static IGNORED: &[&str] = &["DATABASE_URL"];
-
-/// Keys of earlier versions, each with what to do instead: a configuration that sets one must not lose silently what
-/// its operator wanted.
+/// Keys of earlier versions, each with advice. A configuration that sets one is refused, since ignoring the key
+/// would silently drop a wish of the operator.
 pub(super) static REMOVED: &[(&str, &str)] = &[(
     "sessions.sse_token",
     "was removed: the token itself says its kind now. One that begins with \"sse.\" opens event streams until it \
      expires (`wsproxy token --event-stream`), every other token opens one connection or event stream, once",
 )];
 
-/// Every key, by section.
+/// Every key, in groups. The order counts within a section only.
+static TABLE: &[&[Key]] = &[
+    SHARED,
+    sessions::KEYS,
+    events::KEYS,
+    rooms::KEYS,
+    agents::KEYS,
+    database::KEYS,
+    echo::KEYS,
+    ABSENT,
+];
+
+/// Keys that belong to no single endpoint family.
 #[rustfmt::skip]
-pub static KEYS: &[Key] = &[
-    key!(server.bind, Address, "Address to listen on.").flag("bind", "ADDRESS"),
+const SHARED: &[Key] = &[
+    key!(server.bind, IpAddress, "Address to listen on.").flag("bind", "ADDRESS"),
     key!(server.port, Number(0, 65_535), "Port to listen on; 0 takes a free one.").flag("port", "PORT").alias("PORT"),
-    key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, for its own channels and the events of sessions. Not set: a fresh one at every start.").flag("server-id", "ID").alias("SERVER_ID"),
+    key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, in its own channels and in announcements. Not set: a new one at every start.").flag("server-id", "ID").alias("SERVER_ID"),
     key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads", "NUMBER"),
-    key!(server.shutdown_timeout, Time(1_000, HOUR), "Everything must have ended this long after the first signal.").flag("shutdown-timeout", "TIME"),
-    key!(server.drain_delay, Time(0, HOUR), "How long /ready says 503, and clients are still taken, before listeners stop: twice the time in which load balancers notice. `dev` takes 0."),
-    key!(server.drain_spread, Time(0, HOUR), "Over which time connections are closed at the end, so that they do not all come back at once."),
+    key!(server.shutdown_timeout, Time(1_000, HOUR), "The process ends at the latest this long after the first signal.").flag("shutdown-timeout", "TIME"),
+    key!(server.drain_delay, Time(0, HOUR), "Time after the signal in which /ready says 503 and clients are still accepted: twice the time that load balancers need to notice. 0 for `dev`."),
+    key!(server.drain_spread, Time(0, HOUR), "Time over which connections are closed at the end, so that clients do not all come back at once."),
     key!(server.handshake_timeout, Time(100, 300_000), "Deadline for all work on the bus and stores of one handshake; 504 beyond it."),
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
-    key!(server.trusted_proxies, List(Network), "Load balancers whose X-Forwarded-For or Forwarded is believed."),
-    key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "Which of the two these load balancers write, so that the other one, which a client may have written, is ignored; auto: either, and where both are there they must name the same client."),
+    key!(server.trusted_proxies, List(Network), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address."),
+    key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "The header that these proxies write; the other one is ignored, since a client may have written it. auto: either; if both are present they must name the same client."),
     key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
 
-    key!(admin.bind, Optional(Address), "Address of the port below. Not set: that of [server]."),
-    key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and API. Not set: they are served on the main port.").flag("metrics-port", "PORT").alias("METRICS_PORT"),
+    key!(admin.bind, Optional(IpAddress), "Address of `admin.port`. Not set: server.bind."),
+    key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and the worker API. Not set: the clients' port serves them.").flag("metrics-port", "PORT").alias("METRICS_PORT"),
 
-    key!(redis.url, Optional(Secret(rule::REDIS_URL)), "Redis that carries messages between instances and workers. Not set: the embedded bus. On a command line others can read it; prefer the environment or a file.").flag("redis-url", "URL").alias("REDIS_URL").secret(),
-    key!(redis.channel_prefix, rule::PREFIX, "Put before every key and channel, with a colon, so that several deployments can share one Redis. Databases separate keys only: their channels are the same.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),
+    key!(redis.url, Optional(Secret(rule::REDIS_URL)), "The Redis between instances and workers. Not set: the embedded bus. Other users of the machine can read a command line: prefer the environment or a file.").flag("redis-url", "URL").alias("REDIS_URL").secret(),
+    key!(redis.channel_prefix, rule::PREFIX, "Prefix of every key and channel, followed by a colon, so that several deployments can share one Redis. Databases are not enough: they separate keys, but not channels.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
-    key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis on which nothing came for this long after a question is replaced."),
-    key!(redis.probe_interval, Time(100, 300_000), "How often a message of the instance's own must come back over each connection; every tenth time also over a new one."),
-    key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Bound of what waits to be published; beyond it reading from clients pauses."),
-    key!(redis.ca_file, Optional(File), "Further CA certificates (PEM) for rediss://."),
+    key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis that does not answer a request for this long is replaced."),
+    key!(redis.probe_interval, Time(100, 300_000), "Interval of the probes: over each connection a message of the instance must come back; every tenth time also over a new connection."),
+    key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Upper bound of messages that wait to be published; beyond it reading from clients pauses."),
+    key!(redis.ca_file, Optional(FilePath), "Further CA certificates (PEM) for rediss://."),
 
     key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections", "NUMBER"),
     key!(limits.max_message_bytes, Bytes(1, 16 << 20), "Largest message, before and after inflating; close code 1009 beyond it."),
     key!(limits.max_fragments, Number(1, 131_072), "Most fragments of one message."),
-    key!(limits.send_buffer_bytes, Bytes(1 << 10, 1 << 30), "Bound of what waits for one client; beyond it the connection is closed with 1008."),
-    key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Bound of what waits for all clients; beyond it the worst offender is closed."),
+    key!(limits.send_buffer_bytes, Bytes(1 << 10, 1 << 30), "Upper bound of data that waits for one client; beyond it the connection is closed with 1008."),
+    key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Upper bound of data that waits for all clients; beyond it the connection with most data is closed."),
     key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),
-    key!(limits.message_burst, Number(1, 1_000_000), "How many of them may come at once."),
-    key!(limits.store_bytes, Bytes(1 << 20, 1 << 40), "What the embedded store may hold (without Redis)."),
-    key!(limits.store_logs_share, Share, "The part of it that logs and token streams may take; the rest is for tokens."),
-    key!(limits.bytes_per_second, Bytes(0, 16 << 30), "Bytes per second and connection, counted as they come and what compressed messages grow by; reading pauses beyond it. 0: no limit."),
-    key!(limits.bytes_burst, Bytes(0, 16 << 30), "How many of them may come at once."),
+    key!(limits.message_burst, Number(1, 1_000_000), "Messages that may come at once."),
+    key!(limits.store_bytes, Bytes(1 << 20, 1 << 40), "Upper bound of the embedded store (without Redis)."),
+    key!(limits.store_logs_share, Fraction, "Share of the embedded store for logs and token streams; the rest is for tokens."),
+    key!(limits.bytes_per_second, Bytes(0, 16 << 30), "Bytes per second and connection, as received, plus the growth of compressed messages; beyond it reading pauses. 0: no limit."),
+    key!(limits.bytes_burst, Bytes(0, 16 << 30), "Bytes that may come at once."),
     key!(limits.connections_per_user, Number(0, 100_000_000), "Connections of one user of the event endpoint at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
     key!(limits.connections_per_session, Number(0, 100_000_000), "Connections of one session at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
     key!(limits.resumes_per_second, Number(0, 1_000_000), "Resumes of one session, or of one user of the event endpoint, per second, and five times as many at once; 429 beyond it. 0: no limit."),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
-    key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is dead.").alias_ms("HEARTBEAT_TIMEOUT"),
+    Key {
+        read: |config, raw| {
+            let timeout = Time(100, DAY).read(raw);
+            config.heartbeat.timeout_is_set |= timeout.is_some();
+            timeout.map(|timeout| config.heartbeat.timeout = timeout).is_some()
+        },
+        ..key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is closed with 4002. While this is not set, it is 90 s for users' agents.").alias_ms("HEARTBEAT_TIMEOUT")
+    },
     key!(heartbeat.idle_timeout, Time(0, 30 * DAY), "A connection without data messages for this long is closed with 4003; 0: never."),
 
-    key!(rate_limit.max_requests, Number(0, 100_000_000), "Attempts per address and window; 0: no limit. Behind a proxy set server.trusted_proxies too.").alias("RATE_LIMIT_MAX_REQUESTS"),
-    key!(rate_limit.window_seconds => window, Seconds(1, 86_400), "The window, in seconds.").alias("RATE_LIMIT_WINDOW_SECONDS"),
+    Key {
+        read: |config, raw| {
+            let attempts = Number(0, 100_000_000).read(raw);
+            config.rate_limit.max_requests_is_set |= attempts.is_some();
+            attempts.map(|attempts| config.rate_limit.max_requests = attempts).is_some()
+        },
+        ..key!(rate_limit.max_requests, Number(0, 100_000_000), "Attempts per address and window; 0: no limit. While this is not set, it is 60 for rooms, which count apart and by user where a token is valid. Behind a proxy set server.trusted_proxies too.").alias("RATE_LIMIT_MAX_REQUESTS")
+    },
+    key!(rate_limit.window_seconds => window, Seconds(1, 86_400), "Length of the window in seconds.").alias("RATE_LIMIT_WINDOW_SECONDS"),
 
-    key!(compression.enabled, Switch, "Negotiate it where the client offers it."),
+    key!(compression.enabled, Switch, "Compress (permessage-deflate) where the client offers it."),
     key!(compression.threshold_bytes, Bytes(0, 16 << 20), "Messages shorter than this are sent as they are."),
-    key!(compression.level, Number(1, 9), "1 (fast) to 9 (small)."),
+    key!(compression.level, Number(1, 9), "Level from 1 (fast) to 9 (small)."),
     key!(compression.client_context_takeover, Switch, "Let clients keep their compression context between messages: costs up to 48 KB a connection."),
 
-    key!(log.level, rule::LEVEL, "How much is logged.").flag("log-level", "LEVEL").alias("LOG_LEVEL"),
-    key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "How lines look; auto: pretty on a terminal, else JSON.").flag("log-format", "FORMAT"),
-
-    key!(endpoints.sessions, Switch, "/{agent_id}/ws/{session_id}"),
-    key!(endpoints.events, Switch, "/ws; needs a key in [jwt]."),
-    key!(endpoints.echo, Switch, "/echo: answers every message with itself; for conformance suites."),
-    absent("rooms"),
-    absent("agents"),
-    absent("tunnel"),
-
-    key!(sessions.no_receiver, OneOf(&[("ignore", NoReceiver::Ignore), ("error", NoReceiver::Error), ("queue", NoReceiver::Queue)]), "What a client's message meets when no worker listens: nothing, an error message, or the stream {session:<id>:up}:log."),
-    key!(sessions.up_log_entries_max, Number(1, 1_000_000), "Most entries of that stream."),
-    key!(sessions.up_log_bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of that stream."),
-    key!(sessions.up_log_ttl, Time(1_000, 30 * DAY), "It expires this long after its last entry."),
-    key!(sessions.strikes_max, Number(0, 1_000_000), "Invalid messages after which a connection is closed; 0: never."),
-    key!(sessions.down_frames, OneOf(&[("auto", DownFrames::Auto), ("text", DownFrames::Text), ("binary", DownFrames::Binary)]), "How messages from workers are framed; auto: text where they are UTF-8, else binary."),
-    key!(sessions.on_bus_loss, OneOf(&[("notice", OnBusLoss::Notice), ("close", OnBusLoss::Close)]), "What clients are told after a loss of the bus: one bus_recovered message, or close code 1012."),
-    key!(sessions.token_ttl, Time(1_000, DAY), "How long a token lives which the API or `wsproxy token` made."),
-
-    key!(sessions.history, Switch, "Clients can resume what workers publish with history, over instances and restarts."),
-    key!(sessions.capture, Switch, "Take plain publishes of JSON with an event_id into the history too."),
-    key!(sessions.events_log, Switch, "Keep announcements of opened and closed sessions in the stream {agent:{agent_id}:sessions}:log, at least once, also for an instance that was killed."),
-    key!(sessions.events_log_entries_max, Number(1, 10_000_000), "Most entries of such a log."),
-    key!(sessions.events_log_ttl, Time(1_000, 30 * DAY), "How long an entry is held, and a log after its last entry."),
-    key!(sessions.event_ids, OneOf(&[("json", EventIds::Json), ("none", EventIds::None)]), "Whether JSON objects of the history carry their id as first member event_id; without it only the subprotocol wsproxy.id.v1 tells ids."),
-
-    key!(events.history, Switch, "Clients can resume, over instances and restarts."),
-    key!(events.capture, Switch, "Take plain publishes with an event_id into the history too."),
-    key!(events.strikes_max, Number(0, 1_000_000), "Invalid messages after which a connection is closed; 0: never."),
-    key!(events.on_bus_loss, OneOf(&[("notice", OnBusLoss::Notice), ("close", OnBusLoss::Close)]), "What clients are told after a loss of the bus where there is no history: one bus_recovered message, or close code 1012."),
-    key!(events.ack_interval, Time(100, HOUR), "A message that wants an ack is sent again after this time.").alias("MESSAGE_RETRY_INTERVAL"),
-    key!(events.ack_tries, Number(1, 100), "How often it is sent before it is reported."),
-    key!(events.ack_queue, Number(1, 100_000), "Most messages of a connection that wait for an ack.").alias("MESSAGE_QUEUE_SIZE"),
-    key!(events.registry_ttl, Time(10_000, 30 * DAY), "How long the registry keeps what nobody refreshes."),
-    key!(events.revocation_ttl, Time(1_000, 400 * DAY), "The longest revocation (revoke_seconds) that the API takes; a longer one is refused. At least as long as tokens live."),
+    key!(log.level, rule::LEVEL, "Level of the log, or a filter.").flag("log-level", "LEVEL").alias("LOG_LEVEL"),
+    key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "Format of the lines; auto: pretty on a terminal, else JSON.").flag("log-format", "FORMAT"),
+    key!(log.summary_interval, Time(0, DAY), "Interval of the line that sums up connections and calls of agents; 0: there is none."),
 
     key!(history.entries_max, Number(1, 1_000_000), "Most entries of a log."),
     key!(history.bytes_max, Bytes(1 << 10, 1 << 30), "Most bytes of a log."),
-    key!(history.ttl, Time(1_000, 30 * DAY), "How long an entry is held, and a log after its last entry."),
+    key!(history.ttl, Time(1_000, 30 * DAY), "Lifetime of an entry, and of a log after its last entry."),
 
     key!(sse.enabled, Switch, "Answer Accept: text/event-stream."),
-    key!(sse.keep_alive, Time(100, HOUR), "A comment is sent when nothing else was for this long, so that proxies keep the stream open."),
-    key!(sse.retry, Time(0, HOUR), "How long a client is told to wait before it reconnects; each is told another time, from half of this to one and a half of it."),
+    key!(sse.keep_alive, Time(100, HOUR), "A comment is sent after this long without other data, so that proxies keep the stream open."),
+    key!(sse.retry, Time(0, HOUR), "Pause that clients are told before they reconnect; for each client a random time from half of this to one and a half of it."),
     key!(sse.compression, Switch, "Compress where the client accepts gzip."),
 
-    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that the HS algorithms share with whoever issues tokens: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret(),
-    key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "The algorithms that are accepted. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
-    key!(jwt.public_key_file, Optional(File), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
-    key!(jwt.jwks_url, Optional(rule::JWKS_URL), "Where the issuer publishes its public keys."),
-    key!(jwt.jwks_refresh, Time(10_000, 7 * DAY), "How often they are fetched. A token signed with an unknown key has them fetched at once, every 10 seconds at most."),
-    key!(jwt.jwks_timeout, Time(100, 60_000), "Time for one fetch. While the issuer cannot be reached the keys that are known stay in use."),
-    key!(jwt.ca_file, Optional(File), "Further CA certificates (PEM) for jwt.jwks_url."),
-    key!(jwt.audience, List(rule::CLAIM), "Tokens must be for one of these (aud). Empty: tokens that are for somebody in particular are refused."),
-    key!(jwt.issuer, Optional(rule::CLAIM), "Tokens must be issued by this one (iss). Not set: by anybody who has the key."),
-    key!(jwt.leeway, Time(0, 300_000), "By how much the issuer's clock may differ from ours: a token is good until its exp and this, from its nbf less this, and an iat that is further ahead is refused."),
+    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that HS algorithms share with the issuer: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret(),
+    key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "Accepted algorithms. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
+    key!(jwt.public_key_file, Optional(FilePath), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
+    key!(jwt.jwks_url, Optional(rule::JWKS_URL), "URL of the issuer's public keys (JWKS)."),
+    key!(jwt.jwks_refresh, Time(10_000, 7 * DAY), "Interval of fetching these keys. A token signed with an unknown key causes a fetch at once, every 10 seconds at most."),
+    key!(jwt.jwks_timeout, Time(100, 60_000), "Time for one fetch. While the issuer cannot be reached, the known keys stay in use."),
+    key!(jwt.ca_file, Optional(FilePath), "Further CA certificates (PEM) for jwt.jwks_url."),
+    key!(jwt.audience, List(rule::CLAIM), "Tokens must name one of these as audience (aud). Empty: tokens with an audience are refused."),
+    key!(jwt.issuer, Optional(rule::CLAIM), "Required issuer of tokens (iss). Not set: any issuer that has the key."),
+    key!(jwt.leeway, Time(0, 300_000), "Tolerated difference of the issuer's clock: a token is good until its exp plus this, and from its nbf minus this; an iat that is further ahead is refused."),
     key!(jwt.user_claim, rule::CLAIM, "The claim that names the user: 1 to 128 letters, digits and -_.~@+=|, or an integer."),
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
-    key!(jwt.typ, Optional(rule::TYP), "Tokens must say in their header that they are of this type (typ), such as \"at+jwt\"; compared without regard to case, with or without \"application/\". Not set: of any."),
+    key!(jwt.typ, Optional(rule::TYP), "Required type in the header (typ), such as \"at+jwt\"; compared without regard to case, with or without \"application/\". Not set: any type."),
 
-    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers 401 to everybody.").secret(),
+    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers every call with 401.").secret(),
     key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret(),
 ];
 
-const HOUR: u64 = 3_600_000;
-const DAY: u64 = 24 * HOUR;
+/// Families of a later version.
+const ABSENT: &[Key] = &[absent("tunnel")];
+
+pub(super) const HOUR: u64 = 3_600_000;
+pub(super) const DAY: u64 = 24 * HOUR;
 
 #[cfg(test)]
 mod tests {
@@ -315,9 +340,11 @@ mod tests {
     #[test]
     fn names_are_unique_and_sections_known() {
         let mut seen = HashSet::new();
-        for key in KEYS {
+        for key in all() {
             assert!(seen.insert(key.path()), "{}", key.path());
-            assert!(key.alias.is_none_or(|alias| seen.insert(alias.name.into())));
+            // One short name may set the same key of several families, and each key once.
+            let alias = key.alias.map(|alias| format!("{} {}", key.section, alias.name));
+            assert!(alias.is_none_or(|alias| seen.insert(alias)));
             assert!(key.flag.is_none_or(|flag| seen.insert(format!("--{}", flag.name))));
             assert!(SECTIONS.iter().any(|(section, _)| *section == key.section));
         }

@@ -1,4 +1,4 @@
-//! What a value may look like: how it is read from text and written as TOML; knows no keys.
+//! The kinds of values: read from text and written as TOML; knows no keys.
 
 use std::{
     net::IpAddr,
@@ -9,17 +9,16 @@ use std::{
 use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 
-/// A value as it was given, before it has a type. Numbers and booleans of the file are text here,
-/// since that is what the environment and flags give.
+/// A value before it has a type. Numbers and booleans of the file are text here, as in the environment and flags.
 #[derive(Debug, Clone)]
 pub(super) enum Raw {
-    /// One value.
+    /// A single value.
     Text(String),
     /// An array of values.
     List(Vec<String>),
     /// An array of tables, each with the names and values of its fields.
     Tables(Vec<Vec<(String, Self)>>),
-    /// A table, or an array of something else: nothing that a key takes.
+    /// A table, or an array of other values, which no key takes.
     Nested,
 }
 
@@ -33,18 +32,18 @@ impl Raw {
 }
 
 /// A kind of value, in both directions.
-pub(super) trait Kind<T> {
+pub(super) trait ValueKind<T> {
     /// Completes the sentence "must be …".
     fn allowed(&self) -> String;
-    /// `None` where the value is not allowed.
+    /// Reads a value; `None` if it is not allowed.
     fn read(&self, raw: &Raw) -> Option<T>;
-    /// As TOML, such that [`Kind::read`] gives the same value again (secrets excepted).
+    /// Writes a value as TOML, which [`ValueKind::read`] reads as the same value (except for secrets).
     fn write(&self, value: &T) -> String;
-    /// Which part of a value is not allowed, and why; `None` where [`Kind::allowed`] says enough.
+    /// Returns the part of a value that is not allowed, and the reason; `None` if [`ValueKind::allowed`] suffices.
     fn explain(&self, _raw: &Raw) -> Option<String> {
         None
     }
-    /// Whether values are secret, so that no problem quotes them.
+    /// Returns whether values are secret, so that no problem quotes them.
     fn is_secret(&self) -> bool {
         false
     }
@@ -53,7 +52,7 @@ pub(super) trait Kind<T> {
 /// `true` or `false`.
 pub(super) struct Switch;
 
-impl Kind<bool> for Switch {
+impl ValueKind<bool> for Switch {
     fn allowed(&self) -> String {
         "true or false".into()
     }
@@ -68,7 +67,7 @@ impl Kind<bool> for Switch {
 /// An integer between two others.
 pub(super) struct Number(pub(super) u64, pub(super) u64);
 
-impl<T: TryFrom<u64> + TryInto<u64> + Copy> Kind<T> for Number {
+impl<T: TryFrom<u64> + TryInto<u64> + Copy> ValueKind<T> for Number {
     fn allowed(&self) -> String {
         format!("an integer from {} to {}", self.0, self.1)
     }
@@ -81,10 +80,10 @@ impl<T: TryFrom<u64> + TryInto<u64> + Copy> Kind<T> for Number {
     }
 }
 
-/// A part of one, above 0.
-pub(super) struct Share;
+/// A fraction of 1, above 0.
+pub(super) struct Fraction;
 
-impl Kind<f64> for Share {
+impl ValueKind<f64> for Fraction {
     fn allowed(&self) -> String {
         "a number above 0, at most 1".into()
     }
@@ -102,7 +101,7 @@ impl Kind<f64> for Share {
 /// A size in bytes between two others.
 pub(super) struct Bytes(pub(super) u64, pub(super) u64);
 
-impl Kind<usize> for Bytes {
+impl ValueKind<usize> for Bytes {
     fn allowed(&self) -> String {
         let [min, max] = [self.0, self.1].map(written_size);
         format!("a size from {min} to {max}, such as 65536 (bytes) or \"64KiB\"")
@@ -133,7 +132,7 @@ impl Kind<usize> for Bytes {
 /// A time between two others, given in milliseconds.
 pub(super) struct Time(pub(super) u64, pub(super) u64);
 
-impl Kind<Duration> for Time {
+impl ValueKind<Duration> for Time {
     fn allowed(&self) -> String {
         let [min, max] = [self.0, self.1].map(Duration::from_millis).map(written_duration);
         format!("a time from {min} to {max}, such as 30 (seconds) or \"500ms\"")
@@ -155,7 +154,7 @@ impl Kind<Duration> for Time {
 /// Whole seconds, for keys that have the unit in their name.
 pub(super) struct Seconds(pub(super) u64, pub(super) u64);
 
-impl Kind<Duration> for Seconds {
+impl ValueKind<Duration> for Seconds {
     fn allowed(&self) -> String {
         format!("an integer from {} to {}", self.0, self.1)
     }
@@ -168,9 +167,9 @@ impl Kind<Duration> for Seconds {
 }
 
 /// An IP address.
-pub(super) struct Address;
+pub(super) struct IpAddress;
 
-impl Kind<IpAddr> for Address {
+impl ValueKind<IpAddr> for IpAddress {
     fn allowed(&self) -> String {
         "an IP address, such as \"0.0.0.0\" or \"::\"".into()
     }
@@ -182,10 +181,10 @@ impl Kind<IpAddr> for Address {
     }
 }
 
-/// A network; an address stands for itself alone.
+/// A network. A single address is a network of one.
 pub(super) struct Network;
 
-impl Kind<IpNet> for Network {
+impl ValueKind<IpNet> for Network {
     fn allowed(&self) -> String {
         "a network or an address, such as \"10.0.0.0/8\" or \"::1\"".into()
     }
@@ -199,9 +198,9 @@ impl Kind<IpNet> for Network {
 }
 
 /// The path of a file.
-pub(super) struct File;
+pub(super) struct FilePath;
 
-impl Kind<PathBuf> for File {
+impl ValueKind<PathBuf> for FilePath {
     fn allowed(&self) -> String {
         "the path of a file".into()
     }
@@ -216,7 +215,7 @@ impl Kind<PathBuf> for File {
 /// One of a few words.
 pub(super) struct OneOf<T: 'static>(pub(super) &'static [(&'static str, T)]);
 
-impl<T: Copy + PartialEq> Kind<T> for OneOf<T> {
+impl<T: Copy + PartialEq> ValueKind<T> for OneOf<T> {
     fn allowed(&self) -> String {
         let words: Vec<_> = self.0.iter().map(|(word, _)| quoted(word)).collect();
         format!("one of {}", words.join(", "))
@@ -234,21 +233,21 @@ impl<T: Copy + PartialEq> Kind<T> for OneOf<T> {
 pub(super) struct Text {
     /// Completes "must be …".
     pub(super) allowed: &'static str,
-    /// The text as the code wants it; `None` where the rule is broken.
+    /// Reads the text in the form that the code needs; `None` if it breaks the rule.
     pub(super) read: fn(&str) -> Option<String>,
-    /// The part of a text that breaks the rule, and why; `None` where `allowed` says enough. Quotes nothing of a
-    /// text that may hold a secret.
+    /// Returns the part of a text that breaks the rule, and the reason; `None` if `allowed` suffices. Quotes no part
+    /// of a text that may hold a secret.
     pub(super) explain: fn(&str) -> Option<String>,
 }
 
 impl Text {
-    /// The rule of `allowed` and `read`, where `allowed` says enough.
+    /// Creates a rule whose `allowed` explains every mistake.
     pub(super) const fn new(allowed: &'static str, read: fn(&str) -> Option<String>) -> Self {
         Self { allowed, read, explain: |_| None }
     }
 }
 
-impl Kind<String> for Text {
+impl ValueKind<String> for Text {
     fn allowed(&self) -> String {
         self.allowed.into()
     }
@@ -263,10 +262,10 @@ impl Kind<String> for Text {
     }
 }
 
-/// Text that is never written again.
+/// Text that is never shown.
 pub(super) struct Secret(pub(super) Text);
 
-impl Kind<SecretString> for Secret {
+impl ValueKind<SecretString> for Secret {
     fn allowed(&self) -> String {
         self.0.allowed()
     }
@@ -287,7 +286,7 @@ impl Kind<SecretString> for Secret {
 /// A value that may be absent, spelled as empty text.
 pub(super) struct Optional<K>(pub(super) K);
 
-impl<T, K: Kind<T>> Kind<Option<T>> for Optional<K> {
+impl<T, K: ValueKind<T>> ValueKind<Option<T>> for Optional<K> {
     fn allowed(&self) -> String {
         format!("{}; empty: not set", self.0.allowed())
     }
@@ -308,7 +307,7 @@ impl<T, K: Kind<T>> Kind<Option<T>> for Optional<K> {
 /// An array, or text with commas between the values.
 pub(super) struct List<K>(pub(super) K);
 
-impl<T, K: Kind<T>> Kind<Vec<T>> for List<K> {
+impl<T, K: ValueKind<T>> ValueKind<Vec<T>> for List<K> {
     fn allowed(&self) -> String {
         format!("a list, each {}", self.0.allowed())
     }
@@ -338,11 +337,11 @@ impl<T, K: Kind<T>> Kind<Vec<T>> for List<K> {
     }
 }
 
-/// The elements of a list, each as it was given; `None` where there is no list.
+/// Returns the elements of a list as they were given; `None` if there is no list.
 fn elements(raw: &Raw) -> Option<Vec<String>> {
     match raw {
         Raw::List(values) => Some(values.clone()),
-        // Lines too, for secrets that are mounted as files.
+        // Lines separate values too, for secrets that are mounted as files.
         Raw::Text(text) => {
             let values = text.split([',', '\n']).map(str::trim);
             Some(values.filter(|value| !value.is_empty()).map(str::to_owned).collect())
@@ -351,7 +350,7 @@ fn elements(raw: &Raw) -> Option<Vec<String>> {
     }
 }
 
-/// Enough of a text to find it again.
+/// Returns the beginning of a text, long enough to find it.
 fn shortened(text: &str) -> String {
     let mut short: String = text.chars().take(SHOWN_CHARS_MAX).collect();
     if short.len() < text.len() {
@@ -360,9 +359,7 @@ fn shortened(text: &str) -> String {
     short
 }
 
-const SHOWN_CHARS_MAX: usize = 60;
-
-/// `text` as a TOML string.
+/// Returns `text` as a TOML string.
 pub(super) fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
@@ -378,6 +375,8 @@ fn written_size(bytes: u64) -> String {
 fn written_duration(value: Duration) -> String {
     humantime::format_duration(value).to_string()
 }
+
+const SHOWN_CHARS_MAX: usize = 60;
 
 #[cfg(test)]
 mod tests {
@@ -424,7 +423,7 @@ mod tests {
         assert_eq!(kind.read(&text("1\n2\n")), one_two);
         assert_eq!(kind.read(&Raw::List(vec!["1".into(), "2".into()])), one_two);
         assert_eq!(kind.read(&text("")), Some(Vec::<u32>::new()));
-        assert_eq!(Kind::<Vec<u32>>::read(&kind, &text("1,x")), None);
+        assert_eq!(ValueKind::<Vec<u32>>::read(&kind, &text("1,x")), None);
     }
 
     #[test]

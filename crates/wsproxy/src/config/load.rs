@@ -1,4 +1,4 @@
-//! From file, environment and flags to a [`Config`], with every problem reported together.
+//! Reads file, environment and flags into a [`Config`], and reports all problems together.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,16 +14,17 @@ use super::{
     Config,
     check::check,
     environment::{Environment, PREFIX},
-    keys::{IGNORED, KEYS, Key, REMOVED, SECTIONS},
+    keys::{self, Key, REMOVED, SECTIONS},
     kind::{Raw, quoted},
-    problem::{Origin, Problem, Problems, nearest},
+    problem::{Problem, Problems, ValueOrigin, nearest},
 };
 
-/// Where values may come from; each later field wins over the earlier ones.
-/// Not `Debug`, since it holds secrets as they were given.
+mod doubt;
+
+/// The sources of values; each later field wins over the earlier ones. Not `Debug`, since it holds secrets.
 #[derive(Default)]
-pub struct Sources {
-    /// Values of keys that nobody set.
+pub struct ConfigSources {
+    /// Default values of keys that are not set.
     pub defaults: Config,
     /// The TOML file.
     pub file: Option<PathBuf>,
@@ -38,30 +39,27 @@ pub struct Sources {
 pub struct Loaded {
     /// The values.
     pub config: Config,
-    /// Variables that were set, accepted and ignored: see [`IGNORED`].
+    /// Variables that were set, and are not read: what needs them is off, or there is no need for them any more.
     pub ignored: Vec<&'static str>,
     /// Variables that are allowed but probably not meant, each a sentence.
     pub warnings: Vec<String>,
-    origins: BTreeMap<String, Origin>,
+    origins: BTreeMap<String, ValueOrigin>,
 }
 
 impl Loaded {
-    /// Where the value of a key came from.
+    /// Returns the origin of a key's value.
     #[must_use]
-    pub fn origin(&self, key: &Key) -> &Origin {
-        self.origins.get(&key.path()).unwrap_or(&Origin::Default)
+    pub fn origin(&self, key: &Key) -> &ValueOrigin {
+        self.origins.get(&key.path()).unwrap_or(&ValueOrigin::Default)
     }
 }
-
-/// The variable that names the file where no flag does.
-pub const CONFIG_ENV: &str = "WSPROXY_CONFIG";
 
 /// Reads all sources.
 ///
 /// # Errors
-/// Everything that is wrong with them.
-pub fn load(sources: Sources) -> Result<Loaded, Problems> {
-    let Sources { defaults, file, environment, flags } = sources;
+/// [`Problems`]: all problems of all sources.
+pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
+    let ConfigSources { defaults, file, environment, flags } = sources;
     let mut loader = Loader { config: defaults, ..Loader::default() };
     let file = file.or_else(|| environment.path(CONFIG_ENV));
     if file.is_none() && environment.is_empty(CONFIG_ENV) {
@@ -69,9 +67,11 @@ pub fn load(sources: Sources) -> Result<Loaded, Problems> {
     }
     if let Some(path) = file {
         match std::fs::read_to_string(&path) {
-            Ok(text) => File { path: path.display().to_string(), text: &text }.load(&mut loader),
+            Ok(text) => {
+                TomlFile { path: path.display().to_string(), text: &text }.load(&mut loader)
+            }
             Err(error) => {
-                loader.bad = KEYS.iter().map(Key::path).collect();
+                loader.bad = keys::all().map(Key::path).collect();
                 loader.problems.push(Problem {
                     origin: None,
                     key: path.display().to_string(),
@@ -83,48 +83,54 @@ pub fn load(sources: Sources) -> Result<Loaded, Problems> {
     }
     loader.environment(&environment);
     for (key, text) in flags {
-        let origin = Origin::Flag(key.flag.map_or("", |flag| flag.name));
+        let origin = ValueOrigin::Flag(key.flag.map_or("", |flag| flag.name));
         loader.set(key, &Raw::Text(text.clone()), quoted(&text), origin);
     }
     loader.check();
     loader.problems.sort_by_key(|problem| match problem.origin {
         None => 0,
-        Some(Origin::File { line, .. }) => line,
+        Some(ValueOrigin::File { line, .. }) => line,
         Some(_) => usize::MAX,
     });
     if !loader.problems.is_empty() {
         return Err(Problems(loader.problems));
     }
-    let set = |name: &&&str| environment.value(name).is_some_and(|value| value != Ok(""));
-    let ignored = IGNORED.iter().filter(set).copied().collect();
     let Loader { config, origins, mut warnings, .. } = loader;
-    let is_set = |key: &Key| origins.contains_key(&key.path());
-    warnings.extend(doubt::doubtful(&environment, is_set));
+    let unread = |key: &Key| key.alias.filter(|alias| !(alias.is_read)(&config));
+    let set = |name: &str| environment.names().any(|given| given == name);
+    let ignored = keys::all().filter_map(unread).map(|alias| alias.name);
+    let ignored = ignored.filter(|name| set(name) || set(&format!("{name}_FILE")));
+    let of_rooms =
+        OF_OLDER_ROOMS.iter().copied().filter(|name| config.endpoints.rooms && set(name));
+    let ignored = ignored.chain(of_rooms).collect();
+    let is_settled = |key: &Key| origins.contains_key(&key.path()) || unread(key).is_some();
+    warnings.extend(doubt::doubtful(&environment, is_settled));
+    warnings.extend(doubt::shared_address(&config, is_settled));
     Ok(Loaded { config, ignored, warnings, origins })
 }
 
 #[derive(Default)]
 struct Loader {
     config: Config,
-    origins: BTreeMap<String, Origin>,
-    /// Keys whose value was not allowed: what follows from their default would mislead.
+    origins: BTreeMap<String, ValueOrigin>,
+    /// Keys whose value was not allowed: problems that follow from their default would mislead.
     bad: BTreeSet<String>,
     problems: Vec<Problem>,
     warnings: Vec<String>,
 }
 
 impl Loader {
-    fn set(&mut self, key: &Key, raw: &Raw, shown: String, origin: Origin) {
+    fn set(&mut self, key: &Key, raw: &Raw, shown: String, origin: ValueOrigin) {
         self.set_in_unit(key, raw, shown, origin, None);
     }
 
-    /// Sets a key from a text whose bare number was given in `unit`, where that is not the unit of the key.
+    /// Sets a key from a text. A bare number is in `unit` if that is given, else in the unit of the key.
     fn set_in_unit(
         &mut self,
         key: &Key,
         raw: &Raw,
         shown: String,
-        origin: Origin,
+        origin: ValueOrigin,
         unit: Option<&str>,
     ) {
         if !(key.read)(&mut self.config, raw) {
@@ -148,13 +154,19 @@ impl Loader {
         self.origins.insert(key.path(), origin);
     }
 
-    fn complain(&mut self, origin: Origin, key: String, message: String) {
+    fn complain(&mut self, origin: ValueOrigin, key: String, message: String) {
         self.problems.push(Problem { origin: Some(origin), key, value: None, message });
     }
 
     fn environment(&mut self, environment: &Environment) {
         let mut known = BTreeSet::from([CONFIG_ENV.to_owned()]);
-        for key in KEYS {
+        // systemd names several directories with colons between them.
+        let state = environment
+            .path(STATE_DIRECTORY)
+            .and_then(|path| path.into_os_string().into_string().ok());
+        let state = state.as_deref().and_then(|paths| paths.split(':').next()).map(PathBuf::from);
+        self.config.database.state_directory = state;
+        for key in keys::all() {
             known.insert(key.env());
             known.extend(key.secret.then(|| format!("{}_FILE", key.env())));
             self.variable(key, environment);
@@ -170,15 +182,16 @@ impl Loader {
                     |near| format!("unknown variable; did you mean {near}?"),
                 )
             });
-            self.complain(Origin::Env(printable(given)), String::new(), message);
+            self.complain(ValueOrigin::Env(printable(given)), String::new(), message);
         }
     }
 
-    /// The first of the key's own name, its file, its alias and the alias's file.
+    /// Returns the value of the first of these that is set: the key's variable, its file, its alias, the alias's file.
     fn variable(&mut self, key: &Key, environment: &Environment) {
         let own = (key.env(), "", false);
         // Compose files pass `PORT: ${PORT}` on as empty text: not set.
-        let alias = key.alias.map(|alias| (alias.name.to_owned(), alias.unit, true));
+        let alias = key.alias.filter(|alias| (alias.is_read)(&self.config));
+        let alias = alias.map(|alias| (alias.name.to_owned(), alias.unit, true));
         for (name, unit, skip_empty) in [Some(own), alias].into_iter().flatten() {
             let set = environment.value(&name).filter(|v| !(skip_empty && *v == Ok("")));
             let file = format!("{name}_FILE");
@@ -186,10 +199,10 @@ impl Loader {
             if let (Some(_), Some(_)) = (&set, &path) {
                 let message = format!("cannot be set together with {name}: remove one of them");
                 self.bad.insert(key.path());
-                return self.complain(Origin::Env(file), key.path(), message);
+                return self.complain(ValueOrigin::Env(file), key.path(), message);
             }
             if let Some(value) = set {
-                let origin = Origin::Env(name);
+                let origin = ValueOrigin::Env(name);
                 let Ok(text) = value else {
                     return self.complain(origin, key.path(), "must be UTF-8".into());
                 };
@@ -199,13 +212,13 @@ impl Loader {
                 return self.set_in_unit(key, &Raw::Text(raw), quoted(text), origin, unit);
             }
             if let Some(path) = path {
-                return self.secret_file(key, path, Origin::Env(file));
+                return self.secret_file(key, path, ValueOrigin::Env(file));
             }
         }
     }
 
-    /// A file without a secret is a mistake of whatever should have written it: nothing else is used in its place.
-    fn secret_file(&mut self, key: &Key, path: PathBuf, origin: Origin) {
+    /// Reads a secret from a file. A file without a secret is a problem: no other source takes its place.
+    fn secret_file(&mut self, key: &Key, path: PathBuf, origin: ValueOrigin) {
         let message = match std::fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => format!("the file {} is empty", path.display()),
             Ok(text) => {
@@ -227,11 +240,11 @@ impl Loader {
                 continue;
             }
             let other = broken.other.map(|path| {
-                let origin = self.origins.get(path).unwrap_or(&Origin::Default);
+                let origin = self.origins.get(path).unwrap_or(&ValueOrigin::Default);
                 format!(" {path} = {} ({origin})", self.written(path))
             });
             self.problems.push(Problem {
-                origin: Some(self.origins.get(broken.key).unwrap_or(&Origin::Default).clone()),
+                origin: Some(self.origins.get(broken.key).unwrap_or(&ValueOrigin::Default).clone()),
                 key: broken.key.into(),
                 value: Some(self.written(broken.key)),
                 message: broken.message + &other.unwrap_or_default(),
@@ -240,29 +253,29 @@ impl Loader {
     }
 
     fn written(&self, path: &str) -> String {
-        let key = KEYS.iter().find(|key| key.path() == path);
+        let key = keys::all().find(|key| key.path() == path);
         key.map(|key| key.write(&self.config)).unwrap_or_default()
     }
 }
 
-/// The text of the TOML file.
-struct File<'a> {
+/// Reads the TOML file.
+struct TomlFile<'a> {
     path: String,
     text: &'a str,
 }
 
-impl File<'_> {
+impl TomlFile<'_> {
     fn load(&self, loader: &mut Loader) {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         for error in &errors {
-            // Without the line itself, which may hold a secret.
+            // The line itself is not quoted: it may hold a secret.
             let origin = self.origin(error.span().unwrap_or_default());
             let message = error.message().lines().next().unwrap_or("cannot be parsed");
             loader.complain(origin, "TOML".into(), message.into());
         }
         if !errors.is_empty() {
-            // The parser goes on with guesses, and what they lead to would mislead.
-            loader.bad = KEYS.iter().map(Key::path).collect();
+            // The parser goes on with guesses, whose problems would mislead.
+            loader.bad = keys::all().map(Key::path).collect();
             return;
         }
         for (section, content) in table.get_ref() {
@@ -279,7 +292,7 @@ impl File<'_> {
         let (name, origin) = (section.get_ref().as_ref(), self.origin(section.span()));
         if !SECTIONS.iter().any(|(known, _)| *known == name) {
             let near = || nearest(name, SECTIONS.iter().map(|(known, _)| *known));
-            let hint = match KEYS.iter().find(|key| key.name == name) {
+            let hint = match keys::all().find(|key| key.name == name) {
                 Some(key) => format!("; did you mean {}?", key.path()),
                 None => near().map(|n| format!("; did you mean [{n}]?")).unwrap_or_default(),
             };
@@ -290,7 +303,7 @@ impl File<'_> {
         };
         for (key, value) in keys {
             let (key, origin) = (key.get_ref().as_ref(), self.origin(key.span()));
-            match KEYS.iter().find(|known| known.section == name && known.name == key) {
+            match keys::all().find(|known| known.section == name && known.name == key) {
                 Some(known) => {
                     let shown = self.text.get(value.span()).unwrap_or_default();
                     loader.set(known, &raw(value.get_ref()), shown.to_owned(), origin);
@@ -305,28 +318,28 @@ impl File<'_> {
         }
     }
 
-    fn origin(&self, span: std::ops::Range<usize>) -> Origin {
+    fn origin(&self, span: std::ops::Range<usize>) -> ValueOrigin {
         let before = self.text.get(..span.start).unwrap_or(self.text);
-        Origin::File { path: self.path.clone(), line: before.matches('\n').count() + 1 }
+        ValueOrigin::File { path: self.path.clone(), line: before.matches('\n').count() + 1 }
     }
 }
 
-/// What to do instead of a key of an earlier version, whose path fits.
+/// Returns advice for a key of an earlier version.
 fn removed(fits: impl Fn(&str) -> bool) -> Option<String> {
     REMOVED.iter().find(|(path, _)| fits(path)).map(|(_, instead)| (*instead).into())
 }
 
-/// The same name in another section, else what looks most like it, in its own section first.
+/// Returns the key with the same name in another section, else the most similar one, in its own section first.
 fn hint(section: &str, name: &str) -> String {
-    let here = || KEYS.iter().filter(|key| key.section == section).map(|key| key.name);
-    let elsewhere = KEYS.iter().find(|key| key.name == name).map(Key::path);
+    let here = || keys::all().filter(|key| key.section == section).map(|key| key.name);
+    let elsewhere = keys::all().find(|key| key.name == name).map(Key::path);
     let near = elsewhere.or_else(|| nearest(name, here()).map(|near| format!("{section}.{near}")));
-    let near = near.or_else(|| nearest(name, KEYS.iter().map(|k| k.name)).and_then(whole_path));
+    let near = near.or_else(|| nearest(name, keys::all().map(|k| k.name)).and_then(whole_path));
     near.map(|near| format!("; did you mean {near}?")).unwrap_or_default()
 }
 
 fn whole_path(name: &str) -> Option<String> {
-    KEYS.iter().find(|key| key.name == name).map(Key::path)
+    keys::all().find(|key| key.name == name).map(Key::path)
 }
 
 fn raw(value: &DeValue<'_>) -> Raw {
@@ -359,18 +372,25 @@ fn table(value: &DeValue<'_>) -> Option<Vec<(String, Raw)>> {
     Some(fields.iter().map(field).collect())
 }
 
-/// One short line, whatever was given.
+/// Returns the value as one short line.
 fn printable(text: &str) -> String {
     text.chars().take(120).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// The unit of bare numbers in the variables whose unit is not that of the key.
+/// The variable that names the file if no flag does.
+pub const CONFIG_ENV: &str = "WSPROXY_CONFIG";
+
+/// Variable of systemd: the directories for the state of a service.
+const STATE_DIRECTORY: &str = "STATE_DIRECTORY";
+
+/// Variables of older gateways of rooms. Latency is always measured, and of every message.
+const OF_OLDER_ROOMS: &[&str] = &["METRICS_SAMPLE_SIZE", "LATENCY_TRACKING_ENABLED"];
+
+/// The unit of bare numbers in variables with another unit than their key.
 const MILLISECONDS: &str = "milliseconds";
 
 /// The key whose file is read again while the instance runs.
 const API_KEYS: &str = "api.keys";
-
-mod doubt;
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr};
 
 use super::{
     host::Authority,
-    kind::{Kind, Raw, quoted},
+    kind::{Raw, ValueKind, quoted},
 };
 
 /// The origin of a page: RFC 6454. Scheme and host in lower case, as browsers send them.
@@ -12,20 +12,20 @@ use super::{
 pub struct Origin {
     scheme: String,
     host: String,
-    /// `None` where it is the scheme's own.
+    /// The port; `None`: the default port of the scheme.
     port: Option<u16>,
 }
 
 impl Origin {
-    /// Reads an `Origin` header; `None` where it is no origin, which `null` is not either.
+    /// Reads an `Origin` header; `None` if it is no origin, such as `null`.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let origin = Self::read(text)?;
-        // A browser writes neither the scheme's own port nor further zeros.
+        // A browser writes neither the default port of the scheme nor leading zeros.
         origin.to_string().eq_ignore_ascii_case(text).then_some(origin)
     }
 
-    /// Reads an origin as a person may write it.
+    /// Reads an origin in the spelling of a person: any case, with or without the default port.
     fn read(text: &str) -> Option<Self> {
         let text = text.to_ascii_lowercase();
         let (scheme, place) = text.split_once("://")?;
@@ -45,7 +45,7 @@ impl Origin {
         is_scheme.then(|| Self { scheme: scheme.into(), host: place.host.into(), port })
     }
 
-    /// Whether the host is a name at least one label below `domain`.
+    /// Returns whether the host is a name at least one label below `domain`.
     fn is_below(&self, domain: &Self) -> bool {
         let below = self.host.strip_suffix(&domain.host).and_then(|rest| rest.strip_suffix('.'));
         self.scheme == domain.scheme && self.port == domain.port && below.is_some()
@@ -59,19 +59,19 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Which origins an entry of `server.allowed_origins` lets in.
+/// The origins that an entry of `server.allowed_origins` allows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OriginRule {
-    /// `*`: any, even what is none.
+    /// `*`: any value, even one that is no origin.
     Any,
-    /// `https://app.example`: this one.
+    /// `https://app.example`: this origin.
     Exact(Origin),
     /// `https://*.example`: every host below that domain, with the same scheme and port.
     Below(Origin),
 }
 
 impl OriginRule {
-    /// Whether the rule names this origin; [`Self::Any`] names none.
+    /// Returns whether the rule names this origin; [`Self::Any`] names none.
     #[must_use]
     pub fn names(&self, origin: &Origin) -> bool {
         match self {
@@ -93,7 +93,7 @@ impl FromStr for OriginRule {
             return Origin::read(text).map(Self::Exact).ok_or(NoOrigin);
         };
         let domain = Origin::read(&format!("{scheme}://{domain}")).ok_or(NoOrigin)?;
-        // Nothing is below an address.
+        // An address has no subdomains.
         let is_address = Authority::parse(&domain.host).is_none_or(|host| host.address().is_some());
         if is_address { Err(NoOrigin) } else { Ok(Self::Below(domain)) }
     }
@@ -120,7 +120,7 @@ pub struct NoOrigin;
 /// An entry of `server.allowed_origins`.
 pub(super) struct OriginKind;
 
-impl Kind<OriginRule> for OriginKind {
+impl ValueKind<OriginRule> for OriginKind {
     fn allowed(&self) -> String {
         "an origin such as \"https://app.example\", \"https://*.example\" or \"*\", without a path"
             .into()

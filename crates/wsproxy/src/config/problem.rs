@@ -1,13 +1,13 @@
-//! What is wrong with a configuration, and where each value came from.
+//! The problems of a configuration, and the origins of its values.
 
 use std::fmt;
 
 use serde_json::{Value, json};
 
-/// Where a value came from.
+/// Origin of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Origin {
-    /// Nobody set it.
+pub enum ValueOrigin {
+    /// The default.
     Default,
     /// A line of the file.
     File {
@@ -22,7 +22,7 @@ pub enum Origin {
     Flag(&'static str),
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for ValueOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
@@ -33,8 +33,8 @@ impl fmt::Display for Origin {
     }
 }
 
-impl Origin {
-    /// For programs: `kind` and what belongs to it.
+impl ValueOrigin {
+    /// Returns JSON for programs: `kind` and its parts.
     fn json(&self) -> Value {
         match self {
             Self::Default => json!({ "kind": "default" }),
@@ -45,25 +45,25 @@ impl Origin {
     }
 }
 
-/// One thing that is wrong.
+/// A problem of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where the value came from; `None` where no value is to blame (a file that cannot be read).
-    pub origin: Option<Origin>,
-    /// The key, as `section.key`, or whatever stands in its place; empty where the origin says it.
+    /// Origin of the value; `None` if no value is to blame (a file that cannot be read).
+    pub origin: Option<ValueOrigin>,
+    /// The key, as `section.key`, or the text in its place; empty if the origin names it.
     pub key: String,
-    /// The value as it was given; `***` for a secret, `None` where it does not matter.
+    /// The value as it was given; `***` for a secret, `None` if it does not matter.
     pub value: Option<String>,
-    /// What is allowed instead.
+    /// The allowed values.
     pub message: String,
 }
 
 impl Problem {
-    /// For programs: `origin`, `key`, `value` and `message`, `null` where there is none.
+    /// Returns JSON for programs: `origin`, `key`, `value` and `message`; `null` for an absent one.
     #[must_use]
     pub fn json(&self) -> Value {
         json!({
-            "origin": self.origin.as_ref().map(Origin::json),
+            "origin": self.origin.as_ref().map(ValueOrigin::json),
             "key": Some(&self.key).filter(|key| !key.is_empty()),
             "value": self.value,
             "message": self.message,
@@ -87,7 +87,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Everything that is wrong, so that an operator fixes it in one go.
+/// All problems at once, so that an operator fixes them in one go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problems(pub Vec<Problem>);
 
@@ -101,7 +101,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// The candidate that looks most like `name`; `None` where none looks like it at all.
+/// Returns the candidate that is most similar to `name`; `None` if none is similar.
 pub(super) fn nearest<'a>(
     name: &str,
     candidates: impl IntoIterator<Item = &'a str>,
@@ -111,7 +111,7 @@ pub(super) fn nearest<'a>(
     (best.0 > ALIKE).then_some(best.1)
 }
 
-/// Below this Jaro-Winkler similarity a suggestion confuses more than it helps.
+/// Smallest Jaro-Winkler similarity of a suggestion: less similar ones confuse more than they help.
 const ALIKE: f64 = 0.7;
 
 #[cfg(test)]
@@ -124,12 +124,12 @@ mod tests {
             let message = "must be x".into();
             Problem { origin, key: key.into(), value: Some("1".into()), message }.json()
         };
-        let file = Origin::File { path: "w.toml".into(), line: 3 };
+        let file = ValueOrigin::File { path: "w.toml".into(), line: 3 };
         for (origin, json) in [
             (file, json!({ "kind": "file", "path": "w.toml", "line": 3 })),
-            (Origin::Env("PORT".into()), json!({ "kind": "environment", "name": "PORT" })),
-            (Origin::Flag("port"), json!({ "kind": "flag", "name": "--port" })),
-            (Origin::Default, json!({ "kind": "default" })),
+            (ValueOrigin::Env("PORT".into()), json!({ "kind": "environment", "name": "PORT" })),
+            (ValueOrigin::Flag("port"), json!({ "kind": "flag", "name": "--port" })),
+            (ValueOrigin::Default, json!({ "kind": "default" })),
         ] {
             let expected =
                 json!({ "origin": json, "key": "a.b", "value": "1", "message": "must be x" });

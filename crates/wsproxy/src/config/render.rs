@@ -1,11 +1,11 @@
-//! What people read about the configuration: the example, the effective values, the reference page.
+//! The configuration for people: the example, the effective values, the reference page.
 
 use std::fmt::Write;
 
 use super::{
     Config,
     environment::PREFIX,
-    keys::{IGNORED, KEYS, Key, SECTIONS},
+    keys::{self, Key, SECTIONS},
     load::{CONFIG_ENV, Loaded},
 };
 
@@ -27,7 +27,7 @@ pub fn example() -> String {
     text
 }
 
-/// The values in effect, each with where it came from; secrets as `***`.
+/// The values in effect, each with its origin; secrets as `***`.
 #[must_use]
 pub fn show(loaded: &Loaded) -> String {
     let mut text = String::new();
@@ -41,7 +41,7 @@ pub fn show(loaded: &Loaded) -> String {
     text
 }
 
-/// The reference page, `docs/configuration.md`.
+/// The reference page, `docs/reference/configuration.md`.
 #[must_use]
 pub fn markdown() -> String {
     let mut text = INTRODUCTION.replace("{CONFIG_ENV}", CONFIG_ENV).replace("{PREFIX}", PREFIX);
@@ -57,23 +57,21 @@ pub fn markdown() -> String {
         }
     }
     text += "\n## Short names of variables\n\n| variable | key |\n|---|---|\n";
-    for key in KEYS {
+    for key in keys::all() {
         if let Some(alias) = key.alias {
             let unit = if alias.unit.is_empty() { "" } else { ", a bare number in milliseconds" };
             text += &format!("| `{}` | `{}`{unit} |\n", alias.name, key.path());
         }
     }
-    let ignored: Vec<_> = IGNORED.iter().map(|name| format!("`{name}`")).collect();
-    text += &format!(
-        "\n{} belong to endpoints that this version does not have: they are accepted, named once in \
-         the log, and ignored.\n",
-        ignored.join(", ")
-    );
+    text += "\n`DATABASE_URL` and `DATABASE_URL_FILE` are read only where agents are served (`endpoints.agents`), and by \
+             the commands `migrate` and `agents`: elsewhere they may belong to other services of a deployment. Where rooms \
+             are served, `METRICS_SAMPLE_SIZE` and `LATENCY_TRACKING_ENABLED` of older gateways are accepted and change \
+             nothing: the latency of every message is measured. The log names each of these variables once.\n";
     text
 }
 
 fn keys_of(section: &str) -> impl Iterator<Item = &'static Key> {
-    KEYS.iter().filter(move |key| key.section == section)
+    keys::all().filter(move |key| key.section == section)
 }
 
 fn other_names(key: &Key) -> String {
@@ -97,7 +95,7 @@ const INTRODUCTION: &str = "# Configuration
 
 <!-- Generated from the table of keys. `UPDATE_DOCS=1 cargo test -p wsproxy --test cli` writes it anew. -->
 
-A key is looked up in this order, and the first that has it wins:
+The value of a key comes from the first of these that has it:
 
 1. a flag of the command line,
 2. the environment variable `{PREFIX}SECTION__KEY`, such as `{PREFIX}SERVER__PORT` (two underscores between section and key),
@@ -114,8 +112,9 @@ A key is looked up in this order, and the first that has it wins:
   `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown. A file that is empty, and a variable beside its own `_FILE`, are problems.
 - Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
 
-`wsproxy config check` reports every problem at once, with the key, its value, where it came from and what is allowed, and exits with 78;
-unknown sections, keys and `{PREFIX}…` variables are problems too. With `--json` the same is for programs. What is allowed but probably not meant, such as an
-empty `REDIS_URL_FILE` or `REDIS_URI` for `REDIS_URL`, is a warning there and in the log at the start. `wsproxy config show` prints the values in effect with their origin,
-`wsproxy config example` a file with every key.
+| command | prints |
+|---|---|
+| `wsproxy config check` | every problem at once: the key, its value, its origin and the allowed values; exits with 78. Unknown sections, keys and `{PREFIX}…` variables are problems. Values that are allowed but probably not meant, such as an empty `REDIS_URL_FILE` or `REDIS_URI` for `REDIS_URL`, are warnings, here and in the log at the start. `--json` is for programs |
+| `wsproxy config show` | the values in effect with their origin |
+| `wsproxy config example` | a file with every key |
 ";

@@ -1,4 +1,4 @@
-//! Rules of text values: what a level, an origin, a Redis URL, … may look like.
+//! Rules of text values: levels, origins, URLs of Redis, and others.
 
 use http::Uri;
 use jsonwebtoken::Algorithm;
@@ -7,99 +7,9 @@ use wsproxy_proto::names::Id;
 
 use super::kind::Text;
 
-/// A log level, or directives.
-pub(super) const LEVEL: Text = Text {
-    allowed: "off, error, warn, info, debug, trace, or directives such as \"info,wsproxy::bus=debug\"",
-    read: level,
-    explain: |text| {
-        let text = text.to_ascii_lowercase();
-        let mut unknown = text.split(',').map(str::trim).filter(|part| !is_directive(part));
-        let unknown = unknown.next().filter(|_| text.contains([',', '=']))?;
-        Some(format!("\"{unknown}\" is neither a level nor a directive such as wsproxy::bus=debug"))
-    },
-};
-
-/// The name of an instance.
-pub(super) const SERVER_ID: Text = Text::new("1 to 128 letters, digits and -_.~@+=|", |text| {
-    Id::parse(text).ok().map(|id| id.as_str().to_owned())
-});
-
-/// What stands before the names of keys and channels.
-pub(super) const PREFIX: Text =
-    Text::new("up to 64 letters, digits and -_.:, without the colon at its end", |text| {
-        // No braces: further keys of a name put the whole name into braces, which choose its slot of a cluster.
-        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
-        let good = text.len() <= 64 && text.bytes().all(known) && !text.ends_with(':');
-        good.then(|| text.to_owned())
-    });
-
-/// Where Redis is.
-pub(super) const REDIS_URL: Text = Text {
-    allowed: REDIS_URL_FORM,
-    read: |text| check_redis_url(text).is_ok().then(|| text.to_owned()),
-    explain: |text| {
-        let broken = check_redis_url(text).err()?;
-        Some(format!("{broken}. The form is {REDIS_URL_FORM}"))
-    },
-};
-
-const REDIS_URL_FORM: &str =
-    "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://… or unix:///path";
-
-/// A bearer key of the API.
-pub(super) const API_KEY: Text =
-    Text::new("16 to 256 visible ASCII characters without a comma", |text| {
-        let good = (16..=256).contains(&text.len())
-            && text.bytes().all(|b| b.is_ascii_graphic() && b != b',');
-        good.then(|| text.to_owned())
-    });
-
-/// A secret that signs tokens. How long it must be depends on whether it is used.
-pub(super) const JWT_SECRET: Text = Text::new(
-    "the secret itself, up to 4096 bytes; a PEM key belongs into jwt.public_key_file",
-    |text| {
-        // Who knows a public key, and everybody may, could sign tokens if it were a secret.
-        (text.len() <= 4096 && !text.contains("-----BEGIN")).then(|| text.to_owned())
-    },
-);
-
-/// How tokens may be signed.
-pub(super) const JWT_ALGORITHMS: &[(&str, Algorithm)] = &[
-    ("HS256", Algorithm::HS256),
-    ("HS384", Algorithm::HS384),
-    ("HS512", Algorithm::HS512),
-    ("RS256", Algorithm::RS256),
-    ("RS384", Algorithm::RS384),
-    ("RS512", Algorithm::RS512),
-    ("PS256", Algorithm::PS256),
-    ("PS384", Algorithm::PS384),
-    ("PS512", Algorithm::PS512),
-    ("ES256", Algorithm::ES256),
-    ("ES384", Algorithm::ES384),
-    ("EdDSA", Algorithm::EdDSA),
-];
-
-/// Where keys are published.
-pub(super) const JWKS_URL: Text = Text {
-    allowed: "an http:// or https:// URL without a user and a password",
-    read: |text| check_jwks_url(text).is_ok().then(|| text.to_owned()),
-    explain: |text| check_jwks_url(text).err().map(str::to_owned),
-};
-
-/// A claim's name or value.
-pub(super) const CLAIM: Text = Text::new("1 to 512 characters", |text| {
-    (1..=512).contains(&text.len()).then(|| text.to_owned())
-});
-
-/// The type of a token: a media type, whose `application/` may be left out.
-pub(super) const TYP: Text = Text::new("1 to 128 visible ASCII characters", |text| {
-    let good = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
-    good.then(|| text.to_owned())
-});
-
 fn level(text: &str) -> Option<String> {
     let text = text.to_ascii_lowercase();
-    // Python's names are common; to the filter they would be names of modules.
+    // Python's names of levels are common, but the filter would take them for names of modules.
     match text.as_str() {
         "warning" => return Some("warn".into()),
         "critical" | "fatal" => return Some("error".into()),
@@ -118,8 +28,8 @@ fn is_directive(text: &str) -> bool {
     }
 }
 
-/// Which part of a URL of Redis is wrong. Says only what can be said without knowing the bus, which parses the rest
-/// when it starts, and quotes nothing: any part may be a piece of a password.
+/// Returns the wrong part of a URL of Redis. Checks the form only: the bus parses the URL when it
+/// starts. Quotes no part, since any may be a piece of a password.
 fn check_redis_url(text: &str) -> Result<(), &'static str> {
     if !text.bytes().all(|b| b.is_ascii_graphic()) {
         return Err("a character must be percent-encoded: a space, or one that is not ASCII");
@@ -154,7 +64,7 @@ fn check_redis_url(text: &str) -> Result<(), &'static str> {
     }
 }
 
-/// `host[:port][/database]`; without a host it is this machine.
+/// Checks `host[:port][/database]`; without a host the server is on this machine.
 fn check_redis_place(place: &str) -> Result<(), &'static str> {
     let (authority, database) = place.split_once('/').unwrap_or((place, ""));
     if authority.contains(',') {
@@ -188,7 +98,7 @@ fn check_redis_place(place: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Which part of the URL of a JWKS is wrong; quotes nothing, since it may hold a password.
+/// Returns the wrong part of the URL of a JWKS; quotes no part, since it may hold a password.
 fn check_jwks_url(text: &str) -> Result<(), &'static str> {
     let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
     if !matches!(scheme.as_deref(), Some("http" | "https")) {
@@ -207,7 +117,7 @@ fn check_jwks_url(text: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// A name or an address, brackets around one of version 6, and perhaps a port.
+/// Checks a name or an address, an IPv6 address in brackets, with or without a port.
 fn is_host(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {
@@ -221,6 +131,117 @@ fn is_host(text: &str) -> bool {
         || port.strip_prefix(':').and_then(|port| port.parse::<u16>().ok()).is_some_and(|p| p > 0);
     !host.is_empty() && named && port
 }
+
+/// A log level, or directives.
+pub(super) const LEVEL: Text = Text {
+    allowed: "off, error, warn, info, debug, trace, or directives such as \"info,wsproxy::bus=debug\"",
+    read: level,
+    explain: |text| {
+        let text = text.to_ascii_lowercase();
+        let mut unknown = text.split(',').map(str::trim).filter(|part| !is_directive(part));
+        let unknown = unknown.next().filter(|_| text.contains([',', '=']))?;
+        Some(format!("\"{unknown}\" is neither a level nor a directive such as wsproxy::bus=debug"))
+    },
+};
+
+/// The path of an endpoint: segments of ids.
+pub(super) const ENDPOINT_PATH: Text =
+    Text::new("a path such as / or /agents, without a query", |text| {
+        let rest = text.strip_prefix('/')?;
+        let good = rest.is_empty() || rest.split('/').all(|segment| Id::parse(segment).is_ok());
+        good.then(|| text.to_owned())
+    });
+
+/// The URL of a database. A deployment without agents may have one of another service, so that the form is checked only
+/// where agents are served.
+pub(super) const DATABASE_URL: Text =
+    Text::new("postgres://[user[:password]@]host[:port]/database (percent-encoded)", |text| {
+        (!text.is_empty()).then(|| text.to_owned())
+    });
+
+/// The name of a member of an object.
+pub(super) const MEMBER: Text = Text::new("a name of a member, such as pin_code", |text| {
+    let text = text.trim();
+    (!text.is_empty() && text.len() <= 128).then(|| text.to_owned())
+});
+
+/// The name of an instance.
+pub(super) const SERVER_ID: Text = Text::new("1 to 128 letters, digits and -_.~@+=|", |text| {
+    Id::parse(text).ok().map(|id| id.as_str().to_owned())
+});
+
+/// The prefix of keys and channels.
+pub(super) const PREFIX: Text =
+    Text::new("up to 64 letters, digits and -_.:, without the colon at its end", |text| {
+        // No braces: keys that belong together have their name in braces, which choose the slot of a cluster.
+        let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.:".contains(&b);
+        let good = text.len() <= 64 && text.bytes().all(known) && !text.ends_with(':');
+        good.then(|| text.to_owned())
+    });
+
+/// The URL of Redis.
+pub(super) const REDIS_URL: Text = Text {
+    allowed: REDIS_URL_FORM,
+    read: |text| check_redis_url(text).is_ok().then(|| text.to_owned()),
+    explain: |text| {
+        let broken = check_redis_url(text).err()?;
+        Some(format!("{broken}. The form is {REDIS_URL_FORM}"))
+    },
+};
+
+const REDIS_URL_FORM: &str =
+    "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://… or unix:///path";
+
+/// A bearer key of the API.
+pub(super) const API_KEY: Text =
+    Text::new("16 to 256 visible ASCII characters without a comma", |text| {
+        let good = (16..=256).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_graphic() && b != b',');
+        good.then(|| text.to_owned())
+    });
+
+/// A secret that signs tokens. Its shortest length depends on its use.
+pub(super) const JWT_SECRET: Text = Text::new(
+    "the secret itself, up to 4096 bytes; a PEM key belongs into jwt.public_key_file",
+    |text| {
+        // Anyone has a public key, and could sign tokens with it as the secret.
+        (text.len() <= 4096 && !text.contains("-----BEGIN")).then(|| text.to_owned())
+    },
+);
+
+/// The algorithms of signatures.
+pub(super) const JWT_ALGORITHMS: &[(&str, Algorithm)] = &[
+    ("HS256", Algorithm::HS256),
+    ("HS384", Algorithm::HS384),
+    ("HS512", Algorithm::HS512),
+    ("RS256", Algorithm::RS256),
+    ("RS384", Algorithm::RS384),
+    ("RS512", Algorithm::RS512),
+    ("PS256", Algorithm::PS256),
+    ("PS384", Algorithm::PS384),
+    ("PS512", Algorithm::PS512),
+    ("ES256", Algorithm::ES256),
+    ("ES384", Algorithm::ES384),
+    ("EdDSA", Algorithm::EdDSA),
+];
+
+/// The URL of a JWKS.
+pub(super) const JWKS_URL: Text = Text {
+    allowed: "an http:// or https:// URL without a user and a password",
+    read: |text| check_jwks_url(text).is_ok().then(|| text.to_owned()),
+    explain: |text| check_jwks_url(text).err().map(str::to_owned),
+};
+
+/// A claim's name or value.
+pub(super) const CLAIM: Text = Text::new("1 to 512 characters", |text| {
+    (1..=512).contains(&text.len()).then(|| text.to_owned())
+});
+
+/// The type of a token: a media type, with or without `application/`.
+pub(super) const TYP: Text = Text::new("1 to 128 visible ASCII characters", |text| {
+    let good = (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+    good.then(|| text.to_owned())
+});
 
 #[cfg(test)]
 mod tests {

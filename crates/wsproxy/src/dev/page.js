@@ -1,19 +1,14 @@
-// The development page: one session against the demo worker, shown with what the gateway says about it.
+// The development page: one session against the demo worker, shown with the gateway's view of it.
 // Knows only what any browser client could know: a token, a WebSocket, and /metrics.
 
-const RETRY_FIRST_MS = 150; // Short, so that a stream that goes on meanwhile loses little.
+import { byId, call, CODES, element, field, fill, FINAL, line, protocols, seconds } from "./common.js";
+
+const RETRY_FIRST_MS = 150; // Short, so that few messages of a running stream are missed.
 const RETRY_MAX_MS = 5000;
-const AWAY_MS = 5000; // Long enough to be seen.
+const AWAY_MS = 5000; // Long enough for a person to see it.
 const EVENTS_MAX = 200;
 const POLL_MS = 1000;
 const HISTORY = 30;
-
-const byId = (id) => document.getElementById(id);
-const element = (name, properties = {}, ...children) => {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-};
 
 // ---- the session ----
 
@@ -21,33 +16,14 @@ const session = {
   id: null,
   agent: "demo",
   socket: null,
-  wanted: true, // Whether the person wants it open: decides if an ending leads to a reconnect.
+  wanted: true, // Set while the person wants the connection: then its end leads to a reconnect.
   attempt: 0, // A number for each attempt to connect: only the newest counts.
   tries: 0,
   timer: 0,
   lostAt: 0, // When the connection was lost; 0 while there is one.
-  stayUntil: 0, // The person wants to stay away until then.
-  missed: null, // What is being made up for: see `resumed`.
+  stayUntil: 0, // End of the pause that the person has chosen.
+  missed: null, // The missed messages that follow: see `resumed`.
 };
-
-async function call(path, { method = "POST", body } = {}) {
-  const headers = body ? { "content-type": "application/json" } : {};
-  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
-  const text = await response.text();
-  if (!response.ok) {
-    let detail = text;
-    try { detail = JSON.parse(text).error.message; } catch { /* Not the gateway's own body: show it as it is. */ }
-    throw new Error(`${path} answered ${response.status}: ${detail}`);
-  }
-  return JSON.parse(text);
-}
-
-// A browser cannot set headers on a WebSocket, so the token travels as a subprotocol.
-function protocols(token) {
-  if (/^[\w!#$%&'*+.^`|~-]+$/.test(token)) return ["wsproxy.v1", `bearer.${token}`];
-  const bytes = String.fromCharCode(...new TextEncoder().encode(token));
-  return ["wsproxy.v1", `bearer64.${btoa(bytes).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`];
-}
 
 async function connect() {
   clearTimeout(session.timer);
@@ -64,7 +40,7 @@ async function connect() {
     if (attempt !== session.attempt) return;
     log("error", "no token", error.message);
     session.lostAt ||= performance.now();
-    // The browser has no answer to show where there was none.
+    // Without an answer the browser has no text to show.
     return retry(error instanceof TypeError ? "The gateway does not answer. Is “wsproxy dev” still running?" : error.message);
   }
   // Closed, or another worker chosen, while the token was on its way.
@@ -147,17 +123,6 @@ async function drop(ms) {
   }
 }
 
-const seconds = (ms) => `${(ms / 1000).toFixed(1)} s`;
-
-// What the codes mean which a client of this gateway can see.
-const CODES = {
-  1000: "normal", 1003: "kind of data not accepted", 1006: "connection lost", 1007: "not UTF-8 or damaged",
-  1008: "policy", 1009: "message too big", 1011: "internal error", 1012: "instance restarting", 1013: "try again later",
-  4001: "replaced", 4002: "heartbeat timeout", 4003: "idle timeout", 4004: "ended by the backend", 4401: "credential expired",
-};
-// After these a reconnect would only be ended again.
-const FINAL = new Set([1000, 1003, 1007, 1009, 4001, 4003, 4004, 4401]);
-
 // ---- the conversation ----
 
 let turn = null; // The worker's answer that is being streamed.
@@ -193,7 +158,7 @@ function show(message, data) {
 function problem({ code, message, reason }) {
   log("error", code, message);
   if (code === "history_lost") {
-    // It may also come in mid-stream, after an outage of the bus.
+    // This message may also come in mid-stream, after an outage of the bus.
     const [label, back] = session.away ? [`away ${seconds(session.away)}, words lost`, `Back after ${seconds(session.away)}`] : ["words lost", "Connected"];
     gap(label);
     finish();
@@ -210,11 +175,11 @@ function token(text) {
   turn.dataset.streaming = "true";
   const { missed } = session;
   if (missed) missed.words += 1;
-  // What came late is marked, so that a person sees where it is.
+  // Late messages are marked, so that a person sees them.
   stick(() => (missed ? marked() : turn).append(text));
 }
 
-// The place for words that were said while nobody was there.
+// The place for words that came while the page was away.
 function marked() {
   const { missed } = session;
   if (missed.place?.parentNode !== turn) {
@@ -281,9 +246,9 @@ function stick(change) {
   if (atEnd) box.scrollTop = box.scrollHeight;
 }
 
-// ---- what is going on, in words ----
+// ---- the state in words ----
 
-// `aside` changes every second, which nobody wants to be read aloud.
+// `aside` changes every second: screen readers must not read it aloud.
 function tell(kind, text, aside = "") {
   byId("story").dataset.kind = kind;
   if (byId("story-text").textContent !== text) byId("story-text").textContent = text;
@@ -381,8 +346,6 @@ function shell() {
   ]);
 }
 
-const field = (name) => `sed 's/.*"${name}": *"\\([^"]*\\)".*/\\1/'`;
-
 const own = { id: "…".repeat(36), key: "…".repeat(43) };
 
 // The session without a demo worker, and the key of this run: a restarted gateway has another one.
@@ -431,26 +394,6 @@ for line in heard:
             time.sleep(0.3)
         say({"type": "done"})
 '`;
-
-const fill = (id, lines) => byId(id).replaceChildren(...lines.map(([what, text]) => element("li", {}, ...line(what, text))));
-
-function line(what, text) {
-  const copy = element("button", { type: "button", className: "quiet copy", textContent: "Copy", ariaLabel: `Copy: ${what}` });
-  copy.onclick = () => copyLine(copy, text);
-  return [element("p", { textContent: what }), element("div", {}, element("code", { className: text.includes("\n") ? "program" : "", textContent: text }), copy)];
-}
-
-async function copyLine(button, text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-  } catch {
-    // Without https or localhost there is no clipboard: select the line instead.
-    getSelection().selectAllChildren(button.previousElementSibling);
-    button.textContent = "Selected";
-  }
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
-}
 
 // ---- wiring ----
 

@@ -1,4 +1,4 @@
-//! The routes of the development page: its files, tokens for whoever asks, and a cut for connections.
+//! The routes of the development page: its files, tokens for every visitor, and a cut of connections.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -19,49 +19,45 @@ use serde_json::json;
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
-use super::{AGENT, OWN_AGENT, open_session, worker::Worker};
+use super::{AGENT, OWN_AGENT, open_session, worker::DemoWorker};
 use crate::{
     config::host::Authority,
-    http::{api, host, rejection::Rejection, upgrade},
+    http::{api, host, path, rejection::Rejection},
 };
 
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
-                      img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-
-/// Largest body of a request to `/dev/…`.
-const BODY_BYTES_MAX: usize = 4096;
-
-/// `/` and `/dev/…`. `api_key` is told to pages of this gateway.
-pub(super) fn router(worker: Arc<Worker>, api_key: String) -> Router {
-    let bind = worker.gateway().config.server.bind;
+/// Returns the routes `/` and `/dev/…`, with those of `rooms`. Pages of this gateway can read `api_key`.
+pub(super) fn router(worker: Arc<DemoWorker>, rooms: Router, api_key: String) -> Router {
+    let bind = worker.core().config.server.bind;
     let guard = middleware::from_fn(move |request, next| guard(bind, request, next));
     Router::new()
         .route("/", get(async || file("text/html", include_str!("page.html"))))
         .route("/dev/page.js", get(async || file("text/javascript", include_str!("page.js"))))
+        .route("/dev/common.js", get(async || file("text/javascript", include_str!("common.js"))))
         .route("/dev/page.css", get(async || file("text/css", include_str!("page.css"))))
         .route("/favicon.ico", get(async || StatusCode::NO_CONTENT))
         .route("/dev/key", get(async move || Json(json!({ "api_key": api_key }))))
         .route("/dev/session", post(session))
         .route("/dev/cut", post(cut))
+        .with_state(worker)
+        .merge(rooms)
         .method_not_allowed_fallback(api::method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(guard)
-        .with_state(worker)
 }
 
-/// A name for a session that nobody can guess.
+/// Makes a session id that cannot be guessed.
 pub(super) fn new_session() -> Id {
     let id = Uuid::new_v4().to_string();
     Id::parse(&id).unwrap_or_else(|error| unreachable!("a UUID {error}"))
 }
 
-/// Lets only pages of this gateway talk to it. A foreign page can lead its own host name to this
-/// machine (DNS rebinding), but then the browser still sends that name.
+/// Lets only pages of this gateway call it. A foreign page can point its own host name to this machine (DNS
+/// rebinding), but the browser still sends that name.
 async fn guard(bind: IpAddr, request: Request, next: Next) -> Response {
     let mut response = if is_own_page(request.headers(), bind) {
         next.run(request).await
     } else {
-        Rejection::origin_not_allowed("Only pages of this gateway, by its address, may do this.")
+        Rejection::origin_not_allowed("Only pages of this core, by its address, may do this.")
             .response()
     };
     let headers = response.headers_mut();
@@ -87,7 +83,7 @@ fn is_own_page(headers: &HeaderMap, bind: IpAddr) -> bool {
     host::is_local(&own, bind) && origin.is_none_or(|origin| origin == Some(own))
 }
 
-fn file(kind: &str, text: &'static str) -> Response {
+pub(super) fn file(kind: &str, text: &'static str) -> Response {
     ([(header::CONTENT_TYPE, format!("{kind}; charset=utf-8"))], text).into_response()
 }
 
@@ -97,19 +93,19 @@ struct SessionRequest {
     session_id: Option<String>,
     /// `demo`, or `mine` for a session that the demo worker leaves to another worker.
     agent_id: Option<String>,
-    /// The token opens event streams until it expires, as an `EventSource` needs it.
+    /// Set for a token that opens event streams until it expires, as an `EventSource` needs it.
     #[serde(default)]
     event_stream: bool,
 }
 
-/// Where a real application has its login.
+/// Issues a token; a real application has its login here.
 async fn session(
-    State(worker): State<Arc<Worker>>,
+    State(worker): State<Arc<DemoWorker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
     let SessionRequest { session_id, agent_id, event_stream } = api::optional_json(body)?;
     let session = match session_id {
-        Some(id) => upgrade::id("session_id", &id)?,
+        Some(id) => path::parse_id("session_id", &id)?,
         None => new_session(),
     };
     let agent = match agent_id.as_deref() {
@@ -131,19 +127,25 @@ struct CutRequest {
     session_id: Option<String>,
 }
 
-/// Drops the session's TCP connections without a word, as a lost network does.
+/// Drops the session's TCP connections without a close frame, as a lost network does.
 async fn cut(
-    State(worker): State<Arc<Worker>>,
+    State(worker): State<Arc<DemoWorker>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
     let id = api::optional_json::<CutRequest>(body)?.session_id;
     let id = id.ok_or_else(|| Rejection::bad_request("session_id is missing."))?;
-    let wanted = worker.connections(&upgrade::id("session_id", &id)?);
-    let links = worker.gateway().runtime.links();
+    let wanted = worker.connections(&path::parse_id("session_id", &id)?);
+    let links = worker.core().runtime.links();
     let cut = links.iter().filter(|link| wanted.contains(&link.id()));
     let count = cut.inspect(|link| link.abort()).count();
     Ok(Json(json!({ "cut": count })).into_response())
 }
+
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+                      img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// Largest body of a request to `/dev/…`.
+const BODY_BYTES_MAX: usize = 4096;
 
 #[cfg(test)]
 mod tests {

@@ -1,4 +1,4 @@
-//! A client of one message, which proves that the gateway works: connects, asks, hears, leaves.
+//! A client that proves with one message that the gateway works: connects, sends, receives, closes.
 
 use std::{
     net::SocketAddr,
@@ -16,10 +16,7 @@ use wsproxy_proto::ws::{
     frame::{Opcode, client_frame, close_payload, decode_header},
 };
 
-/// Longest answer to the handshake, and longest message, that is read.
-const BYTES_MAX: usize = 16 * 1024;
-
-/// Sends `ping` to the session's worker and returns how long its `pong` took.
+/// Sends `ping` to the session's worker and returns the time until its `pong`.
 pub(super) async fn round_trip(
     address: SocketAddr,
     path: &str,
@@ -61,7 +58,7 @@ async fn send(stream: &mut TcpStream, opcode: Opcode, payload: &[u8]) -> anyhow:
     Ok(stream.write_all(&frame).await?)
 }
 
-/// The next frame, which is a whole message: nothing here is large enough to be in fragments.
+/// Reads the next frame, which is a whole message: the messages here are too short for fragments.
 async fn message(stream: &mut TcpStream, received: &mut Vec<u8>) -> anyhow::Result<Vec<u8>> {
     loop {
         if let Some((header, at)) =
@@ -85,3 +82,6 @@ async fn read(stream: &mut TcpStream, received: &mut Vec<u8>) -> anyhow::Result<
     }
     Ok(())
 }
+
+/// Longest answer to the handshake, and longest message.
+const BYTES_MAX: usize = 16 * 1024;

@@ -1,4 +1,4 @@
-//! The demo worker: answers prompts the way a language model does, with nothing but what any worker has on the bus.
+//! The demo worker: answers prompts the way a language model does, with the means of any worker on the bus.
 
 use std::{
     sync::Arc,
@@ -17,47 +17,28 @@ use wsproxy_proto::names::Id;
 
 use super::{AGENT, OWN_AGENT};
 use crate::{
-    bus::{BusError, History, Keep, Publish},
-    gateway::Gateway,
+    bus::publish::{BusError, History, Keep, Publish},
+    core::Core,
     http::rejection::Rejection,
-    hub::{Sink, Subscription, tap::Tap},
+    hub::{follower::FollowerQueue, sink::Sink, subscription::Subscription},
 };
-
-/// Most sessions at a time; each has a task.
-const SESSIONS_MAX: usize = 1000;
-
-/// What may wait for a session's task; a client that sends more without reading loses its worker.
-const PROMPTS_BYTES_MAX: usize = 256 * 1024;
-
-/// What may wait of announcements.
-const ANNOUNCEMENTS_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-/// A session without a client is kept so long, for one that comes back.
-const LINGER: Duration = Duration::from_secs(60);
-
-/// The pace of a slow language model: an answer lasts long enough that a person can leave in the middle of it, and
-/// sees that it goes on.
-const TOKEN_EVERY: Duration = Duration::from_millis(100);
-
-/// Longest piece of a prompt that is quoted.
-const QUOTED_CHARS_MAX: usize = 80;
 
 /// Answers the sessions of agent `demo` that are connected to this instance.
 ///
 /// Invariant: at most [`SESSIONS_MAX`] tasks, one for each known session.
-pub(super) struct Worker {
-    gateway: Arc<Gateway>,
+pub(super) struct DemoWorker {
+    core: Arc<Core>,
     sessions: Mutex<HashMap<Id, Known>>,
-    /// Connections of sessions that another worker answers, so that the page can cut these too; bounded by the
-    /// connections of the instance.
+    /// Connections of sessions of other workers, so that the page can cut these too; bounded by the connections of
+    /// the instance.
     others: Mutex<HashMap<Uuid, Id>>,
 }
 
-/// What is known of a session.
+/// State of a session.
 struct Known {
-    /// Its connections, as the gateway announced them.
+    /// Connections of the session, from the announcements.
     connections: Vec<Uuid>,
-    /// When it was last asked for or left.
+    /// Time of the last request or end of a connection.
     seen: Instant,
 }
 
@@ -71,11 +52,11 @@ struct Announcement {
     server_id: String,
 }
 
-impl Worker {
+impl DemoWorker {
     /// Starts the worker; it ends with the instance.
-    pub(super) fn start(gateway: &Arc<Gateway>) -> Arc<Self> {
+    pub(super) fn start(core: &Arc<Core>) -> Arc<Self> {
         let worker = Arc::new(Self {
-            gateway: Arc::clone(gateway),
+            core: Arc::clone(core),
             sessions: Mutex::default(),
             others: Mutex::default(),
         });
@@ -86,8 +67,8 @@ impl Worker {
     }
 
     /// The instance.
-    pub(super) const fn gateway(&self) -> &Arc<Gateway> {
-        &self.gateway
+    pub(super) const fn core(&self) -> &Arc<Core> {
+        &self.core
     }
 
     /// The connections of a session.
@@ -101,61 +82,61 @@ impl Worker {
         connections
     }
 
-    /// Takes a session. When this has returned, whatever a client sends is heard.
+    /// Subscribes to a session. After this has returned, the worker receives every message of a client.
     ///
     /// # Errors
-    /// There are too many sessions, or the bus refused.
+    /// 503 if there are too many sessions, or if the bus refused the subscription.
     pub(super) async fn adopt(self: &Arc<Self>, session: &Id) -> Result<(), Rejection> {
         if let Some(known) = self.sessions.lock().get_mut(session) {
             known.seen = Instant::now();
             return Ok(());
         }
-        let (tap, subscription) =
-            self.tap(self.gateway.names.session_up(session), PROMPTS_BYTES_MAX).await?;
+        let (queue, subscription) =
+            self.follow(self.core.names.session_up(session), PROMPTS_BYTES_MAX).await?;
         let mut sessions = self.sessions.lock();
         if sessions.contains_key(session) {
-            return Ok(()); // Somebody else was faster.
+            return Ok(()); // Another call has added the session.
         }
         if sessions.len() >= SESSIONS_MAX {
-            return Err(Rejection::full("The demo worker has as many sessions as it takes."));
+            return Err(Rejection::full("The demo worker can have no further session."));
         }
         sessions.insert(session.clone(), Known { connections: Vec::new(), seen: Instant::now() });
         drop(sessions);
-        self.spawn(Arc::clone(self).serve(session.clone(), tap, subscription));
+        self.spawn(Arc::clone(self).serve(session.clone(), queue, subscription));
         Ok(())
     }
 
     fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
-        let end = self.gateway.followers_end.clone();
-        self.gateway.tasks.spawn(async move {
+        let end = self.core.followers_end.clone();
+        self.core.tasks.spawn(async move {
             end.run_until_cancelled(work).await;
         });
     }
 
-    async fn tap(
+    async fn follow(
         &self,
         channel: String,
         limit: usize,
-    ) -> Result<(Arc<Tap>, Subscription), BusError> {
-        let tap = Tap::new(limit);
-        let sink = Sink::Tap(Arc::clone(&tap));
-        let subscription = self.gateway.hub.subscribe([(channel.into(), sink)]).await?;
-        Ok((tap, subscription))
+    ) -> Result<(Arc<FollowerQueue>, Subscription), BusError> {
+        let queue = FollowerQueue::new(limit);
+        let sink = Sink::Follower(Arc::clone(&queue));
+        let subscription = self.core.hub.subscribe([(channel.into(), sink)]).await?;
+        Ok((queue, subscription))
     }
 
     async fn follow_announcements(self: Arc<Self>, agent: &'static str) {
         let Ok(agent) = Id::parse(agent) else { return };
-        let channel = self.gateway.names.agent_sessions(&agent);
+        let channel = self.core.names.agent_sessions(&agent);
         loop {
-            let (tap, _subscription) =
-                match self.tap(channel.clone(), ANNOUNCEMENTS_BYTES_MAX).await {
-                    Ok(tapped) => tapped,
+            let (queue, _subscription) =
+                match self.follow(channel.clone(), ANNOUNCEMENTS_BYTES_MAX).await {
+                    Ok(followed) => followed,
                     Err(error) => return warn!(%error, "The demo worker cannot follow sessions."),
                 };
-            while let Some(message) = tap.next().await {
+            while let Some(message) = queue.next_message().await {
                 match serde_json::from_slice(&message) {
                     Ok(announcement) => self.hear(announcement).await,
-                    Err(error) => debug!(%error, "An announcement makes no sense."),
+                    Err(error) => debug!(%error, "An announcement could not be read."),
                 }
             }
             warn!("The demo worker was too slow for the announcements.");
@@ -164,8 +145,8 @@ impl Worker {
 
     async fn hear(self: &Arc<Self>, announcement: Announcement) {
         let Announcement { event, agent_id, session_id, connection_id, server_id } = announcement;
-        // The worker of another instance has those of its own.
-        if server_id != *self.gateway.server_id {
+        // Each instance's demo worker has the sessions of its own instance.
+        if server_id != *self.core.server_id {
             return;
         }
         let Ok(session) = Id::parse(&session_id) else { return };
@@ -186,9 +167,9 @@ impl Worker {
         }
     }
 
-    /// Remembers a connection of a session that another worker answers, or forgets it where it has ended.
+    /// Adds or removes a connection of a session of another worker.
     fn hear_of_another(&self, connection: Uuid, opened: Option<Id>) {
-        let links = self.gateway.runtime.links();
+        let links = self.core.runtime.links();
         let mut others = self.others.lock();
         others.remove(&connection);
         if let Some(session) = opened {
@@ -198,13 +179,18 @@ impl Worker {
         }
     }
 
-    /// Answers messages, whether or not a client is there. A new one ends the answer to the one before.
-    async fn serve(self: Arc<Self>, session: Id, tap: Arc<Tap>, _subscription: Subscription) {
+    /// Answers messages, even without a client. A new message ends the answer to the one before.
+    async fn serve(
+        self: Arc<Self>,
+        session: Id,
+        queue: Arc<FollowerQueue>,
+        _subscription: Subscription,
+    ) {
         let mut waiting = None;
         loop {
             let heard = match waiting.take() {
                 Some(heard) => heard,
-                None => match tokio::time::timeout(LINGER, tap.next()).await {
+                None => match tokio::time::timeout(LINGER, queue.next_message()).await {
                     Ok(heard) => heard,
                     Err(_) if self.is_abandoned(&session) => return,
                     Err(_) => continue,
@@ -214,14 +200,14 @@ impl Worker {
                 self.sessions.lock().remove(&session);
                 return warn!(%session, "A client sent more than the demo worker keeps.");
             };
-            // The gateway lets only JSON through, but any JSON.
+            // The gateway lets only JSON through, but it may be of any form.
             let message: Value = serde_json::from_slice(&message).unwrap_or_default();
             match message["type"].as_str() {
                 Some("prompt") => {
                     let prompt = message["text"].as_str().unwrap_or_default();
                     tokio::select! {
                         () = self.answer(&session, prompt) => {}
-                        heard = tap.next() => waiting = Some(heard),
+                        heard = queue.next_message() => waiting = Some(heard),
                     }
                     self.say(&session, json!({ "type": "done" })).await;
                 }
@@ -235,9 +221,9 @@ impl Worker {
         }
     }
 
-    /// Whether nobody has been there for [`LINGER`]; the session is forgotten then.
+    /// Returns whether no client has been connected for [`LINGER`]; forgets the session then.
     fn is_abandoned(&self, session: &Id) -> bool {
-        let links = self.gateway.runtime.links();
+        let links = self.core.runtime.links();
         let mut sessions = self.sessions.lock();
         let Some(known) = sessions.get_mut(session) else { return true };
         // The announcement of an end can be lost.
@@ -259,14 +245,14 @@ impl Worker {
     }
 
     async fn say(&self, session: &Id, message: Value) {
-        let channel = self.gateway.names.session_down(session);
+        let channel = self.core.names.session_down(session);
         let history = History {
-            log: self.gateway.names.log(&channel).into(),
+            log: self.core.names.log(&channel).into(),
             clock: None,
             event_id: None,
             dedup: None,
             unique: false,
-            limits: self.gateway.config.history.limits(),
+            limits: self.core.config.history.limits(),
         };
         let publish = Publish {
             channel: channel.into(),
@@ -274,8 +260,8 @@ impl Worker {
             keep: Keep::History(Box::new(history)),
             receipt: None,
         };
-        self.gateway.bus.publishable().await;
-        if let Err(error) = self.gateway.hub.publish(publish) {
+        self.core.bus.publishable().await;
+        if let Err(error) = self.core.hub.publish(publish) {
             debug!(%session, %error, "The bus did not take a message.");
         }
     }
@@ -287,17 +273,36 @@ fn answer_to(prompt: &str) -> String {
     format!("You said “{quoted}{rest}”. {ANSWER}")
 }
 
-/// Some 150 words, which tell what happens while they are said.
-const ANSWER: &str = "I am the demo worker, and I hold no socket. The gateway holds your WebSocket. \
+/// Upper bound of sessions; each has a task.
+const SESSIONS_MAX: usize = 1000;
+
+/// Upper bound of a session's queue; a client that sends more without reading loses its worker.
+const PROMPTS_BYTES_MAX: usize = 256 * 1024;
+
+/// Upper bound of waiting announcements.
+const ANNOUNCEMENTS_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Time for which a session without a client is kept, for a reconnect.
+const LINGER: Duration = Duration::from_secs(60);
+
+/// Pause between tokens, that of a slow language model: a person can cut the connection within an answer, and sees that
+/// it goes on.
+const TOKEN_EVERY: Duration = Duration::from_millis(100);
+
+/// Longest piece of a prompt that is quoted.
+const QUOTED_CHARS_MAX: usize = 80;
+
+/// The answer: some 150 words that describe what happens while they are sent.
+const ANSWER: &str = "I am the demo worker, and I hold no socket. The core holds your WebSocket. \
     I subscribe to what your session sends, and I publish what it should get, one word at a time.\n\n\
-    Stay away for a while now. I will not notice, and I will not stop: the gateway takes my words \
+    Stay away for a while now. I will not notice, and I will not stop: the core takes my words \
     whether you are there or not, and keeps them. When you come back, your page shows a fresh token \
-    and names the last word that it has seen. The gateway first sends what you missed, in order and \
+    and names the last word that it has seen. The core first sends what you missed, in order and \
     once, and then whatever I am saying by then.\n\n\
     In production I would be a few lines of Python beside a model, and there would be many of me. \
     People would restart and deploy us all day, and nobody would lose a connection. It works the same \
-    when the network changes, when a laptop sleeps, and when the gateway itself is restarted.\n\n\
-    That is all there is to it: words in, words out, and the sockets are somebody else's worry.";
+    when the network changes, when a laptop sleeps, and when the core itself is restarted.\n\n\
+    That is all there is to it: words in, words out, and the sockets are the gateway's worry.";
 
 #[cfg(test)]
 mod tests {

@@ -1,116 +1,97 @@
-//! A client of the event endpoint: its heartbeat, its acknowledgements, its messages, its newer tokens.
+//! Events: one connection of each user for everything that a backend wants to tell. State that all clients share.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use serde_json::json;
-use tracing::{debug, info, trace, warn};
-use uuid::Uuid;
-use wsproxy_conn::{
-    End, Event,
-    clock::{self, Micros},
-    link::TIMER,
-};
-use wsproxy_proto::{
-    disconnect::Disconnect,
-    names::{Id, Names},
-    ws::frame::Kind,
-};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wsproxy_conn::{Profile, clock::Micros};
+use wsproxy_proto::names::Names;
 
 use crate::{
-    bus::{BusError, Keep, Publish},
-    config::{self, Config, Heartbeat},
-    endpoint::{
-        Actions, Logic, PUBLISHED, Unpublished,
-        caller::Caller,
-        events::{
-            acks::{AckWindow, Due, Patience, Waiting},
-            messages::{FromClient, Verdict},
-        },
-    },
-    hub::WANTS_ACK,
-    registry::Transport,
-    telemetry::{counter::Counter, log::MESSAGES, throttle::Throttle, time},
+    auth::jwt::JwtVerifier,
+    config::{self, Config, HeartbeatConfig},
+    core::{self, Core, acks::Patience},
+    hub::track::Histories,
+    logic::upstream::UpstreamCounters,
+    registry::{self, Registry},
+    telemetry::{counter::Counter, throttle::Throttle},
 };
 
-pub mod acks;
+pub mod api;
+pub mod entrance;
+pub mod health;
+pub mod logic;
 pub mod messages;
-#[cfg(test)]
-mod tests;
+mod metrics;
+pub mod refresh;
 
-/// [`Event::tag`]: what became of a token for which [`Actions::verify`] was asked; a [`Verdict`].
-pub const VERIFIED: u8 = 1;
-
-/// Most bytes of messages that wait for one client's `ack`; events are small.
-const ACK_BYTES_MAX: usize = 1024 * 1024;
-
-/// What all clients of the event endpoint have in common.
-#[derive(Debug)]
-pub struct EventEndpoint {
-    /// `[events]`
-    pub config: config::Events,
-    /// `[heartbeat]`
-    pub heartbeat: Heartbeat,
-    /// Which instance this is.
+/// The event endpoint of an instance.
+pub struct Events {
+    /// Section `[events]` of the configuration.
+    pub config: config::events::EventsConfig,
+    /// Section `[heartbeat]` of the configuration.
+    pub heartbeat: HeartbeatConfig,
+    /// Id of this instance.
     pub server_id: Arc<str>,
-    /// Channel from all clients to the workers.
+    /// Channel of all clients' messages to the workers.
     up: Arc<str>,
-    /// Channel that tells workers what was acknowledged.
+    /// Channel of reports on acknowledgements.
     reports: Arc<str>,
     patience: Patience,
-    /// `jwt.leeway`: for so many seconds after its `exp` a token stays good.
+    /// `jwt.leeway`: seconds for which a token stays valid after its `exp`.
     leeway: u64,
-    /// What happened; the metrics read it.
+    /// Counters that the metrics read.
     pub counters: EventCounters,
+    /// Settings and counters that all connections share.
+    pub profile: Arc<Profile>,
+    /// Histories of events; `None` if `events.history` is off.
+    histories: Option<Arc<Histories>>,
+    /// Verifier of tokens; `None` if events are not served.
+    jwt: Option<JwtVerifier>,
+    /// Registry of connections; `None` if events are not served.
+    pub registry: Option<Arc<Registry>>,
 }
 
-/// What the event endpoint counts beyond what every connection counts.
+/// Counters of the event endpoint, beyond those of each connection.
 #[derive(Debug, Default)]
 pub struct EventCounters {
-    /// Messages from clients that were refused.
-    pub invalid: Counter,
-    /// Messages from clients that no worker received.
-    pub unheard: Counter,
-    /// Messages from clients that the bus lost.
-    pub lost: Counter,
-    /// Messages from clients that the bus did not take.
-    pub refused: Counter,
+    /// Messages of clients.
+    pub upstream: UpstreamCounters,
     /// Messages that wanted an `ack`.
     pub ack_wanted: Counter,
     /// Messages that were acknowledged.
     pub acknowledged: Counter,
     /// Messages that were sent again.
     pub resent: Counter,
-    /// Messages that were given up, by [`Unacknowledged`].
+    /// Messages that were given up, indexed by [`Unacknowledged`].
     pub unacknowledged: [Counter; Unacknowledged::ALL.len()],
     /// Acknowledgements of messages that did not wait for one.
     pub acks_unknown: Counter,
     /// Reports on acknowledgements that the bus did not take.
     pub unreported: Counter,
-    /// Of log lines about these.
+    /// Throttle of log lines about lost reports.
     pub unreported_lines: Throttle,
-    /// Newer tokens that were good.
+    /// Newer tokens that were accepted.
     pub refreshed: Counter,
-    /// Newer tokens that were not.
+    /// Newer tokens that were refused.
     pub refresh_refused: Counter,
 }
 
-/// Why a message is given up.
+/// Reason for which a message is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unacknowledged {
-    /// It was sent often enough.
+    /// The message was sent `events.ack_tries` times.
     Tries,
-    /// Too many wait.
+    /// Too many messages wait.
     Overflow,
-    /// The connection is over.
+    /// The connection has ended.
     Closed,
 }
 
 impl Unacknowledged {
-    /// All of them, in the order of their numbers.
+    /// All reasons, in the order of their numbers.
     pub const ALL: [Self; 3] = [Self::Tries, Self::Overflow, Self::Closed];
 
-    /// In reports and metrics.
+    /// Returns the reason's name in reports and metrics.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -121,11 +102,47 @@ impl Unacknowledged {
     }
 }
 
-impl EventEndpoint {
-    /// Under this configuration.
-    #[must_use]
-    pub fn new(config: &Config, names: &Names, server_id: &Arc<str>) -> Self {
+impl Events {
+    /// Starts the family: the verifier of tokens and the registry.
+    ///
+    /// # Errors
+    /// A sentence for the operator: the keys for tokens cannot be used.
+    pub(super) fn start(
+        core: &Core,
+        background: &TaskTracker,
+        end: &CancellationToken,
+    ) -> Result<Arc<Self>, String> {
+        let (config, names) = (&core.config, &core.names);
+        let mut events = Self::new(config, names, &core.server_id);
+        events.histories = config.events.history.then(|| {
+            Arc::new(Histories {
+                limits: config.history.limits(),
+                names: names.clone(),
+                clock: Some(names.events_clock().into()),
+                unresumable_prefix: Some(names.events_connection("").into()),
+                adopt_plain: config.events.capture,
+            })
+        });
+        if config.endpoints.events {
+            events.jwt = Some(JwtVerifier::new(&config.jwt, background, end.clone())?);
+            let settings = registry::RegistrySettings::new(config, &core.server_id, names);
+            let hub = Arc::clone(&core.hub);
+            events.registry = Some(Registry::start(settings, hub, &core.bus, core.lease()));
+        }
+        Ok(Arc::new(events))
+    }
+
+    /// Removes this instance's connections from the registry.
+    pub(super) async fn close(&self) {
+        if let Some(registry) = &self.registry {
+            registry.close().await;
+        }
+    }
+
+    /// Makes the family without verifier, histories and registry.
+    fn new(config: &Config, names: &Names, server_id: &Arc<str>) -> Self {
         let leeway = config.jwt.leeway_seconds();
+        let profile = Arc::new(profile(config));
         let (config, heartbeat) = (config.events.clone(), config.heartbeat.clone());
         let patience = Patience {
             interval: config.ack_interval.into(),
@@ -138,302 +155,33 @@ impl EventEndpoint {
             leeway,
             heartbeat,
             server_id: Arc::clone(server_id),
-            up: names.events("up").into(),
-            reports: names.events("acks").into(),
+            up: names.events_up().into(),
+            reports: names.events_acks().into(),
             config,
             counters: EventCounters::default(),
+            profile,
+            histories: None,
+            jwt: None,
+            registry: None,
         }
     }
 }
 
-/// One client.
-#[derive(Debug)]
-pub struct EventLogic {
-    endpoint: Arc<EventEndpoint>,
-    user: Id,
-    connection: Uuid,
-    transport: Transport,
-    caller: Arc<Caller>,
-    opened: Micros,
-    expires_at: Option<u64>,
-    next_ping: Micros,
-    /// For when we asked to be woken.
-    wakes_at: Micros,
-    acks: AckWindow,
-    strikes: u32,
-    messages_in: u32,
-    /// Whether it has ever answered a ping.
-    has_ponged: bool,
-    /// A newer token is being looked at.
-    is_refreshing: bool,
-}
-
-impl EventLogic {
-    /// A client that is about to be connected, with a token whose `exp` is `expires_at` (unix seconds).
-    #[must_use]
-    pub fn new(
-        endpoint: Arc<EventEndpoint>,
-        user: Id,
-        connection: Uuid,
-        transport: Transport,
-        expires_at: Option<u64>,
-        caller: Arc<Caller>,
-    ) -> Self {
-        Self {
-            endpoint,
-            user,
-            connection,
-            transport,
-            caller,
-            opened: clock::now(),
-            expires_at,
-            next_ping: Micros::NEVER,
-            wakes_at: Micros::NEVER,
-            acks: AckWindow::default(),
-            strikes: 0,
-            messages_in: 0,
-            has_ponged: false,
-            is_refreshing: false,
-        }
-    }
-
-    fn refuse(&mut self, code: &str, message: &str, actions: &mut dyn Actions) {
-        self.endpoint.counters.invalid.add(1);
-        self.strikes += 1;
-        debug!(connection_id = %self.connection, code, message, "A client's message is invalid.");
-        let strikes_max = self.endpoint.config.strikes_max;
-        if strikes_max > 0 && self.strikes >= strikes_max {
-            actions.disconnect(&Disconnect::STRIKES);
-        } else {
-            tell(&messages::error(code, message), actions);
-        }
-    }
-
-    fn send_up(&self, payload: &[u8], actions: &mut dyn Actions) {
-        let message = Publish {
-            channel: Arc::clone(&self.endpoint.up),
-            payload: messages::upstream(self.connection, &self.user, payload),
-            keep: Keep::Nothing,
-            receipt: Some(actions.receipt()),
-        };
-        match actions.publish(message) {
-            Ok(()) => {}
-            Err(BusError::Closed) => actions.disconnect(&Disconnect::RESTART),
-            Err(error) => self.on_unpublished((&error).into(), actions),
-        }
-    }
-
-    fn on_unpublished(&self, unpublished: Unpublished, actions: &mut dyn Actions) {
-        let counters = &self.endpoint.counters;
-        match unpublished {
-            Unpublished::Unheard => counters.unheard.add(1),
-            Unpublished::Lost => counters.lost.add(1),
-            Unpublished::Refused { .. } => counters.refused.add(1),
-        }
-        if let Some((code, message)) = unpublished.error() {
-            tell(&messages::error(code, message), actions);
-        }
-    }
-
-    fn refresh(&mut self, token: &str, actions: &mut dyn Actions) {
-        if self.is_refreshing {
-            // One at a time: whoever sends more has no use for the answers.
-            return self.refuse("refresh_pending", "Another token is being looked at.", actions);
-        }
-        self.is_refreshing = true;
-        actions.verify(token);
-    }
-
-    /// The token is good until its `exp` and the leeway, here as in the handshake.
-    fn close_in_time(&self, actions: &mut dyn Actions) {
-        let leeway = self.endpoint.leeway;
-        actions.expire_at(self.expires_at.map(|end| end.saturating_add(leeway)));
-    }
-
-    fn on_verdict(&mut self, verdict: Option<Verdict>, actions: &mut dyn Actions) {
-        self.is_refreshing = false;
-        let counters = &self.endpoint.counters;
-        match verdict {
-            Some(Verdict::Good { user, expires_at }) if user == self.user.as_str() => {
-                counters.refreshed.add(1);
-                debug!(connection_id = %self.connection, "A newer token was accepted.");
-                self.expires_at = expires_at;
-                self.close_in_time(actions);
-                tell(&messages::refreshed(expires_at), actions);
-            }
-            Some(Verdict::Good { .. }) => {
-                counters.refresh_refused.add(1);
-                info!(connection_id = %self.connection, user_id = %self.user, "A token of another user ends the connection.");
-                let reason = "token of another user";
-                actions.finish(&Disconnect::EXPIRED, Disconnect::EXPIRED.code, reason);
-            }
-            Some(Verdict::Bad { code, message }) => {
-                counters.refresh_refused.add(1);
-                debug!(connection_id = %self.connection, code, "A newer token was refused.");
-                tell(&messages::error(&code, &message), actions);
-            }
-            None => tell(&messages::error("internal", "The token was not looked at."), actions),
-        }
-    }
-
-    /// The first `id_bytes` of `sent` are the id, the rest is what the client gets.
-    fn await_ack(&mut self, mut sent: Bytes, id_bytes: u64, actions: &mut dyn Actions) {
-        let id_bytes = usize::try_from(id_bytes).unwrap_or(usize::MAX).min(sent.len());
-        let event_id = sent.split_to(id_bytes);
-        self.endpoint.counters.ack_wanted.add(1);
-        let patience = self.endpoint.patience;
-        for waiting in self.acks.add(event_id, sent, actions.now(), &patience) {
-            self.give_up(&waiting, Unacknowledged::Overflow, actions);
-        }
-        self.plan(actions);
-    }
-
-    fn on_ack(&mut self, event_id: &str, actions: &mut dyn Actions) {
-        let Some(waiting) = self.acks.acked(event_id.as_bytes()) else {
-            // Too late, twice, or somebody else's.
-            self.endpoint.counters.acks_unknown.add(1);
-            return;
-        };
-        self.endpoint.counters.acknowledged.add(1);
-        self.report("acknowledged", &waiting, None, actions);
-    }
-
-    fn give_up(&self, waiting: &Waiting, why: Unacknowledged, actions: &mut dyn Actions) {
-        self.endpoint.counters.unacknowledged[why as usize].add(1);
-        self.report("unacknowledged", waiting, Some(why.label()), actions);
-    }
-
-    fn report(
-        &self,
-        event: &str,
-        waiting: &Waiting,
-        reason: Option<&str>,
-        actions: &mut dyn Actions,
-    ) {
-        let mut report = json!({
-            "event": event,
-            "event_id": String::from_utf8_lossy(&waiting.event_id),
-            "connection_id": self.connection,
-            "user_id": self.user.as_str(),
-            "tries": waiting.tries,
-            "server_id": &*self.endpoint.server_id,
-            "timestamp": time::rfc3339(),
-        });
-        if let Some(reason) = reason {
-            report["reason"] = reason.into();
-        }
-        let report = Publish {
-            channel: Arc::clone(&self.endpoint.reports),
-            payload: report.to_string().into(),
-            keep: Keep::Nothing,
-            receipt: None,
-        };
-        if let Err(error) = actions.publish(report) {
-            let counters = &self.endpoint.counters;
-            counters.unreported.add(1);
-            if let Some(left_out) = counters.unreported_lines.pass() {
-                warn!(connection_id = %self.connection, %error, left_out,
-                    "A report on an acknowledgement is lost.");
-            }
-        }
-    }
-
-    fn on_timer(&mut self, actions: &mut dyn Actions) {
-        self.wakes_at = Micros::NEVER;
-        let now = actions.now();
-        // Before anything of this turn waits too.
-        let is_backed_up = actions.is_backed_up();
-        if now >= self.next_ping {
-            self.next_ping = now.after(self.endpoint.heartbeat.interval.into());
-            actions.send(Kind::Text, messages::beat("ping").as_bytes());
-        }
-        let patience = self.endpoint.patience;
-        if is_backed_up {
-            // Sending again what the client has not even read would only bring its end nearer.
-            self.acks.postpone(now, &patience);
-        }
-        while let Some(due) = self.acks.due(now, &patience) {
-            match due {
-                Due::Resend(message) => {
-                    self.endpoint.counters.resent.add(1);
-                    actions.resend(Kind::Text, &message);
-                }
-                Due::GiveUp(waiting) => self.give_up(&waiting, Unacknowledged::Tries, actions),
-            }
-        }
-        self.plan(actions);
-    }
-
-    /// Asks to be woken when something is due, unless that is known.
-    fn plan(&mut self, actions: &mut dyn Actions) {
-        let next = self.acks.next().unwrap_or(Micros::NEVER).min(self.next_ping);
-        if next < self.wakes_at {
-            self.wakes_at = next;
-            actions.wake_at(next);
-        }
+/// Makes the profile of the family's connections.
+fn profile(config: &Config) -> Profile {
+    let base = core::profile(config);
+    Profile {
+        heartbeat: wsproxy_conn::Heartbeat::Messages,
+        // Heartbeats are messages here, so that no connection is ever idle.
+        idle_timeout: Micros::NEVER,
+        // A client that resumes may get all entries of three logs at once, and every message may want an `ack`.
+        events_max: base.events_max.saturating_add(
+            usize::try_from(config.history.entries_max).unwrap_or(usize::MAX).saturating_mul(3),
+        ),
+        event_bytes_max: config.limits.send_buffer_bytes.saturating_mul(2),
+        ..base
     }
 }
 
-impl Logic for EventLogic {
-    fn on_open(&mut self, actions: &mut dyn Actions) {
-        let Caller { address, origin, user_agent } = &*self.caller;
-        info!(connection_id = %self.connection, user_id = %self.user,
-            transport = self.transport.label(), address = address.map(display),
-            origin = origin.as_deref(), user_agent = user_agent.as_deref(), "Connection opened.");
-        self.close_in_time(actions);
-        self.next_ping = actions.now().after(self.endpoint.heartbeat.interval.into());
-        self.plan(actions);
-    }
-
-    fn on_message(&mut self, _kind: Kind, payload: &[u8], actions: &mut dyn Actions) {
-        self.messages_in += 1;
-        trace!(target: MESSAGES, user_id = %self.user, connection_id = %self.connection,
-            bytes = payload.len(), "A client's message came.");
-        match messages::parse(payload) {
-            Ok(FromClient::Pong) => self.has_ponged = true,
-            Ok(FromClient::Ping) => tell(&messages::beat("pong"), actions),
-            Ok(FromClient::Ack(event_id)) => self.on_ack(&event_id, actions),
-            Ok(FromClient::Refresh(token)) => self.refresh(&token, actions),
-            Ok(FromClient::Resume) => {
-                let message = "Only the first message can resume, and only with ?resume=frame.";
-                self.refuse("invalid_message", message, actions);
-            }
-            Ok(FromClient::Other) => self.send_up(payload, actions),
-            Err(invalid) => self.refuse(invalid.code, &invalid.message, actions),
-        }
-    }
-
-    fn on_event(&mut self, event: Event, actions: &mut dyn Actions) {
-        match event.tag {
-            TIMER => self.on_timer(actions),
-            WANTS_ACK => self.await_ack(event.payload, event.number, actions),
-            PUBLISHED => self.on_unpublished(Unpublished::from_number(event.number), actions),
-            VERIFIED => self.on_verdict(Verdict::from_bytes(&event.payload), actions),
-            _ => {}
-        }
-    }
-
-    fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions) {
-        for waiting in self.acks.drain() {
-            self.give_up(&waiting, Unacknowledged::Closed, actions);
-        }
-        let duration = std::time::Duration::from(clock::now().since(self.opened));
-        // Clients that use a bare WebSocket look like a dead network otherwise.
-        let is_unanswered = end.why.label == Disconnect::HEARTBEAT.label && !self.has_ponged;
-        let error = is_unanswered.then_some(UNANSWERED);
-        let Caller { address, origin, user_agent } = &*self.caller;
-        info!(connection_id = %self.connection, user_id = %self.user,
-            transport = self.transport.label(), address = address.map(display),
-            origin = origin.as_deref(), user_agent = user_agent.as_deref(), reason = end.why.label,
-            code = end.code, duration_ms = duration.as_millis() as u64,
-            messages_in = self.messages_in, messages_out = sent.0, error, "Connection closed.");
-    }
-}
-
-/// In the log where a client was closed for its silence and never answered a ping.
-const UNANSWERED: &str =
-    r#"no ping was answered: the client must answer {"type":"ping"} with {"type":"pong"}"#;
-
-fn tell(message: &str, actions: &mut dyn Actions) {
-    actions.reply(Kind::Text, message.as_bytes());
-}
+/// Upper bound of the bytes that wait for one client's `ack`. Events are small.
+const ACK_BYTES_MAX: usize = 1024 * 1024;

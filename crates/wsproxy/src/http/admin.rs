@@ -3,95 +3,92 @@
 use std::sync::Arc;
 
 use axum::{Json, Router, extract::State, routing::get};
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header, request::Parts};
-use serde_json::json;
+use http::{HeaderValue, Response, StatusCode, header, request::Parts};
+use serde_json::{Map, Value, json};
 
 use crate::{
-    bus::{Status, not_done::NotDone},
-    gateway::Gateway,
+    bus::status::Status,
+    config::api_key::Scope,
+    core::Core,
     http::{Body, api},
-    registry::Totals,
-    telemetry::{metrics::format::Format, time},
+    store::not_done::NotDone,
+    telemetry::{
+        metrics::format::{self, Format},
+        report::Health,
+    },
 };
 
-/// Who is told more of the instance than a probe needs.
+/// Clients to which `/health`, `/ready` and `/metrics` show more than a probe or a scraper needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Details {
-    /// Everybody: strangers do not reach this port.
+    /// All clients: only the operator's network reaches this port.
     Always,
-    /// Workers, who show a key of the API.
+    /// Workers that show an API key.
     WithKey,
-    /// Nobody: there is another port for that.
+    /// No client: the details are on the admin port.
     Never,
 }
 
-/// `/health` and `/ready`, which every port answers.
-pub fn probes(gateway: &Arc<Gateway>, details: Details) -> Router {
+/// Routes `/health` and `/ready`, which every port serves.
+pub fn probes(core: &Arc<Core>, details: Details) -> Router {
     Router::new()
-        .route("/health", get(async move |gateway, parts| health(gateway, details, parts)))
-        .route("/ready", get(async move |gateway| ready(gateway, details)))
+        .route("/health", get(async move |core, parts| health(core, details, parts)))
+        .route("/ready", get(async move |core| ready(core, details)))
         .method_not_allowed_fallback(api::method_not_allowed)
-        .with_state(Arc::clone(gateway))
+        .with_state(Arc::clone(core))
 }
 
-/// `/metrics`.
-pub fn metrics(gateway: &Arc<Gateway>) -> Router {
+/// Route `/metrics`.
+pub fn metrics(core: &Arc<Core>, details: Details) -> Router {
     Router::new()
-        .route("/metrics", get(all_metrics))
+        .route("/metrics", get(async move |core, parts| all_metrics(core, details, parts)))
         .method_not_allowed_fallback(api::method_not_allowed)
-        .with_state(Arc::clone(gateway))
+        .with_state(Arc::clone(core))
 }
 
-/// Health of the event endpoint, for the port of its clients too; nothing where it is not served.
-pub fn events(gateway: &Arc<Gateway>) -> Router {
-    if gateway.registry.is_none() {
-        return Router::new();
+impl Details {
+    /// Returns whether a client is told details of one family, for which a key needs the family's scope.
+    pub(crate) fn of_family_are_for(self, core: &Core, parts: &Parts, scope: Scope) -> bool {
+        match self {
+            Self::Always => true,
+            Self::WithKey => api::shows_scope(core, parts, scope),
+            Self::Never => false,
+        }
     }
-    Router::new()
-        .route("/ws/health", get(events_health))
-        .method_not_allowed_fallback(api::method_not_allowed)
-        .with_state(Arc::clone(gateway))
+
+    /// Returns whether a client is told details.
+    fn are_for(self, core: &Core, parts: &Parts) -> bool {
+        match self {
+            Self::Always => true,
+            Self::WithKey => api::shows_key(core, parts),
+            Self::Never => false,
+        }
+    }
 }
 
-/// How many are connected, over all instances? Tells counts only, since nobody is asked who they are.
-async fn events_health(
-    State(gateway): State<Arc<Gateway>>,
-) -> (StatusCode, Json<serde_json::Value>) {
-    let status = gateway.bus.status();
-    let healthy = is_whole(&status) && !gateway.is_draining();
-    let connections = match &gateway.registry {
-        Some(registry) => registry.totals().await,
-        None => Totals::default(),
-    };
-    let body = json!({
-        "status": if healthy { "healthy" } else { "degraded" },
-        "timestamp": time::rfc3339(),
-        "connections": connections,
-        "redis": { "connected": status.connected, "pubsub_connected": status.subscribed },
-    });
-    (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
-}
-
-/// Is the process alive, and does it reach its bus?
+/// Answers `/health`: 200 while the bus works, and what the families need; 503 otherwise.
 fn health(
-    State(gateway): State<Arc<Gateway>>,
+    State(core): State<Arc<Core>>,
     details: Details,
     parts: Parts,
-) -> (StatusCode, Json<serde_json::Value>) {
-    let status = gateway.bus.status();
-    let healthy = is_whole(&status);
+) -> (StatusCode, Json<Value>) {
+    let status = core.bus.status();
+    let Health { is_degraded, members, details: more } = core.reports.health();
+    let healthy = is_whole(&status) && !is_degraded;
     let mut body = json!({ "status": if healthy { "healthy" } else { "degraded" } });
-    let is_told = match details {
-        Details::Always => true,
-        Details::WithKey => api::shows_key(&gateway, &parts),
-        Details::Never => false,
+    let mut add = |members: Map<String, Value>| {
+        members.into_iter().for_each(|(name, value)| body[name] = value);
     };
-    if is_told {
-        body["server_id"] = (*gateway.server_id).into();
+    if details != Details::Never {
+        add(members);
+    }
+    if details.are_for(&core, &parts) {
+        add(more);
+        body["server_id"] = (*core.server_id).into();
         body["version"] = env!("CARGO_PKG_VERSION").into();
-        body["uptime_seconds"] = gateway.uptime().as_secs().into();
+        body["uptime_seconds"] = core.uptime().as_secs().into();
         body["bus"] = json!({
-            "kind": gateway.bus.kind(),
+            "kind": core.bus.kind(),
             "connected": status.connected,
             "subscribed": status.subscribed,
             "channels": status.channels,
@@ -102,26 +99,23 @@ fn health(
     (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
 }
 
-/// Whether everything that a client may ask for can be done.
-fn is_whole(status: &Status) -> bool {
+/// Returns whether the bus is connected, subscribed and accepts writes.
+pub(crate) fn is_whole(status: &Status) -> bool {
     status.connected && status.subscribed && status.refusal.is_none()
 }
 
-/// Should clients be sent here?
-fn ready(
-    State(gateway): State<Arc<Gateway>>,
-    details: Details,
-) -> (StatusCode, Json<serde_json::Value>) {
-    let status = gateway.bus.status();
-    let reason = if gateway.is_draining() {
+/// Answers `/ready`: 200 while the instance takes new clients, 503 otherwise.
+fn ready(State(core): State<Arc<Core>>, details: Details) -> (StatusCode, Json<Value>) {
+    let status = core.bus.status();
+    let reason = if core.is_draining() {
         Some("draining")
     } else if !status.connected || !status.subscribed {
         Some("bus")
     } else if status.refusal.is_some() {
         Some("bus_refuses_writes")
-    } else if gateway.places.is_full() || gateway.sockets.is_full() {
+    } else if core.seats.is_full() || core.sockets.is_full() {
         Some("full")
-    } else if gateway.handshakes.is_full() {
+    } else if core.handshakes.is_full() {
         Some("handshakes")
     } else {
         None
@@ -138,9 +132,14 @@ fn ready(
     }
 }
 
-async fn all_metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response<Body> {
-    let format = Format::wanted(&headers);
-    let mut response = Response::new(Body::from(format.write(gateway.metrics.text())));
+fn all_metrics(State(core): State<Arc<Core>>, details: Details, parts: Parts) -> Response<Body> {
+    let format = Format::wanted(&parts.headers);
+    let mut text = format.write(core.metrics.text());
+    if format == Format::Json {
+        let beside = core.reports.overview(details.are_for(&core, &parts));
+        text = format::with_members(text, beside);
+    }
+    let mut response = Response::new(Body::from(text));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
     headers.insert(header::VARY, HeaderValue::from_static("Accept"));

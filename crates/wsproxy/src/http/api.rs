@@ -1,10 +1,8 @@
-//! `/api/v1`: for workers that prefer HTTP to Redis.
+//! The HTTP API `/api/v1` for workers that do not use Redis. Names no endpoint family beyond its scopes.
 
-mod events;
-mod history;
-mod publishing;
-mod raw;
-mod sessions;
+pub(crate) mod history;
+pub(crate) mod publishing;
+pub(crate) mod raw;
 
 use std::sync::Arc;
 
@@ -24,91 +22,67 @@ use wsproxy_proto::{disconnect, names::Id};
 use crate::{
     auth::api_keys::Found,
     config::api_key::{Scope, Scopes},
-    gateway::Gateway,
-    http::{credentials, rejection::Rejection, upgrade},
+    core::Core,
+    http::{
+        handshake::{self, credentials},
+        rejection::Rejection,
+    },
 };
 
-/// The description of these routes, which a test compares with them.
-pub const OPENAPI: &str = include_str!("../../openapi.json");
-
-/// The routes of the API: method, path as OpenAPI writes it. A test compares them with [`OPENAPI`].
-pub const ROUTES: &[(&str, &str)] = &[
-    ("post", "/api/v1/sessions/{session_id}/token"),
-    ("post", "/api/v1/sessions/{session_id}/messages"),
-    ("post", "/api/v1/sessions/{session_id}/close"),
-    ("get", "/api/v1/sessions/{session_id}/upstream"),
-    ("get", "/api/v1/sessions/events"),
-    ("get", "/api/v1/agents/{agent_id}/sessions/events"),
-    ("get", "/api/v1/sessions/{session_id}/history"),
-    ("post", "/api/v1/sessions/{session_id}/streams/{stream_id}"),
-    ("post", "/api/v1/events/broadcast"),
-    ("post", "/api/v1/events/users/{user_id}"),
-    ("post", "/api/v1/events/connections/{connection_id}"),
-    ("post", "/api/v1/events/batch"),
-    ("get", "/api/v1/events/history"),
-    ("get", "/api/v1/events/users/{user_id}/presence"),
-    ("post", "/api/v1/events/disconnect"),
-    ("get", "/api/v1/info"),
-    ("get", "/api/v1/openapi.json"),
-];
-
-/// The worker API.
-pub fn router(gateway: Arc<Gateway>) -> Router {
-    let limit = DefaultBodyLimit::max(gateway.config.limits.max_message_bytes);
-    Router::new()
-        .merge(sessions::router())
-        .merge(events::router())
+/// The worker API: the routes of `families`, and those that concern the instance.
+pub fn router(core: Arc<Core>, families: Router<Arc<Core>>) -> Router {
+    let limit = DefaultBodyLimit::max(core.config.limits.max_message_bytes);
+    families
         .route("/api/v1/info", get(info))
         .route("/api/v1/openapi.json", get(openapi))
         .method_not_allowed_fallback(method_not_allowed)
         .layer(limit)
-        .with_state(gateway)
+        .with_state(core)
 }
 
 /// A worker that showed an API key whose scopes allow the route.
-pub(super) struct Worker {
+pub(crate) struct Worker {
     scopes: Scopes,
+    /// Name of the key.
+    pub(crate) name: Box<str>,
 }
 
 impl Worker {
     /// Checks a scope that the route alone does not need.
     ///
     /// # Errors
-    /// The worker's key lacks it.
-    pub(super) fn check(&self, scope: Scope) -> Result<(), Rejection> {
+    /// 403: the worker's key lacks the scope.
+    pub(crate) fn check(&self, scope: Scope) -> Result<(), Rejection> {
         if self.scopes.has(scope) { Ok(()) } else { Err(missing_scope(scope)) }
     }
 }
 
-impl FromRequestParts<Arc<Gateway>> for Worker {
+impl FromRequestParts<Arc<Core>> for Worker {
     type Rejection = Rejection;
 
-    async fn from_request_parts(
-        parts: &mut Parts,
-        gateway: &Arc<Gateway>,
-    ) -> Result<Self, Rejection> {
+    async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Rejection> {
         let (method, path) = (&parts.method, parts.uri.path());
-        let found = find_key(gateway, parts);
-        let found = found.inspect_err(|rejection| log_refusal(gateway, parts, None, rejection))?;
+        let found = find_key(core, parts);
+        let found = found.inspect_err(|rejection| log_refusal(core, parts, None, rejection))?;
         let (entry, scope) = (found.entry(), scope_of(path));
         if found.scopes().has(scope) {
             entry.accepted.add(1);
             debug!(key = %found, %method, path, "A worker called the API.");
-            return Ok(Self { scopes: found.scopes() });
+            return Ok(Self { scopes: found.scopes(), name: found.to_string().into() });
         }
         entry.refused.add(1);
-        gateway.metrics.error("api_key");
+        core.metrics.error("api_key");
         let rejection = missing_scope(scope);
-        log_refusal(gateway, parts, Some(found), &rejection);
+        log_refusal(core, parts, Some(found), &rejection);
         Err(rejection)
     }
 }
 
-/// The scope that a route needs: that of its family. What belongs to none concerns the instance.
+/// Returns the scope of the route's family; [`Scope::Admin`] for routes that concern the instance.
 fn scope_of(path: &str) -> Scope {
     let mut segments = path.strip_prefix("/api/v1/").unwrap_or_default().split('/');
     match (segments.next(), segments.nth(1), segments.next()) {
-        // The older path of the announcements of sessions.
+        // Older path of the session announcements.
         (Some("agents"), Some("sessions"), Some("events")) => Scope::Sessions,
         (Some("sessions"), ..) => Scope::Sessions,
         (Some("events"), ..) => Scope::Events,
@@ -118,13 +92,13 @@ fn scope_of(path: &str) -> Scope {
     }
 }
 
-/// Whether a request shows an API key, whatever its scopes. A wrong one leaves a trace in the log.
-pub(super) fn shows_key(gateway: &Gateway, parts: &Parts) -> bool {
-    let found = find_key(gateway, parts);
+/// Returns whether a request shows a valid API key, with any scopes. Logs a wrong key.
+pub(crate) fn shows_key(core: &Core, parts: &Parts) -> bool {
+    let found = find_key(core, parts);
     if let Err(rejection) = &found
         && rejection.status == StatusCode::FORBIDDEN
     {
-        log_refusal(gateway, parts, None, rejection);
+        log_refusal(core, parts, None, rejection);
     }
     found.is_ok_and(|found| {
         found.entry().accepted.add(1);
@@ -132,33 +106,58 @@ pub(super) fn shows_key(gateway: &Gateway, parts: &Parts) -> bool {
     })
 }
 
-/// The key that a request shows.
-fn find_key<'a>(gateway: &'a Gateway, parts: &Parts) -> Result<Found<'a>, Rejection> {
+/// Returns whether a request shows an API key with a scope. Logs a key that is wrong or lacks the scope.
+pub(crate) fn shows_scope(core: &Core, parts: &Parts, scope: Scope) -> bool {
+    let found = match find_key(core, parts) {
+        Ok(found) => found,
+        Err(rejection) => {
+            if rejection.status == StatusCode::FORBIDDEN {
+                log_refusal(core, parts, None, &rejection);
+            }
+            return false;
+        }
+    };
+    let has_scope = found.scopes().has(scope);
+    if has_scope {
+        found.entry().accepted.add(1);
+    } else {
+        found.entry().refused.add(1);
+        core.metrics.error("api_key");
+        log_refusal(core, parts, Some(found), &missing_scope(scope));
+    }
+    has_scope
+}
+
+/// Finds the API key that a request shows.
+///
+/// # Errors
+/// 401: no key, or a malformed one. 403: an unknown key.
+fn find_key<'a>(core: &'a Core, parts: &Parts) -> Result<Found<'a>, Rejection> {
     let shown = credentials::from_authorization(&parts.headers)?
         .ok_or_else(|| Rejection::missing_credentials("An API key is needed."))?;
-    gateway.api_keys.find(shown.as_bytes()).ok_or_else(|| {
-        gateway.metrics.error("api_key");
+    core.api_keys.find(shown.as_bytes()).ok_or_else(|| {
+        core.metrics.error("api_key");
         Rejection::invalid_token("The API key is not known.")
     })
 }
 
-/// Logs a refused call, never with the secret that was shown.
-fn log_refusal(gateway: &Gateway, parts: &Parts, found: Option<Found<'_>>, rejection: &Rejection) {
-    let Some(left_out) = gateway.api_failures.pass() else { return };
-    let address = upgrade::address_of(gateway, &parts.headers, &parts.extensions).ok();
+/// Logs a refused call without the secret that the worker sent.
+fn log_refusal(core: &Core, parts: &Parts, found: Option<Found<'_>>, rejection: &Rejection) {
+    let Some(left_out) = core.api_failures.pass() else { return };
+    let address = handshake::address_of(core, &parts.headers, &parts.extensions).ok();
     warn!(
         key = found.map(tracing::field::display),
         code = rejection.code,
         address = address.map(tracing::field::display),
         method = %parts.method,
-        path = line_of(parts.uri.path()),
+        path = logged_path(parts.uri.path()),
         left_out,
         "A call of the API was refused."
     );
 }
 
-/// So much of a path goes to the log.
-fn line_of(path: &str) -> &str {
+/// Cuts a path to the length that is logged.
+fn logged_path(path: &str) -> &str {
     &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)]
 }
 
@@ -173,27 +172,25 @@ fn missing_scope(scope: Scope) -> Rejection {
     make(format!("The API key lacks the scope {}.", scope.label()))
 }
 
-const LOGGED_PATH_BYTES_MAX: usize = 256;
+/// Extracts the id from the path of a route.
+pub(crate) struct PathId(pub(crate) Id);
 
-/// The id in the path of a route that has one.
-pub(super) struct PathId(Id);
-
-impl FromRequestParts<Arc<Gateway>> for PathId {
+impl FromRequestParts<Arc<Core>> for PathId {
     type Rejection = Rejection;
 
-    async fn from_request_parts(
-        parts: &mut Parts,
-        gateway: &Arc<Gateway>,
-    ) -> Result<Self, Rejection> {
-        let path = Path::<String>::from_request_parts(parts, gateway).await;
+    async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Rejection> {
+        let path = Path::<String>::from_request_parts(parts, core).await;
         let Path(text) = path.map_err(|_| Rejection::bad_id("The id in the path is not UTF-8."))?;
         let id = Id::parse(&text);
         id.map(Self).map_err(|error| Rejection::bad_id(format!("The id in the path {error}.")))
     }
 }
 
-/// Whether a client can be told this when its connection ends.
-fn check_close(code: Option<u16>, reason: Option<&str>) -> Result<(), Rejection> {
+/// Checks the close code and reason that a worker wants a client to get.
+///
+/// # Errors
+/// 400: the code cannot be sent, or the reason is too long.
+pub(crate) fn check_close(code: Option<u16>, reason: Option<&str>) -> Result<(), Rejection> {
     if let Some(code) = code.filter(|code| !disconnect::is_sendable(*code)) {
         let why = format!("{code} is no close code that may be sent.");
         return Err(Rejection::bad_request(why));
@@ -205,24 +202,21 @@ fn check_close(code: Option<u16>, reason: Option<&str>) -> Result<(), Rejection>
     Ok(())
 }
 
-/// Longest reason that fits into a close frame.
-const REASON_BYTES_MAX: usize = 123;
-
 impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
         self.response()
     }
 }
 
-async fn info(_worker: Worker, State(gateway): State<Arc<Gateway>>) -> Json<serde_json::Value> {
-    let status = gateway.bus.status();
+async fn info(_worker: Worker, State(core): State<Arc<Core>>) -> Json<serde_json::Value> {
+    let status = core.bus.status();
     Json(json!({
-        "server_id": &*gateway.server_id,
+        "server_id": &*core.server_id,
         "version": env!("CARGO_PKG_VERSION"),
-        "uptime_seconds": gateway.uptime().as_secs(),
-        "connections": { "active": gateway.places.taken(), "max": gateway.places.max() },
+        "uptime_seconds": core.uptime().as_secs(),
+        "connections": { "active": core.seats.taken(), "max": core.seats.max() },
         "bus": {
-            "kind": gateway.bus.kind(),
+            "kind": core.bus.kind(),
             "connected": status.connected,
             "channels": status.channels,
         },
@@ -233,19 +227,26 @@ async fn openapi() -> ([(header::HeaderName, &'static str); 1], &'static str) {
     ([(header::CONTENT_TYPE, "application/json")], OPENAPI)
 }
 
-/// The answer to a method that a path does not have.
+/// Answers a request whose path does not have the method: 405.
 pub(crate) async fn method_not_allowed() -> Rejection {
     Rejection::method_not_allowed("This path has other methods.")
 }
 
-pub(super) fn read(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
+/// Returns the whole body.
+///
+/// # Errors
+/// 400: the body did not arrive. 413: the body is too large.
+pub(crate) fn read(body: Result<Bytes, BytesRejection>) -> Result<Bytes, Rejection> {
     body.map_err(|error| match error.status() {
         StatusCode::PAYLOAD_TOO_LARGE => Rejection::too_large("The body is too large."),
         _ => Rejection::bad_request(error.body_text()),
     })
 }
 
-/// The JSON of a body; the default where there is none.
+/// Parses the JSON of a body. An empty body is the default value.
+///
+/// # Errors
+/// 400: the body does not follow the schema. 413: the body is too large.
 pub(crate) fn optional_json<T: DeserializeOwned + Default>(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<T, Rejection> {
@@ -255,6 +256,18 @@ pub(crate) fn optional_json<T: DeserializeOwned + Default>(
     }
     serde_json::from_slice(&body).map_err(|error| Rejection::bad_request(error.to_string()))
 }
+
+/// The description of all routes of the API, which a test compares with them.
+pub const OPENAPI: &str = include_str!("../../openapi.json");
+
+/// The routes that belong to no family: method, and path in OpenAPI's form.
+pub const ROUTES: &[(&str, &str)] = &[("get", "/api/v1/info"), ("get", "/api/v1/openapi.json")];
+
+/// Upper bound of a logged path.
+const LOGGED_PATH_BYTES_MAX: usize = 256;
+
+/// Upper bound of a reason: a close frame has room for 125 bytes, of which the code takes two.
+const REASON_BYTES_MAX: usize = 123;
 
 #[cfg(test)]
 mod tests {
@@ -287,26 +300,8 @@ mod tests {
         let mut given = [CODES, &[NOT_DONE]].concat();
         listed.sort_unstable();
         given.sort_unstable();
+        // Two statuses share the code `busy`.
+        given.dedup();
         assert_eq!(listed, given);
-    }
-
-    #[test]
-    fn the_document_describes_exactly_these_routes() {
-        let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
-        let mut described: Vec<_> = document["paths"]
-            .as_object()
-            .unwrap()
-            .iter()
-            .filter(|(path, _)| path.starts_with("/api/"))
-            .flat_map(|(path, item)| {
-                let methods = item.as_object().unwrap().keys();
-                methods.filter(|m| *m != "parameters").map(move |m| (m.clone(), path.clone()))
-            })
-            .collect();
-        let mut served: Vec<_> =
-            ROUTES.iter().map(|(m, p)| ((*m).to_owned(), (*p).to_owned())).collect();
-        described.sort();
-        served.sort();
-        assert_eq!(described, served);
     }
 }

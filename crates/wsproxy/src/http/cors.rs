@@ -1,22 +1,22 @@
-//! What a browser must be told before a page of another origin may read an answer.
+//! Cross-origin headers (CORS), without which a browser does not let a page of another origin read an answer.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
 use crate::{
     config::origin::OriginRule,
-    http::{Body, origin},
+    http::{Body, handshake::origin},
 };
 
-/// What a page of the request's origin may do with the answer.
+/// Permission for pages of the request's origin.
 #[derive(Debug)]
 pub struct Grant {
     origin: HeaderValue,
-    /// It may send cookies and the like, since the operator named it.
+    /// The page may send cookies: the operator listed its origin.
     credentials: bool,
 }
 
 impl Grant {
-    /// `None` where the request is not a page's, or not one of a page that may connect.
+    /// Returns the permission; `None` if the request names no origin, or one that may not connect.
     #[must_use]
     pub fn of(headers: &HeaderMap, allowed: &[OriginRule]) -> Option<Self> {
         let origin = headers.get(header::ORIGIN)?;
@@ -25,7 +25,7 @@ impl Grant {
         Some(Self { origin: origin.clone(), credentials })
     }
 
-    /// Puts it on the answer, be that a refusal: without it the page could not even see the status, nor how long to wait.
+    /// Adds the permission to an answer. Refusals need it too: without it a page sees neither status nor `Retry-After`.
     pub fn apply(self, headers: &mut HeaderMap) {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, self.origin);
         if self.credentials {
@@ -38,7 +38,7 @@ impl Grant {
     }
 }
 
-/// Whether a request only asks what a page may send.
+/// Returns whether a request is a preflight: a browser asks which methods and headers a page may send.
 #[must_use]
 pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
     *method == Method::OPTIONS
@@ -46,7 +46,7 @@ pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
         && headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// The answer to that; the grant comes on top.
+/// Answers a preflight. The caller adds the [`Grant`].
 #[must_use]
 pub fn preflight() -> Response<Body> {
     let mut response = Response::new(Body::empty());
@@ -57,8 +57,8 @@ pub fn preflight() -> Response<Body> {
     response
 }
 
-/// What a client of an event stream sends that a page may not send unasked, and for how long that is remembered. Tools
-/// that trace pages (OpenTelemetry, Sentry) add headers of their own to every request of a page.
+/// Methods and headers that pages may send, and the seconds for which a browser remembers them. Tracing tools
+/// (OpenTelemetry, Sentry) add their own headers to every request of a page.
 const PREFLIGHT: [(HeaderName, &str); 3] = [
     (header::ACCESS_CONTROL_ALLOW_METHODS, "GET"),
     (

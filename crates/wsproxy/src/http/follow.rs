@@ -1,4 +1,4 @@
-//! A topic as server-sent events, for workers that follow it over HTTP.
+//! Streams of a topic's messages for workers, as server-sent events over HTTP.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
@@ -8,74 +8,72 @@ use http::{HeaderValue, Response, header};
 use tracing::debug;
 
 use crate::{
-    gateway::Gateway,
-    http::{Body, rejection::Rejection, sse::CACHE_CONTROL, upgrade},
+    core::Core,
+    http::{
+        Body,
+        handshake::{self, event_stream::CACHE_CONTROL},
+        rejection::Rejection,
+    },
     hub::{
-        Sink, Subscription,
-        message::{self, COMMENT},
-        tap::{Tap, TapEntry},
+        follower::{Followed, FollowerQueue},
+        form::sse::{self, COMMENT},
+        sink::Sink,
+        subscription::Subscription,
     },
 };
 
-/// What may wait for a follower; beyond it the stream ends with an `overflow` event.
-pub(super) const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
-
-/// A comment is sent when nothing else was for this long, so that proxies keep the stream open.
-pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
-
-/// The last event of a follower that is too slow.
-pub(super) const OVERFLOW: Bytes =
-    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n");
-
-/// Most entries of a log that are read at once; further ones when these have been sent.
-const PAGE_ENTRIES: usize = 100;
-
-/// Answers with a stream of `topic`'s messages, after those of `logs` in turn.
+/// Answers with a stream: the entries of `logs`, of which each holds about `entries_max`, then the messages of `topic`.
 ///
-/// The topic is subscribed first, so nothing is missed in between; what was appended in that
-/// moment is in the log or in the stream, never in both.
+/// The topic is subscribed before the logs are read, so that no message is missed. A message that
+/// is appended meanwhile is in a log or in the stream, never in both.
+///
+/// # Errors
+/// 503: the bus or the store is away. 504: it is slow.
 pub async fn follow(
-    gateway: &Arc<Gateway>,
+    core: &Arc<Core>,
     topic: String,
     logs: VecDeque<String>,
+    entries_max: u64,
 ) -> Result<Response<Body>, Rejection> {
-    let tap = Tap::new(FOLLOWER_BYTES_MAX);
-    let sink = Sink::Tap(Arc::clone(&tap));
-    // Redis trims whole nodes, so there may be somewhat more than the configured number.
-    let left = gateway.config.sessions.up_log_entries_max.saturating_mul(2);
+    let queue = FollowerQueue::new(FOLLOWER_BYTES_MAX);
+    let sink = Sink::Follower(Arc::clone(&queue));
+    // Redis trims whole nodes, so a log may hold somewhat more.
+    let left = entries_max.saturating_mul(2);
     let mut log = Some(Logs { keys: logs, after: String::new(), left });
-    let (subscription, kept) = upgrade::deadline(gateway, async {
-        let subscription = gateway.hub.subscribe([(topic.into(), sink)]).await?;
+    let (subscription, kept) = handshake::deadline(core, async {
+        let subscription = core.hub.subscribe([(topic.into(), sink)]).await?;
         let kept = match &mut log {
-            Some(log) => log.page(gateway).await?,
+            Some(log) => log.page(core).await?,
             None => VecDeque::new(),
         };
         Ok((subscription, kept))
     })
     .await?;
-    let gateway = Arc::clone(gateway);
-    let follower = Follower { gateway, tap, kept, log, over: false, _subscription: subscription };
+    let core = Arc::clone(core);
+    let follower = Follower { core, queue, kept, log, over: false, _subscription: subscription };
     Ok(response(stream::unfold(follower, Follower::next)))
 }
 
-/// An answer of server-sent events.
-pub(super) fn response(
+/// Makes an answer of server-sent events.
+pub(crate) fn response(
     events: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static,
 ) -> Response<Body> {
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(CACHE_CONTROL));
-    // nginx would hold the stream back in its buffer.
+    // Without this header nginx buffers the stream.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    // The listener does not see the end of such a body, and takes no further request on its socket.
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 
 struct Follower {
-    gateway: Arc<Gateway>,
-    tap: Arc<Tap>,
+    core: Arc<Core>,
+    queue: Arc<FollowerQueue>,
     kept: VecDeque<Bytes>,
-    /// What is not read yet.
+    /// Logs that are not read to their ends yet.
     log: Option<Logs>,
     over: bool,
     _subscription: Subscription,
@@ -87,7 +85,7 @@ impl Follower {
             return None;
         }
         if let Some(log) = self.log.as_mut().filter(|_| self.kept.is_empty()) {
-            match upgrade::deadline(&self.gateway, log.page(&self.gateway)).await {
+            match handshake::deadline(&self.core, log.page(&self.core)).await {
                 Ok(page) if page.is_empty() => self.log = None,
                 Ok(page) => self.kept = page,
                 Err(error) => {
@@ -100,40 +98,41 @@ impl Follower {
             return Some((Ok(kept), self));
         }
         let chunk = tokio::select! {
-            entry = self.tap.next_entry() => match entry {
-                Some(TapEntry::Message(payload, _)) => event(None, &payload),
-                Some(TapEntry::Gap(gap)) => gap_event(gap),
-                // A follower is neither told its position nor does it have a logic.
-                Some(TapEntry::Position(_) | TapEntry::Event(..)) => COMMENT,
-                Some(TapEntry::End(_)) => return None,
+            entry = self.queue.next() => match entry {
+                Some(Followed::Message(payload)) => event(None, &payload),
+                Some(Followed::Gap(gap)) => gap_event(gap),
                 None => {
                     self.over = true;
                     OVERFLOW
                 }
             },
             () = tokio::time::sleep(KEEP_ALIVE) => COMMENT,
-            () = self.gateway.followers_end.cancelled() => return None,
+            () = self.core.followers_end.cancelled() => return None,
         };
         Some((Ok(chunk), self))
     }
 }
 
-/// Logs that are being read from their starts to their ends.
+/// Logs that are read one after the other, page by page.
 struct Logs {
     keys: VecDeque<String>,
-    /// The last entry that was read.
+    /// Id of the last entry that was read.
     after: String,
-    /// Most entries that are still read.
+    /// Upper bound of the entries still to read: a log that grows meanwhile must not keep the follower from live
+    /// messages.
     left: u64,
 }
 
 impl Logs {
-    /// The next entries as events; none at the end.
-    async fn page(&mut self, gateway: &Gateway) -> Result<VecDeque<Bytes>, Rejection> {
-        let count = page_entries(gateway.config.limits.max_message_bytes);
+    /// Reads the next page as events; an empty page is the end.
+    ///
+    /// # Errors
+    /// 500, 503: the store did not answer the read.
+    async fn page(&mut self, core: &Core) -> Result<VecDeque<Bytes>, Rejection> {
+        let count = page_entries(core.config.limits.max_message_bytes);
         let count = count.min(usize::try_from(self.left).unwrap_or(usize::MAX));
         while let Some(key) = self.keys.front().filter(|_| count > 0) {
-            let entries = gateway.store.read_log(key, &self.after, count).await?;
+            let entries = core.store.read_log(key, &self.after, count).await?;
             if let Some(last) = entries.last() {
                 self.left -= entries.len() as u64;
                 self.after.clone_from(&last.id);
@@ -146,18 +145,18 @@ impl Logs {
     }
 }
 
-/// Tells that messages may be missing here, as clients of sessions are told.
+/// Makes the event `bus_recovered`, which tells a follower that messages may be missing.
 fn gap_event(gap: Duration) -> Bytes {
     Bytes::from(format!("event: bus_recovered\ndata: {{\"gap_ms\":{}}}\n\n", gap.as_millis()))
 }
 
-/// Clients choose how large entries are: a page is no more than what may wait anyway, or one entry.
+/// Returns the number of entries that are read at a time. They fit into [`FOLLOWER_BYTES_MAX`], unless it is one.
 fn page_entries(entry_bytes_max: usize) -> usize {
     (FOLLOWER_BYTES_MAX / entry_bytes_max.max(1)).clamp(1, PAGE_ENTRIES)
 }
 
-/// An event of a payload, in which every line gets its own `data:` as the format wants.
-pub(super) fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
+/// Makes an event of a payload. Every line gets its own `data:`, so that a payload cannot forge an event.
+pub(crate) fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
     let text = String::from_utf8_lossy(payload);
     let mut event = String::with_capacity(text.len() + 32);
     if let Some(id) = id {
@@ -166,9 +165,22 @@ pub(super) fn event(id: Option<&str>, payload: &[u8]) -> Bytes {
         event.push('\n');
     }
     event.push_str("event: message\n");
-    message::push_data(&mut event, &text);
+    sse::push_data(&mut event, &text);
     Bytes::from(event)
 }
+
+/// Upper bound of the bytes that wait for a follower. Beyond it the stream ends with an `overflow` event.
+pub(crate) const FOLLOWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Silence after which a comment is sent, so that proxies keep the stream open.
+pub(crate) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// The last event of a follower that is too slow.
+pub(crate) const OVERFLOW: Bytes =
+    Bytes::from_static(b"event: overflow\ndata: the follower is too slow\n\n");
+
+/// Upper bound of the log entries in one read. The next read waits until these are sent.
+const PAGE_ENTRIES: usize = 100;
 
 #[cfg(test)]
 mod tests {

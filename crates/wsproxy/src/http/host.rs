@@ -1,4 +1,4 @@
-//! The host that a request names: that there is exactly one (RFC 9112, 3.2), and whether it is this machine.
+//! Checks of a request's `Host`: exactly one (RFC 9112, 3.2), and on a local instance one of this machine.
 
 use std::net::IpAddr;
 
@@ -6,11 +6,10 @@ use http::{Request, Version, header};
 
 use crate::{config::host::Authority, http::rejection::Rejection};
 
-/// Checks that a request names a host as its version of HTTP demands. Probes that speak HTTP/1.0
-/// may name none.
+/// Checks that a request has exactly one valid `Host`. Requests of HTTP/1.0, such as probes, may have none.
 ///
 /// # Errors
-/// There is no `Host`, more than one, or one that names no host; or the target of the request does not.
+/// 400: no `Host`, more than one, or an invalid host in the header or in the request's target.
 pub fn check<B>(request: &Request<B>) -> Result<(), Rejection> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
@@ -30,14 +29,14 @@ pub fn check<B>(request: &Request<B>) -> Result<(), Rejection> {
     }
 }
 
-/// Checks that a request was meant for this machine, where only this machine can reach the instance.
+/// Checks that a request names this machine. For instances that listen on a local address only.
 ///
-/// A foreign page can lead its own host name to this machine (DNS rebinding), but its browser still
-/// sends that name. An address is not a name that somebody could lead elsewhere. No browser speaks
-/// HTTP/1.0, so a request without `Host` is no page's.
+/// This stops DNS rebinding: a foreign page can point its own host name at this machine, but its
+/// browser still sends that name. An address cannot be rebound. A request without `Host` does not
+/// come from a page, since no browser speaks HTTP/1.0.
 ///
 /// # Errors
-/// It names another host.
+/// 403: the request names another host.
 pub fn check_local<B>(request: &Request<B>, bind: IpAddr) -> Result<(), Rejection> {
     let host = request.headers().get(header::HOST).map(|host| host.to_str().unwrap_or_default());
     let target = request.uri().authority().map(http::uri::Authority::as_str);
@@ -49,7 +48,7 @@ pub fn check_local<B>(request: &Request<B>, bind: IpAddr) -> Result<(), Rejectio
     }
 }
 
-/// Whether a host is this machine by its address, or `localhost`.
+/// Returns whether a host is `localhost` or an address of this machine.
 #[must_use]
 pub fn is_local(host: &Authority<'_>, bind: IpAddr) -> bool {
     match host.address() {

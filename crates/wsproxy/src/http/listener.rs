@@ -1,4 +1,4 @@
-//! The accept loop: sockets in, requests out, and every way in which a stranger can waste our time bounded.
+//! The accept loop: accepts sockets, reads requests, and bounds the time and memory that a socket can take.
 
 use std::{
     convert::Infallible,
@@ -20,37 +20,37 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::http::{
-    Body,
-    lasting::{self, Lasting},
-    line::{Line, LineSocket},
-    routes::Routes,
-    sockets::{Silence, Sockets},
-    upgrade,
+use crate::{
+    core::{
+        Core,
+        socket::{HttpSocket, SharedSocket},
+        sockets::{Silence, Sockets},
+    },
+    http::{
+        Body,
+        detached::{self, Detached},
+        handshake::{self, address::RemoteAddress},
+    },
 };
 
-/// Connections that the kernel completes while we are busy.
-const BACKLOG: i32 = 4096;
-
-/// After an error that lasts (no descriptors left), the loop rests so long.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
-/// An error that lasts is logged again after so long; the counter has every one.
-const WARN_EVERY: Duration = Duration::from_secs(10);
-
-/// The answer to those who come when even the places for refusing are taken.
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
-x-content-type-options: nosniff\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
-{\"error\":{\"code\":\"full\",\"message\":\"The instance holds as many connections as it may.\",\"retryable\":true}}";
-
-/// Where a request came from, as an extension of the request.
-#[derive(Debug, Clone, Copy)]
-pub struct RemoteAddress(pub IpAddr);
+/// The service that answers the requests of a listener.
+pub trait Service: Clone + Send + 'static {
+    /// The instance.
+    fn core(&self) -> &Arc<Core>;
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// Never: a refusal is an answer.
+    fn serve(
+        self,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send;
+}
 
 /// Listens on `address`.
 ///
 /// # Errors
-/// The address is in use, or not ours.
+/// The address is in use, or does not belong to this machine.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -60,7 +60,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Where this machine reaches a listener that may be bound to all addresses.
+/// Returns the address at which this machine reaches a listener; the loopback for one on all addresses.
 #[must_use]
 pub fn reachable(mut address: SocketAddr) -> SocketAddr {
     match address.ip() {
@@ -71,11 +71,11 @@ pub fn reachable(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Accepts until `stop`. `sockets` bounds all connections of this listener, those that have not
-/// sent a request yet included: these give way to new ones.
+/// Accepts sockets until `stop`. `sockets` bounds them, including sockets that have sent no request
+/// yet. Such silent sockets give way to new ones.
 pub async fn run(
     listener: TcpListener,
-    routes: Routes,
+    service: impl Service,
     sockets: Arc<Sockets>,
     stop: CancellationToken,
 ) {
@@ -86,19 +86,19 @@ pub async fn run(
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, address)) => accept(stream, address, &routes, &sockets, &stop),
+            Ok((stream, address)) => accept(stream, address, &service, &sockets, &stop),
             Err(error) if is_of_one_connection(&error) => {
                 debug!(%error, "A client left before it was accepted.");
             }
             Err(error) => {
-                routes.gateway().metrics.error("accept");
+                service.core().metrics.error("accept");
                 if warned.is_none_or(|at: Instant| at.elapsed() > WARN_EVERY) {
                     warned = Some(Instant::now());
                     warn!(%error, "Accepting failed; trying again.");
                 }
-                // Where it is for want of descriptors a silent socket has one to give.
+                // If descriptors are lacking, closing a silent socket frees one.
                 if sockets.close_oldest() {
-                    routes.gateway().metrics.error("silent_socket");
+                    service.core().metrics.error("silent_socket");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -109,34 +109,34 @@ pub async fn run(
 fn accept(
     stream: TcpStream,
     address: SocketAddr,
-    routes: &Routes,
+    service: &impl Service,
     sockets: &Arc<Sockets>,
     stop: &CancellationToken,
 ) {
-    let gateway = routes.gateway();
-    let Some((place, gave_way)) = sockets.take() else {
-        gateway.metrics.handshake(None, "full");
-        upgrade::tell_full(gateway);
+    let core = service.core();
+    let Some((seat, gave_way)) = sockets.take() else {
+        core.metrics.handshake(None, "full");
+        handshake::tell_full(core);
         return refuse(stream);
     };
-    // Hyper writes heads and bodies in one go; what follows an upgrade sets its own options.
+    // Hyper writes head and body at once, so Nagle's delay gains nothing. WebSockets set their own options.
     let _ = stream.set_nodelay(true);
-    // Who asks and never reads the answers would hold a place for ever: hyper waits to write.
+    // Hyper waits without limit to write: a client that never reads its answers would hold a seat for ever.
     #[cfg(target_os = "linux")]
     let _ = socket2::SockRef::from(&stream)
-        .set_tcp_user_timeout(Some(gateway.config.server.header_timeout));
-    let (place, line) = (Arc::new(place), Line::new(stream));
+        .set_tcp_user_timeout(Some(core.config.server.header_timeout));
+    let (seat, shared) = (Arc::new(seat), SharedSocket::new(stream));
     let peer = address.ip().to_canonical();
-    // Our own proxies come from few addresses with the sockets of many clients.
-    let is_proxy = gateway.config.server.trusted_proxies.iter().any(|net| net.contains(&peer));
-    let (silence, was_full) = sockets.watch((!is_proxy).then_some(peer), &line);
+    // A trusted proxy brings the sockets of many clients from one address, so it has no share of its own.
+    let is_proxy = core.config.server.trusted_proxies.iter().any(|net| net.contains(&peer));
+    let (silence, was_full) = sockets.watch((!is_proxy).then_some(peer), &shared);
     if gave_way || was_full {
-        gateway.metrics.error("silent_socket");
+        core.metrics.error("silent_socket");
     }
-    let (routes, stop, gateway) = (routes.clone(), stop.clone(), Arc::clone(gateway));
-    let tasks = gateway.tasks.clone();
+    let (service, stop, core) = (service.clone(), stop.clone(), Arc::clone(core));
+    let tasks = core.tasks.clone();
     tasks.spawn(async move {
-        let server = &gateway.config.server;
+        let server = &core.config.server;
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
@@ -144,84 +144,84 @@ fn accept(
             .max_buf_size(server.header_bytes_max.max(8192))
             .max_headers(128)
             .half_close(false);
-        let asked = Arc::clone(&line);
-        let service = service_fn(move |mut request: Request<Incoming>| {
+        let asked = Arc::clone(&shared);
+        let answering = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(RemoteAddress(address.ip()));
-            // An upgraded socket keeps its place by taking this along.
-            request.extensions_mut().insert(Arc::clone(&place));
+            // A WebSocket takes the seat along and keeps it.
+            request.extensions_mut().insert(Arc::clone(&seat));
             request.extensions_mut().insert(Arc::clone(&asked));
-            answer(routes.clone(), request, Arc::clone(&asked), Arc::clone(&silence))
+            answer(service.clone(), request, Arc::clone(&asked), Arc::clone(&silence))
         });
-        let socket = LineSocket(Arc::clone(&line));
-        let connection = builder.serve_connection(socket, service).with_upgrades();
+        let socket = HttpSocket(Arc::clone(&shared));
+        let connection = builder.serve_connection(socket, answering).with_upgrades();
         let mut connection = std::pin::pin!(connection);
         let result = tokio::select! {
             result = connection.as_mut() => result,
-            () = line.wait_taken() => return,
+            () = shared.wait_taken() => return,
             () = stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
                     result = connection => result,
-                    () = line.wait_taken() => return,
+                    () = shared.wait_taken() => return,
                 }
             }
         };
         if let Err(error) = result
-            && line.is_at_fault(error.is_timeout())
+            && shared.is_at_fault(error.is_timeout())
         {
             let kind = if error.is_timeout() { "slow_request" } else { "bad_request" };
-            gateway.metrics.error(kind);
+            core.metrics.error(kind);
             debug!(%error, address = %address.ip(), kind, "A client's request failed.");
         }
     });
 }
 
-/// Answers a request; one whose answer lasts takes the socket along.
+/// Answers a request. A detached answer takes the socket out of the HTTP connection.
 async fn answer(
-    routes: Routes,
+    service: impl Service,
     request: Request<Incoming>,
-    line: Arc<Line>,
+    shared: Arc<SharedSocket>,
     silence: Arc<Silence>,
 ) -> Result<Response<Body>, Infallible> {
     if !silence.end() {
-        // The socket was closed just now, for another one.
+        // The socket has just been closed to make room for another one.
         return std::future::pending().await;
     }
     let version = request.version();
-    let gateway = Arc::clone(routes.gateway());
-    let mut response = routes.serve(request).await?;
-    // A body is never what a browser guesses that it might be.
+    let core = Arc::clone(service.core());
+    let mut response = service.serve(request).await?;
+    // Browsers must not guess a content type.
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    let tasks = &gateway.tasks;
-    let Some(Lasting(profile)) = response.extensions().get().cloned() else {
-        // An upgrade and a body without end are no silence.
+    let tasks = &core.tasks;
+    let Some(detached) = response.extensions().get::<Detached>().cloned() else {
+        // WebSockets and endless bodies are not silent: their sockets must not give way.
         let is_over = response.status() != StatusCode::SWITCHING_PROTOCOLS
             && response.body().size_hint().exact().is_some();
         if is_over {
-            line.answered();
+            shared.answered();
             if silence.begin() {
-                gateway.metrics.error("silent_socket");
+                core.metrics.error("silent_socket");
             }
         }
         return Ok(response);
     };
-    if let Some(stream) = line.take() {
-        tasks.spawn(lasting::write(stream, line, version, profile, response));
+    if let Some(stream) = shared.take() {
+        tasks.spawn(detached::write(stream, version, detached, response));
     }
-    // The HTTP connection is dropped now, and this with it.
+    // Never returns: `accept` sees that the stream was taken, and drops the HTTP connection with this future in it.
     std::future::pending().await
 }
 
-/// Answers and closes at once: sockets that waited to be written to would need descriptors which others were
-/// promised. A new socket has room for the answer.
+/// Refuses a socket and closes it at once, so that it does not use up a descriptor which a seat needs. One write is
+/// enough: the send buffer of a new socket is empty.
 fn refuse(stream: TcpStream) {
     if let Ok(mut stream) = stream.into_std() {
         let _ = stream.write(FULL);
     }
 }
 
-/// Errors of `accept` that concern one client and not the listener.
+/// Returns whether an error of `accept` concerns a single client and not the listener.
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -231,6 +231,20 @@ fn is_of_one_connection(error: &io::Error) -> bool {
             | io::ErrorKind::Interrupted
     )
 }
+
+/// Upper bound of the connections that wait in the kernel to be accepted.
+const BACKLOG: i32 = 4096;
+
+/// Pause after an error that lasts, such as a lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Interval at which an error that lasts is logged again. The counter counts every error.
+const WARN_EVERY: Duration = Duration::from_secs(10);
+
+/// Answer to a client for which not even a socket seat is left.
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
+x-content-type-options: nosniff\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
+{\"error\":{\"code\":\"full\",\"message\":\"The instance holds as many connections as it may.\",\"retryable\":true}}";
 
 #[cfg(test)]
 mod tests {

@@ -1,18 +1,18 @@
-//! The one table of refusals: every way in which wsproxy says no before `101`.
+//! The table of all refusals: status, code and retry advice of every request that is not served.
 
 use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode, header};
-use wsproxy_proto::ws::handshake::Refusal;
+use wsproxy_proto::{names::Id, ws::handshake::Refusal};
 
 use crate::{
     auth::jwt::JwtError,
-    bus::{BusError, not_done::NotDone},
+    bus::publish::BusError,
     http::Body,
-    store::StoreError,
+    store::{command::StoreError, not_done::NotDone},
 };
 
-/// A refusal: what the client is told. The cause inside, if any, goes to the log only.
+/// A refusal as the client or worker gets it. Its cause goes to the log only.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{} {}: {message}", status.as_u16(), code)]
 pub struct Rejection {
@@ -24,10 +24,23 @@ pub struct Rejection {
     pub message: String,
     /// `Retry-After`.
     pub retry_after: Option<Duration>,
-    /// Whether the same request may be sent again without being done twice.
+    /// The same request may be sent again without being done twice.
     pub retryable: bool,
-    /// What happened inside.
+    /// Error inside the gateway, for the log.
     pub cause: Option<String>,
+    /// User that the client named, for the log. The client may not have proved to be that user.
+    pub user: Option<Box<str>>,
+    /// Form of the body.
+    pub form: BodyForm,
+}
+
+/// Form of the body of a refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyForm {
+    /// That of the contract: a code, a message, and whether a retry does no harm.
+    Common,
+    /// That of rooms' limit of attempts, which clients of an older gateway read.
+    RoomAttempts,
 }
 
 macro_rules! table {
@@ -37,31 +50,35 @@ macro_rules! table {
                 Self::new(StatusCode::$status, $code, message.into())
             })*
 
-            /// Every entry of the table.
+            /// All entries of the table.
             #[cfg(test)]
             fn all() -> Vec<Self> {
                 vec![$(Self::$name("m")),*]
             }
         }
 
-        /// Codes of the table.
+        /// All codes of the table.
         #[cfg(test)]
         pub(super) const CODES: &[&str] = &[$($code),*];
     };
 }
 
 table! {
-    /// The request cannot be understood.
+    /// The request is malformed.
     bad_request = BAD_REQUEST, "bad_request";
-    /// An id in the path is none.
+    /// A text in the path is not an id.
     bad_id = BAD_REQUEST, "bad_id";
-    /// No credential.
+    /// The request has no credential.
     missing_credentials = UNAUTHORIZED, "missing_credentials";
-    /// Something in the place of a credential that is none.
+    /// The request's credential is malformed.
     malformed_credentials = UNAUTHORIZED, "malformed_credentials";
-    /// Wrong, expired, used, or of a kind that does not open this.
+    /// The credential is wrong, expired, used, or of another kind.
     invalid_token = FORBIDDEN, "invalid_token";
-    /// A page of this origin may not connect.
+    /// The user is unknown, or the secret is wrong, expired or revoked.
+    invalid_credentials = FORBIDDEN, "invalid_credentials";
+    /// The token does not open this room.
+    room_forbidden = FORBIDDEN, "room_forbidden";
+    /// Pages of this origin may not connect.
     origin_not_allowed = FORBIDDEN, "origin_not_allowed";
     /// The API key lacks the scope `sessions`.
     missing_scope_sessions = FORBIDDEN, "missing_scope_sessions";
@@ -73,37 +90,61 @@ table! {
     missing_scope_agents = FORBIDDEN, "missing_scope_agents";
     /// The API key lacks the scope `admin`.
     missing_scope_admin = FORBIDDEN, "missing_scope_admin";
-    /// This instance does not answer to that name.
+    /// The request names a host that is not this instance.
     host_not_allowed = FORBIDDEN, "host_not_allowed";
-    /// Nothing here.
+    /// The path, or the thing that it names, does not exist.
     not_found = NOT_FOUND, "not_found";
-    /// Something here, but not for this method.
+    /// The path exists, but not for this method.
     method_not_allowed = METHOD_NOT_ALLOWED, "method_not_allowed";
-    /// The request did not arrive whole in time.
+    /// The whole request did not arrive in time.
     request_timeout = REQUEST_TIMEOUT, "request_timeout";
-    /// What is there does not fit to what was asked.
+    /// The client id belongs to another user in this room.
+    taken = CONFLICT, "taken";
+    /// The request does not fit the stored state.
     conflict = CONFLICT, "conflict";
+    /// A newer connection of the user took the place of this one while it was opening.
+    replaced = CONFLICT, "replaced";
     /// The body is larger than the limit.
     too_large = PAYLOAD_TOO_LARGE, "too_large";
-    /// A WebSocket lives here.
+    /// The path is a WebSocket endpoint.
     upgrade_required = UPGRADE_REQUIRED, "upgrade_required";
-    /// Attempts from this address above the rate.
+    /// The client's address makes more attempts than its rate allows.
     rate_limited = TOO_MANY_REQUESTS, "rate_limited";
-    /// A user or a session has as many connections as it may.
+    /// The user or session has reached its maximum of connections.
     too_many_connections = TOO_MANY_REQUESTS, "too_many_connections";
-    /// As many handshakes as may be wait for their credentials to be checked.
+    /// The maximum of handshakes waits for their credentials to be checked.
     too_many_handshakes = SERVICE_UNAVAILABLE, "too_many_handshakes";
-    /// The instance holds as many connections as it may.
+    /// The instance has reached its maximum of connections.
     full = SERVICE_UNAVAILABLE, "full";
-    /// The instance is about to end.
+    /// The room has its maximum of members, or the instance its maximum of rooms.
+    room_full = SERVICE_UNAVAILABLE, "room_full";
+    /// The instance is shutting down.
     draining = SERVICE_UNAVAILABLE, "draining";
     /// The bus or the store cannot be reached.
     bus_unavailable = SERVICE_UNAVAILABLE, "bus_unavailable";
-    /// Whoever issues tokens cannot be reached, so that none can be checked.
+    /// The database cannot be reached, so credentials cannot be checked.
+    database_unavailable = SERVICE_UNAVAILABLE, "database_unavailable";
+    /// The token issuer's keys cannot be fetched, so tokens cannot be checked.
     issuer_unavailable = SERVICE_UNAVAILABLE, "issuer_unavailable";
+    /// No agent of the user is connected, so the call was not sent.
+    agent_offline = SERVICE_UNAVAILABLE, "agent_offline";
+    /// The agent's connection ended before the agent answered.
+    agent_gone = BAD_GATEWAY, "agent_gone";
+    /// The agent has the maximum of calls in flight, so the call was not sent.
+    agent_busy = TOO_MANY_REQUESTS, "busy";
+    /// The instance takes no calls, so the call was not sent.
+    instance_busy = SERVICE_UNAVAILABLE, "busy";
+    /// The agent did not answer in time.
+    timeout = GATEWAY_TIMEOUT, "timeout";
+    /// The call was cancelled.
+    cancelled = CONFLICT, "cancelled";
+    /// A call with this request id has ended already.
+    duplicate = CONFLICT, "duplicate";
+    /// The bus was lost while the call was on its way.
+    outcome_unknown = SERVICE_UNAVAILABLE, "outcome_unknown";
     /// The bus or the store did not answer in time.
     deadline = GATEWAY_TIMEOUT, "deadline";
-    /// A fault of the gateway's own.
+    /// The gateway has a fault.
     internal = INTERNAL_SERVER_ERROR, "internal";
 }
 
@@ -116,10 +157,11 @@ impl Rejection {
                 | StatusCode::GATEWAY_TIMEOUT
         );
         let retry_after = retryable.then_some(Duration::from_secs(1));
-        Self { status, code, message, retry_after, retryable, cause: None }
+        let (cause, user, form) = (None, None, BodyForm::Common);
+        Self { status, code, message, retry_after, retryable, cause, user, form }
     }
 
-    /// The bus or the store certainly did not do it.
+    /// The bus or the store refused the request, so it certainly was not done.
     #[must_use]
     pub fn not_done(refusal: NotDone) -> Self {
         let status = match refusal {
@@ -127,24 +169,25 @@ impl Rejection {
             _ if refusal.is_passing() => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
+        // Retryable even with status 409 or 500: nothing was done, so a repetition cannot do it twice.
         let message = format!("Not done: {}.", refusal.reason());
         Self { retryable: true, ..Self::new(status, NOT_DONE, message) }
     }
 
-    /// More waits for the bus than may; this was not put behind it.
+    /// The bus's queue is full, so the request was not queued.
     fn overloaded() -> Self {
         let message = "Not done: the bus is overloaded.".into();
         Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
     }
 
-    /// It is not known whether the request was done: only one that can be `repeated` may be sent again.
+    /// Marks the outcome as unknown. Only a request that can be `repeated` stays retryable.
     #[must_use]
     pub fn in_doubt(mut self, repeated: bool) -> Self {
         self.retryable &= repeated || self.code == NOT_DONE;
         self
     }
 
-    /// For a client, who is not told how the store is: to try again later is all that it can do.
+    /// Returns the refusal as a client gets it. Details of the store are left out: a client can only try again later.
     #[must_use]
     pub fn for_client(&self) -> Self {
         if self.code != NOT_DONE {
@@ -154,7 +197,7 @@ impl Rejection {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, NOT_DONE, message)
     }
 
-    /// Attempts from this address above the rate; one can succeed after `wait`.
+    /// The client's address makes more attempts than its rate allows. An attempt can succeed after `wait`.
     #[must_use]
     pub fn too_often(wait: Duration) -> Self {
         let seconds = retry_seconds(wait);
@@ -162,31 +205,51 @@ impl Rejection {
             .after(wait)
     }
 
-    /// With what happened inside, for the log.
+    /// As [`Self::too_often`], of rooms. Deployed clients of rooms read these words.
+    #[must_use]
+    pub fn too_often_for_rooms(wait: Duration) -> Self {
+        let seconds = retry_seconds(wait);
+        let message = format!("{ROOM_ATTEMPTS}. Try again in {seconds} seconds.");
+        Self { form: BodyForm::RoomAttempts, ..Self::rate_limited(message).after(wait) }
+    }
+
+    /// Adds the error inside the gateway, for the log.
     #[must_use]
     pub fn because(mut self, cause: impl ToString) -> Self {
         self.cause = Some(cause.to_string());
         self
     }
 
-    /// With another time after which a retry can succeed.
+    /// Adds the user that the client named, for the log.
+    #[must_use]
+    pub fn of_user(mut self, user: &Id) -> Self {
+        self.user = Some(user.as_str().into());
+        self
+    }
+
+    /// Sets the time after which a retry can succeed.
     #[must_use]
     pub const fn after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
     }
 
-    /// The body of the response: contract section 8.
+    /// Returns the JSON body of the response.
     #[must_use]
     pub fn body(&self) -> serde_json::Value {
-        serde_json::json!({ "error": {
-            "code": self.code,
-            "message": self.message,
-            "retryable": self.retryable,
-        }})
+        match self.form {
+            BodyForm::Common => serde_json::json!({ "error": {
+                "code": self.code,
+                "message": self.message,
+                "retryable": self.retryable,
+            }}),
+            BodyForm::RoomAttempts => {
+                serde_json::json!({ "error": ROOM_ATTEMPTS, "message": self.message })
+            }
+        }
     }
 
-    /// The response.
+    /// Returns the HTTP response.
     #[must_use]
     pub fn response(&self) -> Response<Body> {
         let mut response = Response::new(Body::from(self.body().to_string()));
@@ -213,34 +276,7 @@ impl Rejection {
     }
 }
 
-/// `error.code` where certainly nothing was done.
-pub(super) const NOT_DONE: &str = "not_done";
-
-/// Codes with which handshakes are refused.
-pub(crate) const OF_HANDSHAKES: [&str; 20] = [
-    "bad_id",
-    "bad_request",
-    "bus_unavailable",
-    "deadline",
-    "draining",
-    "full",
-    "host_not_allowed",
-    "internal",
-    "invalid_token",
-    "issuer_unavailable",
-    "malformed_credentials",
-    "method_not_allowed",
-    "missing_credentials",
-    NOT_DONE,
-    "not_found",
-    "origin_not_allowed",
-    "rate_limited",
-    "too_many_connections",
-    "too_many_handshakes",
-    "upgrade_required",
-];
-
-/// A wait as a client is told it: rounded up, since earlier than that it would fail again.
+/// Rounds a wait up to whole seconds: an earlier retry would fail.
 fn retry_seconds(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
@@ -294,23 +330,67 @@ impl From<JwtError> for Rejection {
     }
 }
 
+/// `error.code` of a request that certainly was not done.
+pub(super) const NOT_DONE: &str = "not_done";
+
+/// Member `error` of a body of [`BodyForm::RoomAttempts`].
+const ROOM_ATTEMPTS: &str = "Rate limit exceeded";
+
+/// Codes of refused handshakes.
+pub(crate) const OF_HANDSHAKES: [&str; 26] = [
+    "bad_id",
+    "bad_request",
+    "bus_unavailable",
+    "database_unavailable",
+    "deadline",
+    "draining",
+    "full",
+    "host_not_allowed",
+    "internal",
+    "invalid_credentials",
+    "invalid_token",
+    "issuer_unavailable",
+    "malformed_credentials",
+    "method_not_allowed",
+    "missing_credentials",
+    NOT_DONE,
+    "not_found",
+    "origin_not_allowed",
+    "rate_limited",
+    "replaced",
+    "room_forbidden",
+    "room_full",
+    "taken",
+    "too_many_connections",
+    "too_many_handshakes",
+    "upgrade_required",
+];
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
     use serde_json::Value;
-    use wsproxy_proto::disconnect::Disconnect;
 
     use super::*;
 
-    /// Codes that only workers meet.
-    const OF_WORKERS: &[&str] = &["too_large"];
+    /// Codes that only workers get.
+    const OF_WORKERS: &[&str] = &[
+        "agent_gone",
+        "agent_offline",
+        "busy",
+        "cancelled",
+        "duplicate",
+        "outcome_unknown",
+        "timeout",
+        "too_large",
+    ];
 
     fn rule() -> Value {
         serde_json::from_str(include_str!("../../../../spec/finality.json")).unwrap()
     }
 
-    /// Rows of a section by name.
+    /// Returns the rows of a section by name.
     fn rows(rule: &Value, section: &str) -> BTreeMap<String, Value> {
         let rows = rule[section].as_array().unwrap();
         rows.iter().map(|row| (row["name"].as_str().unwrap().to_owned(), row.clone())).collect()
@@ -320,8 +400,8 @@ mod tests {
     fn clients_rule_knows_every_refusal() {
         let rule = rule();
         let rows = rows(&rule, "handshakes");
-        let refused = NotDone::of(b"OOM").map(|refusal| Rejection::not_done(refusal).for_client());
-        for rejection in Rejection::all().into_iter().chain(refused) {
+        let refused = Rejection::not_done(NotDone::Memory).for_client();
+        for rejection in Rejection::all().into_iter().chain([refused]) {
             let code = rejection.code;
             if code.starts_with("missing_scope_") || OF_WORKERS.contains(&code) {
                 continue;
@@ -338,19 +418,17 @@ mod tests {
     }
 
     #[test]
-    fn clients_rule_agrees_with_every_close() {
-        let rule = rule();
-        let rows = rows(&rule, "closes");
-        for close in Disconnect::ALL.iter().filter(|close| **close != Disconnect::SERVER_LOST) {
-            let row = rows.get(close.label);
-            let row = row.unwrap_or_else(|| panic!("{} is not in spec/finality.json", close.label));
-            assert_eq!(row["code"], close.code, "{}", close.label);
-            assert_eq!(row["reason"], close.reason, "{}", close.label);
-            match row["advice"].as_str().unwrap() {
-                "final" | "credentials" => assert!(!close.reconnect, "{}", close.label),
-                _ => assert!(close.reconnect, "{}", close.label),
-            }
-        }
+    fn rooms_refuse_attempts_in_the_words_of_older_gateways() {
+        let refused = Rejection::too_often_for_rooms(Duration::from_millis(29_001));
+        let expected = r#"{"error":"Rate limit exceeded","message":"Rate limit exceeded. Try again in 30 seconds."}"#;
+        assert_eq!(refused.body().to_string(), expected);
+        let response = refused.response();
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "30");
+        let row = rows(&rule(), "handshakes").remove("rate_limited, of rooms").unwrap();
+        assert_eq!(row["body"], expected);
+        let at_once = Rejection::too_often_for_rooms(Duration::ZERO);
+        assert_eq!(at_once.message, "Rate limit exceeded. Try again in 1 seconds.");
     }
 
     #[test]

@@ -1,52 +1,53 @@
-//! Who of a topic's sinks gets a message, and how it gets there.
+//! Delivery of a message to the sinks of its topic, through their outboxes.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use tracing::trace;
-use wsproxy_conn::{Event, Link, clock::Micros, link::Queued};
+use wsproxy_conn::{Link, clock::Micros, link::Queued};
 use wsproxy_proto::history::{Lost, Position};
 
 use crate::{
+    client::{Client, event::Event},
     hub::{
-        Hub, Sink, State,
-        message::{Fanout, Message},
-        notice,
-        subscribers::Subscribers,
+        Hub, fanout::Fanout, follower::Followed, form::Form, gate::Gate, inbox::Inbox,
+        message::Message, notice, sink::Sink, subscribers::Subscribers, topic::Topic,
     },
-    store::StreamState,
+    store::token_streams::StreamState,
     telemetry::log::MESSAGES,
 };
 
-/// Whom a message is for.
+/// The sinks that get a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Audience {
-    /// Everybody.
+    /// All sinks.
     All,
-    /// Clients that came while it was on its way; everybody else has it.
+    /// Gated clients, which connected while the message was on its way. All other sinks have it.
     Gated,
 }
 
-/// Writes a round of messages into outboxes, and remembers whose must be flushed.
+/// Writes a round of messages into outboxes, and remembers the links to flush.
 #[derive(Default)]
-pub(super) struct Round {
+pub(super) struct DeliveryRound {
     dirty: Vec<Arc<Link>>,
+    /// Readers in this process that got messages in this round, each once for a run of messages.
+    inboxes: Vec<Arc<dyn Inbox>>,
 }
 
-impl Round {
+impl DeliveryRound {
     /// Delivers to all sinks of a topic. Frames wait in outboxes until [`Self::flush`].
     pub(super) fn deliver(
         &mut self,
-        state: &mut State,
+        topic: &mut Topic,
         audience: Audience,
         fanout: &mut Fanout<'_>,
         hub: &Hub,
         since: Micros,
     ) {
-        self.deliver_to(&mut state.subscribers, audience, fanout, hub, since, None);
+        self.deliver_to(&mut topic.subscribers, audience, fanout, hub, since, None);
     }
 
-    /// The same, where connections get the message by `at_once` if that is given.
+    /// As [`Self::deliver`]. If there is a list `at_once`, WebSockets are put into it and get nothing yet.
     pub(super) fn deliver_to(
         &mut self,
         subscribers: &mut Subscribers,
@@ -54,40 +55,26 @@ impl Round {
         fanout: &mut Fanout<'_>,
         hub: &Hub,
         since: Micros,
-        mut at_once: Option<&mut Vec<(Arc<Link>, super::Form)>>,
+        mut at_once: Option<&mut Vec<(Arc<Link>, Form)>>,
     ) {
+        let origin = fanout.message.origin;
+        // Nearly every message is for all sinks, so that the loop tests nothing else.
+        let is_for_some = audience == Audience::Gated || origin.is_some();
         for sink in subscribers.iter_mut() {
             if let Sink::Gated(gate) = sink {
-                if audience == Audience::Gated && gate.fence.lock().is_open() {
-                    continue;
-                }
-                let frame = fanout.encode(&gate.target, hub);
-                let id = fanout.message.id;
-                let ids = id.map(|id| (id, fanout.message.prev));
-                if let Some(frame) = frame {
-                    let mut held = false;
-                    let hold = || {
-                        held = true;
-                        (frame.clone(), frame.len())
-                    };
-                    let is_let_through = gate.fence.lock().offer(ids, hold);
-                    if is_let_through || held {
-                        fanout.announce_to(&gate.target);
-                    }
-                    if is_let_through {
-                        self.send(&gate.target, frame, since);
-                    }
-                }
-                if id.is_some_and(|id| gate.fence.lock().is_passed(id)) {
+                let is_origin = origin.is_some_and(|origin| gate.target.is_of(origin));
+                if self.offer(gate, audience, is_origin, fanout, hub, since) {
                     *sink = gate.target.clone();
                 }
                 continue;
             }
-            if audience == Audience::Gated {
+            if is_for_some
+                && (audience == Audience::Gated || origin.is_some_and(|origin| sink.is_of(origin)))
+            {
                 continue;
             }
             match sink {
-                Sink::Client { link, form, .. } => match &mut at_once {
+                Sink::Client { client: Client::WebSocket(link), form, .. } => match &mut at_once {
                     Some(at_once) => at_once.push((Arc::clone(link), *form)),
                     None => {
                         if let Some(frame) = fanout.frame(*form, link, hub) {
@@ -96,35 +83,76 @@ impl Round {
                         }
                     }
                 },
-                Sink::EventStream { tap, .. } => {
-                    let tap = Arc::clone(tap);
-                    if let Some(event) = fanout.encode(sink, hub) {
-                        tap.push(event, since);
+                Sink::Client { client: Client::EventStream(outbox), .. } => {
+                    if let Some(event) = fanout.event(outbox.gzip(), hub) {
+                        outbox.push(event, since);
                     }
                 }
-                Sink::Handler { link, tag } => {
+                Sink::Handler { client, tag } => {
                     let payload = Bytes::copy_from_slice(fanout.message.payload);
-                    link.notify(Event { tag: *tag, number: 0, payload });
+                    client.notify(Event::Message { tag: *tag, payload });
                 }
-                Sink::StreamHandler { tap, tag } => {
-                    tap.notify(*tag, Bytes::copy_from_slice(fanout.message.payload));
+                Sink::Follower(queue) => {
+                    let payload = Bytes::copy_from_slice(fanout.message.payload);
+                    queue.push(Followed::Message(payload));
                 }
-                Sink::Tap(tap) => tap.push(Bytes::copy_from_slice(fanout.message.payload), since),
+                Sink::Inbox(inbox) => {
+                    inbox.message(fanout.message.payload);
+                    if self.inboxes.last().is_none_or(|last| !Arc::ptr_eq(last, inbox)) {
+                        self.inboxes.push(Arc::clone(inbox));
+                    }
+                }
                 Sink::Gated(_) => {}
             }
         }
     }
 
-    /// Gives a client what it had missed, or is told before anything else.
+    /// Offers a message to a gated client. The client gets it if its fence lets the position pass; otherwise the
+    /// message waits behind the fence. Returns whether the gate can be removed from this topic.
+    fn offer(
+        &mut self,
+        gate: &Gate,
+        audience: Audience,
+        is_origin: bool,
+        fanout: &mut Fanout<'_>,
+        hub: &Hub,
+        since: Micros,
+    ) -> bool {
+        // Keep the lock for the whole offer: the client's other topics, in other shards, share the fence.
+        let mut fence = gate.fence.lock();
+        if audience == Audience::Gated && fence.is_open() {
+            // The client is at the instance's position or further, so it has the message.
+            return false;
+        }
+        let Message { id, prev, .. } = fanout.message;
+        if !is_origin && let Some(frame) = fanout.encode(&gate.target, hub) {
+            let mut is_held = false;
+            let is_let_through = fence.offer(id.map(|id| (id, prev)), || {
+                is_held = true;
+                (frame.clone(), frame.len())
+            });
+            // Announce the `ack` before the message is sent. The replay sends messages that wait, but no longer knows
+            // that they want an `ack`.
+            if is_let_through || is_held {
+                fanout.announce_to(&gate.target);
+            }
+            if is_let_through {
+                self.send(&gate.target, frame, since);
+            }
+        }
+        id.is_some_and(|id| fence.is_passed(id))
+    }
+
+    /// Sends a client a message that it had missed, or a notice before these.
     pub(super) fn send_missed(&mut self, client: &Sink, bytes: Bytes) {
         match client {
-            Sink::EventStream { tap, .. } => tap.push_missed(bytes),
+            Sink::Client { client: Client::EventStream(outbox), .. } => outbox.push_missed(bytes),
             _ => self.send(client, bytes, Micros::UNTIMED),
         }
     }
 
-    /// Tells all clients of a topic that its history cannot be continued; everybody is at `position` then.
-    /// Answers how many were told; those behind a fence are told when they come through.
+    /// Tells all clients of a topic that its history cannot be continued. They are at `position` then. Clients behind a
+    /// closed fence are told when it opens. Returns the number of clients that were told.
     pub(super) fn lose<'a>(
         &mut self,
         subscribers: impl Iterator<Item = &'a Sink>,
@@ -142,7 +170,7 @@ impl Round {
         for sink in subscribers {
             let (target, is_due) = match sink {
                 Sink::Gated(gate) => (&gate.target, gate.fence.lock().lose(lost, position)),
-                sink => (sink, true),
+                sink => (sink, sink.has_history()),
             };
             if !is_due {
                 continue;
@@ -157,16 +185,16 @@ impl Round {
         told
     }
 
-    /// Gives a client what was encoded for it.
+    /// Sends a client bytes that were encoded for it.
     pub(super) fn send(&mut self, client: &Sink, bytes: Bytes, since: Micros) {
         match client {
-            Sink::Client { link, .. } => self.push(link, bytes, since),
-            Sink::EventStream { tap, .. } => tap.push(bytes, since),
-            Sink::Gated(_) | Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Tap(_) => {}
+            Sink::Client { client: Client::WebSocket(link), .. } => self.push(link, bytes, since),
+            Sink::Client { client: Client::EventStream(outbox), .. } => outbox.push(bytes, since),
+            Sink::Gated(_) | Sink::Handler { .. } | Sink::Follower(_) | Sink::Inbox(_) => {}
         }
     }
 
-    /// Queues a frame, and remembers whom to flush.
+    /// Queues a frame, and remembers the link to flush.
     pub(super) fn push(&mut self, link: &Arc<Link>, frame: Bytes, since: Micros) {
         trace!(target: MESSAGES, connection_id = %link.id(), bytes = frame.len(), "A message is queued for a client.");
         if link.push(frame, since) == Queued::Flush {
@@ -174,20 +202,24 @@ impl Round {
         }
     }
 
-    /// Writes what was queued.
+    /// Flushes all links with queued frames.
     pub(super) fn flush(&mut self, now: Micros) {
         for link in self.dirty.drain(..) {
             link.flush(now);
             trace_written(&link);
         }
         self.dirty.shrink_to(LIST_KEPT);
+        for inbox in self.inboxes.drain(..) {
+            inbox.flush(now);
+        }
+        self.inboxes.shrink_to(LIST_KEPT);
     }
 }
 
-/// What was queued for a client is written, as far as its socket takes it.
+/// Traces that a client's queued messages were written, as far as its socket takes them.
 pub(super) fn trace_written(link: &Link) {
     trace!(target: MESSAGES, connection_id = %link.id(), waiting_bytes = link.queued_bytes(), "Messages were written to a client.");
 }
 
-/// So many places of a list stay for the next round; what a larger fan-out took is given back.
+/// Upper bound of the capacity that a list keeps for the next round.
 pub(super) const LIST_KEPT: usize = 16 * 1024;

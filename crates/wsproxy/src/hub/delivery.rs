@@ -1,4 +1,4 @@
-//! What the bus's reader runs: a round of messages into outboxes, then one write for each of them.
+//! Delivery for the bus's reader: a round of messages goes into outboxes, then each outbox is flushed once.
 
 use std::{
     sync::{Arc, atomic::Ordering::Release},
@@ -6,7 +6,7 @@ use std::{
 };
 
 use hashbrown::HashSet;
-use tracing::{debug, info, trace, warn};
+use tracing::{info, trace, warn};
 use wsproxy_conn::{
     Link,
     clock::{self, Micros},
@@ -17,49 +17,53 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::Deliver,
+    bus::deliver::Deliver,
     config::OnBusLoss,
     hub::{
-        Form, Histories, Hub, Name, Sink, Track,
-        audience::{Audience, LIST_KEPT, Round, trace_written},
-        capture::Capture,
-        message::{Fanout, Message},
+        Hub,
+        adoption::Adoption,
+        audience::{Audience, DeliveryRound, LIST_KEPT, trace_written},
+        fanout::Fanout,
+        follower::Followed,
+        form::Form,
+        message::Message,
+        sink::Sink,
     },
     telemetry::log::MESSAGES,
 };
 
-/// Delivers for one bus reader.
+/// Delivers the messages of one bus reader.
 pub struct Delivery {
     hub: Arc<Hub>,
-    round: Round,
-    /// Who gets the last message of the round; empty between messages.
+    round: DeliveryRound,
+    /// WebSockets that get the last message of the round; empty between messages.
     at_once: Vec<(Arc<Link>, Form)>,
-    /// When the first message of the round was read.
+    /// Time at which the first message of the round was read.
     since: Option<Micros>,
-    /// Plain messages of the round that are to be taken into histories.
-    captures: Vec<Capture>,
+    /// Plain messages of the round that wait for adoption.
+    adoptions: Vec<Adoption>,
 }
 
 impl Delivery {
-    /// For the reader of the bus that `hub` will be connected with.
+    /// Makes the delivery for the reader of the hub's bus.
     #[must_use]
     pub fn new(hub: Arc<Hub>) -> Self {
         Self {
             hub,
-            round: Round::default(),
+            round: DeliveryRound::default(),
             at_once: Vec::new(),
             since: None,
-            captures: Vec::new(),
+            adoptions: Vec::new(),
         }
     }
 }
 
 impl Deliver for Delivery {
     fn message(&mut self, channel: &[u8], payload: &[u8], last: bool) {
-        let Self { hub, round, at_once, since, captures } = self;
+        let Self { hub, round, at_once, since, adoptions } = self;
         let since = *since.get_or_insert_with(clock::now);
-        let mut shard = hub.shard(channel).lock();
-        let Some(state) = shard.get_mut(&Name(channel)) else {
+        let mut shard = hub.shards.lock(channel);
+        let Some(state) = shard.get_mut(channel) else {
             hub.counters.unwanted.add(1);
             trace!(target: MESSAGES, channel = %String::from_utf8_lossy(channel), "Nobody here wants a message.");
             return;
@@ -69,26 +73,31 @@ impl Deliver for Delivery {
             position = envelope.as_ref().map(|envelope| display(envelope.id)),
             subscribers = state.subscribers.len(), "A message came from the bus.");
         if let Some(event_id) = envelope.and_then(|envelope| envelope.event_id) {
-            captures.retain(|capture| !capture.is(channel, event_id));
+            adoptions.retain(|adoption| !adoption.is(channel, event_id));
         }
         let mut message = envelope.as_ref().map_or_else(|| Message::plain(payload), Message::from);
-        message.is_private = state.track.as_ref().is_some_and(|track| track.is_private);
+        message.is_unresumable = state.track.as_ref().is_some_and(|track| track.is_unresumable);
         let audience = match (&mut state.track, envelope) {
-            (Some(track), Some(envelope)) => match track.accept(&envelope, message, since, hub) {
-                Ok(audience) => audience,
-                Err(verdict) => {
-                    trace!(target: MESSAGES, channel = %String::from_utf8_lossy(channel), ?verdict, "A message waits.");
-                    let histories = Arc::clone(&track.histories);
-                    drop(shard);
-                    if verdict == Verdict::Hole {
-                        hub.open_hole(&histories);
+            (Some(track), Some(envelope)) => {
+                match track.accept(&envelope, message, hub.store_clock.latest_ms(since)) {
+                    Ok(audience) => {
+                        hub.counters.duplicates.add(u64::from(audience == Audience::Gated));
+                        audience
                     }
-                    return;
+                    Err(verdict) => {
+                        trace!(target: MESSAGES, channel = %String::from_utf8_lossy(channel), ?verdict, "A message waits.");
+                        let histories = Arc::clone(&track.histories);
+                        drop(shard);
+                        if verdict == Verdict::Hole {
+                            hub.open_hole(&histories);
+                        }
+                        return;
+                    }
                 }
-            },
-            (Some(track), None) if track.histories.capture => {
-                if let Some(capture) = Capture::new(channel, track, payload) {
-                    captures.push(capture);
+            }
+            (Some(track), None) if track.histories.adopt_plain => {
+                if let Some(adoption) = Adoption::new(channel, track, payload) {
+                    adoptions.push(adoption);
                     return;
                 }
                 hub.counters.uncaptured.add(1);
@@ -100,8 +109,8 @@ impl Deliver for Delivery {
         let list = last.then_some(&mut *at_once);
         round.deliver_to(&mut state.subscribers, audience, &mut fanout, hub, since, list);
         drop(shard);
-        // Nothing can join the last message of a round in one write, so each link is touched only
-        // once for it: with thousands, that spares loading all of them into the cache again.
+        // No other message can share a write with the last one of a round. So it is queued and flushed in
+        // one step: with thousands of links, each is loaded into the CPU's cache only once.
         for (link, form) in at_once.drain(..) {
             if let Some(frame) = fanout.frame(form, &link, hub) {
                 fanout.announce(form, &link);
@@ -115,8 +124,8 @@ impl Deliver for Delivery {
     fn flush(&mut self) {
         let now = self.since.take().unwrap_or_else(clock::now);
         self.round.flush(now);
-        for capture in self.captures.drain(..) {
-            capture.publish(&self.hub);
+        for adoption in self.adoptions.drain(..) {
+            adoption.publish(&self.hub);
         }
     }
 
@@ -129,10 +138,13 @@ impl Deliver for Delivery {
         if let Some(store_ms) = hub.store_clock.now_ms(clock::now()) {
             hub.doubts.lost(store_ms);
         }
-        for shard in &hub.shards {
+        for shard in hub.shards.iter() {
             let mut shard = shard.lock();
-            for track in shard.values_mut().filter_map(|state| state.track.as_mut()) {
-                track.interrupt();
+            shard.tracks_mut().for_each(|(_, track)| track.interrupt());
+            for sink in shard.values().flat_map(|state| state.subscribers.iter()) {
+                if let Sink::Inbox(inbox) = sink {
+                    inbox.lost();
+                }
             }
         }
     }
@@ -151,7 +163,7 @@ impl Deliver for Delivery {
 }
 
 impl Delivery {
-    /// Tells every client once of whose topics some have no history.
+    /// Tells every client of a topic without history, once per client. Returns their number.
     fn tell_recovered(&mut self, gap: Duration) -> usize {
         let gap_ms = u64::try_from(gap.as_millis()).unwrap_or(u64::MAX);
         let notice = format!(r#"{{"type":"bus_recovered","gap_ms":{gap_ms}}}"#);
@@ -159,89 +171,32 @@ impl Delivery {
         let mut told = HashSet::new();
         let Self { hub, round, .. } = self;
         let mut fanout = Fanout::new(Message::plain(notice.as_bytes()));
-        for shard in &hub.shards {
+        for shard in hub.shards.iter() {
             let shard = shard.lock();
             let plain = shard.values().filter(|state| state.track.is_none());
             for sink in plain.flat_map(|state| state.subscribers.iter()) {
-                let on_loss = match sink {
-                    Sink::Client { on_loss, .. } | Sink::EventStream { on_loss, .. } => on_loss,
-                    Sink::Handler { .. } | Sink::StreamHandler { .. } | Sink::Gated(_) => continue,
-                    Sink::Tap(tap) => {
-                        tap.interrupt(gap);
+                let (client, on_loss) = match sink {
+                    Sink::Client { client, on_loss, .. } => (client, on_loss),
+                    Sink::Handler { .. } | Sink::Gated(_) => continue,
+                    Sink::Follower(queue) => {
+                        queue.push(Followed::Gap(gap));
+                        continue;
+                    }
+                    Sink::Inbox(inbox) => {
+                        inbox.recovered();
                         continue;
                     }
                 };
-                if !told.insert(sink.place()) {
+                if !told.insert(sink.id()) {
                     continue;
                 }
-                match (on_loss, sink) {
-                    (OnBusLoss::Close, Sink::Client { link, .. }) => {
-                        link.finish(&Disconnect::BUS_LOST, now);
-                    }
-                    (OnBusLoss::Close, Sink::EventStream { tap, .. }) => {
-                        tap.end(&Disconnect::BUS_LOST)
-                    }
-                    _ => {
-                        if let Some(bytes) = fanout.encode(sink, hub) {
-                            round.send(sink, bytes, Micros::UNTIMED);
-                        }
-                    }
+                if *on_loss == OnBusLoss::Close {
+                    client.finish(&Disconnect::BUS_LOST, now);
+                } else if let Some(bytes) = fanout.encode(sink, hub) {
+                    round.send(sink, bytes, Micros::UNTIMED);
                 }
             }
         }
         told.len()
-    }
-}
-
-impl Track {
-    /// Whom a message of the history is for.
-    ///
-    /// # Errors
-    /// It has to wait, or is behind a hole.
-    fn accept(
-        &mut self,
-        envelope: &Envelope<'_>,
-        message: Message<'_>,
-        now: Micros,
-        hub: &Hub,
-    ) -> Result<Audience, Verdict> {
-        let Envelope { id, prev, .. } = *envelope;
-        match self.reader.accept(id, prev, hub.store_clock.latest_ms(now), || message.store()) {
-            Verdict::Deliver => Ok(Audience::All),
-            Verdict::Duplicate => {
-                hub.counters.duplicates.add(1);
-                Ok(Audience::Gated)
-            }
-            Verdict::Held => Err(Verdict::Held),
-            Verdict::Hole => {
-                self.turns += 1;
-                debug!(log = &*self.log, id = %envelope.id, prev = %envelope.prev, "A message does not follow the one before it.");
-                Err(Verdict::Hole)
-            }
-        }
-    }
-}
-
-impl Hub {
-    /// A log has a hole; where several have one order, all of them are read and go on together.
-    pub(super) fn open_hole(&self, histories: &Arc<Histories>) {
-        if histories.clock.is_some() {
-            for shard in &self.shards {
-                let mut shard = shard.lock();
-                let tracks = shard.values_mut().filter_map(|state| state.track.as_mut());
-                tracks
-                    .filter(|track| Arc::ptr_eq(&track.histories, histories))
-                    .for_each(|track| track.interrupt());
-            }
-        }
-        self.holes.notify_one();
-    }
-}
-
-impl<'a> From<&Envelope<'a>> for Message<'a> {
-    fn from(envelope: &Envelope<'a>) -> Self {
-        let carries_id = envelope.event_id.is_some();
-        let Envelope { id, prev, payload, .. } = *envelope;
-        Self { id: Some(id), prev, carries_id, is_private: false, payload }
     }
 }

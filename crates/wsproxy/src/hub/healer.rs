@@ -1,76 +1,78 @@
-//! Fills the holes that losses of the bus leave in histories, once for all clients of a topic.
+//! The healer: fills the holes that losses of the bus leave in histories, once for all clients of a topic.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream};
 use hashbrown::HashMap;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use wsproxy_conn::clock::{self, Micros};
 use wsproxy_proto::{
-    history::{After, Entry, Log, Lost, Pages, Position, pages::Since, reader::Filled},
+    history::{After, Entry, Log, Lost, Pages, Position, pages::Since},
     names::Id,
 };
 
 use crate::{
-    bus::not_done::NotDone,
     hub::{
-        Histories, Hub, Name, Place, Sink, State, Topics,
-        audience::{Audience, Round},
-        message::{Fanout, Message, Stored},
-        replay::{Gate, PAGE_ENTRIES},
+        Hub,
+        audience::{Audience, DeliveryRound},
+        fanout::Fanout,
+        gate::Gate,
+        message::Message,
+        replay::PAGE_ENTRIES,
+        sink::{Sink, SinkId},
+        topic::{LockedShards, Topic},
+        track::Histories,
     },
-    store::{SnapshotOf, Store, StoreError, StreamState},
+    store::{
+        Store,
+        command::{SnapshotOf, StoreError},
+        not_done::NotDone,
+        token_streams::StreamState,
+    },
     telemetry::throttle::Throttle,
 };
 
-/// So many logs are read at the same time.
-const READS: usize = 64;
-
-/// So many topics are read before their clients are served.
-const BATCH: usize = 64;
-
-/// Of log lines about keys that are no histories.
-static ODD_KEYS: Throttle = Throttle::new();
-
-/// The same about histories that are whole again.
-static HEALINGS: Throttle = Throttle::new();
-
-/// Most bytes that are held for logs which must be delivered together; further ones count as lost.
-const TOGETHER_BYTES_MAX: usize = 256 * 1024 * 1024;
-
-/// When to look again at a log that could not be read.
-const AGAIN: Duration = Duration::from_millis(50);
-
-/// A topic behind whose position something may be missing.
-struct Hole {
+/// A topic with messages possibly missing behind the reader's position.
+pub(super) struct OpenHole {
     topic: Arc<str>,
     log: Arc<str>,
     histories: Arc<Histories>,
     from: Position,
 }
 
-/// What is held of its log.
-struct Found {
-    hole: Hole,
+/// A hole's log as it was read.
+struct ReadLog {
+    hole: OpenHole,
     log: Log,
-    /// Up to where it is complete, of logs with one order.
+    /// Moment up to which the log is complete, in the order that logs share.
     moment: (u64, u64),
     judged: Result<(), Lost>,
-    /// What clients are shown where it is lost.
+    /// Token streams that clients get if the log is lost.
     streams: Vec<StreamState>,
 }
 
-/// What a topic's clients get, in the shared order.
-enum Item {
-    Lost(Lost, Position, Vec<StreamState>),
-    Entry(Entry),
-    Held(Position, Stored, Audience),
+/// Logs whose holes are filled together.
+struct Filling {
+    logs: Vec<Part>,
+    /// Entries still to be delivered, with the index of their log, in the order that the logs share.
+    entries: VecDeque<(usize, Entry)>,
+    /// All logs could be read.
+    is_complete: bool,
 }
 
-/// Serves until `end`.
+/// A log of a [`Filling`].
+struct Part {
+    topic: Arc<str>,
+    /// Position up to which the log is delivered.
+    at: Position,
+    /// End of the log when it was read.
+    head: Option<Position>,
+}
+
+/// Fills holes as they appear, and renews the heads of logs at intervals, until `end`.
 pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
     let mut keep = tokio::time::interval(KEEP_HEADS_EVERY);
     keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -91,7 +93,7 @@ pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
         }
         let begun = clock::now();
         let mut healed = 0;
-        loop {
+        for pass in 0.. {
             let outage = hub.outage();
             if outage % 2 == 1 {
                 break; // told again when the bus is back
@@ -101,7 +103,7 @@ pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
                 break;
             }
             let filled = tokio::select! {
-                filled = hub.fill(&store, holes, outage) => filled,
+                filled = hub.fill(&store, holes, outage, pass < PATIENT_PASSES) => filled,
                 () = end.cancelled() => return,
             };
             healed += filled;
@@ -122,9 +124,9 @@ pub async fn run(hub: Arc<Hub>, store: Store, end: CancellationToken) {
     }
 }
 
-/// Histories that could not be continued and of which no line in the log tells yet.
+/// Lost histories that are not logged yet.
 #[derive(Debug, Default)]
-pub struct Broken {
+pub struct BrokenHistories {
     untold: Mutex<Untold>,
     lines: Throttle,
 }
@@ -132,18 +134,18 @@ pub struct Broken {
 #[derive(Debug, Default)]
 struct Untold {
     topics: usize,
-    /// One of them.
+    /// The latest of these topics.
     last: Option<(Arc<str>, Lost)>,
 }
 
-impl Broken {
+impl BrokenHistories {
     fn note(&self, topic: &Arc<str>, lost: Lost) {
         let mut untold = self.untold.lock();
         untold.topics += 1;
         untold.last = Some((Arc::clone(topic), lost));
     }
 
-    /// Resolves when a line may be written about those that are left; never where none is.
+    /// Waits until the next line may be logged; for ever if no history is left.
     async fn due(&self) {
         if self.untold.lock().topics == 0 {
             std::future::pending::<()>().await;
@@ -153,7 +155,7 @@ impl Broken {
 }
 
 impl Hub {
-    /// One line for all histories that could not be continued; the rest with the next one.
+    /// Logs one line for all lost histories since the last line.
     fn tell_broken(&self) {
         let mut untold = self.broken.untold.lock();
         if untold.topics == 0 || self.broken.lines.pass().is_none() {
@@ -165,14 +167,14 @@ impl Hub {
         }
     }
 
-    fn holes(&self) -> Vec<Hole> {
+    /// Begins a reading of every log behind whose position something may be missing.
+    pub(super) fn holes(&self) -> Vec<OpenHole> {
         let mut holes = Vec::new();
-        for shard in &self.shards {
-            for (topic, state) in shard.lock().iter() {
-                let Some(track) = &state.track else { continue };
-                let Some(from) = track.reader.hole() else { continue };
-                holes.push(Hole {
-                    topic: Arc::clone(&topic.0),
+        for shard in self.shards.iter() {
+            for (topic, track) in shard.lock().tracks_mut() {
+                let Some(from) = track.reader.begin_reading() else { continue };
+                holes.push(OpenHole {
+                    topic: Arc::clone(topic),
                     log: Arc::clone(&track.log),
                     histories: Arc::clone(&track.histories),
                     from,
@@ -182,17 +184,16 @@ impl Hub {
         holes
     }
 
-    /// Lets the heads of all logs that are read here live on: as long as there is one, it is known what came last.
-    /// A log whose head is gone was removed.
+    /// Renews the heads of all logs that this instance reads: a head tells the last position of a log whose entries
+    /// have expired. A log whose head is gone was removed.
     async fn keep_heads(&self, store: &Store) {
         let mut kept: Vec<(Arc<str>, Arc<str>, Arc<Histories>)> = Vec::new();
-        for shard in &self.shards {
-            for (topic, state) in shard.lock().iter() {
-                let Some(track) = &state.track else { continue };
+        for shard in self.shards.iter() {
+            for (topic, track) in shard.lock().tracks() {
                 let is_read = track.reader.position().is_some() && !track.reader.has_hole();
-                if is_read && !track.is_private {
+                if is_read && !track.is_unresumable {
                     let histories = Arc::clone(&track.histories);
-                    kept.push((Arc::clone(&topic.0), Arc::clone(&track.log), histories));
+                    kept.push((Arc::clone(topic), Arc::clone(&track.log), histories));
                 }
             }
         }
@@ -204,8 +205,8 @@ impl Hub {
                 Err(error) => return debug!(%error, "The heads of logs cannot be kept now."),
             };
             for ((topic, ..), _) in topics.iter().zip(held).filter(|(_, held)| !held) {
-                let mut shard = self.shard(topic.as_bytes()).lock();
-                let state = shard.get_mut(&Name(topic.as_bytes()));
+                let mut shard = self.shards.lock(topic.as_bytes());
+                let state = shard.get_mut(topic.as_bytes());
                 if let Some(track) = state.and_then(|state| state.track.as_mut()) {
                     track.interrupt();
                 }
@@ -214,11 +215,17 @@ impl Hub {
         self.holes.notify_one();
     }
 
-    /// Reads the logs and serves their clients. Answers how many are whole.
-    async fn fill(self: &Arc<Self>, store: &Store, holes: Vec<Hole>, outage: u64) -> usize {
+    /// Reads the logs of holes and serves their clients. Returns the number of logs that are whole.
+    pub(super) async fn fill(
+        self: &Arc<Self>,
+        store: &Store,
+        holes: Vec<OpenHole>,
+        outage: u64,
+        is_patient: bool,
+    ) -> usize {
         let (together, alone): (Vec<_>, Vec<_>) =
             holes.into_iter().partition(|hole| hole.histories.clock.is_some());
-        let mut whole = self.fill_together(store, together, outage).await;
+        let mut whole = self.fill_together(store, together, outage, is_patient).await;
         let mut alone = alone.into_iter();
         loop {
             let batch: Vec<_> = alone.by_ref().take(BATCH).collect();
@@ -226,23 +233,20 @@ impl Hub {
                 return whole;
             }
             for found in read_all(self, store, batch, usize::MAX).await {
-                let number = self.shard_number(found.hole.topic.as_bytes());
-                let mut shard = self.shards[number].lock();
-                let mut round = Round::default();
-                let mut items = Vec::new();
-                let is_linked = self.outage() == outage;
-                whole += usize::from(self.fill_one(&mut shard, found, is_linked, &mut items));
-                for (_, topic, item) in items {
-                    self.deliver_item(&mut shard, &topic, &item, &mut round);
-                }
-                drop(shard);
-                round.flush(clock::now());
+                let mut filling = self.begin(vec![found]);
+                whole += self.deliver_and_close(&mut filling, outage, is_patient).await;
             }
         }
     }
 
-    /// Logs with one order are delivered as one: a client's last event id must stand for all of them.
-    async fn fill_together(&self, store: &Store, holes: Vec<Hole>, outage: u64) -> usize {
+    /// Fills the holes of logs that share one order, in this order: a client's last event id stands for all these logs.
+    async fn fill_together(
+        &self,
+        store: &Store,
+        holes: Vec<OpenHole>,
+        outage: u64,
+        is_patient: bool,
+    ) -> usize {
         if holes.is_empty() {
             return 0;
         }
@@ -250,68 +254,183 @@ impl Hub {
         let links = self.links_lost();
         let mut found = read_all(self, store, holes, TOGETHER_BYTES_MAX).await;
         if self.links_lost() != links {
-            return 0; // some were read from another store than others, perhaps
+            return 0; // the logs may have been read from two different stores
         }
-        // They were not read at one moment: what is not above the first of these is complete in all.
+        // The logs were read at different moments. Up to the earliest one all of them are complete.
         let limit = found.iter().map(|found| found.moment).min().unwrap_or_default();
         found.iter_mut().for_each(|found| found.log.cut(limit));
-        let mut shards = self.lock_all();
-        let mut joins = found.len() == wanted && self.outage() == outage;
-        for Found { hole, log, judged, .. } in &found {
-            let shard = &shards[self.shard_number(hole.topic.as_bytes())];
-            let track = shard.get(&Name(hole.topic.as_bytes())).and_then(|s| s.track.as_ref());
-            joins &= track.is_none_or(|track| track.reader.joins(hole.from, *judged, log));
+        let is_complete = found.len() == wanted;
+        let mut filling = self.begin(found);
+        filling.is_complete &= is_complete;
+        self.deliver_and_close(&mut filling, outage, is_patient).await
+    }
+
+    /// Begins to fill holes: tells the clients of lost histories first, and collects the entries of all others.
+    fn begin(&self, found: Vec<ReadLog>) -> Filling {
+        let mut filling = Filling { logs: Vec::new(), entries: VecDeque::new(), is_complete: true };
+        let mut round = DeliveryRound::default();
+        let topics: Vec<_> = found.iter().map(|found| Arc::clone(&found.hole.topic)).collect();
+        let is_together = found.iter().any(|found| found.hole.histories.clock.is_some());
+        let mut shards =
+            if is_together { self.shards.lock_all() } else { self.shards.lock_for(&topics) };
+        let mut lost_logs = Vec::new();
+        for ReadLog { hole, log, judged, streams, .. } in found {
+            let Some(track) = shards.track(&hole.topic) else { continue };
+            let Some(judged) = track.reader.begin_fill(hole.from, judged, &log) else {
+                // A topic that was left and wanted anew meanwhile misses nothing, unless it has another hole.
+                filling.is_complete &= !track.reader.has_hole();
+                continue;
+            };
+            let (mut at, mut entries) = (hole.from, log.entries);
+            if let Err((lost, position)) = judged {
+                self.broken.note(&hole.topic, lost);
+                lost_logs.push((Arc::clone(&hole.topic), lost, position, streams));
+                (at, entries) = (position, Vec::new());
+            }
+            let number = filling.logs.len();
+            filling.entries.extend(entries.into_iter().map(|entry| (number, entry)));
+            filling.logs.push(Part { topic: hole.topic, at, head: log.head });
         }
-        let mut items = Vec::new();
-        let mut whole = 0;
-        for found in found {
-            let number = self.shard_number(found.hole.topic.as_bytes());
-            let shard = &mut shards[number];
-            whole += usize::from(self.fill_one(shard, found, joins, &mut items));
-        }
-        let mut round = Round::default();
-        let (lost, mut items): (Vec<_>, Vec<_>) =
-            items.into_iter().partition(|(.., item)| matches!(item, Item::Lost(..)));
-        self.lose_together(&mut shards, &lost, &mut round);
-        items.sort_by_key(|(id, ..)| id.id());
-        for (_, topic, item) in items {
-            let number = self.shard_number(topic.as_bytes());
-            self.deliver_item(&mut shards[number], &topic, &item, &mut round);
+        if is_together {
+            self.lose_together(&mut shards, &lost_logs, &filling, &mut round);
+        } else {
+            for (topic, lost, position, streams) in &lost_logs {
+                let Some(topic) = shards.topic(topic) else { continue };
+                let sinks = topic.subscribers.iter();
+                let told = round.lose(sinks, (*lost, *position), streams, self);
+                self.counters.history_lost[*lost as usize].add(told);
+            }
         }
         drop(shards);
         round.flush(clock::now());
+        filling.entries.make_contiguous().sort_by_key(|(_, entry)| entry.id.id());
+        filling
+    }
+
+    /// Delivers the entries in bounded turns, and closes the holes behind them. Live messages wait in the readers
+    /// meanwhile, so no client gets a later message before an earlier one. A client that leaves between two turns has
+    /// everything up to its last id, of all its logs: the turns follow the order that the logs share.
+    async fn deliver_and_close(
+        &self,
+        filling: &mut Filling,
+        outage: u64,
+        is_patient: bool,
+    ) -> usize {
+        while !filling.entries.is_empty() {
+            if self.outage() != outage {
+                return 0; // the logs are read again behind what was delivered
+            }
+            self.deliver_turn(filling);
+            tokio::task::yield_now().await;
+        }
+        self.close(filling, outage, is_patient)
+    }
+
+    /// Delivers the entries of one turn, which is so short that tasks waiting for a shard or this thread hardly notice.
+    fn deliver_turn(&self, filling: &mut Filling) {
+        let Filling { logs, entries, .. } = filling;
+        let (mut round, mut cost) = (DeliveryRound::default(), 0);
+        while cost < TURN_COST
+            && let Some((log, entry)) = entries.pop_front()
+        {
+            let part = &mut logs[log];
+            let mut shard = self.shards.lock(part.topic.as_bytes());
+            let Some(topic) = shard.get_mut(part.topic.as_bytes()) else { continue };
+            let Some(track) = &mut topic.track else { continue };
+            // All clients may have left the topic, and new ones may have joined it meanwhile.
+            if !track.reader.advance(part.at, entry.id) {
+                continue;
+            }
+            part.at = entry.id;
+            let is_unresumable = track.is_unresumable;
+            let message = Message { is_unresumable, ..Message::from(&entry) };
+            cost += entry.data.len() + topic.subscribers.len() * SINK_COST;
+            self.counters.healed_messages.add(1);
+            self.deliver_one(topic, Audience::All, message, &mut round);
+        }
+        round.flush(clock::now());
+    }
+
+    /// Closes the holes if nothing is missing in any log; otherwise all logs are read again. Returns how many logs
+    /// are whole.
+    fn close(&self, filling: &Filling, outage: u64, is_patient: bool) -> usize {
+        let topics: Vec<_> = filling.logs.iter().map(|part| Arc::clone(&part.topic)).collect();
+        let mut shards = self.shards.lock_for(&topics);
+        let (mut joins, mut held) = (filling.is_complete && self.outage() == outage, 0);
+        for part in &filling.logs {
+            if let Some(track) = shards.track_with_hole(&part.topic) {
+                joins &= track.reader.joins(part.at, part.head);
+                held += track.reader.held().0;
+            }
+        }
+        // Many live messages wait: read them from the logs instead, so that they are delivered in turns too.
+        let is_late = is_patient && held > HELD_AT_ONCE;
+        let (mut whole, mut items) = (0, Vec::new());
+        for (number, part) in filling.logs.iter().enumerate() {
+            let Some(track) = shards.track_with_hole(&part.topic) else { continue };
+            if !joins || is_late {
+                track.reader.read_again();
+                continue;
+            }
+            whole += 1;
+            let held = track.reader.close().into_iter();
+            items.extend(held.map(|(id, stored, is_new)| (id, number, stored, is_new)));
+        }
+        items.sort_by_key(|(id, ..)| id.id());
+        let mut round = DeliveryRound::default();
+        for (id, number, stored, is_new) in items {
+            let Some(topic) = shards.topic(&filling.logs[number].topic) else { continue };
+            let audience = if is_new { Audience::All } else { Audience::Gated };
+            self.deliver_one(topic, audience, stored.message(id), &mut round);
+        }
+        drop(shards);
+        round.flush(clock::now());
+        self.counters.healed.add(whole as u64);
         whole
     }
 
-    /// Tells every client of a lost log once, before all that follows, and lets it begin behind everything that
-    /// its other logs hold: one position stands for all of them.
+    /// Tells every client of a lost log once, before all further messages. The client goes on behind the last entry of
+    /// all its logs that share the order, since one position stands for all of them.
     fn lose_together(
         &self,
-        shards: &mut [MutexGuard<'_, Topics>],
-        lost: &[(Position, Arc<str>, Item)],
-        round: &mut Round,
+        shards: &mut LockedShards<'_>,
+        lost_logs: &[(Arc<str>, Lost, Position, Vec<StreamState>)],
+        filling: &Filling,
+        round: &mut DeliveryRound,
     ) {
-        let mut clients: HashMap<Place, (Lost, Position, Sink)> = HashMap::new();
-        for (_, topic, item) in lost {
-            let Item::Lost(lost, ..) = item else { continue };
-            let shard = &shards[self.shard_number(topic.as_bytes())];
-            let Some(state) = shard.get(&Name(topic.as_bytes())) else { continue };
-            for sink in state.subscribers.iter() {
-                clients.entry(sink.place()).or_insert((*lost, Position::START, sink.clone()));
+        let mut clients: HashMap<SinkId, (Lost, Position, Sink)> = HashMap::new();
+        for (topic, lost, ..) in lost_logs {
+            let Some(topic) = shards.topic(topic) else { continue };
+            for sink in topic.subscribers.iter().filter(|sink| sink.has_history()) {
+                clients.entry(sink.id()).or_insert((*lost, Position::START, sink.clone()));
             }
         }
         if clients.is_empty() {
             return;
         }
-        let clocked = |state: &&mut State| {
-            state.track.as_ref().is_some_and(|track| track.histories.clock.is_some())
-        };
-        for state in shards.iter_mut().flat_map(|shard| shard.values_mut()).filter(clocked) {
-            let position = state.track.as_ref().and_then(|track| track.reader.position());
-            for sink in state.subscribers.iter() {
-                if let Some((_, at, _)) = clients.get_mut(&sink.place()) {
-                    *at = at.later(position.unwrap_or(Position::START));
+        let later = |clients: &mut HashMap<SinkId, (Lost, Position, Sink)>, topic: &Topic, end| {
+            for sink in topic.subscribers.iter() {
+                if let Some((_, at, _)) = clients.get_mut(&sink.id()) {
+                    *at = at.later(end);
                 }
+            }
+        };
+        let clocked = |topic: &&mut Topic| {
+            topic.track.as_ref().is_some_and(|track| track.histories.clock.is_some())
+        };
+        for topic in shards.topics_mut().filter(clocked) {
+            let position = topic.track.as_ref().and_then(|track| track.reader.position());
+            later(&mut clients, topic, position.unwrap_or(Position::START));
+        }
+        // Entries that this filling delivers count as delivered.
+        let mut ends: HashMap<usize, Position> = HashMap::new();
+        for (log, entry) in &filling.entries {
+            let end = ends.entry(*log).or_insert(entry.id);
+            *end = end.later(entry.id);
+        }
+        for (log, end) in ends {
+            if let Some(topic) = shards.topic(&filling.logs[log].topic) {
+                later(&mut clients, topic, end);
             }
         }
         for (lost, at, sink) in clients.values_mut() {
@@ -321,9 +440,9 @@ impl Hub {
                 *sink = Sink::Gated(Gate::open(sink.clone(), *at));
             }
         }
-        for state in shards.iter_mut().flat_map(|shard| shard.values_mut()).filter(clocked) {
-            for sink in state.subscribers.iter_mut() {
-                if let Some((.., gated)) = clients.get(&sink.place())
+        for topic in shards.topics_mut().filter(clocked) {
+            for sink in topic.subscribers.iter_mut() {
+                if let Some((.., gated)) = clients.get(&sink.id())
                     && !matches!(sink, Sink::Gated(_))
                 {
                     *sink = gated.clone();
@@ -332,79 +451,25 @@ impl Hub {
         }
     }
 
-    /// Fills one hole; what is to be delivered goes to `items`.
-    fn fill_one(
-        &self,
-        shard: &mut MutexGuard<'_, Topics>,
-        found: Found,
-        is_linked: bool,
-        items: &mut Vec<(Position, Arc<str>, Item)>,
-    ) -> bool {
-        let Found { hole, log, judged, streams, .. } = found;
-        let track =
-            shard.get_mut(&Name(hole.topic.as_bytes())).and_then(|state| state.track.as_mut());
-        let Some(track) = track else { return false };
-        let filled = track.reader.fill(hole.from, judged, &log, is_linked);
-        let Some(Filled { lost, entries, held, whole }) = filled else { return false };
-        let topic = hole.topic;
-        if let Some((lost, position)) = lost {
-            self.broken.note(&topic, lost);
-            // Before all entries: whoever got those only would go on behind what is missing.
-            items.push((Position::START, Arc::clone(&topic), Item::Lost(lost, position, streams)));
-        }
-        if entries {
-            self.counters.healed_messages.add(log.entries.len() as u64);
-            let item = |entry: Entry| (entry.id, Arc::clone(&topic), Item::Entry(entry));
-            items.extend(log.entries.into_iter().map(item));
-        }
-        for (id, stored, is_new) in held {
-            let audience = if is_new { Audience::All } else { Audience::Gated };
-            items.push((id, Arc::clone(&topic), Item::Held(id, stored, audience)));
-        }
-        self.counters.healed.add(u64::from(whole));
-        whole
-    }
-
-    fn deliver_item(
-        &self,
-        shard: &mut MutexGuard<'_, Topics>,
-        topic: &str,
-        item: &Item,
-        round: &mut Round,
-    ) {
-        let Some(state) = shard.get_mut(&Name(topic.as_bytes())) else { return };
-        match item {
-            Item::Lost(lost, position, streams) => {
-                let told = round.lose(state.subscribers.iter(), (*lost, *position), streams, self);
-                self.counters.history_lost[*lost as usize].add(told);
-            }
-            Item::Entry(entry) => {
-                let carries_id = entry.event_id.is_some();
-                let is_private = state.track.as_ref().is_some_and(|track| track.is_private);
-                let Entry { id, prev, ref data, .. } = *entry;
-                let message = Message { id: Some(id), prev, carries_id, is_private, payload: data };
-                self.deliver_one(state, Audience::All, message, round);
-            }
-            Item::Held(id, stored, audience) => {
-                self.deliver_one(state, *audience, stored.message(*id), round);
-            }
-        }
-    }
-
     fn deliver_one(
         &self,
-        state: &mut State,
+        state: &mut Topic,
         audience: Audience,
         message: Message<'_>,
-        round: &mut Round,
+        round: &mut DeliveryRound,
     ) {
-        // Where the message was meanwhile is not known.
+        // The latency is unknown: the message was not read from the bus.
         round.deliver(state, audience, &mut Fanout::new(message), self, Micros::UNTIMED);
     }
 }
 
-/// Reads what the logs of holes hold; those that cannot be read are tried again later.
-async fn read_all(hub: &Hub, store: &Store, holes: Vec<Hole>, bytes_max: usize) -> Vec<Found> {
+/// Reads the logs of holes. Logs that cannot be read are left out and tried again later.
+async fn read_all(
+    hub: &Hub,
+    store: &Store,
+    holes: Vec<OpenHole>,
+    bytes_max: usize,
+) -> Vec<ReadLog> {
     let reads = holes.into_iter().map(|hole| read_or_lose(hub, store, hole));
     let mut reads = stream::iter(reads).buffer_unordered(READS);
     let (mut found, mut bytes) = (Vec::new(), 0_usize);
@@ -424,7 +489,7 @@ async fn read_all(hub: &Hub, store: &Store, holes: Vec<Hole>, bytes_max: usize) 
     found
 }
 
-impl Hole {
+impl OpenHole {
     fn snapshot_of(&self, after: Option<After>, streams_of: Option<Id>) -> SnapshotOf {
         SnapshotOf {
             logs: vec![Arc::clone(&self.log)],
@@ -437,19 +502,23 @@ impl Hole {
     }
 }
 
-/// A log that is lost begins where it ends now, with its session's token streams as they stand then.
-async fn begin_anew(store: &Store, hole: Hole, lost: Lost) -> Result<Found, StoreError> {
+/// Begins a lost log anew at its present end, with the present state of its session's token streams.
+async fn begin_anew(store: &Store, hole: OpenHole, lost: Lost) -> Result<ReadLog, StoreError> {
     let session = hole.histories.names.session_of_down(&hole.topic);
     let (mut page, streams) = store.snapshot(hole.snapshot_of(None, session)).await?;
     let log = page.logs.pop().unwrap_or_default();
-    Ok(Found { hole, log, moment: page.moment, judged: Err(lost), streams })
+    Ok(ReadLog { hole, log, moment: page.moment, judged: Err(lost), streams })
 }
 
-/// A key that holds something else is no log: waiting for it would stall all logs that share its order.
-async fn read_or_lose(hub: &Hub, store: &Store, hole: Hole) -> Result<Found, StoreError> {
+/// Reads the log of a hole. A key of another type counts as a lost log: waiting for it would stall all logs that share
+/// its order.
+///
+/// # Errors
+/// The store did not answer.
+async fn read_or_lose(hub: &Hub, store: &Store, hole: OpenHole) -> Result<ReadLog, StoreError> {
     match read(hub, store, &hole).await {
         Ok((Ok(log), moment)) => {
-            Ok(Found { hole, log, moment, judged: Ok(()), streams: Vec::new() })
+            Ok(ReadLog { hole, log, moment, judged: Ok(()), streams: Vec::new() })
         }
         Ok((Err(lost), _)) => begin_anew(store, hole, lost).await,
         Err(StoreError::NotDone { refusal: NotDone::WrongType, error }) => {
@@ -458,7 +527,7 @@ async fn read_or_lose(hub: &Hub, store: &Store, hole: Hole) -> Result<Found, Sto
                 warn!(log, %error, left_out, "The key of a history holds something else.");
             }
             let (log, moment) = (Log::default(), (u64::MAX, u64::MAX));
-            Ok(Found { hole, log, moment, judged: Err(Lost::Unknown), streams: Vec::new() })
+            Ok(ReadLog { hole, log, moment, judged: Err(Lost::Unknown), streams: Vec::new() })
         }
         Err(error) => Err(error),
     }
@@ -467,7 +536,7 @@ async fn read_or_lose(hub: &Hub, store: &Store, hole: Hole) -> Result<Found, Sto
 /// A log and the moment up to which it is complete.
 type Whole = (Result<Log, Lost>, (u64, u64));
 
-async fn read(hub: &Hub, store: &Store, hole: &Hole) -> Result<Whole, StoreError> {
+async fn read(hub: &Hub, store: &Store, hole: &OpenHole) -> Result<Whole, StoreError> {
     let ttl_ms = u64::try_from(hole.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
     let (mut pages, mut behind, mut moment) = (Pages::default(), hole.from, None);
     loop {
@@ -486,8 +555,39 @@ async fn read(hub: &Hub, store: &Store, hole: &Hole) -> Result<Whole, StoreError
     }
 }
 
-/// How often the heads of logs that are read here are renewed; they live for an hour at least.
+/// Upper bound of the logs that are read at the same time.
+const READS: usize = 64;
+
+/// Upper bound of the topics that are read before their clients are served.
+const BATCH: usize = 64;
+
+/// Throttle of log lines about keys that are not histories.
+static ODD_KEYS: Throttle = Throttle::new();
+
+/// Throttle of log lines about histories that are whole again.
+static HEALINGS: Throttle = Throttle::new();
+
+/// Upper bound of the bytes held for logs that must be delivered together. Logs beyond it count as lost.
+const TOGETHER_BYTES_MAX: usize = 256 * 1024 * 1024;
+
+/// Pause before a log that could not be read is tried again.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// Upper bound of the cost of a turn, in bytes: a megabyte takes some milliseconds.
+const TURN_COST: usize = 1024 * 1024;
+
+/// Cost of a delivery to one sink, not counting the message's encoding, in bytes.
+const SINK_COST: usize = 256;
+
+/// Upper bound of the waiting live messages that are delivered at once when holes are closed. If more wait, the logs
+/// are read again.
+const HELD_AT_ONCE: usize = 2000;
+
+/// Upper bound of these repeated reads. Then the holes are closed with all waiting messages.
+const PATIENT_PASSES: u32 = 3;
+
+/// Interval at which the heads of logs are renewed. Heads live for an hour at least.
 const KEEP_HEADS_EVERY: Duration = Duration::from_secs(900);
 
-/// So many heads are renewed at a time.
+/// Number of heads that one request renews.
 const KEPT_AT_ONCE: usize = 1024;

@@ -1,22 +1,22 @@
-//! What the gateway itself tells a client about its history, as JSON.
+//! Notices of the gateway to a client about its history, as JSON.
 
 use std::fmt::Write;
 
 use serde_json::{json, value::RawValue};
 use wsproxy_proto::history::{After, Lost, Position};
 
-use crate::store::StreamState;
+use crate::store::token_streams::StreamState;
 
-/// Everything that was missed follows.
+/// Makes the notice that all missed messages follow.
 #[must_use]
 pub fn resumed(count: usize, after: &After) -> String {
     json!({ "type": "resumed", "count": count, "last_event_id": after.to_string() }).to_string()
 }
 
-/// Something is missing; what follows is behind `position`.
+/// Makes the notice that messages are missing. The client is at `position` then.
 #[must_use]
 pub fn history_lost(lost: Lost, position: Position) -> String {
-    // Where there is no history there is no position either.
+    // Without a history there is no position.
     let event_id = if lost == Lost::Disabled { String::new() } else { position.to_string() };
     json!({
         "type": "error",
@@ -28,10 +28,10 @@ pub fn history_lost(lost: Lost, position: Position) -> String {
     .to_string()
 }
 
-/// A token stream as it stands, for a client that has not seen its beginning.
+/// Makes the notice with a token stream's present state, for a client that has not seen its beginning.
 #[must_use]
 pub fn stream_snapshot(stream: &StreamState) -> String {
-    // Without the end of its object.
+    // Remove the closing brace, so that members can be added byte for byte.
     let mut snapshot = json!({
         "type": "stream_snapshot",
         "stream": stream.stream,
@@ -42,7 +42,7 @@ pub fn stream_snapshot(stream: &StreamState) -> String {
     .to_string();
     snapshot.pop();
     for (name, json) in [("meta", &stream.meta), ("error", &stream.error)] {
-        // What a worker stored is JSON and stays as it was written, or it is left out.
+        // The worker's JSON stays byte for byte; text that is not JSON is left out.
         if let Ok(value) = serde_json::from_slice::<&RawValue>(json) {
             // Writing into a String cannot fail.
             let _ = write!(snapshot, ",\"{name}\":{value}");

@@ -1,11 +1,14 @@
-//! How a client comes to what it missed: live messages wait behind a fence while its logs are read.
+//! Replay of missed messages: live messages wait behind a client's fence while its logs are read.
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::MutexGuard;
 use tracing::debug;
-use wsproxy_conn::{clock, outbox::FRAME_OVERHEAD};
+use wsproxy_conn::{
+    clock::{self, Micros},
+    outbox::FRAME_OVERHEAD,
+};
 use wsproxy_proto::{
     history::{
         After, Entry, Fence, Log, Lost, Pages, Position, Resolved, Snapshot, fence::Released,
@@ -15,72 +18,76 @@ use wsproxy_proto::{
 };
 
 use crate::{
+    bus::publish::BusError,
+    client::Client,
     hub::{
-        Histories, Hub, Name, ShardLocks, Sink,
-        audience::Round,
-        message::{Fanout, Message},
-        notice,
+        Hub, audience::DeliveryRound, fanout::Fanout, gate::Gate, message::Message, notice,
+        sink::Sink, subscription::Subscription, topic::LockedShards, track::Histories,
     },
-    store::{SnapshotOf, Store, StoreError, StreamState},
+    store::{
+        Store,
+        command::{SnapshotOf, StoreError},
+        token_streams::StreamState,
+    },
 };
 
-/// A client whose messages wait.
-#[derive(Debug)]
-pub struct Gate {
-    /// The client.
-    pub(super) target: Sink,
-    /// What waits is encoded for it.
-    pub(super) fence: Mutex<Fence<Bytes>>,
+/// Subscribes a client to topics with histories, in addition to a reserved subscription, and waits until
+/// the bus has confirmed all topics. Live messages wait behind a fence until the returned replay has run.
+///
+/// # Errors
+/// As [`Hub::subscribe`].
+pub async fn subscribe_behind_fence(
+    hub: &Arc<Hub>,
+    client: Sink,
+    topics: Vec<Arc<str>>,
+    histories: Arc<Histories>,
+    reserved: Option<Subscription>,
+) -> Result<(Subscription, Replay), BusError> {
+    let mut subscription = reserved.unwrap_or_else(|| Subscription::new(Arc::clone(hub)));
+    let gate = Gate::new(client);
+    for topic in &topics {
+        let sink = Sink::Gated(Arc::clone(&gate));
+        hub.add(Arc::clone(topic), sink, Some(&histories), &mut subscription);
+    }
+    hub.confirm(&mut subscription).await?;
+    Ok((subscription, Replay { hub: Arc::clone(hub), gate, topics, histories }))
 }
 
-impl Gate {
-    pub(super) fn new(target: Sink) -> Arc<Self> {
-        let bytes_max = target.buffer_bytes();
-        Arc::new(Self { target, fence: Mutex::new(Fence::new(bytes_max)) })
-    }
-
-    /// One for a client that has everything up to `seen`, on all its topics.
-    pub(super) fn open(target: Sink, seen: Position) -> Arc<Self> {
-        Arc::new(Self { target, fence: Mutex::new(Fence::opened(seen)) })
-    }
-}
-
-impl Sink {
-    /// What may wait for it.
-    pub(super) fn buffer_bytes(&self) -> usize {
-        match self {
-            Self::Client { link, .. } | Self::Handler { link, .. } => {
-                link.profile().send_buffer_bytes
-            }
-            Self::EventStream { tap, .. } | Self::StreamHandler { tap, .. } | Self::Tap(tap) => {
-                tap.limit()
-            }
-            Self::Gated(gate) => gate.target.buffer_bytes(),
+/// Sends a client without history its first message, and the notice that a history it asked for is lost.
+pub fn send_hello(hub: &Hub, client: &Sink, hello: Option<String>, lost: Option<Lost>) {
+    let mut round = DeliveryRound::default();
+    let lost = lost.inspect(|lost| hub.counters.history_lost[*lost as usize].add(1));
+    let lost = lost.map(|lost| notice::history_lost(lost, Position::START));
+    for notice in [hello, lost].into_iter().flatten() {
+        let mut fanout = Fanout::new(Message::plain(notice.as_bytes()));
+        if let Some(bytes) = fanout.encode(client, hub) {
+            round.send(client, bytes, Micros::UNTIMED);
         }
     }
+    round.flush(clock::now());
 }
 
-/// What a client wants to see before what is live.
+/// Messages that a client wants before live ones.
 #[derive(Debug, Default)]
 pub struct Wish {
-    /// Behind which position; `None`: nothing.
+    /// Position behind which the client resumes; `None`: the client does not resume.
     pub after: Option<After>,
-    /// The session whose token streams the client is shown where it does not resume.
+    /// Session whose token streams a client gets that does not resume.
     pub streams_of: Option<Id>,
 }
 
-/// What became of a client's wish.
+/// Outcome of a replay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It wished for nothing.
+pub enum ResumeOutcome {
+    /// The client does not resume.
     Fresh,
-    /// It got so many messages, and has missed none.
+    /// The client got all missed messages; this is their number.
     Resumed(usize),
-    /// It was told that something is missing.
+    /// The client was told that messages are missing.
     Lost(Lost),
 }
 
-/// A client that is subscribed but gets nothing until this has run.
+/// Replay for a subscribed client, which gets no message until the replay has run.
 pub struct Replay {
     hub: Arc<Hub>,
     gate: Arc<Gate>,
@@ -88,41 +95,38 @@ pub struct Replay {
     histories: Arc<Histories>,
 }
 
-/// What was read for one client.
-struct Found {
-    /// The moment up to which everything was read.
+/// Result of reading the logs for one client.
+struct Backlog {
+    /// Last snapshot: all entries up to its positions were read.
     last: Snapshot,
-    /// What was missed, in order.
+    /// Missed entries, in order.
     entries: Vec<Entry>,
     streams: Vec<StreamState>,
-    outcome: Outcome,
-    /// What the entries weigh where they wait, at most.
+    outcome: ResumeOutcome,
+    /// Upper bound of the entries' bytes in the client's outbox.
     bytes: usize,
 }
 
 impl Replay {
-    pub(super) const fn new(
-        hub: Arc<Hub>,
-        gate: Arc<Gate>,
-        topics: Vec<Arc<str>>,
-        histories: Arc<Histories>,
-    ) -> Self {
-        Self { hub, gate, topics, histories }
+    /// Returns the gate of the client.
+    #[cfg(test)]
+    pub(super) fn gate(&self) -> &Gate {
+        &self.gate
     }
 
-    /// Reads what the client missed, and lets live messages follow it. `hello` makes what the client is told
-    /// first, given what became of its wish and, unless it resumes, its position.
+    /// Reads the messages that the client missed, sends them, and opens the gate for live messages. `hello` makes
+    /// the client's first message from the outcome and, unless the client resumes, its position.
     ///
     /// Waits while the bus is lost or holes are being filled: set a deadline.
     ///
     /// # Errors
-    /// The store did not answer; the client still gets nothing.
+    /// The store did not answer. The gate stays closed.
     pub async fn run(
         &self,
         store: &Store,
         wish: Wish,
-        hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
-    ) -> Result<Outcome, StoreError> {
+        hello: impl FnOnce(ResumeOutcome, Option<Position>) -> Option<String>,
+    ) -> Result<ResumeOutcome, StoreError> {
         let (mut lost, mut early) = (None, 0);
         let found = loop {
             let Some(turns) = self.turns() else {
@@ -134,7 +138,7 @@ impl Replay {
             match self.join(&found, &turns) {
                 Joined::Now(shards, fence, held) => {
                     let after = wish.after.as_ref();
-                    let mut round = Round::default();
+                    let mut round = DeliveryRound::default();
                     self.tell(&found, (encoded, held), after, hello, &mut round);
                     drop((fence, shards));
                     round.flush(clock::now());
@@ -143,38 +147,42 @@ impl Replay {
                 Joined::Lost(why) => lost = Some(why),
                 Joined::Not => {}
                 Joined::Early if early == 0 => early += 1,
-                // What is early again is of another life of a log than what was delivered.
+                // The second time, the log is not the one whose entries were delivered: the store lost its data.
                 Joined::Early => self.interrupt(),
             }
             tokio::time::sleep(AGAIN).await;
         };
-        self.hub.count(found.outcome);
+        self.count(found.outcome);
         debug!(outcome = ?found.outcome, "A client's history was read.");
         Ok(found.outcome)
     }
 
-    /// How often each topic had a hole; `None` while one has.
+    /// Returns the turns of each topic's track; `None` while a topic has a hole or the bus is lost.
     fn turns(&self) -> Option<Vec<u64>> {
         let turns = self.topics.iter().map(|topic| {
-            let shard = self.hub.shard(topic.as_bytes()).lock();
-            let track = shard.get(&Name(topic.as_bytes()))?.track.as_ref()?;
+            let shard = self.hub.shards.lock(topic.as_bytes());
+            let track = shard.get(topic.as_bytes())?.track.as_ref()?;
             (!track.reader.has_hole()).then_some(track.turns)
         });
         let turns = turns.collect();
         if self.hub.is_linked() { turns } else { None }
     }
 
-    /// `lost`: something is missing already, and the client is to be told so.
+    /// Reads the logs. With `lost` the client does not resume, but is told that messages are missing.
+    ///
+    /// # Errors
+    /// The store did not answer.
     async fn read(
         &self,
         store: &Store,
         wish: &Wish,
         lost: Option<Lost>,
-    ) -> Result<Found, StoreError> {
+    ) -> Result<Backlog, StoreError> {
         let after = if lost.is_none() { wish.after.clone() } else { None };
         let (last, streams) = store.snapshot(self.of(after.clone(), wish)).await?;
         self.hub.store_clock.seen(last.now_ms, clock::now());
-        let mut found = Found { last, entries: vec![], streams, outcome: Outcome::Fresh, bytes: 0 };
+        let mut found =
+            Backlog { last, entries: vec![], streams, outcome: ResumeOutcome::Fresh, bytes: 0 };
         if let Some(lost) = lost {
             found.lose(lost);
         }
@@ -207,7 +215,7 @@ impl Replay {
         let mut entries: Vec<_> =
             pages.into_logs().into_iter().flat_map(|log| log.entries).collect();
         entries.sort_unstable_by_key(|entry| entry.id.id());
-        found.outcome = Outcome::Resumed(entries.len());
+        found.outcome = ResumeOutcome::Resumed(entries.len());
         found.bytes = entries.iter().map(|entry| entry.data.len() + MISSED_BYTES).sum();
         found.entries = entries;
         if found.bytes > self.gate.target.buffer_bytes() {
@@ -227,9 +235,10 @@ impl Replay {
         }
     }
 
-    /// Joins what was read with what waited. As long as the locks are held nothing comes between.
-    fn join(&self, found: &Found, turns: &[u64]) -> Joined<'_> {
-        let mut shards = self.hub.lock_for(&self.topics);
+    /// Checks that the entries of the logs and the messages behind the fence have no gap between them. While the
+    /// returned locks are held, no further message comes.
+    fn join(&self, found: &Backlog, turns: &[u64]) -> Joined<'_> {
+        let mut shards = self.hub.shards.lock_for(&self.topics);
         if !self.hub.is_linked() {
             return Joined::Not;
         }
@@ -248,36 +257,52 @@ impl Replay {
         }
         let mut fence = self.gate.fence.lock();
         let bytes_max = self.gate.target.buffer_bytes();
-        // Both wait for the client together. One that was closed for it would come back to the same.
-        let fits = |held: &Vec<Bytes>| {
+        // Entries and waiting messages go into the client's outbox together and must fit. If they overflowed it,
+        // the client would be closed as slow, resume, and be closed again.
+        let fits = |held: &[Bytes]| {
             let bytes: usize = held.iter().map(|message| message.len() + FRAME_OVERHEAD).sum();
             found.bytes + bytes <= bytes_max
         };
         let heads: Vec<_> = found.last.logs.iter().map(Log::position).collect();
-        let lost = match fence.release(&heads) {
-            Released::Open(held) if fits(&held) => {
-                // Nothing that comes for these topics can be among what was read.
+        match fence.release_or_restart(&heads, fits) {
+            Released::Open(held) => {
+                // Later messages of these topics cannot be among the entries, so they need no gate.
                 for topic in passed {
-                    shards.ungate(topic, &self.gate);
+                    self.ungate(topic, &mut shards);
                 }
-                return Joined::Now(shards, fence, held);
+                Joined::Now(shards, fence, held)
             }
-            Released::Open(_) => Lost::Overflow,
-            Released::Torn => {
-                // What waits is in what is read from now on, or of a life of a log that has ended.
-                *fence = Fence::new(bytes_max);
-                return Joined::Not;
-            }
-            Released::Lost(lost) => lost,
-        };
-        // What is read from now on has what could not wait.
-        *fence = Fence::new(bytes_max);
-        Joined::Lost(lost)
+            Released::ReadAgain(None) => Joined::Not,
+            Released::ReadAgain(Some(lost)) => Joined::Lost(lost),
+        }
     }
 
-    /// The logs do not belong together with what was delivered of them: they are read again, for everybody.
+    /// Replaces the gate at a topic, so that the client gets the topic's messages directly.
+    fn ungate(&self, topic: &str, shards: &mut LockedShards<'_>) {
+        let Some(topic) = shards.topic(topic) else { return };
+        for sink in topic.subscribers.iter_mut() {
+            if matches!(sink, Sink::Gated(other) if Arc::ptr_eq(other, &self.gate)) {
+                *sink = self.gate.target.clone();
+            }
+        }
+    }
+
+    fn count(&self, outcome: ResumeOutcome) {
+        let counters = &self.hub.counters;
+        match outcome {
+            ResumeOutcome::Fresh => {}
+            ResumeOutcome::Resumed(count) => {
+                counters.resumed.add(1);
+                counters.replayed.add(count as u64);
+            }
+            ResumeOutcome::Lost(lost) => counters.history_lost[lost as usize].add(1),
+        }
+    }
+
+    /// Interrupts all topics: their logs do not fit the messages that were delivered. The healer reads the logs
+    /// again, for all clients.
     fn interrupt(&self) {
-        let mut shards = self.hub.lock_for(&self.topics);
+        let mut shards = self.hub.shards.lock_for(&self.topics);
         for topic in &self.topics {
             if let Some(track) = shards.track(topic) {
                 track.interrupt();
@@ -287,56 +312,57 @@ impl Replay {
         self.hub.open_hole(&self.histories);
     }
 
-    /// What the client gets of entries, made before anything is locked, and with pauses: a long history, or
-    /// many clients with one, must not keep others waiting.
+    /// Encodes entries for the client, before any lock is taken. Yields at intervals, so that long histories do
+    /// not keep other tasks waiting.
     async fn encode(&self, entries: &[Entry]) -> Vec<Option<Bytes>> {
         let mut encoded = Vec::with_capacity(entries.len());
         for entries in entries.chunks(ENCODED_AT_ONCE) {
-            let one = |entry| Fanout::new(missed(entry)).encode(&self.gate.target, &self.hub);
+            let one =
+                |entry| Fanout::new(Message::from(entry)).encode(&self.gate.target, &self.hub);
             encoded.extend(entries.iter().map(one));
             tokio::task::yield_now().await;
         }
         encoded
     }
 
-    /// Everything in its order.
+    /// Sends the first message, the notices, the missed messages and the waiting ones, in this order.
     fn tell(
         &self,
-        found: &Found,
+        found: &Backlog,
         (encoded, held): (Vec<Option<Bytes>>, Vec<Bytes>),
         after: Option<&After>,
-        hello: impl FnOnce(Outcome, Option<Position>) -> Option<String>,
-        round: &mut Round,
+        hello: impl FnOnce(ResumeOutcome, Option<Position>) -> Option<String>,
+        round: &mut DeliveryRound,
     ) {
         let seen = found.last.position();
         let mut told = Telling { replay: self, round };
         let outcome = found.outcome;
         match (outcome, after) {
-            (Outcome::Resumed(count), Some(after)) => {
+            (ResumeOutcome::Resumed(count), Some(after)) => {
                 let notices = [hello(outcome, None), Some(notice::resumed(count, after))];
                 told.notices(notices, None);
             }
-            (Outcome::Lost(lost), _) => {
+            (ResumeOutcome::Lost(lost), _) => {
                 let notice = notice::history_lost(lost, seen);
                 told.notices([hello(outcome, Some(seen)), Some(notice)], Some(seen));
             }
             _ => {
                 let hello = hello(outcome, Some(seen));
-                // Any notice has the position too.
+                // Any notice would carry the position.
                 if hello.is_none() && found.streams.is_empty() {
                     told.position(seen);
                 }
                 told.notices([hello], Some(seen));
             }
         }
-        if !matches!(outcome, Outcome::Resumed(_)) {
+        if !matches!(outcome, ResumeOutcome::Resumed(_)) {
             let streams = found.streams.iter().map(|stream| Some(notice::stream_snapshot(stream)));
             told.notices(streams, Some(seen));
         }
         let target = &self.gate.target;
         for (entry, bytes) in found.entries.iter().zip(encoded) {
             if let Some(bytes) = bytes {
-                Fanout::new(missed(entry)).announce_to(target);
+                Fanout::new(Message::from(entry)).announce_to(target);
                 told.round.send_missed(target, bytes);
             }
         }
@@ -346,22 +372,22 @@ impl Replay {
     }
 }
 
-/// Whether a client could be let through.
+/// Result of [`Replay::join`].
 enum Joined<'a> {
-    /// It can, while these locks are held; this is what waited.
-    Now(ShardLocks<'a>, MutexGuard<'a, Fence<Bytes>>, Vec<Bytes>),
-    /// Something is missing.
+    /// No gap. The locks are held, and the messages waited behind the fence.
+    Now(LockedShards<'a>, MutexGuard<'a, Fence<Bytes>>, Vec<Bytes>),
+    /// Messages are missing.
     Lost(Lost),
-    /// What was read is not enough: it has to be read again.
+    /// A gap: the logs have to be read again.
     Not,
-    /// What was read ends before the instance began to read.
+    /// A log ends before the position at which the instance began to read it.
     Early,
 }
 
 /// Writes to the client of a replay.
 struct Telling<'a> {
     replay: &'a Replay,
-    round: &'a mut Round,
+    round: &'a mut DeliveryRound,
 }
 
 impl Telling<'_> {
@@ -376,42 +402,35 @@ impl Telling<'_> {
 
     fn notices(&mut self, notices: impl IntoIterator<Item = Option<String>>, id: Option<Position>) {
         for notice in notices.into_iter().flatten() {
-            // A notice names its position itself, where it does.
+            // A notice carries its position, if it has one, in its own members.
             self.tell(Message { id, carries_id: true, ..Message::plain(notice.as_bytes()) });
         }
     }
 
-    /// An event stream remembers its position from the start, although nothing has happened yet.
+    /// Tells an event stream its position before the first message, so that it can resume from there.
     fn position(&self, position: Position) {
         let target = &self.replay.gate.target;
-        if let Sink::EventStream { tap, .. } = target {
-            tap.place(position);
+        if let Sink::Client { client: Client::EventStream(outbox), .. } = target {
+            outbox.set_position(position);
         }
     }
 }
 
-impl Found {
+impl Backlog {
     fn lose(&mut self, lost: Lost) {
-        self.outcome = Outcome::Lost(lost);
+        self.outcome = ResumeOutcome::Lost(lost);
         (self.entries, self.bytes) = (Vec::new(), 0);
     }
 }
 
-/// An entry as a message.
-fn missed(entry: &Entry) -> Message<'_> {
-    let carries_id = entry.event_id.is_some();
-    let Entry { id, prev, ref data, .. } = *entry;
-    Message { id: Some(id), prev, carries_id, is_private: false, payload: data }
-}
-
-/// So many entries are encoded before others have their turn.
+/// Number of entries that are encoded before other tasks have their turn.
 const ENCODED_AT_ONCE: usize = 32;
 
-/// When to look again whether a client can be let through.
+/// Pause before the logs are read again.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// What a missed message weighs beside its data where it waits: its place, its frame's head and its id.
+/// Bytes of a missed message in the outbox in addition to its data: its entry, its frame's head and its id.
 const MISSED_BYTES: usize = FRAME_OVERHEAD + 96;
 
-/// Most entries of a log that are read at once.
+/// Upper bound of the entries of a log in one read.
 pub(super) const PAGE_ENTRIES: usize = 500;

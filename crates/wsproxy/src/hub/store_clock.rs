@@ -1,4 +1,4 @@
-//! What the store's clock shows, as far as this instance has seen it, and when the store was away by it.
+//! An estimate of the store's clock, and the times at which the store was lost.
 
 use std::{
     collections::VecDeque,
@@ -8,7 +8,7 @@ use std::{
 use parking_lot::Mutex;
 use wsproxy_conn::clock::Micros;
 
-/// How far the store's clock is ahead of ours, at most, in milliseconds.
+/// Largest known lead of the store's clock over this instance's, in milliseconds.
 #[derive(Debug)]
 pub(super) struct StoreClock(AtomicI64);
 
@@ -19,13 +19,13 @@ impl Default for StoreClock {
 }
 
 impl StoreClock {
-    /// The store's clock showed `store_ms` at `now`.
+    /// Notes that the store's clock showed `store_ms` at `now`.
     pub(super) fn seen(&self, store_ms: u64, now: Micros) {
         let ahead = i64::try_from(store_ms).unwrap_or(i64::MAX) - milliseconds(now);
         self.0.fetch_max(ahead, Relaxed);
     }
 
-    /// What it shows about now, where that is known.
+    /// Returns the store's time at `now`; `None` if the clock was never seen.
     pub(super) fn now_ms(&self, now: Micros) -> Option<u64> {
         match self.0.load(Relaxed) {
             i64::MIN => None,
@@ -33,8 +33,8 @@ impl StoreClock {
         }
     }
 
-    /// What it shows at most at `now`; everything where it was never seen. A clock that was set back counts as
-    /// it was before: ids count on from there.
+    /// Returns an upper bound of the store's time at `now`; the maximum if the clock was never seen. A clock that was
+    /// set back has no effect, since ids count on from the later time.
     pub(super) fn latest_ms(&self, now: Micros) -> u64 {
         match self.0.load(Relaxed) {
             i64::MIN => u64::MAX,
@@ -43,15 +43,16 @@ impl StoreClock {
     }
 }
 
-/// The times in which a worker may have published once more what a store had forgotten.
+/// Times in which a worker may have repeated a publish that the store had forgotten.
 ///
-/// A store that was lost may come back without its last messages. A worker that saw an error publishes again, with
-/// the same event id, and behind other messages than before: who saw the first copy must not continue there.
+/// A lost store may come back without its last messages. A worker that saw an error publishes again, with the same
+/// event id, but after other messages than before. So a client that saw the first copy must not resume from the second
+/// one.
 #[derive(Debug, Default)]
 pub(super) struct Doubts(Mutex<VecDeque<(u64, u64)>>);
 
 impl Doubts {
-    /// The store was lost at this time of its clock.
+    /// Notes that the store was lost at this time of its clock.
     pub(super) fn lost(&self, store_ms: u64) {
         let mut times = self.0.lock();
         let from = store_ms.saturating_sub(SKEW_MS);
@@ -64,7 +65,7 @@ impl Doubts {
         }
     }
 
-    /// Whether a message of this time may be a repetition.
+    /// Returns whether a message of this time may be a repetition.
     pub(super) fn concern(&self, store_ms: u64) -> bool {
         self.0.lock().iter().any(|(from, until)| (*from..=*until).contains(&store_ms))
     }
@@ -74,16 +75,17 @@ fn milliseconds(now: Micros) -> i64 {
     i64::try_from(now.0 / 1000).unwrap_or(i64::MAX / 2)
 }
 
-/// The clocks of stores that replace each other differ.
+/// Upper bound of the difference between the clocks of a store and its replacement.
 const SKEW_MS: u64 = 5_000;
 
-/// Workers repeat for so long at most: the API and the packages remember idempotency keys as long.
+/// Upper bound of the time for which workers repeat a publish. The worker API and the client libraries remember
+/// idempotency keys for this time.
 const RETRIES_MS: u64 = 600_000;
 
-/// So many outages are remembered.
+/// Upper bound of the remembered outages.
 const TIMES_MAX: usize = 64;
 
-/// Clocks drift, and are set.
+/// Margin for clocks that drift or are set.
 const MARGIN_MS: i64 = 60_000;
 
 #[cfg(test)]

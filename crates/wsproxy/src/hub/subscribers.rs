@@ -1,35 +1,35 @@
-//! The sinks of one topic: as small as can be for one, fast to join and to leave for thousands.
+//! The sinks of one topic: small for a single sink, fast for thousands.
 
 use hashbrown::HashMap;
 
-use crate::hub::{Place, Sink};
+use crate::hub::sink::{Sink, SinkId};
 
 /// The sinks of one topic, without order.
 ///
-/// Almost every session has one connection, so that one sink must cost no more than itself.
+/// Almost every session has a single connection, so a single sink must take no extra memory.
 #[derive(Debug, Default)]
 pub(super) enum Subscribers {
-    /// Nobody: the topic is about to be forgotten.
+    /// No sink: the topic is about to be removed.
     #[default]
     None,
-    /// One.
+    /// One sink.
     One(Sink),
-    /// Several, by where they deliver to.
-    Many(Box<HashMap<Place, Sink, foldhash::fast::RandomState>>),
+    /// Several sinks, by their destinations.
+    Many(Box<HashMap<SinkId, Sink, foldhash::fast::RandomState>>),
 }
 
 impl Subscribers {
-    /// Adds a sink; one that delivers to the same place is replaced.
+    /// Adds a sink, and replaces one with the same destination.
     pub(super) fn add(&mut self, sink: Sink) {
         match self {
             Self::Many(sinks) => {
-                sinks.insert(sink.place(), sink);
+                sinks.insert(sink.id(), sink);
             }
-            Self::One(first) if first.place() != sink.place() => {
+            Self::One(first) if first.id() != sink.id() => {
                 let mut sinks = Box::new(HashMap::default());
-                sinks.insert(sink.place(), sink);
+                sinks.insert(sink.id(), sink);
                 if let Self::One(first) = std::mem::replace(self, Self::None) {
-                    sinks.insert(first.place(), first);
+                    sinks.insert(first.id(), first);
                 }
                 *self = Self::Many(sinks);
             }
@@ -38,16 +38,16 @@ impl Subscribers {
     }
 
     /// Removes and returns a sink.
-    pub(super) fn remove(&mut self, place: Place) -> Option<Sink> {
+    pub(super) fn remove(&mut self, id: SinkId) -> Option<Sink> {
         let removed = match self {
             Self::Many(sinks) => {
-                let removed = sinks.remove(&place);
+                let removed = sinks.remove(&id);
                 if sinks.len() < sinks.capacity() / 4 {
                     sinks.shrink_to_fit();
                 }
                 removed
             }
-            Self::One(sink) if sink.place() == place => match std::mem::replace(self, Self::None) {
+            Self::One(sink) if sink.id() == id => match std::mem::replace(self, Self::None) {
                 Self::One(sink) => Some(sink),
                 _ => None,
             },
@@ -59,7 +59,7 @@ impl Subscribers {
         removed
     }
 
-    /// How many there are.
+    /// Returns the number of sinks.
     pub(super) fn len(&self) -> usize {
         match self {
             Self::None => 0,
@@ -68,12 +68,12 @@ impl Subscribers {
         }
     }
 
-    /// Whether nobody is left.
+    /// Returns whether there is no sink.
     pub(super) const fn is_empty(&self) -> bool {
         matches!(self, Self::None)
     }
 
-    /// All of them, to be changed into others of the same place.
+    /// Returns all sinks. They may be replaced by others with the same destination.
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sink> {
         let (one, many) = match self {
             Self::None => (None, None),
@@ -83,7 +83,7 @@ impl Subscribers {
         one.into_iter().chain(many.into_iter().flatten())
     }
 
-    /// All of them.
+    /// Returns all sinks.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Sink> {
         let (one, many) = match self {
             Self::None => (None, None),
@@ -99,24 +99,24 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::hub::tap::Tap;
+    use crate::hub::follower::FollowerQueue;
 
     #[test]
     fn any_order_of_joining_and_leaving_keeps_exactly_those_who_stay() {
-        let taps: Vec<_> = (0..500).map(|_| Tap::new(1)).collect();
+        let queues: Vec<_> = (0..500).map(|_| FollowerQueue::new(1)).collect();
         let mut subscribers = Subscribers::None;
-        assert_eq!(size_of::<Subscribers>(), 16, "there is one for every session");
-        for tap in &taps {
-            subscribers.add(Sink::Tap(Arc::clone(tap)));
+        assert_eq!(size_of::<Subscribers>(), 24, "there is one for every session");
+        for queue in &queues {
+            subscribers.add(Sink::Follower(Arc::clone(queue)));
         }
         assert_eq!(subscribers.iter().count(), 500);
-        for tap in taps.iter().step_by(2).rev() {
-            assert!(subscribers.remove(Sink::Tap(Arc::clone(tap)).place()).is_some());
-            assert!(subscribers.remove(Sink::Tap(Arc::clone(tap)).place()).is_none());
+        for queue in queues.iter().step_by(2).rev() {
+            assert!(subscribers.remove(Sink::Follower(Arc::clone(queue)).id()).is_some());
+            assert!(subscribers.remove(Sink::Follower(Arc::clone(queue)).id()).is_none());
         }
         assert_eq!(subscribers.iter().count(), 250);
-        for tap in taps.iter().skip(1).step_by(2) {
-            assert!(subscribers.remove(Sink::Tap(Arc::clone(tap)).place()).is_some());
+        for queue in queues.iter().skip(1).step_by(2) {
+            assert!(subscribers.remove(Sink::Follower(Arc::clone(queue)).id()).is_some());
         }
         assert!(subscribers.is_empty());
     }

@@ -1,34 +1,71 @@
 //! Commands to the Redis of the registry: a deadline for each, and scripts of one key each.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::timeout;
+use wsproxy_proto::names::Names;
 
 use crate::{
-    bus::redis::{RedisBus, resp::Reply},
-    store::StoreError,
+    redis::{
+        client::RedisClient,
+        reply::{integer, odd_reply, text},
+        resp::Reply,
+        script::Script,
+    },
+    store::command::StoreError,
 };
 
 /// Sends commands on the connection of the store. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Commands {
-    bus: RedisBus,
+pub(crate) struct Commands {
+    client: RedisClient,
     response_timeout: Duration,
 }
 
 impl Commands {
-    pub(super) const fn new(bus: RedisBus, response_timeout: Duration) -> Self {
-        Self { bus, response_timeout }
+    pub(crate) const fn new(client: RedisClient, response_timeout: Duration) -> Self {
+        Self { client, response_timeout }
     }
 
-    /// Sends a command. One without an answer in time counts as lost: it may take effect later.
-    pub(super) async fn call(&self, words: &[impl AsRef<[u8]>]) -> Result<Reply, StoreError> {
+    /// Sends a command. Without an answer in time it counts as lost, but may take effect later.
+    pub(crate) async fn call(&self, words: &[impl AsRef<[u8]>]) -> Result<Reply, StoreError> {
         let words: Vec<&[u8]> = words.iter().map(AsRef::as_ref).collect();
-        match timeout(self.response_timeout, self.bus.command(&words)).await {
+        self.in_time(self.client.command(&words)).await
+    }
+
+    async fn in_time(
+        &self,
+        reply: impl Future<Output = Result<Reply, StoreError>>,
+    ) -> Result<Reply, StoreError> {
+        match timeout(self.response_timeout, reply).await {
             Ok(reply) => reply,
             Err(_) => Err(StoreError::Lost("no answer in time".into())),
         }
+    }
+
+    /// Runs a script; `words` are the number of keys, the keys and the arguments.
+    pub(crate) async fn run_script(
+        &self,
+        script: &Script,
+        words: &[impl AsRef<[u8]>],
+    ) -> Result<Reply, StoreError> {
+        let words: Vec<&[u8]> = words.iter().map(AsRef::as_ref).collect();
+        self.in_time(self.client.run(script, &words)).await
+    }
+
+    /// Runs a script several times, with one write; `calls` are as in [`Self::run_script`]. Returns a reply for each.
+    pub(crate) async fn run_each<const N: usize>(
+        &self,
+        script: &Script,
+        calls: &[[Cow<'_, str>; N]],
+    ) -> Vec<Result<Reply, StoreError>> {
+        let calls: Vec<_> =
+            calls.iter().map(|words| words.each_ref().map(|word| word.as_bytes())).collect();
+        let replies = timeout(self.response_timeout, self.client.run_each(script, &calls)).await;
+        replies.unwrap_or_else(|_| {
+            vec![Err(StoreError::Lost("no answer in time".into())); calls.len()]
+        })
     }
 
     /// Runs a script that touches one key, so that it runs on a cluster too.
@@ -38,14 +75,10 @@ impl Commands {
         key: &str,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<Reply, StoreError> {
-        let fixed = [b"EVAL", script.as_bytes(), b"1", key.as_bytes()];
-        let mut words: Vec<_> = fixed.into_iter().map(Bytes::copy_from_slice).collect();
-        let arguments = arguments.into_iter();
-        words.extend(arguments.map(|word| Bytes::copy_from_slice(word.as_ref())));
-        self.call(&words).await
+        self.in_time(self.client.eval(script, key, arguments)).await
     }
 
-    /// A piece of a hash, at most some hundred fields, and the cursor of the next piece.
+    /// Reads a piece of a hash, at most some hundred fields, and the cursor of the next piece.
     pub(super) async fn scan(
         &self,
         key: &str,
@@ -63,45 +96,91 @@ impl Commands {
         Ok((next.clone(), fields.chunks_exact(2).filter_map(field).collect()))
     }
 
-    /// Number of fields of a hash, which lives for `ttl` milliseconds from now.
+    /// Enters fields of a hash with their values and removes others, together; sets the hash's time to live to `ttl`
+    /// milliseconds. Nothing to do costs nothing.
+    pub(super) async fn change_hash(
+        &self,
+        key: &str,
+        ttl: &str,
+        entered: impl ExactSizeIterator<Item = (Bytes, Bytes)>,
+        left: impl Iterator<Item = Bytes>,
+    ) -> Result<(), StoreError> {
+        let mut words =
+            vec![Bytes::copy_from_slice(ttl.as_bytes()), entered.len().to_string().into()];
+        words.extend(entered.flat_map(|(name, value)| [name, value]));
+        words.extend(left);
+        match words.len() {
+            2 => Ok(()),
+            _ => self.run(CHANGE_HASH, key, words).await.map(drop),
+        }
+    }
+
+    /// Removes fields of a hash that still have these values.
+    pub(super) async fn remove_equal(
+        &self,
+        key: &str,
+        fields: impl Iterator<Item = (Bytes, Bytes)>,
+    ) -> Result<(), StoreError> {
+        let words: Vec<_> = fields.flat_map(|(name, value)| [name, value]).collect();
+        match words.is_empty() {
+            true => Ok(()),
+            false => self.run(REMOVE_EQUAL, key, words).await.map(drop),
+        }
+    }
+
+    /// Returns the number of fields of a hash, and sets its time to live to `ttl` milliseconds.
     pub(super) async fn keep_hash(&self, key: &str, ttl: &str) -> Result<u64, StoreError> {
         Ok(integer(&self.run(KEEP_HASH, key, [ttl]).await?)?.unsigned_abs())
     }
 
-    /// Number of fields of a hash.
-    pub(super) async fn hash_len(&self, key: &str) -> Result<u64, StoreError> {
+    /// Returns the instances whose leases run; `servers` is the key of their index.
+    pub(super) async fn living(&self, servers: &str) -> Result<Reply, StoreError> {
+        self.run(LIVING, servers, [""; 0]).await
+    }
+
+    /// Returns the instances whose leases run, in order.
+    pub(super) async fn living_servers(&self, names: &Names) -> Result<Vec<Box<str>>, StoreError> {
+        let reply = self.living(&names.servers()).await?;
+        let Reply::Array(servers) = reply else { return Err(odd_reply()) };
+        let mut servers: Vec<_> = servers.iter().filter_map(text).map(Into::into).collect();
+        servers.sort_unstable();
+        Ok(servers)
+    }
+
+    /// Returns the number of fields of a hash.
+    pub(crate) async fn hash_len(&self, key: &str) -> Result<u64, StoreError> {
         Ok(integer(&self.call(&[b"HLEN", key.as_bytes()]).await?)?.unsigned_abs())
     }
 
-    /// Number of links for these commands so far. Another number says that Redis may be another one since.
-    pub(super) fn links(&self) -> u64 {
-        self.bus.command_links()
+    /// Returns the number of connections for these commands so far. When it changes, commands may reach another Redis.
+    pub(super) fn connections_made(&self) -> u64 {
+        self.client.command_connections()
     }
 }
 
-pub(super) fn text(reply: &Reply) -> Option<&str> {
-    match reply {
-        Reply::Text(text) => std::str::from_utf8(text).ok(),
-        _ => None,
-    }
-}
-
-pub(super) fn integer(reply: &Reply) -> Result<i64, StoreError> {
-    match reply {
-        Reply::Integer(number) => Ok(*number),
-        _ => Err(odd_reply()),
-    }
-}
-
-pub(super) fn odd_reply() -> StoreError {
-    StoreError::Refused("an odd reply".into())
-}
-
-/// Cursor of the first piece of a hash, and the one behind the last.
+/// Cursor of the first piece of a hash, and the cursor behind the last piece.
 pub(super) const SCAN_START: Bytes = Bytes::from_static(b"0");
 
 /// Fields that are read at a time.
 const SCAN_COUNT: &[u8] = b"256";
+
+/// Key: servers.
+const LIVING: &str = "\
+local t=redis.call('TIME') local now=t[1]*1000+math.floor(t[2]/1000) \
+return redis.call('ZRANGEBYSCORE',KEYS[1],'('..now,'+inf')";
+
+/// Key: a hash. Arguments: milliseconds to live, number of fields to enter, these with their values, fields to remove.
+const CHANGE_HASH: &str = "\
+local n=2*ARGV[2]+2 \
+if n>2 then redis.call('HSET',KEYS[1],unpack(ARGV,3,n)) end \
+if n<#ARGV then redis.call('HDEL',KEYS[1],unpack(ARGV,n+1)) end \
+return redis.call('PEXPIRE',KEYS[1],ARGV[1])";
+
+/// Key: a hash. Arguments: fields and their values.
+const REMOVE_EQUAL: &str = "\
+for i=1,#ARGV,2 do \
+if redis.call('HGET',KEYS[1],ARGV[i])==ARGV[i+1] then redis.call('HDEL',KEYS[1],ARGV[i]) end end \
+return 1";
 
 /// Key: a hash. Argument: milliseconds to live.
 const KEEP_HASH: &str = "\

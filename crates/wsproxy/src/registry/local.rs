@@ -1,4 +1,4 @@
-//! The connections of this instance, and what the shared registry does not know of them yet; without IO.
+//! The connections of this instance, and the changes that the shared registry does not have yet; without IO.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,28 +11,31 @@ use std::{
 use hashbrown::{HashMap, HashSet};
 use uuid::Uuid;
 
-use crate::registry::{Joining, Peer, Presence, Record, Transport};
+use crate::{
+    client::Client,
+    registry::{ConnectionRecord, Joining, Presence, Transport},
+};
 
-/// What should be in the registry for this instance.
+/// The state that the registry should have of this instance.
 ///
 /// Invariant: `changes` holds at most one change for every connection that is here, and one for
 /// every connection that is not but that Redis may know of. Both are bounded by the connections that
 /// an instance may hold; a connection that came and went before it was written leaves nothing.
 #[derive(Default)]
 pub(super) struct Local {
-    /// By id, which is by age, so that a walk can go on where it stopped.
-    /// Boxed, since half of a tree's places are empty.
+    /// Connections by id, hence by age, so that a walk can go on where it stopped. Boxed, since a tree leaves half
+    /// of its slots empty.
     members: BTreeMap<Uuid, Box<Member>>,
     by_user: BTreeSet<(Arc<str>, Uuid)>,
     by_token: BTreeSet<(Arc<str>, Uuid)>,
     changes: HashMap<Uuid, Change>,
-    /// Changes were taken, and it is not known yet whether they are in Redis.
+    /// Set while Redis has not answered to the changes that were taken.
     writing: bool,
-    /// What clients call themselves: many the same. Holds at most `USER_AGENTS_MAX`.
+    /// `User-Agent`s of clients, shared, since many are equal. Holds at most `USER_AGENTS_MAX`.
     user_agents: HashSet<Arc<str>>,
-    /// Whether somebody takes the changes.
+    /// Set if a writer takes the changes; without a shared registry there is none.
     shared: bool,
-    /// How far the walk is that renews entries.
+    /// The connection that was renewed last.
     renewed: Uuid,
 }
 
@@ -40,12 +43,12 @@ struct Member {
     user: Arc<str>,
     token: Option<Arc<str>>,
     issued_at: Option<u64>,
-    peer: Peer,
+    client: Client,
     connected: SystemTime,
     transport: Transport,
     address: Option<IpAddr>,
     user_agent: Option<Arc<str>>,
-    /// Redis may know of it.
+    /// Set once Redis may have the connection.
     known: bool,
 }
 
@@ -58,8 +61,8 @@ enum Change {
 pub(super) struct Write {
     pub(super) connection: Uuid,
     pub(super) user: Arc<str>,
-    /// What is kept of it; `None`: it left.
-    pub(super) record: Option<Record>,
+    /// The record of the connection; `None`: it has left.
+    pub(super) record: Option<ConnectionRecord>,
 }
 
 impl Local {
@@ -67,7 +70,7 @@ impl Local {
         Self { shared, ..Self::default() }
     }
 
-    /// Says whether there is something to write.
+    /// Adds a connection, and returns whether there is something to write.
     pub(super) fn join(&mut self, joining: Joining) -> bool {
         let connection = joining.connection;
         let user: Arc<str> = joining.user.as_str().into();
@@ -80,7 +83,7 @@ impl Local {
             user,
             token,
             issued_at: joining.issued_at,
-            peer: joining.peer,
+            client: joining.client,
             connected: SystemTime::now(),
             transport: joining.transport,
             address: joining.address,
@@ -94,7 +97,7 @@ impl Local {
         self.shared
     }
 
-    /// One text for all who call themselves the same.
+    /// Returns the text that all clients with the same `User-Agent` share.
     fn user_agent(&mut self, text: &str) -> Arc<str> {
         let text = &text[..text.floor_char_boundary(USER_AGENT_BYTES_MAX)];
         if let Some(known) = self.user_agents.get(text) {
@@ -107,7 +110,7 @@ impl Local {
         text
     }
 
-    /// Says whether there is something to write.
+    /// Removes a connection, and returns whether there is something to write.
     pub(super) fn leave(&mut self, connection: Uuid) -> bool {
         let Some(member) = self.members.remove(&connection) else { return false };
         self.by_user.remove(&(Arc::clone(&member.user), connection));
@@ -126,7 +129,7 @@ impl Local {
         self.members.get(&connection).is_some_and(|member| &*member.user == user)
     }
 
-    /// The connection goes on with another token.
+    /// Replaces the token of a connection.
     pub(super) fn renew(&mut self, connection: Uuid, token: Option<&str>, issued_at: Option<u64>) {
         let Some(member) = self.members.get_mut(&connection) else { return };
         if let Some(old) = member.token.take() {
@@ -148,17 +151,17 @@ impl Local {
         !self.changes.is_empty()
     }
 
-    /// Whether Redis has taken every change.
+    /// Returns whether Redis has every change.
     pub(super) fn is_written(&self) -> bool {
         self.changes.is_empty() && !self.writing
     }
 
-    /// Redis has answered to what was taken.
+    /// Notes that Redis has answered to the changes that were taken.
     pub(super) fn written(&mut self) {
         self.writing = false;
     }
 
-    /// At most `count` changes, which Redis may know of from now on.
+    /// Takes at most `count` changes, which Redis may have from now on.
     pub(super) fn take(&mut self, server: &str, count: usize) -> Vec<Write> {
         let changes: Vec<_> = self.changes.extract_if(|_, _| true).take(count).collect();
         if self.changes.is_empty() {
@@ -178,7 +181,7 @@ impl Local {
         writes
     }
 
-    /// They may or may not have been written. What changed since then is newer.
+    /// Puts back changes that may or may not have been written, unless newer ones replace them.
     pub(super) fn give_back(&mut self, writes: Vec<Write>) {
         self.writing = false;
         for Write { connection, user, .. } in writes {
@@ -190,14 +193,14 @@ impl Local {
         }
     }
 
-    /// Redis has lost what it knew: everything is written again.
+    /// Marks every connection to be written again, since Redis has lost its data.
     pub(super) fn rewrite_all(&mut self) {
         for connection in self.members.keys() {
             self.changes.entry(*connection).or_insert(Change::Join);
         }
     }
 
-    /// The next `count` of all, in turn, are written again, so that they do not expire.
+    /// Marks the next `count` connections, in turn, to be written again, so that their entries do not expire.
     pub(super) fn rewrite_some(&mut self, count: usize) {
         let from = (Bound::Excluded(self.renewed), Bound::Unbounded);
         let mut last = None;
@@ -205,11 +208,12 @@ impl Local {
             self.changes.entry(connection).or_insert(Change::Join);
             last = Some(connection);
         }
-        // At the end it begins again.
+        // The walk begins again at its end.
         self.renewed = last.unwrap_or_default();
     }
 
-    /// Entries that Redis has under our name; those that are not ours are removed.
+    /// Marks the entries for removal that Redis has under this instance's name without a connection here. Returns their
+    /// number.
     pub(super) fn remove_strays(&mut self, found: Vec<(Uuid, Arc<str>)>) -> usize {
         let before = self.changes.len();
         for (connection, user) in found {
@@ -220,47 +224,47 @@ impl Local {
         self.changes.len() - before
     }
 
-    /// The connections of a user.
+    /// Returns the connections of a user.
     pub(super) fn of_user(&self, user: &str) -> impl Iterator<Item = Uuid> {
         of(&self.by_user, user)
     }
 
-    pub(super) fn peers_of_user(&self, user: &str) -> Vec<Peer> {
-        self.peers(of(&self.by_user, user))
+    pub(super) fn clients_of_user(&self, user: &str) -> Vec<Client> {
+        self.clients(of(&self.by_user, user))
     }
 
-    /// Those of a user's connections whose token was made up to then, or who knows when.
-    pub(super) fn peers_issued(&self, user: &str, until: u64) -> Vec<Peer> {
+    /// Returns the user's connections whose token has `iat <= until` or no `iat`.
+    pub(super) fn clients_issued(&self, user: &str, until: u64) -> Vec<Client> {
         let issued = |id: &Uuid| {
             let member = self.members.get(id);
             member.is_some_and(|member| member.issued_at.is_none_or(|at| at <= until))
         };
-        self.peers(of(&self.by_user, user).filter(issued))
+        self.clients(of(&self.by_user, user).filter(issued))
     }
 
-    pub(super) fn peers_of_token(&self, token: &str) -> Vec<Peer> {
-        self.peers(of(&self.by_token, token))
+    pub(super) fn clients_of_token(&self, token: &str) -> Vec<Client> {
+        self.clients(of(&self.by_token, token))
     }
 
-    pub(super) fn peer(&self, connection: Uuid) -> Vec<Peer> {
-        self.peers(std::iter::once(connection))
+    pub(super) fn client(&self, connection: Uuid) -> Vec<Client> {
+        self.clients(std::iter::once(connection))
     }
 
-    fn peers(&self, ids: impl Iterator<Item = Uuid>) -> Vec<Peer> {
-        ids.filter_map(|id| Some(self.members.get(&id)?.peer.clone())).collect()
+    fn clients(&self, ids: impl Iterator<Item = Uuid>) -> Vec<Client> {
+        ids.filter_map(|id| Some(self.members.get(&id)?.client.clone())).collect()
     }
 
-    /// The users that have connections here, each once.
+    /// Returns the users with connections here, each once.
     pub(super) fn users(&self) -> Vec<Arc<str>> {
         names(&self.by_user)
     }
 
-    /// The named tokens that connections here were opened with, each once.
+    /// Returns the names of the tokens of connections here, each once.
     pub(super) fn tokens(&self) -> Vec<Arc<str>> {
         names(&self.by_token)
     }
 
-    /// The connections of a user as everybody may see them.
+    /// Returns the connections of a user as workers see them.
     pub(super) fn presence(&self, server: &str, user: &str) -> Vec<Presence> {
         let presence = |id| {
             let member = self.members.get(&id)?;
@@ -271,8 +275,8 @@ impl Local {
 }
 
 impl Member {
-    fn record(&self, server: &str) -> Record {
-        Record {
+    fn record(&self, server: &str) -> ConnectionRecord {
+        ConnectionRecord {
             server_id: server.into(),
             connected_at: humantime::format_rfc3339_millis(self.connected).to_string().into(),
             transport: self.transport,
@@ -294,11 +298,144 @@ fn names(index: &BTreeSet<(Arc<str>, Uuid)>) -> Vec<Arc<str>> {
     names
 }
 
-/// Browsers name themselves in 100 to 200 bytes; more tells nobody more.
+/// Longest kept `User-Agent`: browsers send 100 to 200 bytes.
 const USER_AGENT_BYTES_MAX: usize = 200;
 
-/// Clients that each call themselves something else cost their own memory only.
+/// Upper bound of shared `User-Agent`s; further clients keep one each.
 const USER_AGENTS_MAX: usize = 256;
 
-/// Room for so many changes stays after a burst.
+/// Changes for which memory is kept after a burst.
 const CHANGES_KEPT: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use wsproxy_conn::{clock::Micros, runtime::Runtime};
+    use wsproxy_proto::names::Id;
+
+    use super::*;
+    use crate::client::event_stream_outbox::EventStreamOutbox;
+
+    fn id(number: u128) -> Uuid {
+        Uuid::from_u128(number)
+    }
+
+    fn joining(number: u128, user: &str, token: Option<&str>, issued_at: Option<u64>) -> Joining {
+        let runtime = Runtime::new(1024, Micros(0));
+        let outbox = EventStreamOutbox::new(id(number), 1024, runtime, None);
+        Joining {
+            connection: id(number),
+            user: Id::parse(user).unwrap(),
+            client: Client::EventStream(outbox),
+            token: token.map(Into::into),
+            issued_at,
+            address: None,
+            user_agent: None,
+            transport: Transport::Sse,
+        }
+    }
+
+    fn ids(clients: &[Client]) -> Vec<Uuid> {
+        clients.iter().map(Client::id).collect()
+    }
+
+    /// Connections and whether they joined, by id.
+    fn taken(local: &mut Local) -> Vec<(Uuid, bool)> {
+        let mut writes: Vec<_> = local
+            .take("i", 100)
+            .iter()
+            .map(|write| (write.connection, write.record.is_some()))
+            .collect();
+        writes.sort_unstable();
+        writes
+    }
+
+    #[test]
+    fn a_short_lived_connection_is_never_written() {
+        let mut local = Local::new(true);
+        assert!(local.join(joining(1, "u", None, None)));
+        assert!(!local.leave(id(1)), "there is nothing to write");
+        assert!(local.is_written() && taken(&mut local).is_empty());
+        assert!(!local.leave(id(1)), "it has left already");
+    }
+
+    #[test]
+    fn a_written_connection_that_leaves_is_removed() {
+        let mut local = Local::new(true);
+        local.join(joining(1, "u", None, None));
+        assert_eq!(taken(&mut local), [(id(1), true)]);
+        assert!(!local.is_written(), "no answer yet");
+        local.written();
+        assert!(local.is_written() && local.leave(id(1)));
+        assert_eq!(taken(&mut local), [(id(1), false)]);
+    }
+
+    #[test]
+    fn writes_in_doubt_are_repeated_with_present_state() {
+        let mut local = Local::new(true);
+        local.join(joining(1, "u", None, None));
+        local.join(joining(2, "u", None, None));
+        let writes = local.take("i", 100);
+        local.leave(id(1));
+        local.give_back(writes);
+        assert_eq!(taken(&mut local), [(id(1), false), (id(2), true)]);
+    }
+
+    #[test]
+    fn an_instance_alone_writes_nothing() {
+        let mut local = Local::new(false);
+        assert!(!local.join(joining(1, "u", None, None)));
+        assert!(local.is_written());
+        assert_eq!(local.presence("i", "u")[0].connection_id, id(1));
+    }
+
+    #[test]
+    fn connections_are_found_by_user_token_and_issue() {
+        let mut local = Local::new(true);
+        local.join(joining(1, "a", Some("t"), Some(10)));
+        local.join(joining(2, "a", None, None));
+        local.join(joining(3, "ab", Some("t"), Some(5)));
+        assert_eq!(ids(&local.clients_of_user("a")), [id(1), id(2)]);
+        assert_eq!(ids(&local.clients_of_token("t")), [id(1), id(3)]);
+        assert_eq!(ids(&local.clients_issued("a", 9)), [id(2)], "its token does not say when");
+        assert_eq!(ids(&local.clients_issued("a", 10)), [id(1), id(2)]);
+        assert_eq!(local.users().iter().map(|user| &**user).collect::<Vec<_>>(), ["a", "ab"]);
+        local.renew(id(1), Some("t2"), Some(20));
+        assert_eq!(ids(&local.clients_of_token("t")), [id(3)]);
+        assert_eq!(ids(&local.clients_issued("a", 10)), [id(2)]);
+        assert_eq!(local.tokens().iter().map(|token| &**token).collect::<Vec<_>>(), ["t", "t2"]);
+    }
+
+    #[test]
+    fn renewals_go_round_and_strays_are_removed() {
+        let mut local = Local::new(true);
+        for n in 1..=3 {
+            local.join(joining(n, "u", None, None));
+        }
+        taken(&mut local);
+        local.written();
+        let mut round = || {
+            local.rewrite_some(2);
+            taken(&mut local)
+        };
+        assert_eq!(round(), [(id(1), true), (id(2), true)]);
+        assert_eq!(round(), [(id(3), true)]);
+        assert_eq!(round(), [], "the end is noticed");
+        assert_eq!(round(), [(id(1), true), (id(2), true)], "it begins again");
+        let found = vec![(id(1), "u".into()), (id(9), "u".into())];
+        assert_eq!(local.remove_strays(found), 1);
+        assert_eq!(taken(&mut local), [(id(9), false)]);
+    }
+
+    #[test]
+    fn equal_user_agents_share_one_text() {
+        let mut local = Local::new(true);
+        let long = "ü".repeat(USER_AGENT_BYTES_MAX);
+        for n in 1..=2 {
+            let user_agent = Some(long.clone());
+            local.join(Joining { user_agent, ..joining(n, "u", None, None) });
+        }
+        assert_eq!(local.user_agents.len(), 1);
+        let record = &local.presence("i", "u")[0].record;
+        assert_eq!(record.user_agent.as_ref().unwrap().len(), USER_AGENT_BYTES_MAX);
+    }
+}

@@ -1,5 +1,5 @@
-//! The connections of the event endpoint as Redis has them, by instance and by user, and how those of a
-//! lost instance are removed.
+//! The connections of the event endpoint as Redis has them, by instance and by user, and the removal of those
+//! of a lost instance.
 
 use std::sync::Arc;
 
@@ -11,40 +11,40 @@ use wsproxy_proto::names::Names;
 use crate::{
     registry::{
         commands::{Commands, SCAN_START},
-        lease::{self, Family, Lost},
+        lease::{self, LeasedState, LostInstance},
         local::Write,
     },
-    store::StoreError,
+    store::command::StoreError,
 };
 
 /// Hashes of connections. An entry of a user names its instance; readers ignore those of lost instances.
-pub(super) struct Members {
+pub(super) struct RegistryMembers {
     commands: Commands,
     names: Names,
 }
 
-/// Times to live, in milliseconds, as words.
+/// Times to live in milliseconds, as words of commands.
 pub(super) struct Ttls {
-    /// Of a user's connections.
+    /// Time to live of a user's connections.
     pub(super) users: String,
-    /// Of an instance's connections.
+    /// Time to live of an instance's connections.
     pub(super) server: String,
 }
 
-impl Members {
-    pub(super) fn new(commands: Commands, settings: &lease::Settings) -> Self {
+impl RegistryMembers {
+    pub(super) fn new(commands: Commands, settings: &lease::LeaseSettings) -> Self {
         Self { commands, names: settings.names.clone() }
     }
 
-    /// Key of the connections of an instance.
+    /// Returns the key of the connections of an instance.
     pub(super) fn key(&self, server: &str) -> String {
-        self.names.events_server(server, ":connections")
+        self.names.server_connections(server)
     }
 
-    /// Writes changes of an instance. Answers how many users' keys Redis refused to write.
+    /// Writes changes of an instance. Returns the number of users' keys that Redis refused to write.
     ///
-    /// A connection is first entered under its instance and last removed there: a crash in between leaves
-    /// nothing that the instance's name does not lead to.
+    /// A connection is first entered under its instance and last removed there: after a crash every entry of a
+    /// user can be found by the instance's name.
     pub(super) async fn write(
         &self,
         server: &str,
@@ -66,7 +66,7 @@ impl Members {
         Ok(refused)
     }
 
-    /// Says whether Redis did it. One user whose key is of another kind must not keep the others out.
+    /// Returns whether Redis did it. A user whose key is of another type must not keep the others from being written.
     async fn write_user(&self, write: &Write, ttl: &str) -> Result<bool, StoreError> {
         let key = self.names.events_user_connections(&write.user);
         let connection = write.connection.to_string();
@@ -85,7 +85,7 @@ impl Members {
         }
     }
 
-    /// A piece of the connections of an instance with their users, and the cursor of the next piece.
+    /// Reads a piece of the connections of an instance with their users, and the cursor of the next piece.
     pub(super) async fn scan(
         &self,
         server: &str,
@@ -93,7 +93,7 @@ impl Members {
     ) -> Result<(Bytes, Vec<(Uuid, Arc<str>)>), StoreError> {
         let (next, fields) = self.commands.scan(&self.key(server), cursor).await?;
         let entry = |(connection, user): (Bytes, Bytes)| {
-            // A field that is no id is no connection of a gateway.
+            // No gateway wrote a field that is no id.
             let connection = Uuid::try_parse_ascii(&connection).ok()?;
             Some((connection, std::str::from_utf8(&user).ok()?.into()))
         };
@@ -105,7 +105,7 @@ impl Members {
             let Ok(user) = std::str::from_utf8(user) else { return Ok(()) };
             let key = self.names.events_user_connections(user);
             match self.commands.call(&[b"HDEL", key.as_bytes(), connection]).await {
-                // A key of another kind holds no connection.
+                // A key of another type holds no connection.
                 Err(error) if !error.is_of_one_key() => Err(error),
                 Ok(_) | Err(_) => Ok(()),
             }
@@ -127,7 +127,7 @@ impl Members {
         }
     }
 
-    async fn clean_up(&self, lost: &Lost<'_>) -> Result<bool, StoreError> {
+    async fn clean_up(&self, lost: &LostInstance<'_>) -> Result<bool, StoreError> {
         let key = self.key(lost.server);
         for _ in 0..WALKS_MAX {
             let mut cursor = SCAN_START;
@@ -137,8 +137,8 @@ impl Members {
                     if !lost.is_certain().await? {
                         return Ok(false);
                     }
-                    // An instance that comes back right now notices that entries are missing, since their
-                    // number is not what it left, and writes them again.
+                    // An instance that comes back right now finds fewer entries than it wrote, and writes all of
+                    // them again.
                     self.remove(&key, &entries).await?;
                     lost.counters.connections_reaped.add(entries.len() as u64);
                 }
@@ -155,8 +155,8 @@ impl Members {
     }
 }
 
-impl Family for Members {
-    fn clean<'a>(&'a self, lost: &'a Lost<'a>) -> BoxFuture<'a, Result<bool, StoreError>> {
+impl LeasedState for RegistryMembers {
+    fn clean<'a>(&'a self, lost: &'a LostInstance<'a>) -> BoxFuture<'a, Result<bool, StoreError>> {
         self.clean_up(lost).boxed()
     }
 
@@ -165,7 +165,7 @@ impl Family for Members {
     }
 }
 
-/// Walks over the entries of one instance: a walk may miss entries that move.
+/// Upper bound of walks over the entries of one instance: a walk may miss entries that move.
 const WALKS_MAX: usize = 10;
 
 /// Key: a hash. Arguments: TTL, then fields and values.

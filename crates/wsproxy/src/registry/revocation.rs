@@ -1,145 +1,169 @@
-//! Which tokens are no longer good although they have not expired.
+//! Revocations of tokens in the store. Knows no connection.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use bytes::Bytes;
-use wsproxy_proto::{disconnect::Disconnect, names::Id};
-
-use crate::{
-    registry::{Backend, Peer, Registry, control::Target},
-    store::StoreError,
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Keys that are read at a time.
-const BATCH: usize = 256;
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use wsproxy_proto::names::{Id, Names, events::Revoked};
 
-impl Registry {
-    /// Whether a token was revoked, by its name or with all of its user. One round trip, without a
-    /// deadline of its own.
+use crate::{
+    embedded::store::EmbeddedStore,
+    redis::{
+        reply::{integer, odd_reply},
+        resp::Reply,
+        words::milliseconds,
+    },
+    registry::commands::Commands,
+    store::command::StoreError,
+};
+
+/// The revocations of all instances.
+pub(super) struct Revocations {
+    store: RevocationStore,
+    names: Names,
+    /// Tolerated difference of clocks, in seconds.
+    leeway: u64,
+}
+
+/// Storage of revocations.
+pub(super) enum RevocationStore {
+    /// This process.
+    Embedded(EmbeddedStore),
+    /// Redis.
+    Redis(Commands),
+}
+
+impl Revocations {
+    pub(super) const fn new(store: RevocationStore, names: Names, leeway: u64) -> Self {
+        Self { store, names, leeway }
+    }
+
+    /// Returns whether a token was revoked, by its name or with all tokens of its user, in one round trip.
     ///
-    /// A token that does not say when it was issued is refused as long as any revocation of its user is
-    /// remembered.
-    ///
-    /// # Errors
-    /// The store did not answer: nobody knows.
-    pub async fn is_revoked(
+    /// A token without `iat` is refused as long as the store has any revocation of its user.
+    pub(super) async fn cover(
         &self,
         user: &Id,
         token: Option<&str>,
         issued_at: Option<u64>,
     ) -> Result<bool, StoreError> {
-        let mut names = vec![user_name(user.as_str())];
-        names.extend(token.map(token_name));
-        let stamps = self.load_stamps(&names).await?;
-        let by_user = stamps.first().copied().flatten().map(|stamp| self.covers_until(stamp));
-        let by_name = stamps.get(1).is_some_and(Option::is_some);
+        let mut revoked = vec![Revoked::User(user.as_str())];
+        revoked.extend(token.map(Revoked::Token));
+        let times = self.load(&revoked).await?;
+        let by_user = times.first().copied().flatten().map(|time| self.covers_until(time));
+        let by_name = times.get(1).is_some_and(Option::is_some);
         Ok(by_name || by_user.is_some_and(|until| issued_at.is_none_or(|at| at <= until)))
     }
 
-    /// Where a revocation is remembered; a single connection has nothing to revoke.
-    pub(super) fn revocation_key(&self, target: &Target) -> Option<String> {
-        match target {
-            Target::User(user) => Some(self.key(&user_name(user.as_str()))),
-            Target::Token(token) => Some(self.key(&token_name(token))),
-            Target::Connection(_) => None,
-        }
+    /// Returns for each user the time of issue up to which tokens are revoked; `None`: no token is.
+    pub(super) async fn of_users(
+        &self,
+        users: &[Arc<str>],
+    ) -> Result<Vec<Option<u64>>, StoreError> {
+        let revoked: Vec<_> = users.iter().map(|user| Revoked::User(user)).collect();
+        let times = self.load(&revoked).await?;
+        Ok(times.into_iter().map(|time| time.map(|time| self.covers_until(time))).collect())
     }
 
-    /// Remembers a revocation up to now. In Redis the command goes out with it, as one: nobody is told
-    /// of what is not stored, and nothing is stored of which nobody is told. Answers how many were told
-    /// then.
+    /// Returns for each name of a token whether that token is revoked.
+    pub(super) async fn of_tokens(&self, tokens: &[Arc<str>]) -> Result<Vec<bool>, StoreError> {
+        let revoked: Vec<_> = tokens.iter().map(|token| Revoked::Token(token)).collect();
+        Ok(self.load(&revoked).await?.iter().map(Option::is_some).collect())
+    }
+
+    /// Revokes tokens that were issued up to now. Redis publishes the command in the same script, so that neither
+    /// happens without the other. Returns the number of instances that received it; `None` for the embedded store,
+    /// which publishes nothing.
     pub(super) async fn revoke(
         &self,
-        key: &str,
+        revoked: Revoked<'_>,
         ttl: Duration,
+        channel: &str,
         command: &[u8],
     ) -> Result<Option<u64>, StoreError> {
-        match &self.backend {
-            Backend::Redis(redis) => {
-                redis.stamp(key, ttl, &self.control_channel(), command).await.map(Some)
+        let key = self.names.events_revocation(revoked);
+        match &self.store {
+            RevocationStore::Redis(commands) => {
+                let ttl = milliseconds(ttl).to_string();
+                let arguments = [ttl.as_bytes(), channel.as_bytes(), command];
+                let instances = commands.run(REVOKE, &key, arguments).await?;
+                Ok(Some(integer(&instances)?.unsigned_abs()))
             }
-            Backend::Memory(store) => {
+            RevocationStore::Embedded(store) => {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                store.save_for_longer(key, now.as_secs().to_string().as_bytes(), ttl)?;
+                store.save_for_longer(&key, now.as_secs().to_string().as_bytes(), ttl)?;
                 Ok(None)
             }
         }
     }
 
-    /// Sends away everybody here whose token was revoked: the command may have been missed.
-    pub(super) async fn recheck(&self) -> Result<(), StoreError> {
-        self.counters.rechecks.add(1);
-        let (users, tokens) = {
-            let local = self.local.lock();
-            (local.users(), local.tokens())
-        };
-        for users in users.chunks(BATCH) {
-            let names: Vec<_> = users.iter().map(|user| user_name(user)).collect();
-            for (user, stamp) in users.iter().zip(self.load_stamps(&names).await?) {
-                if let Some(stamp) = stamp {
-                    let until = self.covers_until(stamp);
-                    let peers = self.local.lock().peers_issued(user, until);
-                    self.send_away_revoked(peers).await;
-                }
-            }
-        }
-        for tokens in tokens.chunks(BATCH) {
-            let names: Vec<_> = tokens.iter().map(|token| token_name(token)).collect();
-            let stamps = self.load_stamps(&names).await?;
-            for (token, _) in tokens.iter().zip(stamps).filter(|(_, stamp)| stamp.is_some()) {
-                let peers = self.local.lock().peers_of_token(token);
-                self.send_away_revoked(peers).await;
-            }
-        }
-        Ok(())
-    }
-
-    async fn send_away_revoked(&self, peers: Vec<Peer>) {
-        let why = &Disconnect::REVOKED;
-        self.send_away(peers, why, why.code, why.reason).await;
-    }
-
-    /// When each of these was revoked last, in unix seconds.
+    /// Returns the time of each of these revocations, in unix seconds.
     ///
-    /// Revocations that the version before made are under its names. This version reads both, since an upgrade must
-    /// not let anybody in again; the next one does not.
-    async fn load_stamps(&self, names: &[String]) -> Result<Vec<Option<u64>>, StoreError> {
-        let keys: Vec<_> = names.iter().map(|name| self.key(name)).collect();
-        match &self.backend {
-            Backend::Redis(redis) => {
-                let earlier = |name| self.settings.names.events(&format!("revoked:{name}"));
-                let earlier: Vec<_> = names.iter().map(earlier).collect();
-                let (present, earlier) =
-                    tokio::try_join!(redis.load_all(&keys), redis.load_each(&earlier))?;
-                let both = present.into_iter().zip(earlier);
-                Ok(both.map(|(value, earlier)| stamp(value).max(stamp(earlier))).collect())
+    /// Reads the names of the previous version too, so that an upgrade does not let a revoked client in again. The
+    /// next version need not.
+    async fn load(&self, revoked: &[Revoked<'_>]) -> Result<Vec<Option<u64>>, StoreError> {
+        let keys = revoked.iter().map(|revoked| self.names.events_revocation(*revoked));
+        match &self.store {
+            RevocationStore::Redis(commands) => {
+                let keys: Vec<_> = keys.collect();
+                let before = |revoked: &Revoked<'_>| self.names.events_revocation_before(*revoked);
+                let before: Vec<_> = revoked.iter().map(before).collect();
+                let (present, before) =
+                    tokio::try_join!(load_all(commands, &keys), load_each(commands, &before))?;
+                let both = present.into_iter().zip(before);
+                Ok(both.map(|(value, before)| time_of(value).max(time_of(before))).collect())
             }
-            Backend::Memory(store) => keys.iter().map(|key| Ok(stamp(store.load(key)?))).collect(),
+            RevocationStore::Embedded(store) => {
+                keys.map(|key| Ok(time_of(store.load(&key)?))).collect()
+            }
         }
     }
 
-    /// A revocation covers what was issued until then by any clock that is believed: one that is ahead by more than the
-    /// leeway issues tokens that are refused.
-    const fn covers_until(&self, stamp: u64) -> u64 {
-        stamp.saturating_add(self.settings.leeway)
-    }
-
-    fn key(&self, name: &str) -> String {
-        self.settings.names.events_revoked(name)
+    /// Adds the leeway to the time of a revocation: an issuer's clock may be ahead by as much. Tokens from further
+    /// ahead are refused anyway.
+    const fn covers_until(&self, time: u64) -> u64 {
+        time.saturating_add(self.leeway)
     }
 }
 
-fn user_name(user: &str) -> String {
-    format!("user:{user}")
+/// Reads the values of keys in one slot, in their order.
+async fn load_all(commands: &Commands, keys: &[String]) -> Result<Vec<Option<Bytes>>, StoreError> {
+    let mut words: Vec<&[u8]> = vec![b"MGET"];
+    words.extend(keys.iter().map(String::as_bytes));
+    let Reply::Array(values) = commands.call(&words).await? else {
+        return Err(odd_reply());
+    };
+    let value = |value| match value {
+        Reply::Text(value) => Some(value),
+        _ => None,
+    };
+    Ok(values.into_iter().map(value).collect())
 }
 
-fn token_name(token: &str) -> String {
-    format!("jti:{token}")
+/// Reads the values of keys in slots of their own, in their order.
+async fn load_each(commands: &Commands, keys: &[String]) -> Result<Vec<Option<Bytes>>, StoreError> {
+    let values =
+        keys.iter().map(async |key| match commands.call(&[b"GET", key.as_bytes()]).await? {
+            Reply::Text(value) => Ok(Some(value)),
+            Reply::Null => Ok(None),
+            _ => Err(odd_reply()),
+        });
+    try_join_all(values).await
 }
 
-/// The time in a stored value. One that cannot be read revokes everything.
-fn stamp(value: Option<Bytes>) -> Option<u64> {
+/// Reads the time in a stored value. A value that cannot be read revokes everything.
+fn time_of(value: Option<Bytes>) -> Option<u64> {
     let text = value?;
     let seconds = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
     Some(seconds.unwrap_or(u64::MAX))
 }
+
+/// Key: revocation. Arguments: TTL, channel, message. A longer time to live of the key stays.
+const REVOKE: &str = "\
+local left=redis.call('PTTL',KEYS[1]) local now=redis.call('TIME')[1] \
+if left==-1 then redis.call('SET',KEYS[1],now) else \
+redis.call('SET',KEYS[1],now,'PX',string.format('%.0f',math.max(tonumber(ARGV[1]),left))) end \
+return redis.call('PUBLISH',ARGV[2],ARGV[3])";

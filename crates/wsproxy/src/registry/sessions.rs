@@ -1,5 +1,5 @@
-//! The announcements of opened and closed sessions that are kept in a log, at least once. Knows what is
-//! open here and what waits to be written; one task brings it to Redis.
+//! The announcements of opened and closed sessions, kept in a log at least once. Knows the open sessions and the
+//! announcements that wait; one task writes them to Redis.
 //!
 //! **Order of writes.** An instance that is killed cannot announce the end of its sessions, so another one
 //! must know which were open: the hash `ws:server:{server_id}:sessions`. It lies in another slot than the
@@ -9,9 +9,9 @@
 //! 3. the hash marks the session as announced.
 //!
 //! For each closed session: the log gets `closed`, then the session leaves the hash. After a crash at any
-//! point another instance finds in the hash all that is still to be said: `opened` too where the mark is
-//! missing. It may say again what was said, never less. Step 1 and the removal count only under a lease
-//! that runs: otherwise a reaper may be at work on the hash.
+//! point another instance finds in the hash every announcement that is missing: `opened` too without the mark.
+//! It may repeat an announcement, but never leaves one out. Step 1 and the removal count only under a lease
+//! that runs: otherwise a reaper may be changing the hash.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,14 +25,14 @@ use wsproxy_proto::names::{Id, Names};
 use crate::{
     bus::Bus,
     config,
+    embedded::store::EmbeddedStore,
     hub::Hub,
     registry::{
         Transport,
         commands::Commands,
         lease::Lease,
-        sessions::{keys::SessionKeys, outbox::Outbox},
+        sessions::{keys::SessionKeys, outbox::AnnouncementQueue},
     },
-    store::memory::MemoryStore,
     telemetry::counter::Counter,
 };
 
@@ -47,12 +47,12 @@ pub(super) use leftovers::Leftovers;
 pub struct SessionLog {
     server_id: Arc<str>,
     names: Names,
-    limits: Limits,
-    backend: Backend,
+    limits: SessionLogLimits,
+    backend: SessionLogBackend,
     lease: Arc<Lease>,
-    /// Guards what is open and what waits; held for a few steps.
-    outbox: Mutex<Outbox>,
-    /// Something waits.
+    /// Guards the open sessions and the waiting announcements; held for a few steps.
+    outbox: Mutex<AnnouncementQueue>,
+    /// Signals the writer that an announcement waits.
     changed: Notify,
     closing: CancellationToken,
     tasks: TaskTracker,
@@ -60,27 +60,27 @@ pub struct SessionLog {
     pub counters: SessionLogCounters,
 }
 
-/// Where the logs are.
-enum Backend {
-    /// In this process, which takes them with it.
-    Memory(MemoryStore, Arc<Hub>),
-    /// In Redis.
+/// Storage of the logs.
+enum SessionLogBackend {
+    /// This process: the logs end with it.
+    Embedded(EmbeddedStore, Arc<Hub>),
+    /// Redis.
     Redis(Box<SessionKeys>),
 }
 
 /// Bounds of an agent's log.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct SessionLogLimits {
     /// Most entries.
     pub entries_max: u64,
-    /// Entries are removed, and the log expires, this long after the (last) entry.
+    /// Lifetime of an entry, and of the log after its last entry.
     pub ttl: Duration,
 }
 
-impl Limits {
-    /// The bounds of this configuration.
+impl SessionLogLimits {
+    /// Returns the bounds of a configuration.
     #[must_use]
-    pub const fn new(config: &config::Sessions) -> Self {
+    pub const fn new(config: &config::sessions::SessionsConfig) -> Self {
         Self { entries_max: config.events_log_entries_max, ttl: config.events_log_ttl }
     }
 }
@@ -90,31 +90,31 @@ impl Limits {
 pub struct SessionLogCounters {
     /// Announcements that are in a log.
     pub appended: Counter,
-    /// Announcements that a log did not take, or may not have taken, and that are tried again.
+    /// Announcements that are tried again, since a log refused them or may not have them.
     pub retried: Counter,
-    /// Announcements that did not fit into what may wait.
+    /// Announcements that were dropped, since too many waited.
     pub dropped: Counter,
     /// Sessions of an earlier run of this instance whose end was announced.
     pub lost: Counter,
-    /// Open sessions that were announced again, since Redis had lost them or this instance was taken for dead.
+    /// Open sessions that were announced again, since Redis had lost them or a reaper took this instance for dead.
     pub reopened: Counter,
 }
 
 /// A connection of a session, as announcements name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record {
+pub struct SessionRecord {
     /// The agent.
     pub agent: Id,
     /// The session.
     pub session: Id,
-    /// How the client is connected.
+    /// Transport of the client.
     pub transport: Transport,
-    /// Time of the opening, RFC 3339.
+    /// Time of the opening: RFC 3339.
     pub opened: Box<str>,
 }
 
-impl Record {
-    /// The members that all announcements have.
+impl SessionRecord {
+    /// Returns the members that all announcements have.
     #[must_use]
     pub fn announcement(
         &self,
@@ -136,16 +136,21 @@ impl Record {
 }
 
 impl SessionLog {
-    /// Starts writing in the background, until [`Self::close`]. The lease must outlive it.
+    /// Starts writing in the background, until [`Self::close`]. The lease must outlive the log.
     #[must_use]
-    pub fn start(limits: Limits, hub: &Arc<Hub>, bus: &Bus, lease: &Arc<Lease>) -> Arc<Self> {
+    pub fn start(
+        limits: SessionLogLimits,
+        hub: &Arc<Hub>,
+        bus: &Bus,
+        lease: &Arc<Lease>,
+    ) -> Arc<Self> {
         let settings = lease.settings();
         let backend = match bus {
             Bus::Redis(bus) => {
-                let commands = Commands::new(bus.clone(), settings.response_timeout);
-                Backend::Redis(SessionKeys::new(commands, settings, limits).into())
+                let commands = Commands::new(bus.client().clone(), settings.response_timeout);
+                SessionLogBackend::Redis(SessionKeys::new(commands, settings, limits).into())
             }
-            Bus::Memory(bus) => Backend::Memory(bus.store(), Arc::clone(hub)),
+            Bus::Embedded(bus) => SessionLogBackend::Embedded(bus.store(), Arc::clone(hub)),
         };
         let log = Arc::new(Self {
             server_id: Arc::clone(&settings.server_id),
@@ -153,7 +158,7 @@ impl SessionLog {
             limits,
             backend,
             lease: Arc::clone(lease),
-            outbox: Mutex::new(Outbox::new(WAITING_BYTES_MAX)),
+            outbox: Mutex::new(AnnouncementQueue::new(WAITING_BYTES_MAX)),
             changed: Notify::new(),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -163,31 +168,31 @@ impl SessionLog {
         log
     }
 
-    /// Announces a connection that opened.
-    pub fn opened(&self, connection: Uuid, record: Record) {
+    /// Announces an opened connection.
+    pub fn opened(&self, connection: Uuid, record: SessionRecord) {
         let fits = self.outbox.lock().opened(connection, record);
         self.pushed(fits);
     }
 
-    /// Announces that it closed, in these words.
+    /// Announces a closed connection, with this message.
     pub fn closed(&self, connection: Uuid, announcement: Bytes) {
         let fits = self.outbox.lock().closed(connection, announcement);
         self.pushed(fits);
     }
 
-    /// Bytes of announcements that wait for a log.
+    /// Returns the bytes of announcements that wait for a log.
     #[must_use]
     pub fn waiting_bytes(&self) -> usize {
         self.outbox.lock().bytes()
     }
 
-    /// Whether everything so far is in a log.
+    /// Returns whether every announcement so far is in a log.
     #[must_use]
     pub fn is_written(&self) -> bool {
         self.outbox.lock().is_idle()
     }
 
-    /// Writes what waits and ends. Connections must be gone by then.
+    /// Writes the waiting announcements and ends. Connections must be gone by then.
     pub async fn close(&self) {
         self.closing.cancel();
         self.tasks.close();
@@ -203,6 +208,5 @@ impl SessionLog {
 }
 
 /// Upper bound of waiting announcements, in bytes: some 150,000 of them. While Redis is away no client can
-/// come in, so only endings wait. The bound is reached where Redis refuses the log for long, but lets
-/// clients come and go.
+/// connect, so only ends wait. The bound is reached if Redis refuses the log for long, but lets clients come and go.
 const WAITING_BYTES_MAX: usize = 64 * 1024 * 1024;

@@ -1,4 +1,4 @@
-//! A number that parts of an instance count with; knows no metrics, which read it.
+//! A counter for parts of an instance; knows no metrics, which read it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -12,7 +12,7 @@ impl Counter {
         self.0.fetch_add(n, Relaxed);
     }
 
-    /// The sum so far.
+    /// Returns the sum so far.
     #[must_use]
     pub fn value(&self) -> u64 {
         self.0.load(Relaxed)

@@ -1,88 +1,64 @@
-//! Everything that is counted, under the names of contract section 10.
+//! The metrics of an instance under their names for operators; knows none of the parts that count.
 //!
-//! Hot counters live where they are counted; a collector reads them when somebody asks.
+//! Hot counters live where they are counted. A [`Source`] reads them when the page is asked for.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
+use std::{
+    fmt,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
 };
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
-    metrics::{counter::Counter, family::Family},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family},
     registry::Registry,
 };
 use wsproxy_proto::disconnect::Disconnect;
 
-use crate::{config::Endpoints, gateway::Gateway, http::rejection};
+use crate::telemetry::{
+    family::Family,
+    metrics::connections::Connections,
+    scrape::{Scrape, Source},
+};
 
-mod bus;
-mod connections;
+pub mod connections;
 pub mod format;
-mod instance;
-mod messages;
-mod scrape;
-
-use scrape::Source;
-
-/// An endpoint family, as a label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Endpoint {
-    /// `/{agent_id}/ws/{session_id}`
-    Sessions,
-    /// `/ws`
-    Events,
-    /// `/echo`
-    Echo,
-}
-
-impl Endpoint {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 3] = [Self::Sessions, Self::Events, Self::Echo];
-
-    /// The value of the label `endpoint`.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Sessions => "sessions",
-            Self::Events => "events",
-            Self::Echo => "echo",
-        }
-    }
-
-    /// Whether an instance with these settings serves it.
-    #[must_use]
-    pub const fn is_served(self, endpoints: &Endpoints) -> bool {
-        match self {
-            Self::Sessions => endpoints.sessions,
-            Self::Events => endpoints.events,
-            Self::Echo => endpoints.echo,
-        }
-    }
-}
+pub mod messages;
+pub mod process;
 
 /// The metrics of an instance.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    handshakes: Family<HandshakeLabels, Counter>,
-    disconnects: Family<DisconnectLabels, Counter>,
-    errors: Family<ErrorLabels, Counter>,
-    /// By [`Endpoint`].
-    connections: [Connections; Endpoint::ALL.len()],
-    source: Source,
+    handshakes: family::Family<HandshakeLabels, Counter>,
+    disconnects: family::Family<DisconnectLabels, Counter>,
+    errors: family::Family<ErrorLabels, Counter>,
+    connections: Arc<Connections>,
+    sources: Sources,
 }
 
-/// The connections of one endpoint.
-#[derive(Debug, Clone, Default)]
-struct Connections {
-    opened: Arc<AtomicU64>,
-    active: Arc<AtomicI64>,
-    streams_opened: Arc<AtomicU64>,
-    streams_active: Arc<AtomicI64>,
+/// The parts of the instance that have their own counters.
+#[derive(Clone, Default)]
+struct Sources(Arc<OnceLock<Vec<Arc<dyn Source>>>>);
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sources")
+    }
 }
 
-/// An open connection in the gauge; dropping it takes it out.
+impl Collector for Sources {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut scrape = Scrape::new();
+        self.0.get().into_iter().flatten().for_each(|source| source.collect(&mut scrape));
+        scrape.encode(encoder)
+    }
+}
+
+/// Guard of an open connection in the gauge; dropping it removes the connection.
 #[derive(Debug)]
 pub struct Active(Arc<AtomicI64>);
 
@@ -109,18 +85,8 @@ struct ErrorLabels {
     kind: &'static str,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EndpointLabels {
-    endpoint: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ReasonLabels {
-    reason: &'static str,
-}
-
 impl Metrics {
-    /// All metrics at zero; [`Self::connect`] gives them the instance they read from.
+    /// Creates all metrics at zero; [`Self::read`] adds the parts to read from.
     #[must_use]
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("wsproxy");
@@ -130,7 +96,7 @@ impl Metrics {
             disconnects,
             errors,
             connections: Default::default(),
-            source: Source::default(),
+            sources: Sources::default(),
             registry: Registry::default(),
         };
         let help = "WebSocket handshakes by outcome: accepted, or the code of the refusal";
@@ -139,19 +105,20 @@ impl Metrics {
         registry.register("disconnects", help, metrics.disconnects.clone());
         let help = "Errors by kind: requests, credentials, messages, the bus";
         registry.register("errors", help, metrics.errors.clone());
-        registry.register_collector(Box::new(metrics.source.clone()));
+        registry.register_collector(Box::new(metrics.sources.clone()));
         Self { registry, ..metrics }
     }
 
-    /// The instance to read from; it is not kept alive.
-    pub fn connect(&self, gateway: &Arc<Gateway>) {
-        self.begin(&gateway.config.endpoints);
-        self.source.connect(gateway);
+    /// Sets the parts that are read for every request of the page; called once.
+    pub fn read(&self, parts: impl IntoIterator<Item = Arc<dyn Source>>) {
+        let own = Arc::clone(&self.connections) as Arc<dyn Source>;
+        let _ = self.sources.0.set([own].into_iter().chain(parts).collect());
     }
 
-    /// Every series begins at zero. Of one that begins with its first event, Prometheus would not see that event: it
-    /// knows no increase from nothing.
-    fn begin(&self, endpoints: &Endpoints) {
+    /// Begins every series at zero, for the families that are `served` and the codes of refused handshakes.
+    ///
+    /// Prometheus does not see the first event of a series that begins with it: an increase needs a value before.
+    pub fn begin(&self, served: impl IntoIterator<Item = Family>, refusals: &[&'static str]) {
         for kind in ERRORS {
             drop(self.errors.get_or_create(&ErrorLabels { kind }));
         }
@@ -160,57 +127,56 @@ impl Metrics {
         };
         handshake(NO_ENDPOINT, "full");
         handshake(NO_ENDPOINT, "not_found");
-        Endpoint::ALL.iter().for_each(|endpoint| handshake(endpoint.label(), "not_found"));
-        let served = Endpoint::ALL.into_iter().filter(|endpoint| endpoint.is_served(endpoints));
-        for endpoint in served.map(Endpoint::label) {
+        Family::ALL.iter().for_each(|family| handshake(family.label(), "not_found"));
+        for endpoint in served.into_iter().map(Family::label) {
             handshake(endpoint, ACCEPTED);
-            rejection::OF_HANDSHAKES.iter().for_each(|code| handshake(endpoint, code));
+            refusals.iter().for_each(|code| handshake(endpoint, code));
             for reason in Disconnect::ALL.iter().map(|ending| ending.label) {
                 drop(self.disconnects.get_or_create(&DisconnectLabels { endpoint, reason }));
             }
         }
     }
 
-    /// A handshake was answered.
-    pub fn handshake(&self, endpoint: Option<Endpoint>, outcome: &'static str) {
-        let endpoint = endpoint.map_or(NO_ENDPOINT, Endpoint::label);
+    /// Counts the answer to a handshake.
+    pub fn handshake(&self, family: Option<Family>, outcome: &'static str) {
+        let endpoint = family.map_or(NO_ENDPOINT, Family::label);
         self.handshakes.get_or_create(&HandshakeLabels { endpoint, outcome }).inc();
         if !matches!(outcome, ACCEPTED | "draining") {
             self.error("handshake");
         }
     }
 
-    /// A connection opened; it is active as long as the returned guard lives.
+    /// Counts an opened connection, which is active as long as the returned guard lives.
     #[must_use]
-    pub fn opened(&self, endpoint: Endpoint) -> Active {
-        let connections = &self.connections[endpoint as usize];
+    pub fn opened(&self, family: Family) -> Active {
+        let connections = self.connections.of(family);
         connections.opened.fetch_add(1, Relaxed);
         connections.active.fetch_add(1, Relaxed);
         Active(Arc::clone(&connections.active))
     }
 
-    /// The connection is an event stream; it is active as long as the returned guard lives.
+    /// Counts the connection as an event stream, active as long as the returned guard lives.
     #[must_use]
-    pub fn opened_stream(&self, endpoint: Endpoint) -> Active {
-        let connections = &self.connections[endpoint as usize];
+    pub fn opened_stream(&self, family: Family) -> Active {
+        let connections = self.connections.of(family);
         connections.streams_opened.fetch_add(1, Relaxed);
         connections.streams_active.fetch_add(1, Relaxed);
         Active(Arc::clone(&connections.streams_active))
     }
 
-    /// A connection ended.
-    pub fn ended(&self, endpoint: Endpoint, reason: &'static str) {
-        let endpoint = endpoint.label();
+    /// Counts an ended connection.
+    pub fn ended(&self, family: Family, reason: &'static str) {
+        let endpoint = family.label();
         self.disconnects.get_or_create(&DisconnectLabels { endpoint, reason }).inc();
     }
 
-    /// Something went wrong.
+    /// Counts an error.
     pub fn error(&self, kind: &'static str) {
         debug_assert!(ERRORS.contains(&kind), "{kind} has no series before its first event");
         self.errors.get_or_create(&ErrorLabels { kind }).inc();
     }
 
-    /// In the text format of OpenMetrics.
+    /// Returns the metrics in the text format of OpenMetrics.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -229,7 +195,7 @@ impl Default for Metrics {
 /// The label `outcome` of a handshake that became a connection.
 pub const ACCEPTED: &str = "accepted";
 
-/// The label `endpoint` of a handshake that was answered before anybody knew which one it is for.
+/// The label `endpoint` of a handshake that was answered before its endpoint was known.
 const NO_ENDPOINT: &str = "none";
 
 /// Every kind of [`Metrics::error`].

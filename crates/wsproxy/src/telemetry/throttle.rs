@@ -1,4 +1,4 @@
-//! Bounds how often a kind of log line is written. Knows no log.
+//! Bounds the rate of each kind of log line. Knows no log.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -6,22 +6,22 @@ use hashbrown::HashMap;
 use parking_lot::Mutex;
 use wsproxy_conn::clock::{self, Micros};
 
-/// Lets one line of a kind through each second, and counts the others.
+/// Throttle that lets one line of a kind through each second, and counts the others.
 #[derive(Debug, Default)]
 pub struct Throttle {
-    /// When the next line may be written, in microseconds of the process's clock.
+    /// Time of the next line, in microseconds of the process's clock.
     next: AtomicU64,
     left_out: AtomicU64,
 }
 
 impl Throttle {
-    /// No line was written yet.
+    /// Creates a throttle that lets the first line through.
     #[must_use]
     pub const fn new() -> Self {
         Self { next: AtomicU64::new(0), left_out: AtomicU64::new(0) }
     }
 
-    /// Whether a line may be written now: the number of lines that were left out since the last one.
+    /// Returns the number of lines that were left out since the last one, if a line may be written now.
     pub fn pass(&self) -> Option<u64> {
         self.pass_at(clock::now())
     }
@@ -43,7 +43,7 @@ impl Throttle {
 pub struct Throttles(Mutex<HashMap<&'static str, Throttle>>);
 
 impl Throttles {
-    /// Whether a line of this kind may be written now: the number of those that were left out since the last one.
+    /// Returns the number of lines of this kind that were left out since the last one, if one may be written now.
     pub fn pass(&self, kind: &'static str) -> Option<u64> {
         self.0.lock().entry(kind).or_default().pass()
     }

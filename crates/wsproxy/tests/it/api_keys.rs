@@ -13,8 +13,6 @@ use crate::support::{
     soon,
 };
 
-const SCOPES: [&str; 5] = ["sessions", "events", "rooms", "agents", "admin"];
-
 /// The secret of the key that has one scope.
 fn secret(scope: &str) -> String {
     format!("{scope}-secret-0123456789")
@@ -49,18 +47,24 @@ async fn ask(
 }
 
 #[tokio::test]
-async fn a_key_without_the_scope_of_a_route_is_told_which_one_it_lacks() {
+async fn a_key_without_scope_is_told_the_missing_one() {
     let instance = with_scoped_keys().await;
-    for (method, path) in wsproxy::http::api::ROUTES {
+    for (method, path) in wsproxy::endpoint::api_routes() {
         if path.ends_with("openapi.json") {
             continue;
         }
         let needed = match path.split('/').nth(3).unwrap() {
-            "agents" => "sessions",
+            "agents" if path.ends_with("/sessions/events") => "sessions",
             "info" => "admin",
             family => family,
         };
-        let ids = [("{session_id}", "s"), ("{agent_id}", "a"), ("{stream_id}", "t")];
+        let ids = [
+            ("{session_id}", "s"),
+            ("{agent_id}", "a"),
+            ("{stream_id}", "t"),
+            ("{user_id}", "u"),
+            ("{request_id}", "q"),
+        ];
         let path = ids.iter().fold((*path).to_owned(), |path, (name, id)| path.replace(name, id));
         for scope in SCOPES {
             let method = method.to_ascii_uppercase();
@@ -170,7 +174,7 @@ async fn keys_in_files_change_without_a_restart() {
     assert!(!works("named-old-0123456789").await);
     binary.line("The file of an API key was read again.").await;
 
-    let trouble = "The file of an API key is no use: the key stays as it was.";
+    let trouble = "The file of an API key cannot be used: the key stays as it was.";
     let spoils: [fn(&Path) -> std::io::Result<()>; 2] =
         [|file| std::fs::write(file, ""), |file| std::fs::remove_file(file)];
     for spoil in spoils {
@@ -188,3 +192,5 @@ async fn keys_in_files_change_without_a_restart() {
     assert!(binary.exited().await.success());
     assert!(!binary.log().contains("0123456789"));
 }
+
+const SCOPES: [&str; 5] = ["sessions", "events", "rooms", "agents", "admin"];

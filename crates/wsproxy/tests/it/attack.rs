@@ -1,4 +1,4 @@
-//! What strangers try: places held for nothing, requests that two servers read differently, servers that half work.
+//! Attacks by strangers: seats held for nothing, requests that two servers read differently, half-working servers.
 
 use std::time::Duration;
 

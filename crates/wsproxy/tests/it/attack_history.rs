@@ -10,8 +10,6 @@ use crate::support::{
     redis_server::RedisServer,
 };
 
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-
 async fn connect(instance: &TestInstance, user: &str) -> (Client, Value) {
     let claims = json!({ "sub": user, "exp": now() + 600 });
     let key = EncodingKey::from_secret(SECRET.as_bytes());
@@ -23,7 +21,7 @@ async fn connect(instance: &TestInstance, user: &str) -> (Client, Value) {
 }
 
 #[tokio::test]
-async fn a_log_that_is_none_keeps_nobody_else_out_after_a_loss_of_the_bus() {
+async fn a_wrong_typed_log_holds_up_no_other_recovery() {
     let server = RedisServer::start();
     let mut config = config(Some(&server.url()));
     config.endpoints.events = true;
@@ -38,3 +36,5 @@ async fn a_log_that_is_none_keeps_nobody_else_out_after_a_loss_of_the_bus() {
     let (_other, hello) = connect(&instance, "other").await;
     assert_eq!(hello["type"], "connected");
 }
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";

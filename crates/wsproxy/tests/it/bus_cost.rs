@@ -1,4 +1,4 @@
-//! What the bus on Redis costs. Run by hand, optimised: the figures of a debug build say little.
+//! The cost of the bus on Redis. Run by hand, optimised: the figures of a debug build say little.
 
 use std::{
     fs,
@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use wsproxy::bus::{History, Keep, Publish, Receipt};
+use wsproxy::bus::publish::{History, Keep, Publish, Receipt};
 
 use crate::support::{
     bus::{Receipts, TestBus, config, message},
@@ -57,7 +57,7 @@ async fn cpu_time_of_a_message_that_is_published() {
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn cpu_time_of_a_message_that_is_published_with_history() {
-    let limits = wsproxy::config::History::default().limits();
+    let limits = wsproxy::config::HistoryConfig::default().limits();
     let logs: Vec<Arc<str>> = (0..50).map(|n| format!("{{ch:{n}}}:log").into()).collect();
     measure_publishing("published with history", |n| {
         let log = logs[n % logs.len()].clone();

@@ -1,4 +1,4 @@
-//! What clients and workers see when Redis is away, and that all is well once it is back.
+//! Clients and workers while Redis is away, and their recovery once it is back.
 
 use std::time::Duration;
 
@@ -108,7 +108,7 @@ async fn clients_are_closed_for_a_loss_where_that_is_wanted() {
 }
 
 #[tokio::test]
-async fn a_client_that_sends_while_the_bus_is_away_is_told_what_is_lost() {
+async fn a_client_is_told_of_messages_lost_in_an_outage() {
     let mut server = RedisServer::start();
     let mut config = config(Some(&server.url()));
     config.redis.publish_queue_bytes = 64 << 10;
@@ -165,7 +165,7 @@ async fn a_client_that_sends_while_the_bus_is_away_is_told_what_is_lost() {
 }
 
 #[tokio::test]
-async fn a_stopped_redis_is_504_or_503_by_the_deadline_and_all_recovers() {
+async fn a_stopped_redis_is_504_or_503_and_recovers() {
     let server = RedisServer::start();
     let mut config = config(Some(&server.url()));
     config.server.handshake_timeout = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! How an instance ends: polite, in order, within its time, and at once when told twice.
+//! The end of an instance: polite, in order, within its time, and at once at a second signal.
 
 use std::{
     os::unix::process::ExitStatusExt,
@@ -75,7 +75,7 @@ async fn a_drain_flushes_closes_announces_and_leaves_nothing(backend: Backend) {
         }
     }
     drop(events);
-    assert_eq!((gateway.places.taken(), gateway.hub.topics()), (0, 0));
+    assert_eq!((gateway.seats.taken(), gateway.hub.topics()), (0, 0));
     assert_eq!(gateway.runtime.budget.used(), 0);
     assert!(gateway.runtime.links().is_empty());
     if let (Backend::Redis(server), Some(other)) = (backend, other) {
@@ -152,7 +152,7 @@ async fn closing_is_spread_over_its_time_and_the_newest_goes_first() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_answer_does_not_hold_the_drain_up_for_ever() {
+async fn a_silent_client_does_not_hold_up_the_drain() {
     let instance = TestInstance::with(|config| {
         config.server.shutdown_timeout = Duration::from_secs(3);
     })
@@ -169,7 +169,7 @@ async fn a_client_that_does_not_answer_does_not_hold_the_drain_up_for_ever() {
     let start = Instant::now();
     instance.drain().await;
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
-    assert_eq!((gateway.places.taken(), gateway.runtime.budget.used()), (0, 0));
+    assert_eq!((gateway.seats.taken(), gateway.runtime.budget.used()), (0, 0));
 }
 
 #[tokio::test]
@@ -196,7 +196,7 @@ async fn a_second_signal_ends_at_once() {
     // `timeout` and the like signal the process and its group: that is still the first wish.
     binary.signal(Signal::TERM);
     let start = Instant::now();
-    // Whoever means it says it again.
+    // A second signal ends the instance at once.
     let pid = Pid::from_raw(binary.pid().cast_signed()).unwrap();
     let insistent = tokio::spawn(async move {
         let mut again = tokio::time::interval(Duration::from_millis(50));

@@ -15,37 +15,26 @@ use crate::support::{
     issuer::now,
 };
 
+mod acks;
+
 over_both!(
     the_first_message_says_who_is_connected_to_what,
-    messages_reach_everybody_a_user_or_a_connection,
-    tokens_are_taken_from_three_places_and_refused_by_what_is_wrong,
+    messages_reach_all_clients_a_user_or_a_connection,
+    tokens_come_from_three_places_and_refusals_differ,
     a_client_whose_application_is_silent_is_closed,
     what_a_client_says_goes_up_verbatim,
     nonsense_is_answered_and_then_ends_the_connection,
-    an_acknowledged_message_is_reported_and_not_sent_again,
-    an_unacknowledged_message_is_sent_again_byte_for_byte_and_then_reported,
-    in_the_envelope_every_message_has_a_head_and_is_sent_again_with_it,
-    messages_that_wait_for_an_ack_are_bounded,
-    a_client_that_leaves_is_reported_with_what_it_owes,
     a_connection_ends_when_its_token_expires,
     a_newer_token_keeps_the_connection,
     one_last_id_resumes_all_channels_in_their_order,
-    what_is_resumed_wants_its_acks_too,
-    a_thousand_messages_that_want_acks_are_resumed_at_once,
     the_first_frame_may_say_where_to_resume,
     without_history_messages_are_live_only,
-    who_is_connected_is_known_and_can_be_sent_away,
+    connected_users_are_listed_and_can_be_disconnected,
     revoked_tokens_are_refused_at_the_door_and_later,
-    a_token_from_a_clock_that_is_ahead_is_refused_and_revoked,
+    a_token_from_a_clock_ahead_is_revoked,
     a_revocation_is_as_long_as_asked_or_refused,
-    a_flood_of_acks_of_nothing_is_only_counted,
-    nothing_is_left_of_who_went,
+    closed_connections_leave_nothing,
 );
-
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-
-/// Long enough for every test.
-const LIFE: i64 = 600;
 
 fn token(user: &str, life: i64) -> String {
     sign(&json!({ "sub": user, "exp": now().saturating_add_signed(life) }), SECRET)
@@ -101,10 +90,6 @@ fn event(n: u32) -> Value {
     json!({ "type": "task_status_update", "data": { "n": n } })
 }
 
-fn wanting_ack(n: u32) -> Value {
-    json!({ "type": "task_status_update", "data": { "n": n }, "ack": true })
-}
-
 async fn the_first_message_says_who_is_connected_to_what(backend: Backend) {
     let instance = start(&backend).await;
     let before = now();
@@ -120,7 +105,7 @@ async fn the_first_message_says_who_is_connected_to_what(backend: Backend) {
     assert!(position.contains('-') && hello["timestamp"].is_string(), "{hello}");
 }
 
-async fn messages_reach_everybody_a_user_or_a_connection(backend: Backend) {
+async fn messages_reach_all_clients_a_user_or_a_connection(backend: Backend) {
     let instance = start(&backend).await;
     let mut one = connect_with(&instance, "u-1", "").await;
     let mut other = connect(&instance, "u-1").await;
@@ -145,7 +130,7 @@ async fn messages_reach_everybody_a_user_or_a_connection(backend: Backend) {
     assert_eq!(stranger.text().await, r#"{"type":"plain" }"#);
 }
 
-async fn tokens_are_taken_from_three_places_and_refused_by_what_is_wrong(backend: Backend) {
+async fn tokens_come_from_three_places_and_refusals_differ(backend: Backend) {
     let instance = start(&backend).await;
     let good = token("u-1", LIFE);
     let protocols = [("sec-websocket-protocol", format!("wsproxy.v1, bearer.{good}"))];
@@ -220,7 +205,7 @@ async fn a_client_whose_application_is_silent_is_closed(backend: Backend) {
     while alive.json().await["type"] != "pong" {}
 }
 
-/// What a page with a bare `WebSocket` looks like: it is closed every minute, and the log says why.
+/// A page with a bare `WebSocket` never answers pings: it is closed every minute, and the log says why.
 #[tokio::test]
 async fn the_log_says_that_no_ping_was_answered() {
     let binary = Binary::start(&[
@@ -273,106 +258,6 @@ async fn nonsense_is_answered_and_then_ends_the_connection(backend: Backend) {
     assert_eq!(client.closed().await.0, 1008);
 }
 
-async fn an_acknowledged_message_is_reported_and_not_sent_again(backend: Backend) {
-    let instance = start_with(&backend, |config| {
-        config.events.ack_interval = Duration::from_secs(2);
-    })
-    .await;
-    let mut worker = instance.follow("ws:acks").await;
-    let Connected { mut client, hello } = connect_with(&instance, "u-1", "").await;
-    let id = send(&instance, "users/u-1", &wanting_ack(1)).await;
-    let message = client.json().await;
-    assert_eq!((&message["event_id"], &message["ack"]), (&json!(id), &json!(true)));
-    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
-    let report = worker.json().await;
-    assert_eq!(report["event"], "acknowledged");
-    assert_eq!((&report["event_id"], &report["user_id"]), (&json!(id), &json!("u-1")));
-    assert_eq!(report["connection_id"], hello["connection_id"]);
-    assert_eq!(report["server_id"], *instance.gateway().server_id);
-    // Those who publish by themselves give the id.
-    instance.publish("ws:broadcast", r#"{"ack":true,"event_id":"own"}"#);
-    assert_eq!(client.text().await, r#"{"ack":true,"event_id":"own"}"#);
-    client.send(r#"{"type":"ack","ack_id":"own"}"#).await;
-    assert_eq!(worker.json().await["event_id"], "own");
-    // This one is sent again; had the others been, they would come before.
-    let id = send(&instance, "users/u-1", &wanting_ack(2)).await;
-    for _ in 0..2 {
-        assert_eq!(client.json().await["event_id"], id);
-    }
-}
-
-async fn an_unacknowledged_message_is_sent_again_byte_for_byte_and_then_reported(backend: Backend) {
-    let instance = start_with(&backend, |config| config.events.ack_tries = 3).await;
-    let mut worker = instance.follow("ws:acks").await;
-    let mut client = connect(&instance, "u-1").await;
-    let start = Instant::now();
-    let id = send(&instance, "broadcast", &wanting_ack(1)).await;
-    let first = client.text().await;
-    assert!(first.starts_with(&format!(r#"{{"event_id":"{id}","#)), "{first}");
-    assert_eq!(client.text().await, first);
-    assert_eq!(client.text().await, first);
-    assert!(start.elapsed() >= Duration::from_millis(600), "{:?}", start.elapsed());
-    let report = worker.json().await;
-    assert_eq!((&report["event"], &report["tries"]), (&json!("unacknowledged"), &json!(3)));
-    assert_eq!((&report["event_id"], &report["reason"]), (&json!(id), &json!("tries")));
-    assert_eq!(instance.metric("wsproxy_event_messages_resent_total"), 2.0);
-    assert_eq!(instance.metric("wsproxy_event_acks_total{outcome=\"tries\"}"), 1.0);
-}
-
-async fn in_the_envelope_every_message_has_a_head_and_is_sent_again_with_it(backend: Backend) {
-    let instance = start(&backend).await;
-    let mut worker = instance.follow("ws:acks").await;
-    let protocols = format!("wsproxy.id.v1, bearer.{}", token("u-1", LIFE));
-    let headers = [("sec-websocket-protocol", protocols)];
-    let mut client = Client::connect(instance.address(), "/ws", &headers).await.unwrap();
-    let hello = client.text().await;
-    let (head, hello) = hello.split_once('\n').unwrap();
-    let hello: Value = serde_json::from_str(hello).unwrap();
-    assert_eq!(hello["event_id"], head);
-    client.send(r#"{"type":"ping"}"#).await;
-    assert!(client.text().await.starts_with("\n{"));
-    client.send("nonsense").await;
-    assert!(client.text().await.starts_with("\n{"));
-    let id = send(&instance, "users/u-1", &wanting_ack(1)).await;
-    let first = client.text().await;
-    assert!(first.starts_with(&format!("{id}\n{{")), "{first}");
-    assert_eq!(client.text().await, first);
-    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
-    assert_eq!(worker.json().await["event"], "acknowledged");
-}
-
-async fn messages_that_wait_for_an_ack_are_bounded(backend: Backend) {
-    let instance = start_with(&backend, |config| {
-        config.events.ack_queue = 3;
-        config.events.ack_interval = Duration::from_secs(600);
-    })
-    .await;
-    let mut worker = instance.follow("ws:acks").await;
-    let mut client = connect(&instance, "u-1").await;
-    let mut ids = Vec::new();
-    for n in 0..5 {
-        ids.push(send(&instance, "users/u-1", &wanting_ack(n)).await);
-        assert_eq!(client.json().await["data"]["n"], n);
-    }
-    for id in &ids[..2] {
-        let report = worker.json().await;
-        assert_eq!((&report["event_id"], &report["reason"]), (&json!(id), &json!("overflow")));
-    }
-    client.send(json!({ "type": "ack", "event_id": ids[4] }).to_string()).await;
-    assert_eq!(worker.json().await["event"], "acknowledged");
-}
-
-async fn a_client_that_leaves_is_reported_with_what_it_owes(backend: Backend) {
-    let instance = start(&backend).await;
-    let mut worker = instance.follow("ws:acks").await;
-    let mut client = connect(&instance, "u-1").await;
-    instance.publish("ws:user:u-1", r#"{"ack":true,"event_id":"e"}"#);
-    client.text().await;
-    drop(client);
-    let report = worker.json().await;
-    assert_eq!((&report["event_id"], &report["reason"]), (&json!("e"), &json!("closed")));
-}
-
 async fn a_connection_ends_when_its_token_expires(backend: Backend) {
     let instance = start(&backend).await;
     let path = format!("/ws?token={}", token("u-1", 2));
@@ -409,7 +294,7 @@ async fn a_newer_token_keeps_the_connection(backend: Backend) {
     eventually("the old token has expired", || now() > end + 1).await;
     send(&instance, "users/u-1", &event(1)).await;
     assert_eq!(client.json().await["data"]["n"], 1);
-    // And a token of somebody else is no newer one of this user.
+    // A token of another user is no newer token of this user.
     client.send(refresh(&token("u-2", LIFE))).await;
     assert_eq!(client.closed().await.0, 4401);
 }
@@ -435,50 +320,6 @@ async fn one_last_id_resumes_all_channels_in_their_order(backend: Backend) {
     }
     send(&instance, "broadcast", &event(31)).await;
     assert_eq!(client.json().await["data"]["n"], 31);
-}
-
-async fn what_is_resumed_wants_its_acks_too(backend: Backend) {
-    let instance = start(&backend).await;
-    let mut worker = instance.follow("ws:acks").await;
-    let Connected { client, hello } = connect_with(&instance, "u-1", "").await;
-    client.close().await;
-    let id = send(&instance, "users/u-1", &wanting_ack(1)).await;
-    let parameters = format!("&last_event_id={}", hello["event_id"].as_str().unwrap());
-    let mut client = connect_with(&instance, "u-1", &parameters).await.client;
-    assert_eq!(client.json().await["count"], 1);
-    let first = client.text().await;
-    assert_eq!(client.text().await, first);
-    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
-    let report = worker.json().await;
-    assert_eq!((&report["event"], &report["event_id"]), (&json!("acknowledged"), &json!(id)));
-}
-
-async fn a_thousand_messages_that_want_acks_are_resumed_at_once(backend: Backend) {
-    let instance = start_with(&backend, |config| {
-        config.events.ack_interval = Duration::from_secs(600);
-        config.history.bytes_max = 8 * 1024 * 1024;
-    })
-    .await;
-    let filling = "x".repeat(1500);
-    for batch in 0..2 {
-        for to in ["broadcast", "user:u-1"] {
-            let messages = (0..500).map(|n| {
-                let message =
-                    json!({ "type": "t", "ack": true, "data": [batch, n], "filling": filling });
-                json!({ "to": to, "message": message })
-            });
-            let body = json!({ "messages": messages.collect::<Vec<_>>() }).to_string();
-            assert_eq!(instance.api("POST", "/api/v1/events/batch", &body).await.status, 200);
-        }
-    }
-    let mut client = connect_with(&instance, "u-1", "&last_event_id=0").await.client;
-    assert_eq!(client.json().await["count"], 2000);
-    for _ in 0..2000 {
-        assert_eq!(client.json().await["type"], "t");
-    }
-    client.send(r#"{"type":"ping"}"#).await;
-    assert_eq!(client.json().await["type"], "pong");
-    assert_eq!(instance.metric("wsproxy_event_acks_total{outcome=\"wanted\"}"), 2000.0);
 }
 
 async fn the_first_frame_may_say_where_to_resume(backend: Backend) {
@@ -510,9 +351,9 @@ async fn without_history_messages_are_live_only(backend: Backend) {
     assert_eq!(second.text().await, r#"{"n":2}"#);
 }
 
-async fn who_is_connected_is_known_and_can_be_sent_away(backend: Backend) {
+async fn connected_users_are_listed_and_can_be_disconnected(backend: Backend) {
     let instance = start(&backend).await;
-    let registry = instance.gateway().registry.as_ref().unwrap();
+    let registry = instance.families().events.registry.as_ref().unwrap();
     let mut one = connect_with(&instance, "u-1", "").await;
     let mut other = connect(&instance, "u-2").await;
     eventually("it is written", || registry.is_written()).await;
@@ -529,7 +370,7 @@ async fn who_is_connected_is_known_and_can_be_sent_away(backend: Backend) {
 
 async fn revoked_tokens_are_refused_at_the_door_and_later(backend: Backend) {
     let instance = start(&backend).await;
-    let registry = instance.gateway().registry.as_ref().unwrap();
+    let registry = instance.families().events.registry.as_ref().unwrap();
     let named = |name: &str| {
         sign(&json!({ "sub": "u-1", "exp": now() + 600, "jti": name, "iat": now() }), SECRET)
     };
@@ -556,7 +397,7 @@ async fn revoked_tokens_are_refused_at_the_door_and_later(backend: Backend) {
     assert_eq!(client.closed().await.0, 4401);
 }
 
-async fn a_token_from_a_clock_that_is_ahead_is_refused_and_revoked(backend: Backend) {
+async fn a_token_from_a_clock_ahead_is_revoked(backend: Backend) {
     let instance = start(&backend).await;
     let made_at = |iat: u64| sign(&json!({ "sub": "u-1", "exp": now() + 600, "iat": iat }), SECRET);
     let path = |token: &str| format!("/ws?token={token}");
@@ -598,18 +439,7 @@ async fn a_revocation_is_as_long_as_asked_or_refused(backend: Backend) {
     instance.handshake(&path, &[]).await.assert_refused(403, "invalid_token");
 }
 
-async fn a_flood_of_acks_of_nothing_is_only_counted(backend: Backend) {
-    let instance = start_with(&backend, |config| config.limits.messages_per_second = 0).await;
-    let mut client = connect(&instance, "u-1").await;
-    for n in 0..1000 {
-        client.send(format!(r#"{{"type":"ack","event_id":"none-{n}"}}"#)).await;
-    }
-    client.send(r#"{"type":"ping"}"#).await;
-    assert_eq!(client.json().await["type"], "pong");
-    assert_eq!(instance.metric("wsproxy_event_acks_total{outcome=\"unknown\"}"), 1000.0);
-}
-
-async fn nothing_is_left_of_who_went(backend: Backend) {
+async fn closed_connections_leave_nothing(backend: Backend) {
     let instance = start(&backend).await;
     let clients = futures_util::future::join_all((0..20).map(|_| connect(&instance, "u-1"))).await;
     assert_eq!(instance.metric("wsproxy_active_connections{endpoint=\"events\"}"), 20.0);
@@ -628,19 +458,7 @@ async fn the_endpoint_is_only_where_it_is_switched_on() {
     on.handshake("/ws/more", &[]).await.assert_refused(404, "not_found");
 }
 
-#[tokio::test]
-async fn messages_and_reports_cross_instances() {
-    let backend = Backend::redis();
-    let (one, other) = (start(&backend).await, start(&backend).await);
-    let mut client = connect(&one, "u-1").await;
-    let mut worker = other.follow("ws:acks").await;
-    let id = send(&other, "users/u-1", &wanting_ack(1)).await;
-    assert_eq!(client.json().await["event_id"], id);
-    client.send(json!({ "type": "ack", "event_id": id }).to_string()).await;
-    assert_eq!(worker.json().await["event_id"], id);
-    client.close().await;
-    send(&one, "broadcast", &event(2)).await;
-    let mut client = connect_with(&other, "u-1", &format!("&last_event_id={id}")).await.client;
-    assert_eq!(client.json().await["count"], 1);
-    assert_eq!(client.json().await["data"]["n"], 2);
-}
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+/// Long enough for every test.
+const LIFE: i64 = 600;

@@ -86,7 +86,7 @@ async fn text_that_is_not_utf8_closes_with_1007_at_once() {
 }
 
 #[tokio::test]
-async fn control_frames_are_answered_between_fragments_and_closing_is_mutual() {
+async fn control_frames_between_fragments_are_answered() {
     let instance = TestInstance::with(|_| ()).await;
     let mut raw = echo(&instance, "").await;
     raw.frame(0x01, b"a").await;
@@ -106,8 +106,6 @@ async fn control_frames_are_answered_between_fragments_and_closing_is_mutual() {
     eventually("both are counted", || instance.ended("echo", "normal") == 2.0).await;
     instance.wait_empty().await;
 }
-
-const DEFLATE: &str = "Sec-WebSocket-Extensions: permessage-deflate\r\n";
 
 /// A message as RFC 7692 section 7.2.1 wants it, compressed by another implementation's rules.
 fn deflate(payload: &[u8]) -> Vec<u8> {
@@ -206,7 +204,7 @@ fn far_repetition() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_fan_out_is_right_for_clients_with_any_window_and_with_none() {
+async fn a_fan_out_fits_every_compression_window() {
     let instance = TestInstance::with(|_| ()).await;
     let payload = far_repetition();
     let mut clients = Vec::new();
@@ -294,3 +292,5 @@ async fn noise_harms_nobody() {
     instance.wait_empty().await;
     eventually("no task is left", || instance.gateway().tasks.len() == 1).await;
 }
+
+const DEFLATE: &str = "Sec-WebSocket-Extensions: permessage-deflate\r\n";

@@ -1,4 +1,4 @@
-//! Requests that are no proper handshake: each gets an answer of its own, and nobody else notices.
+//! Requests that are no proper handshake: each gets an answer of its own, and no other client notices.
 
 use std::time::Duration;
 
@@ -8,8 +8,6 @@ use crate::support::{
     http,
     raw::{Raw, UPGRADE},
 };
-
-const PATH: &str = "/agent/ws/s";
 
 /// Sends a whole request head and reads the answer.
 async fn send(instance: &TestInstance, head: &str) -> http::Response {
@@ -97,7 +95,7 @@ async fn ids_hold_safe_characters_only() {
 }
 
 #[tokio::test]
-async fn heads_that_are_too_large_or_no_http_are_refused_and_counted() {
+async fn oversized_and_invalid_heads_are_refused_and_counted() {
     let instance = TestInstance::with(|config| config.server.header_bytes_max = 8192).await;
     let mut other = instance.client("other").await;
     let large = format!("GET {PATH} HTTP/1.1\r\n{UPGRADE}X-Large: {}\r\n\r\n", "x".repeat(20_000));
@@ -167,7 +165,7 @@ async fn bytes_right_behind_the_handshake_belong_to_the_connection() {
 
 #[tokio::test]
 async fn a_message_published_before_101_is_delivered_after_it() {
-    // Subscribed before accepted: whoever publishes on "opened" or later is heard.
+    // Subscribed before accepted: a message that is published on "opened" or later arrives.
     let instance = TestInstance::with(|_| ()).await;
     let mut events = instance.follow("agent:agent:sessions").await;
     for _ in 0..20 {
@@ -215,3 +213,5 @@ async fn endpoints_can_be_switched_off() {
         instance.handshake(path, &[]).await.assert_refused(404, "not_found");
     }
 }
+
+const PATH: &str = "/agent/ws/s";

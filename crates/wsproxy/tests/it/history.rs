@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 over_both!(
-    a_client_that_comes_back_gets_what_it_missed_and_then_what_is_live,
+    a_reconnecting_client_gets_missed_messages_then_live_ones,
     an_id_of_the_workers_own_resumes_too,
     late_joiners_may_have_the_stream_from_its_start,
     a_position_that_is_no_longer_held_is_told,
@@ -27,7 +27,7 @@ over_both!(
     more_than_a_page_is_resumed_in_order,
     more_than_may_wait_for_one_client_is_told,
     small_messages_count_with_what_it_costs_to_keep_them,
-    publishes_while_clients_come_and_go_are_neither_lost_nor_doubled,
+    reconnecting_clients_lose_and_double_no_message,
     a_malformed_event_id_is_refused,
     an_idempotency_key_publishes_once,
     history_can_be_read_by_workers,
@@ -44,7 +44,7 @@ async fn start(backend: &Backend) -> TestInstance {
     TestInstance::start(with_history(backend)).await
 }
 
-/// What a message looks like that got its id from the history.
+/// A message to which the history gave its id.
 fn spliced(id: &str, n: u32) -> String {
     format!(r#"{{"event_id":"{id}","n":{n}}}"#)
 }
@@ -64,7 +64,7 @@ async fn assert_numbers(client: &mut Client, numbers: impl IntoIterator<Item = u
     }
 }
 
-async fn a_client_that_comes_back_gets_what_it_missed_and_then_what_is_live(backend: Backend) {
+async fn a_reconnecting_client_gets_missed_messages_then_live_ones(backend: Backend) {
     let instance = start(&backend).await;
     let mut client = instance.client("s").await;
     let ids = keep(&instance, 0..3).await;
@@ -294,7 +294,7 @@ async fn small_messages_count_with_what_it_costs_to_keep_them(backend: Backend) 
     assert_numbers(&mut client, 0..1).await;
 }
 
-async fn publishes_while_clients_come_and_go_are_neither_lost_nor_doubled(backend: Backend) {
+async fn reconnecting_clients_lose_and_double_no_message(backend: Backend) {
     let instance = start(&backend).await;
     let publishing = async {
         for n in 0..400 {

@@ -4,39 +4,41 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use wsproxy::{
-    bus::{History, HistoryLimits, Keep, Outcome, Publish, not_done::NotDone},
-    store::{SnapshotOf, StoreError},
+    bus::publish::{History, Keep, Outcome, Publish},
+    store::{
+        command::{SnapshotOf, StoreError},
+        not_done::NotDone,
+    },
 };
-use wsproxy_proto::history::{After, Entry, Envelope, Log, Position, Resolved, Snapshot};
+use wsproxy_proto::history::{
+    After, Entry, Envelope, HistoryLimits, Log, Position, Resolved, Snapshot,
+};
 
 use crate::support::{
-    PATIENCE,
     bus::{TestBus, contract, kept_message, message},
+    eventually_ok, eventually_yes,
 };
 
 contract!(
-    a_message_with_history_arrives_in_an_envelope_and_is_in_the_log,
+    a_message_with_history_is_enveloped_and_logged,
     every_entry_names_the_one_before_it,
     a_log_holds_no_more_entries_than_it_may,
-    a_log_holds_no_more_bytes_than_it_may_but_always_the_newest,
+    a_log_is_bounded_in_bytes_but_keeps_the_newest,
     entries_that_are_too_old_are_removed,
     a_log_expires_after_its_last_entry,
     what_was_published_once_is_not_published_again,
-    the_key_of_a_publish_can_be_used_again_after_its_time,
+    an_idempotency_key_can_be_reused_after_expiry,
     logs_of_one_clock_have_one_order,
     an_event_id_is_a_position,
     a_log_is_read_in_pages,
     large_entries_end_a_page,
-    what_is_behind_a_position_that_is_not_held_is_read_all_the_same,
+    entries_behind_an_unknown_position_are_read,
     without_a_position_only_the_ends_are_read,
     a_log_of_which_nothing_is_known_gets_a_head,
     a_log_that_is_removed_goes_on_behind_its_head,
     a_key_of_another_kind_is_neither_read_nor_written,
     payloads_and_ids_are_stored_verbatim,
 );
-
-const LIMITS: HistoryLimits =
-    HistoryLimits { entries_max: 1000, bytes_max: 1_000_000, ttl: Duration::from_secs(60) };
 
 fn stored(channel: &str, payload: impl Into<Bytes>) -> Publish {
     with(channel, payload, |_| {})
@@ -108,7 +110,7 @@ fn data(entries: &[Entry]) -> Vec<&[u8]> {
     entries.iter().map(|entry| &entry.data[..]).collect()
 }
 
-async fn a_message_with_history_arrives_in_an_envelope_and_is_in_the_log(bus: TestBus) {
+async fn a_message_with_history_is_enveloped_and_logged(bus: TestBus) {
     bus.subscribe(&["c"]).await;
     let outcome = bus.outcome(with("c", "one", |it| it.event_id = Some("e-1".into()))).await;
     let Outcome::Stored { receivers: 1, id: first, duplicate: false } = outcome else {
@@ -159,7 +161,7 @@ async fn a_log_holds_no_more_entries_than_it_may(bus: TestBus) {
     assert_eq!(data(&bus.read_all("c").await.entries), [b"x"]);
 }
 
-async fn a_log_holds_no_more_bytes_than_it_may_but_always_the_newest(bus: TestBus) {
+async fn a_log_is_bounded_in_bytes_but_keeps_the_newest(bus: TestBus) {
     let publish = |bytes: usize, bytes_max| {
         with("c", vec![b'x'; bytes], |it| {
             (it.limits.bytes_max, it.limits.entries_max) = (bytes_max, 20)
@@ -192,31 +194,24 @@ async fn entries_that_are_too_old_are_removed(bus: TestBus) {
     let ttl = Duration::from_millis(500);
     let publish = |payload: String| with("c", payload, |it| it.limits.ttl = ttl);
     let first = bus.store(publish("first".into())).await;
-    let deadline = std::time::Instant::now() + PATIENCE;
     // It goes while others keep the log alive.
-    loop {
+    let prev = eventually_ok("the first entry goes", async || {
         bus.store(publish("another".into())).await;
         let log = bus.read_all("c").await;
         let Entry { id: oldest, prev, .. } = log.entries[0];
         let age = log.head.unwrap().milliseconds - oldest.milliseconds;
         // One 64th and what a test may wait between two messages.
         assert!(age <= 500 + 8 || log.entries.len() == 1, "{age} ms");
-        if oldest != first {
-            return assert!(!prev.is_before(first));
-        }
-        assert!(std::time::Instant::now() < deadline, "the first entry stays");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        if oldest == first { Err(age) } else { Ok(prev) }
+    });
+    assert!(!prev.await.is_before(first));
 }
 
 async fn a_log_expires_after_its_last_entry(bus: TestBus) {
     let publish = with("c", "x", |it| it.limits.ttl = Duration::from_millis(100));
     let first = bus.store(publish).await;
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while !bus.read("c", at(Position::START)).await.entries.is_empty() {
-        assert!(std::time::Instant::now() < deadline, "the log stays");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let is_gone = async || bus.read("c", at(Position::START)).await.entries.is_empty();
+    eventually_yes("the log expires", is_gone).await;
     // What came last is known all the same.
     let empty = bus.read("c", at(first)).await;
     assert_eq!(empty, Log { head: Some(first), complete: true, ..empty.clone() });
@@ -249,20 +244,19 @@ async fn what_was_published_once_is_not_published_again(bus: TestBus) {
     assert_eq!(bus.read_all("c").await.entries.len(), 2);
 }
 
-async fn the_key_of_a_publish_can_be_used_again_after_its_time(bus: TestBus) {
+async fn an_idempotency_key_can_be_reused_after_expiry(bus: TestBus) {
     let publish =
         || with("c", "x", |it| it.dedup = Some(("{tests}:key".into(), Duration::from_millis(50))));
     let first = bus.store(publish()).await;
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        match bus.outcome(publish()).await {
-            Outcome::Stored { id, duplicate: true, .. } => assert_eq!(id, first),
-            Outcome::Stored { id, .. } => return assert!(first.is_before(id)),
-            outcome => panic!("{outcome:?}"),
+    let again = eventually_ok("the key expires", async || match bus.outcome(publish()).await {
+        Outcome::Stored { id, duplicate: true, .. } => {
+            assert_eq!(id, first);
+            Err("it is a duplicate")
         }
-        assert!(std::time::Instant::now() < deadline, "the key stays");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+        Outcome::Stored { id, .. } => Ok(id),
+        outcome => panic!("{outcome:?}"),
+    });
+    assert!(first.is_before(again.await));
 }
 
 async fn logs_of_one_clock_have_one_order(bus: TestBus) {
@@ -312,7 +306,7 @@ async fn an_event_id_is_a_position(bus: TestBus) {
         );
         assert_eq!(snapshot.logs[0].head, ids.last().copied());
     }
-    // Of two with one id nobody knows which one a client has seen, also where one is held no more.
+    // Of two messages with one id it is unknown which one a client has seen, also where one is held no more.
     for (id, entries_max) in [("e-3", 1000), ("e-149", 1)] {
         let again = with("c", "x", |it| {
             (it.event_id, it.limits.entries_max) = (Some(id.into()), entries_max);
@@ -365,7 +359,7 @@ async fn large_entries_end_a_page(bus: TestBus) {
     assert_eq!(pages, [2, 1, 1, 1]);
 }
 
-async fn what_is_behind_a_position_that_is_not_held_is_read_all_the_same(bus: TestBus) {
+async fn entries_behind_an_unknown_position_are_read(bus: TestBus) {
     let first = bus.store(stored("c", "one")).await;
     let second = bus.store(stored("c", "two")).await;
     let count = async |after| bus.read("c", at(after)).await.entries.len();
@@ -465,3 +459,6 @@ async fn payloads_and_ids_are_stored_verbatim(bus: TestBus) {
     assert_eq!(data(&log.entries), payloads);
     assert!(log.entries.iter().all(|entry| entry.event_id.as_deref() == Some("Ä*?%s%1\\")));
 }
+
+const LIMITS: HistoryLimits =
+    HistoryLimits { entries_max: 1000, bytes_max: 1_000_000, ttl: Duration::from_secs(60) };

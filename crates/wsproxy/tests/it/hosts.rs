@@ -6,19 +6,6 @@ use crate::support::{
     raw::{Raw, UPGRADE},
 };
 
-/// A path of every kind; the last is served nowhere.
-const PATHS: [&str; 9] = [
-    "/agent/ws/s",
-    "/echo",
-    "/ws",
-    "/ws/health",
-    "/health",
-    "/ready",
-    "/metrics",
-    "/api/v1/info",
-    "/nothing",
-];
-
 async fn send(raw: &mut Raw, head: &str) -> Response {
     raw.write(head.as_bytes()).await;
     raw.response().await
@@ -155,3 +142,16 @@ async fn every_answer_forbids_to_guess_its_type() {
     let refused = send(&mut raw, "GET / HTTP/1.1\r\n\r\n").await;
     assert_eq!((refused.status, refused.header("x-content-type-options")), (400, "nosniff"));
 }
+
+/// A path of every kind; the last is served nowhere.
+const PATHS: [&str; 9] = [
+    "/agent/ws/s",
+    "/echo",
+    "/ws",
+    "/ws/health",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/api/v1/info",
+    "/nothing",
+];

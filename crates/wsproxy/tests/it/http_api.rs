@@ -98,7 +98,7 @@ async fn announcements_are_followed_per_agent() {
 }
 
 #[tokio::test]
-async fn a_follower_that_does_not_read_is_told_that_it_missed_something() {
+async fn a_follower_that_does_not_read_is_told_of_a_gap() {
     let instance = TestInstance::with(|_| ()).await;
     let mut raw = Raw::narrow(instance.address()).await;
     let path = "/api/v1/sessions/s/upstream";
@@ -140,7 +140,7 @@ async fn a_stream_without_events_is_kept_open_by_comments() {
 }
 
 #[tokio::test]
-async fn a_follower_that_leaves_is_forgotten_and_one_that_stays_ends_with_the_instance() {
+async fn followers_are_forgotten_when_they_leave_or_the_instance_ends() {
     let instance = TestInstance::with(|_| ()).await;
     let gone = Stream::open(&instance, "/api/v1/sessions/gone/upstream").await;
     let mut stays = Stream::open(&instance, "/api/v1/sessions/stays/upstream").await;
@@ -152,8 +152,8 @@ async fn a_follower_that_leaves_is_forgotten_and_one_that_stays_ends_with_the_in
 #[tokio::test]
 async fn the_api_wants_one_of_its_keys() {
     let instance = TestInstance::with(|_| ()).await;
-    let routes = wsproxy::http::api::ROUTES;
-    for (method, path) in routes {
+    let routes = wsproxy::endpoint::api_routes().collect::<Vec<_>>();
+    for (method, path) in &routes {
         let path = path.replace("{session_id}", "s").replace("{agent_id}", "a");
         let ask = async |headers: &[(&str, &str)]| {
             let method = method.to_ascii_uppercase();

@@ -29,9 +29,6 @@ use crate::support::{
     soon,
 };
 
-const HOUR: Duration = Duration::from_secs(3600);
-const OFTEN: Duration = Duration::from_millis(20);
-
 /// A verifier and the tasks behind it.
 struct Gateway {
     verifier: JwtVerifier,
@@ -40,7 +37,7 @@ struct Gateway {
 }
 
 impl Gateway {
-    fn new(config: &config::Jwt) -> Self {
+    fn new(config: &config::JwtConfig) -> Self {
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
         let verifier = JwtVerifier::new(config, &tasks, end.clone()).unwrap();
         Self { verifier, tasks, end }
@@ -61,18 +58,18 @@ impl Gateway {
     }
 }
 
-fn config(url: String, refresh: Duration) -> config::Jwt {
-    config::Jwt {
+fn config(url: String, refresh: Duration) -> config::JwtConfig {
+    config::JwtConfig {
         jwks_url: Some(url),
         jwks_refresh: refresh,
         jwks_timeout: Duration::from_secs(20),
         algorithms: vec![Algorithm::ES256],
-        ..config::Jwt::default()
+        ..config::JwtConfig::default()
     }
 }
 
 #[tokio::test]
-async fn the_first_token_waits_for_the_first_keys_and_all_others_wait_for_nothing() {
+async fn only_the_first_token_waits_for_the_jwks() {
     let key = SigningKey::new("a");
     let issuer = Issuer::start(Answer::keys(&[&key])).await;
     let gateway = Gateway::new(&config(issuer.url(), HOUR));
@@ -152,7 +149,7 @@ async fn known_keys_stay_in_use_while_the_issuer_is_down() {
     issuer.answer(Answer::Nothing);
     eventually("fetches fail", || gateway.fetches().1 > 2).await;
     assert!(gateway.verify(&old.token()).await.is_ok());
-    // Nobody can say whether this one is good: the client is to come back.
+    // It is unknown whether this token is good: the client is to come back.
     assert_eq!(gateway.verify(&new.token()).await, Err(JwtError::Unavailable));
     issuer.answer(Answer::keys(&[&new]));
     eventually("the new key is known", || gateway.verify_now(&new.token()).is_ok()).await;
@@ -217,11 +214,11 @@ async fn an_answer_without_end_is_left() {
 }
 
 #[tokio::test]
-async fn a_slow_issuer_delays_only_tokens_with_unknown_keys_and_those_for_a_bounded_time() {
+async fn a_slow_issuer_delays_only_tokens_with_unknown_keys() {
     let (key, other) = (SigningKey::new("a"), SigningKey::new("b"));
     let issuer = Issuer::start(Answer::keys(&[&key])).await;
     let timeout = Duration::from_millis(300);
-    let config = config::Jwt { jwks_timeout: timeout, ..config(issuer.url(), HOUR) };
+    let config = config::JwtConfig { jwks_timeout: timeout, ..config(issuer.url(), HOUR) };
     let gateway = Gateway::new(&config);
     assert!(gateway.verify(&key.token()).await.is_ok());
     issuer.answer(Answer::Silence);
@@ -237,7 +234,7 @@ async fn a_slow_issuer_delays_only_tokens_with_unknown_keys_and_those_for_a_boun
 }
 
 #[tokio::test]
-async fn a_good_key_is_found_among_others_and_no_published_secret_is_believed() {
+async fn a_jwks_key_is_found_and_published_secrets_are_ignored() {
     let key = SigningKey::new("a");
     let mut for_others = SigningKey::new("a").jwk;
     for_others["use"] = "enc".into();
@@ -250,7 +247,7 @@ async fn a_good_key_is_found_among_others_and_no_published_secret_is_believed() 
         key.jwk,
     ]});
     let issuer = Issuer::start(Answer::body(&keys.to_string())).await;
-    let config = config::Jwt {
+    let config = config::JwtConfig {
         algorithms: vec![Algorithm::ES256, Algorithm::HS256],
         secret_key: Some("a secret that is not published....".into()),
         ..config(issuer.url(), HOUR)
@@ -265,7 +262,7 @@ async fn a_good_key_is_found_among_others_and_no_published_secret_is_believed() 
 }
 
 #[tokio::test]
-async fn keys_come_over_tls_from_those_alone_whose_certificate_is_trusted() {
+async fn jwks_needs_a_trusted_tls_certificate() {
     let mut authority = CertificateParams::new(Vec::new()).unwrap();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority =
@@ -287,7 +284,7 @@ async fn keys_come_over_tls_from_those_alone_whose_certificate_is_trusted() {
     let stranger = config(issuer.url().replace("http:", "https:"), HOUR);
     let mut ca_file = tempfile::NamedTempFile::new().unwrap();
     ca_file.write_all(authority.pem().as_bytes()).unwrap();
-    let friend = config::Jwt { ca_file: Some(ca_file.path().into()), ..stranger.clone() };
+    let friend = config::JwtConfig { ca_file: Some(ca_file.path().into()), ..stranger.clone() };
     assert!(Gateway::new(&friend).verify(&key.token()).await.is_ok());
     assert_eq!(issuer.requests(), 1);
     assert_eq!(Gateway::new(&stranger).verify(&key.token()).await, Err(JwtError::Unavailable));
@@ -322,3 +319,6 @@ async fn fetching_ends_at_once_when_the_instance_does() {
     gateway.tasks.close();
     tokio::time::timeout(Duration::from_secs(10), gateway.tasks.wait()).await.unwrap();
 }
+
+const HOUR: Duration = Duration::from_secs(3600);
+const OFTEN: Duration = Duration::from_millis(20);

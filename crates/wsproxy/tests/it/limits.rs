@@ -28,7 +28,7 @@ async fn a_full_instance_refuses_and_has_room_again_afterwards() {
     assert_eq!((ready.status, ready.json()["reason"].as_str()), (503, Some("full")));
     instance.assert_serves(&mut first, "a").await;
     second.close().await;
-    eventually("a place is free", || instance.gateway().places.taken() == 1).await;
+    eventually("a seat is free", || instance.gateway().seats.taken() == 1).await;
     let third = instance.connect("c", &token).await.unwrap();
     drop((first, third));
     instance.wait_empty().await;
@@ -47,7 +47,7 @@ async fn refused_handshakes_leave_no_place_behind() {
 }
 
 #[tokio::test]
-async fn too_many_attempts_of_an_address_are_told_when_to_come_back() {
+async fn too_many_attempts_get_429_with_retry_after() {
     let instance = TestInstance::with(|config| {
         config.rate_limit.max_requests = 3;
         config.rate_limit.window = Duration::from_secs(90);
@@ -65,7 +65,7 @@ async fn too_many_attempts_of_an_address_are_told_when_to_come_back() {
     assert!(response.body.contains(&text), "{response:?}");
     assert_eq!(instance.refusals("rate_limited"), 1.0);
     assert!(instance.has_token("s").await);
-    // Whoever is connected already, and whoever asks for something else, is not affected.
+    // Connected clients, and requests for other endpoints, are not affected.
     instance.assert_serves(&mut client, "s").await;
     assert_eq!(instance.get("/health").await.status, 200);
 }
@@ -230,7 +230,7 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
     assert_eq!(clients.len(), 100);
     let refused = Client::connect(binary.address, "/echo", &[]).await.err().unwrap();
     assert_eq!(refused.as_u16(), 503);
-    // Requests of which the body is missing: such sockets are not silent, and give way to nobody.
+    // Requests of which the body is missing: such sockets are not silent, and do not give way to others.
     let head = format!(
         "POST /api/v1/sessions/s/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\
          Authorization: Bearer {API_KEY}\r\n\r\n"
@@ -252,7 +252,7 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
 async fn without_descriptors_the_instance_lives_on_and_recovers() {
     let binary = Binary::start_with_files(100, &[("WSPROXY_ENDPOINTS__ECHO", "true")]).await;
     let mut clients = take_all_places(&binary).await;
-    // Fewer than were promised at the start: somebody else took them, as where the whole machine has no more.
+    // Fewer than were promised at the start: other processes took them, as where the whole machine has no more.
     let pid = Pid::from_raw(binary.pid().cast_signed());
     let few = Some(u64::try_from(descriptors(&binary) + 2).unwrap());
     prlimit(pid, Resource::Nofile, Rlimit { current: few, maximum: few }).unwrap();
@@ -337,7 +337,7 @@ fn descriptors(binary: &Binary) -> usize {
 async fn assert_recovers(binary: &Binary, mut clients: Vec<Client>) {
     clients.drain(1..).for_each(drop);
     let active = "wsproxy_active_connections{endpoint=\"echo\"}";
-    soon("their places are free", async { while binary.metric(active).await != 1.0 {} }).await;
+    soon("their seats are free", async { while binary.metric(active).await != 1.0 {} }).await;
     let token = binary.token("s").await;
     let path = "/agent/ws/s";
     Client::connect(binary.address, path, &bearer(&token)).await.unwrap().close().await;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use wsproxy::bus::Outcome;
+use wsproxy::bus::publish::Outcome;
 
 use crate::support::{
     bus::{TestBus, config, message},
@@ -12,9 +12,6 @@ use crate::support::{
     redis_server::{Answer, RedisServer},
     soon,
 };
-
-/// The links of an instance, as they end their names in a server's list of clients.
-const LINKS: [&str; 3] = ["server-publish", "server-command", "server-subscribe"];
 
 /// The id of a link's connection at a server, if it has one there.
 fn link_at(server: &RedisServer, name: &str) -> Option<String> {
@@ -88,7 +85,7 @@ async fn a_store_at_another_server_is_not_ready_and_not_recovered() {
 }
 
 #[tokio::test]
-async fn a_name_that_leads_elsewhere_is_noticed_though_all_links_agree() {
+async fn a_changed_address_is_noticed_though_all_links_agree() {
     let (old, new, _proxy, bus) = switched().await;
     let switched = Instant::now();
     assert_all_at(&bus, &new).await;
@@ -104,7 +101,7 @@ async fn a_name_that_leads_elsewhere_is_noticed_though_all_links_agree() {
 }
 
 #[tokio::test]
-async fn a_killed_link_comes_back_alone_where_the_server_is_the_same() {
+async fn a_killed_link_to_the_same_server_reconnects_alone() {
     let server = RedisServer::start();
     let bus = TestBus::on(&config(Some(&server.url())));
     bus.subscribe(&["a"]).await;
@@ -123,7 +120,7 @@ async fn a_killed_link_comes_back_alone_where_the_server_is_the_same() {
 }
 
 #[tokio::test]
-async fn a_user_who_may_not_publish_on_the_own_channel_is_not_ready_but_recovers() {
+async fn a_denied_probe_channel_is_not_ready_but_recovers() {
     let mut server = RedisServer::start();
     let rules = ["ACL", "SETUSER", "gateway", "on", ">pw", "~*", "&*", "+@all", "-publish"];
     server.call(&rules);
@@ -169,3 +166,6 @@ async fn clients_get_what_was_published_at_the_newer_server_meanwhile() {
     new.keep("session:s:down", "\"b2\"");
     assert_eq!(client.text().await, "\"b2\"");
 }
+
+/// The links of an instance, as they end their names in a server's list of clients.
+const LINKS: [&str; 3] = ["server-publish", "server-command", "server-subscribe"];

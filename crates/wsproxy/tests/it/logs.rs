@@ -7,16 +7,13 @@ use serde_json::Value;
 use crate::support::{
     binary::Binary,
     client::Client,
-    eventually,
+    eventually, eventually_yes,
     gateway::bearer,
     http,
     raw::{Raw, UPGRADE},
     redis_server::RedisServer,
     sse::Events,
 };
-
-const BROWSER: [(&str, &str); 2] =
-    [("Origin", "https://app.example"), ("User-Agent", "Browser/1.0 (a test)")];
 
 #[tokio::test]
 async fn opened_and_closed_lines_tell_where_a_client_comes_from() {
@@ -73,6 +70,31 @@ async fn refusals_are_one_line_a_second_and_kind() {
     assert!(written <= most + 1, "{written} lines");
     assert_eq!(written as u64 + left_out, 101);
     assert_eq!(told(&of("missing_credentials")), (1, 0));
+}
+
+#[tokio::test]
+async fn a_refused_agent_is_logged_with_the_user_it_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agents.db").display().to_string();
+    let settings = [
+        ("LOG_LEVEL", "info"),
+        ("WSPROXY_ENDPOINTS__AGENTS", "true"),
+        ("WSPROXY_DATABASE__PATH", &*path),
+    ];
+    let binary = Binary::start(&settings).await;
+    let refused = async |user: &str| {
+        let path = format!("/?userId={user}&secret=secret-of-the-agent");
+        http::handshake(binary.address, &path, &[]).await.status
+    };
+    eventually_yes("the secret is judged", async || refused("u-1").await == 403).await;
+    assert_eq!(refused("a:b").await, 401);
+    let lines = binary.lines("Handshake refused.");
+    let user = |code: &str| {
+        let line = lines.iter().find(|line| line["code"] == code).unwrap();
+        line["user_id"].as_str().map(str::to_owned)
+    };
+    assert_eq!(user("invalid_credentials").as_deref(), Some("u-1"));
+    assert_eq!(user("malformed_credentials"), None);
 }
 
 #[tokio::test]
@@ -187,3 +209,6 @@ async fn a_database_without_a_prefix_is_warned_about() {
         assert!(lines.iter().all(|line| line["level"] == "WARN" && line["database"] == 1));
     }
 }
+
+const BROWSER: [(&str, &str); 2] =
+    [("Origin", "https://app.example"), ("User-Agent", "Browser/1.0 (a test)")];

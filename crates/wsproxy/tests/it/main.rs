@@ -3,10 +3,12 @@
 #![allow(unreachable_pub, clippy::unwrap_used, clippy::result_large_err)]
 #![expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 
+mod agents;
 mod api_keys;
 mod attack;
 mod attack_history;
 mod bus;
+mod bus_access;
 mod bus_cost;
 mod bus_faults;
 mod bus_loss;
@@ -31,6 +33,10 @@ mod operator;
 mod presence;
 mod refusals;
 mod registry;
+mod room_registry;
+mod rooms;
+mod rooms_api;
+mod rooms_scripts;
 mod scripts;
 mod session_log;
 mod sessions;

@@ -1,4 +1,4 @@
-//! What is left after many clients came, caused every kind of trouble, and went: nothing.
+//! Memory after many clients came, caused every kind of trouble, and went: none is left.
 
 use crate::support::{
     gateway::{Backend, TestInstance, over_both},

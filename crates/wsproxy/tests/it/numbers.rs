@@ -16,11 +16,6 @@ over_both!(
     json_that_clients_could_not_read_is_refused,
 );
 
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-
-/// What no machine number holds: ids of 64 bits in a parser with doubles, amounts of 256 bits, decimals of 20 digits.
-const DATA: &str = r#"{"id":9007199254740993,"wei":115792089237316195423570985008687907853269984665640564039457,"price":0.12345678901234567890,"far":1e400, "zero":-0.0}"#;
-
 async fn start(backend: &Backend) -> TestInstance {
     let mut config = backend.config();
     config.endpoints.events = true;
@@ -153,3 +148,8 @@ async fn json_that_clients_could_not_read_is_refused(backend: Backend) {
         refused.assert_refused(400, "bad_request");
     }
 }
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+/// Numbers that no machine number holds: ids of 64 bits in a parser with doubles, amounts of 256 bits, decimals of 20 digits.
+const DATA: &str = r#"{"id":9007199254740993,"wei":115792089237316195423570985008687907853269984665640564039457,"price":0.12345678901234567890,"far":1e400, "zero":-0.0}"#;

@@ -1,8 +1,6 @@
-//! What an operator is told of an instance that is not what was meant.
+//! Messages to the operator of an instance that is not configured as intended.
 
 use crate::support::{binary::Binary, http, redis_server::RedisServer};
-
-const NO_REDIS: &str = "No Redis is configured";
 
 fn warnings(binary: &Binary) -> Vec<String> {
     let log = binary.log();
@@ -54,3 +52,5 @@ async fn a_refused_token_names_the_bus_in_the_log() {
         assert!(!refused.body.contains("bus"), "{}", refused.body);
     }
 }
+
+const NO_REDIS: &str = "No Redis is configured";

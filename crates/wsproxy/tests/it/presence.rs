@@ -1,6 +1,6 @@
 //! Presence and revocation with real clients of the event endpoint, and with a process that is killed.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use jsonwebtoken::{EncodingKey, Header};
 use rustix::process::Signal;
@@ -8,10 +8,9 @@ use serde_json::{Value, json};
 use wsproxy::registry::control::Target;
 
 use crate::support::{
-    PATIENCE,
     binary::Binary,
     client::Client,
-    eventually,
+    eventually, eventually_ok, eventually_yes,
     gateway::{Backend, TestInstance, id, over_both},
     issuer::now,
     redis_server::{Answer, RedisServer},
@@ -22,9 +21,6 @@ over_both!(
     a_revoked_user_is_sent_away_and_kept_out,
     a_refreshed_connection_is_known_by_its_new_token,
 );
-
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-const HOUR: Duration = Duration::from_secs(3600);
 
 /// A token that was made some seconds ago, or in as many seconds where that is negative.
 fn token(user: &str, name: &str, age: i64) -> String {
@@ -49,7 +45,7 @@ async fn connect(address: std::net::SocketAddr, token: &str) -> Client {
 }
 
 async fn disconnect(instance: &TestInstance, target: Target, revoke: Option<Duration>) {
-    let registry = instance.gateway().registry.as_ref().unwrap();
+    let registry = instance.families().events.registry.as_ref().unwrap();
     soon("a disconnect", registry.disconnect(target, None, None, revoke)).await.unwrap();
 }
 
@@ -69,20 +65,19 @@ async fn a_revoked_user_is_sent_away_and_kept_out(backend: Backend) {
     let refused = instance.handshake(&path, &[]).await;
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (403, &"invalid_token".into()));
     // Who signs in again is welcome, when the leeway is over.
-    let welcome = Instant::now() + PATIENCE;
-    loop {
+    let signing_in = async || {
         let path = format!("/ws?token={}", token("u", "t4", 0));
-        match Client::connect(address, &path, &[]).await {
-            Ok(client) => break drop(client),
-            Err(_) => assert!(Instant::now() < welcome, "a newer token stays refused"),
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        Client::connect(address, &path, &[]).await.map(drop)
+    };
+    eventually_ok("a newer token is accepted", signing_in).await;
     instance.publish("ws:control", r#"{"op":"disconnect","user_id":"v","reason":"bye"}"#);
     assert_eq!(other.closed().await, (4004, "bye".into()));
     drop(connect(address, &token("v", "t3", 5)).await);
     instance.wait_empty().await;
-    eventually("nobody is left", || instance.gateway().registry.as_ref().unwrap().is_empty()).await;
+    eventually("nobody is left", || {
+        instance.families().events.registry.as_ref().unwrap().is_empty()
+    })
+    .await;
 }
 
 async fn a_refreshed_connection_is_known_by_its_new_token(backend: Backend) {
@@ -127,13 +122,10 @@ async fn presence_is_right_after_a_process_was_killed() {
     wait_health(&lives, &json!({"total": 21, "local": 1, "alive": 21, "dead": 0})).await;
     killed.signal(Signal::KILL);
     killed.exited().await;
-    // Until its lease ends nobody can know; then it is ignored, whether it was removed already or not.
-    let registry = lives.gateway().registry.clone().unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    while registry.connections_of(&id("u")).await.unwrap().len() != 1 {
-        assert!(Instant::now() < deadline, "the dead are present");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    // Until its lease ends no instance can know; then it is ignored, whether it was removed already or not.
+    let registry = lives.families().events.registry.clone().unwrap();
+    let present = async || registry.connections_of(&id("u")).await.unwrap().len();
+    eventually_yes("the dead are ignored", async || present().await == 1).await;
     let event = lost.json().await;
     assert_eq!(event, json!({"event": "server_lost", "server_id": "killed"}));
     wait_health(&lives, &json!({"total": 1, "local": 1, "alive": 1, "dead": 0})).await;
@@ -143,13 +135,12 @@ async fn presence_is_right_after_a_process_was_killed() {
 }
 
 async fn wait_health(instance: &TestInstance, wanted: &Value) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    let health = eventually_ok("the counts are told", async || {
         let health = instance.get("/ws/health").await.json();
-        if health["connections"] == *wanted {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{health} instead of {wanted}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+        if health["connections"] == *wanted { Ok(()) } else { Err(health) }
+    });
+    health.await;
 }
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+const HOUR: Duration = Duration::from_secs(3600);

@@ -1,11 +1,11 @@
-//! What Redis refuses is certainly not done: workers, clients and operators are told so, and why.
+//! Refusals of Redis: the publish is certainly not done, and workers, clients and operators are told why.
 
 use std::time::Duration;
 
 use wsproxy::{
-    bus::{Outcome, not_done::NotDone},
+    bus::publish::Outcome,
     config::NoReceiver,
-    store::StoreError,
+    store::{command::StoreError, not_done::NotDone},
 };
 
 use crate::support::{
@@ -14,12 +14,6 @@ use crate::support::{
     gateway::{self, TestInstance},
     redis_server::{Options, RedisServer},
 };
-
-/// Settings that make Redis refuse writes, and take them again.
-const STATES: [(NotDone, [&str; 2], [&str; 2]); 2] = [
-    (NotDone::Memory, ["maxmemory", "1000"], ["maxmemory", "0"]),
-    (NotDone::Replicas, ["min-replicas-to-write", "1"], ["min-replicas-to-write", "0"]),
-];
 
 fn set(server: &RedisServer, [name, value]: [&str; 2]) {
     server.call(&["CONFIG", "SET", name, value]);
@@ -159,3 +153,9 @@ async fn a_client_is_told_that_its_message_was_not_delivered() {
     })
     .await;
 }
+
+/// Settings that make Redis refuse writes, and take them again.
+const STATES: [(NotDone, [&str; 2], [&str; 2]); 2] = [
+    (NotDone::Memory, ["maxmemory", "1000"], ["maxmemory", "0"]),
+    (NotDone::Replicas, ["min-replicas-to-write", "1"], ["min-replicas-to-write", "0"]),
+];

@@ -1,18 +1,18 @@
-//! How the gateway and Redis agree on scripts: loaded, forgotten, not allowed, and as a worker calls them.
+//! Scripts in Redis: loaded, forgotten, not allowed, and as a worker calls them.
 
 use std::time::Duration;
 
-use wsproxy::bus::{History, HistoryLimits, Keep, Outcome, Publish};
+use wsproxy_proto::history::HistoryLimits;
+
+use wsproxy::bus::publish::{History, Keep, Outcome, Publish};
 use wsproxy_proto::history::Position;
 
 use crate::support::{
     bus::{Receipts, TestBus, config, message},
+    eventually,
     redis_server::{Answer, RedisServer},
     soon,
 };
-
-const PUBLISH: &str = include_str!("../../../../spec/scripts/publish.lua");
-const STREAM: &str = include_str!("../../../../spec/scripts/stream.lua");
 
 fn stored(payload: &str) -> Publish {
     let limits =
@@ -143,6 +143,7 @@ async fn a_new_server_knows_the_script_before_the_first_message() {
     assert!(matches!(bus.outcome(stored("one")).await, Outcome::Stored { .. }));
     bus.server().kill();
     bus.broken().await;
+    eventually("every link is missed", || bus.bus.counters().links_lost.value() == 3).await;
     bus.publish("x", "queued");
     assert!(bus.bus.publish(stored("queued")).is_ok());
     bus.server().restart();
@@ -210,3 +211,6 @@ async fn the_shortest_ttl_does_not_decide_for_all_token_streams() {
     let listed = Answer::Array(vec![Answer::Text("long".into())]);
     assert_eq!(server.call(&["ZRANGE", index, "0", "-1"]), listed);
 }
+
+const PUBLISH: &str = include_str!("../../../../spec/scripts/publish.lua");
+const STREAM: &str = include_str!("../../../../spec/scripts/stream.lua");

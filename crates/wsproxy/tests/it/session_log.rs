@@ -7,7 +7,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
@@ -16,38 +15,26 @@ use wsproxy::{
     hub::{Hub, delivery::Delivery},
     registry::{
         Transport,
-        lease::{Lease, Pace, Settings},
-        sessions::{Limits, Record, SessionLog},
+        lease::{Lease, LeaseSettings},
+        sessions::{SessionLog, SessionLogLimits, SessionRecord},
     },
 };
 use wsproxy_proto::names::Names;
 
 use crate::support::{
-    PATIENCE,
-    binary::Binary,
+    FAST_LEASE,
     bus::config,
-    client::Client,
-    eventually,
+    eventually, eventually_ok,
     fault_proxy::{Cut, FaultProxy, Faults},
-    gateway::{Backend, TestInstance, bearer, id, over_both},
-    http::{self, Stream},
+    gateway::{Backend, TestInstance, id, over_both},
+    http::Stream,
     redis_server::{Answer, RedisServer},
     soon,
 };
 
+mod dead_instances;
+
 over_both!(sessions_are_kept_as_they_are_announced, a_follower_goes_on_behind_its_last_entry);
-
-const HOUR: Duration = Duration::from_secs(3600);
-
-/// Short enough for a test; an instance that a busy machine delays is not dead yet.
-const FAST: Pace = Pace {
-    lease: Duration::from_millis(2500),
-    refresh: Duration::from_millis(150),
-    retry: Duration::from_millis(100),
-    linger: Duration::from_millis(20),
-};
-
-const LOG: &str = "{agent:a:sessions}:log";
 
 /// The parts of an instance below its sessions.
 struct Node {
@@ -57,20 +44,22 @@ struct Node {
 }
 
 impl Node {
-    fn new(url: &str, name: &str, limits: Limits) -> Self {
+    fn new(url: &str, name: &str, limits: SessionLogLimits) -> Self {
         let config = config(Some(url));
         let (hub, names, tasks) = (Hub::new(), Names::new(""), TaskTracker::new());
         let end = CancellationToken::new();
         let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
         let bus = Bus::redis(&config, name, &names, delivery, &tasks, end.clone()).unwrap();
         hub.connect(bus.clone());
-        let settings = Settings {
+        let settings = LeaseSettings {
+            offline_wait: HOUR,
+            empty_room_ttl: HOUR,
             server_id: name.into(),
             names,
             response_timeout: config.response_timeout,
             index_ttl: HOUR,
             announcements: limits,
-            pace: FAST,
+            timing: FAST_LEASE,
         };
         let lease = Lease::start(settings, &bus);
         Self { log: SessionLog::start(limits, &hub, &bus, &lease), lease, end }
@@ -84,8 +73,12 @@ impl Node {
         let connection = Uuid::now_v7();
         let opened = humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string();
         let (agent, session) = (id(agent), id(session));
-        let record =
-            Record { agent, session, transport: Transport::WebSocket, opened: opened.into() };
+        let record = SessionRecord {
+            agent,
+            session,
+            transport: Transport::WebSocket,
+            opened: opened.into(),
+        };
         self.log.opened(connection, record);
         connection
     }
@@ -105,8 +98,6 @@ impl Node {
         self.end.cancel();
     }
 }
-
-const LIMITS: Limits = Limits { entries_max: 100_000, ttl: HOUR };
 
 /// The entries of a log, oldest first, with their ids.
 fn entries(server: &RedisServer, log: &str) -> Vec<(String, Value)> {
@@ -144,48 +135,12 @@ fn story(server: &RedisServer, log: &str, connection: Uuid) -> Vec<String> {
 }
 
 async fn wait_story(server: &RedisServer, log: &str, connection: Uuid, wanted: &[&str]) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    let what = format!("the log says {wanted:?}");
+    let told = eventually_ok(&what, async || {
         let found = story(server, log, connection);
-        if found == wanted {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{found:?} instead of {wanted:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// All that a process does ends at once, and its connections to Redis with it.
-struct Killable(Option<tokio::runtime::Runtime>);
-
-impl Killable {
-    /// A node with open sessions, in a runtime of its own.
-    async fn start(server: &RedisServer, name: &str, sessions: usize) -> (Self, Vec<Uuid>) {
-        let runtime = tokio::runtime::Builder::new_multi_thread();
-        let runtime = { runtime }.worker_threads(1).enable_all().build().unwrap();
-        let (url, name) = (server.url(), name.to_owned());
-        let started = runtime.spawn(async move {
-            let node = Node::new(&url, &name, LIMITS);
-            let open = (0..sessions).map(|n| node.open("a", &format!("s{n}"))).collect();
-            node.written().await;
-            std::mem::forget(node);
-            open
-        });
-        let open = started.await.unwrap();
-        (Self(Some(runtime)), open)
-    }
-
-    fn kill(mut self) {
-        self.0.take().unwrap().shutdown_background();
-    }
-}
-
-impl Drop for Killable {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
-    }
+        if found == wanted { Ok(()) } else { Err(found) }
+    });
+    told.await;
 }
 
 /// An instance whose sessions are kept in a log.
@@ -227,7 +182,7 @@ async fn a_follower_goes_on_behind_its_last_entry(backend: Backend) {
         instance.client(&format!("s{n}")).await.close().await;
     }
     live.expect("\"session_id\":\"s2\",").await;
-    let log = instance.gateway().session_log.clone().unwrap();
+    let log = instance.families().sessions.log.clone().unwrap();
     eventually("all is written", || log.is_written()).await;
     live.expect("\"session_id\":\"s2\",").await;
     let mut all = Stream::open(&instance, &format!("{path}&log=true")).await;
@@ -276,117 +231,6 @@ async fn without_a_log_nothing_more_is_written() {
     let Answer::Array(keys) = server.call(&["KEYS", "*"]) else { panic!("no keys") };
     let epoch = Answer::Text("wsproxy:epoch".into());
     assert!(keys.iter().all(|key| *key == epoch), "{keys:?}");
-}
-
-#[tokio::test]
-async fn sessions_of_a_killed_instance_are_announced_closed_once() {
-    let server = RedisServer::start();
-    let (killed, open) = Killable::start(&server, "killed", 600).await;
-    let others = [Node::on(&server, "one"), Node::on(&server, "two")];
-    let stays = others[0].open("a", "stays");
-    killed.kill();
-    let gone = || server.call(&["ZSCORE", "ws:servers", "killed"]) == Answer::Null;
-    eventually("the killed instance is removed", gone).await;
-    let stories = stories(&server, LOG);
-    for connection in &open {
-        assert_eq!(stories[&connection.to_string()], ["opened", "closed server_lost"]);
-    }
-    assert_eq!((stories.len(), entries(&server, LOG).len()), (601, 1201));
-    let (_, last) = entries(&server, LOG).pop().unwrap();
-    assert!(humantime::parse_rfc3339(last["timestamp"].as_str().unwrap()).is_ok());
-    let about = ["event", "reason", "code", "server_id", "agent_id", "transport"];
-    assert_eq!(
-        about.map(|name| last[name].clone()),
-        [
-            json!("closed"),
-            json!("server_lost"),
-            json!(1006),
-            json!("killed"),
-            json!("a"),
-            json!("websocket")
-        ]
-    );
-    assert_eq!(last.as_object().unwrap().len(), 9, "{last}");
-    assert_eq!(story(&server, LOG, stays), ["opened"]);
-    assert_eq!(server.call(&["EXISTS", "ws:server:killed:sessions"]), Answer::Integer(0));
-    let reaped = others.iter().map(|node| node.lease.counters.sessions_reaped.value());
-    assert_eq!(reaped.sum::<u64>(), 600);
-    for node in others {
-        node.close().await;
-    }
-}
-
-#[tokio::test]
-async fn a_crash_before_the_log_leaves_both_events_to_others() {
-    let server = RedisServer::start();
-    // As a gateway leaves it that dies between entering a session and announcing it, or a foreign hand.
-    let connection = Uuid::now_v7();
-    let stored = json!({"agent_id": "a", "session_id": "s", "transport": "sse",
-        "opened": "2026-11-28T00:00:00.000Z", "announced": false});
-    server.call(&[
-        "HSET",
-        "ws:server:dead:sessions",
-        &connection.to_string(),
-        &stored.to_string(),
-        "odd",
-        "odd",
-    ]);
-    server.call(&["ZADD", "ws:servers", "1", "dead"]);
-    let node = Node::on(&server, "node");
-    wait_story(&server, LOG, connection, &["opened", "closed server_lost"]).await;
-    assert_eq!(entries(&server, LOG)[0].1["timestamp"], "2026-11-28T00:00:00.000Z");
-    let left = || server.call(&["EXISTS", "ws:server:dead:sessions"]) == Answer::Integer(0);
-    eventually("nothing is left", left).await;
-    node.close().await;
-}
-
-#[tokio::test]
-async fn a_later_run_of_the_same_name_announces_what_is_gone() {
-    let server = RedisServer::start();
-    let (killed, open) = Killable::start(&server, "node", 300).await;
-    killed.kill();
-    let node = Node::on(&server, "node");
-    let new = node.open("a", "new");
-    eventually("all ends are announced", || node.log.counters.lost.value() == 300).await;
-    let found = stories(&server, LOG);
-    for connection in &open {
-        assert_eq!(found[&connection.to_string()], ["opened", "closed server_lost"]);
-    }
-    node.written().await;
-    assert_eq!(story(&server, LOG, new), ["opened"]);
-    eventually("the list is as long as it has members", || {
-        server.call(&["HLEN", "ws:server:node:sessions"]) == Answer::Integer(1)
-    })
-    .await;
-    node.close().await;
-}
-
-#[tokio::test]
-async fn an_instance_taken_for_dead_announces_its_sessions_again() {
-    let server = RedisServer::start();
-    let proxy = FaultProxy::start(server.port()).await;
-    let frozen = Node::new(&server.url_on(proxy.port()), "frozen", LIMITS);
-    let (stays, goes) = (frozen.open("a", "stays"), frozen.open("a", "goes"));
-    frozen.written().await;
-    let other = Node::on(&server, "other");
-    proxy.set(Faults { stall_up: true, stall_down: true, ..Faults::default() });
-    wait_story(&server, LOG, stays, &["opened", "closed server_lost"]).await;
-    frozen.shut(goes);
-    let comes = frozen.open("a", "comes");
-    proxy.set(Faults::default());
-    wait_story(&server, LOG, stays, &["opened", "closed server_lost", "opened again"]).await;
-    wait_story(&server, LOG, goes, &["opened", "closed server_lost", "closed"]).await;
-    frozen.written().await;
-    assert_eq!(story(&server, LOG, comes).last().unwrap(), "opened");
-    eventually("the list is as long as it has members", || {
-        server.call(&["HLEN", "ws:server:frozen:sessions"]) == Answer::Integer(2)
-    })
-    .await;
-    frozen.shut(stays);
-    frozen.written().await;
-    assert_eq!(story(&server, LOG, stays).last().unwrap(), "closed");
-    frozen.close().await;
-    other.close().await;
 }
 
 #[tokio::test]
@@ -442,7 +286,7 @@ async fn an_outage_makes_no_hole_and_no_false_end() {
         );
     }
     // Both were away as long as a dead instance is: the one that came back first has not buried the other.
-    tokio::time::sleep(FAST.refresh * 10).await;
+    tokio::time::sleep(FAST_LEASE.refresh * 10).await;
     for connection in open {
         // One that was about to bury the other may make it announce what is open once more.
         let told = story(&server, LOG, connection);
@@ -503,28 +347,7 @@ async fn a_full_redis_gets_every_announcement_later() {
 }
 
 #[tokio::test]
-async fn a_log_that_takes_nothing_keeps_no_other_waiting() {
-    let server = RedisServer::start();
-    server.call(&["SET", "{agent:bad:sessions}:log", "a string"]);
-    let (killed, _) = Killable::start(&server, "killed", 1).await;
-    let ghost = Uuid::now_v7();
-    let stored = json!({"agent_id": "bad", "session_id": "s", "transport": "sse", "opened": "", "announced": true});
-    server.call(&["HSET", "ws:server:killed:sessions", &ghost.to_string(), &stored.to_string()]);
-    killed.kill();
-    let node = Node::on(&server, "node");
-    let (bad, good) = (node.open("bad", "s"), node.open("a", "s"));
-    wait_story(&server, LOG, good, &["opened"]).await;
-    node.shut(bad);
-    let lost = || entries(&server, LOG).iter().any(|(_, event)| event["reason"] == "server_lost");
-    eventually("the killed instance's other session is announced", lost).await;
-    assert!(!node.log.is_written());
-    server.call(&["DEL", "{agent:bad:sessions}:log"]);
-    wait_story(&server, "{agent:bad:sessions}:log", bad, &["opened", "closed"]).await;
-    node.close().await;
-}
-
-#[tokio::test]
-async fn ten_thousand_sessions_that_end_at_once_are_all_in_the_log() {
+async fn ten_thousand_sessions_ending_at_once_are_all_logged() {
     const SESSIONS: usize = 10_000;
     let server = RedisServer::start();
     let node = Node::on(&server, "node");
@@ -547,7 +370,7 @@ async fn ten_thousand_sessions_that_end_at_once_are_all_in_the_log() {
 #[tokio::test]
 async fn a_log_is_bounded_and_expires() {
     let server = RedisServer::start();
-    let limits = Limits { entries_max: 10, ttl: Duration::from_millis(1500) };
+    let limits = SessionLogLimits { entries_max: 10, ttl: Duration::from_millis(1500) };
     let node = Node::new(&server.url(), "node", limits);
     for n in 0..25 {
         node.open("a", &format!("s{n}"));
@@ -572,56 +395,8 @@ async fn a_log_is_bounded_and_expires() {
     node.close().await;
 }
 
-/// A `wsproxy serve` that keeps its sessions in a log.
-async fn binary(server: &RedisServer, name: &str) -> Binary {
-    let environment = [
-        ("REDIS_URL", &*server.url()),
-        ("SERVER_ID", name),
-        ("WSPROXY_SESSIONS__EVENTS_LOG", "true"),
-    ];
-    Binary::start(&environment).await
-}
+const HOUR: Duration = Duration::from_secs(3600);
 
-async fn connect(gateway: &Binary, session: &str) -> Client {
-    let token = gateway.token(session).await;
-    let path = format!("/a/ws/{session}");
-    Client::connect(gateway.address, &path, &bearer(&token)).await.expect("the token is right")
-}
+const LOG: &str = "{agent:a:sessions}:log";
 
-fn reasons(server: &RedisServer, session: &str) -> Vec<String> {
-    let of = entries(server, LOG).into_iter().filter(|(_, event)| event["session_id"] == session);
-    let word = |event: &Value| event["reason"].as_str().unwrap_or("opened").to_owned();
-    of.map(|(_, event)| word(&event)).collect()
-}
-
-#[tokio::test]
-async fn a_killed_and_a_frozen_process_are_told_apart_afterwards() {
-    let server = RedisServer::start();
-    let lives = binary(&server, "lives").await;
-    let (mut killed, frozen) = (binary(&server, "killed").await, binary(&server, "frozen").await);
-    let _gone = connect(&killed, "gone").await;
-    let mut back = connect(&frozen, "back").await;
-    let written = || entries(&server, LOG).len() == 2;
-    eventually("both are announced", written).await;
-    frozen.signal(Signal::STOP);
-    killed.signal(Signal::KILL);
-    killed.exited().await;
-    eventually("both are taken for dead", || {
-        [reasons(&server, "gone"), reasons(&server, "back")]
-            .iter()
-            .all(|reasons| reasons.ends_with(&["server_lost".into()]))
-    })
-    .await;
-    frozen.signal(Signal::CONT);
-    let again = || reasons(&server, "back") == ["opened", "server_lost", "opened"];
-    eventually("the frozen instance is back", again).await;
-    back.send("[\"still here\"]").await;
-    back.close().await;
-    let closed = || reasons(&server, "back").ends_with(&["normal".into()]);
-    eventually("its end is announced", closed).await;
-    assert_eq!(reasons(&server, "gone"), ["opened", "server_lost"]);
-    let reaped = lives.metric("wsproxy_registry_sessions_reaped_total").await;
-    assert_eq!(reaped, 2.0);
-    let health = http::request(lives.address, "GET", "/metrics", &[], b"").await;
-    assert!(health.body.contains("wsproxy_session_log_waiting_bytes 0"));
-}
+const LIMITS: SessionLogLimits = SessionLogLimits { entries_max: 100_000, ttl: HOUR };

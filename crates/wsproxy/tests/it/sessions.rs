@@ -12,19 +12,19 @@ use crate::support::{
 };
 
 over_both!(
-    what_a_worker_publishes_reaches_the_client_verbatim_and_in_order,
+    worker_messages_reach_the_client_verbatim_in_order,
     what_a_client_sends_is_published_verbatim_and_in_order,
     every_connection_of_a_session_gets_every_message,
     a_worker_ends_a_session_or_one_connection_of_it,
     commands_that_make_no_sense_are_counted_and_change_nothing,
     sessions_are_announced_with_what_they_came_to,
-    a_message_that_nobody_hears_is_an_error_where_that_is_wanted,
+    an_unheard_message_is_an_error_if_configured,
     a_message_that_nobody_hears_is_ignored_where_that_is_wanted,
     a_message_that_nobody_hears_is_kept_where_that_is_wanted,
     a_prefix_keeps_deployments_apart,
 );
 
-async fn what_a_worker_publishes_reaches_the_client_verbatim_and_in_order(backend: Backend) {
+async fn worker_messages_reach_the_client_verbatim_in_order(backend: Backend) {
     let instance = TestInstance::start(backend.config()).await;
     let mut client = instance.client("s").await;
     for payload in ["", "no JSON at all", "{\"a\": 1 }\r\n", "\u{1f600}\0"] {
@@ -174,7 +174,7 @@ async fn sessions_are_announced_with_what_they_came_to(backend: Backend) {
     instance.wait_ended("sessions", "gone").await;
 }
 
-async fn a_message_that_nobody_hears_is_an_error_where_that_is_wanted(backend: Backend) {
+async fn an_unheard_message_is_an_error_if_configured(backend: Backend) {
     let mut config = backend.config();
     config.sessions.no_receiver = NoReceiver::Error;
     let instance = TestInstance::start(config).await;
@@ -258,7 +258,7 @@ async fn messages_are_framed_as_configured() {
 }
 
 #[tokio::test]
-async fn what_is_no_json_is_answered_and_counted_until_the_strikes_are_used_up() {
+async fn invalid_json_is_answered_until_strikes_are_used_up() {
     let instance = TestInstance::with(|config| config.sessions.strikes_max = 5).await;
     let mut worker = instance.follow("session:s:up").await;
     let mut other = instance.client("other").await;

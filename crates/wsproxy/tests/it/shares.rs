@@ -1,4 +1,4 @@
-//! One client, user or address against all others: nobody gets more than a share.
+//! One client, user or address against all others: none gets more than its share.
 
 use std::{
     net::SocketAddr,
@@ -52,7 +52,7 @@ async fn a_flooding_client_leaves_the_publish_queue_to_others() {
         }
     };
     let measure = async {
-        let paused = || instance.gateway().session_profile.stats.reads_paused.load(Relaxed);
+        let paused = || instance.families().sessions.profile.stats.reads_paused.load(Relaxed);
         eventually("the flooder is not read", || paused() > 3).await;
         let (mut times, mut most) = (Vec::new(), 0);
         for n in 0..30 {
@@ -126,18 +126,16 @@ async fn a_session_has_its_connections_and_no_more(backend: Backend) {
     let refused = Events::open(instance.address(), &path, &[]).await.err().unwrap();
     refused.assert_refused(429, "too_many_connections");
     assert_eq!(instance.refusals("too_many_connections"), 2.0);
-    // Whoever has no token does not learn how many there are.
+    // A client without a token does not learn how many connections there are.
     instance.refused("s", "wrong").await.assert_refused(403, "invalid_token");
     let other = instance.client("other").await;
     assert!(instance.has_token("s").await);
     client.close().await;
-    eventually("its place is free", || instance.gateway().places.taken() == 2).await;
+    eventually("its seat is free", || instance.gateway().seats.taken() == 2).await;
     let again = instance.connect("s", &token).await.expect("there is room");
     drop((events, other, again));
     instance.wait_empty().await;
 }
-
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 fn token_of(user: &str) -> String {
     let claims = json!({ "sub": user, "exp": now() + 600 });
@@ -165,7 +163,7 @@ async fn a_user_has_its_connections_and_no_more() {
     refused.assert_refused(429, "too_many_connections");
     Client::connect(address, "/ws", &bearer(&token_of("v"))).await.unwrap().close().await;
     drop(clients);
-    eventually("their places are free", || instance.gateway().places.taken() == 0).await;
+    eventually("their seats are free", || instance.gateway().seats.taken() == 0).await;
     drop(Events::open(address, "/ws", &headers).await.expect("there is room"));
 }
 
@@ -227,7 +225,7 @@ async fn handshakes_without_a_verdict_take_no_places_from_others() {
     }
     let handshakes = &instance.gateway().handshakes;
     eventually("all wait for a verdict", || handshakes.taken() == 256).await;
-    assert_eq!(instance.gateway().places.taken(), 0);
+    assert_eq!(instance.gateway().seats.taken(), 0);
     assert_eq!(instance.metric("wsproxy_handshakes_waiting"), 256.0);
     let ready = instance.get("/ready").await;
     assert_eq!((ready.status, ready.json()["reason"].as_str()), (503, Some("handshakes")));
@@ -249,7 +247,7 @@ async fn connect_from(address: [u8; 4], target: SocketAddr) -> Raw {
     raw
 }
 
-/// How many of these are open still.
+/// Returns the number of connections that are still open.
 fn open_ones(raws: &[Raw]) -> usize {
     let is_open = |raw: &&Raw| {
         let read = raw.socket.try_read(&mut [0; 1]);
@@ -314,3 +312,5 @@ async fn where_all_sockets_are_taken_the_oldest_silent_one_gives_way() {
     soon("all sockets are given back", instance.wait_empty()).await;
     assert!(!instance.gateway().sockets.is_full());
 }
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";

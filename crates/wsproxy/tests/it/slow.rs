@@ -1,12 +1,10 @@
-//! Clients that do not read: their memory is bounded, they go, and nobody else waits.
+//! Clients that do not read: their memory is bounded, they are closed, and no other client waits.
 
 use crate::support::{
     eventually,
     gateway::TestInstance,
     raw::{Raw, frame},
 };
-
-const SEND_BUFFER: usize = 256 * 1024;
 
 async fn instance() -> TestInstance {
     TestInstance::with(|config| {
@@ -18,7 +16,7 @@ async fn instance() -> TestInstance {
 }
 
 #[tokio::test]
-async fn a_client_that_stops_reading_is_closed_and_others_are_not_disturbed() {
+async fn a_client_that_stops_reading_is_closed_alone() {
     let instance = instance().await;
     let mut events = instance.follow("agent:agent:sessions").await;
     let mut other = instance.client("s").await;
@@ -73,7 +71,7 @@ async fn a_client_that_stops_reading_is_closed_and_others_are_not_disturbed() {
 }
 
 #[tokio::test]
-async fn a_slow_client_that_never_comes_back_is_dropped_after_the_close_timeout() {
+async fn a_slow_client_is_dropped_after_the_close_timeout() {
     let instance = instance().await;
     let mut slow = Raw::narrow(instance.address()).await;
     slow.open("s", &instance.token("s").await).await;
@@ -108,7 +106,7 @@ async fn flood(instance: &TestInstance, raw: Raw, bytes: &[u8]) {
 }
 
 #[tokio::test]
-async fn a_flood_of_pings_from_a_client_that_does_not_read_does_not_pile_up() {
+async fn a_ping_flood_without_reading_does_not_pile_up() {
     let instance = instance().await;
     let mut other = instance.client("other").await;
     let mut raw = Raw::narrow(instance.address()).await;
@@ -135,7 +133,7 @@ async fn a_flood_of_messages_that_are_answered_is_left_unread() {
 }
 
 #[tokio::test]
-async fn all_send_buffers_together_are_bounded_and_the_worst_offender_goes() {
+async fn the_largest_send_buffer_goes_beyond_the_total_bound() {
     let instance = TestInstance::with(|config| {
         config.limits.send_buffer_bytes = 64 << 20;
         config.limits.send_buffers_total_bytes = 1 << 20;
@@ -182,3 +180,5 @@ impl Raw {
         }
     }
 }
+
+const SEND_BUFFER: usize = 256 * 1024;

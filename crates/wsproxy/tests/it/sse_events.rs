@@ -18,8 +18,6 @@ over_both!(
     a_user_who_is_sent_away_is_told_why,
 );
 
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-
 fn token(user: &str, life: u64) -> String {
     let key = EncodingKey::from_secret(SECRET.as_bytes());
     let claims = json!({ "sub": user, "exp": now() + life });
@@ -73,7 +71,7 @@ async fn one_last_id_resumes_all_channels(backend: Backend) {
     for (n, id) in (1..).zip(&ids) {
         assert_event(&mut events, Some(id), n).await;
     }
-    // Nobody who comes back has this channel again: an EventSource keeps the id before it.
+    // A client that comes back never has this channel again: an EventSource keeps the id before it.
     assert_event(&mut events, None, 3).await;
     assert_eq!(instance.metric("wsproxy_active_event_streams{endpoint=\"events\"}"), 1.0);
     drop(events);
@@ -125,3 +123,5 @@ async fn a_user_who_is_sent_away_is_told_why(backend: Backend) {
     assert_event(&mut other, Some(&id), 1).await;
     eventually("one is left", || instance.gateway().event_streams.list().len() == 1).await;
 }
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";

@@ -48,7 +48,7 @@ async fn a_drain_ends_streams_politely_and_announces_them(backend: Backend) {
         assert_eq!((&closed["transport"], &closed["code"]), (&"sse".into(), &1012.into()));
     }
     drop(announced);
-    assert_eq!((gateway.places.taken(), gateway.hub.topics()), (0, 0));
+    assert_eq!((gateway.seats.taken(), gateway.hub.topics()), (0, 0));
     assert_eq!(gateway.runtime.budget.used(), 0);
     assert!(gateway.event_streams.list().is_empty());
 }
@@ -146,7 +146,7 @@ async fn a_stream_that_is_stuck_does_not_hold_the_drain_up() {
     let start = Instant::now();
     instance.drain().await;
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
-    assert_eq!((gateway.places.taken(), gateway.runtime.budget.used()), (0, 0));
+    assert_eq!((gateway.seats.taken(), gateway.runtime.budget.used()), (0, 0));
     assert!(gateway.event_streams.list().is_empty());
 }
 
@@ -170,7 +170,7 @@ async fn closing_is_spread_over_its_time() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stopped_is_cut_by_the_patience_for_streams_not_by_that_for_requests() {
+async fn a_stopped_reader_is_cut_by_the_stream_timeout() {
     let instance = TestInstance::with(|config| {
         config.server.header_timeout = Duration::from_millis(500);
         config.heartbeat.timeout = Duration::from_secs(4);

@@ -3,26 +3,26 @@
 use std::time::Duration;
 
 use wsproxy::{
-    bus::{Outcome, not_done::NotDone},
-    store::{Store, StoreError},
+    bus::publish::Outcome,
+    store::{Store, command::StoreError, not_done::NotDone},
 };
 
 use crate::support::{
-    PATIENCE,
     bus::{TestBus, contract, kept_message},
-    soon,
+    eventually_yes, soon,
 };
 
 contract!(
     values_are_saved_loaded_and_removed,
     values_expire,
-    of_many_who_take_one_wins_and_a_wrong_one_takes_nothing,
+    one_of_many_takes_the_value_and_wrong_ones_none,
+    of_several_owners_the_newest_has_the_key,
+    an_owner_that_renews_keeps_its_key_and_one_that_does_not_loses_it,
+    the_first_of_many_adds_a_key,
     a_log_is_read_on_from_any_position,
     a_key_of_another_kind_is_refused,
     the_store_answers,
 );
-
-const MINUTE: Duration = Duration::from_secs(60);
 
 async fn values_are_saved_loaded_and_removed(bus: TestBus) {
     let store = &bus.store;
@@ -51,14 +51,11 @@ async fn values_expire(bus: TestBus) {
 }
 
 async fn gone(store: &Store, key: &str) {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while store.load(key).await.unwrap().is_some() {
-        assert!(std::time::Instant::now() < deadline, "{key} does not expire");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let is_gone = async || store.load(key).await.unwrap().is_none();
+    eventually_yes(&format!("{key} expires"), is_gone).await;
 }
 
-async fn of_many_who_take_one_wins_and_a_wrong_one_takes_nothing(bus: TestBus) {
+async fn one_of_many_takes_the_value_and_wrong_ones_none(bus: TestBus) {
     bus.store.save("token", b"secret", MINUTE).await.unwrap();
     for wrong in [&b"secre"[..], b"secret ", b"", b"SECRET"] {
         assert_eq!(bus.store.take_if_equal("token", wrong).await, Ok(false));
@@ -67,6 +64,48 @@ async fn of_many_who_take_one_wins_and_a_wrong_one_takes_nothing(bus: TestBus) {
     let won = soon("all takers", futures_util::future::join_all(takers)).await;
     assert_eq!(won.into_iter().filter(|won| *won == Ok(true)).count(), 1);
     assert_eq!(bus.store.load("token").await, Ok(None));
+}
+
+/// A key with one owner: the newest takes it, renews it, and an earlier owner can do nothing to it.
+async fn of_several_owners_the_newest_has_the_key(bus: TestBus) {
+    let store = &bus.store;
+    assert_eq!(store.replace("owner", b"a", MINUTE).await, Ok(None));
+    assert_eq!(store.replace("owner", b"b", MINUTE).await.unwrap().unwrap(), "a");
+    assert_eq!(store.save_if_equal("owner", b"a", b"a", MINUTE).await, Ok(false));
+    assert_eq!(store.take_if_equal("owner", b"a").await, Ok(false));
+    assert_eq!(store.load("owner").await.unwrap().unwrap(), "b");
+    assert_eq!(store.save_if_equal("owner", b"b", b"b", MINUTE).await, Ok(true));
+    assert_eq!(store.save_if_equal("owner", b"b", b"b2", MINUTE).await, Ok(true));
+    assert_eq!(store.take_if_equal("owner", b"b2").await, Ok(true));
+    assert_eq!(store.save_if_equal("owner", b"b2", b"b2", MINUTE).await, Ok(false));
+    assert_eq!(store.load("owner").await, Ok(None));
+}
+
+async fn an_owner_that_renews_keeps_its_key_and_one_that_does_not_loses_it(bus: TestBus) {
+    let (store, soon) = (&bus.store, Duration::from_millis(40));
+    store.replace("renewed", b"a", soon).await.unwrap();
+    assert_eq!(store.save_if_equal("renewed", b"a", b"a", MINUTE).await, Ok(true));
+    store.replace("left", b"a", MINUTE).await.unwrap();
+    assert_eq!(store.replace("left", b"b", soon).await.unwrap().unwrap(), "a");
+    gone(store, "left").await;
+    assert!(store.load("renewed").await.unwrap().is_some());
+    assert_eq!(store.save_if_equal("left", b"b", b"b", MINUTE).await, Ok(false));
+}
+
+async fn the_first_of_many_adds_a_key(bus: TestBus) {
+    let store = &bus.store;
+    assert_eq!(store.load_expiring("added").await, Ok(None));
+    let values: Vec<_> = (0..50).map(|n| format!("v{n}")).collect();
+    let adders = values.iter().map(|value| store.add("added", value.as_bytes(), MINUTE));
+    let held = soon("all adders", futures_util::future::join_all(adders)).await;
+    let held: Vec<_> = held.into_iter().map(Result::unwrap).collect();
+    assert_eq!(held.iter().filter(|held| held.is_none()).count(), 1);
+    let (value, ttl) = store.load_expiring("added").await.unwrap().unwrap();
+    assert!(held.iter().flatten().all(|other| *other == value), "{held:?}");
+    assert!(ttl <= MINUTE && ttl > MINUTE / 2, "{ttl:?}");
+    assert_eq!(store.add("brief", b"x", Duration::from_millis(30)).await, Ok(None));
+    gone(store, "brief").await;
+    assert_eq!(store.add("brief", b"y", MINUTE).await, Ok(None));
 }
 
 async fn a_log_is_read_on_from_any_position(bus: TestBus) {
@@ -99,6 +138,10 @@ async fn a_key_of_another_kind_is_refused(bus: TestBus) {
     for refused in [
         bus.store.load("log").await.map(drop),
         bus.store.take_if_equal("log", b"x").await.map(drop),
+        bus.store.replace("log", b"x", MINUTE).await.map(drop),
+        bus.store.add("log", b"x", MINUTE).await.map(drop),
+        bus.store.load_expiring("log").await.map(drop),
+        bus.store.save_if_equal("log", b"x", b"y", MINUTE).await.map(drop),
         bus.store.read_log("plain", "", 9).await.map(drop),
     ] {
         let Err(StoreError::NotDone { refusal, .. }) = refused else { panic!("{refused:?}") };
@@ -112,3 +155,5 @@ async fn a_key_of_another_kind_is_refused(bus: TestBus) {
 async fn the_store_answers(bus: TestBus) {
     soon("the ping", bus.store.ping()).await.unwrap();
 }
+
+const MINUTE: Duration = Duration::from_secs(60);

@@ -4,18 +4,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use wsproxy::{
-    bus::HistoryLimits,
-    store::{SnapshotOf, StoreError, StreamCommand, StreamOp, StreamOutcome, StreamState},
+use wsproxy::store::{
+    command::SnapshotOf,
+    token_streams::{StreamCommand, StreamError, StreamOp, StreamOutcome, StreamState},
 };
 use wsproxy_proto::{
-    history::{After, Envelope, Position, Snapshot},
+    history::{After, Envelope, HistoryLimits, Position, Snapshot},
     names::Id,
 };
 
 use crate::support::{
-    PATIENCE,
     bus::{TestBus, contract},
+    eventually_ok, eventually_yes,
 };
 
 contract!(
@@ -31,8 +31,6 @@ contract!(
     a_snapshot_holds_position_and_streams_of_one_moment,
     a_stream_expires_after_its_last_change,
 );
-
-const LEASE: Duration = Duration::from_secs(60);
 
 fn id(text: &str) -> Id {
     Id::parse(text).unwrap()
@@ -51,7 +49,7 @@ fn end(outcome: StreamOutcome, error: &str) -> StreamOp {
 }
 
 impl TestBus {
-    async fn stream(&self, stream: &str, op: StreamOp) -> Result<(u64, Position), StoreError> {
+    async fn stream(&self, stream: &str, op: StreamOp) -> Result<(u64, Position), StreamError> {
         self.stream_for(Duration::from_secs(60), stream, op).await
     }
 
@@ -60,16 +58,14 @@ impl TestBus {
         ttl: Duration,
         stream: &str,
         op: StreamOp,
-    ) -> Result<(u64, Position), StoreError> {
+    ) -> Result<(u64, Position), StreamError> {
         let limits = HistoryLimits { entries_max: 10_000, bytes_max: 10_000_000, ttl };
-        self.store.stream(StreamCommand { session: id("s"), stream: id(stream), op, limits }).await
+        let command = StreamCommand { session: id("s"), stream: id(stream), op, limits };
+        self.store.stream(command).await.map(|head| (head.seq, head.id))
     }
 
-    async fn refused(&self, stream: &str, op: StreamOp, code: &str) {
-        let result = self.stream(stream, op).await;
-        let is_it =
-            matches!(&result, Err(StoreError::Refused(why)) if why.split(' ').next() == Some(code));
-        assert!(is_it, "{code} was expected: {result:?}");
+    async fn refused(&self, stream: &str, op: StreamOp, error: StreamError) {
+        assert_eq!(self.stream(stream, op).await, Err(error));
     }
 
     async fn snapshot(&self) -> (Snapshot, Vec<StreamState>) {
@@ -84,7 +80,7 @@ impl TestBus {
         self.store.snapshot(of).await.unwrap()
     }
 
-    /// What clients were told, with the positions at which they were.
+    /// Returns the messages to clients, with their positions.
     async fn told(&self) -> Vec<(Position, Value)> {
         let (snapshot, _) = self.snapshot().await;
         assert!(snapshot.logs[0].is_chain() && snapshot.logs[0].complete);
@@ -165,41 +161,43 @@ async fn what_was_said_already_may_be_said_again(bus: TestBus) {
     let opened = bus.stream("a", open("")).await;
     assert_eq!(bus.stream("a", open("")).await, opened);
     assert_eq!(bus.stream("a", open("{}")).await, opened);
-    bus.refused("a", open(r#"{"another":1}"#), "EXISTS").await;
+    bus.refused("a", open(r#"{"another":1}"#), StreamError::Exists).await;
     let first = bus.stream("a", append("one", Some(1))).await;
     assert_eq!(bus.stream("a", append("one", Some(1))).await, first);
-    bus.refused("a", append("another", Some(1)), "SEQ").await;
-    bus.refused("a", open(""), "EXISTS").await;
+    bus.refused("a", append("another", Some(1)), StreamError::WrongSeq { last: 1 }).await;
+    bus.refused("a", open(""), StreamError::Exists).await;
     let second = bus.stream("a", append("two", Some(2))).await;
     assert_eq!(bus.stream("a", append("two", Some(2))).await, second);
-    bus.refused("a", append("one", Some(1)), "SEQ").await;
+    bus.refused("a", append("one", Some(1)), StreamError::WrongSeq { last: 2 }).await;
     // Without a number it is another one.
     assert_eq!(bus.stream("a", append("two", None)).await.unwrap().0, 3);
     let ended = bus.stream("a", end(StreamOutcome::Cancelled, "")).await;
     assert_eq!(bus.stream("a", end(StreamOutcome::Cancelled, "")).await, ended);
-    bus.refused("a", end(StreamOutcome::Cancelled, "{}"), "ENDED").await;
-    bus.refused("a", end(StreamOutcome::Finish, ""), "ENDED").await;
+    let cancelled = StreamError::Ended(StreamOutcome::Cancelled);
+    bus.refused("a", end(StreamOutcome::Cancelled, "{}"), cancelled.clone()).await;
+    bus.refused("a", end(StreamOutcome::Finish, ""), cancelled).await;
     assert_eq!(bus.told().await.len(), 5);
     assert_eq!(bus.state("a").await.unwrap().text, "onetwotwo");
 }
 
 async fn what_does_not_fit_is_refused_and_changes_nothing(bus: TestBus) {
-    bus.refused("a", append("x", None), "NOSTREAM").await;
-    bus.refused("a", StreamOp::Renew { lease: LEASE }, "NOSTREAM").await;
-    bus.refused("a", end(StreamOutcome::Finish, ""), "NOSTREAM").await;
-    bus.refused("a", StreamOp::Lost, "NOSTREAM").await;
+    bus.refused("a", append("x", None), StreamError::NotFound).await;
+    bus.refused("a", StreamOp::Renew { lease: LEASE }, StreamError::NotFound).await;
+    bus.refused("a", end(StreamOutcome::Finish, ""), StreamError::NotFound).await;
+    bus.refused("a", StreamOp::Lost, StreamError::NotFound).await;
     for bad in ["x", "[]", "{", "\"{}\"", "{}}", "null"] {
-        bus.refused("a", open(bad), "BADJSON").await;
+        bus.refused("a", open(bad), StreamError::BadJson).await;
     }
     bus.stream("a", open("")).await.unwrap();
-    bus.refused("a", append("x", Some(2)), "SEQ").await;
-    bus.refused("a", append("x", Some(0)), "SEQ").await;
-    bus.refused("a", end(StreamOutcome::Error, "x"), "BADJSON").await;
-    bus.refused("a", StreamOp::Lost, "ALIVE").await;
+    bus.refused("a", append("x", Some(2)), StreamError::WrongSeq { last: 0 }).await;
+    bus.refused("a", append("x", Some(0)), StreamError::WrongSeq { last: 0 }).await;
+    bus.refused("a", end(StreamOutcome::Error, "x"), StreamError::BadJson).await;
+    bus.refused("a", StreamOp::Lost, StreamError::LeaseRuns).await;
     bus.stream("a", end(StreamOutcome::Finish, "")).await.unwrap();
-    bus.refused("a", append("x", None), "ENDED").await;
-    bus.refused("a", StreamOp::Renew { lease: LEASE }, "ENDED").await;
-    bus.refused("a", StreamOp::Lost, "ENDED").await;
+    bus.refused("a", append("x", None), StreamError::Ended(StreamOutcome::Finish)).await;
+    bus.refused("a", StreamOp::Renew { lease: LEASE }, StreamError::Ended(StreamOutcome::Finish))
+        .await;
+    bus.refused("a", StreamOp::Lost, StreamError::Ended(StreamOutcome::Finish)).await;
     assert_eq!(bus.told().await.len(), 2);
     assert_eq!(bus.store.lapsed_streams(10).await, Ok(vec![]));
     // Another one of the session knows nothing of it.
@@ -229,7 +227,7 @@ async fn a_text_that_would_be_too_long_is_refused(bus: TestBus) {
     for _ in 0..4 {
         bus.stream("a", append(&megabyte, None)).await.unwrap();
     }
-    bus.refused("a", append("x", None), "TOOLARGE").await;
+    bus.refused("a", append("x", None), StreamError::TooLarge).await;
     bus.stream("a", append("", None)).await.unwrap();
     assert_eq!(bus.state("a").await.unwrap().text.len(), 4 * 1024 * 1024);
     bus.stream("a", end(StreamOutcome::Finish, "")).await.unwrap();
@@ -242,8 +240,8 @@ async fn a_stream_whose_worker_is_silent_is_lost(bus: TestBus) {
     bus.stream("a", StreamOp::Append { text: "half".into(), seq: None, lease }).await.unwrap();
     assert_eq!(lost(&bus, "a").await, 1);
     assert_eq!(bus.store.lapsed_streams(10).await, Ok(vec![]));
-    bus.refused("a", StreamOp::Lost, "ENDED").await;
-    bus.refused("a", append("x", None), "ENDED").await;
+    bus.refused("a", StreamOp::Lost, StreamError::Ended(StreamOutcome::Error)).await;
+    bus.refused("a", append("x", None), StreamError::Ended(StreamOutcome::Error)).await;
     let told = bus.last_told().await;
     assert_eq!((&told["type"], &told["outcome"]), (&json!("stream_end"), &json!("error")));
     assert_eq!((&told["seq"], &told["error"]["code"]), (&json!(1), &json!("worker_lost")));
@@ -255,42 +253,37 @@ async fn a_stream_whose_worker_is_silent_is_lost(bus: TestBus) {
 
 /// Ends it as an instance does that finds its lease lapsed: the stream itself may know better.
 async fn lost(bus: &TestBus, stream: &str) -> u64 {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
+    eventually_ok("the lease runs out", async || {
         lapsed(bus, stream).await;
         match bus.stream(stream, StreamOp::Lost).await {
-            Ok((seq, _)) => return seq,
-            Err(StoreError::Refused(why)) if why.starts_with("ALIVE ") => {}
+            Ok((seq, _)) => Ok(seq),
+            Err(error @ StreamError::LeaseRuns) => Err(error.to_string()),
             other => panic!("{other:?}"),
         }
-        assert!(std::time::Instant::now() < deadline, "the lease does not run out");
-    }
+    })
+    .await
 }
 
 async fn lapsed(bus: &TestBus, stream: &str) {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
+    let lapsed = eventually_ok("the lease runs out", async || {
         let lapsed = bus.store.lapsed_streams(10).await.unwrap();
-        if !lapsed.is_empty() {
-            return assert_eq!(lapsed, [(id("s"), id(stream))]);
-        }
-        assert!(std::time::Instant::now() < deadline, "the lease does not run out");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+        if lapsed.is_empty() { Err(()) } else { Ok(lapsed) }
+    });
+    assert_eq!(lapsed.await, [(id("s"), id(stream))]);
 }
 
 async fn a_stream_whose_worker_is_alive_is_not_lost(bus: TestBus) {
     let short = Duration::from_millis(1);
     bus.stream("a", StreamOp::Open { meta: Bytes::new(), lease: short }).await.unwrap();
     lapsed(&bus, "a").await;
-    // It was only slow: whoever wants to end it now comes too late.
+    // The worker was only slow: an instance that wants to end the stream now comes too late.
     bus.stream("a", StreamOp::Renew { lease: LEASE }).await.unwrap();
     assert_eq!(bus.store.lapsed_streams(10).await, Ok(vec![]));
-    bus.refused("a", StreamOp::Lost, "ALIVE").await;
+    bus.refused("a", StreamOp::Lost, StreamError::LeaseRuns).await;
     bus.stream("a", StreamOp::Renew { lease: short }).await.unwrap();
     lapsed(&bus, "a").await;
     bus.stream("a", append("x", None)).await.unwrap();
-    bus.refused("a", StreamOp::Lost, "ALIVE").await;
+    bus.refused("a", StreamOp::Lost, StreamError::LeaseRuns).await;
     // It is looked at again when its lease ends, not before.
     assert_eq!(bus.store.lapsed_streams(10).await, Ok(vec![]));
     bus.stream("a", StreamOp::Renew { lease: short }).await.unwrap();
@@ -318,7 +311,7 @@ async fn the_newest_sixteen_streams_of_a_session_are_held(bus: TestBus) {
     assert_eq!(ends.len(), 2);
     let replaced = ends.iter().find(|told| told["stream"] == "stream-00").unwrap();
     assert_eq!((&replaced["error"]["code"], &replaced["seq"]), (&json!("replaced"), &json!(1)));
-    bus.refused("stream-00", append("x", None), "NOSTREAM").await;
+    bus.refused("stream-00", append("x", None), StreamError::NotFound).await;
     bus.stream("stream-00", open("")).await.unwrap();
 }
 
@@ -352,12 +345,10 @@ async fn a_stream_expires_after_its_last_change(bus: TestBus) {
     let ttl = Duration::from_millis(300);
     bus.stream_for(ttl, "a", open("")).await.unwrap();
     bus.stream_for(ttl, "a", append("x", None)).await.unwrap();
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while bus.state("a").await.is_some() {
-        assert!(std::time::Instant::now() < deadline, "the stream stays");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    bus.refused("a", append("x", None), "NOSTREAM").await;
+    eventually_yes("the stream expires", async || bus.state("a").await.is_none()).await;
+    bus.refused("a", append("x", None), StreamError::NotFound).await;
     assert_eq!(bus.stream("a", open("")).await.unwrap().0, 0);
     assert_eq!(bus.state("a").await.unwrap().text, "");
 }
+
+const LEASE: Duration = Duration::from_secs(60);

@@ -1,4 +1,4 @@
-//! What several tests need: servers, a network that fails, buses that are watched.
+//! Support for several tests: servers, a network that fails, buses that are watched.
 
 // Not every test uses everything.
 #![allow(dead_code)]
@@ -10,11 +10,15 @@ pub mod fault_proxy;
 pub mod gateway;
 pub mod http;
 pub mod issuer;
+pub mod killable;
+pub mod postgres;
 pub mod raw;
 pub mod redis_server;
 pub mod sse;
 
 use std::time::{Duration, Instant};
+
+use wsproxy::registry::lease::Timing;
 
 /// Polls until `condition` holds; panics with `what` when patience ends.
 #[track_caller]
@@ -24,6 +28,41 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) -> impl Futur
         let start = Instant::now();
         while !condition() {
             assert!(start.elapsed() < PATIENCE, "{caller}: not in time: {what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// Asks until the answer is yes; panics with `what` when patience ends.
+#[track_caller]
+pub fn eventually_yes(what: &str, mut ask: impl AsyncFnMut() -> bool) -> impl Future<Output = ()> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let start = Instant::now();
+        while !ask().await {
+            assert!(start.elapsed() < PATIENCE, "{caller}: not in time: {what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// Tries until it succeeds; panics with `what` and the last error when patience ends.
+#[track_caller]
+pub fn eventually_ok<T, E: std::fmt::Debug>(
+    what: &str,
+    mut attempt: impl AsyncFnMut() -> Result<T, E>,
+) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    async move {
+        let start = Instant::now();
+        loop {
+            match attempt().await {
+                Ok(value) => return value,
+                Err(error) => {
+                    let is_late = start.elapsed() >= PATIENCE;
+                    assert!(!is_late, "{caller}: not in time: {what}: {error:?}");
+                }
+            }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -43,3 +82,11 @@ pub fn soon<T>(what: &str, future: impl Future<Output = T>) -> impl Future<Outpu
 
 /// Long enough for a busy machine: only failing tests wait so long.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Timing of a lease, short enough for a test; an instance that a busy machine delays is not dead yet.
+pub const FAST_LEASE: Timing = Timing {
+    lease: Duration::from_millis(2500),
+    refresh: Duration::from_millis(150),
+    retry: Duration::from_millis(100),
+    linger: Duration::from_millis(20),
+};

@@ -43,7 +43,7 @@ async fn append(instance: &TestInstance, texts: &[&str]) -> Vec<Value> {
     answers
 }
 
-/// Without the id, which nobody knows beforehand.
+/// The message without its id, which is not known beforehand.
 fn without_id(mut message: Value) -> Value {
     message.as_object_mut().unwrap().remove("event_id").expect("it has an id");
     message

@@ -5,7 +5,7 @@ use std::time::Duration;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use http::StatusCode;
-use wsproxy::auth::session::{Scope, issue};
+use wsproxy::auth::session::{TokenScope, issue};
 
 use crate::support::{
     client::Client,
@@ -26,8 +26,6 @@ over_both!(
     a_removed_event_stream_token_opens_nothing_more,
     a_bound_token_opens_its_agents_path_only,
 );
-
-const PATH: &str = "/agent/ws/s";
 
 async fn a_token_works_once(backend: Backend) {
     let instance = TestInstance::start(backend.config()).await;
@@ -108,7 +106,8 @@ async fn of_many_handshakes_of_both_kinds_exactly_one_wins(backend: Backend) {
     };
     let instances = [&first, second.as_ref().unwrap_or(&first)];
     for round in 0..20 {
-        let scope = Scope { agent: (round % 2 == 0).then(|| id("agent")), event_stream: false };
+        let scope =
+            TokenScope { agent: (round % 2 == 0).then(|| id("agent")), event_stream: false };
         let token = first.token_for("s", &scope).await;
         let path = format!("/agent/ws/s?token={token}");
         let handshakes = (0..8).map(|n| {
@@ -149,7 +148,7 @@ async fn an_event_stream_token_opens_event_streams_only(backend: Backend) {
     refused("/agent/ws/s?token=sse.wrong").await.assert_refused(403, "invalid_token");
     refused(&format!("/agent/ws/other?token={token}")).await.assert_refused(403, "invalid_token");
     assert!(instance.has_token("s").await);
-    // Whoever made it, and also where the worker bound it.
+    // No matter which worker made it, and also where the worker bound it.
     let key = instance.gateway().names.session_auth(&id("s"));
     let store = async |value: &str| {
         let ttl = Duration::from_secs(60);
@@ -185,7 +184,7 @@ async fn a_bound_token_opens_its_agents_path_only(backend: Backend) {
         let path = format!("/{agent}/ws/s");
         Client::connect(instance.address(), &path, &bearer(token)).await
     };
-    let bound = Scope { agent: Some(id("a-1")), event_stream: false };
+    let bound = TokenScope { agent: Some(id("a-1")), event_stream: false };
     let token = instance.token_for("s", &bound).await;
     for other in ["a-2", "a-", "a-1x"] {
         assert_eq!(connect(other, &token).await.err(), Some(StatusCode::FORBIDDEN), "{other}");
@@ -197,7 +196,7 @@ async fn a_bound_token_opens_its_agents_path_only(backend: Backend) {
     assert!(connect("a-1", &token).await.is_ok());
     assert_eq!(connect("a-1", &token).await.err(), Some(StatusCode::FORBIDDEN));
 
-    let bound = Scope { agent: Some(id("a-1")), event_stream: true };
+    let bound = TokenScope { agent: Some(id("a-1")), event_stream: true };
     let token = instance.token_for("s", &bound).await;
     for _ in 0..2 {
         let path = format!("/a-1/ws/s?token={token}");
@@ -363,9 +362,11 @@ async fn an_expired_token_is_refused() {
     let instance = TestInstance::with(|_| ()).await;
     let key = instance.gateway().names.session_auth(&id("s"));
     let (store, ttl) = (&instance.gateway().store, Duration::from_millis(1));
-    let token = issue(store, &key, ttl, &Scope::default()).await.unwrap();
+    let token = issue(store, &key, ttl, &TokenScope::default()).await.unwrap();
     while instance.has_token("s").await {
         tokio::task::yield_now().await;
     }
     instance.refused("s", &token).await.assert_refused(403, "invalid_token");
 }
+
+const PATH: &str = "/agent/ws/s";

@@ -36,7 +36,7 @@ async fn two_instances_serve_the_two_ends_of_a_session() {
     second.wait_empty().await;
 }
 
-/// What a backend without wsproxy's help does: plain commands on plain channels.
+/// A backend without wsproxy's packages: plain commands on plain channels.
 #[tokio::test]
 async fn a_worker_needs_plain_redis_commands_only() {
     let server = RedisServer::start();

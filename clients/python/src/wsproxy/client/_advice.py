@@ -1,4 +1,4 @@
-"""What to do after a connection ended or could not be opened: the rule of ``spec/finality.json``, as functions."""
+"""Advice after a connection ended or could not be opened: the rule of ``spec/finality.json``, as functions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ SLOW = 5.0
 
 # The gateway's words for a token that does not open; every other 401 or 403 is about something else.
 _CREDENTIALS = ("missing_credentials", "malformed_credentials", "invalid_token")
+# One close code for several causes, which only the reason tells apart; every other reason is final.
+POLICY = 1008
+ADVICE_OF_POLICY: dict[str, Advice] = {"slow consumer": "retry", "too many messages": "slow"}
 # Below 3000, these say that the same would happen again.
 _FINAL = (1000, 1002, 1003, 1007, 1009, 1010)
 
@@ -43,7 +46,7 @@ def refusal(status: int, body: bytes) -> Refusal:
 
 
 def after_refusal(status: int, code: str, retryable: bool) -> Advice:
-    """What to do after an answer that did not open a connection."""
+    """Returns the advice after an answer that did not open a connection."""
     if status in (429, 503):
         return "slow"
     if not code or retryable or status == 408 or not 400 <= status < 500:
@@ -52,12 +55,10 @@ def after_refusal(status: int, code: str, retryable: bool) -> Advice:
 
 
 def after_close(code: int, reason: str) -> Advice:
-    """What to do after the end of a connection that was open."""
+    """Returns the advice after the end of a connection that was open."""
     match code:
-        case 1008:
-            # One code for several causes, told apart by the reason.
-            causes: dict[str, Advice] = {"slow consumer": "retry", "too many messages": "slow"}
-            return causes.get(reason, "final")
+        case _ if code == POLICY:
+            return ADVICE_OF_POLICY.get(reason, "final")
         case 1013:
             return "slow"
         case 4002:
@@ -71,5 +72,5 @@ def after_close(code: int, reason: str) -> Advice:
 
 
 def is_normal(code: int) -> bool:
-    """Whether a final close code is an end that somebody wanted, and no error."""
+    """Returns true where a final close code is a wanted end, and no error."""
     return code == 1000 or (code >= 3000 and code != 4001)

@@ -54,7 +54,7 @@ _WARN_EVERY = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a client was asked to be."""
+    """Options of a client."""
 
     token: TokenSource
     last_event_id: str | None
@@ -143,7 +143,7 @@ class Client:
             await self.ack(done)
         message = await self._queue.get() if not self._given_up else None
         if message is None or self._given_up:
-            # Whoever asks again gets the same answer.
+            # A further call gets the same answer.
             self._given_up = True
             if self._error is not None:
                 raise self._error
@@ -254,7 +254,7 @@ class Client:
             await self._rest(backoff, advice, at_least)
 
     def _is_final(self, advice: Advice) -> bool:
-        # Where the token is fixed, no other one will come.
+        # A fixed token will not be replaced by another one.
         return advice == "final" or (advice == "credentials" and not callable(self._options.token))
 
     async def _rest(self, backoff: Backoff, advice: Advice, at_least: float) -> None:
@@ -412,7 +412,7 @@ class Client:
         return True
 
     def _is_own(self, kind: str, notice: dict[str, Any]) -> bool:
-        """Whether a notice is the gateway's, by its endpoint, its place and its members."""
+        """Returns true where a notice is the gateway's, by its endpoint, its place and its members."""
         members, events = notice.keys(), self._options.events
         match kind:
             case "opened":
@@ -519,7 +519,7 @@ def _seconds(timestamp: object) -> float | None:
 
 
 def _is_published(frame: Frame, message: dict[str, Any]) -> bool:
-    """Whether a message with the gateway's words is a worker's: it has a position that it does not name itself."""
+    """Returns true where a message with the gateway's words is a worker's: it has a position that it does not name."""
     return bool(frame.event_id) and frame.event_id not in (message.get("event_id"), message.get("last_event_id"))
 
 

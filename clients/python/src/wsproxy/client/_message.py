@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Message:
-    """What the gateway delivered: ``data`` is text, or bytes where it is not UTF-8.
+    """A message that the gateway delivered: ``data`` is text, or bytes where it is not UTF-8.
 
     ``event_id`` is its position in the history, ``None`` where it has none. A member ``event_id`` of the message is
     the worker's, and another thing unless the worker gave none.

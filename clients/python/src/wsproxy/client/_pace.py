@@ -1,4 +1,4 @@
-"""How fast a client sends: the gateway closes a connection that sends more than it lets one connection send."""
+"""The rate of a client's messages: the gateway closes a connection that sends faster than its limit."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _is_event_stream(response: httpx.Response) -> bool:
 
 
 async def _beginning(response: httpx.Response) -> bytes:
-    """As much of a refusal as the gateway would write; something in its place may send more, or never end."""
+    """Reads as much of a refusal as the gateway would write; a proxy in its place may send more, or never end."""
     body = b""
     try:
         async for chunk in response.aiter_bytes():

@@ -1,4 +1,4 @@
-"""What the engine needs of a way to the gateway, and how such a way fails."""
+"""The interface of a transport to the gateway, and its failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPEN_TIMEOUT = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Something from the gateway. ``data`` is ``None`` where only the position moves.
+    """A frame from the gateway. ``data`` is ``None`` where only the position moves.
 
     ``event_id`` is the position, ``None`` where the connection carries none, and empty where the message has none.
     """
@@ -33,7 +33,7 @@ class Lost(Exception):
 
 
 class NotOpened(Exception):
-    """The gateway, or something in its place, did not open a connection; with status 0 there was no answer at all.
+    """The gateway, or a proxy in its place, did not open a connection; with status 0 there was no answer at all.
 
     ``code`` is the gateway's word, and empty where the answer is not its own.
     """

@@ -19,6 +19,8 @@ from ._transport import OPEN_TIMEOUT, Connection, Frame, Lost, NotOpened, not_op
 # Selected where there is a history: `<position>\n<payload>`, whatever the payload is.
 _WITH_IDS = Subprotocol("wsproxy.id.v1")
 _PLAIN = Subprotocol("wsproxy.v1")
+DEFAULTS: Mapping[str, Any] = {"open_timeout": OPEN_TIMEOUT, "close_timeout": 3.0, "max_size": 64 * 1024 * 1024}
+"""Options of every WebSocket, which an application may replace."""
 
 
 class WebSocketTransport:
@@ -28,24 +30,13 @@ class WebSocketTransport:
 
     def __init__(self, base_url: str, path: str, options: Mapping[str, Any]) -> None:
         self._url = url(base_url, path, websocket=True)
-        defaults = {"open_timeout": OPEN_TIMEOUT, "close_timeout": 3.0, "max_size": 64 * 1024 * 1024}
-        self._options: dict[str, Any] = {**defaults, **options}
+        self._options: dict[str, Any] = {**DEFAULTS, **options}
 
     async def open(self, token: str, last_event_id: str) -> Connection:
         headers = {**self._options.get("additional_headers", {}), "Authorization": f"Bearer {token}"}
-        try:
-            connection = await connect(
-                f"{self._url}?last_event_id={quote(last_event_id, safe='')}",
-                **(self._options | {"subprotocols": [_WITH_IDS, _PLAIN], "additional_headers": headers}),
-            )
-        except InvalidStatus as error:
-            answer = error.response
-            raise not_opened(
-                answer.status_code, bytes(answer.body or b""), answer.headers.get("Retry-After")
-            ) from error
-        except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
-            raise NotOpened(0, "unreachable", f"The gateway cannot be reached: {error}") from error
-        return _WebSocket(connection)
+        asked = f"{self._url}?last_event_id={quote(last_event_id, safe='')}"
+        options = self._options | {"subprotocols": [_WITH_IDS, _PLAIN], "additional_headers": headers}
+        return _WebSocket(await dial(asked, options))
 
     async def aclose(self) -> None:
         pass
@@ -55,14 +46,14 @@ class _WebSocket:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
         self._with_ids = connection.subprotocol == _WITH_IDS
-        # Of this connection: the gateway counts anew for each.
+        # One per connection: the gateway counts anew for each.
         self._pace = Pace()
 
     async def receive(self) -> Frame:
         try:
             data = await self._connection.recv()
         except ConnectionClosed as error:
-            raise _lost(error) from error
+            raise lost(error) from error
         if not self._with_ids:
             return Frame(data, None)
         if isinstance(data, str):
@@ -76,11 +67,23 @@ class _WebSocket:
         try:
             await self._connection.send(text)
         except ConnectionClosed as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     async def close(self) -> None:
         await self._connection.close()
 
 
-def _lost(error: ConnectionClosed) -> Lost:
+async def dial(url: str, options: Mapping[str, Any]) -> ClientConnection:
+    """Opens a WebSocket with options of :func:`websockets.asyncio.client.connect`; raises :class:`NotOpened`."""
+    try:
+        return await connect(url, **options)
+    except InvalidStatus as error:
+        answer = error.response
+        raise not_opened(answer.status_code, bytes(answer.body or b""), answer.headers.get("Retry-After")) from error
+    except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
+        raise NotOpened(0, "unreachable", f"The gateway cannot be reached: {error}") from error
+
+
+def lost(error: ConnectionClosed) -> Lost:
+    """The loss that the end of a connection is."""
     return Lost(error.rcvd.code, error.rcvd.reason) if error.rcvd is not None else Lost()

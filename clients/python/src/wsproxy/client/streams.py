@@ -34,11 +34,11 @@ class MergedStream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will be added."""
+        """True where no more text will be added."""
         return self.state != "open"
 
     def _append(self, seq: int, text: str) -> None:
-        # What a snapshot had already comes once more, live.
+        # Text of a snapshot comes once more, live.
         if seq <= self.seq:
             return
         self.complete = self.complete and seq == self.seq + 1

@@ -144,7 +144,7 @@ if once and once ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', once, pos
 if ids then
   local name = is_acked and position or event_id
   local is_used = call('HSETNX', ids, name, position) == 0 or call('HEXISTS', ids .. ':old', name) == 1
-  -- Nobody can say which of several it is.
+  -- It is unknown which of several entries the id means.
   if is_used then call('HSET', ids, name, '') end
   call('PEXPIRE', ids, math.ceil(ttl * 65 / 64))
   -- Two generations hold at least the last ids_max.

@@ -1,21 +1,21 @@
-//! A client: what its application has seen, compared with what was published.
+//! Model of a client: compares what its application has seen with what was published.
 
 use wsproxy_proto::history::{Lost, Position};
 
 use crate::history::redis::{HEAD, Redis};
 
-/// What an application knows since it was last told to load its state.
+/// State of an application since it was last told to load its state.
 #[derive(Debug, Clone)]
 pub(crate) struct View {
     logs: Vec<usize>,
-    /// Everything published from here on is owed to it.
+    /// Serial from which every message is owed to the client.
     owed_from: usize,
-    /// The last that it has seen, and the last one of those that a rollback has undone.
+    /// Last message that it has seen and that no rollback has undone.
     last: Option<usize>,
     seen: Vec<usize>,
-    /// Its last event id.
+    /// Last event id of the client.
     pub(crate) position: Option<Position>,
-    /// How often, and why, it was told that something is missing.
+    /// Reasons for which it was told that messages are missing.
     pub(crate) lost: Vec<Lost>,
 }
 
@@ -25,7 +25,7 @@ impl View {
         Self { logs, owed_from: 0, last: None, seen, position: None, lost }
     }
 
-    /// It begins at a position at which so many had been published.
+    /// Begins at a position, at which `published` messages had been published.
     pub(crate) fn begin(&mut self, position: Position, published: usize) {
         (self.owed_from, self.last, self.position) = (published, None, Some(position));
         self.seen.clear();
@@ -36,7 +36,7 @@ impl View {
         self.begin(position, published);
     }
 
-    /// A message comes.
+    /// Handles a message.
     pub(crate) fn see(&mut self, serial: usize, redis: &Redis) {
         assert!(!self.seen.contains(&serial), "duplicate {serial}: {self:?}");
         self.seen.push(serial);
@@ -52,13 +52,13 @@ impl View {
         self.last = Some(serial);
     }
 
-    /// It has got everything that it will get.
+    /// Checks the state once no more messages come.
     pub(crate) fn check(&self, redis: &Redis) {
         self.check_gap(redis.truth.len(), redis);
         self.check_told(redis.truth.len(), redis);
     }
 
-    /// Nothing before `end` may be missing that was not undone.
+    /// Checks that no message before `end` is missing, except those that were undone.
     fn check_gap(&self, end: usize, redis: &Redis) {
         let from = self.owed_from.max(self.last.map_or(0, |last| last + 1));
         for (serial, message) in redis.truth.iter().enumerate().take(end).skip(from) {
@@ -67,8 +67,8 @@ impl View {
         }
     }
 
-    /// Nothing that was published after a rollback may follow what was seen and undone by it, unless that is
-    /// so old that it would be gone anyway.
+    /// Checks that no message from after a rollback follows a seen message that the rollback has undone, unless that
+    /// is so old that it would be gone anyway.
     fn check_told(&self, end: usize, redis: &Redis) {
         for serial in &self.seen {
             let message = &redis.truth[*serial];

@@ -1,12 +1,10 @@
-//! An instance of the gateway, which does with reader, fence and rules what the hub does.
+//! Model of an instance, which uses reader, fence and rules as the hub does.
 
 use std::collections::VecDeque;
 
 use wsproxy_proto::history::{
-    Fence, Log, Lost, Pages, Position, Reader, Snapshot,
-    fence::Released,
-    pages::Since,
-    reader::{Filled, Verdict},
+    Entry, Fence, Log, Lost, Pages, Position, Reader, Snapshot, fence::Released, pages::Since,
+    reader::Verdict,
 };
 
 use crate::history::{
@@ -14,7 +12,7 @@ use crate::history::{
     redis::{HEAD, Redis, serial},
 };
 
-/// What one message costs where it waits.
+/// Bounds of messages that wait, and of pages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
     pub(crate) message_bytes: usize,
@@ -27,14 +25,16 @@ pub(crate) struct Bounds {
 pub(crate) struct Instance {
     bounds: Bounds,
     readers: Vec<Option<Reader<usize>>>,
-    /// Messages that have left the store.
+    /// Messages that have left the store and have not arrived.
     queue: VecDeque<usize>,
-    /// The store still sends to it.
+    /// Whether the store still sends to the instance.
     fed: bool,
-    /// The instance takes the link for alive.
+    /// Whether the instance takes its connection for alive.
     pub(crate) linked: bool,
-    /// Counts holes and losses.
+    /// Number of holes and losses.
     outages: u64,
+    /// Of these, losses.
+    losses: u64,
     heal: Option<Heal>,
     pub(crate) clients: Vec<Client>,
 }
@@ -42,51 +42,66 @@ pub(crate) struct Instance {
 /// Holes that are being read.
 #[derive(Debug)]
 struct Heal {
-    outages: u64,
+    losses: u64,
     store: u64,
     moment: Option<(u64, u64)>,
     logs: Vec<Read>,
+    /// Entries that are still to be delivered, in reverse order, once all logs are read.
+    items: Option<Vec<Item>>,
+}
+
+/// An entry that is to be delivered.
+#[derive(Debug)]
+struct Item {
+    id: Position,
+    serial: usize,
+    /// Which of the logs.
+    read: usize,
 }
 
 #[derive(Debug)]
 struct Read {
     log: usize,
     from: Position,
+    /// Up to where it is delivered.
+    at: Position,
     judged: Option<Result<(), Lost>>,
     pages: Pages,
-    /// Behind which position the next page is read.
+    /// Position behind which the next page is read.
     behind: Position,
     found: Log,
     published: usize,
 }
 
-/// A client on an instance.
+/// Client on an instance.
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) id: usize,
     pub(crate) logs: Vec<usize>,
     pub(crate) view: View,
     after: Option<Position>,
-    /// How often its snapshot was earlier than the reader.
+    /// Number of snapshots that were earlier than the reader.
     early: u32,
-    /// Something is missing already, and it is to be told.
+    /// Reason of a loss that the client is to be told.
     lost: Option<Lost>,
     fence: Fence<usize>,
-    /// For these logs the fence was thrown away.
+    /// Logs for which the fence was thrown away.
     passed: Vec<usize>,
-    /// `None`: it is open.
+    /// Reading of the client's logs; `None` once the client is open.
     replay: Option<Replay>,
 }
 
-/// What was read for a client so far.
+/// Entries that were read for a client so far.
 #[derive(Debug, Default)]
 struct Replay {
     outages: u64,
     judged: Option<Result<(), Lost>>,
     pages: Pages,
     last: Option<Snapshot>,
-    /// Where the next page begins.
+    /// Position behind which the next page is read.
     behind: Option<Position>,
+    /// All entries that the client missed, once they are read.
+    entries: Vec<Entry>,
     published: usize,
     complete: bool,
 }
@@ -96,7 +111,8 @@ impl Instance {
         let readers = (0..logs).map(|_| None).collect();
         let (queue, clients) = (VecDeque::new(), Vec::new());
         let fed = true;
-        Self { bounds, readers, queue, fed, linked: true, outages: 0, heal: None, clients }
+        let (outages, losses) = (0, 0);
+        Self { bounds, readers, queue, fed, linked: true, outages, losses, heal: None, clients }
     }
 
     pub(crate) fn receive(&mut self, serial: usize) {
@@ -105,16 +121,17 @@ impl Instance {
         }
     }
 
-    /// The store sends nothing any more; of what it sent the first `kept` still arrive.
+    /// Ends what the store sends. Of the messages on their way the first `kept` arrive.
     pub(crate) fn cut(&mut self, kept: usize) {
         self.queue.truncate(kept);
         self.fed = false;
     }
 
-    /// The instance notices.
+    /// Lets the instance notice that its connection is lost.
     pub(crate) fn lose_link(&mut self) {
         self.cut(0);
         self.linked = false;
+        self.losses += 1;
         self.interrupt();
     }
 
@@ -127,7 +144,7 @@ impl Instance {
         self.readers.iter_mut().flatten().for_each(Reader::interrupt);
     }
 
-    /// Keeps the heads of the logs that it reads; one that is gone is a hole.
+    /// Keeps the heads of the logs that the instance reads. A head that is gone is a hole.
     pub(crate) fn keep_heads(&mut self, redis: &mut Redis) {
         let begun = |reader: &Option<Reader<usize>>| {
             reader.as_ref().is_some_and(|one| one.position().is_some() && !one.has_hole())
@@ -164,6 +181,13 @@ impl Instance {
         true
     }
 
+    /// Takes the messages that are on their way for as long as a message can be.
+    pub(crate) fn deliver_due(&mut self, redis: &Redis) {
+        while self.queue.front().is_some_and(|serial| redis.is_due(*serial)) {
+            self.deliver(redis);
+        }
+    }
+
     fn offer(&mut self, log: usize, serial: usize, to_all: bool, redis: &Redis) {
         let (id, prev) = (redis.truth[serial].id, redis.truth[serial].prev);
         for client in self.clients.iter_mut().filter(|client| client.logs.contains(&log)) {
@@ -181,20 +205,21 @@ impl Instance {
         }
     }
 
-    /// Reads one page of a hole; answers whether there was something to do.
+    /// Reads one page of a hole. Returns whether there was something to do.
     pub(crate) fn heal(&mut self, redis: &mut Redis) -> bool {
         if !self.linked {
             return false;
         }
-        if self.heal.as_ref().is_none_or(|heal| heal.outages != self.outages) {
-            let holes = self.readers.iter().enumerate();
-            let holes = holes.filter_map(|(log, reader)| Some((log, reader.as_ref()?.hole()?)));
+        if self.heal.as_ref().is_none_or(|heal| heal.losses != self.losses) {
+            let holes = self.readers.iter_mut().enumerate();
+            let holes =
+                holes.filter_map(|(log, reader)| Some((log, reader.as_mut()?.begin_reading()?)));
             let logs: Vec<_> = holes.map(|(log, from)| Read::new(log, from)).collect();
             if logs.is_empty() {
                 return false;
             }
-            self.heal =
-                Some(Heal { outages: self.outages, store: redis.store, moment: None, logs });
+            let (losses, store) = (self.losses, redis.store);
+            self.heal = Some(Heal { losses, store, moment: None, logs, items: None });
         }
         let heal = self.heal.as_mut().unwrap();
         if heal.store != redis.store {
@@ -210,38 +235,75 @@ impl Instance {
             let first = heal.moment.get_or_insert(moment);
             *first = moment.min(*first);
         } else {
-            self.heal = None; // nobody wants it any more
+            self.heal = None; // no client wants the log any more
         }
         true
     }
 
-    /// All that was read is delivered as one.
+    /// Delivers what was read, one entry at a time; live messages wait until all of it is.
     fn fill(&mut self, redis: &Redis) {
         let mut heal = self.heal.take().unwrap();
+        let Some(items) = &mut heal.items else {
+            self.begin_fill(&mut heal);
+            self.heal = Some(heal);
+            return;
+        };
+        let Some(Item { id, serial, read }) = items.pop() else {
+            return self.close_holes(&heal.logs, redis);
+        };
+        let read = &mut heal.logs[read];
+        let reader = self.readers[read.log].as_mut();
+        if reader.is_some_and(|reader| reader.advance(read.at, id)) {
+            read.at = id;
+            let log = read.log;
+            self.offer(log, serial, true, redis);
+        }
+        self.heal = Some(heal);
+    }
+
+    fn begin_fill(&mut self, heal: &mut Heal) {
         let limit = heal.moment.unwrap();
-        heal.logs.retain(|read| self.readers[read.log].is_some());
         if self.readers.len() > 1 {
             heal.logs.iter_mut().for_each(|read| read.found.cut(limit));
         }
-        let joins = |read: &Read| {
-            let reader = self.readers[read.log].as_ref().unwrap();
-            reader.joins(read.from, read.judged.unwrap(), &read.found)
-        };
-        let whole = heal.logs.iter().all(joins);
         let mut items = Vec::new();
-        for read in &heal.logs {
-            let reader = self.readers[read.log].as_mut().unwrap();
-            let judged = read.judged.unwrap();
-            let filled = reader.fill(read.from, judged, &read.found, whole);
-            let Some(Filled { lost, entries, held, whole: is_whole }) = filled else { continue };
-            assert_eq!(whole, is_whole);
-            if let Some((lost, position)) = lost {
-                self.tell_lost(read.log, lost, position, read.published);
+        for (number, read) in heal.logs.iter_mut().enumerate() {
+            let Some(reader) = self.readers[read.log].as_mut() else { continue };
+            match reader.begin_fill(read.from, read.judged.unwrap(), &read.found) {
+                Some(Ok(())) => {
+                    let entries = read.found.entries.iter();
+                    let item =
+                        |entry: &Entry| Item { id: entry.id, serial: serial(entry), read: number };
+                    items.extend(entries.map(item));
+                }
+                Some(Err((lost, position))) => {
+                    read.at = position;
+                    let (log, published) = (read.log, read.published);
+                    self.tell_lost(log, lost, position, published);
+                }
+                None => {}
             }
-            if entries {
-                let found = read.found.entries.iter();
-                items.extend(found.map(|entry| (entry.id, serial(entry), read.log, true)));
-            }
+        }
+        items.sort_by_key(|item| std::cmp::Reverse(item.id.id()));
+        heal.items = Some(items);
+    }
+
+    /// All logs are whole at once, or all are read again.
+    fn close_holes(&mut self, logs: &[Read], redis: &Redis) {
+        // A reader that has begun anew meanwhile misses nothing.
+        let has_hole = |read: &&Read| self.readers[read.log].as_ref().is_some_and(Reader::has_hole);
+        let logs: Vec<_> = logs.iter().filter(has_hole).collect();
+        let joins = |read: &&Read| {
+            let reader = self.readers[read.log].as_ref().unwrap();
+            reader.joins(read.at, read.found.head)
+        };
+        if !logs.iter().all(joins) {
+            let readers = self.readers.iter_mut().flatten();
+            return readers.for_each(Reader::read_again);
+        }
+        let mut items = Vec::new();
+        for read in logs {
+            let held = self.readers[read.log].as_mut().unwrap().close();
             items.extend(held.into_iter().map(|(id, serial, new)| (id, serial, read.log, new)));
         }
         items.sort_by_key(|(id, ..)| id.id());
@@ -258,7 +320,7 @@ impl Instance {
         }
     }
 
-    /// A client comes, and its channels are subscribed.
+    /// Opens a client, whose channels are subscribed.
     pub(crate) fn open(
         &mut self,
         id: usize,
@@ -294,7 +356,7 @@ impl Instance {
         client.view
     }
 
-    /// The next step of a client's opening; answers whether there was one.
+    /// Does the next step of a client's opening. Returns whether there was one.
     pub(crate) fn replay(&mut self, number: usize, redis: &mut Redis) -> bool {
         let client = &self.clients[number];
         let has_hole = |log: &usize| self.readers[*log].as_ref().unwrap().has_hole();
@@ -309,7 +371,7 @@ impl Instance {
         if replay.complete {
             self.release(number, redis);
         } else {
-            replay.page(client.after, &client.logs, redis, self.bounds.page);
+            replay.page(client.after, &client.logs, redis, self.bounds);
         }
         true
     }
@@ -317,7 +379,7 @@ impl Instance {
     fn release(&mut self, number: usize, redis: &Redis) {
         let client = &mut self.clients[number];
         let replay = client.replay.take().unwrap();
-        let snapshot = replay.last.unwrap();
+        let snapshot = replay.last.as_ref().unwrap();
         let mut covered = true;
         let mut passed = Vec::new();
         for (log, found) in client.logs.iter().zip(&snapshot.logs) {
@@ -338,18 +400,16 @@ impl Instance {
         }
         let seen = snapshot.position();
         let heads: Vec<_> = snapshot.logs.iter().map(Log::position).collect();
-        let held = match client.fence.release(&heads) {
+        let Bounds { message_bytes, fence_bytes, .. } = self.bounds;
+        let fits = |held: &[usize]| {
+            (replay.entries.len() + held.len()).saturating_mul(message_bytes) <= fence_bytes
+        };
+        let held = match client.fence.release_or_restart(&heads, fits) {
             Released::Open(held) => held,
-            Released::Torn => {
-                // What waits is in what is read from now on, or of a life that has ended.
-                client.fence = Fence::new(self.bounds.fence_bytes);
-                client.replay = Some(Replay { outages: self.outages, ..Replay::default() });
-                return;
-            }
-            Released::Lost(lost) => {
-                // What is read from now on has what could not wait.
-                client.fence = Fence::new(self.bounds.fence_bytes);
-                (client.after, client.lost) = (None, Some(lost));
+            Released::ReadAgain(lost) => {
+                if lost.is_some() {
+                    (client.after, client.lost) = (None, lost);
+                }
                 client.replay = Some(Replay { outages: self.outages, ..Replay::default() });
                 return;
             }
@@ -367,10 +427,7 @@ impl Instance {
                 if client.after == Some(Position::START) {
                     client.view.begin(seen, replay.published);
                 }
-                let logs = replay.pages.into_logs();
-                let mut entries: Vec<_> = logs.iter().flat_map(|log| &log.entries).collect();
-                entries.sort_by_key(|entry| entry.id.id());
-                entries.into_iter().for_each(|entry| client.view.see(serial(entry), redis));
+                replay.entries.iter().for_each(|entry| client.view.see(serial(entry), redis));
             }
         }
         held.into_iter().for_each(|serial| client.view.see(serial, redis));
@@ -382,6 +439,7 @@ impl Read {
         Self {
             log,
             from,
+            at: from,
             judged: None,
             pages: Pages::default(),
             behind: from,
@@ -390,7 +448,7 @@ impl Read {
         }
     }
 
-    /// Answers the moment up to which it is complete.
+    /// Reads a page. Returns the moment up to which it is complete.
     fn page(&mut self, redis: &mut Redis, page: usize) -> (u64, u64) {
         let mut snapshot = redis.snapshot(&[self.log], Some(self.behind), page, true);
         self.published = redis.truth.len();
@@ -408,19 +466,29 @@ impl Read {
 }
 
 impl Replay {
-    fn page(&mut self, after: Option<Position>, logs: &[usize], redis: &mut Redis, page: usize) {
-        let mut snapshot = redis.snapshot(logs, self.behind.or(after), page, true);
+    fn page(&mut self, after: Option<Position>, logs: &[usize], redis: &mut Redis, bounds: Bounds) {
+        let mut snapshot = redis.snapshot(logs, self.behind.or(after), bounds.page, true);
         self.published = redis.truth.len();
         self.complete = true;
         if let Some(after) = after {
             match self.pages.push(Since::Client(after), HEAD, &mut snapshot) {
-                Ok(behind) => {
-                    (self.behind, self.complete) = (behind, behind.is_none());
-                    self.judged = Some(Ok(()));
-                }
+                Ok(Some(behind)) => (self.behind, self.complete) = (Some(behind), false),
+                Ok(None) => self.judged = Some(self.collect(bounds)),
                 Err(lost) => self.judged = Some(Err(lost)),
             }
         }
         self.last = Some(snapshot);
+    }
+
+    /// Puts the entries into their order. They are lost where more was missed than may wait for the client.
+    fn collect(&mut self, bounds: Bounds) -> Result<(), Lost> {
+        let logs = std::mem::take(&mut self.pages).into_logs();
+        let mut entries: Vec<_> = logs.into_iter().flat_map(|log| log.entries).collect();
+        entries.sort_by_key(|entry| entry.id.id());
+        if entries.len().saturating_mul(bounds.message_bytes) > bounds.fence_bytes {
+            return Err(Lost::Overflow);
+        }
+        self.entries = entries;
+        Ok(())
     }
 }

@@ -1,32 +1,25 @@
-//! A store of logs that trims, expires, is emptied and rolled back, and the truth about what was published.
+//! Model of a store of logs that trims, expires, is emptied and rolled back, with the truth about what was published.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 use wsproxy_proto::history::{Entry, Log, Position, Resolved, Snapshot};
 
-/// How long entries are held, in milliseconds.
-const TTL: u64 = 100;
-
-/// How long heads are, in milliseconds.
-pub(crate) const HEAD: u64 = 160;
-
-/// How much the clocks of stores that replace each other may differ.
-pub(crate) const SKEW: u64 = 30;
-
-/// What was published once, whatever became of it.
+/// Message that was published, whatever became of it.
 #[derive(Debug, Clone)]
 pub(crate) struct Published {
     pub(crate) log: usize,
     pub(crate) id: Position,
     pub(crate) prev: Position,
-    /// A rollback or somebody who empties the store has undone it.
+    /// Time of its publication, which no clock of a store changes.
+    at: u64,
+    /// Whether a rollback, or the emptying of the store, has undone the message.
     pub(crate) undone: bool,
-    /// It was a rollback: so many had been published then.
+    /// Number of messages that had been published at that rollback.
     pub(crate) rolled_back_at: Option<usize>,
 }
 
-/// What is stored.
+/// State of the store.
 #[derive(Debug, Clone, Default)]
 struct Data {
     logs: Vec<Option<Stored>>,
@@ -38,7 +31,7 @@ struct Data {
 struct Head {
     position: Position,
     expires: u64,
-    /// Something was published in this life.
+    /// Whether an entry was published in this life.
     is_used: bool,
 }
 
@@ -48,17 +41,19 @@ struct Stored {
     expires: u64,
 }
 
-/// The store, and what all who publish know together.
+/// The store, and the messages of all publishers.
 #[derive(Debug)]
 pub(crate) struct Redis {
     pub(crate) now: u64,
-    /// How far the store's clock is behind.
+    /// Time since the beginning.
+    elapsed: u64,
+    /// Time by which the store's clock is behind.
     skew: u64,
-    /// Which store it is: connections end where another one takes over.
+    /// Number of the store. Connections end when another store takes over.
     pub(crate) store: u64,
     pub(crate) truth: Vec<Published>,
     entries_max: usize,
-    /// Gives tags to heads without an entry.
+    /// Source of tags for heads without an entry.
     anchors: u32,
     data: Data,
     saved: (usize, Data),
@@ -69,11 +64,22 @@ impl Redis {
         let data = Data { logs: vec![None; logs], heads: vec![None; logs], ..Data::default() };
         let saved = (0, data.clone());
         let (truth, anchors) = (Vec::new(), u32::MAX);
-        Self { now: 10_000, skew: 0, store: 0, truth, entries_max, anchors, data, saved }
+        Self {
+            now: 10_000,
+            elapsed: 0,
+            skew: 0,
+            store: 0,
+            truth,
+            entries_max,
+            anchors,
+            data,
+            saved,
+        }
     }
 
     pub(crate) fn advance(&mut self, milliseconds: u64) {
         self.now += milliseconds;
+        self.elapsed += milliseconds;
         for log in &mut self.data.logs {
             log.take_if(|log| log.expires <= self.now);
         }
@@ -82,7 +88,7 @@ impl Redis {
         }
     }
 
-    /// Answers which of all that was published it is.
+    /// Publishes a message. Returns its serial.
     pub(crate) fn publish(&mut self, log: usize) -> usize {
         let serial = self.truth.len();
         let prev = self.data.heads[log].map_or(Position::START, |head| head.position);
@@ -91,7 +97,7 @@ impl Redis {
             true => (now, 0),
             false => (milliseconds, sequence + 1),
         };
-        // Several logs have one clock; a log alone has its own, which goes with it.
+        // Several logs share one clock. A single log has its own clock, which is removed with it.
         let shared = data.logs.len() > 1;
         let last = data.logs[log].as_ref().and_then(|log| log.entries.back());
         let own = last.map_or((0, 0), |last| self.truth[*last].id.id());
@@ -102,7 +108,14 @@ impl Redis {
         data.clock = id;
         let tag = u32::try_from(serial).unwrap();
         let id = Position { milliseconds: id.0, sequence: id.1, tag };
-        self.truth.push(Published { log, id, prev, undone: false, rolled_back_at: None });
+        self.truth.push(Published {
+            log,
+            id,
+            prev,
+            at: self.elapsed,
+            undone: false,
+            rolled_back_at: None,
+        });
         let stored = data.logs[log].get_or_insert_default();
         stored.entries.push_back(serial);
         stored.expires = now + TTL;
@@ -117,19 +130,28 @@ impl Redis {
         serial
     }
 
-    /// An instance keeps the head of a log that it reads. Answers whether there is one.
+    /// Returns whether a message arrives now if it has not arrived yet.
+    ///
+    /// A message that came after the head of its log has expired would be of an earlier life of the log than a reader
+    /// that has begun meanwhile. That cannot happen: a head lives for an hour at least, and a connection to the store
+    /// that brings nothing is lost within seconds.
+    pub(crate) fn is_due(&self, serial: usize) -> bool {
+        self.elapsed + 1 >= self.truth[serial].at + TRAVEL
+    }
+
+    /// Renews the head of a log for an instance that reads it. Returns whether there is a head.
     pub(crate) fn keep_head(&mut self, log: usize) -> bool {
         let Some(head) = &mut self.data.heads[log] else { return false };
         head.expires = head.expires.max(self.now + HEAD);
         true
     }
 
-    /// Remembers the state to which [`Self::roll_back`] goes.
+    /// Saves the state to which [`Self::roll_back`] returns.
     pub(crate) fn save(&mut self) {
         self.saved = (self.truth.len(), self.data.clone());
     }
 
-    /// Another store takes over, which lags, and whose clock may be behind.
+    /// Lets another store take over, which lags, and whose clock may be behind.
     pub(crate) fn roll_back(&mut self, skew: u64) {
         let (published, data) = self.saved.clone();
         let until = self.truth.len();
@@ -143,7 +165,7 @@ impl Redis {
         self.advance(0);
     }
 
-    /// All keys are removed.
+    /// Removes all keys.
     pub(crate) fn empty(&mut self) {
         let logs = self.data.logs.len();
         self.data = Data { logs: vec![None; logs], heads: vec![None; logs], ..Data::default() };
@@ -151,7 +173,7 @@ impl Redis {
         self.save();
     }
 
-    /// What `read` of the gateway answers.
+    /// Answers as the script `read` does.
     pub(crate) fn snapshot(
         &mut self,
         logs: &[usize],
@@ -184,7 +206,7 @@ impl Redis {
         let complete = entries.len() <= page;
         entries.truncate(page);
         let first = stored.entries.front().map(|first| &self.truth[*first]);
-        // The first of a life follows nothing that was published in it.
+        // The first entry of a life follows no entry of that life.
         let is_first = |first: &Published| {
             !self.truth.iter().any(|other| other.log == log && other.id == first.prev)
         };
@@ -200,7 +222,19 @@ impl Redis {
     }
 }
 
-/// Which of all that was published an entry is.
+/// Returns the serial of the message that an entry holds.
 pub(crate) fn serial(entry: &Entry) -> usize {
     std::str::from_utf8(&entry.data).unwrap().parse().unwrap()
 }
+
+/// Time for which entries are held, in milliseconds.
+const TTL: u64 = 100;
+
+/// Time for which heads are held, in milliseconds.
+pub(crate) const HEAD: u64 = 160;
+
+/// Upper bound of the time for which a message is on its way: a head lives longer by the clock of any store.
+const TRAVEL: u64 = HEAD - SKEW;
+
+/// Upper bound of the difference between the clocks of stores that replace each other.
+pub(crate) const SKEW: u64 = 30;

@@ -1,4 +1,4 @@
-//! One HTTP request for a small document, bounded in time and size; knows not what is in it.
+//! One HTTP request for a small document, bounded in time and size; does not know its content.
 
 use std::{error::Error, path::Path, time::Duration};
 
@@ -18,7 +18,7 @@ pub(super) struct Fetcher {
     timeout: Duration,
 }
 
-/// Why there is no document, or no use in it.
+/// The reason why there is no usable document.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FetchError {
     #[error("no answer: {0}")]
@@ -31,12 +31,12 @@ pub(super) enum FetchError {
     TooLarge,
     #[error("the answer is no set of keys: line {line}, column {column}")]
     Malformed { line: usize, column: usize },
-    #[error("none of {published} keys is of use with jwt.algorithms")]
+    #[error("none of {published} keys can be used with jwt.algorithms")]
     NoKey { published: usize },
 }
 
 impl Fetcher {
-    /// Opens nothing yet. Connections are driven on `tasks`.
+    /// Creates the client, without a connection. Connections are driven on `tasks`.
     pub(super) fn new(
         url: &str,
         ca_file: Option<&Path>,
@@ -50,12 +50,12 @@ impl Fetcher {
             .enable_http1()
             .build();
         let mut client = Client::builder(Tasks(tasks.clone()));
-        // The next request is minutes away: nothing is to be kept open for it.
+        // The next request is minutes away, so no connection is kept open.
         client.pool_max_idle_per_host(0);
         Ok(Self { client: client.build(connector), url, timeout })
     }
 
-    /// Whether others than this machine and the server can read and change what is on its way.
+    /// Returns whether third parties can read and change the traffic.
     pub(super) fn is_exposed(&self) -> bool {
         let host = self.url.host().unwrap_or_default();
         let address = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>();
@@ -63,7 +63,7 @@ impl Fetcher {
         self.url.scheme() == Some(&http::uri::Scheme::HTTP) && !here
     }
 
-    /// The document.
+    /// Fetches the document.
     pub(super) async fn fetch(&self) -> Result<Bytes, FetchError> {
         tokio::time::timeout(self.timeout, self.request()).await.unwrap_or(Err(FetchError::Timeout))
     }
@@ -86,13 +86,13 @@ impl Fetcher {
     }
 }
 
-/// The whole chain, since the outermost error says little.
+/// Returns the whole chain of errors, since the outermost one has few details.
 fn transport(error: &(dyn Error + 'static)) -> FetchError {
     let causes = std::iter::successors(Some(error), |error| (*error).source());
     FetchError::Transport(causes.map(ToString::to_string).collect::<Vec<_>>().join(": "))
 }
 
-/// Lets the shutdown wait for connections.
+/// Executor that lets the shutdown wait for connections.
 #[derive(Clone)]
 struct Tasks(TaskTracker);
 
@@ -105,7 +105,7 @@ where
     }
 }
 
-/// A key takes half a kilobyte, a whole set of them a few.
+/// Upper bound of the document's size: a key takes half a kilobyte, a set a few kilobytes.
 const BODY_BYTES_MAX: usize = 256 * 1024;
 
 const ACCEPT: &str = "application/jwk-set+json, application/json";

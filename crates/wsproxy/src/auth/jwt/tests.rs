@@ -11,9 +11,6 @@ use tempfile::NamedTempFile;
 use super::*;
 use crate::http::rejection::Rejection;
 
-const NOW: u64 = 1_800_000_000;
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-
 fn claims() -> Value {
     json!({"sub": "u-1", "exp": NOW + 60})
 }
@@ -24,19 +21,24 @@ fn file(text: &str) -> NamedTempFile {
     file
 }
 
-fn config(algorithms: &[Algorithm]) -> config::Jwt {
+fn config(algorithms: &[Algorithm]) -> config::JwtConfig {
     let algorithms = algorithms.to_vec();
-    config::Jwt { algorithms, secret_key: Some(SECRET.into()), ..config::Jwt::default() }
+    config::JwtConfig {
+        algorithms,
+        secret_key: Some(SECRET.into()),
+        ..config::JwtConfig::default()
+    }
 }
 
-fn verifier(config: &config::Jwt) -> JwtVerifier {
+fn verifier(config: &config::JwtConfig) -> JwtVerifier {
     JwtVerifier::new(config, &TaskTracker::new(), CancellationToken::new()).unwrap()
 }
 
-/// A verifier with a public key.
+/// Creates a verifier with a public key.
 fn public(pem: &str, algorithms: &[Algorithm]) -> JwtVerifier {
     let file = file(pem);
-    let config = config::Jwt { public_key_file: Some(file.path().into()), ..config(algorithms) };
+    let config =
+        config::JwtConfig { public_key_file: Some(file.path().into()), ..config(algorithms) };
     verifier(&config)
 }
 
@@ -48,7 +50,7 @@ fn shared(secret: &[u8], algorithm: Algorithm) -> String {
     sign(&Header::new(algorithm), &EncodingKey::from_secret(secret))
 }
 
-/// A token with this header and a signature that the gateway's own secret makes.
+/// Makes a token with this header, signed with the gateway's secret.
 fn forged(header: &Value) -> String {
     let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let message = format!("{}.{}", part(header), part(&claims()));
@@ -57,7 +59,7 @@ fn forged(header: &Value) -> String {
     format!("{message}.{}", signature.unwrap())
 }
 
-/// A private key as PEM, and what signs with it.
+/// A private key as PEM, and the key that signs with it.
 fn pair(algorithm: Algorithm) -> (KeyPair, EncodingKey) {
     let kind = match algorithm {
         Algorithm::ES256 => &rcgen::PKCS_ECDSA_P256_SHA256,
@@ -148,8 +150,9 @@ fn what_the_header_says_about_keys_and_algorithms_is_not_believed() {
 
 #[test]
 fn the_type_can_be_required() {
-    let of_type =
-        |typ: &str| verifier(&config::Jwt { typ: Some(typ.into()), ..config(&[Algorithm::HS256]) });
+    let of_type = |typ: &str| {
+        verifier(&config::JwtConfig { typ: Some(typ.into()), ..config(&[Algorithm::HS256]) })
+    };
     let access = of_type("at+jwt");
     for (typ, result) in [
         (json!("at+jwt"), None),
@@ -211,7 +214,7 @@ fn what_is_no_token_is_malformed() {
     assert_eq!(verifier.verify_now(&token, NOW), Err(JwtError::Signature));
 }
 
-/// Handshakes run on any thread.
+/// Checks that verifiers can be shared: handshakes run on any thread.
 #[test]
 fn verification_may_move_between_threads() {
     fn is_send<T: Send>(_: &T) {}
@@ -270,13 +273,13 @@ fn a_key_file_that_cannot_be_used_is_named_with_the_reason() {
     assert!(missing.contains("/does/not/exist cannot be read"), "{missing}");
 }
 
-/// Tokens that others made: RFC 7515, appendices A.1 and A.3.
+/// Checks the examples of RFC 7515, appendices A.1 and A.3.
 #[test]
 fn the_examples_of_the_standard_are_verified() {
     let claims = "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ";
     let secret =
         "AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow";
-    let secret = Key::secret(&URL_SAFE_NO_PAD.decode(secret).unwrap(), &[Algorithm::HS256]);
+    let secret = JwtKey::secret(&URL_SAFE_NO_PAD.decode(secret).unwrap(), &[Algorithm::HS256]);
     let token = format!(
         "eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9.{claims}.dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
     );
@@ -289,11 +292,14 @@ fn the_examples_of_the_standard_are_verified() {
     let token = format!(
         "eyJhbGciOiJFUzI1NiJ9.{claims}.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"
     );
-    let key = Key::jwk(&ec, &[Algorithm::ES256]).ok().unwrap();
+    let key = JwtKey::jwk(&ec, &[Algorithm::ES256]).ok().unwrap();
     assert_eq!(key.open(&token).unwrap()["exp"], 1_300_819_380);
 }
 
-/// 1024 bits.
+const NOW: u64 = 1_800_000_000;
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+/// An RSA key of 1024 bits.
 const SHORT_RSA: &str = "-----BEGIN PUBLIC KEY-----\n\
     MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQDf1qNnVmbCB3eDJV7z/mhGAaqc\n\
     JhghvLfDF+O0aEdwFZKFtSr5ilzAH6hztOgHH1CZLF3S5gghdGnuEXt6+jTeuCls\n\

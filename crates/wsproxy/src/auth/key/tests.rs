@@ -1,18 +1,9 @@
-//! Tests of what becomes of an entry of a JWKS.
+//! Tests of entries of a JWKS.
 
 use rcgen::KeyPair;
 use serde_json::json;
 
 use super::*;
-
-const ALL: &[Algorithm] = &[
-    Algorithm::RS256,
-    Algorithm::PS256,
-    Algorithm::ES256,
-    Algorithm::ES384,
-    Algorithm::EdDSA,
-    Algorithm::HS256,
-];
 
 fn point(kind: &'static rcgen::SignatureAlgorithm, curve: &str, algorithm: &str) -> Value {
     let pair = KeyPair::generate_for(kind).unwrap();
@@ -54,7 +45,7 @@ fn a_published_key_is_for_its_curve_and_its_algorithm() {
         for jwk in
             [jwk.clone(), without(jwk, "alg"), without(jwk, "use"), with(jwk, "x5t", json!("x"))]
         {
-            let key = Key::jwk(&jwk, ALL).ok().unwrap();
+            let key = JwtKey::jwk(&jwk, ALL).ok().unwrap();
             assert_eq!(key.id.as_deref(), Some("k-1"));
             let fits: Vec<_> = ALL.iter().copied().filter(|known| key.is_for(*known)).collect();
             assert_eq!(fits, [algorithm]);
@@ -62,9 +53,9 @@ fn a_published_key_is_for_its_curve_and_its_algorithm() {
     }
     let modulus = URL_SAFE_NO_PAD.encode([0xc5; 256]);
     let rsa = json!({"kty": "RSA", "n": modulus, "e": "AQAB"});
-    assert_eq!(Key::jwk(&rsa, ALL).ok().unwrap().validation.algorithms, ALL[..2]);
+    assert_eq!(JwtKey::jwk(&rsa, ALL).ok().unwrap().validation.algorithms, ALL[..2]);
     let only = with(&rsa, "alg", json!("PS256"));
-    assert_eq!(Key::jwk(&only, ALL).ok().unwrap().validation.algorithms, ALL[1..2]);
+    assert_eq!(JwtKey::jwk(&only, ALL).ok().unwrap().validation.algorithms, ALL[1..2]);
 }
 
 #[test]
@@ -90,7 +81,16 @@ fn what_is_no_key_for_signatures_is_left_out() {
         (json!("key"), "malformed"),
         (json!({}), "not supported"),
     ] {
-        let problem = Key::jwk(&jwk, ALL).err().unwrap();
+        let problem = JwtKey::jwk(&jwk, ALL).err().unwrap();
         assert!(problem.contains(reason), "{jwk}: {problem}");
     }
 }
+
+const ALL: &[Algorithm] = &[
+    Algorithm::RS256,
+    Algorithm::PS256,
+    Algorithm::ES256,
+    Algorithm::ES384,
+    Algorithm::EdDSA,
+    Algorithm::HS256,
+];

@@ -17,18 +17,18 @@ fn file(text: &str) -> NamedTempFile {
 
 fn load_file(text: &str) -> Result<Loaded, Problems> {
     let file = file(text);
-    load(Sources { file: Some(file.path().into()), ..Sources::default() })
+    load(ConfigSources { file: Some(file.path().into()), ..ConfigSources::default() })
 }
 
 fn load_env<const N: usize>(pairs: [(&str, &str); N]) -> Result<Loaded, Problems> {
-    load(Sources { environment: pairs.into(), ..Sources::default() })
+    load(ConfigSources { environment: pairs.into(), ..ConfigSources::default() })
 }
 
 fn key(path: &str) -> &'static Key {
-    KEYS.iter().find(|key| key.path() == path).unwrap()
+    keys::all().find(|key| key.path() == path).unwrap()
 }
 
-/// The only problem, without the name of the temporary file.
+/// Returns the only problem, without the name of the temporary file.
 fn problem(result: Result<Loaded, Problems>) -> String {
     let problems = result.unwrap_err().0;
     assert_eq!(problems.len(), 1, "{problems:?}");
@@ -39,7 +39,7 @@ fn problem(result: Result<Loaded, Problems>) -> String {
 #[test]
 fn the_flag_wins_over_the_environment_over_the_file() {
     let file = file("[server]\nport = 1\nthreads = 1\n\n[log]\nlevel = 'debug'\n");
-    let loaded = load(Sources {
+    let loaded = load(ConfigSources {
         file: Some(file.path().into()),
         environment: [
             ("WSPROXY_SERVER__PORT", "2"),
@@ -49,18 +49,18 @@ fn the_flag_wins_over_the_environment_over_the_file() {
         ]
         .into(),
         flags: vec![(key("server.port"), "4".into())],
-        ..Sources::default()
+        ..ConfigSources::default()
     })
     .unwrap();
     let server = &loaded.config.server;
     assert_eq!((server.port, server.threads, server.server_id.as_deref()), (4, 2, Some("a")));
     assert_eq!(loaded.config.log.level, "debug");
-    assert_eq!(loaded.origin(key("server.port")), &Origin::Flag("port"));
-    let threads = Origin::Env("WSPROXY_SERVER__THREADS".into());
+    assert_eq!(loaded.origin(key("server.port")), &ValueOrigin::Flag("port"));
+    let threads = ValueOrigin::Env("WSPROXY_SERVER__THREADS".into());
     assert_eq!(loaded.origin(key("server.threads")), &threads);
-    assert_eq!(loaded.origin(key("server.server_id")), &Origin::Env("SERVER_ID".into()));
-    assert!(matches!(loaded.origin(key("log.level")), Origin::File { line: 6, .. }));
-    assert_eq!(loaded.origin(key("server.bind")), &Origin::Default);
+    assert_eq!(loaded.origin(key("server.server_id")), &ValueOrigin::Env("SERVER_ID".into()));
+    assert!(matches!(loaded.origin(key("log.level")), ValueOrigin::File { line: 6, .. }));
+    assert_eq!(loaded.origin(key("server.bind")), &ValueOrigin::Default);
 }
 
 #[test]
@@ -91,6 +91,42 @@ fn short_names_of_variables_work() {
     assert_eq!(config.jwt.secret_key.unwrap().expose_secret(), "0123456789abcdef");
     assert_eq!(config.jwt.algorithms, [Algorithm::HS512]);
     assert_eq!(loaded.ignored, ["DATABASE_URL"]);
+    assert!(config.database.url.is_none());
+}
+
+#[test]
+fn a_database_url_of_another_service_is_not_read() {
+    for name in ["DATABASE_URL", "DATABASE_URL_FILE"] {
+        let loaded = load_env([(name, "mysql://x:secret@/\u{e4} #")]).unwrap();
+        assert_eq!((loaded.ignored, loaded.warnings), (vec!["DATABASE_URL"], vec![]));
+    }
+    let loaded = load_env([("DATABASE_URL", ""), ("DATABASE_URI", "x")]).unwrap();
+    assert_eq!((loaded.ignored, loaded.warnings), (vec![], vec![]));
+}
+
+#[test]
+fn a_database_url_is_judged_where_agents_are_served() {
+    let agents = ("WSPROXY_ENDPOINTS__AGENTS", "true");
+    let loaded = load_env([agents, ("DATABASE_URL", "postgresql+asyncpg://u:p@h/d")]).unwrap();
+    assert!(loaded.config.database.url.is_some() && loaded.ignored.is_empty());
+    let text = problem(load_env([agents, ("DATABASE_URL", "mysql://u:secret@h/d")]));
+    assert!(text.contains("database.url") && text.contains("must be postgres://"), "{text}");
+    assert!(!text.contains("secret"), "{text}");
+    let file = file("postgres://h/from_file\n");
+    let path = file.path().to_str().unwrap();
+    let loaded = load_env([agents, ("DATABASE_URL_FILE", path)]).unwrap();
+    let url = loaded.config.database.url.unwrap();
+    assert_eq!(url.expose_secret(), "postgres://h/from_file");
+}
+
+#[test]
+fn the_embedded_database_is_in_the_state_directory() {
+    let file = |pairs: [(&str, &str); 2]| load_env(pairs).unwrap().config.database.file();
+    assert_eq!(file([("A", ""), ("B", "")]), PathBuf::from("wsproxy.db"));
+    let state = ("STATE_DIRECTORY", "/var/lib/wsproxy:/var/lib/other");
+    assert_eq!(file([state, ("B", "")]), PathBuf::from("/var/lib/wsproxy/wsproxy.db"));
+    let path = ("WSPROXY_DATABASE__PATH", "/x/y.db");
+    assert_eq!(file([state, path]), PathBuf::from("/x/y.db"));
 }
 
 #[test]
@@ -128,10 +164,10 @@ fn all_problems_are_reported_at_once_with_line_value_and_what_is_allowed() {
     let text = "[server]\nport = 99999\nprot = 1\n[sesions]\n[log]\nformat = 'xml'\n";
     let file = file(text);
     let path = file.path().display().to_string();
-    let sources = Sources {
+    let sources = ConfigSources {
         file: Some(file.path().into()),
         environment: [("WSPROXY_SERVER_PORT", "1"), ("WSPROXY_HEARTBEAT__TIMEOUT", "1s")].into(),
-        ..Sources::default()
+        ..ConfigSources::default()
     };
     let problems = load(sources).unwrap_err().to_string().replace(&path, "w.toml");
     let expected = [
@@ -293,7 +329,7 @@ fn a_variable_and_its_file_exclude_each_other() {
             )
         );
     }
-    // Compose files pass what is not set on as empty text.
+    // Compose files pass unset variables on as empty text.
     let loaded = load_env([("REDIS_URL", ""), ("REDIS_URL_FILE", path)]).unwrap();
     assert_eq!(loaded.config.redis.url.unwrap().expose_secret(), "redis://h");
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
@@ -426,11 +462,14 @@ fn keys_of_the_api_are_tables_of_the_file_or_json() {
 fn broken_toml_is_reported_with_its_line() {
     let problems = load_file("[server]\nport = \n[log\nlevel = 'x'\n").unwrap_err().0;
     let lines: Vec<_> = problems.iter().map(|problem| problem.origin.clone()).collect();
-    let [Some(Origin::File { line: 2, .. }), Some(Origin::File { line: 3, .. })] = lines[..] else {
+    let [Some(ValueOrigin::File { line: 2, .. }), Some(ValueOrigin::File { line: 3, .. })] =
+        lines[..]
+    else {
         panic!("{problems:?}")
     };
     assert!(problem(load_file("[log]\nlevel='info'\nlevel='info'\n")).contains(":3: TOML"));
-    let missing = load(Sources { file: Some("/does/not/exist".into()), ..Sources::default() });
+    let missing =
+        load(ConfigSources { file: Some("/does/not/exist".into()), ..ConfigSources::default() });
     assert!(problem(missing).starts_with("/does/not/exist: cannot be read"));
 }
 
@@ -438,9 +477,75 @@ fn broken_toml_is_reported_with_its_line() {
 fn absent_endpoints_may_be_switched_off_only() {
     assert!(load_file("[endpoints]\nevents = false\ntunnel = false").is_ok());
     assert_eq!(
-        problem(load_file("[endpoints]\nrooms = true")),
-        ":2: endpoints.rooms = true: must be false, since this endpoint is not in this version"
+        problem(load_file("[endpoints]\ntunnel = true")),
+        ":2: endpoints.tunnel = true: must be false, since this endpoint is not in this version"
     );
+}
+
+#[test]
+fn a_variable_of_an_older_gateway_sets_the_key_of_every_family() {
+    let loaded = load_env([
+        ("MESSAGE_QUEUE_SIZE", "500"),
+        ("MESSAGE_RETRY_INTERVAL", "7"),
+        ("RATE_LIMIT_MAX_REQUESTS", "0"),
+    ]);
+    let Config { rooms, events, rate_limit, .. } = loaded.unwrap().config;
+    assert_eq!((rooms.ack_queue, events.ack_queue), (500, 500));
+    assert_eq!([rooms.ack_interval, events.ack_interval], [Duration::from_secs(7); 2]);
+    // 0 switches the limit off for all families, also for those that have one by default.
+    assert_eq!(rate_limit.max_requests_or(60), 0);
+    assert_eq!(Config::default().rate_limit.max_requests_or(60), 60);
+}
+
+#[test]
+fn variables_of_older_rooms_are_accepted_and_named() {
+    let older = [("METRICS_SAMPLE_SIZE", "1000"), ("LATENCY_TRACKING_ENABLED", "true")];
+    let elsewhere = load_env(older).unwrap();
+    assert!(elsewhere.ignored.is_empty());
+    let rooms = ("WSPROXY_ENDPOINTS__ROOMS", "true");
+    let key = ("SECRET_KEY", "0123456789abcdef");
+    let loaded = load_env([rooms, key, older[0], older[1]]).unwrap();
+    assert_eq!(loaded.ignored, ["METRICS_SAMPLE_SIZE", "LATENCY_TRACKING_ENABLED"]);
+}
+
+#[test]
+fn rooms_need_a_key_or_development_mode() {
+    let missing = problem(load_file("[endpoints]\nrooms = true"));
+    assert!(missing.contains("endpoints.rooms = true: must be false, unless"), "{missing}");
+    assert!(missing.contains("rooms.development is on"), "{missing}");
+    for open in ["'anywhere'", "true\n[server]\nbind = '127.0.0.1'", "true\n[server]\nbind = '::1'"]
+    {
+        let text = format!("[endpoints]\nrooms = true\n[rooms]\ndevelopment = {open}");
+        assert!(load_file(&text).is_ok(), "{text}");
+    }
+    let exposed = problem(load_file("[endpoints]\nrooms = true\n[rooms]\ndevelopment = true"));
+    assert!(exposed.contains("rooms.development = \"true\": must be \"anywhere\""), "{exposed}");
+    assert!(exposed.ends_with("server.bind = \"0.0.0.0\" (default)"), "{exposed}");
+    assert!(load_file("[rooms]\ndevelopment = true").is_ok(), "rooms are off");
+}
+
+#[test]
+fn clients_that_share_an_address_are_warned_of() {
+    let warnings = |text: &str| {
+        let jwt =
+            "[jwt]\nsecret_key = '0123456789abcdef0123456789abcdef'\n[endpoints]\nrooms = true\n";
+        load_file(&format!("{jwt}{text}")).unwrap().warnings
+    };
+    let warned = warnings("");
+    assert!(
+        warned[0].starts_with("server.trusted_proxies is not set: behind a proxy"),
+        "{warned:?}"
+    );
+    assert!(warned[0].contains("60 attempts to open a room in 60s"), "{warned:?}");
+    for thought_of in [
+        "[server]\ntrusted_proxies = []",
+        "[server]\ntrusted_proxies = ['10.0.0.0/8']",
+        "[server]\nbind = '127.0.0.1'",
+        "[rate_limit]\nmax_requests = 0",
+    ] {
+        assert!(warnings(thought_of).is_empty(), "{thought_of}");
+    }
+    assert!(load_file("").unwrap().warnings.is_empty());
 }
 
 #[test]
@@ -452,19 +557,19 @@ fn every_key_of_the_example_round_trips() {
         .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
         .fold(String::new(), |text, line| text + line + "\n");
     let loaded = load_file(&set).unwrap();
-    for key in KEYS {
-        assert!(matches!(loaded.origin(key), Origin::File { .. }), "{}", key.path());
+    for key in keys::all() {
+        assert!(matches!(loaded.origin(key), ValueOrigin::File { .. }), "{}", key.path());
         assert_eq!(key.write(&loaded.config), key.write(&Config::default()), "{}", key.path());
     }
 }
 
 #[test]
 fn every_key_can_be_set_by_its_variable() {
-    for key in KEYS {
+    for key in keys::all() {
         let value = key.write(&Config::default());
         let value = value.trim_matches(['"', '[', ']']);
         let loaded = load_env([(key.env().as_str(), value)]).unwrap();
-        assert_eq!(loaded.origin(key), &Origin::Env(key.env()));
+        assert_eq!(loaded.origin(key), &ValueOrigin::Env(key.env()));
     }
     let loaded = load_env([("WSPROXY_SESSIONS__NO_RECEIVER", "queue")]).unwrap();
     assert_eq!(loaded.config.sessions.no_receiver, NoReceiver::Queue);

@@ -1,41 +1,38 @@
-//! What clients of the event endpoint say and what they are told: JSON in, JSON out.
+//! The messages between the gateway and event clients, as JSON.
 
 use std::borrow::Cow;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 use uuid::Uuid;
 use wsproxy_proto::{history::Position, json, names::Id};
 
-use crate::telemetry::time;
+use crate::{logic::upstream::JSON_DEPTH_MAX, telemetry::time};
 
-/// Deepest nesting of a client's JSON. Python's parser gives up near 1,000, most workers' earlier.
-const DEPTH_MAX: usize = 128;
-
-/// What a client says.
+/// Message from a client.
 #[derive(Debug, PartialEq, Eq)]
 pub enum FromClient<'a> {
-    /// It lives.
+    /// Answer to a ping.
     Pong,
-    /// It wants to know whether we do.
+    /// Ping, which the gateway answers.
     Ping,
-    /// It has this message.
+    /// Acknowledgement of the message with this id.
     Ack(Cow<'a, str>),
-    /// It has a newer token.
+    /// Newer token.
     Refresh(Cow<'a, str>),
-    /// It would resume, which only the first message can say.
+    /// Wish to resume, which only the first message may state.
     Resume,
-    /// It is for a worker.
+    /// Message for a worker.
     Other,
 }
 
-/// Why a client's message is refused.
+/// Error of a client's message.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Invalid {
-    /// For programs.
+    /// Code for programs.
     pub code: &'static str,
-    /// For people.
+    /// Text for people.
     pub message: String,
 }
 
@@ -59,18 +56,18 @@ struct Refresh<'a> {
     token: Cow<'a, str>,
 }
 
-/// Understands what a client says.
+/// Parses a client's message.
 ///
 /// # Errors
-/// It is no JSON object, or one of ours that lacks something.
+/// `invalid_json`: not a JSON object. `invalid_message`: a message to the gateway lacks a member.
 pub fn parse(payload: &[u8]) -> Result<FromClient<'_>, Invalid> {
-    json::validate(payload, DEPTH_MAX)
+    json::validate(payload, JSON_DEPTH_MAX)
         .map_err(|error| Invalid { code: "invalid_json", message: error.to_string() })?;
     if payload.trim_ascii_start().first() != Some(&b'{') {
         let message = "A message must be a JSON object.".into();
         return Err(Invalid { code: "invalid_json", message });
     }
-    // What has no type, or one that is no text, is an application's own.
+    // A message without a `type`, or with one that is not a string, is for a worker.
     let Ok(Head { kind }) = serde_json::from_slice::<Head<'_>>(payload) else {
         return Ok(FromClient::Other);
     };
@@ -93,10 +90,10 @@ pub fn parse(payload: &[u8]) -> Result<FromClient<'_>, Invalid> {
     })
 }
 
-/// What workers get of a client's message, which is JSON and stays as it is.
+/// Wraps a client's message with its sender, for workers. The message stays byte for byte.
 #[must_use]
 pub fn upstream(connection: Uuid, user: &Id, message: &[u8]) -> Bytes {
-    // No byte of a UUID or of an id has to be escaped.
+    // UUIDs and ids contain no byte that JSON escapes.
     let head = format!(r#"{{"connection_id":"{connection}","user_id":"{user}","message":"#);
     let mut wrapped = BytesMut::with_capacity(head.len() + message.len() + 1);
     wrapped.put_slice(head.as_bytes());
@@ -105,56 +102,42 @@ pub fn upstream(connection: Uuid, user: &Id, message: &[u8]) -> Bytes {
     wrapped.freeze()
 }
 
-/// What became of a token that a client brought later.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Verdict {
-    /// It is good.
+/// Verdict on a newer token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenVerdict {
+    /// The token is valid.
     Good {
-        /// Whom it is about.
+        /// User of the token.
         user: String,
-        /// When it expires, in unix seconds and without the leeway; `None`: never.
+        /// The token's `exp` in unix seconds, without the leeway; `None`: never.
         expires_at: Option<u64>,
     },
-    /// It is not, or that cannot be known now.
+    /// The token is not valid, or cannot be checked now.
     Bad {
-        /// For programs.
+        /// Code for programs.
         code: String,
-        /// For people.
+        /// Text for people.
         message: String,
     },
 }
 
-impl Verdict {
-    /// As the payload of an event.
-    #[must_use]
-    pub fn to_bytes(&self) -> Bytes {
-        serde_json::to_vec(self).unwrap_or_default().into()
-    }
-
-    /// From the payload of an event.
-    #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        serde_json::from_slice(bytes).ok()
-    }
-}
-
-/// What the first message says.
+/// First message to a client.
 #[derive(Debug)]
 pub struct Connected<'a> {
-    /// The connection's id.
+    /// Id of the connection.
     pub connection: Uuid,
-    /// Whose it is.
+    /// User of the client's token.
     pub user: &'a Id,
-    /// Which instance this is.
+    /// Id of this instance.
     pub server_id: &'a str,
-    /// When its token expires, in unix seconds and without the leeway.
+    /// The token's `exp` in unix seconds, without the leeway.
     pub expires_at: Option<u64>,
-    /// Seconds between pings, and of silence after which it is dead.
+    /// Seconds between pings, and seconds of silence after which the connection is closed.
     pub heartbeat: (f64, f64),
 }
 
 impl Connected<'_> {
-    /// The message, to a client that is at `position`, where it does not resume.
+    /// Returns the message as JSON. `position` is that of a client that does not resume.
     #[must_use]
     pub fn to_json(&self, position: Option<Position>) -> String {
         let (interval, timeout) = self.heartbeat;
@@ -174,24 +157,18 @@ impl Connected<'_> {
     }
 }
 
-/// Whole seconds without a fraction.
+/// Writes whole seconds without a fraction.
 fn number(seconds: f64) -> serde_json::Value {
     if seconds.fract() == 0.0 { json!(seconds as u64) } else { json!(seconds) }
 }
 
-/// `ping` or `pong`.
+/// Makes a `ping` or `pong`.
 #[must_use]
 pub fn beat(kind: &str) -> String {
     json!({ "type": kind, "timestamp": time::rfc3339() }).to_string()
 }
 
-/// Something is wrong with what the client said.
-#[must_use]
-pub fn error(code: &str, message: &str) -> String {
-    json!({ "type": "error", "code": code, "message": message }).to_string()
-}
-
-/// The newer token is good.
+/// Makes the reply to an accepted newer token.
 #[must_use]
 pub fn refreshed(expires_at: Option<u64>) -> String {
     json!({ "type": "refreshed", "expires_at": expires_at }).to_string()
@@ -257,15 +234,5 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(text).unwrap();
         assert_eq!(value["user_id"], "u|1");
         assert_eq!(value["connection_id"], Uuid::nil().to_string());
-    }
-
-    #[test]
-    fn verdicts_travel_as_bytes() {
-        let good = Verdict::Good { user: "u".into(), expires_at: Some(u64::MAX) };
-        let bad = Verdict::Bad { code: "c".into(), message: "m".into() };
-        for verdict in [good, bad] {
-            assert_eq!(Verdict::from_bytes(&verdict.to_bytes()), Some(verdict));
-        }
-        assert_eq!(Verdict::from_bytes(b""), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Reading a channel's history.
+//! Reading a channel's history over HTTP.
 
 use std::sync::Arc;
 
@@ -12,29 +12,29 @@ use serde_json::{Value, json};
 use wsproxy_proto::history::{After, Entry, Lost, Position, rule};
 
 use crate::{
-    gateway::Gateway,
-    http::{rejection::Rejection, upgrade},
-    store::SnapshotOf,
+    core::Core,
+    http::{handshake, rejection::Rejection},
+    store::command::SnapshotOf,
 };
 
-/// Most entries of one answer.
-const LIMIT_MAX: usize = 1000;
-
-/// Where to read and how much.
+/// The part of a history that a worker asks for.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Range {
-    /// The channel, where there are several: `broadcast` or `user:{id}`.
-    pub(super) channel: Option<String>,
-    /// Behind this event id; absent: from the start.
-    pub(super) after: Option<String>,
-    /// At most so many.
-    pub(super) limit: Option<usize>,
+pub(crate) struct Range {
+    /// Channel of an event history: `broadcast` or `user:{id}`.
+    pub(crate) channel: Option<String>,
+    /// Event id behind which the answer begins; absent: the start of the history.
+    pub(crate) after: Option<String>,
+    /// Upper bound of the entries.
+    pub(crate) limit: Option<usize>,
 }
 
-/// The entries of a channel's history behind an event id.
-pub(super) async fn read(
-    gateway: &Arc<Gateway>,
+/// Answers with the entries of a channel's history behind an event id.
+///
+/// # Errors
+/// 400: a malformed range. 503, 504: the store is away or slow.
+pub(crate) async fn read(
+    core: &Arc<Core>,
     channel: &str,
     clock: Option<String>,
     range: Range,
@@ -46,7 +46,7 @@ pub(super) async fn read(
         return Err(Rejection::bad_request(format!("limit must be 1 to {LIMIT_MAX}.")));
     }
     let of = SnapshotOf {
-        logs: vec![gateway.names.log(channel).into()],
+        logs: vec![core.names.log(channel).into()],
         clock: clock.map(Into::into),
         head_ttl: None,
         after: Some(after.unwrap_or(After::Position(Position::START))),
@@ -54,8 +54,8 @@ pub(super) async fn read(
         streams_of: None,
     };
     let (snapshot, _) =
-        upgrade::deadline(gateway, async { Ok(gateway.store.snapshot(of).await?) }).await?;
-    let ttl = gateway.config.history.limits().ttl;
+        handshake::deadline(core, async { Ok(core.store.snapshot(of).await?) }).await?;
+    let ttl = core.config.history.limits().ttl;
     let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
     let judge = |after| rule::resume(after, ttl_ms, &snapshot);
     // A log that was never written has lost nothing.
@@ -64,7 +64,7 @@ pub(super) async fn read(
         Ok(Position::START) if is_empty => None,
         after => after.and_then(judge).err(),
     };
-    // In the form that `after` takes.
+    // The worker passes this text as `after` when it reads on.
     let position = After::Position(snapshot.position()).to_string();
     let log = snapshot.logs.into_iter().next().unwrap_or_default();
     let events: Vec<Value> = log.entries.iter().map(entry).collect();
@@ -88,3 +88,6 @@ fn entry(entry: &Entry) -> Value {
     }
     event
 }
+
+/// Upper bound of the entries in one answer.
+const LIMIT_MAX: usize = 1000;

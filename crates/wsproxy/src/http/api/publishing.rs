@@ -1,4 +1,4 @@
-//! Publishing for workers: what is kept, once for each idempotency key, and what became of it.
+//! Publishing for workers over HTTP: history, idempotency keys, and the answer with the outcome.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,58 +15,52 @@ use tokio::sync::oneshot;
 use wsproxy_proto::history::{check_event_id, envelope};
 
 use crate::{
-    bus::{self, History, Keep, Outcome, Publish},
-    gateway::Gateway,
-    http::{rejection::Rejection, upgrade},
+    bus::publish::{self, History, Keep, Outcome, Publish},
+    core::Core,
+    http::{handshake, rejection::Rejection},
 };
 
-/// For so long a publish with the same idempotency key is not done again.
-const ONCE_FOR: Duration = Duration::from_secs(600);
-
-/// Longest idempotency key.
-const KEY_BYTES_MAX: usize = 128;
-
-/// How a message is published.
+/// Options of a worker for one message.
 #[derive(Debug, Clone, Default)]
-pub(super) struct How {
-    /// With history, or without; `None`: as the endpoint does.
-    pub(super) history: Option<bool>,
-    /// The id that the worker gives it.
-    pub(super) event_id: Option<Box<str>>,
-    /// Of several publishes with one key one is done.
-    pub(super) idempotency_key: Option<Box<str>>,
+pub(crate) struct PublishOptions {
+    /// Keeps the message in the history, or does not; `None`: the endpoint's default.
+    pub(crate) history: Option<bool>,
+    /// The worker's own id for the message.
+    pub(crate) event_id: Option<Box<str>>,
+    /// Several publishes with the same key count as one.
+    pub(crate) idempotency_key: Option<Box<str>>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct HowQuery {
+struct OptionsQuery {
     history: Option<bool>,
     event_id: Option<Box<str>>,
 }
 
-impl FromRequestParts<Arc<Gateway>> for How {
+impl FromRequestParts<Arc<Core>> for PublishOptions {
     type Rejection = Rejection;
 
-    async fn from_request_parts(
-        parts: &mut Parts,
-        gateway: &Arc<Gateway>,
-    ) -> Result<Self, Rejection> {
-        let query = Query::<HowQuery>::from_request_parts(parts, gateway).await;
-        let Query(HowQuery { history, event_id }) =
+    async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Rejection> {
+        let query = Query::<OptionsQuery>::from_request_parts(parts, core).await;
+        let Query(OptionsQuery { history, event_id }) =
             query.map_err(|error| Rejection::bad_request(error.body_text()))?;
         let key = parts
             .headers
             .get("idempotency-key")
             .map(|key| key.to_str().map(Into::into).map_err(|_| bad_key()));
-        let how = Self { history, event_id, idempotency_key: key.transpose()? };
-        how.check()?;
-        Ok(how)
+        let options = Self { history, event_id, idempotency_key: key.transpose()? };
+        options.check()?;
+        Ok(options)
     }
 }
 
-impl How {
-    /// Whether its parts fit together.
-    pub(super) fn check(&self) -> Result<(), Rejection> {
+impl PublishOptions {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// 400: an option is malformed, or an idempotency key comes with `history=false`.
+    pub(crate) fn check(&self) -> Result<(), Rejection> {
         if let Some(event_id) = &self.event_id {
             check_event_id(event_id)
                 .map_err(|error| Rejection::bad_request(format!("event_id {error}.")))?;
@@ -82,10 +76,10 @@ impl How {
         Ok(())
     }
 
-    /// What is kept of a message of this channel. `clock`: of the logs with one order.
-    pub(super) fn keep(
+    /// Returns what the store keeps of a message on `channel`. `clock` names the clock of logs that share one order.
+    pub(crate) fn keep(
         self,
-        gateway: &Gateway,
+        core: &Core,
         channel: &str,
         by_default: bool,
         clock: Option<String>,
@@ -94,16 +88,16 @@ impl How {
         if !self.history.unwrap_or(by_default || needed) {
             return Keep::Nothing;
         }
-        let log = gateway.names.log(channel);
+        let log = core.names.log(channel);
         let once = self.idempotency_key;
-        let once = once.map(|key| (gateway.names.published_once(channel, &key).into(), ONCE_FOR));
+        let once = once.map(|key| (core.names.published_once(channel, &key).into(), ONCE_FOR));
         Keep::History(Box::new(History {
             log: log.into(),
             clock: clock.map(Into::into),
             event_id: self.event_id,
             dedup: once,
             unique: false,
-            limits: gateway.config.history.limits(),
+            limits: core.config.history.limits(),
         }))
     }
 }
@@ -113,65 +107,78 @@ fn bad_key() -> Rejection {
     Rejection::bad_request(why)
 }
 
-/// Publishes and waits for what becomes of it.
-pub(super) async fn publish(
-    gateway: &Gateway,
+/// Publishes a message and answers with its outcome.
+///
+/// # Errors
+/// 400: a reserved payload. 409, 500, 503, 504: the message was not published, or its outcome is not known.
+pub(crate) async fn publish(
+    core: &Core,
     channel: String,
     payload: Bytes,
     keep: Keep,
 ) -> Result<Response, Rejection> {
     let is_once = is_once(&keep);
-    send(gateway, channel, payload, keep).await.map_err(|rejection| rejection.in_doubt(is_once))
+    send(core, channel, payload, keep).await.map_err(|rejection| rejection.in_doubt(is_once))
 }
 
-/// The same for a command, which may be given twice.
-pub(super) async fn command(
-    gateway: &Gateway,
+/// Publishes a command. A worker may repeat a command, so every passing error is retryable.
+///
+/// # Errors
+/// As [`publish`].
+pub(crate) async fn command(
+    core: &Core,
     channel: String,
     payload: Bytes,
 ) -> Result<Response, Rejection> {
-    send(gateway, channel, payload, Keep::Nothing).await
+    send(core, channel, payload, Keep::Nothing).await
 }
 
 async fn send(
-    gateway: &Gateway,
+    core: &Core,
     channel: String,
     payload: Bytes,
     keep: Keep,
 ) -> Result<Response, Rejection> {
-    let answer = upgrade::deadline(gateway, async {
-        gateway.bus.publishable().await;
-        let outcome = enqueue(gateway, channel, payload, keep)?;
+    let answer = handshake::deadline(core, async {
+        core.bus.publishable().await;
+        let outcome = enqueue(core, channel, payload, keep)?;
         told(outcome.await)
     });
     Ok(Json(answer.await?).into_response())
 }
 
-/// Whether a message that is published twice arrives once.
-pub(super) fn is_once(keep: &Keep) -> bool {
+/// Returns whether the message has an idempotency key, so that a repeated publish has no effect.
+pub(crate) fn is_once(keep: &Keep) -> bool {
     matches!(keep, Keep::History(history) if history.dedup.is_some())
 }
 
-/// Puts a message into the queue of the bus.
-pub(super) fn enqueue(
-    gateway: &Gateway,
+/// Puts a message into the bus's publish queue. The receiver gets the outcome.
+///
+/// # Errors
+/// 400: a reserved payload. 503: the queue is full or closed.
+pub(crate) fn enqueue(
+    core: &Core,
     channel: String,
     payload: Bytes,
     keep: Keep,
 ) -> Result<oneshot::Receiver<Outcome>, Rejection> {
     if keep == Keep::Nothing && envelope::is_reserved(&payload) {
+        // Instances would read the payload as an entry of a history.
         return Err(Rejection::bad_request(
             "A message must not begin with the bytes FF, H and a digit.",
         ));
     }
-    let (receipt, outcome) = bus::awaited();
+    let (receipt, outcome) = publish::awaited();
     let channel = channel.into();
-    gateway.hub.publish(Publish { channel, payload, keep, receipt: Some(receipt) })?;
+    core.hub.publish(Publish { channel, payload, keep, receipt: Some(receipt) })?;
     Ok(outcome)
 }
 
-/// What a worker is told of an outcome.
-pub(super) fn told(
+/// Returns the JSON that tells a worker the outcome of a publish.
+///
+/// # Errors
+/// 409, 500, 503: the bus refused the message. 503: the bus was lost before the outcome came.
+pub(crate) fn told(
     outcome: Result<Outcome, oneshot::error::RecvError>,
 ) -> Result<Value, Rejection> {
     match outcome {
@@ -187,3 +194,9 @@ pub(super) fn told(
         }
     }
 }
+
+/// Time for which the store remembers an idempotency key.
+const ONCE_FOR: Duration = Duration::from_secs(600);
+
+/// Upper bound of an idempotency key.
+const KEY_BYTES_MAX: usize = 128;

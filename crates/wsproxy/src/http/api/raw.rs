@@ -1,6 +1,6 @@
-//! JSON of workers, which reaches clients as it was written; knows no schema.
+//! JSON from workers that clients get byte for byte. Knows no schema.
 //!
-//! Numbers of any size, and digits that no machine number holds, pass unchanged: values are never read into numbers.
+//! Values stay text and are never parsed into numbers, so that large numbers and many digits pass unchanged.
 
 use std::{borrow::Cow, fmt::Write};
 
@@ -10,44 +10,41 @@ use wsproxy_proto::json;
 
 use crate::http::rejection::Rejection;
 
-/// Deepest nesting of a worker's JSON. Parsers of clients give up between 500 and some thousands.
-const DEPTH_MAX: usize = 128;
-
-/// Checks that `json` is JSON that every client can read.
+/// Checks that every client can parse `json`.
 ///
 /// # Errors
-/// `400`: it is none, or nested too deeply.
-pub(super) fn check(json: &[u8]) -> Result<(), Rejection> {
+/// 400: it is not JSON, or nested too deeply.
+pub(crate) fn check(json: &[u8]) -> Result<(), Rejection> {
     json::validate(json, DEPTH_MAX)
         .map_err(|error| Rejection::bad_request(format!("The JSON is wrong: {error}.")))
 }
 
-/// Reads JSON that has a schema.
+/// Parses JSON that has a schema.
 ///
 /// # Errors
-/// `400`: it does not follow the schema.
-pub(super) fn parse<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, Rejection> {
+/// 400: it does not follow the schema.
+pub(crate) fn parse<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, Rejection> {
     serde_json::from_slice(json).map_err(|error| Rejection::bad_request(error.to_string()))
 }
 
-/// The members of an object in their order, each value being the text that was sent.
-pub(super) struct Members<'a>(Vec<(String, Cow<'a, str>)>);
+/// Members of a JSON object in their order. Each value is the text that the worker sent.
+pub(crate) struct JsonMembers<'a>(Vec<(String, Cow<'a, str>)>);
 
-impl<'a> Members<'a> {
-    /// Reads an object.
+impl<'a> JsonMembers<'a> {
+    /// Parses an object.
     ///
     /// # Errors
-    /// `400`: it is no JSON object.
-    pub(super) fn parse(json: &'a [u8]) -> Result<Self, Rejection> {
+    /// 400: `json` is not an object, or nested too deeply.
+    pub(crate) fn parse(json: &'a [u8]) -> Result<Self, Rejection> {
         check(json)?;
         parse(json)
     }
 
-    /// The text of a member; `None` where there is no such member.
+    /// Returns the string of a member; `None` if there is no such member.
     ///
     /// # Errors
-    /// `400`: it is no string, or the object has two of that name.
-    pub(super) fn text(&self, name: &str) -> Result<Option<String>, Rejection> {
+    /// 400: the value is not a string, or two members have that name.
+    pub(crate) fn text(&self, name: &str) -> Result<Option<String>, Rejection> {
         let mut values = self.0.iter().filter(|(known, _)| known == name).map(|(_, value)| value);
         let Some(value) = values.next() else { return Ok(None) };
         if values.next().is_some() {
@@ -57,19 +54,19 @@ impl<'a> Members<'a> {
         text.map(Some).map_err(|_| Rejection::bad_request(format!("{name} must be a string.")))
     }
 
-    /// Whether there is a member of that name.
-    pub(super) fn has(&self, name: &str) -> bool {
+    /// Returns whether there is a member of that name.
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.0.iter().any(|(known, _)| known == name)
     }
 
-    /// Adds a member, in place of one of that name.
-    pub(super) fn set(&mut self, name: &str, text: &str) {
+    /// Sets a member, and removes others of that name.
+    pub(crate) fn set(&mut self, name: &str, text: &str) {
         self.0.retain(|(known, _)| known != name);
         self.0.push((name.into(), Value::from(text).to_string().into()));
     }
 
-    /// The object.
-    pub(super) fn to_json(&self) -> String {
+    /// Returns the object as JSON.
+    pub(crate) fn to_json(&self) -> String {
         let mut json = String::from("{");
         for (name, value) in &self.0 {
             if json.len() > 1 {
@@ -83,16 +80,16 @@ impl<'a> Members<'a> {
     }
 }
 
-impl<'de> Deserialize<'de> for Members<'de> {
+impl<'de> Deserialize<'de> for JsonMembers<'de> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(MembersVisitor)
+        deserializer.deserialize_map(JsonMembersVisitor)
     }
 }
 
-struct MembersVisitor;
+struct JsonMembersVisitor;
 
-impl<'de> serde::de::Visitor<'de> for MembersVisitor {
-    type Value = Members<'de>;
+impl<'de> serde::de::Visitor<'de> for JsonMembersVisitor {
+    type Value = JsonMembers<'de>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("an object")
@@ -103,9 +100,12 @@ impl<'de> serde::de::Visitor<'de> for MembersVisitor {
         while let Some((name, value)) = map.next_entry::<String, &'de RawValue>()? {
             members.push((name, value.get().into()));
         }
-        Ok(Members(members))
+        Ok(JsonMembers(members))
     }
 }
+
+/// Upper bound of the nesting of a worker's JSON. Clients' parsers fail between 500 and some thousand levels.
+const DEPTH_MAX: usize = 128;
 
 #[cfg(test)]
 mod tests {
@@ -117,17 +117,17 @@ mod tests {
         let text = format!(
             r#"{{"z":{wei},"a":0.12345678901234567890,"e":1E400,"s":"\u00e9\/", "o" : {{ "b":1.0, "a":-0 }}}}"#
         );
-        let members = Members::parse(text.as_bytes()).unwrap();
+        let members = JsonMembers::parse(text.as_bytes()).unwrap();
         let expected = format!(
             r#"{{"z":{wei},"a":0.12345678901234567890,"e":1E400,"s":"\u00e9\/","o":{{ "b":1.0, "a":-0 }}}}"#
         );
         assert_eq!(members.to_json(), expected);
-        assert_eq!(Members::parse(b" { } ").unwrap().to_json(), "{}");
+        assert_eq!(JsonMembers::parse(b" { } ").unwrap().to_json(), "{}");
     }
 
     #[test]
     fn a_member_is_added_in_place_of_its_namesake() {
-        let mut members = Members::parse(br#"{"\u0061":1,"b":"x"}"#).unwrap();
+        let mut members = JsonMembers::parse(br#"{"\u0061":1,"b":"x"}"#).unwrap();
         members.set("a", "\"é\n");
         assert_eq!(members.to_json(), r#"{"b":"x","a":"\"é\n"}"#);
         assert_eq!(members.text("b").unwrap().as_deref(), Some("x"));
@@ -138,11 +138,11 @@ mod tests {
     #[test]
     fn what_is_no_object_or_no_text_is_refused() {
         for bad in ["", "1", "[]", "{", r#"{"a":1}x"#, r#"{"a":"\ud800"}"#, "{'a':1}"] {
-            assert!(Members::parse(bad.as_bytes()).is_err(), "{bad}");
+            assert!(JsonMembers::parse(bad.as_bytes()).is_err(), "{bad}");
         }
         let deep = format!(r#"{{"a":{}{}}}"#, "[".repeat(128), "]".repeat(128));
-        assert!(Members::parse(deep.as_bytes()).is_err());
-        let members = Members::parse(br#"{"a":1,"b":"x","b":"y"}"#).unwrap();
+        assert!(JsonMembers::parse(deep.as_bytes()).is_err());
+        let members = JsonMembers::parse(br#"{"a":1,"b":"x","b":"y"}"#).unwrap();
         assert!(members.text("a").is_err() && members.text("b").is_err());
     }
 }

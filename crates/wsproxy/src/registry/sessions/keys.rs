@@ -6,14 +6,14 @@ use uuid::Uuid;
 use wsproxy_proto::names::{Id, Names};
 
 use crate::{
-    bus::redis::milliseconds,
+    redis::{reply::integer, words::milliseconds},
     registry::{
         Transport,
-        commands::{Commands, integer},
+        commands::Commands,
         lease,
-        sessions::{Limits, Record},
+        sessions::{SessionLogLimits, SessionRecord},
     },
-    store::StoreError,
+    store::command::StoreError,
 };
 
 /// Commands on logs and sessions.
@@ -21,7 +21,7 @@ use crate::{
 pub(super) struct SessionKeys {
     commands: Commands,
     names: Names,
-    /// Words of the scripts.
+    /// Arguments of the scripts.
     entries_max: String,
     log_ttl: String,
     sessions_ttl: String,
@@ -29,19 +29,19 @@ pub(super) struct SessionKeys {
 
 /// A session in the hash of its instance.
 #[derive(Debug, Serialize, Deserialize)]
-struct Stored<'a> {
+struct StoredRecord<'a> {
     agent_id: &'a str,
     session_id: &'a str,
     transport: Transport,
     opened: &'a str,
-    /// Its `opened` is in the log.
+    /// Set if its `opened` is in the log.
     announced: bool,
 }
 
-impl Record {
-    /// The value in the hash.
+impl SessionRecord {
+    /// Returns the value in the hash.
     pub(super) fn store(&self, announced: bool) -> Result<Bytes, StoreError> {
-        let stored = Stored {
+        let stored = StoredRecord {
             agent_id: self.agent.as_str(),
             session_id: self.session.as_str(),
             transport: self.transport,
@@ -54,7 +54,7 @@ impl Record {
 
     /// Reads a value of the hash, and whether its `opened` is in the log. `None`: no gateway wrote it.
     pub(super) fn read(value: &[u8]) -> Option<(Self, bool)> {
-        let stored: Stored<'_> = serde_json::from_slice(value).ok()?;
+        let stored: StoredRecord<'_> = serde_json::from_slice(value).ok()?;
         let record = Self {
             agent: Id::parse(stored.agent_id).ok()?,
             session: Id::parse(stored.session_id).ok()?,
@@ -66,9 +66,13 @@ impl Record {
 }
 
 impl SessionKeys {
-    pub(super) fn new(commands: Commands, lease: &lease::Settings, limits: Limits) -> Self {
-        // The sessions of a lost instance must be known until another instance looks.
-        let sessions_ttl = limits.ttl.max(lease.pace.lease * 4);
+    pub(super) fn new(
+        commands: Commands,
+        lease: &lease::LeaseSettings,
+        limits: SessionLogLimits,
+    ) -> Self {
+        // The hash of a lost instance must live until another instance looks.
+        let sessions_ttl = limits.ttl.max(lease.timing.lease * 4);
         Self {
             commands,
             names: lease.names.clone(),
@@ -94,16 +98,10 @@ impl SessionKeys {
         entered: impl ExactSizeIterator<Item = (Uuid, Bytes)>,
         left: impl Iterator<Item = Uuid>,
     ) -> Result<(), StoreError> {
-        let word = |word: String| Bytes::from(word);
-        let mut words = vec![word(self.sessions_ttl.clone()), word(entered.len().to_string())];
-        for (connection, value) in entered {
-            words.extend([word(connection.to_string()), value]);
-        }
-        words.extend(left.map(|connection| word(connection.to_string())));
-        if words.len() == 2 {
-            return Ok(());
-        }
-        self.commands.run(CHANGE, &self.key(server), words).await.map(drop)
+        let name = |connection: Uuid| Bytes::from(connection.to_string());
+        let entered = entered.map(|(connection, value)| (name(connection), value));
+        let key = self.key(server);
+        self.commands.change_hash(&key, &self.sessions_ttl, entered, left.map(name)).await
     }
 
     /// Removes sessions of an instance that have not changed.
@@ -112,14 +110,10 @@ impl SessionKeys {
         server: &str,
         entries: impl Iterator<Item = (Bytes, Bytes)>,
     ) -> Result<(), StoreError> {
-        let words: Vec<_> = entries.flat_map(|(name, value)| [name, value]).collect();
-        match words.is_empty() {
-            true => Ok(()),
-            false => self.commands.run(REMOVE_EQUAL, &self.key(server), words).await.map(drop),
-        }
+        self.commands.remove_equal(&self.key(server), entries).await
     }
 
-    /// A piece of the sessions of an instance, and the cursor of the next one.
+    /// Reads a piece of the sessions of an instance, and the cursor of the next piece.
     pub(super) async fn scan(
         &self,
         server: &str,
@@ -128,12 +122,12 @@ impl SessionKeys {
         self.commands.scan(&self.key(server), cursor).await
     }
 
-    /// Number of sessions that Redis has of an instance, which it keeps from now on.
+    /// Returns the number of sessions that Redis has of an instance, and renews their time to live.
     pub(super) async fn keep(&self, server: &str) -> Result<u64, StoreError> {
         self.commands.keep_hash(&self.key(server), &self.sessions_ttl).await
     }
 
-    /// Number of sessions that Redis has of an instance.
+    /// Returns the number of sessions that Redis has of an instance.
     pub(super) async fn len(&self, server: &str) -> Result<u64, StoreError> {
         self.commands.hash_len(&self.key(server)).await
     }
@@ -145,29 +139,29 @@ impl SessionKeys {
         self.commands.call(&[b"SET", key.as_bytes(), b"1", b"PX", ttl]).await.map(drop)
     }
 
-    /// Whether a reaper has announced sessions of an instance as closed.
+    /// Returns whether a reaper has announced sessions of an instance as closed.
     pub(super) async fn is_reaped(&self, server: &str) -> Result<bool, StoreError> {
         let key = self.reaped_key(server);
         Ok(integer(&self.commands.call(&[b"EXISTS", key.as_bytes()]).await?)? > 0)
     }
 
-    /// Forgets that note.
+    /// Removes the note of a reaper, see [`Self::is_reaped`].
     pub(super) async fn clear_reaped(&self, server: &str) -> Result<(), StoreError> {
         let key = self.reaped_key(server);
         self.commands.call(&[b"DEL", key.as_bytes()]).await.map(drop)
     }
 
-    /// Number of links to Redis so far.
-    pub(super) fn links(&self) -> u64 {
-        self.commands.links()
+    /// Returns the number of connections to Redis so far.
+    pub(super) fn connections_made(&self) -> u64 {
+        self.commands.connections_made()
     }
 
     fn reaped_key(&self, server: &str) -> String {
-        self.names.events_server(server, ":reaped")
+        self.names.server_reaped(server)
     }
 
     fn key(&self, server: &str) -> String {
-        self.names.events_server(server, ":sessions")
+        self.names.server_sessions(server)
     }
 }
 
@@ -181,26 +175,13 @@ redis.call('PEXPIRE',KEYS[1],ARGV[3]) \
 for i=4,#ARGV do redis.call('PUBLISH',ARGV[1],ARGV[i]) end \
 return #ARGV-3";
 
-/// Key: sessions. Arguments: TTL, number of sessions to enter, these with their values, sessions to remove.
-const CHANGE: &str = "\
-local n=2*ARGV[2]+2 \
-if n>2 then redis.call('HSET',KEYS[1],unpack(ARGV,3,n)) end \
-if n<#ARGV then redis.call('HDEL',KEYS[1],unpack(ARGV,n+1)) end \
-return redis.call('PEXPIRE',KEYS[1],ARGV[1])";
-
-/// Key: sessions. Arguments: sessions and their values.
-const REMOVE_EQUAL: &str = "\
-for i=1,#ARGV,2 do \
-if redis.call('HGET',KEYS[1],ARGV[i])==ARGV[i+1] then redis.call('HDEL',KEYS[1],ARGV[i]) end end \
-return 1";
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_stored_session_is_read_back() {
-        let record = Record {
+        let record = SessionRecord {
             agent: Id::parse("a-1").unwrap(),
             session: Id::parse("s@1").unwrap(),
             transport: Transport::WebSocket,
@@ -208,14 +189,14 @@ mod tests {
         };
         for announced in [false, true] {
             let stored = record.store(announced).unwrap();
-            assert_eq!(Record::read(&stored), Some((record.clone(), announced)));
+            assert_eq!(SessionRecord::read(&stored), Some((record.clone(), announced)));
         }
         for odd in [
             "",
             "{}",
             r#"{"agent_id":"a:b","session_id":"s","transport":"sse","opened":"","announced":true}"#,
         ] {
-            assert_eq!(Record::read(odd.as_bytes()), None, "{odd}");
+            assert_eq!(SessionRecord::read(odd.as_bytes()), None, "{odd}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Sessions of instances that cannot announce their end any more: another instance, or a later run of the
-//! same name, does.
+//! Announces the ends of sessions whose instance is lost; done by another instance, or by a later run with the same
+//! name.
 
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt, join_all};
@@ -10,10 +10,10 @@ use wsproxy_proto::{disconnect::Disconnect, names::Id};
 use crate::{
     registry::{
         commands::{Commands, SCAN_START},
-        lease::{self, Family, Lost},
-        sessions::{Record, keys::SessionKeys},
+        lease::{self, LeasedState, LostInstance},
+        sessions::{SessionRecord, keys::SessionKeys},
     },
-    store::StoreError,
+    store::command::StoreError,
     telemetry::time,
 };
 
@@ -23,7 +23,7 @@ pub(in crate::registry) struct Leftovers {
 }
 
 /// A field of an instance's hash and its value.
-type Entry = (Bytes, Bytes);
+type Field = (Bytes, Bytes);
 
 /// The result of announcing some sessions.
 pub(super) struct Announced {
@@ -34,11 +34,11 @@ pub(super) struct Announced {
 }
 
 impl Leftovers {
-    pub(in crate::registry) fn new(commands: Commands, settings: &lease::Settings) -> Self {
+    pub(in crate::registry) fn new(commands: Commands, settings: &lease::LeaseSettings) -> Self {
         Self { keys: SessionKeys::new(commands, settings, settings.announcements) }
     }
 
-    async fn clean_up(&self, lost: &Lost<'_>) -> Result<bool, StoreError> {
+    async fn clean_up(&self, lost: &LostInstance<'_>) -> Result<bool, StoreError> {
         let mut marked = false;
         for _ in 0..WALKS_MAX {
             let mut refused = None;
@@ -46,13 +46,13 @@ impl Leftovers {
             loop {
                 let (next, entries) = self.keys.scan(lost.server, &cursor).await?;
                 if !entries.is_empty() {
-                    // What the instance had on its way when it was cut off may still enter sessions again
-                    // that are announced as closed here. So its hash alone cannot tell it that they were.
+                    // Commands that the instance had on their way may still enter sessions again that are
+                    // announced as closed here. So the hash alone does not show it that they were.
                     if !std::mem::replace(&mut marked, true) {
                         self.keys.mark_reaped(lost.server).await?;
                     }
-                    // After the look at the hash: what a revived instance enters from now on is not in
-                    // `entries`, and it enters nothing while it sees the reaper's claim.
+                    // After the look at the hash: a session that a revived instance enters from now on is not in
+                    // `entries`, and it enters none while it sees the reaper's claim.
                     if !lost.is_certain().await? {
                         return Ok(false);
                     }
@@ -76,8 +76,8 @@ impl Leftovers {
     }
 }
 
-impl Family for Leftovers {
-    fn clean<'a>(&'a self, lost: &'a Lost<'a>) -> BoxFuture<'a, Result<bool, StoreError>> {
+impl LeasedState for Leftovers {
+    fn clean<'a>(&'a self, lost: &'a LostInstance<'a>) -> BoxFuture<'a, Result<bool, StoreError>> {
         self.clean_up(lost).boxed()
     }
 
@@ -86,14 +86,14 @@ impl Family for Leftovers {
     }
 }
 
-/// Announces sessions as closed, and then removes them from the hash. A crash in between has them
-/// announced again. A log that refuses keeps no other one waiting.
+/// Announces sessions as closed, and then removes them from the hash. After a crash in between they are
+/// announced again. A log that refuses does not delay the others.
 pub(super) async fn announce_lost(
     keys: &SessionKeys,
     server: &str,
-    entries: Vec<Entry>,
+    entries: Vec<Field>,
 ) -> Result<Announced, StoreError> {
-    let mut agents: HashMap<Id, (Vec<Entry>, Vec<Bytes>)> = HashMap::new();
+    let mut agents: HashMap<Id, (Vec<Field>, Vec<Bytes>)> = HashMap::new();
     let mut done = Vec::new();
     for entry in entries {
         match announcements(server, &entry) {
@@ -102,7 +102,7 @@ pub(super) async fn announce_lost(
                 entries.push(entry);
                 payloads.extend(words);
             }
-            // No gateway wrote it, so no worker waits for its end.
+            // No gateway wrote this entry, so no worker waits for its end.
             None => done.push(entry),
         }
     }
@@ -125,10 +125,10 @@ pub(super) async fn announce_lost(
     lost.map_or(Ok(announced), Err)
 }
 
-/// The announcements that are still to be made of a session, and its agent.
-fn announcements(server: &str, (name, value): &Entry) -> Option<(Id, Vec<Bytes>)> {
+/// Returns the announcements of a session that are missing, and its agent.
+fn announcements(server: &str, (name, value): &Field) -> Option<(Id, Vec<Bytes>)> {
     let connection = Uuid::try_parse_ascii(name).ok()?;
-    let (record, is_announced) = Record::read(value)?;
+    let (record, is_announced) = SessionRecord::read(value)?;
     let opened = record.announcement("opened", connection, server, &record.opened);
     let mut closed = record.announcement("closed", connection, server, &time::rfc3339());
     closed["reason"] = Disconnect::SERVER_LOST.label.into();
@@ -138,5 +138,5 @@ fn announcements(server: &str, (name, value): &Entry) -> Option<(Id, Vec<Bytes>)
     Some((record.agent, words))
 }
 
-/// Walks over the sessions of one instance: a walk may miss some that move.
+/// Upper bound of walks over the sessions of one instance: a walk may miss sessions that move.
 const WALKS_MAX: usize = 10;

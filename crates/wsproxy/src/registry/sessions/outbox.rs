@@ -12,15 +12,14 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
-use crate::registry::sessions::Record;
+use crate::registry::sessions::SessionRecord;
 
-/// Announcements by agent, each agent's in order. An agent whose log refuses them rests, and keeps no
-/// other one waiting.
+/// Announcements by agent, each agent's in order. An agent whose log refuses them rests, and does not delay other
+/// agents.
 ///
-/// Invariant: the announcements weigh at most `bytes_max`. A further one is dropped. Nothing is forgotten
-/// by that: Redis keeps the session in the hash, or does not have it, and the next look at the hash
-/// ([`Outbox::take_overflow`]) finds the difference.
-pub(super) struct Outbox {
+/// Invariant: the announcements weigh at most `bytes_max`. A further one is dropped, which the next look at the
+/// hash makes up for ([`AnnouncementQueue::take_overflow`]): the session is still in it, or missing.
+pub(super) struct AnnouncementQueue {
     bytes_max: usize,
     bytes: usize,
     open: HashMap<Uuid, Open>,
@@ -29,31 +28,31 @@ pub(super) struct Outbox {
     agents: HashMap<Id, Agent>,
     /// Agents with something to write, each once.
     ready: VecDeque<Id>,
-    /// Agents that rest, by the end of it. The number tells equal times apart.
+    /// Resting agents by the end of their rest. The number tells equal times apart.
     resting: BTreeMap<(Instant, u64), Id>,
     rests: u64,
     overflow: bool,
 }
 
 struct Open {
-    record: Arc<Record>,
+    record: Arc<SessionRecord>,
     state: State,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Its `opened` waits.
+    /// The announcement `opened` waits.
     Waiting,
-    /// Its `opened` is in the log.
+    /// The announcement `opened` is in the log.
     Announced,
-    /// Its `opened` did not fit.
+    /// The announcement `opened` did not fit.
     Dropped,
 }
 
 #[derive(Default)]
 struct Agent {
     items: VecDeque<Item>,
-    /// It is among the ready ones, rests, or is being written.
+    /// Set while the agent is ready, rests, or is being written.
     listed: bool,
     /// Length of the last rest.
     pause: Duration,
@@ -71,12 +70,12 @@ pub(super) struct Item {
 pub(super) enum What {
     /// The connection opened; `again`: it was announced before.
     Opened {
-        /// Who it is.
-        record: Arc<Record>,
-        /// It was announced before, and may have been taken for closed since.
+        /// The session.
+        record: Arc<SessionRecord>,
+        /// Set if it was announced before: a reaper may have announced its end since.
         again: bool,
     },
-    /// The connection closed, in these words.
+    /// The connection closed; with the message.
     Closed(Bytes),
 }
 
@@ -89,7 +88,7 @@ impl Item {
     }
 }
 
-impl Outbox {
+impl AnnouncementQueue {
     pub(super) fn new(bytes_max: usize) -> Self {
         Self {
             bytes_max,
@@ -104,8 +103,8 @@ impl Outbox {
         }
     }
 
-    /// Says whether the announcement fits.
-    pub(super) fn opened(&mut self, connection: Uuid, record: Record) -> bool {
+    /// Adds an opened connection; returns whether its announcement fits.
+    pub(super) fn opened(&mut self, connection: Uuid, record: SessionRecord) -> bool {
         let record = Arc::new(record);
         let what = What::Opened { record: Arc::clone(&record), again: false };
         let fits = self.push(record.agent.clone(), Item { connection, what });
@@ -114,7 +113,7 @@ impl Outbox {
         fits
     }
 
-    /// Says whether the announcement fits.
+    /// Removes a closed connection; returns whether its announcement fits.
     pub(super) fn closed(&mut self, connection: Uuid, announcement: Bytes) -> bool {
         let Some(Open { record, .. }) = self.open.remove(&connection) else { return true };
         let what = What::Closed(announcement);
@@ -140,7 +139,7 @@ impl Outbox {
         true
     }
 
-    /// The next announcements by agent, at most about `count`. Each agent's must come back by
+    /// Takes the next announcements by agent, at most about `count`. The caller ends each agent's turn with
     /// [`Self::done`], [`Self::refused`] or [`Self::give_back`].
     pub(super) fn take(&mut self, count: usize, now: Instant) -> Vec<(Id, Vec<Item>)> {
         while let Some(entry) = self.resting.first_entry().filter(|entry| entry.key().0 <= now) {
@@ -158,7 +157,7 @@ impl Outbox {
         batch
     }
 
-    /// They are in the log, and so are all that were taken of this agent.
+    /// Ends an agent's turn: all of its announcements that were taken are in the log.
     pub(super) fn done(&mut self, agent: &Id, items: &[Item]) {
         self.forget(items);
         let Some(waiting) = self.agents.get_mut(agent) else { return };
@@ -171,7 +170,7 @@ impl Outbox {
         }
     }
 
-    /// They are in the log.
+    /// Removes announcements that are in the log.
     pub(super) fn forget(&mut self, items: &[Item]) {
         for item in items {
             self.bytes -= item.bytes();
@@ -186,7 +185,7 @@ impl Outbox {
         }
     }
 
-    /// The log refused them: they are tried again after a rest, which grows.
+    /// Puts back announcements that the log refused, and lets the agent rest, each time longer.
     pub(super) fn refused(&mut self, agent: Id, items: Vec<Item>, now: Instant) {
         let Some(waiting) = self.put_back(&agent, items) else { return };
         waiting.pause = (waiting.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
@@ -195,7 +194,7 @@ impl Outbox {
         self.resting.insert((until, self.rests), agent);
     }
 
-    /// They may or may not be in the log: they are tried again.
+    /// Puts back announcements that may or may not be in the log.
     pub(super) fn give_back(&mut self, agent: Id, items: Vec<Item>) {
         if self.put_back(&agent, items).is_some() {
             self.ready.push_back(agent);
@@ -215,7 +214,7 @@ impl Outbox {
         self.ready.extend(std::mem::take(&mut self.resting).into_values());
     }
 
-    /// When the next agent has rested.
+    /// Returns the end of the next agent's rest.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.resting.first_key_value().map(|((until, _), _)| *until)
     }
@@ -240,14 +239,14 @@ impl Outbox {
         self.closing.contains(&connection)
     }
 
-    /// Open connections whose `opened` is in the log.
+    /// Returns the open connections whose `opened` is in the log.
     pub(super) fn announced(&self) -> HashSet<Uuid> {
         let is_announced = |open: &Open| open.state == State::Announced;
         self.open.iter().filter(|(_, open)| is_announced(open)).map(|(id, _)| *id).collect()
     }
 
-    /// Connections that Redis does not know, although their `opened` was in the log, are announced again.
-    /// Those whose `opened` did not fit are announced now. Answers how many of the former there were.
+    /// Announces again the connections that Redis is `missing` although their `opened` was in the log, and returns
+    /// their number. Also announces those whose `opened` did not fit before.
     pub(super) fn announce_again(&mut self, missing: &HashSet<Uuid>) -> usize {
         let again: Vec<_> = self
             .open
@@ -271,7 +270,7 @@ impl Outbox {
         count
     }
 
-    /// Whether something was dropped since the last call, and there is room again to make up for it.
+    /// Returns whether an announcement was dropped since the last call, and there is room for it now.
     pub(super) fn take_overflow(&mut self) -> bool {
         self.bytes <= self.bytes_max / 2 && std::mem::take(&mut self.overflow)
     }
@@ -285,7 +284,7 @@ impl Outbox {
     }
 }
 
-/// Cost of a waiting announcement beside its words, roughly.
+/// Rough cost of a waiting announcement beside its text.
 const ITEM_BYTES: usize = 192;
 
 /// First rest of an agent whose log refused something.
@@ -294,7 +293,7 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 /// Longest rest.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
-/// Room for so many stays after a burst.
+/// Agents and connections for which memory is kept after a burst.
 const KEPT: usize = 256;
 
 #[cfg(test)]
@@ -306,12 +305,12 @@ mod tests {
         Id::parse(text).unwrap()
     }
 
-    fn record(agent: &str) -> Record {
+    fn record(agent: &str) -> SessionRecord {
         let opened = "2026-11-28T00:00:00.000Z".into();
-        Record { agent: id(agent), session: id("s"), transport: Transport::Sse, opened }
+        SessionRecord { agent: id(agent), session: id("s"), transport: Transport::Sse, opened }
     }
 
-    fn open(outbox: &mut Outbox, agent: &str) -> Uuid {
+    fn open(outbox: &mut AnnouncementQueue, agent: &str) -> Uuid {
         let connection = Uuid::now_v7();
         assert!(outbox.opened(connection, record(agent)));
         connection
@@ -331,12 +330,12 @@ mod tests {
 
     #[test]
     fn each_agents_announcements_keep_their_order() {
-        let (mut outbox, now) = (Outbox::new(10_000), Instant::now());
+        let (mut outbox, now) = (AnnouncementQueue::new(10_000), Instant::now());
         let (one, two) = (open(&mut outbox, "a"), open(&mut outbox, "b"));
         outbox.closed(one, "x".into());
         let batch = outbox.take(10, now);
         assert_eq!(said(&batch), ["a opened", "a closed", "b opened"]);
-        // What comes meanwhile waits behind what is being written.
+        // An announcement that comes meanwhile waits behind those that are being written.
         outbox.closed(two, "x".into());
         assert!(outbox.take(10, now).is_empty());
         for (agent, items) in batch {
@@ -352,7 +351,7 @@ mod tests {
 
     #[test]
     fn a_refused_agent_rests_and_others_go_on() {
-        let (mut outbox, mut now) = (Outbox::new(10_000), Instant::now());
+        let (mut outbox, mut now) = (AnnouncementQueue::new(10_000), Instant::now());
         open(&mut outbox, "bad");
         for seconds in [1, 2, 4, 8, 10, 10] {
             let mut batch = outbox.take(10, now);
@@ -370,7 +369,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_bounded_and_agents_take_turns() {
-        let (mut outbox, now) = (Outbox::new(100_000), Instant::now());
+        let (mut outbox, now) = (AnnouncementQueue::new(100_000), Instant::now());
         for _ in 0..10 {
             open(&mut outbox, "a");
         }
@@ -384,7 +383,7 @@ mod tests {
 
     #[test]
     fn an_overflow_is_made_up_for_when_there_is_room() {
-        let (mut outbox, now) = (Outbox::new(3 * ITEM_BYTES), Instant::now());
+        let (mut outbox, now) = (AnnouncementQueue::new(3 * ITEM_BYTES), Instant::now());
         let closes = open(&mut outbox, "a");
         let batch = outbox.take(10, now);
         outbox.done(&batch[0].0, &batch[0].1);
@@ -405,7 +404,7 @@ mod tests {
 
     #[test]
     fn only_what_is_missing_is_announced_again() {
-        let (mut outbox, now) = (Outbox::new(10_000), Instant::now());
+        let (mut outbox, now) = (AnnouncementQueue::new(10_000), Instant::now());
         let (one, two) = (open(&mut outbox, "a"), open(&mut outbox, "a"));
         let batch = outbox.take(10, now);
         outbox.done(&batch[0].0, &batch[0].1);

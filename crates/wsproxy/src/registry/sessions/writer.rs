@@ -1,4 +1,4 @@
-//! The one task that brings announcements into logs, and keeps the hash of open sessions true.
+//! The one task that writes announcements into logs, and keeps the hash of open sessions equal to this instance.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,38 +14,30 @@ use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
 use crate::{
-    bus::{Keep, Publish},
+    bus::publish::{Keep, Publish},
+    embedded::store::EmbeddedStore,
     hub::Hub,
     registry::{
         commands::SCAN_START,
         lease::{Beat, Holder},
         sessions::{
-            Backend, Record, SessionLog,
+            SessionLog, SessionLogBackend, SessionRecord,
             keys::SessionKeys,
             leftovers::announce_lost,
             outbox::{Item, What},
         },
     },
-    store::{StoreError, memory::MemoryStore},
+    store::command::StoreError,
 };
 
-/// Announcements that are written at a time: others have their turns in between.
-const BATCH: usize = 256;
-
-/// Time that the store gets at the end.
-const FAREWELL: Duration = Duration::from_secs(5);
-
-/// Refusals are logged this often.
-const COMPLAINT: Duration = Duration::from_secs(10);
-
-/// Runs until the log is closed, and then writes what still waits.
+/// Runs until the log is closed, and then writes the announcements that still wait.
 pub(super) async fn run(log: Arc<SessionLog>) {
-    let mut writer = Writer {
+    let mut writer = SessionLogWriter {
         log: &log,
         beats: log.lease.beats(),
         wait_until: None,
         lapses: 0,
-        links: 0,
+        connections_made: 0,
         check: false,
         reconcile_at: None,
         settle: HashMap::new(),
@@ -53,25 +45,28 @@ pub(super) async fn run(log: Arc<SessionLog>) {
         complained: None,
     };
     writer.work().await;
-    if timeout(FAREWELL, writer.farewell()).await.is_err() {
+    if timeout(RELEASE_TIMEOUT, writer.release()).await.is_err() {
         let bytes = log.waiting_bytes();
-        warn!(bytes, "There was no time to write all announcements; others announce the ends.");
+        warn!(
+            bytes,
+            "There was no time to write all announcements; another instance announces the ends."
+        );
     }
 }
 
-struct Writer<'a> {
+struct SessionLogWriter<'a> {
     log: &'a SessionLog,
     beats: watch::Receiver<Beat>,
     /// Pause after the store did not answer, or while a reaper is at work.
     wait_until: Option<Instant>,
-    /// Lapses of the lease, and links to Redis, that the hash was compared after.
+    /// Lapses of the lease, and connections to Redis, up to which the hash was compared.
     lapses: u64,
-    links: u64,
-    /// The lease was renewed: the hash is kept alive and counted.
+    connections_made: u64,
+    /// Set after a renewal of the lease: the hash's time to live is to be renewed and its entries counted.
     check: bool,
-    /// When the hash is compared with what is open here.
+    /// Time of the next comparison of the hash with the open sessions.
     reconcile_at: Option<Instant>,
-    /// Changes of the hash that belong to what is in a log already.
+    /// Changes of the hash for announcements that are in a log already.
     settle: HashMap<Uuid, Settlement>,
     linked: bool,
     complained: Option<Instant>,
@@ -81,11 +76,11 @@ struct Writer<'a> {
 struct Settlement {
     /// The new value of the field; `None`: the field is removed.
     value: Option<Bytes>,
-    /// Links to Redis that there had been before the append.
-    links: u64,
+    /// Number of connections to Redis before the append.
+    connections_made: u64,
 }
 
-impl Writer<'_> {
+impl SessionLogWriter<'_> {
     async fn work(&mut self) {
         let log = self.log;
         while !log.closing.is_cancelled() {
@@ -101,16 +96,16 @@ impl Writer<'_> {
                     Ok(()) => (self.check, self.wait_until) = (true, None),
                     Err(_) => return,
                 },
-                // A burst becomes a few writes.
+                // Wait `linger`, so that a burst becomes a few writes.
                 () = log.changed.notified(), if self.wait_until.is_none() => {
-                    sleep(log.lease.pace().linger).await;
+                    sleep(log.lease.timing().linger).await;
                 }
             }
         }
     }
 
-    async fn farewell(&mut self) {
-        let pause = self.log.lease.pace().retry.min(Duration::from_millis(100));
+    async fn release(&mut self) {
+        let pause = self.log.lease.timing().retry.min(Duration::from_millis(100));
         self.log.outbox.lock().wake_all();
         while !self.log.is_written() || !self.settle.is_empty() {
             if !self.turn_noted().await {
@@ -120,7 +115,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Says whether there may be more to do at once.
+    /// Does one turn, and returns whether there may be more to do at once.
     async fn turn_noted(&mut self) -> bool {
         match self.turn().await {
             Ok(more) => {
@@ -131,7 +126,7 @@ impl Writer<'_> {
                 if std::mem::replace(&mut self.linked, false) {
                     warn!(%error, "Announcements of sessions cannot be written now; they are tried again.");
                 }
-                self.wait_until = Some(Instant::now() + self.log.lease.pace().retry);
+                self.wait_until = Some(Instant::now() + self.log.lease.timing().retry);
                 false
             }
         }
@@ -152,12 +147,12 @@ impl Writer<'_> {
         }
         self.wait_until = None;
         let keys = match &log.backend {
-            Backend::Memory(store, hub) => return Ok(self.write_here(store, hub)),
-            Backend::Redis(keys) => keys,
+            SessionLogBackend::Embedded(store, hub) => return Ok(self.write_here(store, hub)),
+            SessionLogBackend::Redis(keys) => keys,
         };
-        // Under a lease that may have run out a reaper may be at work. The next renewal wakes this task.
+        // A reaper may be changing the hash if the lease has run out. The next renewal wakes this task.
         if !log.lease.is_held() {
-            self.wait_until = Some(Instant::now() + log.lease.pace().retry);
+            self.wait_until = Some(Instant::now() + log.lease.timing().retry);
             return Ok(false);
         }
         self.check |= self.beats.has_changed().unwrap_or(false);
@@ -168,7 +163,7 @@ impl Writer<'_> {
         }
         if self.reconcile_at.is_some_and(|at| Instant::now() >= at) && !self.reconcile(keys).await?
         {
-            self.wait_until = Some(Instant::now() + log.lease.pace().retry);
+            self.wait_until = Some(Instant::now() + log.lease.timing().retry);
             return Ok(false);
         }
         let batch = log.outbox.lock().take(BATCH, Instant::now());
@@ -178,7 +173,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Finishes what is in the logs already.
+    /// Changes the hash for announcements that are in the logs.
     async fn settle(&mut self, keys: &SessionKeys) -> Result<(), StoreError> {
         if self.settle.is_empty() {
             return Ok(());
@@ -190,12 +185,14 @@ impl Writer<'_> {
             .collect();
         let left = self.settle.iter().filter(|(_, change)| change.value.is_none());
         keys.change(&self.log.server_id, entered.into_iter(), left.map(|(id, _)| *id)).await?;
-        let links = keys.links();
-        // Behind a new link there may be another Redis. It has the mark of an announcement now that it has not seen.
+        let connections_made = keys.connections_made();
+        // A new connection may lead to another Redis, whose hash is marked now without the announcement in its log.
         let unproven: HashSet<_> = self
             .settle
             .drain()
-            .filter(|(_, change)| change.value.is_some() && change.links != links)
+            .filter(|(_, change)| {
+                change.value.is_some() && change.connections_made != connections_made
+            })
             .map(|(connection, _)| connection)
             .collect();
         if !unproven.is_empty() {
@@ -205,36 +202,36 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Looks for signs that the hash is not what it was left as.
+    /// Looks for signs that the hash differs from the open sessions.
     async fn compare_count(&mut self, keys: &SessionKeys) -> Result<(), StoreError> {
         let beat = *self.beats.borrow_and_update();
         let (idle, open, overflow) = {
             let mut outbox = self.log.outbox.lock();
             (outbox.is_idle(), outbox.open_count(), outbox.take_overflow())
         };
-        let links = keys.links();
+        let connections_made = keys.connections_made();
         let entries = keys.keep(&self.log.server_id).await?;
         let differs = idle && entries != open as u64;
-        let changed = beat.lapses > self.lapses || links != self.links;
+        let changed = beat.lapses > self.lapses || connections_made != self.connections_made;
         if differs && !changed {
             warn!(entries, open, "Redis has lost or kept sessions: they are compared.");
         }
-        (self.lapses, self.links) = (beat.lapses, links);
+        (self.lapses, self.connections_made) = (beat.lapses, connections_made);
         if differs || changed || overflow {
             self.reconcile_at = Some(Instant::now());
         }
         Ok(())
     }
 
-    /// Compares the hash with what is open here: sessions that only Redis knows are announced as lost,
-    /// open ones that Redis does not know are announced again. `false`: it is not the time for that.
+    /// Compares the hash with the open sessions. Sessions that only Redis has are announced as lost, open ones that
+    /// Redis does not have are announced again. Returns `false` while a reaper is at work.
     async fn reconcile(&mut self, keys: &SessionKeys) -> Result<bool, StoreError> {
         let log = self.log;
         let beat = *self.beats.borrow();
-        if beat.holder == Holder::Another {
-            // Another run with our name may still be alive: its sessions are not lost. The next renewal
-            // tells. Until then nothing keeps new announcements back.
-            self.reconcile_at = Some(Instant::now() + log.lease.pace().refresh);
+        if beat.holder == Holder::Other {
+            // Another run with our name may still be alive, and its sessions are not lost. The next renewal
+            // shows it. New announcements do not wait for that.
+            self.reconcile_at = Some(Instant::now() + log.lease.timing().refresh);
             return Ok(true);
         }
         if log.lease.is_claimed().await? {
@@ -247,7 +244,7 @@ impl Writer<'_> {
         loop {
             let (next, entries) = keys.scan(&log.server_id, &cursor).await?;
             let strays = self.strays(entries, |connection| {
-                // After a reaper was here the hash proves nothing: all that is open is announced again.
+                // A reaper may have announced any open session as closed: all are announced again.
                 if !reaped {
                     missing.remove(&connection);
                 }
@@ -276,12 +273,12 @@ impl Writer<'_> {
         }
         self.reconcile_at = refused.map(|error| {
             self.complain(&error);
-            Instant::now() + log.lease.pace().refresh
+            Instant::now() + log.lease.timing().refresh
         });
         Ok(true)
     }
 
-    /// Those that are not open here. Open ones that are marked as announced are `found`.
+    /// Returns the entries whose session is not open here. Calls `found` for open ones that are marked as announced.
     fn strays(
         &self,
         entries: Vec<(Bytes, Bytes)>,
@@ -291,8 +288,8 @@ impl Writer<'_> {
         let mut is_stray = |(name, value): &(Bytes, Bytes)| {
             let Ok(connection) = Uuid::try_parse_ascii(name) else { return true };
             if outbox.is_open(connection) {
-                // One that is not marked is announced once more.
-                if Record::read(value).is_some_and(|(_, announced)| announced) {
+                // An open session without the mark is announced once more.
+                if SessionRecord::read(value).is_some_and(|(_, announced)| announced) {
                     found(connection);
                 }
                 return false;
@@ -313,7 +310,7 @@ impl Writer<'_> {
             batch.into_iter().for_each(|(agent, items)| outbox.give_back(agent, items));
             return Err(error);
         }
-        let links = keys.links();
+        let connections_made = keys.connections_made();
         let appends = batch.into_iter().map(async |(agent, items)| {
             let payloads = items.iter().map(|item| payload(log, item)).collect();
             (keys.append(&agent, payloads).await, agent, items)
@@ -321,7 +318,7 @@ impl Writer<'_> {
         let mut lost = None;
         for (result, agent, items) in join_all(appends).await {
             match result {
-                Ok(()) => self.appended(&agent, &items, links)?,
+                Ok(()) => self.appended(&agent, &items, connections_made)?,
                 Err(error) if error.is_answer() => {
                     log.counters.retried.add(items.len() as u64);
                     self.complain(&error);
@@ -338,7 +335,7 @@ impl Writer<'_> {
         lost.map_or(Ok(()), Err)
     }
 
-    /// Enters the sessions that opened, but for those that closed since.
+    /// Enters opened sessions into the hash, except for those that have closed since.
     async fn enter(&self, keys: &SessionKeys, batch: &[(Id, Vec<Item>)]) -> Result<(), StoreError> {
         let items = || batch.iter().flat_map(|(_, items)| items);
         let is_closed = |item: &&Item| matches!(item.what, What::Closed(_));
@@ -354,7 +351,12 @@ impl Writer<'_> {
         keys.change(&self.log.server_id, entered.into_iter(), std::iter::empty()).await
     }
 
-    fn appended(&mut self, agent: &Id, items: &[Item], links: u64) -> Result<(), StoreError> {
+    fn appended(
+        &mut self,
+        agent: &Id,
+        items: &[Item],
+        connections_made: u64,
+    ) -> Result<(), StoreError> {
         self.log.counters.appended.add(items.len() as u64);
         self.log.outbox.lock().done(agent, items);
         for Item { connection, what } in items {
@@ -362,13 +364,13 @@ impl Writer<'_> {
                 What::Opened { record, .. } => Some(record.store(true)?),
                 What::Closed(_) => None,
             };
-            self.settle.insert(*connection, Settlement { value, links });
+            self.settle.insert(*connection, Settlement { value, connections_made });
         }
         Ok(())
     }
 
-    /// The same for the embedded bus, whose logs and sessions end with this process.
-    fn write_here(&mut self, store: &MemoryStore, hub: &Hub) -> bool {
+    /// Writes announcements for the embedded bus, whose logs and sessions end with this process.
+    fn write_here(&mut self, store: &EmbeddedStore, hub: &Hub) -> bool {
         let log = self.log;
         let batch = log.outbox.lock().take(BATCH, Instant::now());
         let any = !batch.is_empty();
@@ -387,7 +389,7 @@ impl Writer<'_> {
                     break;
                 }
                 let (channel, keep) = (Arc::clone(&channel), Keep::Nothing);
-                // The log has it: a follower that misses the message finds it there a little later.
+                // A follower that misses the message finds the announcement in the log a little later.
                 if let Err(error) = hub.publish(Publish { channel, payload, keep, receipt: None }) {
                     debug!(%error, "An announcement is in the log but was not published.");
                 }
@@ -421,7 +423,7 @@ impl Writer<'_> {
     }
 }
 
-/// The words of an announcement.
+/// Returns the message of an announcement.
 fn payload(log: &SessionLog, Item { connection, what }: &Item) -> Bytes {
     match what {
         What::Closed(payload) => payload.clone(),
@@ -435,3 +437,12 @@ fn payload(log: &SessionLog, Item { connection, what }: &Item) -> Bytes {
         }
     }
 }
+
+/// Announcements that are written at a time: other tasks run in between.
+const BATCH: usize = 256;
+
+/// Time for the last writes at the end.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Interval of log lines about refusals.
+const COMPLAINT: Duration = Duration::from_secs(10);

@@ -10,17 +10,17 @@ use tracing_subscriber::{Layer, layer::Context, registry::LookupSpan};
 
 use super::{
     line::{Fields, Style},
-    writer::Writer,
+    writer::LogWriter,
 };
 
-/// Writes a line for every event, with the fields of its spans beside its own.
+/// Layer that writes a line for every event, with the fields of its spans beside its own.
 pub(super) struct Lines {
     style: Style,
-    writer: Writer,
+    writer: LogWriter,
 }
 
 impl Lines {
-    pub(super) fn new(style: Style, writer: Writer) -> Self {
+    pub(super) fn new(style: Style, writer: LogWriter) -> Self {
         Self { style, writer }
     }
 }
@@ -79,7 +79,7 @@ mod tests {
 
     fn lines(style: Style) -> Vec<String> {
         let seen = Seen::default();
-        let writer = Writer::start(seen.clone()).unwrap();
+        let writer = LogWriter::start(seen.clone()).unwrap();
         let subscriber = tracing_subscriber::registry().with(Lines::new(style, writer.clone()));
         tracing::subscriber::with_default(subscriber, log);
         writer.flush();

@@ -1,4 +1,4 @@
-//! How a line looks: JSON for machines, something shorter for people; knows no spans.
+//! The format of a line: JSON for machines, a shorter one for people; knows no spans.
 
 use std::{
     fmt::{self, Write},
@@ -19,7 +19,7 @@ pub(super) struct Fields {
 }
 
 impl Fields {
-    /// Takes the fields of the span around that are not set further inside.
+    /// Takes those fields of the outer span that the inner ones do not set.
     pub(super) fn inherit(&mut self, outer: &Self) {
         for (name, value) in &outer.others {
             if !self.others.iter().any(|(known, _)| known == name) {
@@ -29,7 +29,7 @@ impl Fields {
     }
 
     fn set(&mut self, field: &Field, value: impl Into<Value>) {
-        // These names belong to the line itself.
+        // The line itself uses these names.
         let name = match field.name() {
             "level" => "field_level",
             "target" => "field_target",
@@ -77,12 +77,12 @@ impl Visit for Fields {
     }
 }
 
-/// How lines look.
+/// Format of lines.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Style {
-    /// One JSON object.
+    /// A JSON object.
     Json,
-    /// For people.
+    /// A shorter line for people.
     Pretty {
         /// With escape sequences for colours.
         colours: bool,
@@ -90,7 +90,7 @@ pub(super) enum Style {
 }
 
 impl Style {
-    /// A whole line, with its end.
+    /// Returns a whole line, with its newline.
     pub(super) fn line(self, now: SystemTime, of: &Metadata<'_>, fields: &Fields) -> Vec<u8> {
         let now = humantime::format_rfc3339_micros(now);
         let mut line = String::with_capacity(256);
@@ -145,7 +145,7 @@ fn pretty(
     write!(line, " {dim}{}{end}", of.target())
 }
 
-/// What a client sent must neither end the line nor command the terminal nor turn text around.
+/// Escapes a client's text: it must not end the line, control the terminal or reverse the direction of text.
 fn escape(line: &mut String, text: &str) -> fmt::Result {
     text.chars().try_for_each(|c| match c {
         '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {

@@ -11,31 +11,28 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
-/// Lines that were dropped since the process started, because standard error was stuck or gone.
+/// Returns the number of lines that were dropped since the start, because standard error was stuck or gone.
 #[must_use]
 pub fn dropped_lines() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// One log per process, and so one counter.
-static DROPPED: AtomicU64 = AtomicU64::new(0);
-
-/// The buffer between those who log and the thread that writes.
+/// The buffer between the tasks that log and the thread that writes.
 ///
-/// Invariant: never holds more than [`BUFFER_BYTES_MAX`] (and as much again is being written). A
-/// line beyond it is dropped and counted, since a message must never wait for a log.
+/// Invariant: never holds more than [`BUFFER_BYTES_MAX`] (and as much again is being written). Lines beyond that are
+/// dropped and counted, since a message must never wait for a log.
 #[derive(Clone)]
-pub(super) struct Writer(Arc<Shared>);
+pub(super) struct LogWriter(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
-    /// Lines came.
+    /// Signals that there are lines.
     filled: Condvar,
-    /// Everything has been written.
+    /// Signals that all lines are written.
     written: Condvar,
 }
 
-/// The lock guards the hand-over of lines, not the writing.
+/// The lines behind the lock, which is not held while they are written.
 #[derive(Default)]
 struct State {
     lines: Vec<u8>,
@@ -43,8 +40,8 @@ struct State {
     writing: bool,
 }
 
-impl Writer {
-    /// Starts the thread. It lives as long as the process: whoever logs last cannot be known.
+impl LogWriter {
+    /// Starts the thread, which lives as long as the process: the last line can come at any time.
     pub(super) fn start(out: impl Write + Send + 'static) -> std::io::Result<Self> {
         let (filled, written) = (Condvar::new(), Condvar::new());
         let shared = Arc::new(Shared { state: Mutex::default(), filled, written });
@@ -56,7 +53,7 @@ impl Writer {
         Ok(Self(shared))
     }
 
-    /// Hands over a line; never blocks for longer than another thread copies one.
+    /// Adds a line; never blocks for longer than another thread copies one.
     pub(super) fn push(&self, line: &[u8]) {
         let mut state = self.0.state.lock();
         if state.lines.len() + line.len() > BUFFER_BYTES_MAX {
@@ -70,7 +67,7 @@ impl Writer {
         self.0.filled.notify_one();
     }
 
-    /// Waits until everything is written, but not for ever.
+    /// Waits until all lines are written, for a bounded time.
     pub(super) fn flush(&self) {
         let deadline = Instant::now() + FLUSH_TIMEOUT;
         let mut state = self.0.state.lock();
@@ -100,10 +97,10 @@ impl Shared {
         }
     }
 
-    /// Waits for lines, and swaps them for the empty buffer; says how many there are.
+    /// Waits for lines, and swaps them for the empty buffer; returns their number.
     fn take(&self, lines: &mut Vec<u8>) -> u64 {
         lines.clear();
-        // The memory of a burst is not kept.
+        // A burst's memory is freed.
         lines.shrink_to(KEPT_BYTES);
         let mut state = self.state.lock();
         state.writing = false;
@@ -117,14 +114,14 @@ impl Shared {
     }
 }
 
-/// As [`Write::write_all`], but goes on where the other end is set not to block.
+/// Writes like [`Write::write_all`], but goes on if the other end is non-blocking.
 fn write_all(out: &mut impl Write, mut bytes: &[u8]) -> std::io::Result<()> {
     while !bytes.is_empty() {
         match out.write(bytes) {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(n) => bytes = &bytes[n..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Whoever shares a terminal with us may have made it so.
+            // Another process on the same terminal may have made it non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 std::thread::sleep(RETRY_INTERVAL);
             }
@@ -134,7 +131,10 @@ fn write_all(out: &mut impl Write, mut bytes: &[u8]) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Some ten thousand lines: seconds of a log at its loudest.
+/// The counter of dropped lines: one log per process, and so one counter.
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Upper bound of the buffer: some ten thousand lines, or seconds of the loudest log.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
 const KEPT_BYTES: usize = 64 << 10;
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -146,7 +146,7 @@ mod tests {
 
     use super::*;
 
-    /// A pipe that takes nothing until it is told to.
+    /// A pipe that accepts no bytes until the test lets it.
     struct Stuck {
         go: mpsc::Receiver<()>,
         seen: Arc<Mutex<Vec<u8>>>,
@@ -164,10 +164,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_output_stops_nobody_and_what_it_costs_is_counted() {
+    fn a_stuck_output_drops_and_counts_lines() {
         let (go, stuck) = mpsc::sync_channel(1);
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let writer = Writer::start(Stuck { go: stuck, seen: Arc::clone(&seen) }).unwrap();
+        let writer = LogWriter::start(Stuck { go: stuck, seen: Arc::clone(&seen) }).unwrap();
         let line = [b'x'; 1024];
         let lines = 3 * (BUFFER_BYTES_MAX / line.len()) as u64;
         let before = dropped_lines();

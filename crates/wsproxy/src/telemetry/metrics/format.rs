@@ -1,6 +1,7 @@
-//! The formats in which metrics are served, and which of them a request asks for. Knows no metric.
+//! The formats of the page of metrics, and the choice by `Accept`. Knows no metric.
 
 use http::{HeaderMap, header};
+use serde_json::{Map, Value};
 
 /// A format of `/metrics`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +17,7 @@ pub enum Format {
 impl Format {
     const ALL: [Self; 3] = [Self::OpenMetrics, Self::Text, Self::Json];
 
-    /// The format that `Accept` prefers; OpenMetrics where it has no preference.
+    /// Returns the format that `Accept` prefers; OpenMetrics without a preference.
     #[must_use]
     pub fn wanted(headers: &HeaderMap) -> Self {
         let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
@@ -33,7 +34,7 @@ impl Format {
         best.1
     }
 
-    /// Value of `Content-Type`.
+    /// Returns the value of `Content-Type`.
     #[must_use]
     pub const fn content_type(self) -> &'static str {
         match self {
@@ -43,7 +44,7 @@ impl Format {
         }
     }
 
-    /// Samples in this format, given those of OpenMetrics.
+    /// Converts samples from OpenMetrics to this format.
     #[must_use]
     pub fn write(self, open_metrics: String) -> String {
         match self {
@@ -53,7 +54,7 @@ impl Format {
         }
     }
 
-    /// How much an element of `Accept` wants this format; zero where it does not.
+    /// Returns the preference for this format in an element of `Accept`; zero where it is not accepted.
     fn preference(self, range: &str) -> Preference {
         let mut parts = range.split(';').map(str::trim);
         let media = parts.next().unwrap_or_default().to_ascii_lowercase();
@@ -82,10 +83,22 @@ impl Format {
     }
 }
 
-/// Weight, and how exactly the format is named.
+/// Adds members to the JSON form.
+#[must_use]
+pub fn with_members(json: String, members: Map<String, Value>) -> String {
+    if members.is_empty() {
+        return json;
+    }
+    // Both are objects, and the JSON form is never empty.
+    let members = Value::Object(members).to_string();
+    format!("{},{}", &json[..json.len() - 1], &members[1..])
+}
+
+/// The weight of a format, and the exactness of its name.
 type Preference = (f32, u8);
 
-/// The text format 0.0.4: the names of counters end with `_total` in their heads too, and there are no units.
+/// Converts to the text format 0.0.4: the names of counters end with `_total` in their heads too, and there are no
+/// units.
 fn text(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
     let mut push = |line: &str| {
@@ -117,11 +130,11 @@ fn json(open_metrics: &str) -> String {
     serde_json::json!({ "metrics": samples }).to_string()
 }
 
-/// One line of the text format, unless it is a comment. Our own label values hold no quotes.
-fn sample(line: &str) -> Option<serde_json::Value> {
+/// Reads one line of the text format, unless it is a comment. The gateway's label values have no quotes.
+fn sample(line: &str) -> Option<Value> {
     let (series, value) = line.strip_prefix('#').is_none().then(|| line.rsplit_once(' '))??;
     let (name, labels) = series.split_once('{').unwrap_or((series, ""));
-    let labels: serde_json::Map<_, _> = labels
+    let labels: Map<_, _> = labels
         .trim_end_matches('}')
         .split(',')
         .filter_map(|pair| pair.split_once('='))
@@ -183,11 +196,20 @@ mod tests {
     #[test]
     fn the_json_form_holds_the_samples() {
         let json = Format::Json.write(SAMPLES.to_owned());
-        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let json: Value = serde_json::from_str(&json).unwrap();
         let expected = serde_json::json!({ "metrics": [
             { "name": "a_bytes", "labels": {}, "value": 1.0 },
             { "name": "b_total", "labels": { "x": "1", "y": "z" }, "value": 2.0 },
         ]});
         assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn members_stand_beside_the_samples() {
+        let json = || Format::Json.write(SAMPLES.to_owned());
+        assert_eq!(with_members(json(), Map::new()), json());
+        let members = Map::from_iter([("uptime".to_owned(), 7.into())]);
+        let json: Value = serde_json::from_str(&with_members(json(), members)).unwrap();
+        assert_eq!((json["metrics"].as_array().unwrap().len(), &json["uptime"]), (2, &7.into()));
     }
 }

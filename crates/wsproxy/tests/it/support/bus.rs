@@ -10,7 +10,11 @@ use secrecy::SecretString;
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy::{
-    bus::{Bus, Deliver, Keep, Outcome, Publish, Receipt},
+    bus::{
+        Bus,
+        deliver::Deliver,
+        publish::{Keep, Outcome, Publish, Receipt},
+    },
     config,
     store::Store,
 };
@@ -24,7 +28,7 @@ pub struct TestBus {
     pub bus: Bus,
     /// The store beside it.
     pub store: Store,
-    /// What it delivered.
+    /// Its deliveries.
     pub seen: Recorder,
     /// The server, if it has one of its own.
     pub server: Option<RedisServer>,
@@ -41,12 +45,12 @@ impl TestBus {
     }
 
     /// The embedded bus with a configuration.
-    pub fn memory_with(config: &config::Redis) -> Self {
+    pub fn memory_with(config: &config::RedisConfig) -> Self {
         let (seen, tasks, shutdown) =
             (Recorder::default(), TaskTracker::new(), CancellationToken::new());
-        let bus = Bus::memory(
+        let bus = Bus::embedded(
             config,
-            &config::Limits::default(),
+            &config::LimitsConfig::default(),
             Box::new(seen.clone()),
             &tasks,
             shutdown.clone(),
@@ -63,7 +67,7 @@ impl TestBus {
     }
 
     /// A bus on the server of this configuration.
-    pub fn on(config: &config::Redis) -> Self {
+    pub fn on(config: &config::RedisConfig) -> Self {
         let (seen, tasks, shutdown) =
             (Recorder::default(), TaskTracker::new(), CancellationToken::new());
         let bus = Bus::redis(
@@ -127,25 +131,25 @@ impl Drop for TestBus {
 }
 
 /// Short times, so that faults are noticed within a test, but not so short that a busy machine is one.
-pub fn config(url: Option<&str>) -> config::Redis {
-    config::Redis {
+pub fn config(url: Option<&str>) -> config::RedisConfig {
+    config::RedisConfig {
         url: url.map(SecretString::from),
         connect_timeout: Duration::from_secs(2),
         response_timeout: Duration::from_secs(1),
         probe_interval: Duration::from_millis(200),
-        ..config::Redis::default()
+        ..config::RedisConfig::default()
     }
 }
 
-/// A message that is gone if nobody listens.
+/// A message that is gone without a subscriber.
 pub fn message(channel: &str, payload: impl Into<Bytes>) -> Publish {
     Publish { channel: channel.into(), payload: payload.into(), keep: Keep::Nothing, receipt: None }
 }
 
-/// A message that is kept in a log if nobody listens.
+/// A message that is kept in a log where it has no subscriber.
 pub fn kept_message(channel: &str, payload: impl Into<Bytes>, log: &str, max: u64) -> Publish {
     let (entries_max, bytes_max, ttl) = (max, 1 << 20, Duration::from_secs(60));
-    let keep = Keep::Unheard { log: log.into(), entries_max, bytes_max, ttl };
+    let keep = Keep::IfNoReceiver { log: log.into(), entries_max, bytes_max, ttl };
     Publish { keep, ..message(channel, payload) }
 }
 
@@ -153,7 +157,7 @@ pub fn kept_message(channel: &str, payload: impl Into<Bytes>, log: &str, max: u6
 #[derive(Clone, Default)]
 pub struct Recorder(Arc<Mutex<Notes>>);
 
-/// What was delivered.
+/// The deliveries.
 #[derive(Default)]
 pub struct Notes {
     /// Channel and payload of every message.
@@ -168,7 +172,7 @@ pub struct Notes {
     pub slowness: Duration,
     /// Messages are counted here instead of kept, if set.
     pub only_count: bool,
-    /// How many there were.
+    /// Number of the deliveries.
     pub count: usize,
 }
 
@@ -178,7 +182,7 @@ impl Recorder {
         look(&mut self.0.lock().unwrap())
     }
 
-    /// How many messages came.
+    /// Number of messages that came.
     pub fn count(&self) -> usize {
         self.notes(|notes| notes.count)
     }

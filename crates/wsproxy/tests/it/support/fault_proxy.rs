@@ -28,7 +28,7 @@ pub struct FaultProxy {
     _accepting: AbortOnDropHandle<()>,
 }
 
-/// What is wrong with the network. [`Faults::default`] is a network without faults.
+/// Faults of the network. [`Faults::default`] is a network without faults.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Faults {
     /// Every piece is late by so much.
@@ -51,7 +51,7 @@ struct State {
     cut: Cut,
 }
 
-/// How connections end.
+/// End of all connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Cut {
     /// With a RST.

@@ -10,11 +10,12 @@ use ::http::StatusCode;
 use bytes::Bytes;
 
 use wsproxy::{
-    auth::session::{Scope, issue},
-    bus::{Keep, Publish},
+    auth::session::{TokenScope, issue},
+    bus::publish::{Keep, Publish},
     config::Config,
-    gateway::Gateway,
-    hub::{Sink, Subscription, tap::Tap},
+    core::Core,
+    endpoint::Families,
+    hub::{follower::FollowerQueue, sink::Sink, subscription::Subscription},
     server::Instance,
 };
 use wsproxy_proto::names::Id;
@@ -28,10 +29,7 @@ use super::{
     soon,
 };
 
-/// The key of the worker API in every test.
-pub const API_KEY: &str = "key-of-the-tests-0123456789";
-
-/// What carries the messages in a test that runs over both.
+/// Carrier of the messages in a test that runs over both.
 pub enum Backend {
     /// Inside this process: one instance.
     Memory,
@@ -75,7 +73,7 @@ pub struct TestInstance {
 
 /// A subscriber of topics, as a worker is one.
 pub struct Follower {
-    tap: Arc<Tap>,
+    queue: Arc<FollowerQueue>,
     _subscription: Subscription,
 }
 
@@ -89,7 +87,7 @@ impl TestInstance {
 
     /// Starts it.
     pub async fn start_unready(config: Config) -> Self {
-        let instance = Instance::start(config, |_| axum::Router::new()).await.unwrap();
+        let instance = Instance::start(config, |_, _| axum::Router::new()).await.unwrap();
         Self { instance }
     }
 
@@ -109,9 +107,14 @@ impl TestInstance {
         .await;
     }
 
-    /// What its parts share.
-    pub fn gateway(&self) -> &Arc<Gateway> {
-        self.instance.gateway()
+    /// The state that its parts share.
+    pub fn gateway(&self) -> &Arc<Core> {
+        self.instance.core()
+    }
+
+    /// The endpoint families.
+    pub fn families(&self) -> &Arc<Families> {
+        self.instance.families()
     }
 
     /// Where it listens.
@@ -131,16 +134,16 @@ impl TestInstance {
 
     /// A token that opens one connection of a session.
     pub async fn token(&self, session: &str) -> String {
-        self.token_for(session, &Scope::default()).await
+        self.token_for(session, &TokenScope::default()).await
     }
 
     /// A token that opens a session's event streams until it expires.
     pub async fn stream_token(&self, session: &str) -> String {
-        self.token_for(session, &Scope { agent: None, event_stream: true }).await
+        self.token_for(session, &TokenScope { agent: None, event_stream: true }).await
     }
 
     /// A token for a session.
-    pub async fn token_for(&self, session: &str, scope: &Scope) -> String {
+    pub async fn token_for(&self, session: &str, scope: &TokenScope) -> String {
         let gateway = self.gateway();
         let key = gateway.names.session_auth(&id(session));
         issue(&gateway.store, &key, Duration::from_secs(60), scope).await.unwrap()
@@ -216,10 +219,10 @@ impl TestInstance {
 
     /// Subscribes to a topic as a worker does.
     pub async fn follow(&self, topic: &str) -> Follower {
-        let tap = Tap::new(64 * 1024 * 1024);
-        let sinks = [(topic.into(), Sink::Tap(Arc::clone(&tap)))];
+        let queue = FollowerQueue::new(64 * 1024 * 1024);
+        let sinks = [(topic.into(), Sink::Follower(Arc::clone(&queue)))];
         let subscription = soon("the subscription", self.gateway().hub.subscribe(sinks)).await;
-        Follower { tap, _subscription: subscription.unwrap() }
+        Follower { queue, _subscription: subscription.unwrap() }
     }
 
     /// The value of a series of `/metrics`; 0 where it is not there yet.
@@ -253,9 +256,9 @@ impl TestInstance {
     pub async fn wait_empty(&self) {
         let gateway = self.gateway();
         // The commands to all instances are followed as long as events are served.
-        let kept = usize::from(gateway.registry.is_some());
+        let kept = usize::from(self.families().events.registry.is_some());
         eventually("nothing is left behind", || {
-            gateway.places.taken() == 0
+            gateway.seats.taken() == 0
                 && gateway.hub.topics() == kept
                 && gateway.bus.status().channels == kept
                 && gateway.runtime.budget.used() == 0
@@ -278,7 +281,7 @@ impl TestInstance {
 impl Follower {
     /// The next message.
     pub async fn next(&mut self) -> String {
-        let message = soon("a message", self.tap.next()).await.expect("no overflow");
+        let message = soon("a message", self.queue.next_message()).await.expect("no overflow");
         String::from_utf8(message.to_vec()).unwrap()
     }
 
@@ -315,3 +318,6 @@ macro_rules! over_both {
 }
 
 pub(crate) use over_both;
+
+/// The key of the worker API in every test.
+pub const API_KEY: &str = "key-of-the-tests-0123456789";

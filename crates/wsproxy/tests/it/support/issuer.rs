@@ -20,10 +20,10 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-/// What the server does with a request.
+/// The server's treatment of a request.
 #[derive(Debug, Clone)]
 pub enum Answer {
-    /// Closes the connection: nobody is at home.
+    /// Closes the connection without an answer.
     Nothing,
     /// Reads the request, and that is all.
     Silence,
@@ -93,7 +93,7 @@ impl Issuer {
         self.shared.requests.load(SeqCst)
     }
 
-    /// Bytes of endless answers that somebody took.
+    /// Bytes of endless answers that gateways took.
     pub fn written(&self) -> usize {
         self.shared.written.load(SeqCst)
     }

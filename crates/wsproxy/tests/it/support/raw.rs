@@ -10,10 +10,6 @@ use tokio::{
 
 use super::{http::Response, soon};
 
-/// A handshake's headers, complete but for credentials.
-pub const UPGRADE: &str = "Host: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-    Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-
 /// A TCP connection.
 pub struct Raw {
     /// The socket.
@@ -127,12 +123,12 @@ impl Raw {
         soon("bytes", self.socket.read_buf(&mut self.buffer)).await.unwrap_or(0)
     }
 
-    /// What was read and not understood yet, taken out.
+    /// Takes the bytes that were read and not parsed yet.
     pub fn take(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.buffer)
     }
 
-    /// What was read and not understood yet.
+    /// Returns the bytes that were read and not parsed yet.
     pub fn rest(&self) -> &[u8] {
         &self.buffer
     }
@@ -169,3 +165,7 @@ fn parse(bytes: &[u8]) -> Option<(Frame, usize)> {
     let payload = bytes.get(head..head + length)?.to_vec();
     Some((Frame { first, payload }, head + length))
 }
+
+/// A handshake's headers, complete but for credentials.
+pub const UPGRADE: &str = "Host: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+    Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";

@@ -16,9 +16,6 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// The script with which workers publish.
-const PUBLISH: &str = include_str!("../../../../../spec/scripts/publish.lua");
-
 /// A running server; dropping it kills it.
 pub struct RedisServer {
     directory: TempDir,
@@ -27,7 +24,7 @@ pub struct RedisServer {
     options: Options,
 }
 
-/// How a server is started.
+/// Options of a server.
 #[derive(Default, Clone)]
 pub struct Options {
     /// Password of the default user.
@@ -38,7 +35,7 @@ pub struct Options {
     pub arguments: Vec<String>,
 }
 
-/// What a server answered.
+/// A server's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// A string of any kind.
@@ -281,8 +278,8 @@ impl Answer {
     }
 }
 
-/// A port that nobody listens on now. It lies below those that the kernel gives to outgoing
-/// connections, so that nobody takes it while a server is down, and it is handed out only once.
+/// A port without a listener now. It lies below those that the kernel gives to outgoing
+/// connections, so that no other socket takes it while a server is down, and it is handed out only once.
 pub fn free_port() -> u16 {
     static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     let mut taken = TAKEN.lock().unwrap();
@@ -341,3 +338,6 @@ fn write_certificates(directory: &TempDir) {
     fs::write(directory.path().join("server.pem"), certificate.pem()).unwrap();
     fs::write(directory.path().join("server.key"), key.serialize_pem()).unwrap();
 }
+
+/// The script with which workers publish.
+const PUBLISH: &str = include_str!("../../../../../spec/scripts/publish.lua");

@@ -1,0 +1,191 @@
+//! Users' agents: their memory, the cost of their heartbeats, and calls of tools over Redis at one or several rates.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde_json::json;
+
+use crate::answers::Answers;
+use crate::bench::{Bench, Layout};
+use crate::clock::{NS_PER_SECOND, now_ns, ns, sleep_until};
+use crate::fleet::{Echo, Span};
+use crate::options::{Common, seconds};
+use crate::redis_memory;
+use crate::report::Report;
+use crate::stamp::CallStamp;
+use crate::target::Kind;
+
+/// Options of the scenario. The database must have the user `{run}-{n}` with the secret `token-{run}-{n}` for each client.
+#[derive(Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// Memory is compared between this many agents and all of them.
+    #[arg(long, default_value_t = 1_000)]
+    from: u32,
+    /// Seconds for which the agents only send heartbeats.
+    #[arg(long, default_value = "30", value_parser = seconds)]
+    idle: Duration,
+    /// Interval of an agent's heartbeats, in seconds.
+    #[arg(long, default_value = "30", value_parser = seconds)]
+    heartbeat: Duration,
+    /// Calls per second over all agents; several rates are tried one after the other.
+    #[arg(long, value_delimiter = ',', default_value = "5000")]
+    rates: Vec<f64>,
+}
+
+/// Runs the scenario.
+pub fn run(options: &Options) -> Result<Report> {
+    let common = &options.common;
+    if common.target != Kind::Agents {
+        bail!("only --target agents has agents");
+    }
+    let clients = common.connections;
+    let from = options.from.min(clients);
+    let mut bench = Bench::start("agents", common, Layout::sessions(clients))?;
+    bench.open(Span { first: 0, count: from })?;
+    let few = settled(&bench);
+    let opening = bench.moment();
+    bench.open(Span { first: from, count: clients - from })?;
+    let spent = bench.spent_since(&opening);
+    let opened = f64::from(clients - from);
+    bench.report.ratio("handshakes_per_s", opened * NS_PER_SECOND as f64, spent.elapsed as f64);
+    bench.report.ratio("server_cpu_us_per_handshake", spent.server as f64 / 1e3, opened);
+    let many = settled(&bench);
+    let growth = many.saturating_sub(few) as f64;
+    bench.report.ratio("idle_bytes_per_connection", growth, opened);
+    let in_redis = redis_memory::bytes_per_agent(common.publish, &bench.target, clients)?;
+    bench.report.figure("redis_bytes_per_agent", in_redis);
+    if !options.idle.is_zero() {
+        heartbeats(&mut bench, options)?;
+    }
+    let caller = bench.target.run().to_owned();
+    let answers = Answers::start(common.publish, &format!("response:{caller}"))?;
+    let mut calls = Calls { number: 0, answers, caller, payload: Vec::new() };
+    let mut steps = Vec::new();
+    for &rate in &options.rates {
+        bench.progress.phase(&format!("warm up at {rate}/s"));
+        calls.steady(&mut bench, rate, common.warmup)?;
+        drop(calls.answers.report());
+        bench.progress.phase(&format!("measure at {rate}/s"));
+        let start = bench.moment();
+        let (sent, answered) = calls.steady(&mut bench, rate, common.duration)?;
+        bench.note_cpu(&start, answered, "call");
+        let report = &mut bench.report;
+        report.figure("calls", sent);
+        report.figure("answered", answered);
+        report.ratio("calls_per_s", answered as f64, report.seconds("measured_s"));
+        report.quantiles("call", &calls.answers.report());
+        // A ramp is meant to find the rate that is too high.
+        report.problem_if(answered < sent && steps.is_empty(), || {
+            format!("{} of {sent} calls at {rate}/s had no answer", sent - answered)
+        });
+        let mut figures = report.figures.clone();
+        figures.insert("rate_per_s".to_owned(), json!(rate));
+        let p99_ms = figures.get("call_p99_ms").and_then(serde_json::Value::as_f64);
+        let held = answered == sent && p99_ms.is_some_and(|p99_ms| p99_ms < HELD_MS);
+        if steps.is_empty() {
+            for name in ["call_p50_ms", "call_p99_ms", "server_cpu_us_per_call"] {
+                let value = figures.get(name).cloned().unwrap_or_default();
+                report.figure(&format!("first_{name}"), value);
+            }
+        }
+        figures.insert("held".to_owned(), json!(held));
+        steps.push(figures);
+        if !held {
+            break;
+        }
+        bench.report.figure("held_calls_per_s", rate);
+    }
+    let failed = calls.answers.failed();
+    bench.report.problem_if(failed > 0, || format!("{failed} calls failed"));
+    if steps.len() > 1 {
+        bench.report.figure("steps", steps);
+    }
+    let tally = bench.fleet.report()?;
+    bench.judge(&tally, false);
+    bench.judge_unheard();
+    bench.close(Span::all(clients))?;
+    Ok(bench.report)
+}
+
+/// Calls of tools by one caller, whose answers come on one channel.
+struct Calls {
+    number: u32,
+    answers: Answers,
+    /// Id of the channel of answers.
+    caller: String,
+    payload: Vec<u8>,
+}
+
+impl Calls {
+    /// Calls at a rate, and returns the numbers of calls and of answers.
+    fn steady(&mut self, bench: &mut Bench, rate: f64, duration: Duration) -> Result<(u64, u64)> {
+        let before = self.answers.answered() + self.answers.failed();
+        let (tick_ns, duration_ns) = (ns(bench.common.tick()), ns(duration));
+        let start_ns = now_ns() + tick_ns;
+        let mut sent = 0;
+        for tick in 1..=duration_ns / tick_ns {
+            let at_ns = start_ns + tick * tick_ns;
+            sleep_until(at_ns);
+            let due = (rate * (tick * tick_ns) as f64 / NS_PER_SECOND as f64).round() as u64;
+            while sent < due {
+                self.call(bench, at_ns);
+                sent += 1;
+            }
+            bench.publisher.flush()?;
+        }
+        bench.publisher.settle()?;
+        let give_up_ns = now_ns() + ns(LATE);
+        let answered = || self.answers.answered() + self.answers.failed() - before;
+        while answered() < sent && now_ns() < give_up_ns {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok((sent, answered()))
+    }
+
+    fn call(&mut self, bench: &mut Bench, sent_ns: u64) {
+        let agent = self.number % bench.common.connections;
+        let payload = &mut self.payload;
+        payload.clear();
+        payload.extend_from_slice(br#"{"type":"tool_call","requestId":""#);
+        CallStamp { sent_ns, number: self.number }.write(payload);
+        payload.extend_from_slice(br#"","tool":"echo","params":{"text":""#);
+        payload.resize(payload.len() + bench.common.size, b'x');
+        payload.extend_from_slice(br#""},"replyTo":"response:"#);
+        payload.extend_from_slice(self.caller.as_bytes());
+        payload.extend_from_slice(b"\"}");
+        bench.publisher.publish(agent, payload);
+        self.number = self.number.wrapping_add(1);
+    }
+}
+
+/// Lets the agents send heartbeats only, and notes the CPU time.
+fn heartbeats(bench: &mut Bench, options: &Options) -> Result<()> {
+    bench.progress.phase("heartbeats");
+    let clients = bench.common.connections;
+    let rate = f64::from(clients) / options.heartbeat.as_secs_f64();
+    let start_ns = now_ns();
+    let end_ns = start_ns + ns(options.idle);
+    let (span, tick) = (Span::all(clients), Duration::from_millis(10));
+    bench.fleet.echo(Echo { span, rate, bytes: 0, heartbeats: true, tick, start_ns, end_ns })?;
+    let start = bench.moment();
+    sleep_until(end_ns);
+    bench.note_cpu(&start, (rate * options.idle.as_secs_f64()) as u64, "heartbeat");
+    bench.rename_cpu("heartbeats");
+    Ok(())
+}
+
+/// Returns the server's resident memory once it is quiet.
+fn settled(bench: &Bench) -> u64 {
+    std::thread::sleep(QUIET);
+    bench.memory().resident
+}
+
+/// A rate counts as held when 99 % of its calls are answered within this many milliseconds.
+const HELD_MS: f64 = 50.0;
+/// Longest wait for answers after the last call.
+const LATE: Duration = Duration::from_secs(5);
+/// Time in which the server becomes quiet.
+const QUIET: Duration = Duration::from_secs(3);

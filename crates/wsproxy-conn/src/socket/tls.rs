@@ -1,0 +1,233 @@
+//! TLS over TCP, from either end; knows bytes only.
+
+use std::{
+    io::{self, ErrorKind::WouldBlock, IoSlice, Read, Write},
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use parking_lot::Mutex;
+use rustls::{
+    ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection,
+    pki_types::ServerName,
+};
+use tokio::net::TcpStream;
+
+use crate::outbox::SLICES_MAX;
+
+/// Encrypted socket that its own task reads and that any task writes, without `&mut`.
+///
+/// Accepted bytes become a record, of which the kernel may take only a part. The last accepted byte counts as written
+/// only when the kernel has taken the whole record. So a caller that has written everything leaves nothing in here,
+/// and needs to know of no second buffer.
+///
+/// The caller must offer a byte that does not count as written again, and nothing else in its place. The outbox does
+/// so: it never drops or overtakes a frame that is partly written.
+#[derive(Debug)]
+pub struct TlsSocket {
+    pub(super) stream: TcpStream,
+    /// Lock: taken while the state of a link may be locked; no other lock is taken under it.
+    session: Mutex<Session>,
+}
+
+#[derive(Debug)]
+struct Session {
+    tls: Connection,
+    /// Decrypted bytes wait: the last reader had no more room.
+    has_unread: bool,
+    /// The last byte that was accepted does not count as written yet.
+    holds_back: bool,
+}
+
+/// The kernel's socket, which never blocks.
+struct Kernel<'a>(&'a TcpStream);
+
+impl TlsSocket {
+    /// Encrypts a socket that was dialled, and checks the certificate of the server as `config` says. Set a deadline.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] where the server's certificate or its TLS is not accepted; otherwise an error of
+    /// the socket.
+    pub async fn client(
+        stream: TcpStream,
+        config: Arc<ClientConfig>,
+        server: ServerName<'static>,
+    ) -> io::Result<Self> {
+        let tls = ClientConnection::new(config, server).map_err(invalid)?;
+        Self::handshake(stream, tls.into()).await
+    }
+
+    /// Encrypts a socket that was accepted. Set a deadline.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] where the client's TLS is not accepted; otherwise an error of the socket.
+    pub async fn server(stream: TcpStream, config: Arc<ServerConfig>) -> io::Result<Self> {
+        let tls = ServerConnection::new(config).map_err(invalid)?;
+        Self::handshake(stream, tls.into()).await
+    }
+
+    async fn handshake(stream: TcpStream, tls: Connection) -> io::Result<Self> {
+        let mut session = Session { tls, has_unread: false, holds_back: false };
+        loop {
+            match session.flush(&stream) {
+                Ok(()) => {}
+                Err(error) if error.kind() == WouldBlock => {
+                    stream.writable().await?;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            if !session.tls.is_handshaking() {
+                return Ok(Self { stream, session: Mutex::new(session) });
+            }
+            stream.readable().await?;
+            match session.tls.read_tls(&mut Kernel(&stream)) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => session.process(&stream).map(drop)?,
+                Err(error) if error.kind() == WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    pub(super) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut session = self.session.lock();
+        let mut filled = 0;
+        let ended = loop {
+            match session.fill(&self.stream, &mut buffer[filled..]) {
+                Ok(0) => break Ok(()),
+                Ok(count) => filled += count,
+                Err(error) => break Err(error),
+            }
+            if filled == buffer.len() {
+                break Ok(());
+            }
+        };
+        // Answers to the peer's handshake messages; where the socket takes none of them now, the next write does.
+        let _ = session.flush(&self.stream);
+        // The next read finds the end or the error again.
+        if filled > 0 { Ok(filled) } else { ended.map(|()| 0) }
+    }
+
+    pub(super) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut session = self.session.lock();
+        session.flush(&self.stream)?;
+        let written = usize::from(std::mem::take(&mut session.holds_back));
+        let accepted = session.accept(slices, written)?;
+        match session.flush(&self.stream) {
+            Ok(()) => Ok(written + accepted),
+            Err(error) if error.kind() == WouldBlock && accepted > 0 => {
+                session.holds_back = true;
+                match written + accepted - 1 {
+                    0 => Err(error),
+                    count => Ok(count),
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.session.lock().has_unread {
+            return Poll::Ready(Ok(()));
+        }
+        self.stream.poll_read_ready(cx)
+    }
+
+    /// Tells the peer that the end of the stream is meant.
+    pub(super) fn say_goodbye(&self) {
+        let mut session = self.session.lock();
+        session.tls.send_close_notify();
+        // The alert is lost where the peer reads nothing, which does no harm.
+        let _ = session.flush(&self.stream);
+    }
+}
+
+impl Session {
+    /// Gives the kernel what is encrypted.
+    fn flush(&mut self, stream: &TcpStream) -> io::Result<()> {
+        while self.tls.wants_write() {
+            if self.tls.write_tls(&mut Kernel(stream))? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Decrypts what came. Returns how many bytes can be read.
+    fn process(&mut self, stream: &TcpStream) -> io::Result<usize> {
+        match self.tls.process_new_packets() {
+            Ok(state) => Ok(state.plaintext_bytes_to_read()),
+            Err(error) => {
+                // The alert that tells the peer what is wrong.
+                let _ = self.flush(stream);
+                Err(invalid(error))
+            }
+        }
+    }
+
+    /// Reads decrypted bytes, after more from the kernel where there are none. `Ok(0)` is the end of the stream.
+    fn fill(&mut self, stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let unread = self.process(stream)?;
+            let count = match self.tls.reader().read(buffer) {
+                Err(error) if error.kind() == WouldBlock => {
+                    self.tls.read_tls(&mut Kernel(stream))?;
+                    continue;
+                }
+                // The end of the stream without the alert counts as the end: the WebSocket's close frame tells whether
+                // the peer had sent everything.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+                result => result?,
+            };
+            self.has_unread = unread > count;
+            return Ok(count);
+        }
+    }
+
+    /// Encrypts bytes of `slices` for one record, without the first `written` bytes, which are encrypted already.
+    fn accept(&mut self, slices: &[IoSlice<'_>], written: usize) -> io::Result<usize> {
+        let mut parts = [IoSlice::new(&[]); SLICES_MAX];
+        let (mut count, mut left) = (0, RECORD_BYTES);
+        for (part, slice) in parts.iter_mut().zip(slices) {
+            let slice = &slice[if count == 0 { written } else { 0 }..];
+            let taken = slice.len().min(left);
+            // The last byte of a record counts as written only later. A frame gets at least two bytes of a record, so
+            // that a frame that is begun never looks untouched.
+            if left == 0 || count > 0 && taken == 1 {
+                break;
+            }
+            *part = IoSlice::new(&slice[..taken]);
+            left -= taken;
+            count += 1;
+        }
+        self.tls.writer().write_vectored(&parts[..count])
+    }
+}
+
+impl Read for Kernel<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.try_read(buffer)
+    }
+}
+
+impl Write for Kernel<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.try_write(bytes)
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.try_write_vectored(slices)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn invalid(error: rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// Bytes that are encrypted at once: those of one record.
+const RECORD_BYTES: usize = 16 * 1024;

@@ -1,0 +1,11 @@
+//! Fuzzes `bodies::agent_message`.
+
+#![no_main]
+#![allow(dead_code)]
+
+#[path = "../../tests/it/bodies.rs"]
+mod bodies;
+#[path = "../../tests/it/support.rs"]
+mod support;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| bodies::agent_message(data));

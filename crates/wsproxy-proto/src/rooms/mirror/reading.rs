@@ -1,0 +1,522 @@
+//! Readings of a room: when one is due, the news that come meanwhile, and the differences that it shows.
+
+use bytes::Bytes;
+
+use crate::rooms::{
+    mirror::{
+        Change, Limits, Merge, Mirror, Refused,
+        replica::{Counted, Replica, joined, replaced},
+        state::Member,
+    },
+    wire,
+};
+
+/// Kind of a reading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// Everything: [`Mirror::begin_reading`].
+    Room,
+    /// Positions: [`Mirror::begin_positions`].
+    Positions,
+}
+
+/// Reading that is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due {
+    /// Time from which on it should begin.
+    pub at: u64,
+    /// Kind.
+    pub read: Read,
+}
+
+/// Number of a reading that is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+/// State of a room as Redis has it.
+///
+/// To be read in this order by one connection: entities, positions, version, members. So no entity is without its
+/// member, and no member without its join.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Presence version; 0 where there is none.
+    pub version: u64,
+    /// Client ids and records.
+    pub members: Vec<(Bytes, Bytes)>,
+    /// Fields, as [`wire::field`] writes them, and snapshots.
+    pub entities: Vec<(Bytes, Bytes)>,
+    /// Fields, as [`wire::field`] writes them, and positions.
+    pub positions: Vec<(Bytes, Bytes)>,
+}
+
+/// Outcome of a reading.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The reading was applied.
+    Applied {
+        /// Clients that are no members and have left fields behind, at most 500. The leave script removes these fields.
+        orphans: Vec<Box<str>>,
+    },
+    /// The link was lost since the reading began, or another reading is under way.
+    Stale,
+    /// More news came meanwhile than may wait. Another reading is due.
+    Overflowed,
+}
+
+/// News that came while a reading was under way, to be applied behind it.
+#[derive(Debug)]
+pub(super) enum Op {
+    Join { version: u64, client: Box<str>, record: Box<str> },
+    Leave { version: u64, client: Box<str> },
+    Replaced { old_connection: Box<str>, client: Box<str>, record: Box<str> },
+    Here { client: Box<str>, record: Box<str>, version: u64, before: Option<Box<str>> },
+    Presence { client: Box<str>, presence: Box<[u8]> },
+    Spawn { client: Box<str>, entity: Box<str>, snapshot: Box<[u8]> },
+    Update { client: Box<str>, entity: Box<str>, update: Box<[u8]> },
+    Despawn { client: Box<str>, entity: Box<str> },
+    Position { client: Box<str>, entity: Box<str>, position: Box<[u8]> },
+}
+
+/// Times of readings, and the news that come during one.
+#[derive(Debug)]
+pub(super) struct Reader {
+    is_complete: bool,
+    /// Source of tickets.
+    last: u64,
+    under_way: Option<Box<UnderWay>>,
+    /// Time at which a reading is wanted.
+    wanted: Option<u64>,
+    /// The wanted reading is for news that were missed, not to look for members again.
+    is_missing_news: bool,
+    /// Time before which no reading begins, since one has failed.
+    earliest: u64,
+    /// Time at which members that a reading lacked are looked for again.
+    look_again: Option<u64>,
+    positions_at: Option<u64>,
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    ticket: Ticket,
+    began: u64,
+    log: Vec<Op>,
+    bytes: usize,
+    is_overflowed: bool,
+}
+
+impl Reader {
+    pub(super) const fn new(now: u64) -> Self {
+        Self {
+            is_complete: false,
+            last: 0,
+            under_way: None,
+            wanted: Some(now),
+            is_missing_news: true,
+            earliest: 0,
+            look_again: None,
+            positions_at: None,
+        }
+    }
+
+    pub(super) const fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// Returns whether no news are missing.
+    pub(super) const fn is_current(&self) -> bool {
+        self.is_complete && self.under_way.is_none() && !self.is_missing_news
+    }
+
+    /// Wants a reading, unless one is under way.
+    pub(super) fn want(&mut self, at: u64) {
+        if self.under_way.is_none() {
+            self.want_anew(at);
+        }
+    }
+
+    /// Wants a reading that begins after this moment.
+    pub(super) fn want_anew(&mut self, at: u64) {
+        self.is_missing_news = true;
+        self.wanted = Some(self.wanted.map_or(at, |wanted| wanted.min(at)));
+    }
+
+    /// Makes a reading that is under way void.
+    pub(super) fn give_up(&mut self) {
+        self.under_way = None;
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.under_way.as_ref().map_or(0, |reading| reading.bytes)
+    }
+
+    /// Keeps news while a reading is under way.
+    pub(super) fn log(&mut self, op: impl FnOnce() -> Op) {
+        let Some(reading) = &mut self.under_way else { return };
+        if reading.is_overflowed {
+            return;
+        }
+        let op = op();
+        reading.bytes += op.bytes();
+        reading.log.push(op);
+        if reading.bytes > LOG_BYTES_MAX {
+            (reading.log, reading.bytes, reading.is_overflowed) = (Vec::new(), 0, true);
+        }
+    }
+}
+
+impl Mirror {
+    /// Returns the reading that should begin next; `None` where one is under way, or none is wanted.
+    #[must_use]
+    pub fn due(&self) -> Option<Due> {
+        let reader = &self.reader;
+        if reader.under_way.is_some() {
+            return None;
+        }
+        let looks = [reader.wanted, reader.look_again].into_iter().flatten().min();
+        let room = looks.map(|at| Due { at: at.max(reader.earliest), read: Read::Room });
+        let positions = reader.positions_at.map(|at| Due { at, read: Read::Positions });
+        room.into_iter().chain(positions).min_by_key(|due| due.at)
+    }
+
+    /// Wants a reading at a time, because news may have been missed.
+    pub fn want_reading(&mut self, at: u64) {
+        self.reader.want(at);
+    }
+
+    /// Notes that the link of subscriptions was lost: news may be missed from now on. A reading that is under way is
+    /// void. Once the subscription is confirmed again, [`Self::want_reading`] is to be called.
+    pub fn lose_link(&mut self) {
+        self.channel = None;
+        self.reader.under_way = None;
+        self.reader.is_missing_news = true;
+        self.reader.positions_at = None;
+        for member in self.replica.state.members_mut() {
+            member.hear_echo();
+            if !member.is_here() {
+                member.age_positions();
+            }
+        }
+    }
+
+    /// Begins a reading of the room. The subscription must have been confirmed before.
+    pub fn begin_reading(&mut self, now: u64) -> Ticket {
+        let reader = &mut self.reader;
+        reader.last += 1;
+        let ticket = Ticket(reader.last);
+        (reader.wanted, reader.look_again, reader.positions_at) = (None, None, None);
+        reader.under_way = Some(Box::new(UnderWay {
+            ticket,
+            began: now,
+            log: Vec::new(),
+            bytes: 0,
+            is_overflowed: false,
+        }));
+        ticket
+    }
+
+    /// Gives up a reading that has failed. Another one is due at `retry_at`, and none before.
+    pub fn abandon_reading(&mut self, ticket: Ticket, retry_at: u64) {
+        if self.reader.under_way.take_if(|reading| reading.ticket == ticket).is_some() {
+            self.reader.earliest = retry_at;
+            self.reader.want(retry_at);
+        }
+    }
+
+    /// Applies a reading of the room, and behind it the news that came meanwhile.
+    pub fn apply_reading(
+        &mut self,
+        ticket: Ticket,
+        reading: &Reading,
+        now: u64,
+        changes: &mut Vec<Change>,
+    ) -> Outcome {
+        let Some(under_way) = self.reader.under_way.take_if(|reading| reading.ticket == ticket)
+        else {
+            return Outcome::Stale;
+        };
+        if under_way.is_overflowed {
+            self.reader.want(now);
+            return Outcome::Overflowed;
+        }
+        let (mut draft, orphans) = self.draft(reading);
+        let is_whole = draft.replay(under_way.log, self.merge, &self.limits.doubled());
+        let from = changes.len();
+        // News up to here were told. A first reading is told as it is.
+        let told = if self.is_complete() { self.replica.known } else { draft.known };
+        (self.replica.known, self.replica.told) = (draft.known, told);
+        self.reader.is_missing_news = self.reader.wanted.is_some();
+        self.replica.is_current = true;
+        self.adopt(&draft, under_way.began, changes);
+        if !self.is_complete() {
+            changes.truncate(from);
+            let known = self.replica.known;
+            self.replica.state.members_mut().for_each(|member| member.told = known);
+        }
+        self.reader.is_complete = true;
+        self.reader.positions_at = Some(now + POSITIONS_AGAIN);
+        if !is_whole {
+            self.reader.want(now);
+        }
+        Outcome::Applied { orphans }
+    }
+
+    /// Begins a reading of positions.
+    pub fn begin_positions(&mut self) {
+        self.reader.positions_at = None;
+    }
+
+    /// Applies a reading of positions: those that their owners have not overtaken.
+    pub fn apply_positions(&mut self, positions: &[(Bytes, Bytes)], changes: &mut Vec<Change>) {
+        let limits = self.limits.doubled();
+        for (field, position) in positions {
+            let Some((client, id)) = wire::parse_field(field) else { continue };
+            let Some(member) = self.replica.state.member(client) else { continue };
+            let held = member.entity(id);
+            if held.is_some_and(|held| held.is_live || held.position() == Some(position))
+                || member.has_touched(id)
+            {
+                continue;
+            }
+            if self.replica.state.place(client, id, position, &limits).is_ok() {
+                changes.push(Change::Moved { client: client.into(), entity: id.into() });
+            }
+        }
+    }
+
+    /// Returns what was read as a replica, and the clients without a record that have left fields behind.
+    fn draft(&self, reading: &Reading) -> (Replica, Vec<Box<str>>) {
+        let (mut draft, limits) = (self.replica.draft(reading.version), self.limits.doubled());
+        for (client, record) in &reading.members {
+            let (client, record) = (str::from_utf8(client), str::from_utf8(record));
+            if let (Ok(client), Ok(record)) = (client, record)
+                && wire::Record::parse(record).is_some()
+            {
+                draft.put(client, record).told = reading.version;
+            }
+        }
+        let mut orphans: Vec<Box<str>> = Vec::new();
+        let mut orphan = |client: &str| {
+            // A member that Redis has lost may come back, with its entities.
+            let is_orphan = self.member(client).is_none();
+            if is_orphan && orphans.len() < ORPHANS_MAX && !orphans.iter().any(|o| **o == *client) {
+                orphans.push(client.into());
+            }
+        };
+        for (field, snapshot) in &reading.entities {
+            let Some((client, id)) = wire::parse_field(field) else { continue };
+            match draft.state.member(client) {
+                Some(_) => _ = draft.state.spawn(client, id, snapshot, &limits),
+                None => orphan(client),
+            }
+        }
+        for (field, position) in &reading.positions {
+            let Some((client, id)) = wire::parse_field(field) else { continue };
+            match draft.state.member(client) {
+                Some(_) => _ = draft.state.place(client, id, position, &limits),
+                None => orphan(client),
+            }
+        }
+        (draft, orphans)
+    }
+
+    /// Changes the members, entities and positions to those of `draft`.
+    fn adopt(&mut self, draft: &Replica, began: u64, changes: &mut Vec<Change>) {
+        for (client, found) in draft.state.members() {
+            if self.replica.state.member(client).is_none() {
+                let told = self.replica.told;
+                let member = self.replica.put(client, found.record_text());
+                (member.joined, member.own_seen, member.told) =
+                    (found.joined, found.own_seen, told);
+                changes.push(joined(client, found.record_text()));
+                self.adopt_entities(client, found, false, changes);
+                continue;
+            }
+            let Some(member) = self.replica.state.member_mut(client) else { continue };
+            (member.missing_since, member.is_leaving) = (None, false);
+            member.own_seen = member.own_seen.max(found.own_seen);
+            let was_here = member.is_here();
+            self.adopt_record(client, found, changes);
+            let Some(member) = self.replica.state.member_mut(client) else { continue };
+            let is_ours = was_here && member.is_here();
+            // Entities have one writer. What it does here may not have reached Redis yet.
+            self.adopt_entities(client, found, is_ours, changes);
+            if let Some(member) = self.replica.state.member_mut(client) {
+                member.end_reading();
+            }
+        }
+        self.forget_missing(draft, began, changes);
+    }
+
+    fn adopt_record(&mut self, client: &str, found: &Member, changes: &mut Vec<Change>) {
+        let Some(member) = self.replica.state.member(client) else { return };
+        if member.record_text() == found.record_text() {
+            return;
+        }
+        let old = member.record().connection.to_owned();
+        let record = found.record_text();
+        if found.record().connection != old {
+            self.replica.put(client, record);
+            changes.push(replaced(client, &old, record));
+        } else if !member.is_here() {
+            self.replica.put(client, record);
+            changes.push(Change::Updated { client: client.into(), record: record.into() });
+        }
+    }
+
+    fn adopt_entities(
+        &mut self,
+        client: &str,
+        found: &Member,
+        is_ours: bool,
+        changes: &mut Vec<Change>,
+    ) {
+        let Some(member) = self.replica.state.member(client) else { return };
+        let is_kept = |member: &Member, id: &str| match is_ours {
+            true => !member.yields(id),
+            false => member.has_touched(id),
+        };
+        let is_gone = |id: &str| found.entity(id).is_none_or(|found| found.snapshot().is_none());
+        let spawned = member.entities().filter(|entity| entity.snapshot().is_some());
+        let gone = spawned.filter(|entity| is_gone(entity.id()) && !is_kept(member, entity.id()));
+        let gone: Vec<Box<str>> = gone.map(|entity| entity.id().into()).collect();
+        for entity in gone {
+            self.replica.state.despawn(client, &entity);
+            changes.push(Change::Despawned { client: client.into(), entity });
+        }
+        let limits = self.limits.doubled();
+        for new in found.entities() {
+            let Some(member) = self.replica.state.member(client) else { return };
+            let id = new.id();
+            if is_kept(member, id) {
+                continue;
+            }
+            let held = member.entity(id);
+            let is_live = held.is_some_and(|held| held.is_live);
+            let (client, entity): (Box<str>, Box<str>) = (client.into(), id.into());
+            let position = new.position().filter(|position| {
+                !is_live && held.and_then(|held| held.position()) != Some(position)
+            });
+            if let Some(snapshot) = new.snapshot()
+                && held.and_then(|held| held.snapshot()) != Some(snapshot)
+                && self.replica.state.spawn(&client, id, snapshot, &limits).is_ok()
+            {
+                let (client, entity) = (client.clone(), entity.clone());
+                changes.push(Change::Spawned { client, entity });
+            }
+            if let Some(position) = position
+                && let Ok(placed) = self.replica.state.place(&client, id, position, &limits)
+            {
+                placed.is_live = new.is_live;
+                changes.push(Change::Moved { client, entity });
+            }
+        }
+    }
+
+    /// Removes members that this reading lacked and an earlier one too, or whose leave was published.
+    fn forget_missing(&mut self, draft: &Replica, began: u64, changes: &mut Vec<Change>) {
+        let mut gone: Vec<Box<str>> = Vec::new();
+        let mut look_again: Option<u64> = None;
+        let missing =
+            self.replica.state.members().filter(|(client, _)| draft.state.member(client).is_none());
+        let missing: Vec<Box<str>> = missing.map(|(client, _)| client.into()).collect();
+        for client in missing {
+            let Some(member) = self.replica.state.member_mut(&client) else { continue };
+            let at = *member.missing_since.get_or_insert(began) + MISSING_MAX;
+            // No client was told of a member that the first reading lacks.
+            if !self.reader.is_complete || member.is_leaving || began >= at {
+                gone.push(client);
+            } else {
+                look_again = Some(look_again.map_or(at, |again| again.min(at)));
+            }
+        }
+        self.reader.look_again = look_again;
+        gone.iter().for_each(|client| self.replica.remove(client, changes));
+    }
+}
+
+impl Replica {
+    /// Applies news behind a reading. Returns `false` where some are missing.
+    fn replay(&mut self, log: Vec<Op>, merge: Merge, limits: &Limits) -> bool {
+        let (mut is_whole, mut unheard) = (true, Vec::new());
+        for op in log {
+            match op {
+                Op::Join { version, client, record } => {
+                    is_whole &= self.join(version, &client, &record, &mut unheard) != Counted::Gap;
+                }
+                Op::Leave { version, client } => {
+                    is_whole &= self.leave(version, &client, &mut unheard) != Counted::Gap;
+                }
+                Op::Replaced { old_connection, client, record } => {
+                    self.replace(&old_connection, &client, &record);
+                }
+                Op::Here { client, record, version, before } => {
+                    let before = before.as_deref();
+                    is_whole &= !self.is_doubtful(&client, &record, version, before);
+                    self.join_here(&client, &record, version, before, &mut unheard);
+                }
+                // News of no member, or too many.
+                op => _ = self.replay_state(op, merge, limits),
+            }
+            unheard.clear();
+        }
+        is_whole
+    }
+
+    fn replay_state(&mut self, op: Op, merge: Merge, limits: &Limits) -> Result<(), Refused> {
+        match op {
+            Op::Presence { client, presence } => {
+                self.presence(&client, &presence, merge, limits)?;
+            }
+            Op::Spawn { client, entity, snapshot } => {
+                self.state.spawn(&client, &entity, &snapshot, limits)?;
+            }
+            Op::Update { client, entity, update } => {
+                self.update(&client, &entity, &update, merge, limits)?;
+            }
+            Op::Despawn { client, entity } => drop(self.state.despawn(&client, &entity)),
+            Op::Position { client, entity, position } => {
+                self.state.place(&client, &entity, &position, limits)?.is_live = true;
+            }
+            Op::Join { .. } | Op::Leave { .. } | Op::Replaced { .. } | Op::Here { .. } => {}
+        }
+        Ok(())
+    }
+}
+
+impl Op {
+    /// Returns the bytes that the news take while they wait.
+    fn bytes(&self) -> usize {
+        let bytes = match self {
+            Self::Join { client, record, .. } => client.len() + record.len(),
+            Self::Leave { client, .. } => client.len(),
+            Self::Replaced { old_connection, client, record } => {
+                old_connection.len() + client.len() + record.len()
+            }
+            Self::Here { client, record, .. } => client.len() + record.len() + CONNECTION_BYTES,
+            Self::Presence { client, presence } => client.len() + presence.len(),
+            Self::Despawn { client, entity } => client.len() + entity.len(),
+            Self::Spawn { client, entity, snapshot: data }
+            | Self::Update { client, entity, update: data }
+            | Self::Position { client, entity, position: data } => {
+                client.len() + entity.len() + data.len()
+            }
+        };
+        size_of::<Self>() + bytes
+    }
+}
+
+/// Upper bound of the news that wait while a reading is under way, in bytes.
+pub const LOG_BYTES_MAX: usize = 4 << 20;
+
+/// Time for which a member stays that a reading lacked, in microseconds: an emptied Redis gets its members back
+/// within that time.
+pub const MISSING_MAX: u64 = 10_000_000;
+
+/// Time after a reading at which positions are read again, in microseconds: they are written once per second.
+pub const POSITIONS_AGAIN: u64 = 2_000_000;
+
+/// Upper bound of the clients whose left fields one reading reports.
+const ORPHANS_MAX: usize = 500;
+
+/// Length of most printed connections, in bytes.
+const CONNECTION_BYTES: usize = 24;

@@ -1,0 +1,243 @@
+//! A mirror step by step.
+
+use bytes::Bytes;
+
+use super::*;
+
+/// Returns the record of a member whose connection is of a server.
+fn record(server: u64, number: u64) -> String {
+    format!("{server:016x}-{number} u {{}}")
+}
+
+fn pairs(pairs: &[(&str, &str)]) -> Vec<(Bytes, Bytes)> {
+    let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+    pairs.iter().map(|(key, value)| (bytes(key), bytes(value))).collect()
+}
+
+/// Returns what Redis has of a room with these members, each of another instance.
+fn reading(version: u64, members: &[&str]) -> Reading {
+    let record = record(2, 1);
+    let members: Vec<(&str, &str)> = members.iter().map(|client| (*client, &*record)).collect();
+    Reading { version, members: pairs(&members), ..Reading::default() }
+}
+
+fn read(mirror: &mut Mirror, reading: &Reading, now: u64) -> Vec<Change> {
+    let (ticket, mut changes) = (mirror.begin_reading(now), Vec::new());
+    let outcome = mirror.apply_reading(ticket, reading, now, &mut changes);
+    assert!(matches!(outcome, Outcome::Applied { .. }), "{outcome:?}");
+    changes
+}
+
+/// Returns a mirror that has read a room.
+fn mirror(version: u64, members: &[&str]) -> Mirror {
+    let mut mirror = Mirror::new(SERVER, SMALL, MERGE, 0);
+    assert_eq!(mirror.due(), Some(Due { at: 0, read: Read::Room }));
+    assert_eq!(read(&mut mirror, &reading(version, members), 0), []);
+    mirror
+}
+
+fn apply(mirror: &mut Mirror, kind: Kind<'_>) -> Vec<Change> {
+    let mut changes = Vec::new();
+    mirror.apply(&kind, 5, &mut changes);
+    changes
+}
+
+fn join(version: u64, client: &str) -> Kind<'_> {
+    Kind::Join { version, client, record: "0000000000000002-9 u {}" }
+}
+
+fn left(client: &str, despawned: &[&str]) -> Change {
+    let despawned = despawned.iter().map(|entity| Box::from(*entity)).collect();
+    Change::Left { client: client.into(), despawned }
+}
+
+#[test]
+fn join_of_a_known_client_and_leave_of_an_unknown_are_no_event() {
+    let mut mirror = mirror(10, &["a"]);
+    assert_eq!(apply(&mut mirror, Kind::Leave { version: 11, client: "x" }), []);
+    assert!(matches!(&apply(&mut mirror, join(12, "b"))[..], [Change::Joined { .. }]));
+    // Redis has lost the members and got one back.
+    let changes =
+        apply(&mut mirror, Kind::Join { version: 13, client: "b", record: &record(2, 9) });
+    assert_eq!(changes, []);
+    assert_eq!(apply(&mut mirror, Kind::Leave { version: 14, client: "b" }), [left("b", &[])]);
+    assert_eq!((mirror.version(), mirror.len()), (14, 1));
+}
+
+#[test]
+fn version_that_does_not_follow_has_the_members_read_again() {
+    let mut mirror = mirror(10, &["a"]);
+    mirror.begin_positions();
+    assert_eq!(apply(&mut mirror, join(12, "b")), []);
+    assert_eq!(mirror.due(), Some(Due { at: 5, read: Read::Room }));
+    let ticket = mirror.begin_reading(6);
+    assert_eq!(apply(&mut mirror, join(13, "c")), []);
+    let mut changes = Vec::new();
+    mirror.apply_reading(ticket, &reading(12, &["a", "b"]), 7, &mut changes);
+    assert_eq!((changes.len(), mirror.len(), mirror.version()), (2, 3, 13));
+    assert!(matches!(&apply(&mut mirror, join(14, "d"))[..], [Change::Joined { .. }]));
+}
+
+#[test]
+fn member_that_a_reading_lacks_stays_for_ten_seconds() {
+    let mut mirror = mirror(10, &["a", "b"]);
+    assert_eq!(read(&mut mirror, &reading(0, &[]), 100), []);
+    assert_eq!(read(&mut mirror, &reading(50, &["a"]), 100 + MISSING_MAX - 1), []);
+    mirror.begin_positions();
+    assert_eq!(mirror.due(), Some(Due { at: 100 + MISSING_MAX, read: Read::Room }));
+    let changes = read(&mut mirror, &reading(50, &["a"]), 100 + MISSING_MAX);
+    assert_eq!(changes, [left("b", &[])]);
+    assert_eq!(mirror.len(), 1);
+}
+
+#[test]
+fn entities_go_with_their_member() {
+    let mut mirror = mirror(10, &["a", "b"]);
+    let channel = Origin::Channel;
+    mirror.spawn(channel, "a", "e", b"s").unwrap();
+    mirror.position(channel, "a", "f", b"p").unwrap();
+    assert!(mirror.is_foreign("b", "e") && !mirror.is_foreign("a", "e"));
+    assert!(!mirror.is_foreign("b", "f"), "a position owns no entity");
+    assert_eq!(mirror.update(channel, "a", "e", b"u"), Ok(&b"su"[..]));
+    assert_eq!(mirror.update(channel, "a", "f", b"u"), Err(Refused::Unknown));
+    assert_eq!(mirror.spawn(channel, "x", "e", b"s"), Err(Refused::NotMember));
+    let changes = apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
+    assert_eq!((changes, mirror.entities()), (vec![left("a", &["e"])], 0));
+    assert!(!mirror.is_foreign("b", "e"));
+}
+
+#[test]
+fn limits_bound_what_members_here_add() {
+    let mut mirror = mirror(10, &["a", "b"]);
+    let empty = mirror.bytes();
+    let here = Origin::Here;
+    assert_eq!(mirror.spawn(here, "a", "e", &[0; 11]), Err(Refused::TooLarge));
+    mirror.spawn(here, "a", "e", b"s").unwrap();
+    mirror.position(here, "a", "f", b"p").unwrap();
+    assert_eq!(mirror.position(here, "a", "g", b"p"), Err(Refused::MemberFull));
+    assert_eq!(mirror.spawn(here, "b", "e", b"s"), Err(Refused::Foreign));
+    mirror.spawn(here, "b", "g", b"s").unwrap();
+    assert_eq!(mirror.spawn(here, "b", "h", b"s"), Err(Refused::StateFull));
+    // Instances may exceed the limits together.
+    mirror.spawn(Origin::Channel, "b", "h", b"s").unwrap();
+    for (client, entity) in [("a", "e"), ("a", "f"), ("b", "g"), ("b", "h")] {
+        mirror.despawn(here, client, entity).unwrap();
+    }
+    assert_eq!((mirror.bytes(), mirror.entities()), (empty, 0));
+    mirror.limits.bytes_max = empty + 200;
+    mirror.spawn(here, "a", "e", &[0; 10]).unwrap();
+    assert_eq!(mirror.spawn(here, "b", "f", &[0; 10]), Err(Refused::StateFull));
+    mirror.spawn(here, "a", "e", b"smaller").unwrap();
+}
+
+#[test]
+fn presence_data_have_the_limits_of_an_entity() {
+    let mut mirror = mirror(10, &["a", "b"]);
+    let presence = |mirror: &mut Mirror, data: &[u8]| {
+        mirror.presence(Origin::Here, "a", data).map(|member| member.record().json.to_owned())
+    };
+    assert_eq!(presence(&mut mirror, b"0123456789"), Ok("0123456789".into()));
+    assert_eq!(presence(&mut mirror, b"0123456789a"), Err(Refused::TooLarge));
+    mirror.limits.bytes_max = mirror.bytes();
+    assert_eq!(presence(&mut mirror, b"smaller"), Ok("smaller".into()));
+    mirror.limits.bytes_max = mirror.bytes();
+    assert_eq!(presence(&mut mirror, b"too much"), Err(Refused::StateFull));
+    assert_eq!(mirror.member("a").unwrap().record().json, "smaller");
+}
+
+#[test]
+fn reading_overtakes_no_live_position() {
+    let mut mirror = mirror(10, &["a"]);
+    mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
+    let mut changes = Vec::new();
+    mirror.apply_positions(&pairs(&[("a e", "old"), ("a f", "new"), ("x e", "?")]), &mut changes);
+    assert_eq!(changes, [Change::Moved { client: "a".into(), entity: "f".into() }]);
+    let position = |mirror: &Mirror, id| {
+        mirror.member("a").unwrap().entity(id).unwrap().position().unwrap().to_vec()
+    };
+    assert_eq!(
+        (position(&mirror, "e"), position(&mirror, "f")),
+        (b"live".to_vec(), b"new".to_vec())
+    );
+    // After a lost link the hash may be newer.
+    mirror.lose_link();
+    mirror.want_reading(7);
+    assert_eq!(mirror.due(), Some(Due { at: 7, read: Read::Room }));
+    let reading = Reading { positions: pairs(&[("a e", "newer")]), ..reading(10, &["a"]) };
+    assert_eq!(read(&mut mirror, &reading, 7).len(), 1);
+    assert_eq!(position(&mirror, "e"), b"newer");
+    assert_eq!(mirror.due(), Some(Due { at: 7 + POSITIONS_AGAIN, read: Read::Positions }));
+}
+
+#[test]
+fn own_entities_are_not_taken_back_by_a_reading() {
+    let mut mirror = mirror(10, &["a"]);
+    let mut changes = Vec::new();
+    assert!(mirror.join_here("me", &record(SERVER, 1), 11, None, &mut changes));
+    assert!(matches!(&changes[..], [Change::Joined { .. }]));
+    mirror.spawn(Origin::Here, "me", "e", b"s").unwrap();
+    assert_eq!(
+        apply(&mut mirror, Kind::Join { version: 11, client: "me", record: &record(SERVER, 1) }),
+        []
+    );
+    let own = record(SERVER, 1);
+    let reading = Reading { version: 11, members: pairs(&[("me", &own)]), ..Reading::default() };
+    read(&mut mirror, &reading, 20);
+    assert!(mirror.member("me").unwrap().entity("e").is_some());
+    assert!(!mirror.is_local(), "the other member is missed for a while");
+}
+
+#[test]
+fn leave_before_a_join_here_is_told_as_both() {
+    let mut mirror = mirror(10, &["a"]);
+    mirror.spawn(Origin::Channel, "a", "old", b"s").unwrap();
+    let mut changes = Vec::new();
+    // The client left and joined here; the channel has brought neither.
+    assert!(mirror.join_here("a", &record(SERVER, 1), 12, None, &mut changes));
+    assert_eq!(changes, []);
+    mirror.spawn(Origin::Here, "a", "new", b"s").unwrap();
+    let changes = apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
+    assert_eq!(changes.len(), 3, "{changes:?}");
+    assert_eq!(changes[0], left("a", &["new", "old"]));
+    assert!(matches!(&changes[1..], [Change::Joined { .. }, Change::Spawned { .. }]));
+    assert_eq!(apply(&mut mirror, join(12, "a")), []);
+    assert!(mirror.member("a").unwrap().is_here());
+    assert!(mirror.member("a").unwrap().entity("old").is_none());
+}
+
+#[test]
+fn too_many_news_during_a_reading_have_it_repeated() {
+    let mut mirror = Mirror::new(SERVER, Limits::default(), MERGE, 0);
+    let ticket = mirror.begin_reading(0);
+    let snapshot = vec![0; 4096];
+    for _ in 0..=LOG_BYTES_MAX / snapshot.len() {
+        assert_eq!(mirror.spawn(Origin::Channel, "a", "e", &snapshot), Err(Refused::NotMember));
+    }
+    assert!(mirror.bytes() <= LOG_BYTES_MAX);
+    let outcome = mirror.apply_reading(ticket, &reading(1, &["a"]), 9, &mut Vec::new());
+    assert_eq!((outcome, mirror.is_complete()), (Outcome::Overflowed, false));
+    assert_eq!(mirror.due(), Some(Due { at: 9, read: Read::Room }));
+    let ticket = mirror.begin_reading(9);
+    mirror.abandon_reading(ticket, 50);
+    assert_eq!(mirror.due(), Some(Due { at: 50, read: Read::Room }));
+    let outcome = mirror.apply_reading(ticket, &reading(1, &["a"]), 9, &mut Vec::new());
+    assert_eq!(outcome, Outcome::Stale);
+}
+
+#[test]
+fn fields_of_no_member_are_reported() {
+    let mut mirror = mirror(10, &["a"]);
+    let fields = pairs(&[("a e", "s"), ("x e", "s"), ("x f", "s"), ("y e", "s")]);
+    let reading = Reading { entities: fields, ..reading(10, &["a"]) };
+    let ticket = mirror.begin_reading(1);
+    let outcome = mirror.apply_reading(ticket, &reading, 1, &mut Vec::new());
+    assert_eq!(outcome, Outcome::Applied { orphans: vec!["x".into(), "y".into()] });
+}
+
+const SERVER: u64 = 1;
+const MERGE: Merge = Merge {
+    entity: |snapshot, update| Some([snapshot, update].concat()),
+    presence: |_, presence| String::from_utf8(presence.to_vec()).ok(),
+};
+const SMALL: Limits =
+    Limits { member_entities_max: 2, entities_max: 3, entity_bytes_max: 10, bytes_max: 10_000 };

@@ -1,0 +1,186 @@
+//! Messages that the gateway writes, read again by decoders of whole messages.
+
+use buffa::{Message as _, MessageField};
+use serde_json::{Value, json};
+use wsproxy_proto::rooms::check::{self, Event, Kind};
+use wsproxy_proto::rooms::text::{to_binary, to_text};
+use wsproxy_proto::rooms::v1::{
+    EntitySnapshot, Limits, PlayerSnapshot, PresenceData, ServerHello, WorldState,
+};
+use wsproxy_proto::rooms::write::{self, Entity, PageLimits, Welcome};
+use wsproxy_proto::rooms::{snapshot, v1};
+
+#[test]
+fn state_comes_in_pages_with_everything_once() {
+    let players: Vec<_> = (0..5).map(|n| player(&format!("client-{n}"))).collect();
+    let ids: Vec<_> = (0..7).map(|n| format!("entity-{n}")).collect();
+    let entities =
+        ids.iter().map(|id| Entity { owner: "client-1", id, snapshot: None, position: None });
+    for (limits, expected) in [
+        (PageLimits::DEFAULT, 1),
+        (PageLimits { items_max: 5, ..PageLimits::DEFAULT }, 3),
+        (PageLimits { bytes_max: 0, ..PageLimits::DEFAULT }, 12),
+    ] {
+        let pages = write::state_pages(&players, entities.clone(), 5, limits);
+        assert_eq!(pages.len(), expected);
+        let mut whole = WorldState::default();
+        for (index, page) in pages.iter().enumerate() {
+            let more = index + 1 < pages.len();
+            let hello = server_hello(page, more);
+            assert_eq!((hello.more, hello.initial_state.last_update), (more, 5));
+            assert_eq!(hello.assigned_client_id, "alice-1");
+            whole.entities.extend(hello.initial_state.entities.clone());
+            whole.players.extend(hello.initial_state.players.clone());
+        }
+        assert_eq!(whole.players, players);
+        assert!(whole.entities.iter().map(|entity| &entity.id).eq(&ids));
+    }
+    let empty = write::state_pages(&[], [], 5, PageLimits::DEFAULT);
+    assert_eq!(empty.len(), 1);
+    assert_eq!(server_hello(&empty[0], false).initial_state.entities, []);
+}
+
+#[test]
+fn entity_has_its_spawn_its_updates_and_its_newest_place() {
+    let spawn = payload(
+        r#"{"entitySpawn":{"entityId":"box","templateId":"crate","components":{"a":"1","b":"2"}}}"#,
+    );
+    let update =
+        payload(r#"{"entityUpdate":{"entityId":"box","components":{"b":"/w==","c":"Mw=="}}}"#);
+    let place = payload(
+        r#"{"positionUpdate":{"entityId":"box","position":{"x":1,"z":3},"sequenceNumber":9}}"#,
+    );
+    let kept = snapshot::spawned(&spawn, "alice-1").unwrap();
+    let kept = snapshot::updated(&kept, &update).unwrap();
+    let entity =
+        Entity { owner: "alice-1", id: "box", snapshot: Some(&kept), position: Some(&place) };
+    let found = &world(entity).entities[0];
+    let expected = json!({
+        "id": "box", "templateId": "crate", "ownerId": "alice-1", "position": {"x": 1.0, "z": 3.0},
+        "components": {"a": "1", "c": "3"}, "binaryComponents": {"b": "/w=="},
+    });
+    assert_eq!(serde_json::to_value(found).unwrap(), expected);
+    // Text again: the name is in one of both maps.
+    let update = payload(r#"{"entityUpdate":{"entityId":"box","components":{"b":"Mg=="}}}"#);
+    let kept =
+        EntitySnapshot::decode_from_slice(&snapshot::updated(&kept, &update).unwrap()).unwrap();
+    assert_eq!((kept.components["b"].as_str(), kept.binary_components.len()), ("2", 0));
+    assert_eq!(snapshot::spawned(b"\xff", "alice-1"), None);
+    assert_eq!(snapshot::updated(&kept.encode_to_vec(), b"\xff"), None);
+}
+
+#[test]
+fn entity_that_nobody_spawned_has_its_place() {
+    let place = payload(r#"{"positionUpdate":{"entityId":"avatar","rotation":{"w":1}}}"#);
+    let entity = Entity { owner: "bob-1", id: "avatar", snapshot: None, position: Some(&place) };
+    let expected = json!({"id": "avatar", "ownerId": "bob-1", "rotation": {"w": 1.0}});
+    assert_eq!(serde_json::to_value(&world(entity).entities[0]).unwrap(), expected);
+}
+
+#[test]
+fn events_errors_and_positions_are_valid_messages() {
+    let data = PresenceData { display_name: "Bob".into(), ..PresenceData::default() };
+    let place = payload(r#"{"positionUpdate":{"entityId":"avatar"}}"#);
+    let snapshot =
+        snapshot::spawned(&payload(r#"{"entitySpawn":{"entityId":"box"}}"#), "bob-1").unwrap();
+    for (message, expected) in [
+        (
+            write::presence(Event::Join, "bob-1", Some(&data), 7),
+            json!({"type": "PRESENCE_JOIN", "sender": "bob-1", "seq": "7",
+                "presenceEvent": {"clientId": "bob-1", "data": {"displayName": "Bob"}}}),
+        ),
+        (
+            write::presence(Event::Leave, "bob-1", None, 8),
+            json!({"type": "PRESENCE_LEAVE", "sender": "bob-1", "seq": "8",
+                "presenceEvent": {"clientId": "bob-1", "eventType": "LEAVE"}}),
+        ),
+        (
+            write::despawn("box", "bob-1"),
+            json!({"type": "ENTITY_DESPAWN", "sender": "bob-1", "entityDespawn": {"entityId": "box"}}),
+        ),
+        (
+            write::spawn(&snapshot).unwrap(),
+            json!({"type": "ENTITY_SPAWN", "sender": "bob-1", "entitySpawn": {"entityId": "box", "ownerId": "bob-1"}}),
+        ),
+        (
+            write::position("bob-1", &place),
+            json!({"type": "POSITION_UPDATE", "sender": "bob-1", "positionUpdate": {"entityId": "avatar"}}),
+        ),
+        (
+            write::error("rate_limited", "Too many.", 1000, "m-1"),
+            json!({"error": {"code": "rate_limited", "message": "Too many.", "retryAfterMs": 1000, "messageId": "m-1"}}),
+        ),
+        (
+            write::position_batch([("bob-1", &place[..]), ("eve", &place)], 300),
+            json!({"positionBatch": {"timestamp": "300", "entries": [
+                {"sender": "bob-1", "update": {"entityId": "avatar"}}, {"sender": "eve", "update": {"entityId": "avatar"}}]}}),
+        ),
+        (write::position_batch([], 0), json!({"positionBatch": {}})),
+    ] {
+        let text = to_text(&message).unwrap();
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), expected);
+        assert!(check::read(&message).unwrap().stamp.message_type.is_none());
+    }
+}
+
+#[test]
+fn batches_of_any_size_are_read_again() {
+    let long = "e".repeat(120);
+    let update =
+        v1::PositionUpdate { entity_id: long.clone(), ..Default::default() }.encode_to_vec();
+    for entries in [0, 1, 2, 150, 1000] {
+        let entries: Vec<(&str, &[u8])> = vec![(&long, &update); entries];
+        let batch = write::position_batch(entries.iter().copied(), i64::MAX);
+        assert_eq!(check::read(&batch).map(|checked| checked.kind), Ok(Kind::Batch));
+        assert_eq!(write::batch_entries(&batch).collect::<Vec<_>>(), entries);
+    }
+    assert_eq!(write::batch_entries(b"\xb2\x06\x05\x0a\xff").count(), 0);
+}
+
+fn world(entity: Entity<'_>) -> WorldState {
+    let pages = write::state_pages(&[], [entity], 0, PageLimits::DEFAULT);
+    WorldState::decode_from_slice(&pages[0]).unwrap()
+}
+
+fn server_hello(page: &[u8], more: bool) -> ServerHello {
+    let limits = Limits { members_max: 1000, ..Limits::default() };
+    let welcome = Welcome {
+        server_version: "0.1.0",
+        client: "alice-1",
+        room: "lobby",
+        version: 1,
+        batch: true,
+        acks: false,
+        connection: "c-1",
+        presence_version: 7,
+        limits: &limits,
+    };
+    let envelope = write::server_hello(&welcome, page, more);
+    assert_eq!(check::read(&envelope).map(|checked| checked.kind), Ok(Kind::ServerHello));
+    let envelope = v1::Envelope::decode_from_slice(&envelope).unwrap();
+    let Some(v1::envelope::Payload::ServerHello(hello)) = envelope.payload else {
+        panic!("{envelope:?}")
+    };
+    assert_eq!((hello.features.len(), hello.limits.members_max), (1, 1000));
+    *hello
+}
+
+fn player(client: &str) -> PlayerSnapshot {
+    let place = v1::Vector3 { x: 1.0, ..Default::default() };
+    PlayerSnapshot {
+        client_id: client.into(),
+        position: MessageField::some(place),
+        ..PlayerSnapshot::default()
+    }
+}
+
+/// The payload of the envelope in JSON, encoded.
+fn payload(json: &str) -> Vec<u8> {
+    use check::Body::{Position, Spawn, Update};
+    let binary = to_binary(json.as_bytes()).unwrap();
+    match check::read(&binary).unwrap().body {
+        Position { update, .. } | Update { update, .. } => update.to_vec(),
+        Spawn { spawn, .. } => spawn.to_vec(),
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,0 +1,62 @@
+//! The open event streams of an instance, for the drain and for the budget of waiting bytes.
+
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+use parking_lot::Mutex;
+use uuid::Uuid;
+use wsproxy_conn::Runtime;
+use wsproxy_proto::disconnect::Disconnect;
+
+use crate::client::event_stream_outbox::EventStreamOutbox;
+
+/// All event streams of an instance.
+#[derive(Debug, Default)]
+pub struct OpenStreams(Mutex<HashMap<Uuid, Arc<EventStreamOutbox>, foldhash::fast::RandomState>>);
+
+/// Guard of a stream among [`OpenStreams`]. Dropping it removes the stream.
+#[derive(Debug)]
+pub struct Registered {
+    streams: Arc<OpenStreams>,
+    id: Uuid,
+}
+
+impl OpenStreams {
+    /// Adds a stream until the returned guard is dropped.
+    #[must_use]
+    pub fn add(self: &Arc<Self>, outbox: &Arc<EventStreamOutbox>) -> Registered {
+        let id = outbox.id();
+        self.0.lock().insert(id, Arc::clone(outbox));
+        Registered { streams: Arc::clone(self), id }
+    }
+
+    /// Returns all streams.
+    #[must_use]
+    pub fn list(&self) -> Vec<Arc<EventStreamOutbox>> {
+        self.0.lock().values().cloned().collect()
+    }
+
+    /// Ends streams as slow consumers while the process's budget of waiting bytes is exceeded. The stream with the most
+    /// bytes ends first, and only while it holds more than any WebSocket.
+    pub fn relieve(&self, runtime: &Runtime) {
+        if !runtime.budget.is_exceeded() {
+            return;
+        }
+        let others = runtime.links().iter().map(|link| link.queued_bytes()).max().unwrap_or(0);
+        let streams = self.list().into_iter().map(|stream| (stream.waiting_bytes(), stream));
+        let mut streams: Vec<_> = streams.filter(|(bytes, _)| *bytes > others).collect();
+        streams.sort_unstable_by_key(|(bytes, _)| *bytes);
+        while runtime.budget.is_exceeded() {
+            let Some((_, worst)) = streams.pop() else { break };
+            worst.disconnect(&Disconnect::SLOW);
+        }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let removed = self.streams.0.lock().remove(&self.id);
+        // Free the stream outside the lock: it may be the last owner of many waiting bytes.
+        drop(removed);
+    }
+}

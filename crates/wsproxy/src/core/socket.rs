@@ -1,0 +1,139 @@
+//! The socket under an HTTP connection. A detached answer or a WebSocket can take it over.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use tokio::{net::TcpStream, sync::Notify};
+
+/// Socket that the HTTP connection shares with the answers to its requests.
+#[derive(Debug)]
+pub struct SharedSocket {
+    stream: Mutex<Option<TokioIo<TcpStream>>>,
+    taken: Notify,
+    /// No byte came since the start or since the last answer.
+    quiet: AtomicBool,
+    answered: AtomicBool,
+}
+
+impl SharedSocket {
+    /// Wraps an accepted socket.
+    #[must_use]
+    pub fn new(stream: TcpStream) -> Arc<Self> {
+        let stream = Mutex::new(Some(TokioIo::new(stream)));
+        Arc::new(Self { stream, taken: Notify::new(), quiet: true.into(), answered: false.into() })
+    }
+
+    /// Sets the time for which written bytes may stay unacknowledged, or the client's window closed.
+    pub fn set_unacknowledged_max(&self, unacknowledged_max: Duration) {
+        #[cfg(target_os = "linux")]
+        if let Some(stream) = &*self.stream.lock() {
+            // An error means that the client left, which the next write finds too.
+            let _ = socket2::SockRef::from(stream.inner())
+                .set_tcp_user_timeout(Some(unacknowledged_max));
+        }
+    }
+
+    /// Takes the socket out of the HTTP connection, which then ends without touching the socket. `None` the second
+    /// time.
+    #[must_use]
+    pub fn take(&self) -> Option<TcpStream> {
+        let stream = self.stream.lock().take();
+        self.taken.notify_one();
+        stream.map(TokioIo::into_inner)
+    }
+
+    /// Returns whether the socket was taken.
+    fn is_taken(&self) -> bool {
+        self.stream.lock().is_none()
+    }
+
+    /// Notes that a request was answered. The client need not send another one.
+    pub fn answered(&self) {
+        self.answered.store(true, Relaxed);
+        self.quiet.store(true, Relaxed);
+    }
+
+    /// Returns whether the client is to blame for a failed connection: it broke off a request, or sent none in time.
+    /// Probes that only connect and idle kept-alive connections are not to blame.
+    #[must_use]
+    pub fn is_at_fault(&self, is_timeout: bool) -> bool {
+        let is_quiet = self.quiet.load(Relaxed);
+        !self.is_taken() && (!is_quiet || (is_timeout && !self.answered.load(Relaxed)))
+    }
+
+    /// Waits until the socket is taken.
+    pub async fn wait_taken(&self) {
+        self.taken.notified().await;
+    }
+}
+
+/// The HTTP connection's end of a [`SharedSocket`].
+#[derive(Debug)]
+pub struct HttpSocket(pub Arc<SharedSocket>);
+
+impl HttpSocket {
+    fn with<T>(
+        &self,
+        act: impl FnOnce(Pin<&mut TokioIo<TcpStream>>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match &mut *self.0.stream.lock() {
+            Some(stream) => act(Pin::new(stream)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+impl Read for HttpSocket {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = self.with(|stream| stream.poll_read(cx, buffer));
+        if matches!(read, Poll::Ready(Ok(()))) {
+            self.0.quiet.store(false, Relaxed);
+        }
+        read
+    }
+}
+
+impl Write for HttpSocket {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.with(|stream| stream.poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.with(|stream| stream.poll_write_vectored(cx, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_shutdown(cx))
+    }
+}

@@ -1,0 +1,98 @@
+//! A message on its way to members: encoded at most once for each form.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use wsproxy_conn::{Link, Outgoing};
+use wsproxy_proto::{rooms::text, ws::frame::Kind};
+
+/// Form of the messages to a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Protobuf in binary frames.
+    Binary,
+    /// JSON in text frames.
+    Text,
+}
+
+/// A message to members.
+pub(super) struct Fanout<'a> {
+    message: Cow<'a, [u8]>,
+    /// Members that acknowledge messages acknowledge this one.
+    pub(super) is_reliable: bool,
+    as_it_came: Option<Outgoing<'a>>,
+    binary: Option<Outgoing<'a>>,
+    /// `None` inside: the message has no text form.
+    text: Option<Option<Outgoing<'a>>>,
+}
+
+impl<'a> Fanout<'a> {
+    /// Makes the fan-out of an envelope.
+    pub(super) fn new(envelope: impl Into<Cow<'a, [u8]>>) -> Self {
+        Self {
+            message: envelope.into(),
+            is_reliable: false,
+            as_it_came: None,
+            binary: None,
+            text: None,
+        }
+    }
+
+    /// Makes the fan-out of a message that is no envelope: every member gets it as it came.
+    pub(super) fn opaque(kind: Kind, message: &'a [u8]) -> Self {
+        let as_it_came = Some(Outgoing::new(kind, message));
+        Self {
+            message: Cow::Borrowed(message),
+            is_reliable: false,
+            as_it_came,
+            binary: None,
+            text: None,
+        }
+    }
+
+    /// Makes the message one that members acknowledge, where `is_reliable`.
+    pub(super) fn reliable(mut self, is_reliable: bool) -> Self {
+        self.is_reliable = is_reliable;
+        self
+    }
+
+    /// Returns the envelope.
+    pub(super) fn envelope(&self) -> &[u8] {
+        &self.message
+    }
+
+    /// Returns whether the message is no envelope.
+    pub(super) const fn is_opaque(&self) -> bool {
+        self.as_it_came.is_some()
+    }
+
+    /// Returns the bytes of the message.
+    pub(super) fn len(&self) -> usize {
+        self.message.len()
+    }
+
+    /// Returns the frame for a member; `None` if the message has no such form.
+    pub(super) fn frame(&mut self, form: Form, link: &Link) -> Option<Bytes> {
+        let (bits, profile) = (link.window_bits(), link.profile());
+        if let Some(outgoing) = &mut self.as_it_came {
+            return Some(outgoing.frame(bits, profile));
+        }
+        match form {
+            Form::Binary => {
+                let message = &self.message;
+                let outgoing = self
+                    .binary
+                    .get_or_insert_with(|| Outgoing::new(Kind::Binary, message.to_vec()));
+                Some(outgoing.frame(bits, profile))
+            }
+            Form::Text => {
+                let message = &self.message;
+                let outgoing = self.text.get_or_insert_with(|| {
+                    let text = text::to_text(message)?;
+                    Some(Outgoing::new(Kind::Text, text.into_bytes()))
+                });
+                Some(outgoing.as_mut()?.frame(bits, profile))
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Messages from the room's channel: of other instances, of the scripts, and of workers.
+
+use tracing::{debug, warn};
+use wsproxy_conn::clock::{self, Micros};
+use wsproxy_proto::{
+    rooms::{
+        check::{self, Body, Event as PresenceKind},
+        mirror::Origin,
+        snapshot, stamp, text,
+        wire::{Form as WireForm, Frame, Kind as FrameKind},
+        write,
+    },
+    ws::frame::Kind,
+};
+
+use crate::{
+    config::rooms::Validate,
+    endpoint::rooms::{
+        Rooms,
+        fanout::Fanout,
+        room::{Room, State, tell::Audience},
+    },
+    hub::inbox::Inbox,
+    telemetry::time,
+};
+
+impl Inbox for Room {
+    fn message(&self, payload: &[u8]) {
+        let Some(rooms) = self.rooms.upgrade() else { return };
+        let now = clock::now();
+        let mut state = self.state.lock();
+        match Frame::parse(payload) {
+            Ok(Some(frame)) => self.on_frame(&rooms, &mut state, &frame, now),
+            Ok(None) => self.on_worker(&rooms, &mut state, payload, now),
+            Err(error) => {
+                rooms.counters.bad_frames.add(1);
+                if let Some(left_out) = rooms.counters.bad_frame_lines.pass() {
+                    warn!(room = self.id.as_str(), %error, left_out, "A message between instances cannot be read.");
+                }
+            }
+        }
+        self.settle(&mut state);
+    }
+
+    fn flush(&self, now: Micros) {
+        let state = self.state.lock();
+        self.release(state, now);
+    }
+
+    fn lost(&self) {
+        self.state.lock().mirror.lose_link();
+    }
+
+    fn recovered(&self) {
+        let now = clock::now();
+        let mut state = self.state.lock();
+        state.mirror.want_reading(now.0);
+        // Positions that were published meanwhile may be lost.
+        state.positions.owe_all();
+        self.release(state, now);
+    }
+}
+
+impl Room {
+    fn on_frame(&self, rooms: &Rooms, state: &mut State, frame: &Frame<'_>, now: Micros) {
+        match frame.kind {
+            FrameKind::Message { .. } | FrameKind::Batch(_) if frame.from.server == self.server => {
+            }
+            FrameKind::Message { form: WireForm::Envelope, payload } => {
+                self.on_message(state, payload, now);
+            }
+            FrameKind::Message { form, payload } => {
+                let kind = match form {
+                    WireForm::OpaqueText => Kind::Text,
+                    _ => Kind::Binary,
+                };
+                self.fan_out(state, &mut Fanout::opaque(kind, payload), Audience::default(), now);
+            }
+            FrameKind::Batch(envelope) => {
+                self.on_batch(state, envelope, frame.from.server, now);
+            }
+            FrameKind::Join { .. } | FrameKind::Leave { .. } | FrameKind::Replaced { .. } => {
+                let mut changes = Vec::new();
+                state.mirror.apply(&frame.kind, now.0, &mut changes);
+                self.tell_changes(state, changes, now);
+            }
+            FrameKind::Kick { client, reason } => {
+                rooms.counters.kicked.add(1);
+                self.end_members(state, Some(client), reason, now);
+            }
+            FrameKind::Close { reason } => self.end_members(state, None, reason, now),
+        }
+    }
+
+    /// Takes positions of members at the instance `server`. An instance that was frozen does not know yet which of its
+    /// members are elsewhere by now: what it tells of these is old.
+    fn on_batch(&self, state: &mut State, envelope: &[u8], server: u64, now: Micros) {
+        let mut is_whole = true;
+        let mut kept = Vec::new();
+        for (client, update) in write::batch_entries(envelope) {
+            let connection = state.mirror.member(client).and_then(|of| of.record().connection());
+            if connection.is_some_and(|connection| connection.server != server) {
+                is_whole = false;
+                continue;
+            }
+            kept.push((client, update));
+            if let Some(entity) = check::entity_of(update) {
+                // A position of a member that is not known yet waits for the reading.
+                let _ = state.mirror.position(Origin::Channel, client, entity, update);
+            }
+        }
+        if is_whole {
+            return self.pass_batch(state, envelope, now);
+        }
+        let timestamp_ms = time::since_epoch().as_millis() as i64;
+        if !kept.is_empty() {
+            let envelope = write::position_batch(kept, timestamp_ms);
+            self.pass_batch(state, &envelope, now);
+        }
+    }
+
+    /// Takes a message of a member at another instance, which has checked it.
+    fn on_message(&self, state: &mut State, envelope: &[u8], now: Micros) {
+        let Ok(checked) = check::read(envelope) else {
+            debug!(room = self.id.as_str(), "A message of another instance is invalid.");
+            return;
+        };
+        let (mirror, sender) = (&mut state.mirror, checked.sender);
+        // What the mirror does not take is still for clients: the instance of its sender has judged it.
+        match checked.body {
+            Body::Spawn { entity, spawn, .. } => {
+                if let Some(snapshot) = snapshot::spawned(spawn, sender) {
+                    let _ = mirror.spawn(Origin::Channel, sender, entity, &snapshot);
+                }
+            }
+            Body::Update { entity, update } => {
+                let _ = mirror.update(Origin::Channel, sender, entity, update);
+            }
+            Body::Despawn { entity } => {
+                let _ = mirror.despawn(Origin::Channel, sender, entity);
+            }
+            Body::Presence { event: PresenceKind::Update, data: Some(data), .. } => {
+                let _ = mirror.presence(Origin::Channel, sender, data);
+            }
+            _ => {}
+        }
+        let audience = Audience { except: None, to: checked.to };
+        let fanout = Fanout::new(envelope).reliable(checked.reliable);
+        self.fan_out(state, &mut { fanout }, audience, now);
+    }
+
+    /// Takes a message of a worker: an envelope without a sender, in protobuf or JSON. It is never state.
+    fn on_worker(&self, rooms: &Rooms, state: &mut State, payload: &[u8], now: Micros) {
+        let binary;
+        let envelope = match check::read(payload) {
+            Ok(_) => payload,
+            Err(_) => match text::to_binary(payload) {
+                Ok(translated) => {
+                    binary = translated;
+                    &binary
+                }
+                Err(_) => return self.on_opaque_worker(rooms, state, payload, now),
+            },
+        };
+        let Ok(checked) = check::read(envelope) else {
+            return self.on_opaque_worker(rooms, state, payload, now);
+        };
+        rooms.counters.from_workers.add(1);
+        let mut stamped = Vec::new();
+        stamp::stamp(envelope, checked.stamp, "", None, &mut stamped);
+        let audience = Audience { except: None, to: checked.to };
+        let fanout = Fanout::new(&stamped[..]).reliable(checked.reliable);
+        self.fan_out(state, &mut { fanout }, audience, now);
+    }
+
+    fn on_opaque_worker(&self, rooms: &Rooms, state: &mut State, payload: &[u8], now: Micros) {
+        if rooms.config.validate == Validate::Strict {
+            rooms.counters.bad_frames.add(1);
+            if let Some(left_out) = rooms.counters.bad_frame_lines.pass() {
+                warn!(
+                    room = self.id.as_str(),
+                    bytes = payload.len(),
+                    left_out,
+                    "A worker's message is no envelope."
+                );
+            }
+            return;
+        }
+        let kind = if std::str::from_utf8(payload).is_ok() { Kind::Text } else { Kind::Binary };
+        self.fan_out(state, &mut Fanout::opaque(kind, payload), Audience::default(), now);
+    }
+}

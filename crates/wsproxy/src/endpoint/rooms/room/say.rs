@@ -1,0 +1,322 @@
+//! Messages of members here: applied to the mirror, sent to the members here, and published for other instances.
+
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+use wsproxy_conn::clock::{self, Micros};
+use wsproxy_proto::{
+    rooms::{
+        check::{Body, Checked, Event as PresenceKind},
+        mirror::{Origin, Refused},
+        snapshot,
+        stamp::{self, Stamp},
+        wire::{self, Form as WireForm},
+        write,
+    },
+    ws::frame::Kind,
+};
+
+use crate::{
+    bus::publish::{BusError, Keep, Outcome, Publish, Receipt, RoomOp, RoomWrite},
+    endpoint::rooms::{
+        fanout::Fanout,
+        keeper::KEYS_TTL,
+        member::Membership,
+        record::MemberRecord,
+        room::{Room, tell::Audience},
+    },
+};
+
+/// A message of a member here.
+pub(in crate::endpoint::rooms) struct Said<'a> {
+    /// The sender.
+    pub(in crate::endpoint::rooms) member: &'a Membership,
+    /// The message.
+    pub(in crate::endpoint::rooms) checked: &'a Checked<'a>,
+    /// The bytes of the message.
+    pub(in crate::endpoint::rooms) envelope: &'a [u8],
+    /// Present time.
+    pub(in crate::endpoint::rooms) now: Micros,
+}
+
+/// Publishes on the bus, within the share of the sender.
+pub(in crate::endpoint::rooms) type PublishTo<'a> =
+    &'a mut dyn FnMut(Publish) -> Result<(), BusError>;
+
+/// The reason why a message was not passed on.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::endpoint::rooms) enum NotSaid {
+    /// The room does not take it.
+    #[error("{0}")]
+    Refused(#[from] Refused),
+    /// State is for all members.
+    #[error("this kind of message is for all members: it has no to")]
+    ForOne,
+    /// The bus did not take it; the members here have it.
+    #[error("the message may not have reached members at other instances")]
+    Bus(#[from] BusError),
+}
+
+impl NotSaid {
+    /// Returns the code of the Error for the sender.
+    pub(in crate::endpoint::rooms) const fn code(&self) -> &'static str {
+        match self {
+            Self::Refused(Refused::Foreign) => "wrong_sender",
+            Self::Refused(Refused::MemberFull | Refused::StateFull) => "room_state_full",
+            Self::Refused(Refused::TooLarge) => "too_large",
+            Self::Refused(Refused::Unknown) => "unknown_entity",
+            Self::Refused(Refused::NotMember | Refused::Overtaken) => "not_member",
+            Self::ForOne => "invalid_message",
+            Self::Bus(_) => "bus_unavailable",
+        }
+    }
+
+    /// Returns whether no well-meaning client causes it.
+    pub(in crate::endpoint::rooms) const fn is_strike(&self) -> bool {
+        matches!(self, Self::Refused(Refused::Foreign) | Self::ForOne)
+    }
+}
+
+impl Room {
+    /// Passes a message on to all other members.
+    ///
+    /// # Errors
+    /// See [`NotSaid`].
+    pub(in crate::endpoint::rooms) fn say(
+        &self,
+        said: Said<'_>,
+        publish: PublishTo<'_>,
+    ) -> Result<(), NotSaid> {
+        let Said { member, checked, envelope, now } = said;
+        let client = member.client.as_str();
+        let is_state = !matches!(checked.body, Body::Chat { .. } | Body::Custom { .. });
+        if is_state && checked.to.is_some() {
+            return Err(NotSaid::ForOne);
+        }
+        let mut state = self.state.lock();
+        let mut doubted = None;
+        let op = match checked.body {
+            Body::Position { entity, update } => {
+                let moved = self.moved(&mut state, client, entity, update, now);
+                self.release(state, now);
+                return moved;
+            }
+            Body::Spawn { entity, spawn, .. } => {
+                let snapshot = snapshot::spawned(spawn, client).ok_or(Refused::Unknown)?;
+                state.mirror.spawn(Origin::Here, client, entity, &snapshot)?;
+                Some(RoomOp::Spawn { entity: entity.into(), snapshot: snapshot.into() })
+            }
+            Body::Update { entity, update } => {
+                doubted = state.mirror.is_doubted(client, entity).then_some(entity);
+                let snapshot = state.mirror.update(Origin::Here, client, entity, update)?;
+                let snapshot = Bytes::copy_from_slice(snapshot);
+                Some(RoomOp::Spawn { entity: entity.into(), snapshot })
+            }
+            Body::Despawn { entity } => {
+                state.mirror.despawn(Origin::Here, client, entity)?;
+                state.positions.forget_entity(client, entity);
+                Some(RoomOp::Despawn { entity: entity.into() })
+            }
+            _ => None,
+        };
+        let stamped = self.stamped(member, checked.stamp, envelope);
+        let audience = Audience { except: Some(member.connection.number), to: checked.to };
+        let fanout = Fanout::new(&stamped[wire::HEAD_BYTES..]).reliable(checked.reliable);
+        self.fan_out(&mut state, &mut { fanout }, audience, now);
+        let keep = op.map_or(Keep::Nothing, |op| self.keep(member, op));
+        // Under the lock: messages of one sender go to other instances in the order in which they came.
+        let published = self.publish(member, stamped.into(), keep, publish);
+        if let Some(entity) = doubted {
+            // Other instances may not know the entity that was changed.
+            let of = state.mirror.member(client);
+            let snapshot = of.and_then(|of| of.entity(entity)?.snapshot());
+            self.publish_entity(member, entity, snapshot);
+        }
+        self.release(state, now);
+        Ok(published?)
+    }
+
+    /// Passes a message on that is no envelope.
+    ///
+    /// # Errors
+    /// The bus did not take it; the members here have it.
+    pub(in crate::endpoint::rooms) fn say_opaque(
+        &self,
+        member: &Membership,
+        kind: Kind,
+        message: &[u8],
+        now: Micros,
+        publish: PublishTo<'_>,
+    ) -> Result<(), BusError> {
+        let form = match kind {
+            Kind::Text => WireForm::OpaqueText,
+            Kind::Binary => WireForm::Opaque,
+        };
+        let mut state = self.state.lock();
+        let audience = Audience { except: Some(member.connection.number), to: None };
+        self.fan_out(&mut state, &mut Fanout::opaque(kind, message), audience, now);
+        let payload = wire::message(member.connection, form, message);
+        let published = self.publish(member, payload, Keep::Nothing, publish);
+        self.release(state, now);
+        published
+    }
+
+    /// Sets the presence data of a member, and tells all other members.
+    ///
+    /// # Errors
+    /// See [`NotSaid`].
+    pub(in crate::endpoint::rooms) fn set_presence(
+        &self,
+        member: &Membership,
+        presence: &[u8],
+        now: Micros,
+        publish: PublishTo<'_>,
+    ) -> Result<(), NotSaid> {
+        let client = member.client.as_str();
+        let mut state = self.state.lock();
+        // The room judges first: what it does not take must not come with a later join either.
+        state.mirror.presence(Origin::Here, client, presence)?;
+        let json = member.set_presence(presence);
+        let data = MemberRecord::parse(&json).map(|record| record.presence_data());
+        let event = write::presence(PresenceKind::Update, client, data.as_ref(), 0);
+        let stamped = self.stamped(member, Stamp::default(), &event);
+        let audience = Audience { except: Some(member.connection.number), to: None };
+        self.fan_out(&mut state, &mut Fanout::new(&stamped[wire::HEAD_BYTES..]), audience, now);
+        let keep = self.keep(member, RoomOp::Presence { json });
+        let published = self.publish(member, stamped.into(), keep, publish);
+        self.release(state, now);
+        Ok(published?)
+    }
+
+    /// Publishes the entities of a member again whose snapshots differ from those that were `written`.
+    pub(in crate::endpoint::rooms) fn tell_newer(
+        &self,
+        member: &Membership,
+        written: &[(String, Bytes)],
+    ) {
+        let (client, now) = (member.client.as_str(), clock::now());
+        let state = self.state.lock();
+        let entities = state.mirror.member(client).map(|member| member.entities());
+        for entity in entities.into_iter().flatten() {
+            let Some(snapshot) = entity.snapshot() else { continue };
+            let field = wire::field(client, entity.id());
+            let is_written = |(name, value): &(String, Bytes)| *name == field && *value == snapshot;
+            if written.iter().any(is_written) {
+                continue;
+            }
+            self.publish_entity(member, entity.id(), Some(snapshot));
+        }
+        self.release(state, now);
+    }
+
+    /// Publishes an entity of a member again, as the mirror has it.
+    fn tell_again(&self, member: &Membership, entity: &str) {
+        let state = self.state.lock();
+        let of = state.mirror.member(member.client.as_str());
+        let snapshot = of.and_then(|of| of.entity(entity)?.snapshot());
+        self.publish_entity(member, entity, snapshot);
+        self.release(state, clock::now());
+    }
+
+    /// Publishes an entity of a member, or its end. Called under the lock, so that later changes come behind it.
+    fn publish_entity(&self, member: &Membership, entity: &str, snapshot: Option<&[u8]>) {
+        let client = member.client.as_str();
+        let envelope = match snapshot {
+            Some(snapshot) => write::spawn(snapshot),
+            None => Some(write::despawn(entity, client)),
+        };
+        let Some(envelope) = envelope else { return };
+        let stamped = self.stamped(member, Stamp::default(), &envelope);
+        let entity = entity.into();
+        let op = match snapshot.map(Bytes::copy_from_slice) {
+            Some(snapshot) => RoomOp::Spawn { entity, snapshot },
+            None => RoomOp::Despawn { entity },
+        };
+        let keep = self.keep(member, op);
+        // Where the queue is full, the next doubt brings it again.
+        let publish = &mut |publish| member.rooms.hub.publish(publish);
+        drop(self.publish(member, stamped.into(), keep, publish));
+    }
+
+    /// Returns an envelope with its stamp, behind the head of a message between instances.
+    fn stamped(&self, member: &Membership, with: Stamp, envelope: &[u8]) -> Vec<u8> {
+        let client = member.client.as_str();
+        let capacity = wire::HEAD_BYTES + envelope.len() + client.len() + STAMP_BYTES;
+        let mut head = bytes::BytesMut::with_capacity(capacity);
+        wire::write_message_head(member.connection, WireForm::Envelope, &mut head);
+        let mut stamped = Vec::from(head);
+        stamp::stamp(envelope, with, client, None, &mut stamped);
+        stamped
+    }
+
+    /// Returns the change of the member's state, to be made with the publish.
+    fn keep(&self, member: &Membership, op: RoomOp) -> Keep {
+        Keep::Room(Box::new(RoomWrite {
+            keys: member.rooms.keeper.keys(&self.id),
+            client: member.client.as_str().into(),
+            connection: member.connection.to_string(),
+            ttl: KEYS_TTL,
+            op,
+        }))
+    }
+
+    fn publish(
+        &self,
+        member: &Membership,
+        payload: Bytes,
+        keep: Keep,
+        publish: PublishTo<'_>,
+    ) -> Result<(), BusError> {
+        if !member.rooms.keeper.is_shared() {
+            // There is no other instance.
+            return Ok(());
+        }
+        member.rooms.counters.published_shared.add(1);
+        let receipt = self.state_receipt(&keep);
+        publish(Publish { channel: Arc::clone(&self.channel), payload, keep, receipt })
+    }
+
+    /// Returns the receipt of a change of an entity; `None` for all else.
+    fn state_receipt(&self, keep: &Keep) -> Option<Arc<dyn Receipt>> {
+        let Keep::Room(write) = keep else { return None };
+        let entity = match &write.op {
+            RoomOp::Spawn { entity, .. } | RoomOp::Despawn { entity } => entity.clone(),
+            RoomOp::Presence { .. } => return None,
+        };
+        let (room, client) = (self.me.clone(), write.client.clone());
+        let connection = write.connection.clone();
+        Some(Arc::new(StateReceipt { room, client, connection, entity }))
+    }
+}
+
+/// Receipt of a change of an entity.
+struct StateReceipt {
+    room: Weak<Room>,
+    client: Box<str>,
+    /// Connection that made the change, as records have it.
+    connection: String,
+    entity: Box<str>,
+}
+
+impl Receipt for StateReceipt {
+    fn published(&self, outcome: Outcome) {
+        // Otherwise the store has the change; what is lost in doubt is read again when the bus is back.
+        if outcome != Outcome::Kept {
+            return;
+        }
+        let Some(room) = self.room.upgrade() else { return };
+        let now = clock::now();
+        let mut state = room.state.lock();
+        let Self { client, connection, entity, .. } = self;
+        let is_again = state.mirror.doubt(client, entity, connection, now.0);
+        let holder = if is_again { state.holder(client) } else { None };
+        room.release(state, now);
+        // Outside the lock, which the last owner of a membership takes.
+        if let Some(holder) = holder.and_then(|holder| holder.upgrade()) {
+            room.tell_again(&holder, entity);
+        }
+    }
+}
+
+/// Room for the stamp of an envelope, beside the client's id.
+const STAMP_BYTES: usize = 32;

@@ -1,0 +1,231 @@
+//! Dispatch of requests to the endpoint families, the worker API and the admin routes.
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::Router;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use tower::ServiceExt;
+use tracing::{debug, info};
+
+use crate::{
+    core::{Core, caller::Caller},
+    endpoint::{Endpoint, Families},
+    http::{
+        Body,
+        answer_time::AnswerTime,
+        cors::{self, Grant},
+        handshake::{self, event_stream},
+        host,
+        listener::Service,
+        rejection::Rejection,
+    },
+    telemetry::{family::Family, metrics::ACCEPTED},
+};
+
+/// The routes of a listener.
+#[derive(Clone)]
+pub struct Routes {
+    core: Arc<Core>,
+    families: Arc<Families>,
+    /// The listener serves the families' endpoints.
+    data_plane: bool,
+    /// Admin routes, worker API and, if it runs, the demo.
+    rest: Router,
+}
+
+/// Returns the part of a path that may be logged. The rest may hold a token: a client may have mistyped the `?` before
+/// its query.
+fn shown(path: &str) -> &str {
+    let path = &path[..path.floor_char_boundary(LOGGED_PATH_BYTES_MAX)];
+    let lower = path.to_ascii_lowercase();
+    let marks = ["&", ";", "?", "%26", "%3b", "%3f", "token=", "token%3d"];
+    let end = marks.iter().filter_map(|mark| lower.find(mark)).min();
+    &path[..end.unwrap_or(path.len())]
+}
+
+impl Service for Routes {
+    fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    async fn serve(self, mut request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        let path = request.uri().path().to_owned();
+        let is_upgrade = request.headers().contains_key(header::UPGRADE);
+        let target = self.data_plane.then(|| Endpoint::of(&self.core, &path, is_upgrade)).flatten();
+        let address = handshake::client_address(&self.core, &request).ok();
+        let caller = Arc::new(self.core.texts.caller(address, request.headers()));
+        if let Err(rejection) = self.check_host(&request) {
+            return Ok(match target {
+                Some(target) => self.refuse(Some(target.family()), &rejection, &path, &caller),
+                None => {
+                    self.core.metrics.error("bad_request");
+                    rejection.response()
+                }
+            });
+        }
+        let Some(target) = target else {
+            return self.serve_rest(request.map(Body::new), &path, &caller).await;
+        };
+        let family = target.family();
+        if !Families::serves(&self.core, family) {
+            return Ok(self.refuse(Some(family), &not_served(family), &path, &caller));
+        }
+        let grant = Grant::of(request.headers(), &self.core.config.server.allowed_origins);
+        let is_events = event_stream::is_asked(&self.core, request.headers());
+        let is_preflight = cors::is_preflight(request.method(), request.headers());
+        if self.core.config.sse.enabled && is_preflight && grant.is_some() {
+            return Ok(granted(grant, cors::preflight()));
+        }
+        request.extensions_mut().insert(Arc::clone(&caller));
+        let answer = self.families.open(target, &self.core, request).await;
+        // A browser asks for no permission before it opens a WebSocket.
+        let grant = grant.filter(|_| is_events);
+        Ok(match answer {
+            Ok(response) => {
+                self.core.metrics.handshake(Some(family), ACCEPTED);
+                granted(grant, response)
+            }
+            Err(rejection) => granted(grant, self.refuse(Some(family), &rejection, &path, &caller)),
+        })
+    }
+}
+
+impl Routes {
+    /// Makes the routes of a listener: with `data_plane` the families' endpoints, and `rest`.
+    #[must_use]
+    pub const fn new(
+        core: Arc<Core>,
+        families: Arc<Families>,
+        data_plane: bool,
+        rest: Router,
+    ) -> Self {
+        Self { core, families, data_plane, rest }
+    }
+
+    /// Checks the host that a request names, before any other part of the request is used.
+    fn check_host(&self, request: &Request<Incoming>) -> Result<(), Rejection> {
+        host::check(request)?;
+        let server = &self.core.config.server;
+        if server.local_hosts_only { host::check_local(request, server.bind) } else { Ok(()) }
+    }
+
+    fn refuse(
+        &self,
+        family: Option<Family>,
+        rejection: &Rejection,
+        path: &str,
+        caller: &Caller,
+    ) -> Response<Body> {
+        self.core.metrics.handshake(family, rejection.code);
+        let told = rejection.for_client();
+        let left_out = self.core.lines.pass(rejection.code);
+        // A code is logged once a second, and otherwise at debug: a flood of refusals must not fill the log.
+        macro_rules! log {
+            ($level:ident) => {
+                $level!(
+                    endpoint = family.map(Family::label),
+                    path = shown(path),
+                    user_id = rejection.user.as_deref(),
+                    address = caller.address.map(display),
+                    origin = caller.origin.as_deref(),
+                    user_agent = caller.user_agent.as_deref(),
+                    status = told.status.as_u16(),
+                    code = rejection.code,
+                    error = rejection.cause,
+                    left_out,
+                    "Handshake refused."
+                )
+            };
+        }
+        match left_out {
+            Some(_) => log!(info),
+            None => log!(debug),
+        }
+        let mut response = told.response();
+        if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        }
+        response
+    }
+
+    /// Serves all other routes. A request that arrives slowly must not hold its socket for ever, so its time is
+    /// bounded, unless a handler that has the whole request lifts the bound. The body of the answer may last.
+    async fn serve_rest(
+        self,
+        mut request: Request<Body>,
+        path: &str,
+        caller: &Caller,
+    ) -> Result<Response<Body>, Infallible> {
+        let is_handshake = self.data_plane && request.headers().contains_key(header::UPGRADE);
+        let has_body = !hyper::body::Body::is_end_stream(request.body());
+        let server = &self.core.config.server;
+        let limit = server.header_timeout + server.handshake_timeout;
+        let time = AnswerTime::default();
+        request.extensions_mut().insert(time.clone());
+        let answer = time.bound(limit, self.rest.clone().oneshot(request)).await;
+        let Some(answer) = answer else {
+            self.core.metrics.error("slow_request");
+            let message = "The request did not arrive in time.";
+            return Ok(Rejection::request_timeout(message).response());
+        };
+        let mut response = answer?;
+        if has_body && !response.status().is_success() {
+            // The request's body may not have been read. Then hyper closes the connection, so the client must not send
+            // its next request on it.
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+        }
+        if is_handshake && response.status() == StatusCode::NOT_FOUND {
+            return Ok(self.refuse(None, &nothing_here(), path, caller));
+        }
+        Ok(response)
+    }
+}
+
+/// Adds the permission for the page's origin to an answer.
+fn granted(grant: Option<Grant>, mut response: Response<Body>) -> Response<Body> {
+    if let Some(grant) = grant {
+        grant.apply(response.headers_mut());
+    }
+    response
+}
+
+/// Answers a request for an unknown path: 404.
+pub async fn not_found() -> Response<Body> {
+    nothing_here().response()
+}
+
+fn nothing_here() -> Rejection {
+    Rejection::not_found("Nothing is served at this path.")
+}
+
+/// Refuses a client of a family that is switched off: 404.
+fn not_served(family: Family) -> Rejection {
+    let name = family.label();
+    Rejection::not_found(format!("This instance serves no {name}: endpoints.{name} is off."))
+}
+
+/// Upper bound of a logged path.
+const LOGGED_PATH_BYTES_MAX: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn a_token_that_was_put_into_the_path_is_not_shown() {
+        for (path, expected) in [
+            ("/demo/ws/s-1", "/demo/ws/s-1"),
+            ("/demo/ws/s-1&token=secret", "/demo/ws/s-1"),
+            ("/demo/ws/s-1;token=secret", "/demo/ws/s-1"),
+            ("/demo/ws/s-1%3Ftoken=secret", "/demo/ws/s-1"),
+            ("/demo/ws/s-1%26x", "/demo/ws/s-1"),
+            ("/demo/ws/s-1/Token=secret", "/demo/ws/s-1/"),
+            ("/demo/ws/s-1/access_token%3dsecret", "/demo/ws/s-1/access_"),
+        ] {
+            assert_eq!(shown(path), expected);
+        }
+        assert_eq!(shown(&"é".repeat(500)).len(), 256);
+    }
+}

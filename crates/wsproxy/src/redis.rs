@@ -1,0 +1,28 @@
+//! A client for Redis: connections that are made again for ever, and the bus and the store on them.
+//!
+//! Knows only the plain types of `bus` and `store`: messages, commands, outcomes, errors.
+
+pub(crate) mod address;
+mod answer;
+pub mod bus;
+pub mod client;
+pub(crate) mod connect;
+mod connection;
+mod fault;
+mod health;
+mod history;
+mod outlet;
+mod pipeline;
+mod probe;
+mod publish;
+mod reader;
+pub(crate) mod reply;
+pub(crate) mod resp;
+mod scout;
+pub(crate) mod script;
+mod shared;
+pub mod store;
+mod subscriptions;
+mod supervisor;
+mod watchdog;
+pub(crate) mod words;

@@ -1,0 +1,191 @@
+//! The client of a Redis: starts the tasks of its connections, and sends commands. Knows no command.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use bytes::BytesMut;
+use tokio::sync::oneshot;
+use tokio_util::task::TaskTracker;
+use wsproxy_proto::names::{self, Names};
+
+use crate::{
+    bus::deliver::Deliver,
+    queue::Back,
+    redis::{
+        health::Purpose,
+        pipeline::{PipelineRequest, Replies, task::PipelineTask},
+        reader::RedisReader,
+        resp::{self, Reply},
+        scout,
+        script::Script,
+        shared::RedisShared,
+    },
+    store::{command::StoreError, not_done::NotDone},
+};
+
+/// A Redis. Clones share its connections.
+#[derive(Clone)]
+pub struct RedisClient(Arc<RedisShared>);
+
+impl RedisClient {
+    /// Starts the tasks that keep the connections made, for ever; messages go to `deliver`.
+    pub(super) fn start(
+        shared: Arc<RedisShared>,
+        deliver: Box<dyn Deliver>,
+        tasks: &TaskTracker,
+    ) -> Self {
+        // The first subscription of every connection; no caller waits for it.
+        drop(shared.subscriptions.want(vec![shared.probe_channel.clone()]));
+        tasks.spawn(RedisReader::new(shared.clone(), deliver).run());
+        for (pipeline, purpose) in
+            [(&shared.publishes, Purpose::Publish), (&shared.commands, Purpose::Command)]
+        {
+            tasks.spawn(PipelineTask::new(shared.clone(), pipeline.clone(), purpose).run());
+        }
+        tasks.spawn(scout::run(shared.clone()));
+        Self(shared)
+    }
+
+    /// Returns the state that the connections share.
+    pub(super) fn shared(&self) -> &RedisShared {
+        &self.0
+    }
+
+    /// Returns the number of connections for commands so far. When it changes, commands may reach another server.
+    pub(crate) fn command_connections(&self) -> u64 {
+        self.0.command_connections.load(Ordering::Acquire)
+    }
+
+    /// Returns the names of keys and channels.
+    pub(crate) fn names(&self) -> &Names {
+        &self.0.names
+    }
+
+    /// Runs a script; `words` are the number of keys, the keys and the arguments.
+    ///
+    /// # Errors
+    /// See [`Self::command`].
+    pub(crate) async fn run(&self, script: &Script, words: &[&[u8]]) -> Result<Reply, StoreError> {
+        debug_assert!(has_one_slot(words), "a script must touch one slot");
+        let call = |is_loaded| [&script.call(is_loaded)[..], words].concat();
+        match self.command(&call(true)).await {
+            // The script certainly did not run. The call with its text runs it, and loads it for later calls.
+            Err(StoreError::NotDone { refusal: NotDone::Script, .. }) => {
+                self.command(&call(false)).await
+            }
+            reply => reply,
+        }
+    }
+
+    /// Runs a short script on one key; every call has its text.
+    ///
+    /// # Errors
+    /// See [`Self::command`].
+    pub(crate) async fn eval(
+        &self,
+        script: &str,
+        key: &str,
+        arguments: impl IntoIterator<Item = impl AsRef<[u8]>>,
+    ) -> Result<Reply, StoreError> {
+        let arguments: Vec<_> = arguments.into_iter().collect();
+        let mut words: Vec<&[u8]> = vec![b"EVAL", script.as_bytes(), b"1", key.as_bytes()];
+        words.extend(arguments.iter().map(AsRef::as_ref));
+        self.command(&words).await
+    }
+
+    /// Sends a command on the command connection and waits for its reply.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`] and [`StoreError::Closed`]: the command was not sent. Others: see [`StoreError`].
+    pub(crate) async fn command(&self, words: &[&[u8]]) -> Result<Reply, StoreError> {
+        let mut command = BytesMut::new();
+        resp::words(&mut command, words);
+        let (caller, reply) = oneshot::channel();
+        let bytes = command.len() + COMMAND_OVERHEAD_BYTES;
+        self.enqueue(PipelineRequest::Command(command.freeze(), caller), bytes)?;
+        reply.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// Runs a script several times, with one write and one wake-up for all; `calls` are the words of [`Self::run`].
+    /// Returns a reply for each call.
+    pub(crate) async fn run_each<const N: usize>(
+        &self,
+        script: &Script,
+        calls: &[[impl AsRef<[u8]>; N]],
+    ) -> Replies {
+        let spelled = |is_loaded| {
+            calls.iter().map(move |words| {
+                debug_assert!(has_one_slot(&words.each_ref().map(AsRef::as_ref)));
+                script.call(is_loaded).into_iter().chain(words.iter().map(AsRef::as_ref))
+            })
+        };
+        let mut replies = self.commands(spelled(true)).await;
+        let is_unknown =
+            |reply: &_| matches!(reply, Err(StoreError::NotDone { refusal: NotDone::Script, .. }));
+        if replies.iter().any(is_unknown) {
+            // These certainly did not run. The first call with the text loads the script.
+            let unknown =
+                replies.iter_mut().zip(spelled(false)).filter(|(reply, _)| is_unknown(reply));
+            let (unknown, calls): (Vec<_>, Vec<_>) = unknown.unzip();
+            for (unknown, reply) in unknown.into_iter().zip(self.commands(calls.into_iter()).await)
+            {
+                *unknown = reply;
+            }
+        }
+        replies
+    }
+
+    /// Sends commands together, and waits for all their replies. Returns a reply for each; see [`Self::command`].
+    pub(crate) async fn commands<'w>(
+        &self,
+        commands: impl ExactSizeIterator<Item = impl Iterator<Item = &'w [u8]> + Clone>,
+    ) -> Replies {
+        let count = commands.len();
+        if count == 0 {
+            return Replies::new();
+        }
+        let mut spelled = BytesMut::with_capacity(count * COMMAND_BYTES);
+        for words in commands {
+            resp::command(&mut spelled, words.clone().count());
+            words.for_each(|word| resp::word(&mut spelled, word));
+        }
+        let (caller, replies) = oneshot::channel();
+        let bytes = spelled.len() + count * COMMAND_OVERHEAD_BYTES;
+        let request = PipelineRequest::Commands(spelled.freeze(), count, caller);
+        match self.enqueue(request, bytes) {
+            Ok(()) => replies.await.unwrap_or_else(|_| vec![Err(StoreError::Closed); count]),
+            Err(error) => vec![Err(error); count],
+        }
+    }
+
+    fn enqueue(&self, request: PipelineRequest, bytes: usize) -> Result<(), StoreError> {
+        let queue = &self.0.commands.queue;
+        match queue.push(request, bytes) {
+            Ok(()) => Ok(()),
+            Err((Back::Closed, _)) => Err(StoreError::Closed),
+            Err((Back::Full, request)) => {
+                // In an outage the callers of most waiting commands have given up.
+                queue.retain(|request| match request {
+                    PipelineRequest::Command(_, caller) => !caller.is_closed(),
+                    PipelineRequest::Commands(_, _, caller) => !caller.is_closed(),
+                    PipelineRequest::Publish(_) => true,
+                });
+                queue.push(request, bytes).map_err(|_| StoreError::Full)
+            }
+        }
+    }
+}
+
+/// Returns whether all keys of a script are in one slot of a Redis Cluster; `words` begin with the number of keys.
+fn has_one_slot(words: &[&[u8]]) -> bool {
+    let count = words.first().and_then(|count| std::str::from_utf8(count).ok()?.parse().ok());
+    let keys = words.iter().skip(1).take(count.unwrap_or(0));
+    let mut slots = keys.map(|key| names::slot(key));
+    let first = slots.next();
+    slots.all(|slot| Some(slot) == first)
+}
+
+/// Room that is made for each of several commands before they are spelled.
+const COMMAND_BYTES: usize = 384;
+
+/// Estimate of a queued command's cost beside its bytes.
+const COMMAND_OVERHEAD_BYTES: usize = 128;

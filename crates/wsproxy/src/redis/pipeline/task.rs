@@ -1,0 +1,471 @@
+//! The task of a pipeline: sends the requests of many callers in order, and does not wait for replies in between.
+//!
+//! Publishes have one pipeline and the store's commands another. Queued requests survive the loss of the connection;
+//! the callers of sent ones learn that they may or may not have arrived. If the server has forgotten a script, the
+//! publish is repeated with the script.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bytes::BytesMut;
+use futures_util::FutureExt;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use crate::{
+    bus::publish::{Keep, Outcome, Publish, Receipt},
+    redis::{
+        answer::{not_done, outcome_of, refusal_of, reply_of},
+        connect::check_role_answer,
+        connection::{Progress, RedisConnection},
+        fault::{Fault, tell},
+        health::Purpose,
+        pipeline::{Pipeline, PipelineRequest, Replies},
+        publish::spell_publish,
+        resp::{self, Reply, RespValue},
+        script,
+        shared::RedisShared,
+        supervisor::Supervisor,
+        watchdog::{Watchdog, WatchdogStep},
+    },
+    store::{command::StoreError, not_done::NotDone},
+    telemetry::throttle::Throttle,
+};
+
+/// The one task of a pipeline.
+pub(in crate::redis) struct PipelineTask {
+    shared: Arc<RedisShared>,
+    pipeline: Arc<Pipeline>,
+    purpose: Purpose,
+    /// Sent requests without a reply, oldest first, each with its bytes.
+    waiting: VecDeque<(Waiting, usize)>,
+    waiting_bytes: usize,
+    batch: Vec<PipelineRequest>,
+    /// Publishes that are repeated, since the server had forgotten the script; at most as many as were sent at one
+    /// time.
+    again: VecDeque<Box<Publish>>,
+    /// Set if the script is called by its name; otherwise every call has its text.
+    is_script_loaded: bool,
+    /// Set while the script is being loaded.
+    scripts_loading: u8,
+    ends_at: Option<Instant>,
+    complaints: Throttle,
+}
+
+impl PipelineTask {
+    /// Creates the task of a pipeline.
+    pub(in crate::redis) fn new(
+        shared: Arc<RedisShared>,
+        pipeline: Arc<Pipeline>,
+        purpose: Purpose,
+    ) -> Self {
+        Self {
+            shared,
+            pipeline,
+            purpose,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            batch: Vec::new(),
+            again: VecDeque::new(),
+            is_script_loaded: true,
+            scripts_loading: 0,
+            ends_at: None,
+            complaints: Throttle::default(),
+        }
+    }
+
+    /// Serves the queue until shutdown, and then the rest of it, if there is a connection.
+    pub(in crate::redis) async fn run(mut self) {
+        let mut supervisor = Supervisor::new(self.shared.clone(), self.purpose);
+        while let Some(mut connection) = supervisor.connect().await {
+            let end = self.serve(&mut connection).await;
+            let cause = end.as_ref().map_or_else(String::new, Fault::to_string);
+            self.fail_waiting(&cause);
+            match end {
+                None => break,
+                Some(fault) => supervisor.lost(&fault),
+            }
+        }
+        self.fail_queued();
+    }
+
+    /// Uses a connection until it fails; `None` after shutdown.
+    async fn serve(&mut self, connection: &mut RedisConnection) -> Option<Fault> {
+        let shared = self.shared.clone();
+        let pipeline = self.pipeline.clone();
+        // Takes back an order to end that was meant for an earlier connection.
+        let _ = pipeline.condemned.notified().now_or_never();
+        pipeline.outlet.connected(connection.birth);
+        shared.connections_changed.notify_one();
+        self.scripts_loading = 0;
+        if self.purpose == Purpose::Publish {
+            self.is_script_loaded = true;
+            self.load_scripts(&mut connection.output);
+        }
+        let (probe, timeout) = (shared.probe_interval, shared.response_timeout);
+        let mut watchdog = Watchdog::new(probe, timeout, Instant::now());
+        let mut ticks = interval(Watchdog::period(probe, timeout));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.fill(connection);
+            let room = self.has_room(connection);
+            tokio::select! {
+                progress = connection.drive() => match progress {
+                    Ok(Progress::Written) => {}
+                    Ok(Progress::Read) => match self.replies(connection, &mut watchdog) {
+                        Ok(()) => {}
+                        Err(fault) => return Some(fault),
+                    },
+                    Err(fault) => return Some(fault),
+                },
+                () = pipeline.queue.filled(), if room => {}
+                () = pipeline.outlet.nudged() => {}
+                () = pipeline.condemned.notified() => return Some(Fault::Probe),
+                _ = ticks.tick() => match watchdog.tick(Instant::now(), connection.last_read) {
+                    WatchdogStep::Fine => {}
+                    WatchdogStep::Ask => self.ask(connection),
+                    WatchdogStep::Dead => return Some(Fault::Silent),
+                },
+                () = shared.shutdown.cancelled(), if self.ends_at.is_none() => {
+                    pipeline.queue.close();
+                    self.ends_at = Some(Instant::now() + timeout);
+                }
+            }
+            if self.ends_at.is_some_and(|at| self.is_done(connection) || Instant::now() >= at) {
+                return None;
+            }
+        }
+    }
+
+    fn is_done(&self, connection: &RedisConnection) -> bool {
+        let own = |(who, _): &_| match who {
+            Waiting::Watchdog | Waiting::Write | Waiting::Urgent(_) | Waiting::Script => true,
+            Waiting::Publish(_)
+            | Waiting::Scripted(_)
+            | Waiting::Command(_)
+            | Waiting::Commands(..) => false,
+        };
+        let only_questions = self.waiting.iter().all(own);
+        let is_empty = self.pipeline.queue.is_empty() && self.again.is_empty();
+        only_questions && connection.output.is_empty() && is_empty
+    }
+
+    /// Returns whether a request may be sent. No request is sent while the script is being loaded, so that repeated
+    /// publishes keep their order.
+    fn has_room(&self, connection: &RedisConnection) -> bool {
+        self.scripts_loading == 0
+            && connection.output.len() < OUTPUT_BYTES
+            && self.waiting.len() < WAITING_MAX
+            && self.waiting_bytes < WAITING_BYTES_MAX
+    }
+
+    /// Writes queued requests, as many as may be without a reply.
+    fn fill(&mut self, connection: &mut RedisConnection) {
+        if let Some(publish) = self.pipeline.outlet.take() {
+            spell_publish(&publish, self.is_script_loaded, &mut connection.output);
+            self.waiting.push_back((Waiting::Urgent(publish.receipt), 0));
+        }
+        while self.has_room(connection)
+            && let Some(publish) = self.again.pop_front()
+        {
+            self.spell(PipelineRequest::Publish(*publish), &mut connection.output);
+        }
+        while self.has_room(connection) {
+            let mut batch = std::mem::take(&mut self.batch);
+            self.pipeline.queue.take(OUTPUT_BYTES - connection.output.len(), BATCH, &mut batch);
+            let took = batch.len();
+            for request in batch.drain(..) {
+                self.spell(request, &mut connection.output);
+            }
+            self.batch = batch;
+            if took == 0 {
+                break;
+            }
+        }
+    }
+
+    fn spell(&mut self, request: PipelineRequest, out: &mut BytesMut) {
+        let before = out.len();
+        let waiting = match request {
+            PipelineRequest::Publish(publish) => {
+                spell_publish(&publish, self.is_script_loaded, out);
+                match publish.keep {
+                    Keep::History(_) | Keep::Room(_) => Waiting::Scripted(Box::new(publish)),
+                    Keep::Nothing | Keep::IfNoReceiver { .. } => Waiting::Publish(publish.receipt),
+                }
+            }
+            // A caller that gave up must not be served: a token would be consumed for no client.
+            PipelineRequest::Command(_, caller) if caller.is_closed() => return,
+            PipelineRequest::Command(command, caller) => {
+                out.extend_from_slice(&command);
+                Waiting::Command(caller)
+            }
+            PipelineRequest::Commands(_, _, caller) if caller.is_closed() => return,
+            PipelineRequest::Commands(commands, count, caller) => {
+                out.extend_from_slice(&commands);
+                Waiting::Commands(Vec::with_capacity(count), count, caller)
+            }
+        };
+        let bytes = out.len() - before;
+        self.waiting.push_back((waiting, bytes));
+        self.waiting_bytes += bytes;
+    }
+
+    /// Loads the scripts. Requests are done in order, so every later call finds them loaded.
+    fn load_scripts(&mut self, out: &mut BytesMut) {
+        for script in [&script::PUBLISH, &script::ROOM_STATE] {
+            self.scripts_loading += 1;
+            script.load(out);
+            self.waiting.push_back((Waiting::Script, 0));
+        }
+    }
+
+    fn ask(&mut self, connection: &mut RedisConnection) {
+        resp::words(&mut connection.output, &[b"ROLE"]);
+        self.waiting.push_back((Waiting::Watchdog, 0));
+        if self.purpose == Purpose::Command {
+            // Changes no key, but is refused whenever a write would be.
+            let key = self.shared.probe_channel.as_bytes();
+            resp::words(&mut connection.output, &[b"SETRANGE", key, b"0", b""]);
+            self.waiting.push_back((Waiting::Write, 0));
+        }
+    }
+
+    /// Gives every complete reply to its caller.
+    fn replies(
+        &mut self,
+        connection: &mut RedisConnection,
+        watchdog: &mut Watchdog,
+    ) -> Result<(), Fault> {
+        let RedisConnection { input, output, .. } = connection;
+        while let Some(frame) = input.next()? {
+            let (value, _) = RespValue::parse(frame)?;
+            if matches!(value, RespValue::Push(_)) {
+                continue;
+            }
+            if let Some((Waiting::Commands(replies, count, _), _)) = self.waiting.front_mut() {
+                if let Some(refusal) = refusal_of(&value) {
+                    self.shared.health.writes.answered(Some(refusal));
+                }
+                replies.push(reply_of(&value));
+                if replies.len() < *count {
+                    if is_of_a_replica(&value) {
+                        return Err(Fault::Role("replica".into()));
+                    }
+                    continue;
+                }
+            }
+            let Some((waiting, bytes)) = self.waiting.pop_front() else {
+                return Err(Fault::Broken("an answer to nothing"));
+            };
+            self.waiting_bytes -= bytes;
+            self.replied(waiting, &value, output, watchdog)?;
+            if is_of_a_replica(&value) {
+                return Err(Fault::Role("replica".into()));
+            }
+        }
+        if self.waiting.is_empty() && self.waiting.capacity() > WAITING_KEPT {
+            self.waiting = VecDeque::new();
+        }
+        Ok(())
+    }
+
+    /// Gives one reply to its caller.
+    fn replied(
+        &mut self,
+        waiting: Waiting,
+        value: &RespValue<'_>,
+        output: &mut BytesMut,
+        watchdog: &mut Watchdog,
+    ) -> Result<(), Fault> {
+        match waiting {
+            Waiting::Publish(receipt) => self.published(value, receipt),
+            Waiting::Scripted(publish) => {
+                // The server has forgotten the script, or the user may not load it. The call was not done;
+                // further calls that were sent fail like it, and follow it in order.
+                if refusal_of(value) == Some(NotDone::Script) {
+                    if self.is_script_loaded && self.scripts_loading == 0 {
+                        self.load_scripts(output);
+                    }
+                    self.again.push_back(publish);
+                } else {
+                    self.published(value, publish.receipt);
+                }
+            }
+            Waiting::Urgent(receipt) => {
+                self.complain(value);
+                if let Some(receipt) = receipt {
+                    receipt.published(outcome_of(value));
+                }
+            }
+            Waiting::Command(caller) => {
+                if let Some(refusal) = refusal_of(value) {
+                    self.shared.health.writes.answered(Some(refusal));
+                }
+                drop(caller.send(reply_of(value)));
+            }
+            Waiting::Commands(replies, _, caller) => drop(caller.send(replies)),
+            Waiting::Watchdog => {
+                watchdog.answered();
+                check_role_answer(value)?;
+            }
+            Waiting::Write => self.shared.health.writes.answered(refusal_of(value)),
+            Waiting::Script => {
+                self.scripts_loading = self.scripts_loading.saturating_sub(1);
+                self.is_script_loaded &= !matches!(value, RespValue::Error(_));
+            }
+        }
+        Ok(())
+    }
+
+    fn published(&self, value: &RespValue<'_>, receipt: Option<Arc<dyn Receipt>>) {
+        self.complain(value);
+        let outcome = outcome_of(value);
+        let (counters, writes) = (&self.shared.counters, &self.shared.health.writes);
+        match outcome {
+            Outcome::Received(_) => counters.published.add(1),
+            Outcome::Stored { .. } => {
+                counters.published.add(1);
+                counters.publish_stored.add(1);
+                writes.answered(None);
+            }
+            Outcome::Kept => {
+                counters.published.add(1);
+                counters.publish_kept.add(1);
+                writes.answered(None);
+            }
+            Outcome::Refused(refusal) => {
+                counters.publish_refused[refusal as usize].add(1);
+                writes.answered(Some(refusal));
+            }
+            Outcome::Lost => counters.publish_lost.add(1),
+        }
+        if let Some(receipt) = receipt {
+            receipt.published(outcome);
+        }
+    }
+
+    fn complain(&self, value: &RespValue<'_>) {
+        let RespValue::Error(error) = value else { return };
+        if let Some(left_out) = self.complaints.pass() {
+            let error = tell(error);
+            tracing::warn!(error, left_out, "Redis refused to publish a message.");
+        }
+    }
+
+    fn fail_waiting(&mut self, cause: &str) {
+        self.waiting_bytes = 0;
+        let mut lost = 0;
+        for (waiting, _) in std::mem::take(&mut self.waiting) {
+            match waiting {
+                Waiting::Publish(receipt) => {
+                    lost += 1;
+                    if let Some(receipt) = receipt {
+                        receipt.published(Outcome::Lost);
+                    }
+                }
+                Waiting::Scripted(publish) => {
+                    lost += 1;
+                    if let Some(receipt) = publish.receipt {
+                        receipt.published(Outcome::Lost);
+                    }
+                }
+                Waiting::Urgent(receipt) => {
+                    if let Some(receipt) = receipt {
+                        receipt.published(Outcome::Lost);
+                    }
+                }
+                Waiting::Command(caller) => {
+                    drop(caller.send(Err(StoreError::Lost(cause.into()))));
+                }
+                Waiting::Commands(mut replies, count, caller) => {
+                    replies.resize(count, Err(StoreError::Lost(cause.into())));
+                    drop(caller.send(replies));
+                }
+                Waiting::Watchdog | Waiting::Write | Waiting::Script => {}
+            }
+        }
+        self.shared.counters.publish_lost.add(lost);
+        if lost > 0 {
+            tracing::warn!(
+                lost,
+                "Redis was lost before it answered publishes: their messages may be lost."
+            );
+        }
+    }
+
+    /// Fails all queued requests, at the end.
+    fn fail_queued(&mut self) {
+        self.pipeline.queue.close();
+        let again = std::mem::take(&mut self.again);
+        let mut lost = again.len() as u64;
+        for receipt in again.into_iter().filter_map(|publish| publish.receipt) {
+            receipt.published(Outcome::Lost);
+        }
+        loop {
+            self.pipeline.queue.take(usize::MAX, BATCH, &mut self.batch);
+            if self.batch.is_empty() {
+                break;
+            }
+            for request in self.batch.drain(..) {
+                match request {
+                    PipelineRequest::Publish(publish) => {
+                        lost += 1;
+                        if let Some(receipt) = publish.receipt {
+                            receipt.published(Outcome::Lost);
+                        }
+                    }
+                    PipelineRequest::Command(_, caller) => {
+                        drop(caller.send(Err(StoreError::Closed)))
+                    }
+                    PipelineRequest::Commands(_, count, caller) => {
+                        drop(caller.send(vec![Err(StoreError::Closed); count]));
+                    }
+                }
+            }
+        }
+        self.shared.counters.publish_lost.add(lost);
+        if lost > 0 {
+            tracing::warn!(lost, "Messages were still queued at the end.");
+        }
+    }
+}
+
+/// The receiver of the next reply.
+enum Waiting {
+    Publish(Option<Arc<dyn Receipt>>),
+    /// A publish that is repeated if the server has forgotten its script.
+    Scripted(Box<Publish>),
+    /// A message of the instance's own, which is not counted.
+    Urgent(Option<Arc<dyn Receipt>>),
+    Command(oneshot::Sender<Result<Reply, StoreError>>),
+    /// Several commands: the replies so far, the number of all, and the caller.
+    Commands(Replies, usize, oneshot::Sender<Replies>),
+    Watchdog,
+    /// The test whether the server takes writes.
+    Write,
+    /// The loading of the script.
+    Script,
+}
+
+fn is_of_a_replica(value: &RespValue<'_>) -> bool {
+    let RespValue::Error(error) = value else { return false };
+    error.starts_with(b"MASTERDOWN") || not_done(error) == Some(NotDone::ReadOnly)
+}
+
+/// Upper bound of bytes that wait for the socket. Further requests stay queued, where they survive the loss of a
+/// connection.
+const OUTPUT_BYTES: usize = 128 * 1024;
+
+/// Upper bound of sent requests without a reply.
+const WAITING_MAX: usize = 32 * 1024;
+
+/// Upper bound of the bytes of sent requests without a reply. A single larger request is sent alone.
+const WAITING_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Requests for which memory is kept after a burst.
+const WAITING_KEPT: usize = 4096;
+
+/// Requests that are taken from the queue at a time.
+const BATCH: usize = 1024;

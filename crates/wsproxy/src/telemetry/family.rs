@@ -1,0 +1,34 @@
+//! The endpoint families as a label of metrics and logs; knows no family's logic.
+
+/// An endpoint family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `/{agent_id}/ws/{session_id}`
+    Sessions,
+    /// `/ws`
+    Events,
+    /// `/ws/{room_id}`
+    Rooms,
+    /// Users' agents.
+    Agents,
+    /// `/echo`
+    Echo,
+}
+
+impl Family {
+    /// All families, in the order of their numbers.
+    pub const ALL: [Self; 5] =
+        [Self::Sessions, Self::Events, Self::Rooms, Self::Agents, Self::Echo];
+
+    /// Returns the value of the label `endpoint`.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Sessions => "sessions",
+            Self::Events => "events",
+            Self::Rooms => "rooms",
+            Self::Agents => "agents",
+            Self::Echo => "echo",
+        }
+    }
+}

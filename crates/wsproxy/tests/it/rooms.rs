@@ -1,0 +1,10 @@
+//! Rooms with real clients, over one instance and over several on one Redis.
+
+mod dead_instances;
+mod drain;
+mod faults;
+mod hostile;
+mod members;
+mod messages;
+mod room_client;
+mod stale;

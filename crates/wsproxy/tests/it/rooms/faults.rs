@@ -1,0 +1,223 @@
+//! Rooms while Redis, the network and instances fail.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::{
+    rooms::{
+        hostile::assert_alternate,
+        room_client::{RoomClient, instance},
+    },
+    support::{
+        client::Client,
+        eventually_yes,
+        gateway::{Backend, TestInstance},
+        redis_server::RedisServer,
+    },
+};
+
+#[tokio::test]
+async fn an_emptied_redis_costs_nobody_their_place() {
+    let backend = Backend::redis();
+    let (one, two) = (instance(&backend).await, instance(&backend).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut bob = RoomClient::join(&two, "bob").await;
+    assert_eq!(ann.told().await, "join bob");
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    assert_eq!(bob.told().await, "spawn e of ann");
+    let Backend::Redis(server) = &backend else { unreachable!() };
+    server.call(&["FLUSHALL"]);
+    eventually_yes("both are members again", async || members(server) == ["ann", "bob"]).await;
+    // No client was told anything of it.
+    ann.say("still here").await;
+    assert_eq!(bob.told().await, "ann: still here");
+    let mut cat = RoomClient::join(&two, "cat").await;
+    assert_eq!(cat.members(), ["ann", "bob", "cat"]);
+    assert_eq!(ann.told().await, "join cat");
+    assert_eq!(bob.told().await, "join cat");
+    let three: TestInstance = instance(&backend).await;
+    let dan = RoomClient::join(&three, "dan").await;
+    assert_eq!(dan.hello["initialState"]["entities"][0]["id"], "e");
+    assert_eq!(cat.told().await, "join dan");
+}
+
+#[tokio::test]
+async fn members_stay_while_redis_is_away_and_hear_each_other_at_one_instance() {
+    let mut server = RedisServer::start();
+    let url = server.url();
+    let backend = Backend::Redis(RedisServer::start());
+    let _ = backend;
+    let mut config = crate::support::gateway::config(Some(&url));
+    config.endpoints.rooms = true;
+    config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+    config.rate_limit.max_requests_is_set = true;
+    let instance = TestInstance::start(config).await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    let mut bob = RoomClient::join(&instance, "bob").await;
+    assert_eq!(ann.told().await, "join bob");
+    server.kill();
+    ann.say("can you hear me").await;
+    assert_eq!(bob.told().await, "ann: can you hear me");
+    server.restart();
+    eventually_yes("both are members again", async || members(&server) == ["ann", "bob"]).await;
+    bob.say("yes").await;
+    // Whatever the bus did not take is told to the sender only.
+    let mut heard = ann.told().await;
+    while heard.starts_with("error") {
+        heard = ann.told().await;
+    }
+    assert_eq!(heard, "bob: yes");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+}
+
+/// Trouble of a Redis while members come and go.
+#[derive(Debug, Clone, Copy)]
+enum Trouble {
+    Killed,
+    Emptied,
+    Frozen,
+    RolledBack,
+}
+
+#[tokio::test]
+async fn joins_and_leaves_while_redis_is_killed_are_told_once() {
+    come_and_go_while(Trouble::Killed).await;
+}
+
+#[tokio::test]
+async fn joins_and_leaves_while_redis_is_emptied_are_told_once() {
+    come_and_go_while(Trouble::Emptied).await;
+}
+
+#[tokio::test]
+async fn joins_and_leaves_while_redis_is_frozen_are_told_once() {
+    come_and_go_while(Trouble::Frozen).await;
+}
+
+#[tokio::test]
+async fn joins_and_leaves_while_redis_is_rolled_back_are_told_once() {
+    come_and_go_while(Trouble::RolledBack).await;
+}
+
+/// Members come to two instances and go, Redis fails, and then all see the same members and were told of each join and
+/// leave in turn.
+async fn come_and_go_while(trouble: Trouble) {
+    let mut server = RedisServer::start();
+    let url = server.url();
+    let start = async || {
+        let mut config = crate::support::gateway::config(Some(&url));
+        config.endpoints.rooms = true;
+        config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+        config.rooms.leave_grace = Duration::from_millis(50);
+        config.rate_limit.max_requests_is_set = true;
+        TestInstance::start(config).await
+    };
+    let (one, two) = (start().await, start().await);
+    let mut watchers = [RoomClient::join(&one, "w1").await, RoomClient::join(&two, "w2").await];
+    let mut stay = Vec::new();
+    for number in 0..6 {
+        let at = if number % 2 == 0 { &one } else { &two };
+        stay.push(RoomClient::join(at, &format!("stays{number}")).await);
+    }
+    let snapshot = server.snapshot();
+    let ends = std::sync::atomic::AtomicBool::new(false);
+    let come_and_go = async |number: usize| {
+        let path = format!("/ws/lobby?user_id=c{number}&client_id=c{number}");
+        for turn in 0.. {
+            let at = if (number + turn).is_multiple_of(2) { &one } else { &two };
+            let opened = Client::connect(at.address(), &path, &[]).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if let Ok(client) = opened {
+                // Some say goodbye, and others are lost.
+                if turn % 3 == 0 {
+                    let _ = tokio::time::timeout(Duration::from_secs(1), client.close()).await;
+                }
+            }
+            if ends.load(std::sync::atomic::Ordering::Relaxed) {
+                return;
+            }
+        }
+    };
+    let fail = async {
+        let pause = async |ms| tokio::time::sleep(Duration::from_millis(ms)).await;
+        pause(300).await;
+        for _ in 0..2 {
+            bring(trouble, &mut server, &snapshot).await;
+            pause(700).await;
+        }
+        ends.store(true, std::sync::atomic::Ordering::Relaxed);
+    };
+    let moving = futures_util::future::join_all((0..4).map(come_and_go));
+    tokio::join!(moving, fail);
+    let mut expected: Vec<_> = (0..6).map(|number| format!("stays{number}")).collect();
+    expected.extend(["w1".to_owned(), "w2".to_owned()]);
+    eventually_yes("Redis has the right members", async || members(&server) == expected).await;
+    all_see(&one, &expected).await;
+    all_see(&two, &expected).await;
+    for (at, watcher) in watchers.iter_mut().enumerate() {
+        let speaker = &mut stay[at];
+        speaker.say("end").await;
+        let told = watcher.told_until(&format!("stays{at}: end")).await;
+        assert_alternate(&told);
+        for name in expected.iter().filter(|name| name.starts_with("stays")) {
+            assert!(!told.contains(&format!("leave {name}")), "{trouble:?} {name}: {told:?}");
+        }
+    }
+}
+
+async fn bring(trouble: Trouble, server: &mut RedisServer, snapshot: &[u8]) {
+    let pause = async |ms| tokio::time::sleep(Duration::from_millis(ms)).await;
+    match trouble {
+        Trouble::Killed => {
+            server.kill();
+            pause(200).await;
+            server.forget();
+            server.restart();
+        }
+        Trouble::Emptied => _ = server.call(&["FLUSHALL"]),
+        Trouble::Frozen => {
+            server.stop();
+            pause(1500).await;
+            server.cont();
+        }
+        Trouble::RolledBack => {
+            server.kill();
+            server.put_snapshot(snapshot);
+            server.restart();
+        }
+    }
+}
+
+/// Waits until a newcomer is told of these members. One that a reading lacked is looked for again after ten seconds.
+async fn all_see(at: &TestInstance, expected: &[String]) {
+    eventually_yes("all see the same members", async || {
+        let path = "/ws/lobby?user_id=looks&client_id=looks";
+        let Ok(mut client) = Client::connect(at.address(), path, &[]).await else {
+            return false;
+        };
+        client.send(r#"{"clientHello":{}}"#).await;
+        let hello = client.json().await["serverHello"].take();
+        let seen = RoomClient { client, hello };
+        let mut names = seen.members();
+        seen.client.close().await;
+        names.retain(|name| name != "looks");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        names == expected
+    })
+    .await;
+}
+
+/// Clients that Redis has as members of the lobby, sorted.
+fn members(server: &RedisServer) -> Vec<String> {
+    use crate::support::redis_server::Answer;
+    let Ok(Answer::Array(names)) = server.try_call(&["HKEYS", "{room:lobby}:members"]) else {
+        return Vec::new();
+    };
+    let mut names: Vec<String> = names
+        .into_iter()
+        .filter_map(|name| if let Answer::Text(name) = name { Some(name) } else { None })
+        .collect();
+    names.sort();
+    names
+}

@@ -1,0 +1,171 @@
+//! Members of a room: joins, leaves, reconnects, limits.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use serde_json::json;
+
+use crate::{
+    rooms::room_client::{RoomClient, instance, instance_with},
+    support::{
+        client::Client,
+        eventually_yes,
+        gateway::{Backend, TestInstance, over_both},
+    },
+};
+
+over_both!(
+    members_see_each_other_come_and_go,
+    a_client_that_comes_back_in_time_has_never_left,
+    a_second_connection_of_a_client_takes_its_place,
+    a_full_room_takes_nobody_but_those_who_come_back,
+    presence_is_told_and_kept,
+);
+
+async fn members_see_each_other_come_and_go(backend: Backend) {
+    let instance = instance(&backend).await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    assert_eq!(ann.members(), ["ann"]);
+    let mut bob = RoomClient::join(&instance, "bob").await;
+    assert_eq!(bob.members(), ["ann", "bob"]);
+    assert_eq!(ann.told().await, "join bob");
+    bob.say("hi").await;
+    assert_eq!(ann.told().await, "bob: hi");
+    ann.say("hello").await;
+    assert_eq!(bob.told().await, "ann: hello");
+    bob.client.close().await;
+    assert_eq!(ann.told().await, "leave bob");
+    ann.client.close().await;
+    is_empty(&instance).await;
+}
+
+async fn a_client_that_comes_back_in_time_has_never_left(backend: Backend) {
+    let instance = instance_with(&backend, |config| {
+        config.rooms.leave_grace = Duration::from_secs(30);
+    })
+    .await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    let bob = RoomClient::join(&instance, "bob").await;
+    assert_eq!(ann.told().await, "join bob");
+    // Without a close frame.
+    drop(bob);
+    let mut bob = RoomClient::join(&instance, "bob").await;
+    bob.say("back").await;
+    assert_eq!(ann.told().await, "bob: back");
+}
+
+async fn a_second_connection_of_a_client_takes_its_place(backend: Backend) {
+    let instance = instance(&backend).await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    let mut first = RoomClient::join_as(&instance, "lobby", "bob", "tab", json!({})).await;
+    assert_eq!(ann.told().await, "join tab");
+    let mut second = RoomClient::join_as(&instance, "lobby", "bob", "tab", json!({})).await;
+    assert_eq!(first.client.closed().await.0, 4001);
+    second.say("here").await;
+    assert_eq!(ann.told().await, "tab: here");
+    // The name belongs to its user.
+    let path = "/ws/lobby?user_id=eve&client_id=tab";
+    let refused = Client::connect(instance.address(), path, &[]).await;
+    assert_eq!(refused.err(), Some(StatusCode::CONFLICT));
+    second.say("still here").await;
+    assert_eq!(ann.told().await, "tab: still here");
+}
+
+async fn a_full_room_takes_nobody_but_those_who_come_back(backend: Backend) {
+    let instance = instance_with(&backend, |config| config.rooms.members_max = 2).await;
+    let _ann = RoomClient::join(&instance, "ann").await;
+    let bob = RoomClient::join(&instance, "bob").await;
+    let refused = Client::connect(instance.address(), "/ws/lobby?user_id=c&client_id=c", &[]).await;
+    assert_eq!(refused.err(), Some(StatusCode::SERVICE_UNAVAILABLE));
+    let mut again = RoomClient::join(&instance, "bob").await;
+    assert_eq!(again.members(), ["ann", "bob"]);
+    drop(bob);
+    again.say("x").await;
+    again.client.close().await;
+    eventually_yes("there is room", async || {
+        let path = "/ws/lobby?user_id=c&client_id=c";
+        Client::connect(instance.address(), path, &[]).await.is_ok()
+    })
+    .await;
+}
+
+async fn presence_is_told_and_kept(backend: Backend) {
+    let instance = instance(&backend).await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    let presence = json!({ "displayName": "Bob", "avatarUrl": "https://x/b.png" });
+    let mut bob =
+        RoomClient::join_as(&instance, "lobby", "bob", "bob", json!({ "presence": presence }))
+            .await;
+    assert_eq!(ann.told().await, "join bob");
+    let update = ann.client.json().await;
+    assert_eq!(update["presenceEvent"]["eventType"], "UPDATE");
+    assert_eq!(update["presenceEvent"]["data"]["avatarUrl"], "https://x/b.png");
+    let moved = json!({ "avatarUrl": "https://x/c.png" });
+    bob.send(json!({ "presenceEvent": { "eventType": "UPDATE", "data": moved } })).await;
+    let update = ann.client.json().await;
+    assert_eq!(update["presenceEvent"]["data"]["avatarUrl"], "https://x/c.png");
+    let cat = RoomClient::join(&instance, "cat").await;
+    let players = cat.hello["initialState"]["players"].as_array().unwrap();
+    let of_bob = players.iter().find(|player| player["clientId"] == "bob").unwrap();
+    assert_eq!(of_bob["avatarUrl"], "https://x/c.png");
+}
+
+#[tokio::test]
+async fn a_name_of_the_hello_is_seen_by_late_joiners() {
+    let instance = instance(&Backend::Memory).await;
+    let hello = json!({ "displayName": "Bob" });
+    let _bob = RoomClient::join_as(&instance, "lobby", "bob", "bob", hello).await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    // The hello may have come before the name was written.
+    let players = ann.hello["initialState"]["players"].as_array().unwrap().clone();
+    let bob = players.iter().find(|player| player["clientId"] == "bob").unwrap();
+    if bob["displayName"] != "Bob" {
+        let update = ann.client.json().await;
+        assert_eq!(update["presenceEvent"]["data"]["displayName"], "Bob");
+    }
+    assert_eq!(ann.hello["limits"]["membersMax"], 1000);
+    assert_eq!(ann.hello["limits"]["tickMs"], 50);
+    assert_eq!(ann.hello["limits"]["entityBytesMax"], 4096);
+}
+
+#[tokio::test]
+async fn members_of_two_instances_are_in_one_room() {
+    let backend = Backend::redis();
+    let (one, two) = (instance(&backend).await, instance(&backend).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut bob = RoomClient::join(&two, "bob").await;
+    assert_eq!(bob.members(), ["ann", "bob"]);
+    assert_eq!(ann.told().await, "join bob");
+    ann.say("hi").await;
+    assert_eq!(bob.told().await, "ann: hi");
+    // The client moves to the other instance.
+    let mut again = RoomClient::join(&one, "bob").await;
+    assert_eq!(bob.client.closed().await.0, 4001);
+    again.say("moved").await;
+    assert_eq!(ann.told().await, "bob: moved");
+    again.client.close().await;
+    assert_eq!(ann.told().await, "leave bob");
+    drop(ann);
+    is_empty(&one).await;
+    is_empty(&two).await;
+}
+
+#[tokio::test]
+async fn one_user_with_two_tabs_hears_the_other_tab_only() {
+    let backend = Backend::redis();
+    let (one, two) = (instance(&backend).await, instance(&backend).await);
+    let mut left = RoomClient::join_as(&one, "lobby", "ann", "left", json!({})).await;
+    let mut right = RoomClient::join_as(&two, "lobby", "ann", "right", json!({})).await;
+    assert_eq!(left.told().await, "join right");
+    left.say("from left").await;
+    right.say("from right").await;
+    assert_eq!(left.told().await, "right: from right");
+    assert_eq!(right.told().await, "left: from left");
+    left.say("end").await;
+    assert_eq!(right.told().await, "left: end");
+}
+
+/// Waits until nothing of a room is left at an instance.
+pub async fn is_empty(instance: &TestInstance) {
+    instance.wait_empty().await;
+}
