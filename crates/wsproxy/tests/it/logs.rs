@@ -88,13 +88,12 @@ async fn a_refused_agent_is_logged_with_the_user_it_named() {
     };
     eventually_yes("the secret is judged", async || refused("u-1").await == 403).await;
     assert_eq!(refused("a:b").await, 401);
-    let lines = binary.lines("Handshake refused.");
-    let user = |code: &str| {
-        let line = lines.iter().find(|line| line["code"] == code).unwrap();
-        line["user_id"].as_str().map(str::to_owned)
+    let line = |code: &str| {
+        binary.lines("Handshake refused.").into_iter().find(|line| line["code"] == code)
     };
-    assert_eq!(user("invalid_credentials").as_deref(), Some("u-1"));
-    assert_eq!(user("malformed_credentials"), None);
+    eventually("the last line", || line("malformed_credentials").is_some()).await;
+    assert_eq!(line("invalid_credentials").unwrap()["user_id"], "u-1");
+    assert_eq!(line("malformed_credentials").unwrap()["user_id"].as_str(), None);
 }
 
 #[tokio::test]
@@ -111,7 +110,7 @@ async fn a_full_instance_says_so_once_a_second() {
         http::handshake(binary.address, "/echo", &[]).await.assert_refused(503, "full");
     }
     let most = begun.elapsed().as_secs() as usize + 1;
-    let lines = binary.lines("A connection was refused: the instance is full.");
+    let lines = binary.lines_when("A connection was refused: the instance is full.", 1).await;
     assert!((1..=most).contains(&lines.len()), "{lines:?}");
     assert_eq!((&lines[0]["level"], &lines[0]["max"]), (&"WARN".into(), &1.into()));
 }
@@ -157,7 +156,7 @@ async fn a_family_that_is_off_is_not_found_and_told() {
     http::request(binary.address, "GET", "/favicon.ico", &[], b"")
         .await
         .assert_refused(404, "not_found");
-    let lines = binary.lines("Handshake refused.");
+    let lines = binary.lines_when("Handshake refused.", 10).await;
     let of = |path: &str| lines.iter().filter(|line| line["path"] == path).count();
     assert_eq!(["/agent/ws/s", "/ws", "/ws/health"].map(of), [3, 3, 3]);
     assert_eq!((of("/socket.io/"), of("/favicon.ico")), (1, 0));
@@ -187,10 +186,11 @@ async fn trace_follows_one_message_of_one_session() {
         let lines = binary.lines(message);
         assert!(lines.iter().any(|line| line[field] == value), "{message}: {lines:?}");
     }
-    let opened = binary.lines("Connection opened.");
+    let opened = binary.lines_when("Connection opened.", 2).await;
     let connection = |n: usize| &opened[n]["connection_id"];
-    assert_eq!(first("A message is written to an event stream.")["connection_id"], *connection(1));
-    let written = first("Messages were written to a client.");
+    let written = binary.line("A message is written to an event stream.").await;
+    assert_eq!(written["connection_id"], *connection(1));
+    let written = binary.line("Messages were written to a client.").await;
     assert_eq!((&written["connection_id"], &written["waiting_bytes"]), (connection(0), &0.into()));
     let queue = binary.lines("A message is put into the queue of the bus.");
     assert!(queue.iter().any(|line| line["channel"] == "session:s-1:up"), "{queue:?}");

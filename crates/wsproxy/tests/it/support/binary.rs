@@ -90,6 +90,12 @@ impl Binary {
         lines.filter(|line| line["message"] == message).collect()
     }
 
+    /// Waits for this many log lines with this message: a line is read some time after its cause.
+    pub async fn lines_when(&self, message: &str, count: usize) -> Vec<serde_json::Value> {
+        eventually(message, || self.lines(message).len() >= count).await;
+        self.lines(message)
+    }
+
     /// Everything that was logged so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().join("\n")
