@@ -29,6 +29,7 @@ use crate::{
 };
 
 pub mod agents;
+mod changes;
 pub(crate) mod commands;
 pub mod control;
 pub mod lease;
@@ -298,7 +299,7 @@ impl Registry {
     #[doc(hidden)]
     #[must_use]
     pub fn is_written(&self) -> bool {
-        self.local.lock().is_written()
+        self.local.lock().changes.is_written()
     }
 
     /// Returns the connections of a user on all living instances.

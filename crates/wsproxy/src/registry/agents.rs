@@ -166,7 +166,7 @@ impl AgentRegistry {
     #[doc(hidden)]
     #[must_use]
     pub fn is_written(&self) -> bool {
-        self.local.lock().is_written()
+        self.local.lock().changes.is_written()
     }
 
     /// Returns the agent of a user, wherever it is connected.

@@ -8,12 +8,12 @@ use std::{
     time::SystemTime,
 };
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashSet;
 use uuid::Uuid;
 
 use crate::{
     client::Client,
-    registry::{ConnectionRecord, Joining, Presence, Transport},
+    registry::{ConnectionRecord, Joining, Presence, Transport, changes::Changes},
 };
 
 /// The state that the registry should have of this instance.
@@ -21,20 +21,15 @@ use crate::{
 /// Invariant: `changes` holds at most one change for every connection that is here, and one for
 /// every connection that is not but that Redis may know of. Both are bounded by the connections that
 /// an instance may hold; a connection that came and went before it was written leaves nothing.
-#[derive(Default)]
 pub(super) struct Local {
     /// Connections by id, hence by age, so that a walk can go on where it stopped. Boxed, since a tree leaves half
     /// of its slots empty.
     members: BTreeMap<Uuid, Box<Member>>,
     by_user: BTreeSet<(Arc<str>, Uuid)>,
     by_token: BTreeSet<(Arc<str>, Uuid)>,
-    changes: HashMap<Uuid, Change>,
-    /// Set while Redis has not answered to the changes that were taken.
-    writing: bool,
+    pub(super) changes: Changes<Uuid, Change>,
     /// `User-Agent`s of clients, shared, since many are equal. Holds at most `USER_AGENTS_MAX`.
     user_agents: HashSet<Arc<str>>,
-    /// Set if a writer takes the changes; without a shared registry there is none.
-    shared: bool,
     /// The connection that was renewed last.
     renewed: Uuid,
 }
@@ -52,7 +47,8 @@ struct Member {
     known: bool,
 }
 
-enum Change {
+/// A change of a connection's entry.
+pub(super) enum Change {
     Join,
     Leave(Arc<str>),
 }
@@ -67,7 +63,14 @@ pub(super) struct Write {
 
 impl Local {
     pub(super) fn new(shared: bool) -> Self {
-        Self { shared, ..Self::default() }
+        Self {
+            members: BTreeMap::new(),
+            by_user: BTreeSet::new(),
+            by_token: BTreeSet::new(),
+            changes: Changes::new(shared),
+            user_agents: HashSet::new(),
+            renewed: Uuid::nil(),
+        }
     }
 
     /// Adds a connection, and returns whether there is something to write.
@@ -91,10 +94,7 @@ impl Local {
             known: false,
         };
         self.members.insert(connection, member.into());
-        if self.shared {
-            self.changes.insert(connection, Change::Join);
-        }
-        self.shared
+        self.changes.put(connection, Change::Join)
     }
 
     /// Returns the text that all clients with the same `User-Agent` share.
@@ -118,11 +118,10 @@ impl Local {
             self.by_token.remove(&(token, connection));
         }
         if member.known {
-            self.changes.insert(connection, Change::Leave(member.user));
-        } else {
-            self.changes.remove(&connection);
+            return self.changes.put(connection, Change::Leave(member.user));
         }
-        member.known
+        self.changes.cancel(&connection);
+        false
     }
 
     pub(super) fn is_of(&self, connection: Uuid, user: &str) -> bool {
@@ -147,26 +146,8 @@ impl Local {
         self.members.len()
     }
 
-    pub(super) fn has_changes(&self) -> bool {
-        !self.changes.is_empty()
-    }
-
-    /// Returns whether Redis has every change.
-    pub(super) fn is_written(&self) -> bool {
-        self.changes.is_empty() && !self.writing
-    }
-
-    /// Notes that Redis has answered to the changes that were taken.
-    pub(super) fn written(&mut self) {
-        self.writing = false;
-    }
-
     /// Takes at most `count` changes, which Redis may have from now on.
     pub(super) fn take(&mut self, server: &str, count: usize) -> Vec<Write> {
-        let changes: Vec<_> = self.changes.extract_if(|_, _| true).take(count).collect();
-        if self.changes.is_empty() {
-            self.changes.shrink_to(CHANGES_KEPT);
-        }
         let write = |(connection, change)| match change {
             Change::Leave(user) => Some(Write { connection, user, record: None }),
             Change::Join => {
@@ -176,27 +157,23 @@ impl Local {
                 Some(Write { connection, user: Arc::clone(&member.user), record })
             }
         };
-        let writes: Vec<_> = changes.into_iter().filter_map(write).collect();
-        self.writing = !writes.is_empty();
-        writes
+        self.changes.take(count).into_iter().filter_map(write).collect()
     }
 
     /// Puts back changes that may or may not have been written, unless newer ones replace them.
     pub(super) fn give_back(&mut self, writes: Vec<Write>) {
-        self.writing = false;
-        for Write { connection, user, .. } in writes {
-            let change = match self.members.contains_key(&connection) {
-                true => Change::Join,
-                false => Change::Leave(user),
+        let change =
+            |Write { connection, user, .. }: Write| match self.members.contains_key(&connection) {
+                true => (connection, Change::Join),
+                false => (connection, Change::Leave(user)),
             };
-            self.changes.entry(connection).or_insert(change);
-        }
+        self.changes.give_back(writes.into_iter().map(change));
     }
 
     /// Marks every connection to be written again, since Redis has lost its data.
     pub(super) fn rewrite_all(&mut self) {
         for connection in self.members.keys() {
-            self.changes.entry(*connection).or_insert(Change::Join);
+            self.changes.put_if_absent(*connection, Change::Join);
         }
     }
 
@@ -205,7 +182,7 @@ impl Local {
         let from = (Bound::Excluded(self.renewed), Bound::Unbounded);
         let mut last = None;
         for connection in self.members.range(from).map(|(id, _)| *id).take(count) {
-            self.changes.entry(connection).or_insert(Change::Join);
+            self.changes.put_if_absent(connection, Change::Join);
             last = Some(connection);
         }
         // The walk begins again at its end.
@@ -215,13 +192,14 @@ impl Local {
     /// Marks the entries for removal that Redis has under this instance's name without a connection here. Returns their
     /// number.
     pub(super) fn remove_strays(&mut self, found: Vec<(Uuid, Arc<str>)>) -> usize {
-        let before = self.changes.len();
+        let mut strays = 0;
         for (connection, user) in found {
-            if !self.members.contains_key(&connection) {
-                self.changes.entry(connection).or_insert(Change::Leave(user));
-            }
+            let is_stray = !self.members.contains_key(&connection);
+            strays += usize::from(
+                is_stray && self.changes.put_if_absent(connection, Change::Leave(user)),
+            );
         }
-        self.changes.len() - before
+        strays
     }
 
     /// Returns the connections of a user.
@@ -304,9 +282,6 @@ const USER_AGENT_BYTES_MAX: usize = 200;
 /// Upper bound of shared `User-Agent`s; further clients keep one each.
 const USER_AGENTS_MAX: usize = 256;
 
-/// Changes for which memory is kept after a burst.
-const CHANGES_KEPT: usize = 256;
-
 #[cfg(test)]
 mod tests {
     use wsproxy_conn::{clock::Micros, runtime::Runtime};
@@ -354,7 +329,7 @@ mod tests {
         let mut local = Local::new(true);
         assert!(local.join(joining(1, "u", None, None)));
         assert!(!local.leave(id(1)), "there is nothing to write");
-        assert!(local.is_written() && taken(&mut local).is_empty());
+        assert!(local.changes.is_written() && taken(&mut local).is_empty());
         assert!(!local.leave(id(1)), "it has left already");
     }
 
@@ -363,9 +338,9 @@ mod tests {
         let mut local = Local::new(true);
         local.join(joining(1, "u", None, None));
         assert_eq!(taken(&mut local), [(id(1), true)]);
-        assert!(!local.is_written(), "no answer yet");
-        local.written();
-        assert!(local.is_written() && local.leave(id(1)));
+        assert!(!local.changes.is_written(), "no answer yet");
+        local.changes.answered();
+        assert!(local.changes.is_written() && local.leave(id(1)));
         assert_eq!(taken(&mut local), [(id(1), false)]);
     }
 
@@ -384,7 +359,7 @@ mod tests {
     fn an_instance_alone_writes_nothing() {
         let mut local = Local::new(false);
         assert!(!local.join(joining(1, "u", None, None)));
-        assert!(local.is_written());
+        assert!(local.changes.is_written());
         assert_eq!(local.presence("i", "u")[0].connection_id, id(1));
     }
 
@@ -412,7 +387,7 @@ mod tests {
             local.join(joining(n, "u", None, None));
         }
         taken(&mut local);
-        local.written();
+        local.changes.answered();
         let mut round = || {
             local.rewrite_some(2);
             taken(&mut local)

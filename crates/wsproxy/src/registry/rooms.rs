@@ -158,7 +158,7 @@ impl RoomRegistry {
     #[doc(hidden)]
     #[must_use]
     pub fn is_written(&self) -> bool {
-        self.local.lock().is_written()
+        self.local.lock().changes.is_written()
     }
 
     /// Returns at most `limit` rooms with members at living instances. Which rooms are left out is not defined.

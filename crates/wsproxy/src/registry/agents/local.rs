@@ -2,24 +2,18 @@
 
 use std::{collections::BTreeMap, ops::Bound, sync::Arc, time::SystemTime};
 
-use hashbrown::HashSet;
 use uuid::Uuid;
 
-use crate::registry::agents::AgentRecord;
+use crate::registry::{agents::AgentRecord, changes::Changes};
 
 /// The state that the registry should have of this instance.
 ///
 /// Invariant: `changes` names users with an agent here, and users without one that Redis may know of. Both are bounded
 /// by the connections that an instance may hold; an agent that came and went before it was written leaves nothing.
-#[derive(Default)]
 pub(super) struct LocalAgents {
     /// Agents by user. Boxed, since a tree leaves half of its slots empty.
     agents: BTreeMap<Arc<str>, Box<Agent>>,
-    changes: HashSet<Arc<str>>,
-    /// Set while Redis has not answered to the changes that were taken.
-    writing: bool,
-    /// Set if a writer takes the changes; without a shared registry there is none.
-    shared: bool,
+    pub(super) changes: Changes<Arc<str>>,
 }
 
 struct Agent {
@@ -40,7 +34,7 @@ pub(super) struct Write {
 
 impl LocalAgents {
     pub(super) fn new(shared: bool) -> Self {
-        Self { shared, ..Self::default() }
+        Self { agents: BTreeMap::new(), changes: Changes::new(shared) }
     }
 
     /// Adds an agent in place of an older one, and returns whether there is something to write.
@@ -51,7 +45,7 @@ impl LocalAgents {
         let connected = SystemTime::now();
         let agent = Agent { connection, connected, platform: None, version: None, known };
         self.agents.insert(Arc::clone(&user), agent.into());
-        self.change(user)
+        self.changes.put(user, ())
     }
 
     /// Sets what an agent says about itself, and returns whether there is something to write.
@@ -70,7 +64,7 @@ impl LocalAgents {
             return false;
         }
         (agent.platform, agent.version) = told;
-        self.change(Arc::clone(user))
+        self.changes.put(Arc::clone(user), ())
     }
 
     /// Removes an agent, and returns whether there is something to write; `None`: a newer connection here has replaced
@@ -78,9 +72,9 @@ impl LocalAgents {
     pub(super) fn leave(&mut self, user: &Arc<str>, connection: Uuid) -> Option<bool> {
         self.agents.get(user).filter(|agent| agent.connection == connection)?;
         if self.agents.remove(user)?.known {
-            return Some(self.change(Arc::clone(user)));
+            return Some(self.changes.put(Arc::clone(user), ()));
         }
-        self.changes.remove(user);
+        self.changes.cancel(user);
         Some(false)
     }
 
@@ -88,28 +82,9 @@ impl LocalAgents {
         self.agents.len()
     }
 
-    pub(super) fn has_changes(&self) -> bool {
-        !self.changes.is_empty()
-    }
-
-    /// Returns whether Redis has every change.
-    pub(super) fn is_written(&self) -> bool {
-        self.changes.is_empty() && !self.writing
-    }
-
-    /// Notes that Redis has answered to the changes that were taken.
-    pub(super) fn written(&mut self) {
-        self.writing = false;
-    }
-
     /// Takes at most `count` changes, which Redis may have from now on.
     pub(super) fn take(&mut self, count: usize) -> Vec<Write> {
-        let users: Vec<_> = self.changes.extract_if(|_| true).take(count).collect();
-        if self.changes.is_empty() {
-            self.changes.shrink_to(CHANGES_KEPT);
-        }
-        self.writing = !users.is_empty();
-        let write = |user: Arc<str>| {
+        let write = |(user, ()): (Arc<str>, ())| {
             let agent = self.agents.get_mut(&user);
             let record = agent.map(|agent| {
                 agent.known = true;
@@ -117,18 +92,19 @@ impl LocalAgents {
             });
             Write { user, record }
         };
-        users.into_iter().map(write).collect()
+        self.changes.take(count).into_iter().map(write).collect()
     }
 
     /// Puts back changes that may or may not have been written.
     pub(super) fn give_back(&mut self, writes: Vec<Write>) {
-        self.writing = false;
-        self.changes.extend(writes.into_iter().map(|write| write.user));
+        self.changes.give_back(writes.into_iter().map(|write| (write.user, ())));
     }
 
     /// Marks every agent to be written again, since Redis has lost its data.
     pub(super) fn rewrite_all(&mut self) {
-        self.changes.extend(self.agents.keys().cloned());
+        for user in self.agents.keys() {
+            self.changes.put(Arc::clone(user), ());
+        }
     }
 
     /// Returns whether an agent of a user is here.
@@ -138,7 +114,9 @@ impl LocalAgents {
 
     /// Marks entries for removal that Redis has under this instance's name without an agent here.
     pub(super) fn remove_strays(&mut self, users: impl Iterator<Item = Arc<str>>) {
-        self.changes.extend(users);
+        for user in users {
+            self.changes.put(user, ());
+        }
     }
 
     /// Returns the record of a user's agent.
@@ -151,13 +129,6 @@ impl LocalAgents {
         let from = (Bound::Excluded(after), Bound::Unbounded);
         let agents = self.agents.range::<str, _>(from).take(count);
         agents.map(|(user, agent)| (Arc::clone(user), agent.record())).collect()
-    }
-
-    fn change(&mut self, user: Arc<str>) -> bool {
-        if self.shared {
-            self.changes.insert(user);
-        }
-        self.shared
     }
 }
 
@@ -175,9 +146,6 @@ impl Agent {
 
 /// Longest kept platform and version.
 const WORD_BYTES_MAX: usize = 64;
-
-/// Changes for which memory is kept after a burst.
-const CHANGES_KEPT: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -205,7 +173,7 @@ mod tests {
         let mut agents = LocalAgents::new(true);
         assert!(agents.join("u".into(), id(1)));
         assert_eq!(agents.leave(&"u".into(), id(1)), Some(false));
-        assert!(agents.is_written() && taken(&mut agents).is_empty());
+        assert!(agents.changes.is_written() && taken(&mut agents).is_empty());
     }
 
     #[test]
@@ -237,12 +205,12 @@ mod tests {
         agents.join("a".into(), id(1));
         agents.join("b".into(), id(2));
         let writes = agents.take(100);
-        assert!(!agents.is_written());
+        assert!(!agents.changes.is_written());
         agents.leave(&"a".into(), id(1));
         agents.give_back(writes);
         assert_eq!(taken(&mut agents), [("a".into(), None), ("b".into(), Some(2))]);
-        agents.written();
-        assert!(agents.is_written());
+        agents.changes.answered();
+        assert!(agents.changes.is_written());
         agents.rewrite_all();
         agents.remove_strays(["c".into()].into_iter());
         assert_eq!(taken(&mut agents), [("b".into(), Some(2)), ("c".into(), None)]);

@@ -44,7 +44,7 @@ impl Mirrored for Agents<'_> {
 
     fn state(&self) -> (usize, bool) {
         let local = self.registry.local.lock();
-        (local.len(), local.has_changes())
+        (local.len(), !local.changes.is_empty())
     }
 
     fn rewrite_all(&self) {
@@ -87,7 +87,7 @@ impl Mirrored for Agents<'_> {
         let writes = local.lock().take(BATCH);
         match self.keys.write(&writes).await {
             Ok(()) => {
-                local.lock().written();
+                local.lock().changes.answered();
                 counters.written.add(writes.len() as u64);
                 Ok(())
             }

@@ -8,26 +8,23 @@ use std::{
 use hashbrown::{HashMap, HashSet};
 use tokio::sync::Notify;
 
+use crate::registry::changes::Changes;
+
 /// The state that the registry should have of this instance.
 ///
 /// Invariant: `changes` names rooms with a connection here, and rooms without one that Redis may know of. Both are
 /// bounded by the connections that an instance may hold; a room that was entered and left before it was written leaves
 /// nothing.
-#[derive(Default)]
 pub(super) struct LocalRooms {
     rooms: BTreeMap<Arc<str>, LocalRoom>,
-    changes: HashSet<Arc<str>>,
+    pub(super) changes: Changes<Arc<str>>,
     /// Rooms in which Redis may have members of this instance without a connection here, and how many were abandoned.
     /// Each is among `rooms`.
     abandoned: HashMap<Arc<str>, u64>,
-    /// Set while Redis has not answered to the changes that were taken.
-    writing: bool,
     /// Number of the connection to Redis over which all that is written was written.
     link: u64,
     /// Number of the connection to Redis over which members without a connection here were looked for.
     swept_link: u64,
-    /// Set if a writer takes the changes; without a shared registry there is none.
-    shared: bool,
 }
 
 #[derive(Default)]
@@ -51,7 +48,13 @@ pub(super) struct Write {
 
 impl LocalRooms {
     pub(super) fn new(shared: bool, link: u64) -> Self {
-        Self { shared, link, ..Self::default() }
+        Self {
+            rooms: BTreeMap::new(),
+            changes: Changes::new(shared),
+            abandoned: HashMap::new(),
+            link,
+            swept_link: NO_LINK,
+        }
     }
 
     /// Adds a connection to a room. Returns the room's name, and whether there is something to write.
@@ -68,7 +71,7 @@ impl LocalRooms {
         let known = self.changes.contains(room);
         let entered = LocalRoom { known, connections: [connection].into(), ..Default::default() };
         self.rooms.insert(Arc::clone(&name), entered);
-        let changed = self.change(Arc::clone(&name));
+        let changed = self.changes.put(Arc::clone(&name), ());
         (name, changed)
     }
 
@@ -82,15 +85,17 @@ impl LocalRooms {
         let known = left.known;
         self.rooms.remove(room);
         if known {
-            return self.change(Arc::clone(room));
+            return self.changes.put(Arc::clone(room), ());
         }
-        self.changes.remove(room);
+        self.changes.cancel(room);
         false
     }
 
     /// Takes a connection out of a room whose member may still be in Redis.
     pub(super) fn abandon(&mut self, room: &Arc<str>, connection: u64) {
-        let Some(left) = self.rooms.get_mut(room).filter(|_| self.shared) else { return };
+        let Some(left) = self.rooms.get_mut(room).filter(|_| self.changes.is_shared()) else {
+            return;
+        };
         if left.connections.remove(&connection) {
             *self.abandoned.entry(Arc::clone(room)).or_default() += 1;
         }
@@ -114,7 +119,7 @@ impl LocalRooms {
         self.abandoned.remove(room);
         if self.rooms.get(room).is_some_and(|room| room.connections.is_empty()) {
             self.rooms.remove(room);
-            self.change(Arc::clone(room));
+            self.changes.put(Arc::clone(room), ());
         }
     }
 
@@ -141,15 +146,6 @@ impl LocalRooms {
         self.rooms.len()
     }
 
-    pub(super) fn has_changes(&self) -> bool {
-        !self.changes.is_empty()
-    }
-
-    /// Returns whether Redis has every change.
-    pub(super) fn is_written(&self) -> bool {
-        self.changes.is_empty() && !self.writing
-    }
-
     /// Returns the signal of a room that Redis does not certainly have.
     pub(super) fn unwritten(&mut self, room: &str) -> Option<Arc<Notify>> {
         let room = self.rooms.get_mut(room).filter(|room| !room.written)?;
@@ -158,22 +154,17 @@ impl LocalRooms {
 
     /// Takes at most `count` changes, which Redis may have from now on.
     pub(super) fn take(&mut self, count: usize) -> Vec<Write> {
-        let rooms: Vec<_> = self.changes.extract_if(|_| true).take(count).collect();
-        if self.changes.is_empty() {
-            self.changes.shrink_to(CHANGES_KEPT);
-        }
-        self.writing = !rooms.is_empty();
-        let write = |room: Arc<str>| {
+        let write = |(room, ()): (Arc<str>, ())| {
             let here = self.rooms.get_mut(&room);
             let is_here = here.map(|room| room.known = true).is_some();
             Write { room, is_here }
         };
-        rooms.into_iter().map(write).collect()
+        self.changes.take(count).into_iter().map(write).collect()
     }
 
     /// Notes that Redis has answered to the changes that were taken.
     pub(super) fn written(&mut self, writes: Vec<Write>) {
-        self.writing = false;
+        self.changes.answered();
         for Write { room, is_here } in writes {
             // A room that was left and entered again since is written once more.
             if !is_here || self.changes.contains(&room) {
@@ -190,15 +181,14 @@ impl LocalRooms {
 
     /// Puts back changes that may or may not have been written.
     pub(super) fn give_back(&mut self, writes: Vec<Write>) {
-        self.writing = false;
-        self.changes.extend(writes.into_iter().map(|write| write.room));
+        self.changes.give_back(writes.into_iter().map(|write| (write.room, ())));
     }
 
     /// Marks every room to be written again, since Redis has lost its data.
     pub(super) fn rewrite_all(&mut self) {
         for (name, room) in &mut self.rooms {
             room.written = false;
-            self.changes.insert(Arc::clone(name));
+            self.changes.put(Arc::clone(name), ());
         }
     }
 
@@ -215,27 +205,19 @@ impl LocalRooms {
 
     /// Marks entries for removal that Redis has under this instance's name without a connection here.
     pub(super) fn remove_strays(&mut self, rooms: impl Iterator<Item = Arc<str>>) {
-        self.changes.extend(rooms);
+        for room in rooms {
+            self.changes.put(room, ());
+        }
     }
 
     /// Returns at most `count` rooms.
     pub(super) fn first(&self, count: usize) -> BTreeSet<Box<str>> {
         self.rooms.keys().take(count).map(|room| (**room).into()).collect()
     }
-
-    fn change(&mut self, room: Arc<str>) -> bool {
-        if self.shared {
-            self.changes.insert(room);
-        }
-        self.shared
-    }
 }
 
 /// Number of the connection before the first.
 const NO_LINK: u64 = 0;
-
-/// Changes for which memory is kept after a burst.
-const CHANGES_KEPT: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -263,13 +245,13 @@ mod tests {
         assert!(changed && rooms.unwritten("r").is_some());
         assert!(!rooms.enter("r", 2).1, "the entry is on its way");
         assert_eq!(write(&mut rooms), [("r".into(), true)]);
-        assert!(rooms.unwritten("r").is_none() && rooms.is_written());
+        assert!(rooms.unwritten("r").is_none() && rooms.changes.is_written());
         assert!(rooms.has("r", 2) && !rooms.has("r", 3) && !rooms.has("s", 1));
         assert!(!rooms.leave(&name, 1));
         assert!(rooms.leave(&name, 2));
         assert_eq!(write(&mut rooms), [("r".into(), false)]);
         assert!(!rooms.leave(&name, 2));
-        assert!(rooms.is_written() && rooms.len() == 0);
+        assert!(rooms.changes.is_written() && rooms.len() == 0);
     }
 
     #[test]
@@ -277,7 +259,7 @@ mod tests {
         let mut rooms = LocalRooms::new(true, 1);
         let (name, _) = rooms.enter("r", 1);
         assert!(!rooms.leave(&name, 1));
-        assert!(rooms.is_written() && write(&mut rooms).is_empty());
+        assert!(rooms.changes.is_written() && write(&mut rooms).is_empty());
     }
 
     #[test]
@@ -317,7 +299,7 @@ mod tests {
         write(&mut rooms);
         rooms.abandon(&name, 1);
         assert!(!rooms.leave(&name, 1));
-        assert!(!rooms.has("r", 1) && rooms.has_room("r") && rooms.is_written());
+        assert!(!rooms.has("r", 1) && rooms.has_room("r") && rooms.changes.is_written());
         let abandoned = rooms.abandoned(10);
         assert_eq!(abandoned, [(Arc::clone(&name), 1)]);
         rooms.enter("r", 2);
@@ -326,7 +308,7 @@ mod tests {
         assert!(rooms.has_room("r"), "another was abandoned meanwhile");
         rooms.enter("r", 3);
         rooms.swept(&name, 2);
-        assert!(rooms.abandoned(10).is_empty() && rooms.has("r", 3) && rooms.is_written());
+        assert!(rooms.abandoned(10).is_empty() && rooms.has("r", 3) && rooms.changes.is_written());
         assert!(rooms.leave(&name, 3));
         assert_eq!(write(&mut rooms), [("r".into(), false)]);
     }
@@ -337,7 +319,7 @@ mod tests {
         for (connection, room) in ["c", "a", "b"].into_iter().enumerate() {
             assert!(!rooms.enter(room, connection as u64).1);
         }
-        assert!(rooms.is_written());
+        assert!(rooms.changes.is_written());
         assert_eq!(rooms.first(2), ["a".into(), "b".into()].into());
     }
 }

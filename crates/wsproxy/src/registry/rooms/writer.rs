@@ -94,7 +94,7 @@ impl Mirrored for Rooms<'_> {
 
     fn state(&self) -> (usize, bool) {
         let local = self.registry.local.lock();
-        (local.len(), local.has_changes())
+        (local.len(), !local.changes.is_empty())
     }
 
     /// A join does not wait for other changes.

@@ -40,7 +40,7 @@ impl Mirrored for Connections<'_> {
 
     fn state(&self) -> (usize, bool) {
         let local = self.registry.local.lock();
-        (local.len(), local.has_changes())
+        (local.len(), !local.changes.is_empty())
     }
 
     fn rewrite_all(&self) {
@@ -82,7 +82,7 @@ impl Mirrored for Connections<'_> {
         let writes = local.lock().take(&settings.server_id, BATCH);
         match self.redis.write(&writes).await {
             Ok(refused) => {
-                local.lock().written();
+                local.lock().changes.answered();
                 if refused == 0 {
                     counters.writer.written.add(writes.len() as u64);
                 } else {
