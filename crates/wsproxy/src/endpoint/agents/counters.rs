@@ -41,6 +41,8 @@ pub struct AgentCounters {
     pub dropped: Counter,
     /// Throttle of log lines about places that change their holder too often.
     pub flapping_lines: Throttle,
+    /// Throttle of log lines about places that could not be released.
+    pub unreleased_lines: Throttle,
     /// Throttle of log lines about commands that could not be read.
     pub bad_command_lines: Throttle,
 }

@@ -273,9 +273,11 @@ async fn release(agents: &Agents, inbox: &AgentInbox) -> bool {
                 return agents.owners.is_free(&inbox.user).await.unwrap_or_default();
             }
             Ok(was_holder) => return was_holder,
-            Err(error) if since.elapsed() > RELEASE_FOR => {
-                warn!(user_id = %inbox.user, connection_id = %inbox.connection, %error,
-                    "A place could not be released. It expires by itself.");
+            Err(error) if since.elapsed() > release_for(agents) => {
+                if let Some(left_out) = agents.counters.unreleased_lines.pass() {
+                    warn!(user_id = %inbox.user, connection_id = %inbox.connection, %error, left_out,
+                        "A place could not be released. It expires by itself.");
+                }
                 return false;
             }
             Err(error) => {
@@ -287,6 +289,12 @@ async fn release(agents: &Agents, inbox: &AgentInbox) -> bool {
         is_doubted = true;
         sleep(RELEASE_RETRY).await;
     }
+}
+
+/// Returns the time for which a release is tried again. An instance that ends does not wait for a store that is away:
+/// another one releases the places when the lease has run out.
+fn release_for(agents: &Agents) -> Duration {
+    if agents.is_closing() { RELEASE_FOR_AT_END } else { RELEASE_FOR }
 }
 
 /// Refuses a handshake that a command has ended.
@@ -308,5 +316,8 @@ const MARKER_WAIT: Duration = Duration::from_secs(1);
 
 /// Time for which the release is tried again.
 const RELEASE_FOR: Duration = Duration::from_secs(30);
+
+/// The same while the instance ends. A store whose replica takes over may be back by then.
+const RELEASE_FOR_AT_END: Duration = Duration::from_secs(2);
 
 const RELEASE_RETRY: Duration = Duration::from_millis(500);

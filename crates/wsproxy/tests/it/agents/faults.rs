@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::Instant;
+use wsproxy_proto::names::Id;
 
 use super::{
     calls::{own, scene},
@@ -160,6 +161,25 @@ async fn a_drain_waits_for_calls_and_takes_no_new_ones() {
         let status = site.server.call(&["GET", &format!("agent:{user}:status")]);
         assert_eq!(format!("{status:?}"), r#"Text("disconnected")"#);
     }
+}
+
+#[tokio::test]
+async fn an_instance_ends_soon_while_redis_is_away() {
+    let mut site = Site::start();
+    let mut config = site.config("one");
+    config.server.shutdown_timeout = Duration::from_secs(20);
+    let instance = site.instance_with(config).await;
+    site.add(&["u1", "u2"]).await;
+    let (gone, mut stays) = (agent(&instance, "u1").await, agent(&instance, "u2").await);
+    site.server.kill();
+    drop(gone);
+    let agents = &instance.families().agents;
+    eventually("the connection ends", || agents.local(&Id::parse("u1").unwrap()).is_none()).await;
+    let begun = Instant::now();
+    let draining = tokio::spawn(instance.drain());
+    assert_eq!(stays.closed().await.0, 1012);
+    soon("the drain", draining).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
