@@ -25,6 +25,7 @@ use crate::{
     database::Database,
     endpoint::agents::{
         answers::Outcomes,
+        aside::Aside,
         connections::Connections,
         counters::AgentCounters,
         failures::Failures,
@@ -42,6 +43,7 @@ use crate::{
 
 mod answers;
 pub mod api;
+mod aside;
 pub mod caller;
 pub mod connections;
 pub mod counters;
@@ -94,6 +96,8 @@ pub struct Agents {
     started: Instant,
     failures: Failures,
     outcomes: Arc<Outcomes>,
+    /// Large calls that are refused.
+    aside: Arc<Aside>,
     /// Connections whose places are to be kept.
     refreshes: Arc<Refreshes>,
     /// Permits of releases that run at once, so that the end of an instance does not flood the store.
@@ -170,6 +174,7 @@ impl Agents {
             started: core.started,
             failures: Failures::default(),
             outcomes,
+            aside: Aside::new(core.tasks.clone()),
             refreshes,
             releases: Semaphore::new(RELEASES_MAX),
             in_flight: AtomicUsize::new(0),

@@ -145,6 +145,16 @@ impl Agents {
         self.answer(user, (&call.request, call.body_hash), caller, Answer::Failure(failure));
     }
 
+    /// Refuses a command that no connection takes; a large one after the present turn of the task.
+    pub(super) fn refuse_command(self: &Arc<Self>, user: &Id, payload: Bytes, failure: Failure) {
+        let (agents, user) = (Arc::clone(self), user.clone());
+        self.aside.run(payload.len(), move || match command::parse(&payload) {
+            Ok(Command::Call(call)) => agents.refuse(&user, &call, failure),
+            Ok(_) => agents.counters.dropped.add(1),
+            Err(bad) => agents.refuse_bad(&user, &bad),
+        });
+    }
+
     /// Hands on a call that perhaps no other connection has: the holder of the place gets the call, or the caller learns
     /// that there is no holder.
     pub(super) async fn hand_on(&self, user: &Id, payload: &[u8]) {

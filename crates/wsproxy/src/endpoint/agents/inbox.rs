@@ -28,7 +28,7 @@ use crate::{
     client::{Client, event::Event},
     database::secrets::SecretId,
     endpoint::agents::{
-        Agents,
+        Agents, aside,
         caller::{CallerId, LocalCall},
         leaving::Leaving,
         owner::Claimed,
@@ -248,7 +248,7 @@ impl AgentInbox {
         let entries = std::mem::take(&mut state.queue);
         for entry in entries {
             if let Inbound::Message(payload) = entry {
-                leaving.message(&payload);
+                leaving.message(payload);
             }
         }
         state.bytes = 0;
@@ -291,18 +291,18 @@ impl AgentInbox {
 
     /// Handles a message for which the queue has no room.
     fn overflow(&self, mut state: MutexGuard<'_, State>, payload: Bytes) {
-        match command::parse(&payload) {
-            Ok(Command::Call(call)) if matches!(state.reader, Reader::Open(_)) => {
-                drop(state);
-                self.agents.refuse(&self.user, &call, Failure::AgentBusy);
+        let bytes = payload.len();
+        let is_order = !aside::is_large(bytes)
+            && matches!(command::parse(&payload), Ok(Command::Owner(_) | Command::Cancel { .. }));
+        if is_order {
+            if state.push(Inbound::Message(payload), bytes, 2).is_err() {
+                Self::disconnect_slow(state);
             }
-            Ok(Command::Owner(_) | Command::Cancel { .. }) => {
-                let bytes = payload.len();
-                if state.push(Inbound::Message(payload), bytes, 2).is_err() {
-                    Self::disconnect_slow(state);
-                }
-            }
-            _ => self.agents.counters.dropped.add(1),
+        } else if matches!(state.reader, Reader::Open(_)) {
+            drop(state);
+            self.agents.refuse_command(&self.user, payload, Failure::AgentBusy);
+        } else {
+            self.agents.counters.dropped.add(1);
         }
     }
 
@@ -320,7 +320,7 @@ impl Inbox for AgentInbox {
         let (bytes, payload) = (payload.len(), Bytes::copy_from_slice(payload));
         let mut state = self.state.lock();
         if let Reader::Leaving(leaving) = &mut state.reader {
-            return leaving.message(&payload);
+            return leaving.message(payload);
         }
         if let Err(Inbound::Message(payload)) = state.push(Inbound::Message(payload), bytes, 1) {
             self.overflow(state, payload);

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 use wsproxy_proto::{
     agents::{
@@ -13,7 +14,7 @@ use wsproxy_proto::{
 };
 
 use crate::endpoint::agents::{
-    Agents,
+    Agents, aside,
     turn::{Kept, Turn, Verdict},
 };
 
@@ -39,11 +40,12 @@ impl Leaving {
     }
 
     /// Takes a message of the channel.
-    pub(super) fn message(&mut self, payload: &[u8]) {
-        let verdict = match command::parse(payload) {
-            Ok(Command::Owner(marker)) => self.turn.marker(marker),
-            Ok(Command::Cancel { .. } | Command::Other) => return,
-            Ok(Command::Call(_)) | Err(_) => self.turn.command(payload),
+    pub(super) fn message(&mut self, payload: Bytes) {
+        let is_small = !aside::is_large(payload.len());
+        let verdict = match is_small.then(|| command::parse(&payload)) {
+            Some(Ok(Command::Owner(marker))) => self.turn.marker(marker),
+            Some(Ok(Command::Cancel { .. } | Command::Other)) => return,
+            Some(Ok(Command::Call(_)) | Err(_)) | None => self.turn.command(&payload),
         };
         match verdict {
             Verdict::Mine => self.refuse(payload),
@@ -82,17 +84,11 @@ impl Leaving {
 
     fn refuse_all(&self, kept: Kept) {
         for (_, payload) in kept {
-            self.refuse(&payload);
+            self.refuse(payload);
         }
     }
 
-    fn refuse(&self, payload: &[u8]) {
-        match command::parse(payload) {
-            Ok(Command::Call(call)) => {
-                self.agents.refuse(&self.user, &call, Failure::AgentOffline);
-            }
-            Err(bad) => self.agents.refuse_bad(&self.user, &bad),
-            Ok(_) => {}
-        }
+    fn refuse(&self, payload: Bytes) {
+        self.agents.refuse_command(&self.user, payload, Failure::AgentOffline);
     }
 }

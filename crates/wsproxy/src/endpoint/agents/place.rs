@@ -205,7 +205,7 @@ impl Place {
         let mut leaving = Leaving::new(Arc::clone(&agents), user, turn, Arc::clone(&over));
         for entry in waiting {
             if let Inbound::Message(payload) = entry {
-                leaving.message(&payload);
+                leaving.message(payload);
             }
         }
         inbox.leave(Box::new(leaving));

@@ -20,7 +20,7 @@ use tracing::debug;
 use uuid::Uuid;
 use wsproxy_proto::{
     agents::{
-        answer::{self, Answer},
+        answer::{self, Answer, CallAnswer},
         command::{self, ToolCall},
         outcome::{Failure, Outcome},
     },
@@ -38,6 +38,7 @@ use crate::{
         waiting::{Peers, Waiting},
     },
     endpoint::agents::{
+        aside::Aside,
         caller::{self, CallEnd, CallUpdate, CallerHandle, CallerId},
         counters::AgentCounters,
         owner::Owners,
@@ -66,6 +67,8 @@ pub struct Relay {
     /// Calls whose outcome their owner keeps, until it has them.
     handed: Table,
     records: Records,
+    /// Large answers.
+    aside: Arc<Aside>,
     /// Whether answers arrive.
     link: watch::Sender<Link>,
 }
@@ -132,6 +135,7 @@ impl Relay {
             table: Table::default(),
             handed: Table::default(),
             records,
+            aside: Aside::new(core.tasks.clone()),
             link: watch::Sender::new(Link::default()),
         });
         background.spawn(Arc::clone(&relay).listen(end.clone()));
@@ -422,6 +426,23 @@ impl Records {
     }
 }
 
+impl Relay {
+    /// Takes a message of the channel of answers.
+    fn answered(&self, body: Bytes) {
+        match Answer::parse(&body) {
+            Some(Answer::Ended(CallAnswer { user, request, failure, .. })) => {
+                let callers = self.table.take(&CallKey { user, request });
+                end_all(callers, &CallUpdate::Ended(CallEnd { failure, body: body.clone() }));
+            }
+            Some(Answer::Progress { user, progress }) => {
+                let data = Bytes::from(answer::progress_data(&progress));
+                self.table.progress(&CallKey { user, request: progress.request }, &data);
+            }
+            None => debug!("A message on the channel of answers is none."),
+        }
+    }
+}
+
 impl RelayedCall {
     fn key(&self) -> CallKey {
         CallKey { user: self.user.clone(), request: self.request.clone() }
@@ -457,19 +478,8 @@ struct Answers(Arc<Relay>);
 
 impl Inbox for Answers {
     fn message(&self, payload: &[u8]) {
-        match Answer::parse(payload) {
-            Some(Answer::Ended(answer)) => {
-                let key = CallKey { user: answer.user, request: answer.request };
-                let body = Bytes::copy_from_slice(payload);
-                let end = CallEnd { failure: answer.failure, body };
-                end_all(self.0.table.take(&key), &CallUpdate::Ended(end));
-            }
-            Some(Answer::Progress { user, progress }) => {
-                let data = Bytes::from(answer::progress_data(&progress));
-                self.0.table.progress(&CallKey { user, request: progress.request }, &data);
-            }
-            None => debug!("A message on the channel of answers is none."),
-        }
+        let (relay, payload) = (Arc::clone(&self.0), Bytes::copy_from_slice(payload));
+        self.0.aside.run(payload.len(), move || relay.answered(payload));
     }
 
     fn lost(&self) {

@@ -5,6 +5,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
+use wsproxy::hub::inbox::Inbox;
+use wsproxy_proto::{agents::outcome::Outcome, names::Id};
 
 use super::{
     places::echo,
@@ -199,6 +201,35 @@ async fn more_calls_than_the_bound_are_busy() {
     assert_eq!(outcome(&mut caller).await.0, "q-1");
     site.command("u1", &own("q-5", json!({})));
     assert_eq!(agent.json().await["requestId"], "q-5");
+}
+
+#[tokio::test]
+async fn large_calls_to_a_full_inbox_do_not_hold_up_the_bus() {
+    let (_site, instance, mut agent, mut caller) = scene().await;
+    let agents = &instance.families().agents;
+    let inbox = agents.local(&Id::parse("u1").unwrap()).unwrap();
+    let busy = || agents.counters.calls.of(Outcome::Busy).count.value();
+    let text = "x".repeat(900_000);
+    // Nothing else runs on this thread meanwhile, so that the inbox becomes full: it takes 8 MiB.
+    for number in 0..12 {
+        let more = json!({ "params": { "text": text } });
+        inbox.message(own(&format!("q-{number}"), more).to_string().as_bytes());
+    }
+    assert_eq!(busy(), 0, "none was read here");
+    let mut refused = Vec::new();
+    for _ in 0..3 {
+        let (request, word, _) = outcome(&mut caller).await;
+        assert_eq!(word, "busy");
+        refused.push(request);
+    }
+    assert_eq!((refused.join(" "), busy()), ("q-9 q-10 q-11".into(), 3));
+    for number in 0..9 {
+        let request = format!("q-{number}");
+        assert_eq!(agent.json().await["requestId"], request);
+        agent.send(response(&request, &json!(1))).await;
+        assert_eq!(outcome(&mut caller).await.0, request);
+    }
+    caller.silent(Duration::from_millis(200)).await;
 }
 
 #[tokio::test]
