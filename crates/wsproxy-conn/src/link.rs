@@ -30,6 +30,7 @@ use crate::{
 mod deadlines;
 mod ending;
 mod liveness;
+mod push;
 
 use deadlines::Deadlines;
 use ending::Ending;
@@ -110,6 +111,8 @@ struct Rare {
     /// Ending of the connection, once one has begun.
     ending: Option<Ending>,
     deadlines: Deadlines,
+    /// Waiting bytes for which the send buffer is made larger; see [`Link::push_state`].
+    excused: usize,
     /// Bytes that were read and that the handler does not take yet.
     held: Vec<u8>,
 }
@@ -234,46 +237,6 @@ impl Link {
         (state.messages_sent, state.bytes_sent)
     }
 
-    /// Queues a data frame. Its message was read from the bus at `since`, or is of the gateway itself:
-    /// [`Micros::UNTIMED`].
-    ///
-    /// A connection with more than the send buffer allows ends as a slow consumer; the caller never waits.
-    pub fn push(&self, frame: Bytes, since: Micros) -> Queued {
-        self.push_data(frame, since, false)
-    }
-
-    /// Queues a data frame whose message was read from the bus at `since`, and writes all queued frames.
-    pub fn push_and_flush(&self, frame: Bytes, since: Micros) {
-        let mut state = self.state.lock();
-        if self.enqueue(&mut state, frame, since, false) && !state.blocked {
-            state.dirty = false;
-            self.write(&mut state, since);
-        }
-    }
-
-    /// Queues a data frame that answers a message of the client. The driver flushes it.
-    pub fn reply(&self, frame: Bytes, now: Micros) {
-        let _ = self.push_data(frame, now, true);
-    }
-
-    /// Queues a data frame that makes an earlier one with the same `key` needless. Where the earlier frame still waits
-    /// behind a socket that takes no more, it is dropped: only the newest is sent, behind everything that was queued
-    /// before it. A frame that is partly written is sent whole.
-    pub fn push_keyed(&self, key: u64, frame: Bytes, since: Micros) -> Queued {
-        let mut state = self.state.lock();
-        if !state.is_ending() && state.outbox.take_keyed(key) {
-            self.profile.stats.messages_replaced.fetch_add(1, Relaxed);
-        }
-        if !self.enqueue(&mut state, frame, since, false) {
-            return Queued::Ending;
-        }
-        // Otherwise the frame is on its way: the flush at the end of the round takes it.
-        if state.blocked || state.phase == LinkPhase::Corked {
-            state.outbox.name_last(key);
-        }
-        Self::queued(&mut state)
-    }
-
     /// Returns whether at most the low-water mark waits for the client. Where more waits, the handler's
     /// [`on_writable`](crate::Handler::on_writable) is called once, as soon as that is no longer so.
     #[must_use]
@@ -294,43 +257,6 @@ impl Link {
             Role::Server => server_frame(opcode, payload, false),
             Role::Client => client_frame(opcode, payload, false, masking_key()),
         }
-    }
-
-    fn push_data(&self, frame: Bytes, since: Micros, reply: bool) -> Queued {
-        let mut state = self.state.lock();
-        if !self.enqueue(&mut state, frame, since, reply) {
-            return Queued::Ending;
-        }
-        Self::queued(&mut state)
-    }
-
-    /// Decides who flushes the frame that was queued last.
-    fn queued(state: &mut State) -> Queued {
-        if state.blocked || state.dirty || state.phase == LinkPhase::Corked {
-            return Queued::Queued;
-        }
-        state.dirty = true;
-        Queued::Flush
-    }
-
-    /// Queues a frame within the bounds. Returns `false` where the connection is ending, or begins to.
-    fn enqueue(&self, state: &mut State, frame: Bytes, since: Micros, reply: bool) -> bool {
-        if state.is_ending() {
-            self.profile.stats.messages_discarded.fetch_add(1, Relaxed);
-            return false;
-        }
-        let bytes_max = self.profile.send_buffer_bytes;
-        state.outbox.push(frame, since, reply);
-        if state.outbox.bytes() > EARLY_FLUSH_BYTES.min(bytes_max) && !state.blocked {
-            self.write(state, clock::now());
-        }
-        if state.blocked {
-            self.account(state);
-        }
-        if state.outbox.bytes() > bytes_max {
-            self.end(state, &Disconnect::SLOW, None, clock::now());
-        }
-        !state.is_ending()
     }
 
     /// Writes as much of the queue as the socket takes, without waiting.
@@ -509,7 +435,11 @@ impl Link {
     }
 
     fn wrote(&self, state: &mut State, count: usize, now: Micros) {
+        let before = state.outbox.bytes();
         let written = state.outbox.advance(count);
+        if let Some(rare) = &mut state.rare {
+            rare.excused = rare.excused.saturating_sub(before - state.outbox.bytes());
+        }
         let stats = &self.profile.stats;
         stats.bytes_sent.fetch_add(written.bytes as u64, Relaxed);
         state.bytes_sent += written.bytes as u64;
@@ -572,6 +502,10 @@ impl State {
         self.rare.as_ref().map_or_else(Deadlines::default, |rare| rare.deadlines)
     }
 
+    fn excused(&self) -> usize {
+        self.rare.as_ref().map_or(0, |rare| rare.excused)
+    }
+
     const fn is_ending(&self) -> bool {
         matches!(self.phase, LinkPhase::Closing | LinkPhase::Dead)
     }
@@ -582,10 +516,6 @@ impl State {
         }
     }
 }
-
-/// Number of queued bytes that are written before the round is over. So a round of any size fits any send buffer, as
-/// long as the client reads.
-const EARLY_FLUSH_BYTES: usize = 256 * 1024;
 
 /// Upper bound of the pongs that are kept for one write.
 const PONGS_MAX: usize = 64;

@@ -11,6 +11,7 @@ mod heartbeat;
 mod keyed;
 mod memory;
 mod pressure;
+mod pushes;
 mod rates;
 mod rounds;
 mod stress;

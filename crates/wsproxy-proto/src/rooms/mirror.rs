@@ -18,7 +18,7 @@ use crate::rooms::{
         reading::{Op, Reader},
         replica::{Counted, Replica},
     },
-    wire::Kind,
+    wire::{Kind, Record},
 };
 
 /// Bounds of the state of one room.
@@ -205,10 +205,12 @@ impl Mirror {
         self.replica.state.entities()
     }
 
-    /// Returns the bytes that the state takes, with the news that wait for a reading.
+    /// Returns the bytes that the state takes, with what newcomers are told of members and the news that wait for a
+    /// reading.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.replica.state.bytes() + self.reader.bytes()
+        let state = &self.replica.state;
+        state.bytes() + state.shown_bytes() + self.reader.bytes()
     }
 
     /// Returns the presence version up to which the set of members is complete.
@@ -220,6 +222,12 @@ impl Mirror {
     /// Returns the members with their client ids, in no order.
     pub fn members(&self) -> impl ExactSizeIterator<Item = (&str, &Member)> {
         self.replica.state.members()
+    }
+
+    /// Makes the bytes that newcomers get of each member: [`Member::shown`]. `make` makes them of the client id and the
+    /// record, once for each record, since there may be many newcomers to many members.
+    pub fn show(&mut self, make: impl Fn(&str, &Record<'_>) -> Option<Vec<u8>>) {
+        self.replica.state.show(make);
     }
 
     /// Returns a member.

@@ -7,7 +7,7 @@ use super::check::Event;
 use super::fields::{Fields, Value};
 use super::stamp::varint;
 use super::v1::envelope::Payload;
-use super::v1::{self, Envelope, Limits, MessageType, PlayerSnapshot, PresenceData, PresenceEvent};
+use super::v1::{self, Envelope, Limits, MessageType, PresenceData, PresenceEvent};
 
 /// Entity of a room for a client that joins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +36,10 @@ impl PageLimits {
     pub const DEFAULT: Self = Self { items_max: 1000, bytes_max: 1 << 20 };
 }
 
-/// Writes the state of a room in pages, each of which is a WorldState. There is at least one. The same pages go to all
-/// clients that join now; [`server_hello`] puts a client's own words around each.
+/// Writes the state of a room in pages, each of which is a WorldState. There is at least one. Every item of `players` is
+/// a PlayerSnapshot; [`server_hello`] puts a client's own words around a page.
 pub fn state_pages<'a>(
-    players: impl IntoIterator<Item = &'a PlayerSnapshot>,
+    players: impl IntoIterator<Item = &'a [u8]>,
     entities: impl IntoIterator<Item = Entity<'a>>,
     timestamp_ms: i64,
     limits: PageLimits,
@@ -48,7 +48,7 @@ pub fn state_pages<'a>(
     let mut item = Vec::new();
     for player in players {
         item.clear();
-        bytes_field(2, &player.encode_to_vec(), &mut item);
+        bytes_field(2, player, &mut item);
         pages.push(&item);
     }
     let mut snapshot = Vec::new();
@@ -130,7 +130,7 @@ pub struct Welcome<'a> {
 
 /// Writes the ServerHello with one page of the state, and says whether `more` pages follow.
 #[must_use]
-pub fn server_hello(welcome: &Welcome<'_>, page: &[u8], more: bool) -> Bytes {
+pub fn server_hello(welcome: &Welcome<'_>, page: &[u8], more: bool) -> Vec<u8> {
     let features = [("batch", welcome.batch), ("acks", welcome.acks)];
     let mut hello = v1::ServerHello {
         server_version: welcome.server_version.to_owned(),
@@ -145,11 +145,15 @@ pub fn server_hello(welcome: &Welcome<'_>, page: &[u8], more: bool) -> Bytes {
         ..v1::ServerHello::default()
     }
     .encode_to_vec();
-    bytes_field(4, page, &mut hello);
-    let mut envelope = Vec::with_capacity(hello.len() + 16);
+    length_field(4, page.len(), &mut hello);
+    let bytes = hello.len() + page.len();
+    let mut envelope = Vec::with_capacity(field_bytes(11, bytes) + 2);
     number_field(3, MessageType::ServerHello as u64, &mut envelope);
-    bytes_field(11, &hello, &mut envelope);
-    envelope.into()
+    length_field(11, bytes, &mut envelope);
+    // A page is large: it is copied once.
+    envelope.extend_from_slice(&hello);
+    envelope.extend_from_slice(page);
+    envelope
 }
 
 /// Writes an Error about the message `message_id` (empty: of none). `retry_after_ms` is 0 where waiting does not help.

@@ -19,12 +19,16 @@ pub(super) struct State {
     /// Number of members whose connection is of this instance.
     here: usize,
     bytes: usize,
+    /// Bytes of what newcomers are told of the members.
+    shown_bytes: usize,
 }
 
 /// Member of a room.
 #[derive(Debug)]
 pub struct Member {
     record: Box<str>,
+    /// Bytes that newcomers get of the record; empty where there are none. `None` until a newcomer needs them.
+    shown: Option<Box<[u8]>>,
     /// Sorted by id.
     entities: Vec<Entity>,
     is_here: bool,
@@ -75,6 +79,7 @@ impl Member {
     fn new(record: &str) -> Self {
         Self {
             record: record.into(),
+            shown: None,
             entities: Vec::new(),
             is_here: false,
             joined: 0,
@@ -97,6 +102,13 @@ impl Member {
     #[must_use]
     pub fn record(&self) -> Record<'_> {
         Record::parse(&self.record).unwrap_or(Record { connection: "", user: "", json: "" })
+    }
+
+    /// Returns the bytes that newcomers get of the member, as [`super::Mirror::show`] has made them; empty where there
+    /// are none.
+    #[must_use]
+    pub fn shown(&self) -> &[u8] {
+        self.shown.as_deref().unwrap_or_default()
     }
 
     /// Returns whether a connection of this instance holds the place.
@@ -271,6 +283,20 @@ impl State {
         self.bytes
     }
 
+    pub(super) const fn shown_bytes(&self) -> usize {
+        self.shown_bytes
+    }
+
+    /// Makes of each record that is new what newcomers are told of its member.
+    pub(super) fn show(&mut self, make: impl Fn(&str, &Record<'_>) -> Option<Vec<u8>>) {
+        let new = self.members.iter_mut().filter(|(_, member)| member.shown.is_none());
+        for (client, member) in new {
+            let shown = make(client, &member.record()).unwrap_or_default();
+            self.shown_bytes += shown.len();
+            member.shown = Some(shown.into());
+        }
+    }
+
     /// Writes the record of a member, present or not. Returns the member.
     pub(super) fn put(&mut self, client: &str, record: &str, server: u64) -> &mut Member {
         let own = Record::parse(record).and_then(|record| record.connection());
@@ -285,6 +311,7 @@ impl State {
         if *member.record != *record {
             *bytes = *bytes + record.len() - member.record.len();
             member.record = record.into();
+            self.shown_bytes -= member.shown.take().map_or(0, |shown| shown.len());
         }
         member.is_replaced = false;
         *here = *here + usize::from(own.is_some()) - usize::from(member.is_here);
@@ -303,6 +330,7 @@ impl State {
     pub(super) fn remove(&mut self, client: &str) -> Option<Member> {
         let (client, member) = self.members.remove_entry(client)?;
         self.bytes -= member.bytes(&client);
+        self.shown_bytes -= member.shown().len();
         self.here -= usize::from(member.is_here);
         for entity in &member.entities {
             self.bytes -= entity.bytes();

@@ -234,6 +234,34 @@ fn fields_of_no_member_are_reported() {
     assert_eq!(outcome, Outcome::Applied { orphans: vec!["x".into(), "y".into()] });
 }
 
+#[test]
+fn newcomers_are_told_of_a_record_that_was_shown_once() {
+    let mut mirror = mirror(10, &["a", "b"]);
+    let bytes = mirror.bytes();
+    let made = std::cell::RefCell::new(Vec::new());
+    let make = |client: &str, record: &Record<'_>| {
+        made.borrow_mut().push(client.to_owned());
+        (client != "b").then(|| record.json.into())
+    };
+    mirror.show(make);
+    mirror.show(make);
+    made.borrow_mut().sort();
+    assert_eq!(made.take(), ["a", "b"]);
+    assert_eq!(mirror.member("a").unwrap().shown(), b"{}");
+    assert_eq!(mirror.member("b").unwrap().shown(), b"", "nothing can be told of it");
+    assert_eq!(mirror.bytes(), bytes + 2);
+    // Another record is shown again, and a member that is gone takes nothing.
+    mirror.presence(Origin::Channel, "a", b"new").unwrap();
+    assert_eq!(mirror.member("a").unwrap().shown(), b"");
+    mirror.show(make);
+    assert_eq!(made.take(), ["a"]);
+    let shown = mirror.member("a").unwrap().shown().len();
+    assert!(shown > 0);
+    apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
+    apply(&mut mirror, Kind::Leave { version: 12, client: "b" });
+    assert_eq!(mirror.bytes(), 0);
+}
+
 const SERVER: u64 = 1;
 const MERGE: Merge = Merge {
     entity: |snapshot, update| Some([snapshot, update].concat()),

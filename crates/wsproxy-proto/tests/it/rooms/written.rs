@@ -13,6 +13,7 @@ use wsproxy_proto::rooms::{snapshot, v1};
 #[test]
 fn state_comes_in_pages_with_everything_once() {
     let players: Vec<_> = (0..5).map(|n| player(&format!("client-{n}"))).collect();
+    let encoded: Vec<_> = players.iter().map(PlayerSnapshot::encode_to_vec).collect();
     let ids: Vec<_> = (0..7).map(|n| format!("entity-{n}")).collect();
     let entities =
         ids.iter().map(|id| Entity { owner: "client-1", id, snapshot: None, position: None });
@@ -21,7 +22,8 @@ fn state_comes_in_pages_with_everything_once() {
         (PageLimits { items_max: 5, ..PageLimits::DEFAULT }, 3),
         (PageLimits { bytes_max: 0, ..PageLimits::DEFAULT }, 12),
     ] {
-        let pages = write::state_pages(&players, entities.clone(), 5, limits);
+        let players_bytes = encoded.iter().map(|player| &player[..]);
+        let pages = write::state_pages(players_bytes, entities.clone(), 5, limits);
         assert_eq!(pages.len(), expected);
         let mut whole = WorldState::default();
         for (index, page) in pages.iter().enumerate() {
@@ -35,7 +37,7 @@ fn state_comes_in_pages_with_everything_once() {
         assert_eq!(whole.players, players);
         assert!(whole.entities.iter().map(|entity| &entity.id).eq(&ids));
     }
-    let empty = write::state_pages(&[], [], 5, PageLimits::DEFAULT);
+    let empty = write::state_pages([], [], 5, PageLimits::DEFAULT);
     assert_eq!(empty.len(), 1);
     assert_eq!(server_hello(&empty[0], false).initial_state.entities, []);
 }
@@ -138,7 +140,7 @@ fn batches_of_any_size_are_read_again() {
 }
 
 fn world(entity: Entity<'_>) -> WorldState {
-    let pages = write::state_pages(&[], [entity], 0, PageLimits::DEFAULT);
+    let pages = write::state_pages([], [entity], 0, PageLimits::DEFAULT);
     WorldState::decode_from_slice(&pages[0]).unwrap()
 }
 

@@ -15,6 +15,17 @@ pub(super) enum Form {
     Text,
 }
 
+impl Form {
+    /// Returns the frame of an envelope for one member alone; `None` if the envelope has no such form.
+    pub(super) fn frame(self, envelope: Vec<u8>, link: &Link) -> Option<Bytes> {
+        let mut outgoing = match self {
+            Self::Binary => Outgoing::new(Kind::Binary, envelope),
+            Self::Text => Outgoing::new(Kind::Text, text::to_text(&envelope)?.into_bytes()),
+        };
+        Some(outgoing.frame(link.window_bits(), link.profile()))
+    }
+}
+
 /// A message to members.
 pub(super) struct Fanout<'a> {
     message: Cow<'a, [u8]>,

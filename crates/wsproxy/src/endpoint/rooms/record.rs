@@ -115,6 +115,11 @@ pub(super) fn with_presence(json: &str, presence: &[u8]) -> Option<String> {
     Some(record.to_json())
 }
 
+/// Returns the PlayerSnapshot of a member for the state of a room. `None` if no gateway wrote the record.
+pub(super) fn shown(client: &str, record: &Record<'_>) -> Option<Vec<u8>> {
+    Some(MemberRecord::parse(record.json)?.player(client).encode_to_vec())
+}
+
 /// Returns presence data with a name in front of it, which one in the data overrules. A name that is too long or has
 /// control characters is left out.
 pub(super) fn named(name: &str, presence: &[u8]) -> Vec<u8> {

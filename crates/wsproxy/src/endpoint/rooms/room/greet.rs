@@ -13,9 +13,9 @@ use wsproxy_proto::rooms::{
 
 use crate::{
     endpoint::rooms::{
-        fanout::{Fanout, Form},
+        fanout::Form,
         member::Membership,
-        record::MemberRecord,
+        record,
         room::{Room, reliable},
     },
     telemetry::time,
@@ -32,13 +32,10 @@ impl Room {
     ) {
         let mut state = self.state.lock();
         let begin = clock::now();
+        state.mirror.show(record::shown);
         let mirror = &state.mirror;
-        let players: Vec<_> = mirror
-            .members()
-            .filter_map(|(client, member)| {
-                Some(MemberRecord::parse(member.record().json)?.player(client))
-            })
-            .collect();
+        let shown = mirror.members().map(|(_, member)| member.shown());
+        let players = shown.filter(|player| !player.is_empty());
         let entities = mirror.members().flat_map(|(owner, member)| {
             member.entities().map(move |entity| Entity {
                 owner,
@@ -48,7 +45,7 @@ impl Room {
             })
         });
         let timestamp_ms = time::since_epoch().as_millis() as i64;
-        let pages = write::state_pages(&players, entities, timestamp_ms, PageLimits::DEFAULT);
+        let pages = write::state_pages(players, entities, timestamp_ms, PageLimits::DEFAULT);
         let limits = self.limits(membership);
         let connection = membership.connection.to_string();
         let features = |feature: fn(&Hello<'_>) -> bool| hello.is_some_and(feature);
@@ -74,11 +71,11 @@ impl Room {
         member.reliable = reliable::of_features(welcome.acks);
         let link = member.link.clone();
         let mut is_dirty = false;
-        let bytes = hellos.iter().map(|hello| hello.len()).sum();
+        let bytes = hellos.iter().map(Vec::len).sum();
         self.count_sent(&membership.rooms, Some(Kind::ServerHello), hellos.len(), bytes);
-        for hello in &hellos {
-            let Some(frame) = Fanout::new(&hello[..]).frame(form, &link) else { continue };
-            is_dirty |= link.push(frame, Micros::UNTIMED) == Queued::Flush;
+        for hello in hellos {
+            let Some(frame) = form.frame(hello, &link) else { continue };
+            is_dirty |= link.push_state(frame) == Queued::Flush;
         }
         if is_dirty {
             state.dirty.push(link);

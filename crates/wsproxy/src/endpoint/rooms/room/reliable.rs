@@ -9,7 +9,7 @@ use crate::{
     core::acks::Due,
     endpoint::rooms::{
         Rooms,
-        fanout::{Fanout, Form},
+        fanout::Form,
         member::Membership,
         reliable::{Added, Reliable},
         room::{MemberHere, Room},
@@ -27,7 +27,7 @@ impl MemberHere {
     ) -> Option<Bytes> {
         let reliable = self.reliable.as_mut()?;
         let numbered = reliable.number(envelope);
-        let frame = Fanout::new(numbered).frame(form, &self.link)?;
+        let frame = form.frame(numbered, &self.link)?;
         let was_idle = reliable.next().is_none();
         let counters = &rooms.counters;
         counters.reliable.add(1);
