@@ -40,6 +40,7 @@ use crate::{
         member::{Ending, LeaveKind, Membership},
         record,
         reliable::Reliable,
+        room::pace::Pace,
     },
     http::rejection::Rejection,
     hub::{inbox::Inbox, sink::Sink, subscription::Subscription},
@@ -48,6 +49,7 @@ use crate::{
 mod greet;
 mod hear;
 mod moves;
+mod pace;
 mod read;
 mod reliable;
 mod say;
@@ -62,6 +64,8 @@ pub(super) struct Room {
     me: Weak<Self>,
     rooms: Weak<Rooms>,
     channel: Arc<str>,
+    /// Shortest time between two batches of positions or of presence events; 0: each leaves at once.
+    tick: Micros,
     /// Number of this instance, which the heads of its messages have.
     server: u64,
     /// Set once the bus has confirmed the subscription and the mirror is complete.
@@ -83,6 +87,10 @@ struct State {
     subscription: Option<Subscription>,
     /// Connections that are to be flushed when the lock is released, or at the end of a round of the bus.
     dirty: Vec<Arc<Link>>,
+    /// Pace of joins, leaves and changes of presence.
+    presence: Pace,
+    /// Pace of all positions for members that read on.
+    catch_up: Pace,
     /// Bytes of the mirror that are counted for the instance.
     counted: usize,
     /// Time of the reading for which a task waits; `None`: there is no task.
@@ -114,6 +122,10 @@ struct MemberHere {
     reliable: Option<Box<Reliable>>,
     /// The member did not read the newest positions: they are sent when it reads on.
     is_behind: bool,
+    /// The member is behind and has read on: it waits for the newest positions.
+    reads_on: bool,
+    /// Presence events wait to be flushed.
+    is_unflushed: bool,
 }
 
 impl Room {
@@ -137,6 +149,7 @@ impl Room {
             me: me.clone(),
             rooms: Arc::downgrade(rooms),
             channel: rooms.names.room(id).into(),
+            tick: config.tick.into(),
             server: rooms.server,
             opened: OnceCell::new(),
             state_bytes,
@@ -148,6 +161,8 @@ impl Room {
                 members: Vec::new(),
                 subscription: None,
                 dirty: Vec::new(),
+                presence: Pace::NEW,
+                catch_up: Pace::NEW,
                 counted: 0,
                 reads_at: None,
                 owes_at: Micros::NEVER,
@@ -205,6 +220,8 @@ impl Room {
             reads_batches: false,
             reliable: None,
             is_behind: false,
+            reads_on: false,
+            is_unflushed: false,
         });
     }
 

@@ -144,7 +144,8 @@ impl Room {
             }
             _ => {}
         }
-        let audience = Audience { except: None, to: checked.to };
+        let may_wait = matches!(checked.body, Body::Presence { .. });
+        let audience = Audience { to: checked.to, may_wait, ..Audience::default() };
         let fanout = Fanout::new(envelope).reliable(checked.reliable);
         self.fan_out(state, &mut { fanout }, audience, now);
     }
@@ -168,7 +169,7 @@ impl Room {
         rooms.counters.from_workers.add(1);
         let mut stamped = Vec::new();
         stamp::stamp(envelope, checked.stamp, "", None, &mut stamped);
-        let audience = Audience { except: None, to: checked.to };
+        let audience = Audience { to: checked.to, ..Audience::default() };
         let fanout = Fanout::new(&stamped[..]).reliable(checked.reliable);
         self.fan_out(state, &mut { fanout }, audience, now);
     }

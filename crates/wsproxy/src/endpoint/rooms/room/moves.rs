@@ -72,6 +72,12 @@ impl Room {
         if state.positions.due().is_some_and(|due| due <= now.0) {
             self.tick(&mut state, now);
         }
+        if state.catch_up.leaves(now) {
+            self.tell_all_positions(&mut state, now);
+        }
+        if state.presence.leaves(now) {
+            state.flush_presence();
+        }
         let writes: Vec<_> = state
             .positions
             .take_writes(now.0)
@@ -97,7 +103,9 @@ impl Room {
     /// Enters the room at the ticker, where something waits and no earlier entry is there.
     pub(super) fn plan_tick(&self, state: &mut State) {
         let due = [state.positions.due(), state.positions.writes_due()];
-        let at = due.into_iter().flatten().min().map_or(Micros::NEVER, Micros).min(state.owes_at);
+        let due = due.into_iter().flatten().map(Micros);
+        let at = due.fold(state.owes_at, Micros::min);
+        let at = at.min(state.catch_up.due).min(state.presence.due);
         if at < state.ticks_at
             && let Some(rooms) = self.rooms.upgrade()
         {
@@ -167,35 +175,39 @@ impl Room {
         sender.count(self, &rooms);
     }
 
-    /// Sends a member that reads on all newest positions, as the only ones that it has missed.
+    /// Sends a member that reads on all newest positions, as the only ones that it has missed; or has the ticker do so,
+    /// where another member has had them within the tick.
     pub(in crate::endpoint::rooms) fn catch_up(&self, number: u64, now: Micros) {
         let mut state = self.state.lock();
-        let State { mirror, members, dirty, .. } = &mut *state;
-        let Some(member) = members.iter_mut().find(|member| member.number == number) else {
-            return;
-        };
+        let Some(member) = state.member_mut(number) else { return };
         if !member.is_behind {
             return;
         }
-        member.is_behind = false;
-        let entries: Vec<(&str, &[u8])> = mirror
-            .members()
-            .filter(|(client, _)| *client != member.client.as_str())
-            .flat_map(|(client, of)| {
-                of.entities().filter_map(move |entity| Some((client, entity.position()?)))
-            })
-            .collect();
-        if entries.is_empty() {
-            return;
-        }
-        let timestamp_ms = time::since_epoch().as_millis() as i64;
-        let envelope = write::position_batch(entries.iter().copied(), timestamp_ms);
-        if let Some(rooms) = self.rooms.upgrade() {
-            let mut sender = PositionFanout::new(&envelope);
-            sender.send(member, &mut || entries.iter().copied(), dirty, &rooms, now);
-            sender.count(self, &rooms);
+        member.reads_on = true;
+        if !state.catch_up.waits(self.tick, false, now) {
+            self.tell_all_positions(&mut state, now);
         }
         self.release(state, now);
+    }
+
+    /// Sends all newest positions to the members that read on, encoded once for all of them.
+    fn tell_all_positions(&self, state: &mut State, now: Micros) {
+        let Some(rooms) = self.rooms.upgrade() else { return };
+        let State { mirror, members, dirty, .. } = state;
+        let positions = mirror.members().flat_map(|(client, of)| {
+            of.entities().filter_map(move |entity| Some((client, entity.position()?)))
+        });
+        let entries: Vec<(&str, &[u8])> = positions.collect();
+        let timestamp_ms = time::since_epoch().as_millis() as i64;
+        let envelope = write::position_batch(entries.iter().copied(), timestamp_ms);
+        let mut sender = PositionFanout::new(&envelope);
+        for member in members.iter_mut().filter(|member| member.reads_on) {
+            (member.reads_on, member.is_behind) = (false, false);
+            if !entries.is_empty() {
+                sender.send(member, &mut || entries.iter().copied(), dirty, &rooms, now);
+            }
+        }
+        sender.count(self, &rooms);
     }
 }
 

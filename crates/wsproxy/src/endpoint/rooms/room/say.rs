@@ -120,7 +120,8 @@ impl Room {
             _ => None,
         };
         let stamped = self.stamped(member, checked.stamp, envelope);
-        let audience = Audience { except: Some(member.connection.number), to: checked.to };
+        let except = Some(member.connection.number);
+        let audience = Audience { except, to: checked.to, ..Audience::default() };
         let fanout = Fanout::new(&stamped[wire::HEAD_BYTES..]).reliable(checked.reliable);
         self.fan_out(&mut state, &mut { fanout }, audience, now);
         let keep = op.map_or(Keep::Nothing, |op| self.keep(member, op));
@@ -153,7 +154,8 @@ impl Room {
             Kind::Binary => WireForm::Opaque,
         };
         let mut state = self.state.lock();
-        let audience = Audience { except: Some(member.connection.number), to: None };
+        let except = Some(member.connection.number);
+        let audience = Audience { except, ..Audience::default() };
         self.fan_out(&mut state, &mut Fanout::opaque(kind, message), audience, now);
         let payload = wire::message(member.connection, form, message);
         let published = self.publish(member, payload, Keep::Nothing, publish);
@@ -180,7 +182,8 @@ impl Room {
         let data = MemberRecord::parse(&json).map(|record| record.presence_data());
         let event = write::presence(PresenceKind::Update, client, data.as_ref(), 0);
         let stamped = self.stamped(member, Stamp::default(), &event);
-        let audience = Audience { except: Some(member.connection.number), to: None };
+        let except = Some(member.connection.number);
+        let audience = Audience { except, may_wait: true, ..Audience::default() };
         self.fan_out(&mut state, &mut Fanout::new(&stamped[wire::HEAD_BYTES..]), audience, now);
         let keep = self.keep(member, RoomOp::Presence { json });
         let published = self.publish(member, stamped.into(), keep, publish);

@@ -1,6 +1,6 @@
 //! Messages to the members here: changes of the room, and what others say.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use wsproxy_conn::{
     clock::{self, Micros},
@@ -30,6 +30,8 @@ pub(super) struct Audience<'a> {
     pub(super) except: Option<u64>,
     /// The one client that the message is for.
     pub(super) to: Option<&'a str>,
+    /// The message may wait for the end of the tick, unless another one comes behind it.
+    pub(super) may_wait: bool,
 }
 
 impl Room {
@@ -41,9 +43,10 @@ impl Room {
         audience: Audience<'_>,
         since: Micros,
     ) {
-        let State { members, dirty, .. } = state;
-        let mut sent = 0;
         let Some(rooms) = self.rooms.upgrade() else { return };
+        let State { members, dirty, presence, .. } = state;
+        let are_many = members.len() > FEW_WRITES;
+        let (mut sent, mut waits) = (0, None);
         for member in members.iter_mut() {
             let Some(form) = member.form else { continue };
             let is_other = audience.to.is_some_and(|to| to != member.client.as_str());
@@ -56,7 +59,12 @@ impl Room {
             };
             let Some(frame) = frame else { continue };
             sent += 1;
-            if member.link.push(frame, since) == Queued::Flush {
+            let waits = audience.may_wait
+                && *waits.get_or_insert_with(|| presence.waits(self.tick, are_many, since));
+            if waits {
+                let queued = member.link.push_later(frame, Micros::UNTIMED);
+                member.is_unflushed |= queued == Queued::Flush;
+            } else if member.link.push(frame, since) == Queued::Flush {
                 dirty.push(member.link.clone());
             }
         }
@@ -132,7 +140,8 @@ impl Room {
 
     /// Tells all members here but `client` itself.
     fn tell_of(&self, state: &mut State, client: &str, envelope: &[u8], now: Micros) {
-        let audience = Audience { except: state.number_of(client), to: None };
+        let except = state.number_of(client);
+        let audience = Audience { except, may_wait: true, ..Audience::default() };
         self.fan_out(state, &mut Fanout::new(envelope), audience, now);
     }
 
@@ -158,7 +167,8 @@ impl Room {
         let here = here.filter(|member| member.ending.has_joined());
         let (numbers, living): (Vec<_>, Vec<_>) =
             here.map(|member| (member.number, member.membership.clone())).unzip();
-        let audience = Audience { except: numbers.first().copied(), to: None };
+        let except = numbers.first().copied();
+        let audience = Audience { except, may_wait: true, ..Audience::default() };
         for entity in despawned {
             let despawn = write::despawn(entity, client);
             self.fan_out(state, &mut Fanout::new(&despawn[..]), audience, now);
@@ -173,6 +183,15 @@ impl Room {
 }
 
 impl State {
+    /// Has the presence events flushed that wait.
+    pub(super) fn flush_presence(&mut self) {
+        let unflushed = self.members.iter_mut().filter(|member| member.is_unflushed);
+        self.dirty.extend(unflushed.map(|member| {
+            member.is_unflushed = false;
+            Arc::clone(&member.link)
+        }));
+    }
+
     /// Returns the membership of the connection here that has a member's place.
     pub(super) fn holder(&self, client: &str) -> Option<Weak<Membership>> {
         let number = self.number_of(client)?;
@@ -188,3 +207,6 @@ impl State {
         self.members.iter().find(is_it).map(|here| here.number)
     }
 }
+
+/// Writes to members that a caller makes itself, before it goes on.
+const FEW_WRITES: usize = 64;
