@@ -481,11 +481,11 @@ impl Mirror {
         Ok(())
     }
 
-    /// Returns whether other instances may lack an entity of a member here, since a change of it was refused. A caller
-    /// that changes it publishes all of it.
+    /// Returns whether other instances may lack an entity of a member here, since a change of it was refused, or no
+    /// reading has come since the member moved here. A caller that changes it publishes all of it.
     #[must_use]
     pub fn is_doubted(&self, client: &str, entity: &str) -> bool {
-        self.member(client).is_some_and(|member| member.has_doubted(entity))
+        self.member(client).is_some_and(|member| member.yields(entity))
     }
 
     /// Notes that a change of an entity by the printed connection `refused` of this instance was refused, because another

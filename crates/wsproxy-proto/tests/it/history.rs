@@ -5,7 +5,7 @@ mod client;
 mod gateway;
 mod redis;
 
-use proptest::{prelude::*, test_runner::RngSeed};
+use proptest::prelude::*;
 use wsproxy_proto::history::{Lost, Position};
 
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
         gateway::{Bounds, Instance},
         redis::{Redis, SKEW},
     },
-    support::cases,
+    support::{cases, same_each_time},
 };
 
 /// Step of a run.
@@ -220,16 +220,6 @@ fn play(weather: Weather, steps: &[Step]) -> Vec<Lost> {
 
 fn steps(weather: Weather) -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step(weather), 1..120)
-}
-
-/// The same cases in each run, unless `PROPTEST_CASES` or `PROPTEST_RNG_SEED` asks for others: among many thousands are
-/// some that still fail, of the kinds of the ignored tests below.
-fn same_each_time(config: ProptestConfig) -> ProptestConfig {
-    let asks = |name| std::env::var_os(name).is_some();
-    if asks("PROPTEST_CASES") || asks("PROPTEST_RNG_SEED") {
-        return config;
-    }
-    ProptestConfig { rng_seed: RngSeed::Fixed(1), ..config }
 }
 
 proptest! {

@@ -186,6 +186,7 @@ impl Mirror {
     /// Notes that the link of subscriptions was lost: news may be missed from now on. A reading that is under way is
     /// void. Once the subscription is confirmed again, [`Self::want_reading`] is to be called.
     pub fn lose_link(&mut self) {
+        self.replica.told = self.told();
         self.channel = None;
         self.reader.under_way = None;
         self.reader.is_missing_news = true;
@@ -198,12 +199,19 @@ impl Mirror {
         }
     }
 
+    /// Returns the version up to which news were told. Readings may be ahead of the channel.
+    fn told(&self) -> u64 {
+        let heard = self.channel.map_or(0, |channel| channel.min(self.replica.known));
+        self.replica.told.max(heard)
+    }
+
     /// Begins a reading of the room. The subscription must have been confirmed before.
     pub fn begin_reading(&mut self, now: u64) -> Ticket {
         let reader = &mut self.reader;
         reader.last += 1;
         let ticket = Ticket(reader.last);
         (reader.wanted, reader.look_again, reader.positions_at) = (None, None, None);
+        self.replica.state.members_mut().for_each(|member| member.is_moved = false);
         reader.under_way = Some(Box::new(UnderWay {
             ticket,
             began: now,
@@ -241,8 +249,8 @@ impl Mirror {
         let (mut draft, orphans) = self.draft(reading);
         let is_whole = draft.replay(under_way.log, self.merge, &self.limits.doubled());
         let from = changes.len();
-        // News up to here were told. A first reading is told as it is.
-        let told = if self.is_complete() { self.replica.known } else { draft.known };
+        // A first reading is told as it is.
+        let told = if self.is_complete() { self.told() } else { draft.known };
         (self.replica.known, self.replica.told) = (draft.known, told);
         self.reader.is_missing_news = self.reader.wanted.is_some();
         self.replica.is_current = true;
@@ -252,9 +260,11 @@ impl Mirror {
             let known = self.replica.known;
             self.replica.state.members_mut().for_each(|member| member.told = known);
         }
+        let is_moved =
+            self.is_complete() && self.replica.state.members().any(|(_, member)| member.is_moved);
         self.reader.is_complete = true;
         self.reader.positions_at = Some(now + POSITIONS_AGAIN);
-        if !is_whole {
+        if !is_whole || is_moved {
             self.reader.want(now);
         }
         Outcome::Applied { orphans }
@@ -327,6 +337,7 @@ impl Mirror {
                 let member = self.replica.put(client, found.record_text());
                 (member.joined, member.own_seen, member.told) =
                     (found.joined, found.own_seen, told);
+                member.own_heard = found.own_heard;
                 changes.push(joined(client, found.record_text()));
                 self.adopt_entities(client, found, false, changes);
                 continue;
@@ -338,6 +349,14 @@ impl Mirror {
             self.adopt_record(client, found, changes);
             let Some(member) = self.replica.state.member_mut(client) else { continue };
             let is_ours = was_here && member.is_here();
+            // Nothing was changed here before the first reading.
+            if member.is_moved && self.reader.is_complete {
+                // The next reading has all that the connection here changed.
+                if member.is_here() && !is_ours {
+                    member.arrival.get_or_insert_default().awaits_reading = true;
+                }
+                continue;
+            }
             // Entities have one writer. What it does here may not have reached Redis yet.
             self.adopt_entities(client, found, is_ours, changes);
             if let Some(member) = self.replica.state.member_mut(client) {

@@ -95,6 +95,10 @@ impl Replica {
         }
         // A join that was applied here, or one after it, has told more than this.
         if counted != Counted::Next || member.joined >= version {
+            if Record::parse(record).is_some_and(|new| new.connection == member.record().connection)
+            {
+                member.joined = member.joined.max(version);
+            }
             return counted;
         }
         // Redis had lost the member, and got it back: no event. Another connection may have brought it back.
@@ -118,9 +122,17 @@ impl Replica {
         let Some(member) = self.state.member(client) else { return counted };
         let is_back = match counted {
             Counted::Gap => return counted,
-            Counted::Next => member.joined > version,
+            // A reading has overtaken the leave, and found the member in a later life. What the channel has brought of the
+            // earlier one goes; the later one's news follow on the channel.
+            Counted::Old if version <= member.told => {
+                let gone = self.state.end_earlier_life(client);
+                let despawned = |entity| Change::Despawned { client: client.into(), entity };
+                changes.extend(gone.into_iter().map(despawned));
+                return counted;
+            }
+            _ if member.joined > version => true,
+            Counted::Next => false,
             // A reading has overtaken the leave. It lacked the member, or found it in another life.
-            Counted::Old if version <= member.told => return counted,
             Counted::Old => member.missing_since.is_none(),
         };
         match is_back {
@@ -142,25 +154,14 @@ impl Replica {
     /// Applies the leave of an earlier life of a client that has joined here since: all instances see a leave and a
     /// join. Entities of the earlier life go.
     fn end_earlier_life(&mut self, version: u64, client: &str, changes: &mut Vec<Change>) {
+        let mut despawned = self.state.end_earlier_life(client);
         let Some(member) = self.state.member_mut(client) else { return };
         member.told = member.told.max(version);
-        let mut despawned: Vec<Box<str>> = Vec::new();
-        let mut removed: Vec<Box<str>> = Vec::new();
-        let mut kept: Vec<Box<str>> = Vec::new();
-        for entity in member.entities() {
-            let is_touched = member.has_touched(entity.id());
-            if !is_touched {
-                removed.push(entity.id().into());
-            }
-            if entity.snapshot().is_some() {
-                despawned.push(entity.id().into());
-                if is_touched {
-                    kept.push(entity.id().into());
-                }
-            }
-        }
+        let kept = member.entities().filter(|entity| entity.snapshot().is_some());
+        let kept: Vec<Box<str>> = kept.map(|entity| entity.id().into()).collect();
+        despawned.extend(kept.iter().cloned());
+        despawned.sort_unstable();
         let record: Box<str> = member.record_text().into();
-        removed.iter().for_each(|entity| drop(self.state.despawn(client, entity)));
         changes.push(Change::Left { client: client.into(), despawned });
         changes.push(joined(client, &record));
         let spawned = |entity| Change::Spawned { client: client.into(), entity };
@@ -181,6 +182,9 @@ impl Replica {
             if own.server == server {
                 member.own_seen = member.own_seen.max(own.number);
             }
+        }
+        if let Some(own) = Connection::parse(new).filter(|own| own.server == server) {
+            member.own_heard = member.own_heard.max(own.number);
         }
         if is_echo {
             member.hear_echo();
@@ -217,6 +221,8 @@ impl Replica {
         let own = Record::parse(record).map_or("", |record| record.connection);
         let number = Connection::parse(own).map_or(0, |own| own.number);
         let (known, told, is_current) = (self.known, self.told, self.is_current);
+        // The place passes from one connection here to the next, and with it all that they have changed.
+        let mut is_passed_on = false;
         let is_known = match self.state.member_mut(client) {
             None if version <= known => return false,
             None => {
@@ -225,31 +231,41 @@ impl Replica {
             }
             Some(member) => {
                 let current = member.record().connection;
-                if current == own {
-                    member.joined = member.joined.max(version);
+                let is_held = current == own;
+                if is_held && before == Some(own) {
                     self.put(client, record);
                     return true;
+                }
+                // The latest reading lacked the member.
+                if before.is_some() && version <= known && member.missing_since.is_some() {
+                    return false;
                 }
                 // A join that is known and younger than this one, or one after which the client was no member.
                 let is_younger = before.is_some() && member.joined > version;
                 let is_newer = is_younger || (before.is_none() && version <= known);
-                if is_newer || (before != Some(current) && member.own_seen >= number) {
+                let is_overtaken = before != Some(current) && member.own_seen >= number;
+                if !is_held && (is_newer || is_overtaken) {
                     return false;
                 }
+                is_passed_on = member.is_here() && (is_held || before == Some(current));
+                member.is_moved |= member.is_here() && !is_passed_on;
                 true
             }
         };
         let member = self.put(client, record);
+        let is_echoed = match before {
+            None => member.joined >= version,
+            Some(before) => before == own || member.own_heard >= number,
+        };
         member.joined = member.joined.max(version);
         if !is_known {
             // Earlier lives of the client may still be on their way.
             member.told = told;
         }
         member.missing_since = None;
-        let awaits_echo = before != Some(own);
-        let awaits_reading = before.is_some() && !(is_known && is_current);
+        let awaits_reading = before.is_some() && !is_passed_on && !(is_known && is_current);
         let arrival = member.arrival.get_or_insert_default();
-        arrival.awaits_echo = awaits_echo;
+        arrival.awaits_echo = !is_echoed;
         arrival.is_new = before.is_none();
         arrival.awaits_reading |= awaits_reading;
         member.settle();

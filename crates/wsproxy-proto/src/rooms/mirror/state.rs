@@ -39,10 +39,15 @@ pub struct Member {
     pub(super) told: u64,
     /// Highest number of a connection of this instance that held the place.
     pub(super) own_seen: u64,
+    /// Highest number of a connection of this instance of which the channel told that it takes the place.
+    pub(super) own_heard: u64,
     /// Time of the first reading that lacked the member.
     pub(super) missing_since: Option<u64>,
     /// The channel told of the record's connection as a replacement, so a later join on it tells more.
     pub(super) is_replaced: bool,
+    /// A connection here has lost the place since the latest reading began. That reading may lack what it changed
+    /// before.
+    pub(super) is_moved: bool,
     /// A leave was published that could not be counted.
     pub(super) is_leaving: bool,
     pub(super) arrival: Option<Box<Arrival>>,
@@ -85,8 +90,10 @@ impl Member {
             joined: 0,
             told: 0,
             own_seen: 0,
+            own_heard: 0,
             missing_since: None,
             is_replaced: false,
+            is_moved: false,
             is_leaving: false,
             arrival: None,
         }
@@ -160,11 +167,6 @@ impl Member {
     /// Returns whether news of the channel are of an earlier life.
     pub(super) fn is_reborn(&self) -> bool {
         self.arrival.as_ref().is_some_and(|arrival| arrival.is_new && arrival.awaits_echo)
-    }
-
-    /// Returns whether a change of an entity was refused, and no reading has told more since.
-    pub(super) fn has_doubted(&self, id: &str) -> bool {
-        self.arrival.as_ref().is_some_and(|arrival| arrival.has_doubted(id))
     }
 
     /// Returns whether a reading knows more of an entity than the connection here.
@@ -314,6 +316,7 @@ impl State {
             self.shown_bytes -= member.shown.take().map_or(0, |shown| shown.len());
         }
         member.is_replaced = false;
+        member.is_moved |= member.is_here && own.is_none();
         *here = *here + usize::from(own.is_some()) - usize::from(member.is_here);
         member.is_here = own.is_some();
         member.own_seen = member.own_seen.max(own.map_or(0, |connection| connection.number));
@@ -403,6 +406,18 @@ impl State {
             forget(&mut self.spawned, id);
         }
         Some(entity)
+    }
+
+    /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since.
+    /// Returns those that had been spawned.
+    pub(super) fn end_earlier_life(&mut self, client: &str) -> Vec<Box<str>> {
+        let Some(member) = self.members.get(client) else { return Vec::new() };
+        let ids = member.entities.iter().map(|entity| &entity.id);
+        let mut spawned: Vec<Box<str>> =
+            ids.filter(|id| !member.has_touched(id)).cloned().collect();
+        spawned
+            .retain(|id| self.despawn(client, id).is_some_and(|entity| entity.snapshot.is_some()));
+        spawned
     }
 
     /// Returns the index of an entity of which a part may grow from what `held` tells to `bytes`.

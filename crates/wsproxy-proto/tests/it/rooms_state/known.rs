@@ -1,0 +1,108 @@
+//! Sequences of steps that once failed, made as short as possible.
+
+use crate::rooms_state::{
+    Step::{Answer, Begin, Change, Close, Deliver, Kill, Open, Reap, RunCommand, RunLeave},
+    play_calm,
+};
+
+/// A reading finds a member in a later life. The news behind it have an entity of the earlier one, and then the leave.
+#[test]
+#[rustfmt::skip]
+fn entity_of_an_earlier_life_in_the_news_of_a_reading() {
+    play_calm(&[
+        Open(3, 2), Begin(2), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Answer(2, 0), Open(0, 0), Change(3, 's', 0, 0), RunCommand(2), Close(3, 2), RunLeave(2), Open(3, 0),
+    ]);
+}
+
+/// A reading finds a member in a later life. An entity of the earlier one and its leave arrive behind the reading.
+#[test]
+#[rustfmt::skip]
+fn entity_of_an_earlier_life_behind_a_reading() {
+    play_calm(&[
+        Open(0, 1), Open(0, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Open(3, 0),
+        Answer(0, 0), Answer(0, 0), Answer(0, 0), Change(3, 's', 0, 0), RunCommand(0), Open(0, 2), Kill(0),
+        Reap, Begin(1), Answer(1, 0), Open(3, 1),
+    ]);
+}
+
+/// A member is elsewhere at the end of a reading. Its last change here was not in Redis yet when the reading began.
+#[test]
+#[rustfmt::skip]
+fn change_here_that_a_reading_lacks() {
+    play_calm(&[
+        Open(3, 1), Open(3, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Open(3, 1), Answer(0, 0),
+        Answer(0, 0), Open(0, 0), Answer(0, 0), Answer(0, 0), Change(0, 's', 0, 0), Begin(0), Answer(0, 0),
+        RunCommand(0), Open(0, 1), Open(1, 0),
+    ]);
+}
+
+/// A member moves away and comes back. What it updates then had never come to others: its spawn was refused.
+#[test]
+#[rustfmt::skip]
+fn update_of_what_was_refused() {
+    play_calm(&[
+        Open(1, 1), Begin(1), Open(0, 1), Open(1, 0), Begin(0), Open(1, 0), Open(1, 1), Answer(0, 0),
+        Open(1, 1), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(1, 1), Answer(0, 0), Answer(0, 0),
+        Answer(0, 0), Change(1, 's', 1, 0), Open(1, 0), Deliver(0, 3), Open(2, 0), RunCommand(0), Answer(0, 0),
+        Change(1, 'u', 1, 0),
+    ]);
+}
+
+/// A reading knows a member before its join here is answered. A change here comes before the leave of the earlier life.
+#[test]
+#[rustfmt::skip]
+fn change_here_before_the_leave_of_an_earlier_life() {
+    play_calm(&[
+        Open(0, 1), Answer(1, 0), Begin(1), Answer(1, 0), Open(3, 0), Kill(0), Open(2, 2), Open(0, 2),
+        Open(0, 2), Reap, Answer(1, 0), Answer(1, 0), Open(2, 1), Open(3, 1), Answer(1, 0), Answer(1, 0),
+        Answer(1, 0), Answer(1, 0), Change(3, 's', 0, 0),
+    ]);
+}
+
+/// A reading lacks a member whose leave, join here and leave are on their way.
+#[test]
+#[rustfmt::skip]
+fn leave_and_join_that_a_reading_overtakes() {
+    play_calm(&[
+        Open(0, 0), Begin(0), Answer(0, 0), Open(1, 1), Open(0, 1), Answer(0, 0), Answer(0, 0), Answer(0, 0),
+        Open(0, 1), Open(0, 0), Open(2, 0), Answer(0, 1), Open(0, 1), Open(0, 1), Open(2, 1), Kill(1),
+        Answer(0, 0), Answer(0, 0), Answer(0, 0), Open(0, 1), Reap, Open(0, 1), Open(1, 0), Answer(0, 0),
+        Open(2, 0), Close(1, 0),
+    ]);
+}
+
+/// A member moves away and comes back while the room is read for the first time.
+#[test]
+#[rustfmt::skip]
+fn member_that_moves_while_a_room_is_first_read() {
+    play_calm(&[
+        Open(0, 1), Begin(1), Answer(1, 0), Answer(1, 0), Open(3, 1), Answer(1, 0), Open(2, 0), Answer(0, 0),
+        Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Change(3, 's', 0, 0), RunCommand(1), Begin(0),
+        Deliver(0, 1), Open(3, 0), Open(0, 0), Deliver(0, 2), Answer(0, 0), Open(2, 1), Answer(0, 0),
+        Answer(0, 1), Open(1, 0), Open(3, 1), Open(3, 0),
+    ]);
+}
+
+/// A join here is answered behind a reading that lacks the member: it has left since.
+#[test]
+#[rustfmt::skip]
+fn join_here_whose_leave_a_reading_has_seen() {
+    play_calm(&[
+        Open(1, 1), Answer(1, 0), Open(1, 2), Begin(1), Answer(1, 0), Answer(1, 0), Open(0, 0), Open(3, 1),
+        Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(0, 0), Open(0, 0), Begin(1), Open(0, 0), Open(1, 1),
+        Open(0, 0), Open(0, 0), Open(1, 0), Answer(0, 0), Kill(0),
+    ]);
+}
+
+/// Two readings overtake a join and a leave. Both are told when the channel brings them.
+#[test]
+#[rustfmt::skip]
+fn join_and_leave_that_two_readings_overtake() {
+    play_calm(&[
+        Open(0, 0), Open(0, 0), Open(0, 2), Open(0, 0), Open(0, 0), Open(0, 0), Open(0, 0), Open(0, 0),
+        Open(0, 0), Answer(2, 0), Open(0, 0), Begin(2), Open(1, 0), Answer(2, 0), Open(0, 0), Answer(2, 0),
+        Kill(0), Answer(2, 0), Answer(2, 0), Open(1, 2), Reap, Open(0, 0), Open(2, 0), Answer(0, 0), Kill(0),
+        Open(1, 2),
+    ]);
+}
