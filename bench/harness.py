@@ -216,27 +216,54 @@ SELECT 'bench-' || n, 'token-bench-' || n, 'linux', 'disconnected' FROM generate
 """
 
 
-@contextlib.contextmanager
-def agents(with_relay: bool = False):
-    """A gateway with agents, on a PostgreSQL that knows them; or the relay on the tables that the gateway has made."""
-    with redis_server() as redis, postgres() as database:
-        with gateway(redis, {"WSPROXY_ENDPOINTS__AGENTS": "true", "DATABASE_URL": database}) as one:
-            insert = ["psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", AGENTS_SQL]
-            # The tables are made in the background.
-            for _ in range(100):
-                if not subprocess.run(insert, stderr=subprocess.DEVNULL).returncode:
-                    break
-                time.sleep(0.1)
-            else:
-                subprocess.run(insert, check=True)
-            if not with_relay:
-                yield agents_at(one.port, one.pid, redis)
-                return
-        port = free_port()
-        command = [HERE / "peers/relay/start", port, f"redis://127.0.0.1:{redis}", database]
-        with process(command, stdout=subprocess.DEVNULL) as child:
+API_KEY = "key-of-the-benchmark-0123456789abcdef"
+AGENTS = {
+    "WSPROXY_ENDPOINTS__AGENTS": "true",
+    "WSPROXY_API__KEYS": API_KEY,
+    # Calls over HTTP come from one address.
+    "WSPROXY_RATE_LIMIT__MAX_REQUESTS": "0",
+}
+
+
+def agents(who: str, scenario: list) -> dict:
+    """Runs a scenario with gateways on a PostgreSQL that knows the agents; or with the relay on the tables that a gateway
+    has made. An argument `OTHER` stands for the address of the second gateway."""
+    with redis_server() as redis, postgres() as database, contextlib.ExitStack() as stack:
+        settings = {**AGENTS, "DATABASE_URL": database}
+        if who == "relay":
+            with gateway(redis, settings):
+                add_agents(database)
+            port = free_port()
+            command = [HERE / "peers/relay/start", port, f"redis://127.0.0.1:{redis}", database]
+            child = stack.enter_context(process(command, stdout=subprocess.DEVNULL))
             wait_until("the relay", lambda: answers(f"http://127.0.0.1:{port}/health"), child)
-            yield agents_at(port, child.pid, redis)
+            return generate([*scenario, *agents_at(redis, [(port, child.pid)])])
+        servers = [stack.enter_context(gateway(redis, settings)) for _ in range(2 if "OTHER" in scenario else 1)]
+        add_agents(database)
+        arguments = [f"127.0.0.1:{servers[-1].port}" if part == "OTHER" else part for part in scenario]
+        before = transactions(database)
+        report = generate([*arguments, *agents_at(redis, [(server.port, server.pid) for server in servers])])
+        # PostgreSQL has the numbers of a session when it ends.
+        stack.close()
+        if scenario[0] == "agents-lost" and report["figures"]:
+            handshakes = 2 * report["settings"]["connections"]
+            report["figures"]["transactions_per_agent"] = round((transactions(database) - before) / handshakes, 2)
+        return report
+
+
+def add_agents(database: str) -> None:
+    insert = ["psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", AGENTS_SQL]
+    # The tables are made in the background.
+    for _ in range(100):
+        if not subprocess.run(insert, stderr=subprocess.DEVNULL).returncode:
+            return
+        time.sleep(0.1)
+    subprocess.run(insert, check=True)
+
+
+def transactions(database: str) -> int:
+    sql = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+    return int(subprocess.run(["psql", "-At", "-d", database, "-c", sql], check=True, capture_output=True).stdout)
 
 
 # Members name themselves, and all of them come from a few addresses.
@@ -286,10 +313,10 @@ def cost() -> dict:
     return {"scenario": "cost", "figures": figures, "problems": [] if figures else ["no line about rooms"]}
 
 
-def agents_at(port: int, pid: int, redis: int) -> list:
+def agents_at(redis: int, servers: list) -> list:
     return [
-        "--target", "agents", "--server", f"127.0.0.1:{port}", "--publish", f"127.0.0.1:{redis}",
-        "--pid", str(pid), "--run", "bench",
+        "--target", "agents", "--server", f"127.0.0.1:{servers[0][0]}", "--publish", f"127.0.0.1:{redis}",
+        "--pid", ",".join(str(pid) for _, pid in servers), "--run", "bench",
     ]
 
 
@@ -299,7 +326,6 @@ SETUPS = {
     "resume": two_instances,
     "cluster": event_instances,
     "outage": lasting_redis,
-    "agents": agents,
 }
 
 
@@ -315,9 +341,11 @@ def load(name: str, arguments: list, redis: int, settings: dict | None = None) -
     if scenario[0] == "rooms":
         with rooms(name, scenario[1], settings or {}) as arguments:
             return generate([*scenario, *arguments])
+    if scenario[0] in ("agents", "agent-ends", "agents-lost"):
+        return agents(name, scenario)
     setup = SETUPS.get(scenario[0])
     if setup:
-        with setup(**({"with_relay": True} if name == "relay" else {})) as arguments:
+        with setup() as arguments:
             return generate([*scenario, *arguments])
     if name == "limit":
         return generate(["limit", *scenario, "--publish", f"127.0.0.1:{redis}"])

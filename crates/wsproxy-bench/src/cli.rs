@@ -11,8 +11,8 @@ use crate::options::Common;
 use crate::remote::{self, Generator};
 use crate::report::Report;
 use crate::scenario::{
-    agents, churn, cluster, connect, drain, echo, fanout, history, idle, outage, resume, rooms,
-    sessions, slow,
+    agent_ends, agents, agents_lost, churn, cluster, connect, drain, echo, fanout, history, idle,
+    outage, resume, rooms, sessions, slow,
 };
 use crate::target::Kind;
 
@@ -79,6 +79,10 @@ enum Scenario {
     Cluster(cluster::Options),
     /// Users' agents: memory, heartbeats, calls of tools.
     Agents(agents::Options),
+    /// Users' agents that are replaced, revoked or killed.
+    AgentEnds(agent_ends::Options),
+    /// An instance is killed; all its agents connect to another one.
+    AgentsLost(agents_lost::Options),
     /// Members of rooms: moves, joins, leaves, memory.
     Rooms(rooms::Options),
 }
@@ -96,11 +100,14 @@ pub fn run(cli: Cli) -> Result<bool> {
             if matches!(scenario, Scenario::Echo(_)) {
                 bail!("the raw limit has no way up");
             }
-            use Scenario::{Agents, Cluster, History, Outage, Resume, Rooms};
+            use Scenario::{
+                AgentEnds, Agents, AgentsLost, Cluster, History, Outage, Resume, Rooms,
+            };
             if matches!(scenario, History(_) | Resume(_) | Outage(_)) {
                 bail!("the raw limit keeps no history");
             }
-            if matches!(scenario, Cluster(_) | Agents(_) | Rooms(_)) {
+            if matches!(scenario, Cluster(_) | Agents(_) | AgentEnds(_) | AgentsLost(_) | Rooms(_))
+            {
                 bail!("the raw limit knows no users");
             }
             // Many sessions come through Redis as they do for a real server; messages to all clients go to
@@ -135,6 +142,8 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::Outage(options) => outage::run(options)?,
         Scenario::Cluster(options) => cluster::run(options)?,
         Scenario::Agents(options) => agents::run(options)?,
+        Scenario::AgentEnds(options) => agent_ends::run(options)?,
+        Scenario::AgentsLost(options) => agents_lost::run(options)?,
         Scenario::Rooms(options) => rooms::run(options)?,
     };
     if scenario.common().json {
@@ -161,6 +170,8 @@ impl Scenario {
             Self::Outage(options) => &options.common,
             Self::Cluster(options) => &options.common,
             Self::Agents(options) => &options.common,
+            Self::AgentEnds(options) => &options.common,
+            Self::AgentsLost(options) => &options.common,
             Self::Rooms(options) => &options.common,
         }
     }
@@ -180,6 +191,8 @@ impl Scenario {
             Self::Outage(options) => &mut options.common,
             Self::Cluster(options) => &mut options.common,
             Self::Agents(options) => &mut options.common,
+            Self::AgentEnds(options) => &mut options.common,
+            Self::AgentsLost(options) => &mut options.common,
             Self::Rooms(options) => &mut options.common,
         }
     }

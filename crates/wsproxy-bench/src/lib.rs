@@ -2,8 +2,8 @@
 //!
 //! It knows servers only from outside: sockets, Redis' protocol and `/proc`.
 
-pub mod answers;
 pub mod bench;
+pub mod callers;
 pub mod cli;
 pub mod clock;
 pub mod echo_worker;

@@ -1,6 +1,8 @@
 //! The scenarios: each sets up clients, puts one kind of load on the server and reports its figures.
 
+pub mod agent_ends;
 pub mod agents;
+pub mod agents_lost;
 pub mod churn;
 pub mod cluster;
 pub mod connect;

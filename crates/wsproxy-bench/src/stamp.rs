@@ -74,7 +74,17 @@ impl CallStamp {
     #[must_use]
     pub fn read(message: &[u8]) -> Option<Self> {
         let at = memmem(message, REQUEST)? + REQUEST.len();
-        let id = message.get(at..at + CALL_STAMP_BYTES)?;
+        Self::of_id(message.get(at..at + CALL_STAMP_BYTES)?)
+    }
+
+    /// Reads the request id in the name of the channel of its answer; `None` where the name has none of this form.
+    #[must_use]
+    pub fn of_channel(name: &[u8]) -> Option<Self> {
+        let id = name.strip_prefix(b"response:")?;
+        (id.len() == CALL_STAMP_BYTES).then(|| Self::of_id(id))?
+    }
+
+    fn of_id(id: &[u8]) -> Option<Self> {
         let sent_ns = digits(&id[1..21])?;
         let number = u32::try_from(digits(&id[22..])?).ok()?;
         (id[0] == b't' && id[21] == b'n').then_some(Self { sent_ns, number })

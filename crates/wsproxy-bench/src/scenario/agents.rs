@@ -1,13 +1,17 @@
-//! Users' agents: their memory, the cost of their heartbeats, and calls of tools over Redis at one or several rates.
+//! Users' agents: their memory, the cost of their heartbeats, and calls of tools at one or several rates.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use crate::answers::Answers;
 use crate::bench::{Bench, Layout};
+use crate::callers::Caller;
+use crate::callers::each::EachCaller;
+use crate::callers::http::HttpCaller;
+use crate::callers::own::OwnCaller;
 use crate::clock::{NS_PER_SECOND, now_ns, ns, sleep_until};
 use crate::fleet::{Echo, Span};
 use crate::options::{Common, seconds};
@@ -33,6 +37,26 @@ pub struct Options {
     /// Calls per second over all agents; several rates are tried one after the other.
     #[arg(long, value_delimiter = ',', default_value = "5000")]
     rates: Vec<f64>,
+    /// The way of the calls.
+    #[arg(long, value_enum, default_value = "own")]
+    caller: Way,
+    /// Instance that takes calls over HTTP; that of --server by default.
+    #[arg(long)]
+    call_at: Option<SocketAddr>,
+    /// API key of calls over HTTP.
+    #[arg(long, default_value = "")]
+    api_key: String,
+}
+
+/// The way of calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Way {
+    /// Over Redis, with one channel for all answers.
+    Own,
+    /// Over Redis, with a channel for each answer, as existing callers do.
+    Each,
+    /// Over HTTP.
+    Http,
 }
 
 /// Runs the scenario.
@@ -60,23 +84,21 @@ pub fn run(options: &Options) -> Result<Report> {
     if !options.idle.is_zero() {
         heartbeats(&mut bench, options)?;
     }
-    let caller = bench.target.run().to_owned();
-    let answers = Answers::start(common.publish, &format!("response:{caller}"))?;
-    let mut calls = Calls { number: 0, answers, caller, payload: Vec::new() };
+    let mut calls = Calls { number: 0, caller: caller(&bench, options)? };
     let mut steps = Vec::new();
     for &rate in &options.rates {
         bench.progress.phase(&format!("warm up at {rate}/s"));
-        calls.steady(&mut bench, rate, common.warmup)?;
-        drop(calls.answers.report());
+        calls.steady(&bench, rate, common.warmup)?;
+        drop(calls.caller.report());
         bench.progress.phase(&format!("measure at {rate}/s"));
         let start = bench.moment();
-        let (sent, answered) = calls.steady(&mut bench, rate, common.duration)?;
+        let (sent, answered) = calls.steady(&bench, rate, common.duration)?;
         bench.note_cpu(&start, answered, "call");
         let report = &mut bench.report;
         report.figure("calls", sent);
         report.figure("answered", answered);
         report.ratio("calls_per_s", answered as f64, report.seconds("measured_s"));
-        report.quantiles("call", &calls.answers.report());
+        report.quantiles("call", &calls.caller.report());
         // A ramp is meant to find the rate that is too high.
         report.problem_if(answered < sent && steps.is_empty(), || {
             format!("{} of {sent} calls at {rate}/s had no answer", sent - answered)
@@ -98,66 +120,62 @@ pub fn run(options: &Options) -> Result<Report> {
         }
         bench.report.figure("held_calls_per_s", rate);
     }
-    let failed = calls.answers.failed();
+    let failed = calls.caller.ended().failed;
     bench.report.problem_if(failed > 0, || format!("{failed} calls failed"));
     if steps.len() > 1 {
         bench.report.figure("steps", steps);
     }
     let tally = bench.fleet.report()?;
     bench.judge(&tally, false);
-    bench.judge_unheard();
+    let unheard = calls.caller.unheard()?;
+    bench.report.problem_if(unheard > 0, || format!("{unheard} calls reached no agent"));
     bench.close(Span::all(clients))?;
     Ok(bench.report)
 }
 
-/// Calls of tools by one caller, whose answers come on one channel.
+fn caller(bench: &Bench, options: &Options) -> Result<Caller> {
+    let Bench { common, target, .. } = bench;
+    let (redis, size) = (common.publish, common.size);
+    Ok(match options.caller {
+        Way::Own => Caller::Own(OwnCaller::start(redis, target, size)?),
+        Way::Each => Caller::Each(EachCaller::start(redis, target, common.connections, size)?),
+        Way::Http => {
+            let server = options.call_at.unwrap_or(common.server);
+            Caller::Http(HttpCaller::start(server, &options.api_key, target, size)?)
+        }
+    })
+}
+
+/// Calls of tools by one caller, to all agents in turn.
 struct Calls {
     number: u32,
-    answers: Answers,
-    /// Id of the channel of answers.
-    caller: String,
-    payload: Vec<u8>,
+    caller: Caller,
 }
 
 impl Calls {
     /// Calls at a rate, and returns the numbers of calls and of answers.
-    fn steady(&mut self, bench: &mut Bench, rate: f64, duration: Duration) -> Result<(u64, u64)> {
-        let before = self.answers.answered() + self.answers.failed();
+    fn steady(&mut self, bench: &Bench, rate: f64, duration: Duration) -> Result<(u64, u64)> {
+        let before = self.caller.ended().all();
         let (tick_ns, duration_ns) = (ns(bench.common.tick()), ns(duration));
         let start_ns = now_ns() + tick_ns;
         let mut sent = 0;
         for tick in 1..=duration_ns / tick_ns {
             let at_ns = start_ns + tick * tick_ns;
-            sleep_until(at_ns);
+            self.caller.wait_until(at_ns)?;
             let due = (rate * (tick * tick_ns) as f64 / NS_PER_SECOND as f64).round() as u64;
             while sent < due {
-                self.call(bench, at_ns);
+                let agent = self.number % bench.common.connections;
+                self.caller.call(agent, CallStamp { sent_ns: at_ns, number: self.number });
+                self.number = self.number.wrapping_add(1);
                 sent += 1;
             }
-            bench.publisher.flush()?;
+            self.caller.flush()?;
         }
-        bench.publisher.settle()?;
         let give_up_ns = now_ns() + ns(LATE);
-        let answered = || self.answers.answered() + self.answers.failed() - before;
-        while answered() < sent && now_ns() < give_up_ns {
-            std::thread::sleep(Duration::from_millis(2));
+        while self.caller.ended().all() - before < sent && now_ns() < give_up_ns {
+            self.caller.wait_until(now_ns() + ns(LOOK_EVERY))?;
         }
-        Ok((sent, answered()))
-    }
-
-    fn call(&mut self, bench: &mut Bench, sent_ns: u64) {
-        let agent = self.number % bench.common.connections;
-        let payload = &mut self.payload;
-        payload.clear();
-        payload.extend_from_slice(br#"{"type":"tool_call","requestId":""#);
-        CallStamp { sent_ns, number: self.number }.write(payload);
-        payload.extend_from_slice(br#"","tool":"echo","params":{"text":""#);
-        payload.resize(payload.len() + bench.common.size, b'x');
-        payload.extend_from_slice(br#""},"replyTo":"response:"#);
-        payload.extend_from_slice(self.caller.as_bytes());
-        payload.extend_from_slice(b"\"}");
-        bench.publisher.publish(agent, payload);
-        self.number = self.number.wrapping_add(1);
+        Ok((sent, self.caller.ended().all() - before))
     }
 }
 
@@ -187,5 +205,7 @@ fn settled(bench: &Bench) -> u64 {
 const HELD_MS: f64 = 50.0;
 /// Longest wait for answers after the last call.
 const LATE: Duration = Duration::from_secs(5);
+/// Interval of looks at answers that are late.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// Time in which the server becomes quiet.
 const QUIET: Duration = Duration::from_secs(3);

@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
 
+use super::Ended;
+use super::each::Reaction;
 use crate::clock::now_ns;
 use crate::resp;
 use crate::stamp::CallStamp;
@@ -43,6 +45,14 @@ impl Answers {
         let mut confirmation = [0u8; 256];
         let confirmed = stream.read(&mut confirmation)?;
         anyhow::ensure!(confirmation[..confirmed].starts_with(b"*3"), "no subscription");
+        Self::on(stream, None)
+    }
+
+    /// Takes answers from a connection; `reaction` has the calls whose channels are subscribed one by one.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub(super) fn on(stream: TcpStream, reaction: Option<Reaction>) -> Result<Self> {
         stream.set_read_timeout(Some(Duration::from_millis(100)))?;
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
@@ -53,23 +63,20 @@ impl Answers {
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("answers".to_owned()).spawn(move || {
             // The scenario notices a failed caller: its answers do not come.
-            if let Err(error) = take(stream, &of_thread) {
+            if let Err(error) = take(stream, reaction, &of_thread) {
                 eprintln!("The caller ended: {error:#}");
             }
         })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Returns the number of answers so far that say success.
+    /// Returns the number of answers so far.
     #[must_use]
-    pub fn answered(&self) -> u64 {
-        self.shared.answered.load(Ordering::Relaxed)
-    }
-
-    /// Returns the number of all other answers so far.
-    #[must_use]
-    pub fn failed(&self) -> u64 {
-        self.shared.failed.load(Ordering::Relaxed)
+    pub fn ended(&self) -> Ended {
+        Ended {
+            answered: self.shared.answered.load(Ordering::Relaxed),
+            failed: self.shared.failed.load(Ordering::Relaxed),
+        }
     }
 
     /// Returns the durations of calls since the last report, in nanoseconds.
@@ -91,7 +98,7 @@ impl Drop for Answers {
     }
 }
 
-fn take(mut stream: TcpStream, shared: &Shared) -> Result<()> {
+fn take(mut stream: TcpStream, mut reaction: Option<Reaction>, shared: &Shared) -> Result<()> {
     let mut input = Vec::new();
     let mut buffer = vec![0u8; READ_BYTES];
     while !shared.stop.load(Ordering::Acquire) {
@@ -109,22 +116,37 @@ fn take(mut stream: TcpStream, shared: &Shared) -> Result<()> {
         let mut durations = shared.durations.lock();
         while let Ok(Some(used)) = resp::read(&input[at..], &mut values) {
             at += used;
-            let [_, _, payload] = values[..] else { continue };
+            let [kind, channel, payload] = values[..] else { continue };
+            // The answers on a channel of one call do not name it.
+            let of_channel = CallStamp::of_channel(channel.text());
+            if let (Some(reaction), Some(call)) = (&mut reaction, of_channel) {
+                match kind.text() {
+                    b"subscribe" => reaction.confirmed(call),
+                    b"message" => reaction.answered(call),
+                    _ => {}
+                }
+            }
+            if kind.text() != b"message" {
+                continue;
+            }
             let answer = payload.text();
             let is_good = answer.windows(SUCCESS.len()).any(|window| window == SUCCESS);
             let count = if is_good { &shared.answered } else { &shared.failed };
             count.fetch_add(1, Ordering::Relaxed);
-            if let Some(call) = CallStamp::read(answer) {
+            if let Some(call) = of_channel.or_else(|| CallStamp::read(answer)) {
                 durations.saturating_record(now.saturating_sub(call.sent_ns));
             }
         }
         drop(durations);
         input.drain(..at);
+        if let Some(reaction) = &mut reaction {
+            reaction.flush()?;
+        }
     }
     Ok(())
 }
 
 /// Longest duration that is told apart.
-const DURATION_NS_MAX: u64 = 60_000_000_000;
+pub(super) const DURATION_NS_MAX: u64 = 60_000_000_000;
 const READ_BYTES: usize = 64 * 1024;
 const SUCCESS: &[u8] = b"\"success\":true";
