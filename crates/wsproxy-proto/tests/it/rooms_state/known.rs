@@ -110,6 +110,16 @@ fn join_and_leave_that_two_readings_overtake() {
     ]);
 }
 
+/// A member leaves from elsewhere and joins here, before the news of its first join here and of all since.
+#[test]
+#[rustfmt::skip]
+fn change_here_in_an_earlier_life() {
+    play_calm(&[
+        Open(3, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0),
+        Change(3, 's', 0, 0), RunCommand(0), Open(3, 2), Open(0, 0), Kill(2), Reap, Open(3, 0), Answer(0, 1),
+    ]);
+}
+
 /// Redis was emptied, so that the spawn of a member's entity is refused. The member joins again with its entities, of which
 /// other instances hear nothing.
 #[test]
