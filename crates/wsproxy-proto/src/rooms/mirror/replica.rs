@@ -265,6 +265,10 @@ impl Replica {
         member.missing_since = None;
         let awaits_reading = before.is_some() && !is_passed_on && !(is_known && is_current);
         let arrival = member.arrival.get_or_insert_default();
+        if !is_passed_on {
+            // Changes of an earlier life, or before the place was elsewhere.
+            arrival.touched.clear();
+        }
         arrival.awaits_echo = !is_echoed;
         arrival.is_new = before.is_none();
         arrival.awaits_reading |= awaits_reading;

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use wsproxy_proto::rooms::{
-    mirror::{Change, Limits, Merge, Mirror, Origin, Outcome, Read, Ticket},
-    wire::{Connection, Frame, Kind, Record},
+    mirror::{Change, Entity, Limits, Member, Merge, Mirror, Origin, Outcome, Read, Ticket},
+    wire::{self, Connection, Frame, Kind, Record},
 };
 
 use crate::rooms_state::redis::{Joined, Reader, Redis, state_message};
@@ -87,6 +87,12 @@ impl Instance {
     fn join(&mut self, client: &str, connection: Connection, again: bool, redis: &mut Redis) {
         let connection = connection.to_string();
         let record = Record { connection: &connection, user: "u", json: "{}" };
+        if again {
+            // They come before the member, for others that read it.
+            let entities = self.entities_of(client);
+            let field = |id: &String| wire::field(client, id);
+            redis.entities.extend(entities.iter().map(|(id, data)| (field(id), data.clone())));
+        }
         let joined = redis.join(client, &record, again);
         let record = record.to_string();
         self.answers.push(Answer::Join {
@@ -95,6 +101,15 @@ impl Instance {
             is_again: again,
             joined,
         });
+    }
+
+    fn entities_of(&self, client: &str) -> Vec<(String, Bytes)> {
+        let member = self.mirror.as_ref().and_then(|mirror| mirror.member(client));
+        let entities = member.into_iter().flat_map(Member::entities);
+        let spawned = |entity: &Entity| {
+            Some((entity.id().to_owned(), Bytes::copy_from_slice(entity.snapshot()?)))
+        };
+        entities.filter_map(spawned).collect()
     }
 
     /// Closes a connection. Its leave runs later.
@@ -141,7 +156,7 @@ impl Instance {
             'd' => mirror.despawn(Origin::Here, &client, &entity).map(|()| None),
             _ => {
                 if mirror.position(Origin::Here, &client, &entity, data).is_ok() {
-                    let field = wsproxy_proto::rooms::wire::field(&client, &entity);
+                    let field = wire::field(&client, &entity);
                     let position = Bytes::copy_from_slice(data);
                     self.pipeline.push_back(Command::Position { field, position, message });
                 }
