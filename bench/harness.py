@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import re
 import secrets
 import shutil
@@ -27,9 +28,16 @@ PEERS = ["axum", "node", "fastapi", "nchan"]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # Below the range that the kernel hands out to clients: a port of that range can be taken until the server binds it,
+    # and a client that polls such a port can connect to itself.
+    while True:
+        port = random.randrange(10_100, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ export const root = fileURLToPath(new URL("../..", import.meta.url));
 export const binary = process.env.WSPROXY_BIN ?? join(root, "target/debug/wsproxy");
 
 export async function freePort() {
-  // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile.
+  // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile, and above 10080, which
+  // browsers and fetch() refuse.
   for (;;) {
-    const server = createServer().listen(10_000 + Math.floor(Math.random() * 20_000), "127.0.0.1");
+    const server = createServer().listen(10_100 + Math.floor(Math.random() * 20_000), "127.0.0.1");
     const port = await new Promise((resolve) => {
       server.once("listening", () => resolve(server.address().port)).once("error", () => resolve(0));
     });
@@ -84,11 +85,12 @@ export class Machine {
   }
 }
 
-// With its data on disk before it answers, so that being killed loses nothing.
+// With its data in the file before it answers, so that being killed loses nothing. The disk may have it later: no machine
+// loses its power here, and where a disk is slow each answer would wait for it.
 export class Redis extends Machine {
   static async start() {
     const [folder, port] = [mkdtempSync(join(tmpdir(), "wsproxy-chat-")), await freePort()];
-    const keep = ["--dir", folder, "--appendonly", "yes", "--appendfsync", "always", "--save", ""];
+    const keep = ["--dir", folder, "--appendonly", "yes", "--appendfsync", "no", "--save", ""];
     const redis = new Redis("redis-server", ["--port", String(port), "--bind", "127.0.0.1", ...keep], {
       ready: async () => (await redis.ask("PING")) === "PONG",
     });

@@ -10,6 +10,7 @@ import threading
 import httpx
 import pytest
 from conftest import ROOT, until
+from processes import DEADLINE
 
 READERS = ROOT / "tests/python/readers"
 KEY = "a-key-for-tests-0123456789abcdef"
@@ -64,7 +65,8 @@ class Reader:
     def next(self):
         """The next line of data; curl prints the others too."""
         while True:
-            line = self.lines.get(timeout=3)
+            # An event that is held back until the next one never comes: that one is published behind this.
+            line = self.lines.get(timeout=DEADLINE)
             if line == "" or line.startswith((":", "id:", "retry:", "event:")):
                 continue
             return line.removeprefix("data: ")

@@ -130,9 +130,10 @@ def test_each_event_is_read_as_it_comes(start_gateway, start_proxy, start_client
         until("it listens", lambda: redis.client.pubsub_numsub("session:s-1:down")[0][1] == 1)
         for message in MESSAGES:
             redis.client.publish("session:s-1:down", message)
-            # Before the next one is published: no proxy holds it back until more has come.
+            # Before the next one is published, and before the comment that comes after 15 s: no proxy holds it back until
+            # more has come.
             wanted = f"data: {message}" if client == "curl" else message
-            until(f"{message[:40]} is read", lambda: wanted in reader.lines(), deadline=5)
+            until(f"{message[:40]} is read", lambda: wanted in reader.lines(), deadline=10)
         redis.client.publish("session:s-1:control", json.dumps({"op": "close"}))
         reader.ended()
     finally:

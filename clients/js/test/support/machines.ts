@@ -29,9 +29,10 @@ export function binary(): string {
 }
 
 export async function freePort(): Promise<number> {
-  // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile.
+  // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile, and above 10080, which
+  // browsers and fetch() refuse.
   for (;;) {
-    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    const port = 10_100 + Math.floor(Math.random() * 20_000);
     const server = createServer();
     const isFree = await new Promise<boolean>((resolve) => {
       server.once("error", () => resolve(false)).listen(port, "127.0.0.1", () => resolve(true));
@@ -114,7 +115,8 @@ export class Redis extends Machine {
 
   /** Starts it again with its data. */
   async restart(): Promise<void> {
-    const keep = ["--appendonly", "yes", "--appendfsync", "always", "--dir", this.#folder];
+    // In the file before it answers. The disk may have it later: no machine loses its power here, and some disks are slow.
+    const keep = ["--appendonly", "yes", "--appendfsync", "no", "--dir", this.#folder];
     this.run("redis-server", ["--port", String(this.port), "--bind", "127.0.0.1", "--save", "", ...keep], {});
     await this.ready("redis-server", () => this.command("PING").then((answer) => answer.startsWith("+PONG")));
   }

@@ -220,6 +220,8 @@ async fn many_rows_are_written_in_their_order() {
             }
             log.record(&format!("q-{n}"), r#"{"content":"text","size":4}"#);
         }
+        // An end waits five seconds at most, and a busy machine may need more for all that is queued.
+        log.written().await;
         log.close().await;
         let requests =
             database.column("SELECT request_id FROM tool_execution_logs ORDER BY id").await;
