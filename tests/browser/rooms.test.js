@@ -209,6 +209,7 @@ test("a window tells what the other window saw: nothing of a kill, all of a leav
   await one.people(1);
   await two.state("closed");
   await two.told(/saw you leave at once/);
+  await two.people(0);
   assert.equal((await one.lines("leave")).length, 1);
   assert.equal(await two.place.locator(".dot").count(), 0);
   await two.press("Join");

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import within
+from conftest import eventually, within
 from fake_gateway import FakeGateway, refusal
 from wsproxy import AgentReplaced, ConnectionClosed, Refused, WsproxyError
 from wsproxy.agent import Agent, Context
@@ -44,6 +44,15 @@ async def test_the_secret_is_in_a_header_and_in_no_log(secret: str, caplog: pyte
         assert (kind in ("bearer", "bearer64"), text) == (True, secret)
         ours = [each for each in caplog.records if each.name.startswith("wsproxy")]
         assert not [each for each in ours if value in each.getMessage()]
+
+
+@pytest.mark.asyncio
+async def test_an_agent_that_never_was_connected_says_so_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with Agent("http://127.0.0.1:1", "u1", SECRET):
+        await eventually("a warning", lambda: caplog.records)
+        [record] = caplog.records
+        assert record.levelno == logging.WARNING
+        assert "not connected and tries again" in record.getMessage()
 
 
 @pytest.mark.asyncio

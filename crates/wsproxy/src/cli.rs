@@ -37,7 +37,7 @@ enum Command {
     Config(config::ConfigCommand),
     /// Make a token that opens a session: once, or event streams until it expires.
     Token(token::TokenArgs),
-    /// Sign a JSON Web Token that opens /ws with jwt.secret_key, to try things out.
+    /// Sign a JSON Web Token with jwt.secret_key, to try out events (/ws) and rooms (/ws/ROOM).
     Jwt(jwt::JwtArgs),
     /// Credentials of users' agents: add, list, show, rotate, revoke, remove, adopt.
     #[command(subcommand, after_help = agents::DATABASE)]

@@ -20,7 +20,7 @@ use crate::{
         agents::{Agents, inbox::Ending},
         echo::Echo,
         events::Events,
-        rooms::Rooms,
+        rooms::{NO_ROOMS, Rooms},
         session::Sessions,
     },
     http::{Body, admin::Details, api, rejection::Rejection},
@@ -194,26 +194,26 @@ impl Source for Families {
 }
 
 impl<'p> Endpoint<'p> {
-    /// Returns the endpoint of a path, even one that this instance does not serve. Only a request for an upgrade reaches
-    /// users' agents: what else is at their path stays there.
+    /// Returns the endpoint of a path, even one that this instance does not serve. Only a request for a WebSocket
+    /// reaches users' agents: what else is at their path stays there.
     #[must_use]
-    pub fn of(core: &Core, path: &'p str, is_upgrade: bool) -> Option<Self> {
+    pub fn of(core: &Core, path: &'p str, is_websocket: bool) -> Option<Self> {
         let config = &core.config;
-        if is_upgrade && config.endpoints.agents && config.agents.path == path {
+        if is_websocket && config.endpoints.agents && config.agents.path == path {
             return Some(Self::Agents);
         }
         let mut segments = path.strip_prefix('/')?.split('/');
         match (segments.next()?, segments.next(), segments.next(), segments.next()) {
             ("ws", None, None, None) => Some(Self::Events),
-            // While events are served, `/ws/health` is a probe.
-            ("ws", Some("health"), None, None) if !core.config.endpoints.events => {
-                Some(Self::Events)
-            }
             ("echo", None, None, None) => Some(Self::Echo),
-            // `/ws/stats` is a probe, and no room.
-            ("ws", Some(room), None, None) if config.endpoints.rooms && room != "stats" => {
+            // Some names are those of probes. A client that opens a WebSocket there is told that they are no rooms.
+            ("ws", Some(room), None, None)
+                if config.endpoints.rooms && (is_websocket || !NO_ROOMS.contains(&room)) =>
+            {
                 Some(Self::Room(room))
             }
+            // While events are served, `/ws/health` is a probe.
+            ("ws", Some("health"), None, None) if !config.endpoints.events => Some(Self::Events),
             (agent, Some("ws"), Some(session), None) => Some(Self::Session(agent, session)),
             _ => None,
         }

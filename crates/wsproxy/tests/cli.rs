@@ -391,6 +391,24 @@ fn the_help_of_a_command_lists_what_it_reads() {
 }
 
 #[test]
+fn paragraphs_of_the_help_break_where_the_line_is_full() {
+    let commands = "serve dev token jwt migrate health agents agents.add agents.list agents.revoke agents.adopt";
+    for command in commands.split(' ') {
+        let command: Vec<_> = command.split('.').chain(["--help"]).collect();
+        let output = wsproxy(&command, &[]);
+        let lines: Vec<_> = stdout(&output).lines().collect();
+        for pair in lines.windows(2) {
+            let is_text =
+                |line: &str| line.starts_with(char::is_alphabetic) && !line.ends_with(':');
+            let next_word = pair[1].split(' ').next().unwrap_or_default();
+            let is_full = pair[0].len() + 1 + next_word.len() > 100;
+            let is_paragraph = is_text(pair[0]) && is_text(pair[1]);
+            assert!(!is_paragraph || is_full, "{command:?} {pair:?}");
+        }
+    }
+}
+
+#[test]
 fn the_help_of_dev_says_its_own_address() {
     let bind = |command: &str| {
         let help = wsproxy(&[command, "--help"], &[]);

@@ -404,8 +404,14 @@ const SECRET_BYTES_MAX: u64 = 512;
 const TIME_MAX: Duration = Duration::from_secs(3650 * 86_400);
 
 /// Help of the group.
-pub(super) const DATABASE: &str = "The database is that of the gateway: the PostgreSQL of DATABASE_URL, or else the \
-file of database.path (default wsproxy.db in $STATE_DIRECTORY or in the working directory).";
+pub(super) const DATABASE: &str =
+    "The database is that of the gateway: the PostgreSQL of DATABASE_URL, or else the \
+file of database.path (default wsproxy.db in $STATE_DIRECTORY or in the working directory).
+
+Examples:
+  wsproxy agents add u1                 # prints the secret of the user's agent
+  wsproxy agents list --connected       # who is connected
+  wsproxy agents rotate u1              # a new secret; the old one is good for a day";
 
 const ADD_EXAMPLE: &str = "Example:
   export DATABASE_URL=postgres://wsproxy@db.example/app
@@ -419,7 +425,7 @@ const ROTATE_EXAMPLE: &str = "Example:
 const REVOKE_EXAMPLE: &str = "Example:
   wsproxy agents revoke u1
 
-The secret opens nothing from now on. Open connections are closed over Redis (redis.url), on all instances. Without
+The secret opens nothing from now on. Open connections are closed over Redis (redis.url), on all instances. Without \
 redis.url they stay: POST /api/v1/agents/u1/disconnect at the gateway closes them.";
 
 const ADOPT_EXAMPLE: &str = "Example:

@@ -57,12 +57,13 @@ fn claim(text: &str) -> Result<(String, Value), String> {
 }
 
 const EXAMPLE: &str = "Example:
-  export SECRET_KEY=$(openssl rand -hex 32) WSPROXY_ENDPOINTS__EVENTS=true
+  export SECRET_KEY=$(openssl rand -hex 32) WSPROXY_ENDPOINTS__EVENTS=true WSPROXY_ENDPOINTS__ROOMS=true
   wsproxy serve &
   wsproxy jwt --sub alice --ttl 10m --claim role=admin
+  wsproxy jwt --sub alice --claim name=Alice --claim 'rooms=[\"lobby\"]'
 
-The token has iat, exp and jti, and iss, aud and typ where jwt.issuer, jwt.audience and jwt.typ are set.
-It needs an HS algorithm in jwt.algorithms: with public keys only the issuer can sign.";
+The token has iat, exp and jti, and iss, aud and typ where jwt.issuer, jwt.audience and jwt.typ are set. \
+Without the claim rooms it opens every room. It needs an HS algorithm in jwt.algorithms: with public keys only the issuer can sign.";
 
 #[cfg(test)]
 mod tests {

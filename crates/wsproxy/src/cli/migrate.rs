@@ -102,6 +102,6 @@ fn from_not_ready(why: NotReady) -> anyhow::Error {
 const EXAMPLE: &str = "Example:
   DATABASE_URL=postgres://wsproxy@db.example/app wsproxy migrate --dry-run
 
-A gateway creates absent tables itself at its start, unless database.migrate is off, and changes no table of an
-application. This command also adds the columns outcome and details to an existing tool_execution_logs, and its index
+A gateway creates absent tables itself at its start, unless database.migrate is off, and changes no table of an \
+application. This command also adds the columns outcome and details to an existing tool_execution_logs, and its index \
 on created_at where audit.keep is set.";

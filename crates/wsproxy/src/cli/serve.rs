@@ -46,7 +46,7 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
 pub(super) const EXAMPLE: &str = "Example:
   REDIS_URL=redis://127.0.0.1:6379 wsproxy serve --port 8080 --metrics-port 9090
 
-Every key of the configuration can be set in a file (--config) and in the environment; flags are for the
+Every key of the configuration can be set in a file (--config) and in the environment; flags are for the \
 most common ones: wsproxy config example, wsproxy config check.";
 
 /// Time for work on blocking threads, such as name lookups, which cannot be cancelled.

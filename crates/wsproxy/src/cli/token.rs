@@ -121,7 +121,7 @@ const EXAMPLE: &str = "Example:
   export REDIS_URL=redis://127.0.0.1:6379
   wsproxy token s-1 --ttl 5m --agent demo
 
-The client shows the token at /demo/ws/s-1, as ?token=TOKEN or in the header Authorization: Bearer TOKEN.
+The client shows the token at /demo/ws/s-1, as ?token=TOKEN or in the header Authorization: Bearer TOKEN. \
 The agent id is the first segment of a session's path; the session is announced to the workers of that agent id.";
 
 #[cfg(test)]

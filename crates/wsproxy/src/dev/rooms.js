@@ -113,6 +113,7 @@ class Window {
         return this.count(until);
       case "closed":
         this.clear();
+        this.list();
         this.log("own", clientId, code === 1000 ? "You left." : `You are out: ${code}, ${reason || CODES[code] || "without a reason"}.`);
         if (code === 1000) return this.tell("closed", "You said goodbye, so the others saw you leave at once.");
         return this.tell("error", `The room was closed for you: ${code}, ${reason || CODES[code] || "without a reason"}. Join comes back.`);
@@ -258,8 +259,10 @@ class Window {
   }
 
   list() {
-    const { members, clientId } = this.member;
-    this.part("count").textContent = members.size;
+    const { clientId, state } = this.member;
+    // A member that has left no longer hears who is there.
+    const members = state === "closed" ? new Map() : this.member.members;
+    this.part("count").textContent = state === "closed" ? "–" : members.size;
     const sorted = [...members.keys()].sort((a, b) => (b === clientId) - (a === clientId) || this.nameOf(a).localeCompare(this.nameOf(b)));
     this.part("here").replaceChildren(...sorted.map((id) => {
       const item = element("li", {}, element("i"), this.nameOf(id), id === clientId ? element("small", { textContent: "you" }) : "");

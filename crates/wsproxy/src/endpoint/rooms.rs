@@ -22,6 +22,7 @@ use crate::{
         attempts::RoomAttempts, counters::RoomCounters, keeper::Keeper, leaving::Leaving,
         proxies::ProxyWarning, rates::TotalRate, stats::Totals, table::Table, ticker::Ticker,
     },
+    http::rejection::Rejection,
     hub::Hub,
     registry::rooms::RoomRegistry,
 };
@@ -191,6 +192,20 @@ impl Rooms {
         Connection { server: self.server, number }
     }
 }
+
+/// Refuses an id that no room has.
+///
+/// # Errors
+/// 400: a path has this name.
+fn check_room_id(id: &Id) -> Result<(), Rejection> {
+    if NO_ROOMS.contains(&id.as_str()) {
+        return Err(Rejection::bad_id(format!("{id} is the name of a path, and of no room.")));
+    }
+    Ok(())
+}
+
+/// Ids that no room has, since paths below `/ws` have these names.
+pub const NO_ROOMS: [&str; 2] = ["stats", "health"];
 
 /// Bytes that may wait for a member before it is sent no further positions.
 const LOW_WATER_BYTES: usize = 32 * 1024;

@@ -3,10 +3,11 @@
 use std::{convert::Infallible, sync::Arc};
 
 use axum::Router;
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
 use tracing::{debug, info};
+use wsproxy_proto::ws::handshake::Refusal;
 
 use crate::{
     core::{Core, caller::Caller},
@@ -51,8 +52,9 @@ impl Service for Routes {
 
     async fn serve(self, mut request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
         let path = request.uri().path().to_owned();
-        let is_upgrade = request.headers().contains_key(header::UPGRADE);
-        let target = self.data_plane.then(|| Endpoint::of(&self.core, &path, is_upgrade)).flatten();
+        let is_websocket = asks_for_websocket(request.headers());
+        let target =
+            self.data_plane.then(|| Endpoint::of(&self.core, &path, is_websocket)).flatten();
         let address = handshake::client_address(&self.core, &request).ok();
         let caller = Arc::new(self.core.texts.caller(address, request.headers()));
         if let Err(rejection) = self.check_host(&request) {
@@ -157,7 +159,7 @@ impl Routes {
         path: &str,
         caller: &Caller,
     ) -> Result<Response<Body>, Infallible> {
-        let is_handshake = self.data_plane && request.headers().contains_key(header::UPGRADE);
+        let refusal = self.no_endpoint(&request);
         let has_body = !hyper::body::Body::is_end_stream(request.body());
         let server = &self.core.config.server;
         let limit = server.header_timeout + server.handshake_timeout;
@@ -176,10 +178,31 @@ impl Routes {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
         }
-        if is_handshake && response.status() == StatusCode::NOT_FOUND {
-            return Ok(self.refuse(None, &nothing_here(), path, caller));
+        match refusal {
+            Some((family, rejection)) if response.status() == StatusCode::NOT_FOUND => {
+                Ok(self.refuse(family, &rejection, path, caller))
+            }
+            _ => Ok(response),
         }
-        Ok(response)
+    }
+
+    /// Returns the refusal of a handshake where no endpoint is, and nothing else either; `None` for other requests.
+    fn no_endpoint(&self, request: &Request<Body>) -> Option<(Option<Family>, Rejection)> {
+        let config = &self.core.config;
+        let is_upgrade = request.headers().contains_key(header::UPGRADE);
+        let is_agents_path = request.uri().path() == config.agents.path;
+        let query = request.uri().query().unwrap_or_default();
+        let names_user = query.split('&').any(|pair| pair.starts_with("userId="));
+        if !self.data_plane {
+            None
+        } else if is_agents_path && config.endpoints.agents && names_user {
+            // An agent behind a proxy that does not pass `Upgrade` on.
+            Some((Some(Family::Agents), Refusal::NotAnUpgrade.into()))
+        } else if is_agents_path && !config.endpoints.agents && is_upgrade {
+            Some((Some(Family::Agents), not_served(Family::Agents)))
+        } else {
+            is_upgrade.then(|| (None, nothing_here()))
+        }
     }
 }
 
@@ -189,6 +212,15 @@ fn granted(grant: Option<Grant>, mut response: Response<Body>) -> Response<Body>
         grant.apply(response.headers_mut());
     }
     response
+}
+
+/// Returns whether a request is for a WebSocket. Another `Upgrade`, such as `h2c`, changes nothing about a page or a
+/// probe.
+fn asks_for_websocket(headers: &HeaderMap) -> bool {
+    headers.get_all(header::UPGRADE).iter().any(|value| {
+        let mut names = value.as_bytes().split(|byte| *byte == b',');
+        names.any(|name| name.trim_ascii().eq_ignore_ascii_case(b"websocket"))
+    })
 }
 
 /// Answers a request for an unknown path: 404.

@@ -24,6 +24,7 @@ over_both!(
     a_closed_room_loses_its_members_and_its_state,
     stats_have_the_shape_of_older_gateways,
     numbers_of_a_room_are_in_the_metrics,
+    probes_answer_where_rooms_and_events_are_served,
 );
 
 /// An instance that serves rooms and believes its clients.
@@ -291,6 +292,25 @@ async fn stats_have_the_shape_of_older_gateways(backend: Backend) {
     instance.get("/ws/ws/s-1").await.assert_refused(400, "bad_id");
     let posted = http::request(instance.address(), "POST", "/ws/stats", &[], b"").await;
     posted.assert_refused(405, "method_not_allowed");
+}
+
+async fn probes_answer_where_rooms_and_events_are_served(backend: Backend) {
+    let instance = start_with(&backend, |config| {
+        config.endpoints.events = true;
+        config.jwt.secret_key = Some("a secret of at least 32 characters".into());
+    })
+    .await;
+    for path in ["/ws/stats", "/ws/health"] {
+        assert_eq!(instance.get(path).await.status, 200, "{path}");
+        // A client that would like HTTP/2, as Java's does, is not one that wants a WebSocket.
+        let headers = [("connection", "upgrade"), ("upgrade", "h2c")];
+        let answer = http::request(instance.address(), "GET", path, &headers, b"").await;
+        assert_eq!(answer.status, 200, "{path}");
+        let refused = http::handshake(instance.address(), path, &[]).await;
+        refused.assert_refused(400, "bad_id");
+    }
+    let refused = http::handshake(instance.address(), "/ws/lobby?user_id=ann", &[]).await;
+    assert!(refused.body.contains("rooms.development"), "{refused:?}");
 }
 
 async fn numbers_of_a_room_are_in_the_metrics(backend: Backend) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -114,7 +115,8 @@ class Agent:
         self._interval = _HEARTBEAT
         self._connected = asyncio.Event()
         self._error: WsproxyError | None = None
-        self._down_since = self._warned = 0.0
+        # An agent that never was connected tells its first failure at once: its address may be wrong.
+        self._down_since = self._warned = -math.inf
         self._beats: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -219,7 +221,6 @@ class Agent:
 
     async def _connections(self, running: Running) -> None:
         backoff = Backoff(base=0.5, cap=30.0)
-        self._down_since = time.monotonic()
         while True:
             try:
                 socket = await open_socket(self._url, self._user, self._secret, self._options)

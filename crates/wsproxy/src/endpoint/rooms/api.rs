@@ -29,7 +29,7 @@ use crate::{
     bus::publish::Keep,
     config::rooms::Validate,
     core::Core,
-    endpoint::rooms::{Rooms, keeper::lookup::Listed},
+    endpoint::rooms::{Rooms, check_room_id, keeper::lookup::Listed},
     http::{
         api::{PathId, Worker, check_close, optional_json, publishing, read},
         handshake,
@@ -57,9 +57,7 @@ impl FromRequestParts<Arc<Core>> for RoomId {
 
     async fn from_request_parts(parts: &mut Parts, core: &Arc<Core>) -> Result<Self, Rejection> {
         let PathId(id) = PathId::from_request_parts(parts, core).await?;
-        if NO_ROOMS.contains(&id.as_str()) {
-            return Err(Rejection::bad_id(format!("{id} is the name of a path, and of no room.")));
-        }
+        check_room_id(&id)?;
         Ok(Self(id))
     }
 }
@@ -334,9 +332,6 @@ impl Rooms {
 /// Content types of protobuf.
 const BINARY_TYPES: [&str; 3] =
     ["application/octet-stream", "application/protobuf", "application/x-protobuf"];
-
-/// Ids that no room has, since paths have these names.
-const NO_ROOMS: [&str; 2] = ["stats", "health"];
 
 /// Length of a list where the worker does not give one.
 const LIST_LENGTH: usize = 1000;

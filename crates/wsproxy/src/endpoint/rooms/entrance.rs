@@ -12,7 +12,7 @@ use crate::{
     client::Client,
     core::Core,
     endpoint::rooms::{
-        Rooms,
+        Rooms, check_room_id,
         identity::{self, Asked, Identity},
         logic::RoomLogic,
         member::{FULL_WAIT, Membership},
@@ -41,6 +41,7 @@ pub async fn open(
     room: &str,
 ) -> Result<Response<Body>, Rejection> {
     let room = path::parse_id("room_id", room)?;
+    check_room_id(&room)?;
     let shared = (Family::Rooms, &rooms.profile);
     let opening = Opening::begin_counted(core, &mut request, shared, Protocols::PLAIN)?;
     let asked = Asked::read(rooms, core, &request)?;

@@ -173,7 +173,13 @@ impl Words {
 
     fn without_token(self, development: Development) -> Result<Identity, Rejection> {
         if development == Development::Off {
-            return Err(Rejection::missing_credentials("A bearer token is needed."));
+            let text = match self.user {
+                Some(_) => {
+                    "A bearer token is needed: user_id counts only where rooms.development is on."
+                }
+                None => "A bearer token is needed.",
+            };
+            return Err(Rejection::missing_credentials(text));
         }
         let user = self.user.ok_or_else(|| {
             Rejection::missing_credentials("A bearer token is needed, or user_id in the query.")

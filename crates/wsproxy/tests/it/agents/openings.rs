@@ -131,9 +131,15 @@ async fn only_upgrades_reach_the_endpoint_and_only_where_it_is_served() {
     assert!(connect_as(&instance, &path).await.is_ok());
     let plain = http::request(instance.address(), "GET", "/agents", &[], b"").await;
     assert_eq!(plain.status, 404);
+    // A proxy did not pass `Upgrade` on.
+    http::request(instance.address(), "GET", &path, &[], b"")
+        .await
+        .assert_refused(426, "upgrade_required");
     assert_eq!(connect(&instance, "u1").await.err().unwrap(), 404);
     let without = TestInstance::start(config(None)).await;
-    assert_eq!(connect(&without, "u1").await.err().unwrap(), 404);
+    let refused = http::handshake(without.address(), "/?userId=u1", &[]).await;
+    refused.assert_refused(404, "not_found");
+    assert!(refused.body.contains("endpoints.agents is off"), "{refused:?}");
 }
 
 #[tokio::test]
