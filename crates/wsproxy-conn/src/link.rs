@@ -454,7 +454,10 @@ impl Link {
     }
 
     fn account(&self, state: &mut State) {
-        let bytes = state.outbox.bytes();
+        let mut bytes = state.outbox.bytes();
+        if state.phase != LinkPhase::Dead {
+            bytes += self.socket.get().map_or(0, Socket::held_bytes);
+        }
         if bytes != state.accounted as usize {
             self.runtime.budget.change(state.accounted as usize, bytes);
             state.accounted = bytes as u32;

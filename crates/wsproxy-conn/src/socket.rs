@@ -3,13 +3,14 @@
 use std::{
     io::{self, IoSlice, Read},
     net::Shutdown,
-    task::{Context, Poll},
+    pin::Pin,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use socket2::SockRef;
 use tokio::{
-    io::Interest,
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
 };
 
@@ -112,6 +113,15 @@ impl Socket {
         }
     }
 
+    /// Upper bound of the bytes that count as written and that the kernel has not taken: part of a TLS record.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => 0,
+            Self::Tls(socket) => socket.held_bytes(),
+        }
+    }
+
     /// Ends our half of the stream. Does nothing where the socket is gone already.
     pub fn finish_writing(&self) {
         if let Self::Tls(socket) = self {
@@ -136,15 +146,30 @@ impl Socket {
     /// # Errors
     /// The kernel refused an option.
     pub fn prepare(&self, unacknowledged_max: Duration) -> io::Result<()> {
-        let stream = match self {
-            Self::Tcp(stream) => stream,
-            Self::Tls(socket) => &socket.stream,
-            Self::Unix(_) => return Ok(()),
-        };
-        stream.set_nodelay(true)?;
+        if let Some(stream) = self.tcp() {
+            stream.set_nodelay(true)?;
+        }
+        self.set_unacknowledged_max(unacknowledged_max)
+    }
+
+    /// Sets the upper bound of the time for which written bytes stay unacknowledged, or the peer's window closed.
+    ///
+    /// # Errors
+    /// The kernel refused the option.
+    pub fn set_unacknowledged_max(&self, unacknowledged_max: Duration) -> io::Result<()> {
         #[cfg(target_os = "linux")]
-        SockRef::from(stream).set_tcp_user_timeout(Some(unacknowledged_max))?;
+        if let Some(stream) = self.tcp() {
+            SockRef::from(stream).set_tcp_user_timeout(Some(unacknowledged_max))?;
+        }
         Ok(())
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Tcp(stream) => Some(stream),
+            Self::Tls(socket) => Some(&socket.stream),
+            Self::Unix(_) => None,
+        }
     }
 
     fn with_ref<T>(&self, f: impl FnOnce(SockRef<'_>) -> T) -> T {
@@ -154,6 +179,83 @@ impl Socket {
             Self::Tls(socket) => f(SockRef::from(&socket.stream)),
         }
     }
+}
+
+/// For HTTP, whose one task reads and writes.
+impl AsyncRead for Socket {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let socket = match self.get_mut() {
+            Self::Tcp(stream) => return Pin::new(stream).poll_read(cx, buffer),
+            Self::Unix(stream) => return Pin::new(&mut **stream).poll_read(cx, buffer),
+            Self::Tls(socket) => socket,
+        };
+        loop {
+            ready!(socket.poll_read_ready(cx))?;
+            match socket.try_read(buffer.initialize_unfilled()) {
+                Ok(count) => {
+                    buffer.advance(count);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Unix(stream) => Pin::new(&mut **stream).poll_write(cx, bytes),
+            Self::Tls(socket) => socket.poll_write_vectored(cx, &[IoSlice::new(bytes)]),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Self::Unix(stream) => Pin::new(&mut **stream).poll_write_vectored(cx, slices),
+            Self::Tls(socket) => socket.poll_write_vectored(cx, slices),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Does nothing: bytes that count as written are with the kernel.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(&mut **stream).poll_shutdown(cx),
+            tls @ Self::Tls(_) => {
+                tls.finish_writing();
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+}
+
+/// Returns whether an error only says that the call is to be repeated.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 /// Reads within `try_io` of a stream. After a read that did not fill the buffer nothing is left, and the runtime is told

@@ -42,6 +42,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// `[admin]`
     pub admin: AdminConfig,
+    /// `[tls]`
+    pub tls: TlsConfig,
     /// `[redis]`
     pub redis: RedisConfig,
     /// `[limits]`
@@ -130,6 +132,27 @@ pub struct AdminConfig {
     pub bind: Option<IpAddr>,
     /// Port for admin routes and API; `None`: the clients' port serves them.
     pub port: Option<u16>,
+}
+
+/// `[tls]`: encryption of the listeners; none without a certificate.
+#[derive(Debug, Clone)]
+pub struct TlsConfig {
+    /// File with the certificate and those of its issuers, as PEM.
+    pub certificate: Option<std::path::PathBuf>,
+    /// File with the key of the certificate, as PEM.
+    pub key: Option<std::path::PathBuf>,
+    /// The admin port encrypts too.
+    pub admin: bool,
+    /// Handshakes that may be under way at once on one port.
+    pub handshakes_max: usize,
+}
+
+impl TlsConfig {
+    /// Returns the files of the certificate and of its key.
+    #[must_use]
+    pub fn files(&self) -> Option<(&std::path::Path, &std::path::Path)> {
+        self.certificate.as_deref().zip(self.key.as_deref())
+    }
 }
 
 /// `[redis]`: the bus. Without a URL the embedded one is used.
@@ -410,6 +433,12 @@ impl Default for ServerConfig {
             forwarded_header: ForwardedHeader::Auto,
             allowed_origins: Vec::new(),
         }
+    }
+}
+
+impl Default for TlsConfig {
+    fn default() -> Self {
+        Self { certificate: None, key: None, admin: false, handshakes_max: 1024 }
     }
 }
 

@@ -22,4 +22,4 @@ pub mod server;
 pub mod shutdown;
 pub mod store;
 pub mod telemetry;
-mod tls;
+pub mod tls;

@@ -34,7 +34,9 @@ use crate::{
     },
     http::{
         admin::{self, Details},
-        api, listener, rejection,
+        api,
+        listener::{self, Listening, tls::TlsListener},
+        rejection,
     },
     hub::{Hub, delivery::Delivery, healer},
     registry::lease::LeaseCounters,
@@ -45,6 +47,7 @@ use crate::{
         scrape::Source,
         throttle::{Throttle, Throttles},
     },
+    tls::pair::TlsPair,
 };
 
 /// A running instance. Dropping it does not end it: see [`Self::drain`].
@@ -101,6 +104,9 @@ impl Instance {
         let address = main.local_addr()?;
         let admin_address = admin.as_ref().map_or(Ok(address), |admin| admin.local_addr())?;
 
+        let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
+        let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
+        let pair = pair.map(Arc::new);
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let descriptors = descriptors::take(config.limits.max_connections).context(Failure::Os)?;
         let core = compose(config, descriptors, &background, &background_end)?;
@@ -126,13 +132,17 @@ impl Instance {
             None => rest.clone(),
         };
         let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), true, data_rest);
-        let sockets = Arc::clone(&core.sockets);
-        core.tasks.spawn(listener::run(main, routes, sockets, accepting.clone()));
+        let listening = Listening { sockets: Arc::clone(&core.sockets), tls: tls(&core, &pair) };
+        core.tasks.spawn(listener::run(main, routes, listening, accepting.clone()));
         if let Some(admin) = admin {
             let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), false, rest);
-            let sockets = Sockets::new(descriptors.admin);
+            let tls = tls(&core, &pair).filter(|_| core.config.tls.admin);
+            let listening = Listening { sockets: Sockets::new(descriptors.admin), tls };
             // Health and metrics answer as long as anything runs.
-            background.spawn(listener::run(admin, routes, sockets, background_end.clone()));
+            background.spawn(listener::run(admin, routes, listening, background_end.clone()));
+        }
+        if let Some(pair) = pair {
+            background.spawn(read_pair_again(pair, Arc::clone(&core), background_end.clone()));
         }
         let (hub, store) = (Arc::clone(&core.hub), core.store.clone());
         background.spawn(healer::run(hub, store, background_end.clone()));
@@ -142,6 +152,7 @@ impl Instance {
         background.spawn(async move { reports.sum_up(interval, lines_end).await });
         background.spawn(keep_time(Arc::clone(&core), background_end.clone()));
         info!(%address, %admin_address, server_id = &*core.server_id,
+            tls = core.config.tls.certificate.is_some(),
             bus = core.bus.kind(), connections_max = core.seats.max(),
             version = env!("CARGO_PKG_VERSION"), commit = version::COMMIT,
             "Listening.");
@@ -279,12 +290,35 @@ async fn read_keys_again(keys: Arc<ApiKeys>, end: CancellationToken) {
     loop {
         tokio::select! {
             () = end.cancelled() => return,
-            () = tokio::time::sleep(READ_KEYS_EVERY) => {}
+            () = tokio::time::sleep(READ_FILES_EVERY) => {}
         }
         // A file system may be slow, and connections must not wait for it.
         let keys = Arc::clone(&keys);
         if let Err(error) = tokio::task::spawn_blocking(move || keys.read_again()).await {
             warn!(%error, "The files of API keys cannot be read again.");
+        }
+    }
+}
+
+/// Returns the TLS of one more listener.
+fn tls(core: &Core, pair: &Option<Arc<TlsPair>>) -> Option<Arc<TlsListener>> {
+    let (most, time_max) = (core.config.tls.handshakes_max, core.config.server.header_timeout);
+    pair.as_ref().map(|pair| Arc::new(TlsListener::new(Arc::clone(pair), most, time_max)))
+}
+
+/// Reads the files of the certificate and its key again at intervals, until `end`.
+async fn read_pair_again(pair: Arc<TlsPair>, core: Arc<Core>, end: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            () = tokio::time::sleep(READ_FILES_EVERY) => {}
+        }
+        // A file system may be slow, and connections must not wait for it.
+        let pair = Arc::clone(&pair);
+        match tokio::task::spawn_blocking(move || pair.read_again()).await {
+            Ok(true) => core.metrics.error("tls_files"),
+            Ok(false) => {}
+            Err(error) => warn!(%error, "The files of the TLS certificate cannot be read again."),
         }
     }
 }
@@ -313,8 +347,8 @@ async fn keep_time(core: Arc<Core>, end: CancellationToken) {
 /// instance come to another one at once. Half of the spare sockets may be handshakes in any case.
 const HANDSHAKES_PART: usize = 4;
 
-/// Interval at which the files of API keys are read again.
-const READ_KEYS_EVERY: Duration = Duration::from_secs(2);
+/// Interval at which the files of API keys and of the TLS certificate are read again.
+const READ_FILES_EVERY: Duration = Duration::from_secs(2);
 
 /// Interval at which idle addresses are forgotten.
 const FORGET_EVERY: Duration = Duration::from_secs(60);

@@ -1,19 +1,20 @@
 //! TLS over TCP, from either end; knows bytes only.
 
 use std::{
+    future::poll_fn,
     io::{self, ErrorKind::WouldBlock, IoSlice, Read, Write},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use parking_lot::Mutex;
 use rustls::{
-    ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection,
+    ClientConfig, ClientConnection, Connection, HandshakeKind, ServerConfig, ServerConnection,
     pki_types::ServerName,
 };
 use tokio::net::TcpStream;
 
-use crate::outbox::SLICES_MAX;
+use crate::{outbox::SLICES_MAX, socket::is_passing};
 
 /// Encrypted socket that its own task reads and that any task writes, without `&mut`.
 ///
@@ -35,8 +36,9 @@ struct Session {
     tls: Connection,
     /// Decrypted bytes wait: the last reader had no more room.
     has_unread: bool,
-    /// The last byte that was accepted does not count as written yet.
-    holds_back: bool,
+    /// Bytes of the record that the kernel has taken in part or not at all. The last of them does not count as written
+    /// yet. 0 where the kernel has everything.
+    held: usize,
 }
 
 /// The kernel's socket, which never blocks.
@@ -54,7 +56,7 @@ impl TlsSocket {
         server: ServerName<'static>,
     ) -> io::Result<Self> {
         let tls = ClientConnection::new(config, server).map_err(invalid)?;
-        Self::handshake(stream, tls.into()).await
+        Self::new(stream, tls.into()).handshake().await
     }
 
     /// Encrypts a socket that was accepted. Set a deadline.
@@ -62,32 +64,62 @@ impl TlsSocket {
     /// # Errors
     /// [`io::ErrorKind::InvalidData`] where the client's TLS is not accepted; otherwise an error of the socket.
     pub async fn server(stream: TcpStream, config: Arc<ServerConfig>) -> io::Result<Self> {
-        let tls = ServerConnection::new(config).map_err(invalid)?;
-        Self::handshake(stream, tls.into()).await
+        Self::accepted(stream, config)?.handshake().await
     }
 
-    async fn handshake(stream: TcpStream, tls: Connection) -> io::Result<Self> {
-        let mut session = Session { tls, has_unread: false, holds_back: false };
+    /// Prepares a socket that was accepted. Nothing else may be read or written before [`Self::poll_handshake`] is
+    /// ready.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] where the configuration cannot be used.
+    pub fn accepted(stream: TcpStream, config: Arc<ServerConfig>) -> io::Result<Self> {
+        let tls = ServerConnection::new(config).map_err(invalid)?;
+        Ok(Self::new(stream, tls.into()))
+    }
+
+    fn new(stream: TcpStream, tls: Connection) -> Self {
+        let session = Mutex::new(Session { tls, has_unread: false, held: 0 });
+        Self { stream, session }
+    }
+
+    async fn handshake(self) -> io::Result<Self> {
+        poll_fn(|cx| self.poll_handshake(cx)).await?;
+        Ok(self)
+    }
+
+    /// Exchanges the messages of the handshake. Ready once bytes can be read and written.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] where the peer's TLS is not accepted; otherwise an error of the socket.
+    pub fn poll_handshake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut session = self.session.lock();
         loop {
-            match session.flush(&stream) {
+            match session.flush(&self.stream) {
                 Ok(()) => {}
                 Err(error) if error.kind() == WouldBlock => {
-                    stream.writable().await?;
+                    ready!(self.stream.poll_write_ready(cx))?;
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Poll::Ready(Err(error)),
             }
             if !session.tls.is_handshaking() {
-                return Ok(Self { stream, session: Mutex::new(session) });
+                return Poll::Ready(Ok(()));
             }
-            stream.readable().await?;
-            match session.tls.read_tls(&mut Kernel(&stream)) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => session.process(&stream).map(drop)?,
+            ready!(self.stream.poll_read_ready(cx))?;
+            match session.tls.read_tls(&mut Kernel(&self.stream)) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                // The peer's first bytes may come with its last message of the handshake.
+                Ok(_) => session.has_unread = session.process(&self.stream)? > 0,
                 Err(error) if error.kind() == WouldBlock => {}
-                Err(error) => return Err(error),
+                Err(error) => return Poll::Ready(Err(error)),
             }
         }
+    }
+
+    /// Returns whether the handshake resumed an earlier session, which needs no signature.
+    #[must_use]
+    pub fn is_resumed(&self) -> bool {
+        self.session.lock().tls.handshake_kind() == Some(HandshakeKind::Resumed)
     }
 
     pub(super) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -112,12 +144,12 @@ impl TlsSocket {
     pub(super) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut session = self.session.lock();
         session.flush(&self.stream)?;
-        let written = usize::from(std::mem::take(&mut session.holds_back));
+        let written = usize::from(std::mem::take(&mut session.held) > 0);
         let accepted = session.accept(slices, written)?;
         match session.flush(&self.stream) {
             Ok(()) => Ok(written + accepted),
             Err(error) if error.kind() == WouldBlock && accepted > 0 => {
-                session.holds_back = true;
+                session.held = accepted;
                 match written + accepted - 1 {
                     0 => Err(error),
                     count => Ok(count),
@@ -125,6 +157,24 @@ impl TlsSocket {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Writes as [`Self::try_write_vectored`] does; waits where the kernel takes nothing.
+    pub(super) fn poll_write_vectored(
+        &self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match self.try_write_vectored(slices) {
+                Err(error) if is_passing(&error) => ready!(self.stream.poll_write_ready(cx))?,
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    pub(super) fn held_bytes(&self) -> usize {
+        self.session.lock().held
     }
 
     pub(super) fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -189,6 +239,8 @@ impl Session {
     fn accept(&mut self, slices: &[IoSlice<'_>], written: usize) -> io::Result<usize> {
         let mut parts = [IoSlice::new(&[]); SLICES_MAX];
         let (mut count, mut left) = (0, RECORD_BYTES);
+        // A byte that counts as unwritten is the first of the first slice that has any.
+        let slices = slices.iter().filter(|slice| !slice.is_empty());
         for (part, slice) in parts.iter_mut().zip(slices) {
             let slice = &slice[if count == 0 { written } else { 0 }..];
             let taken = slice.len().min(left);

@@ -4,15 +4,19 @@ use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream, ToSocketAddrs},
     process::ExitCode,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
+use rustls::{ClientConnection, Stream};
+use rustls_pki_types::ServerName;
 
 use super::settings::{CliSettings, Reads};
 use crate::{
     config::{Config, keys::Key},
     http::listener,
+    tls,
 };
 
 /// The keys that `health` reads: the address of an instance with the same configuration.
@@ -20,7 +24,9 @@ pub(super) struct HealthKeys;
 
 impl Reads for HealthKeys {
     fn reads(key: &Key) -> bool {
-        matches!(key.path().as_str(), "server.bind" | "server.port" | "admin.port")
+        let path = key.path();
+        let address = ["server.bind", "server.port", "admin.port", "tls.certificate", "tls.admin"];
+        address.contains(&path.as_str())
     }
 }
 
@@ -53,28 +59,49 @@ pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
 fn url_of(config: &Config) -> String {
     let ip = config.admin.bind.unwrap_or(config.server.bind);
     let port = config.admin.port.unwrap_or(config.server.port);
-    format!("http://{}/health", listener::reachable(SocketAddr::new(ip, port)))
+    let is_encrypted = match config.admin.port {
+        Some(_) => config.tls.admin,
+        None => config.tls.certificate.is_some(),
+    };
+    let scheme = if is_encrypted { "https" } else { "http" };
+    format!("{scheme}://{}/health", listener::reachable(SocketAddr::new(ip, port)))
 }
 
 fn ask(url: &str) -> anyhow::Result<()> {
-    let rest = url.strip_prefix("http://").context("the URL must start with http://")?;
+    let (rest, port) = match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
+        (Some(rest), _) => (rest, ":80"),
+        (_, Some(rest)) => (rest, ":443"),
+        _ => bail!("the URL must start with http:// or https://"),
+    };
     let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let path = if path.is_empty() { "/" } else { path };
-    let port =
-        if host.rsplit_once(':').is_some_and(|(_, port)| !port.contains(']')) { "" } else { ":80" };
-    let mut addresses = format!("{host}{port}").to_socket_addrs()?;
+    let (name, port) = match host.rsplit_once(':') {
+        Some((name, port)) if !port.contains(']') => (name, &host[host.len() - port.len() - 1..]),
+        _ => (host, port),
+    };
+    let mut addresses = format!("{name}{port}").to_socket_addrs()?;
     let address = addresses.next().context("the host has no address")?;
-    let deadline = Instant::now() + TIMEOUT;
-    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    let mut stream = Bounded {
+        socket: TcpStream::connect_timeout(&address, TIMEOUT)?,
+        deadline: Instant::now() + TIMEOUT,
+    };
     let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    if url.starts_with("http://") {
+        return exchange(&mut stream, &request);
+    }
+    // The answer of this machine is wanted, whichever names its certificate has. The question tells no secret.
+    let config = Arc::new(tls::trusting_client_config()?);
+    let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())?;
+    exchange(&mut Stream::new(&mut ClientConnection::new(config, name)?, &mut stream), &request)
+}
+
+/// Sends a request, and looks at the status of its answer.
+fn exchange(stream: &mut (impl Read + Write), request: &str) -> anyhow::Result<()> {
     stream.write_all(request.as_bytes())?;
     // Only the status matters: "HTTP/1.1 200".
     let mut head = [0; 12];
     let mut filled = 0;
     while filled < head.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
         match stream.read(&mut head[filled..])? {
             0 => bail!("the connection was closed without an answer"),
             n => filled += n,
@@ -84,6 +111,37 @@ fn ask(url: &str) -> anyhow::Result<()> {
         Some([_, b' ', b'2', ..]) => Ok(()),
         Some([_, b' ', status @ ..]) => bail!("status {}", String::from_utf8_lossy(status)),
         _ => bail!("the answer is not HTTP"),
+    }
+}
+
+/// A socket whose reads and writes end at a deadline.
+struct Bounded {
+    socket: TcpStream,
+    deadline: Instant,
+}
+
+impl Bounded {
+    fn left(&self) -> Option<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        Some(left.max(Duration::from_millis(1)))
+    }
+}
+
+impl Read for Bounded {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.socket.set_read_timeout(self.left())?;
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.socket.set_write_timeout(self.left())?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -124,14 +182,20 @@ mod tests {
         assert_eq!(down.to_string(), "status 503");
         assert!(ask(&answer("SSH-2.0-OpenSSH_9.9\r\n")).is_err());
         assert!(ask(&answer("")).is_err());
-        assert!(ask("https://localhost/").is_err());
+        assert!(ask("ftp://localhost/").is_err());
     }
 
     #[test]
     fn the_configured_port_is_asked_on_this_machine() {
         let mut config = Config::default();
         assert_eq!(url_of(&config), "http://127.0.0.1:8080/health");
+        config.tls.certificate = Some("cert.pem".into());
+        assert_eq!(url_of(&config), "https://127.0.0.1:8080/health");
         config.admin.port = Some(9000);
+        assert_eq!(url_of(&config), "http://127.0.0.1:9000/health");
+        config.tls.admin = true;
+        assert_eq!(url_of(&config), "https://127.0.0.1:9000/health");
+        config.tls.admin = false;
         config.admin.bind = Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         assert_eq!(url_of(&config), "http://[::1]:9000/health");
     }

@@ -9,7 +9,7 @@ use secrecy::ExposeSecret;
 use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
 use super::{
-    ApiConfig, Config, EndpointsConfig, JwtConfig,
+    ApiConfig, Config, EndpointsConfig, JwtConfig, TlsConfig,
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
     rooms::Development,
@@ -18,7 +18,7 @@ use crate::{
     auth::{api_keys, jwt},
     database::url,
     redis::address::RedisAddress,
-    tls,
+    tls::{self, pair::TlsPair},
 };
 
 /// A broken rule: the key to blame, the other key that it contradicts, and the allowed values or the error.
@@ -43,6 +43,8 @@ pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
     for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &jwt.ca_file)] {
         tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file));
     }
+    let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
+    tried("tls.certificate", pair.transpose().map(drop));
     tried("api.key", check_api_keys(&config.api));
     if let Some(path) = jwt.public_key_file.as_deref().filter(|_| verifies_with_public_keys(jwt)) {
         tried("jwt.public_key_file", check_public_key(path, jwt));
@@ -78,6 +80,14 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     rule(!(same_address && same_port), "admin.port", "different from", Some("server.port"));
     let has_use = admin.bind.is_none() || admin.port.is_some();
     rule(has_use, "admin.bind", "set only together with", Some("admin.port"));
+
+    let TlsConfig { certificate, key, admin: admin_too, .. } = &config.tls;
+    let (has_certificate, has_key) = (certificate.is_some(), key.is_some());
+    rule(!has_certificate || has_key, "tls.certificate", "set only together with", Some("tls.key"));
+    rule(!has_key || has_certificate, "tls.key", "set only together with", Some("tls.certificate"));
+    let allowed = "false, unless there is a";
+    rule(!admin_too || has_certificate, "tls.admin", allowed, Some("tls.certificate"));
+    rule(!admin_too || admin.port.is_some(), "tls.admin", allowed, Some("admin.port"));
 
     let drain = server.drain_delay + server.drain_spread;
     let (key, allowed) = ("server.shutdown_timeout", "longer than server.drain_delay plus");

@@ -174,6 +174,7 @@ pub(super) fn explain<T, K: ValueKind<T>>(
 pub static SECTIONS: &[(&str, &str)] = &[
     ("server", "The clients' port, handshakes, and the end of the instance."),
     ("admin", "A port of its own for health, metrics and the worker API."),
+    ("tls", "TLS 1.2 and 1.3 on the listeners. Without a certificate they speak plain HTTP."),
     (
         "redis",
         "The bus. Without a URL it is the embedded one: for one instance, nothing to install.",
@@ -244,6 +245,11 @@ const SHARED: &[Key] = &[
 
     key!(admin.bind, Optional(IpAddress), "Address of `admin.port`. Not set: server.bind."),
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and the worker API. Not set: the clients' port serves them.").flag("metrics-port", "PORT").alias("METRICS_PORT"),
+
+    key!(tls.certificate, Optional(FilePath), "File with the certificate, and behind it those of its issuers (PEM). With it the clients' port speaks TLS only. The file is read again every few seconds."),
+    key!(tls.key, Optional(FilePath), "File with the certificate's key (PEM, without a password). The file is read again every few seconds."),
+    key!(tls.admin, Switch, "Speak TLS on `admin.port` too."),
+    key!(tls.handshakes_max, Number(64, 1_000_000), "TLS handshakes that may be under way at once on one port; beyond it the oldest is closed for a new one."),
 
     key!(redis.url, Optional(Secret(rule::REDIS_URL)), "The Redis between instances and workers. Not set: the embedded bus. Other users of the machine can read a command line: prefer the environment or a file.").flag("redis-url", "URL").alias("REDIS_URL").secret(),
     key!(redis.channel_prefix, rule::PREFIX, "Prefix of every key and channel, followed by a colon, so that several deployments can share one Redis. Databases are not enough: they separate keys, but not channels.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),

@@ -7,19 +7,21 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::{net::TcpStream, sync::Notify};
+use rustls::ServerConfig;
+use tokio::{io::ReadBuf, net::TcpStream, sync::Notify};
+use wsproxy_conn::{Socket, socket::tls::TlsSocket};
 
 /// Socket that the HTTP connection shares with the answers to its requests.
 #[derive(Debug)]
 pub struct SharedSocket {
-    stream: Mutex<Option<TokioIo<TcpStream>>>,
+    stream: Mutex<Option<TokioIo<Socket>>>,
     taken: Notify,
     /// No byte came since the start or since the last answer.
     quiet: AtomicBool,
@@ -30,31 +32,71 @@ impl SharedSocket {
     /// Wraps an accepted socket.
     #[must_use]
     pub fn new(stream: TcpStream) -> Arc<Self> {
-        let stream = Mutex::new(Some(TokioIo::new(stream)));
+        let stream = Mutex::new(Some(TokioIo::new(stream.into())));
         Arc::new(Self { stream, taken: Notify::new(), quiet: true.into(), answered: false.into() })
     }
 
     /// Sets the time for which written bytes may stay unacknowledged, or the client's window closed.
     pub fn set_unacknowledged_max(&self, unacknowledged_max: Duration) {
-        #[cfg(target_os = "linux")]
         if let Some(stream) = &*self.stream.lock() {
             // An error means that the client left, which the next write finds too.
-            let _ = socket2::SockRef::from(stream.inner())
-                .set_tcp_user_timeout(Some(unacknowledged_max));
+            let _ = stream.inner().set_unacknowledged_max(unacknowledged_max);
         }
+    }
+
+    /// Waits for the first byte of a client, and leaves it in the socket. `None`: the client left.
+    ///
+    /// # Errors
+    /// The socket failed, was taken, or is encrypted.
+    pub fn poll_first_byte(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<u8>>> {
+        let stream = self.stream.lock();
+        let Some(Socket::Tcp(stream)) = stream.as_ref().map(TokioIo::inner) else {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let mut byte = [0];
+        let mut buffer = ReadBuf::new(&mut byte);
+        ready!(stream.poll_peek(cx, &mut buffer))?;
+        Poll::Ready(Ok(buffer.filled().first().copied()))
+    }
+
+    /// Makes the socket encrypt. The handshake is still to come: see [`Self::poll_handshake`].
+    ///
+    /// # Errors
+    /// The socket was taken, or the configuration cannot be used.
+    pub fn encrypt(&self, config: Arc<ServerConfig>) -> io::Result<()> {
+        let mut socket = self.stream.lock();
+        let Some(Socket::Tcp(stream)) = socket.take().map(TokioIo::into_inner) else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        *socket = Some(TokioIo::new(TlsSocket::accepted(stream, config)?.into()));
+        Ok(())
+    }
+
+    /// Goes through the handshake of TLS. Returns whether it resumed an earlier session.
+    ///
+    /// # Errors
+    /// The socket failed or was taken, or the client's TLS is not accepted ([`io::ErrorKind::InvalidData`]).
+    pub fn poll_handshake(&self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let stream = self.stream.lock();
+        let Some(Socket::Tls(socket)) = stream.as_ref().map(TokioIo::inner) else {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        ready!(socket.poll_handshake(cx))?;
+        Poll::Ready(Ok(socket.is_resumed()))
     }
 
     /// Takes the socket out of the HTTP connection, which then ends without touching the socket. `None` the second
     /// time.
     #[must_use]
-    pub fn take(&self) -> Option<TcpStream> {
+    pub fn take(&self) -> Option<Socket> {
         let stream = self.stream.lock().take();
         self.taken.notify_one();
         stream.map(TokioIo::into_inner)
     }
 
     /// Returns whether the socket was taken.
-    fn is_taken(&self) -> bool {
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
         self.stream.lock().is_none()
     }
 
@@ -85,7 +127,7 @@ pub struct HttpSocket(pub Arc<SharedSocket>);
 impl HttpSocket {
     fn with<T>(
         &self,
-        act: impl FnOnce(Pin<&mut TokioIo<TcpStream>>) -> Poll<io::Result<T>>,
+        act: impl FnOnce(Pin<&mut TokioIo<Socket>>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         match &mut *self.0.stream.lock() {
             Some(stream) => act(Pin::new(stream)),

@@ -5,9 +5,9 @@
 //!    socket, and the [`SharedSocket`](crate::core::socket::SharedSocket) that hyper reads and writes through.
 //! 2. `handshake::event_stream` takes the last two out. Its answer has the stream as the body and a [`Detached`] among its
 //!    extensions.
-//! 3. `listener::answer` finds the [`Detached`], takes the TCP stream out of the shared socket, spawns [`write`] with it,
+//! 3. `listener::answer` finds the [`Detached`], takes the socket out of the shared one, spawns [`write`] with it,
 //!    and never returns the answer to hyper.
-//! 4. Taking the stream wakes `listener::accept`, which drops the HTTP connection and with it the waiting
+//! 4. Taking the socket wakes `listener::accept`, which drops the HTTP connection and with it the waiting
 //!    `listener::answer`. Only the task of [`write`] is left.
 //! 5. [`write`] asks the body for chunks until the body ends, the client leaves, or the outbox is aborted.
 
@@ -22,9 +22,8 @@ use std::{
 use bytes::{Buf, Bytes};
 use http::{Response, Version, header, response::Parts};
 use hyper::body::Body as _;
-use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tracing::debug;
-use wsproxy_conn::Profile;
+use wsproxy_conn::{Profile, Socket};
 
 use crate::{client::event_stream_outbox::EventStreamOutbox, http::Body};
 
@@ -39,7 +38,7 @@ pub struct Detached {
 
 /// Writes a detached answer until the body ends, the client leaves, or the outbox is aborted.
 pub fn write(
-    mut stream: TcpStream,
+    socket: Socket,
     version: Version,
     detached: Detached,
     response: Response<Body>,
@@ -50,12 +49,12 @@ pub fn write(
     let mut answer = Answer::new(body, version == Version::HTTP_11, &parts, profile);
     async move {
         let result = tokio::select! {
-            result = std::future::poll_fn(|cx| answer.poll(&stream, cx)) => result,
+            result = std::future::poll_fn(|cx| answer.poll(&socket, cx)) => result,
             () = outbox.wait_aborted() => Err(io::ErrorKind::TimedOut.into()),
         };
         match result {
             // Half-close: the kernel still delivers what was written, and the client sees the end.
-            Ok(()) => drop(stream.shutdown().await),
+            Ok(()) => socket.finish_writing(),
             Err(error) => debug!(%error, "An answer was cut off."),
         }
     }
@@ -80,10 +79,10 @@ impl Answer {
         Self { body, chunked, profile, out, blocked: false, heard: 0, over: false }
     }
 
-    fn poll(&mut self, stream: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.listen(stream, cx)?;
+    fn poll(&mut self, socket: &Socket, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.listen(socket, cx)?;
         for _ in 0..FRAMES_AT_ONCE {
-            ready!(self.poll_write(stream, cx))?;
+            ready!(self.poll_write(socket, cx))?;
             if self.over {
                 return Poll::Ready(Ok(()));
             }
@@ -111,17 +110,17 @@ impl Answer {
         [head, data, Bytes::from_static(b"\r\n")]
     }
 
-    fn poll_write(&mut self, stream: &TcpStream, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_write(&mut self, socket: &Socket, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.out.iter().any(|bytes| !bytes.is_empty()) {
             let slices = [0, 1, 2].map(|n| IoSlice::new(&self.out[n]));
-            match stream.try_write_vectored(&slices) {
+            match socket.try_write_vectored(&slices) {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Ok(count) => self.wrote(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if !std::mem::replace(&mut self.blocked, true) {
                         self.profile.stats.blocked.fetch_add(1, Relaxed);
                     }
-                    ready!(stream.poll_write_ready(cx))?;
+                    ready!(socket.poll_write_ready(cx))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
@@ -143,11 +142,11 @@ impl Answer {
     }
 
     /// Reads and drops what the client sends, so that its leaving is noticed.
-    fn listen(&mut self, stream: &TcpStream, cx: &mut Context<'_>) -> io::Result<()> {
-        while let Poll::Ready(readable) = stream.poll_read_ready(cx) {
+    fn listen(&mut self, socket: &Socket, cx: &mut Context<'_>) -> io::Result<()> {
+        while let Poll::Ready(readable) = socket.poll_read_ready(cx) {
             readable?;
             let mut buffer = [0; 256];
-            match stream.try_read(&mut buffer) {
+            match socket.try_read(&mut buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => self.heard += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}

@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 use crate::{
     core::{
         Core,
+        admission::Seat,
         socket::{HttpSocket, SharedSocket},
         sockets::{Silence, Sockets},
     },
@@ -30,8 +31,12 @@ use crate::{
         Body,
         detached::{self, Detached},
         handshake::{self, address::RemoteAddress},
+        listener::tls::{Opened, TlsListener},
+        rejection::Rejection,
     },
 };
+
+pub mod tls;
 
 /// The service that answers the requests of a listener.
 pub trait Service: Clone + Send + 'static {
@@ -71,12 +76,21 @@ pub fn reachable(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Accepts sockets until `stop`. `sockets` bounds them, including sockets that have sent no request
-/// yet. Such silent sockets give way to new ones.
+/// Parts of a listener beside its socket.
+#[derive(Debug)]
+pub struct Listening {
+    /// Bound of the accepted sockets, including those that have sent no request yet. Such silent sockets give way to
+    /// new ones.
+    pub sockets: Arc<Sockets>,
+    /// Encryption; `None`: the listener speaks plain HTTP.
+    pub tls: Option<Arc<TlsListener>>,
+}
+
+/// Accepts sockets until `stop`.
 pub async fn run(
     listener: TcpListener,
     service: impl Service,
-    sockets: Arc<Sockets>,
+    listening: Listening,
     stop: CancellationToken,
 ) {
     let mut warned = None;
@@ -86,7 +100,7 @@ pub async fn run(
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, address)) => accept(stream, address, &service, &sockets, &stop),
+            Ok((stream, address)) => accept(stream, address, &service, &listening, &stop),
             Err(error) if is_of_one_connection(&error) => {
                 debug!(%error, "A client left before it was accepted.");
             }
@@ -97,7 +111,7 @@ pub async fn run(
                     warn!(%error, "Accepting failed; trying again.");
                 }
                 // If descriptors are lacking, closing a silent socket frees one.
-                if sockets.close_oldest() {
+                if listening.sockets.close_oldest() {
                     service.core().metrics.error("silent_socket");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -110,14 +124,18 @@ fn accept(
     stream: TcpStream,
     address: SocketAddr,
     service: &impl Service,
-    sockets: &Arc<Sockets>,
+    listening: &Listening,
     stop: &CancellationToken,
 ) {
     let core = service.core();
+    let Listening { sockets, tls } = listening;
     let Some((seat, gave_way)) = sockets.take() else {
         core.metrics.handshake(None, "full");
         handshake::tell_full(core);
-        return refuse(stream);
+        // A client that expects TLS could not read the answer.
+        return if tls.is_none() {
+            refuse(stream)
+        };
     };
     // Hyper writes head and body at once, so Nagle's delay gains nothing. WebSockets set their own options.
     let _ = stream.set_nodelay(true);
@@ -129,13 +147,57 @@ fn accept(
     let peer = address.ip().to_canonical();
     // A trusted proxy brings the sockets of many clients from one address, so it has no share of its own.
     let is_proxy = core.config.server.trusted_proxies.iter().any(|net| net.contains(&peer));
-    let (silence, was_full) = sockets.watch((!is_proxy).then_some(peer), &shared);
+    let peer = (!is_proxy).then_some(peer);
+    let (silence, was_full) = sockets.watch(peer, &shared);
     if gave_way || was_full {
         core.metrics.error("silent_socket");
     }
     let (service, stop, core) = (service.clone(), stop.clone(), Arc::clone(core));
     let tasks = core.tasks.clone();
+    let accepted = AcceptedSocket { shared, seat, silence, address: address.ip() };
+    let Some(tls) = tls else {
+        tasks.spawn(accepted.serve(service, core, Opened::Served, stop));
+        return;
+    };
+    let Some((place, gave_way)) = tls.place(peer, &accepted.shared) else {
+        return core.metrics.tls_handshake("displaced");
+    };
+    if gave_way {
+        core.metrics.error("silent_socket");
+    }
+    let tls = Arc::clone(tls);
     tasks.spawn(async move {
+        let opened = tokio::select! {
+            opened = tls.open(&core, &accepted.shared) => opened,
+            () = stop.cancelled() => None,
+        };
+        drop(place);
+        if let Some(opened) = opened {
+            // A task of its own, since this task's future would stay allocated.
+            let tasks = core.tasks.clone();
+            tasks.spawn(accepted.serve(service, core, opened, stop));
+        }
+    });
+}
+
+/// A socket that a listener accepted.
+struct AcceptedSocket {
+    shared: Arc<SharedSocket>,
+    seat: Arc<Seat>,
+    silence: Arc<Silence>,
+    address: IpAddr,
+}
+
+impl AcceptedSocket {
+    /// Answers the requests of the client until one of both sides ends the connection, or an answer takes the socket.
+    async fn serve(
+        self,
+        service: impl Service,
+        core: Arc<Core>,
+        opened: Opened,
+        stop: CancellationToken,
+    ) {
+        let Self { shared, seat, silence, address } = self;
         let server = &core.config.server;
         let mut builder = http1::Builder::new();
         builder
@@ -146,11 +208,11 @@ fn accept(
             .half_close(false);
         let asked = Arc::clone(&shared);
         let answering = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(RemoteAddress(address.ip()));
+            request.extensions_mut().insert(RemoteAddress(address));
             // A WebSocket takes the seat along and keeps it.
             request.extensions_mut().insert(Arc::clone(&seat));
             request.extensions_mut().insert(Arc::clone(&asked));
-            answer(service.clone(), request, Arc::clone(&asked), Arc::clone(&silence))
+            answer(service.clone(), request, opened, Arc::clone(&asked), Arc::clone(&silence))
         });
         let socket = HttpSocket(Arc::clone(&shared));
         let connection = builder.serve_connection(socket, answering).with_upgrades();
@@ -171,21 +233,28 @@ fn accept(
         {
             let kind = if error.is_timeout() { "slow_request" } else { "bad_request" };
             core.metrics.error(kind);
-            debug!(%error, address = %address.ip(), kind, "A client's request failed.");
+            debug!(%error, address = %address, kind, "A client's request failed.");
         }
-    });
+    }
 }
 
 /// Answers a request. A detached answer takes the socket out of the HTTP connection.
 async fn answer(
     service: impl Service,
     request: Request<Incoming>,
+    opened: Opened,
     shared: Arc<SharedSocket>,
     silence: Arc<Silence>,
 ) -> Result<Response<Body>, Infallible> {
     if !silence.end() {
         // The socket has just been closed to make room for another one.
         return std::future::pending().await;
+    }
+    if opened == Opened::NotTls {
+        let told = Rejection::tls_required("This port speaks TLS: use https:// or wss://.");
+        let mut response = told.response();
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        return Ok(response);
     }
     let version = request.version();
     let core = Arc::clone(service.core());

@@ -66,6 +66,8 @@ macro_rules! table {
 table! {
     /// The request is malformed.
     bad_request = BAD_REQUEST, "bad_request";
+    /// The listener speaks TLS, and the client does not.
+    tls_required = BAD_REQUEST, "tls_required";
     /// A text in the path is not an id.
     bad_id = BAD_REQUEST, "bad_id";
     /// The request has no credential.

@@ -35,6 +35,7 @@ pub struct Metrics {
     registry: Registry,
     handshakes: family::Family<HandshakeLabels, Counter>,
     disconnects: family::Family<DisconnectLabels, Counter>,
+    tls_handshakes: family::Family<TlsLabels, Counter>,
     errors: family::Family<ErrorLabels, Counter>,
     connections: Arc<Connections>,
     sources: Sources,
@@ -81,6 +82,11 @@ struct DisconnectLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TlsLabels {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ErrorLabels {
     kind: &'static str,
 }
@@ -90,10 +96,11 @@ impl Metrics {
     #[must_use]
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("wsproxy");
-        let (handshakes, disconnects, errors) = Default::default();
+        let (handshakes, disconnects, tls_handshakes, errors) = Default::default();
         let metrics = Self {
             handshakes,
             disconnects,
+            tls_handshakes,
             errors,
             connections: Default::default(),
             sources: Sources::default(),
@@ -103,6 +110,8 @@ impl Metrics {
         registry.register("handshakes", help, metrics.handshakes.clone());
         let help = "Connections that ended, by reason";
         registry.register("disconnects", help, metrics.disconnects.clone());
+        let help = "TLS handshakes by outcome: full or resumed, or the reason of the failure";
+        registry.register("tls_handshakes", help, metrics.tls_handshakes.clone());
         let help = "Errors by kind: requests, credentials, messages, the bus";
         registry.register("errors", help, metrics.errors.clone());
         registry.register_collector(Box::new(metrics.sources.clone()));
@@ -121,6 +130,9 @@ impl Metrics {
     pub fn begin(&self, served: impl IntoIterator<Item = Family>, refusals: &[&'static str]) {
         for kind in ERRORS {
             drop(self.errors.get_or_create(&ErrorLabels { kind }));
+        }
+        for outcome in TLS_OUTCOMES {
+            drop(self.tls_handshakes.get_or_create(&TlsLabels { outcome }));
         }
         let handshake = |endpoint, outcome| {
             drop(self.handshakes.get_or_create(&HandshakeLabels { endpoint, outcome }));
@@ -170,6 +182,15 @@ impl Metrics {
         self.disconnects.get_or_create(&DisconnectLabels { endpoint, reason }).inc();
     }
 
+    /// Counts a TLS handshake.
+    pub fn tls_handshake(&self, outcome: &'static str) {
+        debug_assert!(
+            TLS_OUTCOMES.contains(&outcome),
+            "{outcome} has no series before its first event"
+        );
+        self.tls_handshakes.get_or_create(&TlsLabels { outcome }).inc();
+    }
+
     /// Counts an error.
     pub fn error(&self, kind: &'static str) {
         debug_assert!(ERRORS.contains(&kind), "{kind} has no series before its first event");
@@ -199,7 +220,7 @@ pub const ACCEPTED: &str = "accepted";
 const NO_ENDPOINT: &str = "none";
 
 /// Every kind of [`Metrics::error`].
-const ERRORS: [&str; 8] = [
+const ERRORS: [&str; 9] = [
     "accept",
     "api_key",
     "bad_request",
@@ -208,4 +229,9 @@ const ERRORS: [&str; 8] = [
     "slow_request",
     "stream_end_refused",
     "stream_worker_lost",
+    "tls_files",
 ];
+
+/// Every outcome of [`Metrics::tls_handshake`].
+const TLS_OUTCOMES: [&str; 7] =
+    ["displaced", "full", "left", "not_tls", "refused", "resumed", "timeout"];

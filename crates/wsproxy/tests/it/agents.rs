@@ -23,4 +23,4 @@ mod places;
 mod presence;
 mod registry;
 mod site;
-mod stage;
+pub(crate) mod stage;

@@ -48,6 +48,7 @@ mod sse_pressure;
 mod store;
 mod streams;
 mod support;
+mod tls;
 mod token_streams;
 mod tokens;
 mod two_instances;

@@ -7,5 +7,5 @@ mod faults;
 mod hostile;
 mod members;
 mod messages;
-mod room_client;
+pub(crate) mod room_client;
 mod stale;

@@ -15,6 +15,7 @@ pub mod postgres;
 pub mod raw;
 pub mod redis_server;
 pub mod sse;
+pub mod tls;
 
 use std::time::{Duration, Instant};
 

@@ -144,7 +144,7 @@ async fn take_socket(on_upgrade: OnUpgrade, id: Uuid) -> Option<(Socket, Bytes)>
         }
     };
     let taken = match upgraded.downcast::<HttpSocket>() {
-        Ok(parts) => parts.io.0.take().map(|socket| (socket.into(), parts.read_buf)),
+        Ok(parts) => parts.io.0.take().map(|socket| (socket, parts.read_buf)),
         Err(upgraded) => {
             let parts = upgraded.downcast::<TokioIo<UnixStream>>().ok();
             parts.map(|parts| (parts.io.into_inner().into(), parts.read_buf))

@@ -1,0 +1,248 @@
+//! Certificate and key of the listeners, read again when their files change. Knows no sockets.
+
+use std::{
+    fmt,
+    io::Read,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use parking_lot::{Mutex, RwLock};
+use rustls::{ServerConfig, crypto::aws_lc_rs::Ticketer, server::ProducesTickets};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tracing::{info, warn};
+
+/// The pair of a certificate and its key that the listeners show, with the files that it comes from.
+pub struct TlsPair {
+    certificate: PathBuf,
+    key: PathBuf,
+    /// Keys of session tickets, which outlive a replaced pair.
+    tickets: Arc<dyn ProducesTickets>,
+    /// Guards the pair in use.
+    in_use: RwLock<InUse>,
+    /// Guards the present problem of the files.
+    trouble: Mutex<Option<Trouble>>,
+}
+
+struct InUse {
+    config: Arc<ServerConfig>,
+    fingerprint: Fingerprint,
+}
+
+/// Hashes of both files.
+#[derive(PartialEq, Eq)]
+struct Fingerprint([Vec<u8>; 2]);
+
+struct Trouble {
+    problem: String,
+    is_told: bool,
+}
+
+/// Contents of both files.
+struct Files {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl fmt::Debug for TlsPair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsPair").field("certificate", &self.certificate).finish_non_exhaustive()
+    }
+}
+
+impl TlsPair {
+    /// Reads the pair from its files.
+    ///
+    /// # Errors
+    /// A sentence for the operator: a file cannot be used, or the key is of another certificate.
+    pub fn load(certificate: &Path, key: &Path) -> Result<Self, String> {
+        let tickets = Ticketer::new().map_err(|error| format!("session tickets: {error}"))?;
+        let files = Files::read(certificate, key)?;
+        let config = files.config(Arc::clone(&tickets))?;
+        let in_use = InUse { config: Arc::new(config), fingerprint: files.fingerprint() };
+        let (certificate, key) = (certificate.to_owned(), key.to_owned());
+        let (in_use, trouble) = (RwLock::new(in_use), Mutex::default());
+        Ok(Self { certificate, key, tickets, in_use, trouble })
+    }
+
+    /// Returns the configuration for a new connection. Open connections keep the one that they began with.
+    #[must_use]
+    pub fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.in_use.read().config)
+    }
+
+    /// Reads the files again, and uses the pair that they hold. Returns whether they turned out to be useless: then the
+    /// pair stays as it was. Blocks.
+    ///
+    /// A problem is told at the second look that finds it, since two files cannot be replaced at one moment.
+    pub fn read_again(&self) -> bool {
+        // A pipe gives its bytes once, and blocks for ever at the next read.
+        let is_pipe = |path: &PathBuf| path.metadata().is_ok_and(|found| !found.is_file());
+        if [&self.certificate, &self.key].into_iter().any(is_pipe) {
+            return false;
+        }
+        match Files::read(&self.certificate, &self.key).and_then(|files| self.replace(&files)) {
+            Ok(is_changed) => {
+                let was_told = self.trouble.lock().take().is_some_and(|trouble| trouble.is_told);
+                if is_changed || was_told {
+                    info!(certificate = %self.certificate.display(), "The TLS certificate and its key were read again.");
+                }
+                false
+            }
+            Err(problem) => self.is_news(problem),
+        }
+    }
+
+    /// Uses the pair in `files`; returns whether it differs from the one before.
+    fn replace(&self, files: &Files) -> Result<bool, String> {
+        let fingerprint = files.fingerprint();
+        if self.in_use.read().fingerprint == fingerprint {
+            return Ok(false);
+        }
+        let config = Arc::new(files.config(Arc::clone(&self.tickets))?);
+        *self.in_use.write() = InUse { config, fingerprint };
+        Ok(true)
+    }
+
+    /// Remembers a problem, and logs it at its second look. Returns whether it was logged now.
+    fn is_news(&self, problem: String) -> bool {
+        let mut trouble = self.trouble.lock();
+        let Some(known) = trouble.as_mut().filter(|known| known.problem == problem) else {
+            *trouble = Some(Trouble { problem, is_told: false });
+            return false;
+        };
+        if std::mem::replace(&mut known.is_told, true) {
+            return false;
+        }
+        warn!(
+            error = known.problem,
+            "The files of the TLS certificate and its key cannot be used: the pair stays as it was."
+        );
+        true
+    }
+}
+
+impl Files {
+    fn read(certificate: &Path, key: &Path) -> Result<Self, String> {
+        Ok(Self { certificate: read("certificate", certificate)?, key: read("key", key)? })
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        let hash = |bytes: &[u8]| digest(&SHA256, bytes).as_ref().to_vec();
+        Fingerprint([hash(&self.certificate), hash(&self.key)])
+    }
+
+    /// Makes a configuration for TLS 1.2 and 1.3. An error quotes no part of the key.
+    fn config(&self, tickets: Arc<dyn ProducesTickets>) -> Result<ServerConfig, String> {
+        let chain = CertificateDer::pem_slice_iter(&self.certificate)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| format!("the TLS certificate is not PEM: {error}"))?;
+        if chain.is_empty() {
+            return Err("the file of the TLS certificate holds no certificate".into());
+        }
+        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(
+            |_| "the file of the TLS key holds no private key in PEM form, without a password",
+        )?;
+        // Named explicitly: the process may have another default, or none.
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| error.to_string())?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .map_err(unusable)?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config.ticketer = tickets;
+        Ok(config)
+    }
+}
+
+fn read(what: &str, path: &Path) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    let opened = std::fs::File::open(path);
+    opened
+        .and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut bytes))
+        .map(|_| bytes)
+        .map_err(|error| {
+            format!("the file of the TLS {what} cannot be read, {}: {error}", path.display())
+        })
+}
+
+fn unusable(error: rustls::Error) -> String {
+    match error {
+        rustls::Error::InconsistentKeys(_) => "the TLS key is not that of the certificate".into(),
+        error => format!("the TLS certificate and its key cannot be used: {error}"),
+    }
+}
+
+/// Upper bound of a file's size: more than any chain of certificates has.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn write(&self, certificate: &str, key: &str) {
+            std::fs::write(self.path("cert.pem"), certificate).unwrap();
+            std::fs::write(self.path("key.pem"), key).unwrap();
+        }
+    }
+
+    fn made(name: &str) -> (String, String) {
+        let made = rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
+        (made.cert.pem(), made.signing_key.serialize_pem())
+    }
+
+    #[test]
+    fn a_good_pair_is_used_and_a_bad_one_is_not() {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        let ((old, old_key), (new, new_key)) = (made("old.example"), made("new.example"));
+        folder.write(&old, &old_key);
+        let pair = TlsPair::load(&folder.path("cert.pem"), &folder.path("key.pem")).unwrap();
+        let first = pair.config();
+        let is_first = || Arc::ptr_eq(&first, &pair.config());
+        assert!(!pair.read_again() && is_first(), "nothing changed");
+        for (certificate, key) in [
+            (&*new, &*old_key),
+            (&new[..new.len() / 2], &new_key),
+            (&new, &new_key[..new_key.len() / 2]),
+            ("", &new_key),
+            (&new, ""),
+        ] {
+            folder.write(certificate, key);
+            assert!(!pair.read_again(), "the other file may be on its way");
+            assert!(pair.read_again(), "told at the second look");
+            assert!(!pair.read_again() && is_first(), "and told once");
+        }
+        std::fs::remove_file(folder.path("key.pem")).unwrap();
+        assert!(!pair.read_again() && pair.read_again() && is_first());
+        folder.write(&new, &new_key);
+        assert!(!pair.read_again() && !is_first());
+    }
+
+    #[test]
+    fn useless_files_are_named_without_their_contents() {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        let ((one, key), (other, _)) = (made("one.example"), made("other.example"));
+        let load = || {
+            let loaded = TlsPair::load(&folder.path("cert.pem"), &folder.path("key.pem"));
+            loaded.map(drop).unwrap_err()
+        };
+        let missing = load();
+        assert!(missing.contains("certificate cannot be read"), "{missing}");
+        folder.write(&other, &key);
+        assert_eq!(load(), "the TLS key is not that of the certificate");
+        folder.write(&key, &one);
+        assert!(load().contains("no certificate"), "swapped");
+        folder.write(&one, "-----BEGIN secret words\n");
+        assert!(!load().contains("secret"));
+    }
+}
