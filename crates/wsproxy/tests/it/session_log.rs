@@ -143,6 +143,18 @@ async fn wait_story(server: &RedisServer, log: &str, connection: Uuid, wanted: &
     told.await;
 }
 
+/// Waits until Redis has this many sessions of an instance as announced. The log has an announcement before that, and
+/// what is not marked as announced is announced once more by others.
+async fn wait_marked(server: &RedisServer, name: &str, count: usize) {
+    let list = format!("ws:server:{name}:sessions");
+    let is_marked = |value: &&Answer| matches!(value, Answer::Text(text) if text.contains(r#""announced":true"#));
+    let marked = || match server.call(&["HVALS", &list]) {
+        Answer::Array(values) => values.iter().filter(is_marked).count(),
+        other => panic!("{other:?}"),
+    };
+    eventually("the sessions are marked as announced", || marked() == count).await;
+}
+
 /// An instance whose sessions are kept in a log.
 async fn instance(backend: &Backend) -> TestInstance {
     let mut config = backend.config();
@@ -308,6 +320,7 @@ async fn a_redis_that_was_emptied_is_told_what_is_open() {
     for connection in &open {
         wait_story(&server, LOG, *connection, &["opened again"]).await;
     }
+    wait_marked(&server, "node", open.len()).await;
     // As after a failover to a replica that lagged behind: the lease is there, the sessions are not.
     server.call(&["DEL", "ws:server:node:sessions"]);
     wait_story(&server, LOG, open[0], &["opened again", "opened again"]).await;
