@@ -158,16 +158,22 @@ impl Attempts {
         let mut known = self.known.lock();
         let (level, bucket) = known.bucket(address, now_nanos);
         let taken = bucket.take(rates[level.min(LEVELS - 1)], now_nanos);
-        let warns = level > 0 && known.is_time_to_warn(now_nanos);
         drop(known);
         if level > 0 {
-            self.coarse.add(1);
+            self.note_coarse(now_nanos);
         }
+        taken.map_err(Duration::from_nanos)
+    }
+
+    /// Notes an attempt that was counted for a whole network, and warns of these. For a family that counts attempts
+    /// itself, too.
+    pub fn note_coarse(&self, now_nanos: u64) {
+        self.coarse.add(1);
+        let warns = self.known.lock().is_time_to_warn(now_nanos);
         if warns {
             warn!(addresses = ADDRESSES_MAX, window = ?self.window,
                 "Too many addresses try to connect: further ones are limited by network.");
         }
-        taken.map_err(Duration::from_nanos)
     }
 
     /// Forgets the buckets that are full again, and frees their memory. Called at intervals.

@@ -133,7 +133,7 @@ impl Rooms {
             last_connection: AtomicU64::new(0),
             message_bytes_max: u32::try_from(config.limits.max_message_bytes).unwrap_or(u32::MAX),
             spares_local: true,
-            attempts: RoomAttempts::new(&config.rate_limit),
+            attempts: RoomAttempts::new(&config.rate_limit, &core.attempts),
             proxy_warning: ProxyWarning::default(),
             is_development: development::is_on(config),
             total: TotalRate::new(&config.rooms),

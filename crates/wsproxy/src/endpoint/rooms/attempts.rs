@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     hash::{BuildHasher, RandomState},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,7 +15,7 @@ use wsproxy_proto::names::Id;
 
 use crate::{
     config::{RateLimit, rooms::ROOM_ATTEMPTS},
-    core::admission::{FACTORS, LEVELS, MAXIMA, networks},
+    core::admission::{Attempts, FACTORS, LEVELS, MAXIMA, networks},
     http::rejection::Rejection,
 };
 
@@ -32,6 +33,8 @@ pub(super) struct RoomAttempts {
     addresses: Mutex<Table<IpAddr>>,
     /// Users are known by a hash with this secret, so that no user can choose whom to share a window with.
     secret: RandomState,
+    /// Counts the attempts that share a window, of all families.
+    shared: Arc<Attempts>,
 }
 
 /// The subject that an attempt counts for.
@@ -44,11 +47,12 @@ pub(super) enum Subject<'s> {
 }
 
 impl RoomAttempts {
-    /// Reads the limit from the configuration.
+    /// Reads the limit from the configuration. `shared` counts the attempts that share a window with those of others.
     #[must_use]
-    pub(super) fn new(config: &RateLimit) -> Self {
+    pub(super) fn new(config: &RateLimit, shared: &Arc<Attempts>) -> Self {
         let (users, addresses) = (Mutex::default(), Mutex::default());
-        Self { limit: Limit::new(config), users, addresses, secret: RandomState::new() }
+        let (limit, shared) = (Limit::new(config), Arc::clone(shared));
+        Self { limit, users, addresses, secret: RandomState::new(), shared }
     }
 
     /// Returns whether there is a limit.
@@ -63,8 +67,12 @@ impl RoomAttempts {
     /// 429: the address has used up its attempts.
     pub(super) fn check_address(&self, address: IpAddr, now: Micros) -> Result<(), Rejection> {
         let Some(limit) = self.limit else { return Ok(()) };
-        let wait = self.addresses.lock().wait(networks(address), limit, now);
-        wait.map_or(Ok(()), |wait| Err(Rejection::too_often_for_rooms(wait)))
+        let (wait, level) = self.addresses.lock().wait(networks(address), limit, now);
+        let Some(wait) = wait else { return Ok(()) };
+        if level != Some(0) {
+            self.shared.note_coarse(now.0.saturating_mul(1000));
+        }
+        Err(Rejection::too_often_for_rooms(wait))
     }
 
     /// Counts an attempt.
@@ -73,7 +81,7 @@ impl RoomAttempts {
     /// 429: the user or the address has used up its attempts.
     pub(super) fn count(&self, subject: Subject<'_>, now: Micros) -> Result<(), Rejection> {
         let Some(limit) = self.limit else { return Ok(()) };
-        let counted = match subject {
+        let (counted, level) = match subject {
             Subject::User(user) => {
                 let hash = self.secret.hash_one(user.as_str());
                 let keys = [hash, hash % MAXIMA[1] as u64, hash % LAST_USERS];
@@ -81,6 +89,11 @@ impl RoomAttempts {
             }
             Subject::Address(address) => self.addresses.lock().count(networks(address), limit, now),
         };
+        match subject {
+            _ if level == Some(0) => {}
+            Subject::User(_) => self.shared.coarse.add(1),
+            Subject::Address(_) => self.shared.note_coarse(now.0.saturating_mul(1000)),
+        }
         counted.map_err(Rejection::too_often_for_rooms)
     }
 }
@@ -131,24 +144,31 @@ impl<K> Default for Table<K> {
 }
 
 impl<K: Eq + std::hash::Hash + Copy> Table<K> {
-    /// Returns the time until another attempt can succeed; `None` if it can now.
-    fn wait(&mut self, keys: [K; LEVELS], limit: Limit, Micros(now): Micros) -> Option<Duration> {
+    /// Returns the time until another attempt can succeed; `None` if it can now. Also returns the level of the window.
+    fn wait(
+        &mut self,
+        keys: [K; LEVELS],
+        limit: Limit,
+        Micros(now): Micros,
+    ) -> (Option<Duration>, Option<usize>) {
         self.clean(limit, now);
         let level = self.level(&keys);
         let window = match level {
-            Some(level) => self.levels[level].get_mut(&keys[level])?,
-            None => &mut self.rest,
+            Some(level) => self.levels[level].get(&keys[level]),
+            None => Some(&self.rest),
         };
-        window.wait(limit.attempts_of(level), limit.window, now)
+        let wait =
+            window.and_then(|window| window.wait(limit.attempts_of(level), limit.window, now));
+        (wait, level)
     }
 
-    /// Counts an attempt, or returns the time until one can succeed.
+    /// Counts an attempt, or returns the time until one can succeed. Also returns the level of the window.
     fn count(
         &mut self,
         keys: [K; LEVELS],
         limit: Limit,
         Micros(now): Micros,
-    ) -> Result<(), Duration> {
+    ) -> (Result<(), Duration>, Option<usize>) {
         self.clean(limit, now);
         let is_crowded = self.entries >= ENTRIES_MAX;
         let grain = if is_crowded { limit.window.div_ceil(COARSE_PARTS) } else { limit.grain };
@@ -166,7 +186,7 @@ impl<K: Eq + std::hash::Hash + Copy> Table<K> {
         if level.is_some() {
             self.entries = self.entries - before + window.0.len();
         }
-        wait.map_or(Ok(()), Err)
+        (wait.map_or(Ok(()), Err), level)
     }
 
     /// Returns the finest level that knows the key or has room for it.
@@ -252,7 +272,11 @@ mod tests {
 
     fn attempts(max_requests: u32, seconds: u64) -> RoomAttempts {
         let window = Duration::from_secs(seconds);
-        RoomAttempts::new(&RateLimit { max_requests, max_requests_is_set: true, window })
+        of(&RateLimit { max_requests, max_requests_is_set: true, window })
+    }
+
+    fn of(config: &RateLimit) -> RoomAttempts {
+        RoomAttempts::new(config, &Arc::new(Attempts::new(0, config.window)))
     }
 
     fn address(text: &str) -> Subject<'_> {
@@ -271,7 +295,7 @@ mod tests {
 
     #[test]
     fn rooms_have_a_limit_unless_an_operator_switches_it_off() {
-        let default = RoomAttempts::new(&RateLimit::default());
+        let default = of(&RateLimit::default());
         let at = |second: u64| Micros(100 * SECOND + second * SECOND);
         assert!((0..60).all(|n| default.count(address("192.0.2.1"), at(n / 2)).is_ok()));
         assert_eq!(wait(default.count(address("192.0.2.1"), at(30))), 30);
@@ -359,12 +383,17 @@ mod tests {
         let attempts = attempts(60, 60);
         let now = Micros(100 * SECOND);
         assert!((0..60).all(|_| attempts.count(address("203.0.113.9"), now).is_ok()));
+        assert_eq!(attempts.shared.coarse.value(), 0);
         for n in 0..700_000_u32 {
             let one = IpAddr::from((0x0a00_0000 + n % 110_000).to_be_bytes());
             let _ = attempts.count(Subject::Address(one), Micros(now.0 + u64::from(n)));
         }
         let later = Micros(now.0 + 2 * SECOND);
+        // Each of the addresses without a window of its own, every time.
+        let coarse = attempts.shared.coarse.value();
+        assert!((60_000..80_000).contains(&coarse), "{coarse}");
         assert_eq!(wait(attempts.count(address("203.0.113.9"), later)), 58);
+        assert_eq!(attempts.shared.coarse.value(), coarse, "a known address has its window");
         let table = attempts.addresses.lock();
         let held: usize = table.levels.iter().flat_map(|map| map.values()).map(|w| w.0.len()).sum();
         assert_eq!(held, table.entries);
