@@ -37,7 +37,7 @@ mod local;
 mod members;
 pub(crate) mod metrics;
 mod redis;
-mod revocation;
+pub(crate) mod revocation;
 pub mod rooms;
 pub mod sessions;
 pub(crate) mod writer;
@@ -208,15 +208,13 @@ impl Registry {
         bus: &Bus,
         lease: &Arc<Lease>,
     ) -> Arc<Self> {
-        let (backend, revocations) = match bus {
-            Bus::Embedded(bus) => {
-                (Backend::Embedded, revocation::RevocationStore::Embedded(bus.store()))
-            }
+        let timeout = lease.settings().response_timeout;
+        let backend = match bus {
+            Bus::Embedded(_) => Backend::Embedded,
             Bus::Redis(bus) => {
-                let timeout = lease.settings().response_timeout;
                 let commands = Commands::new(bus.client().clone(), timeout);
-                let redis = RedisRegistry::new(commands.clone(), &settings, lease.settings());
-                (Backend::Redis(redis.into()), revocation::RevocationStore::Redis(commands))
+                let redis = RedisRegistry::new(commands, &settings, lease.settings());
+                Backend::Redis(redis.into())
             }
         };
         let (names, leeway) = (settings.names.clone(), settings.leeway);
@@ -225,7 +223,7 @@ impl Registry {
             settings,
             lease: Arc::clone(lease),
             backend,
-            revocations: Revocations::new(revocations, names, leeway),
+            revocations: Revocations::new(bus, timeout, names, leeway),
             hub,
             changed: Notify::new(),
             totals: tokio::sync::Mutex::default(),

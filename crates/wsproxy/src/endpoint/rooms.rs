@@ -24,7 +24,7 @@ use crate::{
     },
     http::rejection::Rejection,
     hub::Hub,
-    registry::rooms::RoomRegistry,
+    registry::{revocation::Revocations, rooms::RoomRegistry},
 };
 
 pub mod api;
@@ -62,6 +62,8 @@ pub struct Rooms {
     jwt: Option<JwtVerifier>,
     /// Seconds for which a token stays valid after its `exp`.
     leeway: u64,
+    /// Tokens that a worker has revoked.
+    revocations: Revocations,
     /// Number of this run of the instance, which heads of messages and records have.
     server: u64,
     last_connection: AtomicU64,
@@ -129,6 +131,12 @@ impl Rooms {
             }),
             jwt,
             leeway: config.jwt.leeway_seconds(),
+            revocations: Revocations::new(
+                &core.bus,
+                config.redis.response_timeout,
+                core.names.clone(),
+                config.jwt.leeway_seconds(),
+            ),
             server,
             last_connection: AtomicU64::new(0),
             message_bytes_max: u32::try_from(config.limits.max_message_bytes).unwrap_or(u32::MAX),

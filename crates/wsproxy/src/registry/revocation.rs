@@ -10,6 +10,7 @@ use futures_util::future::try_join_all;
 use wsproxy_proto::names::{Id, Names, events::Revoked};
 
 use crate::{
+    bus::Bus,
     embedded::store::EmbeddedStore,
     redis::{
         reply::{integer, odd_reply},
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// The revocations of all instances.
-pub(super) struct Revocations {
+pub(crate) struct Revocations {
     store: RevocationStore,
     names: Names,
     /// Tolerated difference of clocks, in seconds.
@@ -29,7 +30,7 @@ pub(super) struct Revocations {
 }
 
 /// Storage of revocations.
-pub(super) enum RevocationStore {
+enum RevocationStore {
     /// This process.
     Embedded(EmbeddedStore),
     /// Redis.
@@ -37,14 +38,24 @@ pub(super) enum RevocationStore {
 }
 
 impl Revocations {
-    pub(super) const fn new(store: RevocationStore, names: Names, leeway: u64) -> Self {
+    /// Opens those in the store beside a bus. A command has the deadline `response_timeout`; `leeway` is in seconds.
+    pub(crate) fn new(bus: &Bus, response_timeout: Duration, names: Names, leeway: u64) -> Self {
+        let store = match bus {
+            Bus::Embedded(bus) => RevocationStore::Embedded(bus.store()),
+            Bus::Redis(bus) => {
+                RevocationStore::Redis(Commands::new(bus.client().clone(), response_timeout))
+            }
+        };
         Self { store, names, leeway }
     }
 
     /// Returns whether a token was revoked, by its name or with all tokens of its user, in one round trip.
     ///
     /// A token without `iat` is refused as long as the store has any revocation of its user.
-    pub(super) async fn cover(
+    ///
+    /// # Errors
+    /// The store did not answer.
+    pub(crate) async fn cover(
         &self,
         user: &Id,
         token: Option<&str>,

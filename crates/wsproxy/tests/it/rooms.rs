@@ -7,5 +7,6 @@ mod faults;
 mod hostile;
 mod members;
 mod messages;
+mod revoked;
 pub(crate) mod room_client;
 mod stale;

@@ -88,8 +88,8 @@ impl Asked {
 ///
 /// # Errors
 /// 400: a client id or a name cannot be used. 401: no token, a malformed one, or no user id in development mode. 403: the
-/// token is not valid, is that of another user, or does not open the room. 429: too many attempts. 503: the issuer's
-/// keys cannot be fetched.
+/// token is not valid or was revoked, is that of another user, or does not open the room. 429: too many attempts. 503:
+/// the issuer's keys cannot be fetched, or the store does not answer.
 pub(super) async fn identify(
     rooms: &Rooms,
     asked: Asked,
@@ -103,8 +103,24 @@ pub(super) async fn identify(
     };
     rooms.attempts.count(subject, clock::now())?;
     match claims? {
-        Some(claims) => words.with_token(claims, room),
+        Some(claims) => {
+            // Behind the limit of attempts, since it asks the store.
+            check_revoked(rooms, &claims).await?;
+            words.with_token(claims, room)
+        }
         None => words.without_token(rooms.config.development),
+    }
+}
+
+/// Checks that no worker has revoked a token.
+///
+/// # Errors
+/// 403: the token was revoked. 503: the store does not answer.
+async fn check_revoked(rooms: &Rooms, claims: &Claims) -> Result<(), Rejection> {
+    let revocations = &rooms.revocations;
+    match revocations.cover(&claims.user, claims.jti.as_deref(), claims.issued_at).await? {
+        true => Err(Rejection::invalid_token("The token was revoked.")),
+        false => Ok(()),
     }
 }
 
@@ -127,7 +143,8 @@ async fn verify(
 /// Checks a newer token of a member.
 ///
 /// # Errors
-/// 403: the token is not valid, or does not open the room. 503: the issuer's keys cannot be fetched.
+/// 403: the token is not valid or was revoked, or does not open the room. 503: the issuer's keys cannot be fetched, or
+/// the store does not answer.
 pub(super) async fn check(
     rooms: &Rooms,
     token: &SecretString,
@@ -136,6 +153,7 @@ pub(super) async fn check(
     let claims = verify(rooms.jwt.as_ref(), Some(token)).await?;
     let claims =
         claims.ok_or_else(|| Rejection::invalid_token("No token can be verified here."))?;
+    check_revoked(rooms, &claims).await?;
     if !claims.rooms.opens(room) {
         return Err(Rejection::room_forbidden("The token does not open this room."));
     }
