@@ -198,8 +198,10 @@ impl Positions {
     /// Returns the time at which [`Self::take_writes`] should be called, in microseconds; 0: at once.
     #[must_use]
     pub fn writes_due(&self) -> Option<u64> {
+        // A reader that makes the room more than local gets all positions published.
+        let pause = if self.is_alone() { LOCAL_WRITES } else { SECOND };
         (!self.unwritten.is_empty())
-            .then(|| self.written_at.map_or(0, |at| at.saturating_add(SECOND)))
+            .then(|| self.written_at.map_or(0, |at| at.saturating_add(pause)))
     }
 
     /// Takes the batch that is due at `now`.
@@ -244,7 +246,8 @@ impl Positions {
         self.published_at.map_or(0, |at| at.saturating_add(pause))
     }
 
-    /// Takes the positions that are to be written to Redis at `now`: those that have changed since, once per second.
+    /// Takes the positions that are to be written to Redis at `now`: those that have changed since, once per second; of a
+    /// room that is alone every two seconds.
     pub fn take_writes(&mut self, now: u64) -> impl ExactSizeIterator<Item = Position<'_>> {
         let is_due = self.writes_due().is_some_and(|at| now >= at);
         let indexes = if is_due { std::mem::take(&mut self.unwritten) } else { Vec::new() };
@@ -257,6 +260,20 @@ impl Positions {
             }
         }
         indexes.into_iter().map(|index| self.at(index))
+    }
+
+    /// Takes the positions of a member that are not written yet: its connection has ended, and it may come back at another
+    /// instance.
+    pub fn take_writes_of(&mut self, client: &str) -> impl ExactSizeIterator<Item = Position<'_>> {
+        let mut taken = self.clients.get(client).cloned().unwrap_or_default();
+        taken.retain(|index| {
+            let entry = self.entries[*index as usize].as_mut();
+            entry.is_some_and(|entry| std::mem::take(&mut entry.is_unwritten))
+        });
+        if !taken.is_empty() {
+            self.unwritten.retain(|index| !taken.contains(index));
+        }
+        taken.into_iter().map(|index| self.at(index))
     }
 
     /// Returns the number of positions.
@@ -357,6 +374,9 @@ impl Batch<'_> {
 
 /// Time between two publishes of a room that is alone, and between two writes, in microseconds.
 pub const SECOND: u64 = 1_000_000;
+
+/// Time between two writes of a room that is alone, in microseconds.
+pub const LOCAL_WRITES: u64 = 2 * SECOND;
 
 #[cfg(test)]
 mod tests {
@@ -459,7 +479,7 @@ mod tests {
 
     #[test]
     fn positions_are_written_once_per_second() {
-        let mut positions = alone();
+        let mut positions = positions(TICK);
         positions.put("a", "e", b"1");
         positions.put("b", "e", b"1");
         assert_eq!(tell(positions.take_writes(START)), ["a e 1", "b e 1"]);
@@ -470,6 +490,33 @@ mod tests {
         assert_eq!(positions.writes_due(), None);
         positions.rewrite_all();
         assert_eq!(tell(positions.take_writes(START + 2 * SECOND)).len(), 2);
+    }
+
+    #[test]
+    fn positions_of_a_local_room_are_written_less_often() {
+        let mut positions = alone();
+        positions.put("a", "e", b"1");
+        assert_eq!(tell(positions.take_writes(START)).len(), 1);
+        positions.put("a", "e", b"2");
+        assert_eq!(positions.writes_due(), Some(START + LOCAL_WRITES));
+        positions.set_local(false);
+        assert_eq!(positions.writes_due(), Some(START + SECOND));
+    }
+
+    #[test]
+    fn positions_of_a_member_that_goes_are_written_at_once() {
+        let mut positions = alone();
+        for (client, entity) in [("a", "e"), ("a", "f"), ("b", "e")] {
+            positions.put(client, entity, b"1");
+        }
+        assert_eq!(tell(positions.take_writes_of("a")), ["a e 1", "a f 1"]);
+        for client in ["a", "c"] {
+            assert_eq!(positions.take_writes_of(client).len(), 0);
+        }
+        assert_eq!(tell(positions.take_writes(START)), ["b e 1"]);
+        positions.put("a", "f", b"2");
+        assert_eq!(tell(positions.take_writes_of("a")), ["a f 2"]);
+        assert_eq!(positions.writes_due(), None);
     }
 
     #[test]

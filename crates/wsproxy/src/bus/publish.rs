@@ -22,11 +22,17 @@ pub struct Publish {
 }
 
 impl Publish {
+    /// Returns whether there is a message for subscribers.
+    pub(crate) const fn is_message(&self) -> bool {
+        !matches!(self.keep, Keep::Positions(_))
+    }
+
     /// Returns the bytes of the message in a bounded queue.
     pub(crate) fn queued_bytes(&self) -> usize {
         let keep = match &self.keep {
             Keep::History(_) => 2 * QUEUED_OVERHEAD_BYTES,
             Keep::Room(write) => write.bytes(),
+            Keep::Positions(write) => write.bytes(),
             Keep::Nothing | Keep::IfNoReceiver { .. } => 0,
         };
         self.channel.len() + self.payload.len() + keep + QUEUED_OVERHEAD_BYTES
@@ -55,6 +61,43 @@ pub enum Keep {
     /// The state of a room's member: it is changed and the message is published, atomically, if the member's connection
     /// still holds its place. Otherwise nothing is done, and the outcome is `Kept`.
     Room(Box<RoomWrite>),
+    /// Positions of a room's members, each of which is written if its member's connection still holds its place. There is
+    /// no message: the write only has its turn among those of the queue.
+    Positions(Box<RoomPositions>),
+}
+
+/// Newest positions of a room's members.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoomPositions {
+    /// Keys of the room: members, meta, entities, positions.
+    pub keys: [String; 4],
+    /// Time to live of the room's keys.
+    pub ttl: Duration,
+    /// The positions, at most 500.
+    pub positions: Vec<RoomPosition>,
+}
+
+/// Position of an entity.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoomPosition {
+    /// Client id of the member.
+    pub client: Box<str>,
+    /// Connection of the member, as its record has it.
+    pub connection: Box<str>,
+    /// Id of the entity.
+    pub entity: Box<str>,
+    /// The position, as the member sent it.
+    pub position: Box<[u8]>,
+}
+
+impl RoomPositions {
+    fn bytes(&self) -> usize {
+        let of = |one: &RoomPosition| {
+            one.client.len() + one.connection.len() + one.entity.len() + one.position.len()
+        };
+        let keys = self.keys.iter().map(String::len).sum::<usize>();
+        keys + self.positions.iter().map(|one| of(one) + POSITION_OVERHEAD_BYTES).sum::<usize>()
+    }
 }
 
 /// Change of the state of a room's member.
@@ -188,6 +231,9 @@ pub enum BusError {
     #[error("the bus is closed")]
     Closed,
 }
+
+/// Estimate of a queued position's cost beside its bytes.
+const POSITION_OVERHEAD_BYTES: usize = 64;
 
 /// Estimate of a queued message's cost beside its bytes.
 const QUEUED_OVERHEAD_BYTES: usize = 128;

@@ -146,7 +146,7 @@ impl Rooms {
             is_development: development::is_on(config),
             total: TotalRate::new(&config.rooms),
             patience: reliable::patience(&config.rooms),
-            keeper: Keeper::new(core),
+            keeper: Keeper::new(core, &table),
             registry,
             table,
             ticker: Arc::default(),

@@ -4,10 +4,10 @@ use bytes::BytesMut;
 use wsproxy_proto::{history::HistoryLimits, names};
 
 use crate::{
-    bus::publish::{History, Keep, Publish, RoomOp, RoomWrite},
+    bus::publish::{History, Keep, Publish, RoomOp, RoomPositions, RoomWrite},
     redis::{
         resp,
-        script::{EXACT_MAX, PUBLISH, ROOM_STATE},
+        script::{EXACT_MAX, PUBLISH, ROOM_FIELDS, ROOM_STATE},
         words::milliseconds,
     },
 };
@@ -25,6 +25,7 @@ pub(super) fn spell_publish(publish: &Publish, is_script_loaded: bool, out: &mut
             spell_with_history(channel, payload, history, is_script_loaded, out);
         }
         Keep::Room(write) => spell_room_write(publish, write, is_script_loaded, out),
+        Keep::Positions(write) => spell_positions(write, is_script_loaded, out),
         Keep::IfNoReceiver { log, entries_max, bytes_max, ttl } => {
             resp::command(out, 9);
             resp::word(out, b"EVAL");
@@ -102,6 +103,26 @@ fn spell_room_write(publish: &Publish, write: &RoomWrite, is_loaded: bool, out: 
     resp::number(out, milliseconds(*ttl));
     resp::word(out, name);
     arguments.into_iter().flatten().for_each(|argument| resp::word(out, argument));
+}
+
+/// Spells a write of positions.
+fn spell_positions(write: &RoomPositions, is_loaded: bool, out: &mut BytesMut) {
+    let RoomPositions { keys, ttl, positions } = write;
+    resp::command(out, 10 + 4 * positions.len());
+    for word in ROOM_FIELDS.call(is_loaded) {
+        resp::word(out, word);
+    }
+    resp::number(out, keys.len() as u64);
+    keys.iter().for_each(|key| resp::word(out, key.as_bytes()));
+    resp::word(out, b"positions");
+    resp::number(out, milliseconds(*ttl));
+    resp::word(out, b"");
+    for one in positions {
+        for word in [&one.client, &one.connection, &one.entity] {
+            resp::word(out, word.as_bytes());
+        }
+        resp::word(out, &one.position);
+    }
 }
 
 /// Returns the number of receivers, or -1 if the message was kept instead. Every entry has in `sum` the bytes of

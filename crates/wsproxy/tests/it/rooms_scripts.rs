@@ -38,6 +38,10 @@ impl Room {
         eval(self.server(), LEAVE, &words)
     }
 
+    fn keys(&self) -> usize {
+        keys().iter().map(|key| self.server().call(&["EXISTS", key]).integer() as usize).sum()
+    }
+
     fn state(&self, client: &str, connection: &str, op: &[&str]) -> i64 {
         let words = [&[client, connection, CHANNEL, "message", "3600000"], op].concat();
         eval(self.server(), STATE, &words).integer()
@@ -182,6 +186,30 @@ async fn state_is_changed_by_the_holder_only() {
 }
 
 #[tokio::test]
+async fn fields_are_written_for_the_holder_only() {
+    let room = Room::open().await;
+    room.join("phone", "k1", "alice", "");
+    let fields = |key: &str, absent: &str, fields: &[&str]| {
+        let words = [&[key, "3600000", absent], fields].concat();
+        eval(room.server(), FIELDS, &words).integer()
+    };
+    let three = ["phone", "k1", "e", "1", "phone", "k0", "f", "1", "tab", "k2", "g", "1"];
+    assert_eq!(fields("positions", "", &three), 1);
+    assert_eq!(
+        (room.fields("positions"), room.fields("entities")),
+        (vec!["phone e".into()], vec![])
+    );
+    assert!((3_500_000..=3_600_000).contains(&room.ttl("positions")));
+    // A member that Redis has lost is about to join again; one that has another connection is not.
+    assert_eq!(fields("entities", "absent", &three), 2);
+    assert_eq!(room.fields("entities"), ["phone e", "tab g"]);
+    room.leave(&["phone", "k1"], &["phone e"]);
+    assert_eq!(fields("positions", "", &three), 0);
+    assert_eq!(fields("positions", "", &[]), 0);
+    assert_eq!(room.fields("positions").len(), 0);
+}
+
+#[tokio::test]
 async fn entities_and_positions_leave_with_their_member() {
     for fields in [&["*"][..], &["phone e", "phone f", "tab e"]] {
         let room = Room::open().await;
@@ -238,6 +266,8 @@ fn scripts_of_rooms_run_in_a_cluster() {
     }
     let spawn = ["phone", "k1", CHANNEL, "message", "60000", "spawn", "e", "snapshot"];
     assert_eq!(eval(&server, STATE, &spawn).integer(), 0);
+    let fields = ["positions", "60000", "", "phone", "k1", "e", "position"];
+    assert_eq!(eval(&server, FIELDS, &fields).integer(), 1);
     let leave = [CHANNEL, &origin, "60000", "1", "phone", "k1", "*"];
     assert_eq!(eval(&server, LEAVE, &leave), gone(&["phone"]));
 }
@@ -246,5 +276,6 @@ fn scripts_of_rooms_run_in_a_cluster() {
 const FROM: Connection = Connection { server: 0x0102_0304_0506_0708, number: 9 };
 const CHANNEL: &str = "room:lobby";
 const JOIN: &str = include_str!("../../../../spec/scripts/room_join.lua");
+const FIELDS: &str = include_str!("../../../../spec/scripts/room_fields.lua");
 const LEAVE: &str = include_str!("../../../../spec/scripts/room_leave.lua");
 const STATE: &str = include_str!("../../../../spec/scripts/room_state.lua");

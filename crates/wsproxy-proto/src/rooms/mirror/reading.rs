@@ -47,6 +47,8 @@ pub struct Reading {
     pub entities: Vec<(Bytes, Bytes)>,
     /// Fields, as [`wire::field`] writes them, and positions.
     pub positions: Vec<(Bytes, Bytes)>,
+    /// The store cannot have lost a member: one that is missing has left.
+    pub is_certain: bool,
 }
 
 /// Outcome of a reading.
@@ -183,6 +185,11 @@ impl Mirror {
         self.reader.want(at);
     }
 
+    /// As [`Self::want_reading`], also where a reading is under way, which may be too old.
+    pub fn want_later_reading(&mut self, at: u64) {
+        self.reader.want_anew(at);
+    }
+
     /// Notes that the link of subscriptions was lost: news may be missed from now on. A reading that is under way is
     /// void. Once the subscription is confirmed again, [`Self::want_reading`] is to be called.
     pub fn lose_link(&mut self) {
@@ -254,7 +261,8 @@ impl Mirror {
         (self.replica.known, self.replica.told) = (draft.known, told);
         self.reader.is_missing_news = self.reader.wanted.is_some();
         self.replica.is_current = true;
-        self.adopt(&draft, under_way.began, changes);
+        let began = (!reading.is_certain).then_some(under_way.began);
+        self.adopt(&draft, began, changes);
         if !self.is_complete() {
             changes.truncate(from);
             let known = self.replica.known;
@@ -329,8 +337,9 @@ impl Mirror {
         (draft, orphans)
     }
 
-    /// Changes the members, entities and positions to those of `draft`.
-    fn adopt(&mut self, draft: &Replica, began: u64, changes: &mut Vec<Change>) {
+    /// Changes the members, entities and positions to those of `draft`, whose reading `began` then; `None`: the reading is
+    /// certain.
+    fn adopt(&mut self, draft: &Replica, began: Option<u64>, changes: &mut Vec<Change>) {
         for (client, found) in draft.state.members() {
             if self.replica.state.member(client).is_none() {
                 let told = self.replica.told;
@@ -432,7 +441,7 @@ impl Mirror {
     }
 
     /// Removes members that this reading lacked and an earlier one too, or whose leave was published.
-    fn forget_missing(&mut self, draft: &Replica, began: u64, changes: &mut Vec<Change>) {
+    fn forget_missing(&mut self, draft: &Replica, began: Option<u64>, changes: &mut Vec<Change>) {
         let mut gone: Vec<Box<str>> = Vec::new();
         let mut look_again: Option<u64> = None;
         let missing =
@@ -440,12 +449,15 @@ impl Mirror {
         let missing: Vec<Box<str>> = missing.map(|(client, _)| client.into()).collect();
         for client in missing {
             let Some(member) = self.replica.state.member_mut(&client) else { continue };
-            let at = *member.missing_since.get_or_insert(began) + MISSING_MAX;
-            // No client was told of a member that the first reading lacks.
-            if !self.reader.is_complete || member.is_leaving || began >= at {
-                gone.push(client);
-            } else {
-                look_again = Some(look_again.map_or(at, |again| again.min(at)));
+            let stays_until = began.and_then(|began| {
+                let until = *member.missing_since.get_or_insert(began) + MISSING_MAX;
+                // No client was told of a member that the first reading lacks.
+                let stays = self.reader.is_complete && !member.is_leaving && began < until;
+                stays.then_some(until)
+            });
+            match stays_until {
+                Some(until) => look_again = Some(look_again.map_or(until, |at| at.min(until))),
+                None => gone.push(client),
             }
         }
         self.reader.look_again = look_again;

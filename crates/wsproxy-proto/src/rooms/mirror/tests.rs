@@ -225,6 +225,20 @@ fn too_many_news_during_a_reading_have_it_repeated() {
 }
 
 #[test]
+fn a_certain_reading_ends_a_member_whose_leave_was_lost() {
+    let mut mirror = mirror(10, &["a", "b"]);
+    for is_certain in [false, true] {
+        let reading = Reading { is_certain, ..reading(11, &["b"]) };
+        let ticket = mirror.begin_reading(1);
+        let mut changes = Vec::new();
+        mirror.apply_reading(ticket, &reading, 1, &mut changes);
+        let expected = if is_certain { vec![left("a", &[])] } else { vec![] };
+        assert_eq!(changes, expected);
+    }
+    assert_eq!(mirror.due().map(|due| due.read), Some(Read::Positions));
+}
+
+#[test]
 fn fields_of_no_member_are_reported() {
     let mut mirror = mirror(10, &["a"]);
     let fields = pairs(&[("a e", "s"), ("x e", "s"), ("x f", "s"), ("y e", "s")]);

@@ -22,9 +22,10 @@ use crate::{
         publish::{Keep, Publish},
     },
     core::Core,
+    endpoint::rooms::table::Table,
     hub::Hub,
     redis::{
-        reply::{integer, odd_reply, text},
+        reply::{odd_reply, text},
         resp::Reply,
         script,
         words::milliseconds,
@@ -48,7 +49,7 @@ pub(super) struct Keeper {
 enum KeeperBackend {
     /// This process. The lock covers a change and its publishing, so that both have one order. The mirror of a room is
     /// all of its further state.
-    Embedded(Mutex<HashMap<Id, EmbeddedRoom>>, Arc<Hub>),
+    Embedded(Mutex<HashMap<Id, EmbeddedRoom>>, Arc<Hub>, Arc<Table>),
     /// Redis.
     Redis(Commands),
 }
@@ -102,11 +103,14 @@ pub(super) enum Joined {
 }
 
 impl Keeper {
-    /// Makes the store of an instance.
-    pub(super) fn new(core: &Core) -> Self {
+    /// Makes the store of an instance, whose rooms are in `table`.
+    pub(super) fn new(core: &Core, table: &Arc<Table>) -> Self {
         let config = &core.config;
         let backend = match &core.bus {
-            Bus::Embedded(_) => KeeperBackend::Embedded(Mutex::default(), Arc::clone(&core.hub)),
+            Bus::Embedded(_) => {
+                let (hub, table) = (Arc::clone(&core.hub), Arc::clone(table));
+                KeeperBackend::Embedded(Mutex::default(), hub, table)
+            }
             Bus::Redis(bus) => KeeperBackend::Redis(Commands::new(
                 bus.client().clone(),
                 config.redis.response_timeout,
@@ -126,7 +130,7 @@ impl Keeper {
     /// The store did not answer. The join may take effect later: run [`Self::leave`].
     pub(super) async fn join(&self, join: Join<'_>) -> Result<Joined, StoreError> {
         match &self.backend {
-            KeeperBackend::Embedded(rooms, hub) => {
+            KeeperBackend::Embedded(rooms, hub, table) => {
                 let mut rooms = rooms.lock();
                 let room = rooms.entry_ref(join.room).or_default();
                 let (joined, told) = room.join(join, self.members_max);
@@ -134,7 +138,7 @@ impl Keeper {
                     rooms.remove(join.room);
                 }
                 if let Some(told) = told {
-                    self.publish(hub, join.room, told);
+                    self.publish(hub, table, join.room, told);
                 }
                 Ok(joined)
             }
@@ -154,14 +158,14 @@ impl Keeper {
         fields: &[String],
     ) -> Result<Vec<Id>, StoreError> {
         match &self.backend {
-            KeeperBackend::Embedded(rooms, hub) => {
+            KeeperBackend::Embedded(rooms, hub, table) => {
                 let mut rooms = rooms.lock();
                 let Some(state) = rooms.get_mut(room) else { return Ok(Vec::new()) };
                 let mut gone = Vec::new();
                 for (client, connection) in members {
                     if state.leave(client, *connection) {
                         let left = wire::leave(*connection, state.version, client.as_str());
-                        self.publish(hub, room, left);
+                        self.publish(hub, table, room, left);
                         gone.push(client.clone());
                     }
                 }
@@ -182,9 +186,9 @@ impl Keeper {
     /// The store did not answer.
     pub(super) async fn read(&self, room: &Id) -> Result<Reading, StoreError> {
         match &self.backend {
-            KeeperBackend::Embedded(rooms, _) => {
+            KeeperBackend::Embedded(rooms, ..) => {
                 let rooms = rooms.lock();
-                let mut reading = Reading::default();
+                let mut reading = Reading { is_certain: true, ..Reading::default() };
                 if let Some(state) = rooms.get(room) {
                     reading.version = state.version;
                     reading.members = state.members.iter().map(|(c, m)| m.field(c)).collect();
@@ -203,7 +207,7 @@ impl Keeper {
                 )?;
                 let version = text(&version).and_then(|version| version.parse().ok());
                 let version = version.unwrap_or_default();
-                Ok(Reading { version, members, entities, positions })
+                Ok(Reading { version, members, entities, positions, is_certain: false })
             }
         }
     }
@@ -229,46 +233,29 @@ impl Keeper {
         matches!(self.backend, KeeperBackend::Redis(_))
     }
 
-    /// Writes the newest positions of a room.
-    ///
-    /// # Errors
-    /// The store did not answer.
-    pub(super) async fn save_positions(
-        &self,
-        room: &Id,
-        positions: Vec<(String, Bytes)>,
-    ) -> Result<(), StoreError> {
-        self.save(self.names.room_positions(room), positions).await
-    }
-
-    /// Writes snapshots of entities again, since Redis may have lost them.
+    /// Writes snapshots of a member's entities again, since Redis may have lost them. A member that has another connection
+    /// by now keeps what that one has written.
     ///
     /// # Errors
     /// The store did not answer.
     pub(super) async fn save_entities(
         &self,
         room: &Id,
-        entities: Vec<(String, Bytes)>,
+        (client, connection): (&Id, Connection),
+        entities: &[(Box<str>, Bytes)],
     ) -> Result<(), StoreError> {
-        self.save(self.names.room_entities(room), entities).await
-    }
-
-    async fn save(&self, key: String, fields: Vec<(String, Bytes)>) -> Result<(), StoreError> {
         let KeeperBackend::Redis(commands) = &self.backend else { return Ok(()) };
-        if fields.is_empty() {
-            return Ok(());
-        }
-        let key = Bytes::from(key);
-        let mut words: Vec<Bytes> = vec![Bytes::from_static(b"HSET"), key.clone()];
-        for (field, value) in fields {
-            words.extend([field.into(), value]);
-        }
-        let added = commands.call(&words).await?;
-        if integer(&added)? > 0 {
-            // The key may be new. Joins renew it with the others.
-            let ttl = milliseconds(KEYS_TTL).to_string();
-            let renewal: [&[u8]; 3] = [b"PEXPIRE", &key, ttl.as_bytes()];
-            commands.call(&renewal).await?;
+        let (keys, connection) = (self.keys(room), connection.to_string());
+        let ttl = milliseconds(KEYS_TTL).to_string();
+        for some in entities.chunks(WRITTEN_AT_ONCE) {
+            let mut words: Vec<&[u8]> = vec![b"4"];
+            words.extend(keys.iter().map(String::as_bytes));
+            words.extend([&b"entities"[..], ttl.as_bytes(), b"absent"]);
+            for (entity, snapshot) in some {
+                let client = client.as_str().as_bytes();
+                words.extend([client, connection.as_bytes(), entity.as_bytes(), snapshot]);
+            }
+            commands.run_script(&script::ROOM_FIELDS, &words).await?;
         }
         Ok(())
     }
@@ -370,10 +357,15 @@ impl Keeper {
         ]
     }
 
-    /// Publishes a change in this process. A bus that takes no more is closed or full: the rooms are read again then.
-    fn publish(&self, hub: &Hub, room: &Id, frame: Bytes) {
+    /// Publishes a change in this process. Where the queue of the bus is full the room is read instead.
+    fn publish(&self, hub: &Hub, table: &Table, room: &Id, frame: Bytes) {
         let channel = self.names.room(room).into();
-        drop(hub.publish(Publish { channel, payload: frame, keep: Keep::Nothing, receipt: None }));
+        let publish = Publish { channel, payload: frame, keep: Keep::Nothing, receipt: None };
+        if hub.publish(publish).is_err()
+            && let Some(room) = table.get(room)
+        {
+            room.read_behind();
+        }
     }
 }
 
@@ -453,5 +445,105 @@ async fn fields(commands: &Commands, key: &str) -> Result<Vec<(Bytes, Bytes)>, S
     Ok(parts.chunks_exact(2).filter_map(field).collect())
 }
 
+/// Most entities that one script writes.
+const WRITTEN_AT_ONCE: usize = 500;
+
 /// Time to live of a room's keys, which each join renews.
 pub(super) const KEYS_TTL: Duration = Duration::from_secs(3600);
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use futures_util::FutureExt;
+    use wsproxy_conn::clock;
+
+    use super::*;
+    use crate::{
+        config::{Config, rooms::Development},
+        endpoint::rooms::{Rooms, room::Room, table::RoomHold},
+        server::Instance,
+    };
+
+    /// An instance on the embedded bus, with a room that is open and has no members.
+    async fn open() -> (Instance, Arc<Rooms>, RoomHold) {
+        let mut config = Config::default();
+        (config.server.bind, config.server.port) = (IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+        config.endpoints.rooms = true;
+        config.rooms.development = Development::Loopback;
+        config.redis.publish_queue_bytes = 64 << 10;
+        let instance = Instance::start(config, |_, _| axum::Router::new()).await.unwrap();
+        let rooms = Arc::clone(&instance.families().rooms);
+        let id = Id::parse("lobby").unwrap();
+        let make = |bytes| Room::new(&rooms, &id, bytes, clock::now());
+        let hold = rooms.table.hold(&id, make).unwrap();
+        hold.room().open(&rooms).await.unwrap();
+        (instance, rooms, hold)
+    }
+
+    /// Fills the queue of the bus: nothing is delivered before the test waits.
+    fn fill(rooms: &Rooms) {
+        let empty = || Publish {
+            channel: "x".into(),
+            payload: Bytes::new(),
+            keep: Keep::Nothing,
+            receipt: None,
+        };
+        while rooms.hub.publish(empty()).is_ok() {}
+    }
+
+    fn join(rooms: &Rooms, client: &str, number: u64) {
+        let connection = Connection { server: rooms.server, number };
+        let (room, client) = (Id::parse("lobby").unwrap(), Id::parse(client).unwrap());
+        let (user, json, is_again) = (&client, "{}", false);
+        let join = Join { room: &room, client: &client, connection, user, json, is_again };
+        let joined = rooms.keeper.join(join).now_or_never().unwrap().unwrap();
+        assert!(matches!(joined, Joined::Held { .. }));
+    }
+
+    fn leave(rooms: &Rooms, client: &str, number: u64) {
+        let connection = Connection { server: rooms.server, number };
+        let (room, client) = (Id::parse("lobby").unwrap(), Id::parse(client).unwrap());
+        let members = [(client, connection)];
+        let left = rooms.keeper.leave(&room, &members, &[]);
+        assert_eq!(left.now_or_never().unwrap().unwrap().len(), 1);
+    }
+
+    async fn has_members(room: &Room, wanted: &[&str]) {
+        for _ in 0..500 {
+            let mut found: Vec<_> = room.records().into_iter().map(|(client, _)| client).collect();
+            found.sort_unstable();
+            if found == wanted {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{:?} instead of {wanted:?}", room.records());
+    }
+
+    #[tokio::test]
+    async fn a_join_that_finds_the_queue_full_is_read() {
+        let (instance, rooms, hold) = open().await;
+        fill(&rooms);
+        join(&rooms, "ann", 1);
+        has_members(hold.room(), &["ann"]).await;
+        drop(hold);
+        instance.drain(()).await;
+    }
+
+    #[tokio::test]
+    async fn a_leave_that_finds_the_queue_full_is_read() {
+        let (instance, rooms, hold) = open().await;
+        join(&rooms, "ann", 1);
+        has_members(hold.room(), &["ann"]).await;
+        // The news of one join are still on their way.
+        join(&rooms, "bob", 2);
+        fill(&rooms);
+        leave(&rooms, "ann", 1);
+        leave(&rooms, "bob", 2);
+        join(&rooms, "cat", 3);
+        has_members(hold.room(), &["cat"]).await;
+        drop(hold);
+        instance.drain(()).await;
+    }
+}

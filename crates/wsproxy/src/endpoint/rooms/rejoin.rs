@@ -156,7 +156,8 @@ async fn join_one(membership: &Membership) {
 async fn write(membership: &Membership) -> Result<Joined, StoreError> {
     let (rooms, room) = (&membership.rooms, &membership.room);
     let entities = room.snapshots_of(&membership.client);
-    rooms.keeper.save_entities(&room.id, entities.clone()).await?;
+    let member = (&membership.client, membership.connection);
+    rooms.keeper.save_entities(&room.id, member, &entities).await?;
     let joined = membership.join_again().await?;
     if matches!(joined, Joined::Held { .. }) {
         // What the member has changed meanwhile was refused, since it was no member, or is older in the store now.

@@ -40,7 +40,7 @@ use crate::{
         member::{Ending, LeaveKind, Membership},
         record,
         reliable::Reliable,
-        room::pace::Pace,
+        room::{owed::Owed, pace::Pace},
     },
     http::rejection::Rejection,
     hub::{inbox::Inbox, sink::Sink, subscription::Subscription},
@@ -49,7 +49,9 @@ use crate::{
 mod greet;
 mod hear;
 mod moves;
+mod owed;
 mod pace;
+mod places;
 mod read;
 mod reliable;
 mod say;
@@ -95,8 +97,14 @@ struct State {
     counted: usize,
     /// Time of the reading for which a task waits; `None`: there is no task.
     reads_at: Option<u64>,
-    /// Time at which all positions are to be published, since a publish has failed.
+    /// Time at which all positions and what is owed are to be published, since a publish has failed.
     owes_at: Micros,
+    /// Changes of members here that other instances may lack.
+    owed: Owed,
+    /// Writes of positions that the store has not answered.
+    writes_waiting: usize,
+    /// The room is read when the bus has delivered what it has taken.
+    reads_behind: bool,
     /// Time of the room's entry at the ticker.
     ticks_at: Micros,
     /// The last tick came so late that this instance listens first.
@@ -166,6 +174,9 @@ impl Room {
                 counted: 0,
                 reads_at: None,
                 owes_at: Micros::NEVER,
+                owed: Owed::default(),
+                writes_waiting: 0,
+                reads_behind: false,
                 ticks_at: Micros::NEVER,
                 is_late: false,
                 is_closed: false,
@@ -230,6 +241,9 @@ impl Room {
         let mut state = self.state.lock();
         let at = state.members.iter().position(|member| member.number == number);
         let removed = at.map(|at| state.members.swap_remove(at));
+        if let Some(removed) = &removed {
+            self.write_positions_of(&mut state, removed);
+        }
         drop(state);
         let waiting = removed.as_ref().and_then(|member| member.reliable.as_ref());
         if let (Some(reliable), Some(rooms)) = (waiting, self.rooms.upgrade()) {
@@ -388,16 +402,9 @@ impl Room {
         clients.flat_map(fields).collect()
     }
 
-    /// Returns the entities of a member, as the store keeps them.
-    pub(super) fn snapshots_of(&self, client: &Id) -> Vec<(String, Bytes)> {
-        let state = self.state.lock();
-        let client = client.as_str();
-        let entities = state.mirror.member(client).map(|member| member.entities());
-        let entities = entities.into_iter().flatten().filter_map(|entity| {
-            let snapshot = Bytes::copy_from_slice(entity.snapshot()?);
-            Some((wire::field(client, entity.id()), snapshot))
-        });
-        entities.collect()
+    /// Returns the entities of a member with their snapshots.
+    pub(super) fn snapshots_of(&self, client: &Id) -> Vec<(Box<str>, Bytes)> {
+        self.state.lock().snapshots_of(client.as_str())
     }
 
     /// Notes that Redis may have lost the state of the room: it is read and written again.
@@ -451,6 +458,15 @@ pub(super) struct Sizes {
 }
 
 impl State {
+    /// Returns the entities of a member with their snapshots.
+    fn snapshots_of(&self, client: &str) -> Vec<(Box<str>, Bytes)> {
+        let entities = self.mirror.member(client).map(|member| member.entities());
+        let snapshots = entities.into_iter().flatten().filter_map(|entity| {
+            Some((entity.id().into(), Bytes::copy_from_slice(entity.snapshot()?)))
+        });
+        snapshots.collect()
+    }
+
     fn member_mut(&mut self, number: u64) -> Option<&mut MemberHere> {
         self.members.iter_mut().find(|member| member.number == number)
     }

@@ -191,7 +191,9 @@ impl PipelineTask {
             PipelineRequest::Publish(publish) => {
                 spell_publish(&publish, self.is_script_loaded, out);
                 match publish.keep {
-                    Keep::History(_) | Keep::Room(_) => Waiting::Scripted(Box::new(publish)),
+                    Keep::History(_) | Keep::Room(_) | Keep::Positions(_) => {
+                        Waiting::Scripted(Box::new(publish))
+                    }
                     Keep::Nothing | Keep::IfNoReceiver { .. } => Waiting::Publish(publish.receipt),
                 }
             }
@@ -214,7 +216,7 @@ impl PipelineTask {
 
     /// Loads the scripts. Requests are done in order, so every later call finds them loaded.
     fn load_scripts(&mut self, out: &mut BytesMut) {
-        for script in [&script::PUBLISH, &script::ROOM_STATE] {
+        for script in [&script::PUBLISH, &script::ROOM_STATE, &script::ROOM_FIELDS] {
             self.scripts_loading += 1;
             script.load(out);
             self.waiting.push_back((Waiting::Script, 0));
@@ -289,15 +291,17 @@ impl PipelineTask {
                         self.load_scripts(output);
                     }
                     self.again.push_back(publish);
-                } else {
+                } else if publish.is_message() {
                     self.published(value, publish.receipt);
+                } else {
+                    self.complain(value);
+                    self.shared.health.writes.answered(refusal_of(value));
+                    answer(publish.receipt, outcome_of(value));
                 }
             }
             Waiting::Urgent(receipt) => {
                 self.complain(value);
-                if let Some(receipt) = receipt {
-                    receipt.published(outcome_of(value));
-                }
+                answer(receipt, outcome_of(value));
             }
             Waiting::Command(caller) => {
                 if let Some(refusal) = refusal_of(value) {
@@ -341,9 +345,7 @@ impl PipelineTask {
             }
             Outcome::Lost => counters.publish_lost.add(1),
         }
-        if let Some(receipt) = receipt {
-            receipt.published(outcome);
-        }
+        answer(receipt, outcome);
     }
 
     fn complain(&self, value: &RespValue<'_>) {
@@ -361,21 +363,13 @@ impl PipelineTask {
             match waiting {
                 Waiting::Publish(receipt) => {
                     lost += 1;
-                    if let Some(receipt) = receipt {
-                        receipt.published(Outcome::Lost);
-                    }
+                    answer(receipt, Outcome::Lost);
                 }
                 Waiting::Scripted(publish) => {
-                    lost += 1;
-                    if let Some(receipt) = publish.receipt {
-                        receipt.published(Outcome::Lost);
-                    }
+                    lost += u64::from(publish.is_message());
+                    answer(publish.receipt, Outcome::Lost);
                 }
-                Waiting::Urgent(receipt) => {
-                    if let Some(receipt) = receipt {
-                        receipt.published(Outcome::Lost);
-                    }
-                }
+                Waiting::Urgent(receipt) => answer(receipt, Outcome::Lost),
                 Waiting::Command(caller) => {
                     drop(caller.send(Err(StoreError::Lost(cause.into()))));
                 }
@@ -398,10 +392,10 @@ impl PipelineTask {
     /// Fails all queued requests, at the end.
     fn fail_queued(&mut self) {
         self.pipeline.queue.close();
-        let again = std::mem::take(&mut self.again);
-        let mut lost = again.len() as u64;
-        for receipt in again.into_iter().filter_map(|publish| publish.receipt) {
-            receipt.published(Outcome::Lost);
+        let mut lost = 0;
+        for publish in std::mem::take(&mut self.again) {
+            lost += u64::from(publish.is_message());
+            answer(publish.receipt, Outcome::Lost);
         }
         loop {
             self.pipeline.queue.take(usize::MAX, BATCH, &mut self.batch);
@@ -411,10 +405,8 @@ impl PipelineTask {
             for request in self.batch.drain(..) {
                 match request {
                     PipelineRequest::Publish(publish) => {
-                        lost += 1;
-                        if let Some(receipt) = publish.receipt {
-                            receipt.published(Outcome::Lost);
-                        }
+                        lost += u64::from(publish.is_message());
+                        answer(publish.receipt, Outcome::Lost);
                     }
                     PipelineRequest::Command(_, caller) => {
                         drop(caller.send(Err(StoreError::Closed)))
@@ -447,6 +439,13 @@ enum Waiting {
     Write,
     /// The loading of the script.
     Script,
+}
+
+/// Gives a caller its outcome.
+fn answer(receipt: Option<Arc<dyn Receipt>>, outcome: Outcome) {
+    if let Some(receipt) = receipt {
+        receipt.published(outcome);
+    }
 }
 
 fn is_of_a_replica(value: &RespValue<'_>) -> bool {

@@ -11,7 +11,8 @@ use crate::{
     },
     support::{
         client::Client,
-        eventually_yes,
+        eventually, eventually_yes,
+        fault_proxy::{Cut, FaultProxy, Faults},
         gateway::{Backend, TestInstance},
         redis_server::RedisServer,
     },
@@ -164,6 +165,118 @@ async fn come_and_go_while(trouble: Trouble) {
             assert!(!told.contains(&format!("leave {name}")), "{trouble:?} {name}: {told:?}");
         }
     }
+}
+
+/// A leave whose grace ends while Redis is away runs when it is back, and is told once.
+async fn leave_while(trouble: Trouble) {
+    let mut server = RedisServer::start();
+    let url = server.url();
+    let start = async || {
+        let mut config = crate::support::gateway::config(Some(&url));
+        config.endpoints.rooms = true;
+        config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+        config.rooms.leave_grace = Duration::from_secs(1);
+        config.rate_limit.max_requests_is_set = true;
+        TestInstance::start(config).await
+    };
+    let (one, two) = (start().await, start().await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut bob = RoomClient::join(&two, "bob").await;
+    let cat = RoomClient::join(&one, "cat").await;
+    assert_eq!(ann.told().await, "join bob");
+    for member in [&mut ann, &mut bob] {
+        assert_eq!(member.told().await, "join cat");
+    }
+    let snapshot = server.snapshot();
+    drop(cat);
+    eventually("the connection has ended", || one.metric("wsproxy_room_leaves_waiting") == 1.0)
+        .await;
+    let away = Duration::from_secs(10);
+    match trouble {
+        Trouble::Frozen => {
+            server.stop();
+            tokio::time::sleep(away).await;
+            server.cont();
+        }
+        _ => {
+            server.kill();
+            server.put_snapshot(&snapshot);
+            tokio::time::sleep(away).await;
+            server.restart();
+        }
+    }
+    eventually_yes("the member has left", async || members(&server) == ["ann", "bob"]).await;
+    all_see(&one, &["ann".into(), "bob".into()]).await;
+    all_see(&two, &["ann".into(), "bob".into()]).await;
+    for (listener, speaker, last) in [(0, 1, "bob: end"), (1, 0, "ann: end")] {
+        let both = [&mut ann, &mut bob];
+        both[speaker].say("end").await;
+        let told = both[listener].told_until(last).await;
+        let leaves = told.iter().filter(|words| *words == "leave cat").count();
+        assert_eq!(leaves, 1, "{trouble:?} {listener}: {told:?}");
+        assert_alternate(&[vec!["join cat".to_owned()], told].concat());
+    }
+}
+
+#[tokio::test]
+async fn a_leave_that_is_due_while_redis_is_frozen_is_told_once() {
+    leave_while(Trouble::Frozen).await;
+}
+
+#[tokio::test]
+async fn a_leave_that_is_due_while_redis_is_killed_is_told_once() {
+    leave_while(Trouble::RolledBack).await;
+}
+
+#[tokio::test]
+async fn changes_that_were_lost_on_their_way_are_told_again() {
+    let server = RedisServer::start();
+    let proxy = FaultProxy::start(server.port()).await;
+    let start = async |url: String| {
+        let mut config = crate::support::gateway::config(Some(&url));
+        config.endpoints.rooms = true;
+        config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+        config.rate_limit.max_requests_is_set = true;
+        TestInstance::start(config).await
+    };
+    let one = start(server.url_on(proxy.port())).await;
+    let two = start(server.url()).await;
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut near = RoomClient::join(&one, "near").await;
+    let mut far = RoomClient::join(&two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    ann.send(json!({ "entitySpawn": { "entityId": "gone" } })).await;
+    for member in [&mut near, &mut far] {
+        assert_eq!(member.told().await, "spawn gone of ann");
+    }
+    // What the instance sends from here on never arrives.
+    proxy.set(Faults { stall_up: true, ..Faults::default() });
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    ann.send(json!({ "entityDespawn": { "entityId": "gone" } })).await;
+    let data = json!({ "avatarUrl": "u" });
+    ann.send(json!({ "presenceEvent": { "eventType": "UPDATE", "data": data } })).await;
+    for expected in ["spawn e of ann", "despawn gone of ann", "update ann"] {
+        assert_eq!(near.told().await, expected);
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    proxy.cut(Cut::Reset);
+    proxy.set(Faults::default());
+    let mut told = Vec::new();
+    for _ in 0..3 {
+        told.push(far.told().await);
+    }
+    told.sort();
+    assert_eq!(told, ["despawn gone of ann", "spawn e of ann", "update ann"]);
+    // Those who were told already are not told again, and a late joiner finds all of it.
+    let three = start(server.url()).await;
+    let late = RoomClient::join(&three, "late").await;
+    let state = &late.hello["initialState"];
+    let entities = state["entities"].as_array().unwrap().iter().map(|one| &one["id"]);
+    assert_eq!(entities.collect::<Vec<_>>(), ["e"]);
+    let players = state["players"].as_array().unwrap();
+    let found = players.iter().find(|player| player["clientId"] == "ann").unwrap();
+    assert_eq!(found["avatarUrl"], "u");
+    assert_eq!(near.told().await, "join late");
 }
 
 async fn bring(trouble: Trouble, server: &mut RedisServer, snapshot: &[u8]) {

@@ -98,6 +98,11 @@ async fn a_despawned_entity_has_no_late_position(backend: Backend) {
     tokio::time::sleep(Duration::from_millis(1200)).await;
     ann.say("end").await;
     assert_eq!(bob.told_until("ann: end").await, [""; 0], "{told:?}");
+    if let Backend::Redis(server) = &backend {
+        for key in ["{room:lobby}:entities", "{room:lobby}:positions"] {
+            assert_eq!(server.call(&["HEXISTS", key, "ann e"]).integer(), 0, "{key}");
+        }
+    }
 }
 
 async fn signs_of_life_count_as_messages(backend: Backend) {

@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use http::StatusCode;
-use serde_json::json;
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+use wsproxy_proto::rooms::text;
 
 use crate::{
-    rooms::room_client::{RoomClient, instance, instance_with},
+    rooms::room_client::{RoomClient, instance, instance_with, position, words},
     support::{
         client::Client,
-        eventually_yes,
+        eventually, eventually_yes,
         gateway::{Backend, TestInstance, over_both},
     },
 };
@@ -151,6 +153,29 @@ async fn members_of_two_instances_are_in_one_room() {
 }
 
 #[tokio::test]
+async fn a_client_that_moves_to_another_instance_keeps_its_last_place() {
+    let backend = Backend::redis();
+    let grace = |config: &mut wsproxy::config::Config| {
+        config.rooms.leave_grace = Duration::from_secs(20);
+    };
+    let (one, two) = (instance_with(&backend, grace).await, instance_with(&backend, grace).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut bob = RoomClient::join(&one, "bob").await;
+    assert_eq!(ann.told().await, "join bob");
+    // The first is written at once, and the next one would wait.
+    for x in [1.0, 2.0] {
+        ann.send(position("e", x)).await;
+        assert_eq!(bob.told().await, format!("move e of ann to {x}"));
+    }
+    drop((ann, bob));
+    eventually("both connections have ended", || one.metric("wsproxy_room_leaves_waiting") == 2.0)
+        .await;
+    let ann = RoomClient::join(&two, "ann").await;
+    let entities = ann.hello["initialState"]["entities"].as_array().unwrap();
+    assert_eq!((&entities[0]["id"], &entities[0]["position"]["x"]), (&json!("e"), &json!(2.0)));
+}
+
+#[tokio::test]
 async fn one_user_with_two_tabs_hears_the_other_tab_only() {
     let backend = Backend::redis();
     let (one, two) = (instance(&backend).await, instance(&backend).await);
@@ -163,6 +188,78 @@ async fn one_user_with_two_tabs_hears_the_other_tab_only() {
     assert_eq!(right.told().await, "left: from left");
     left.say("end").await;
     assert_eq!(right.told().await, "left: end");
+}
+
+#[tokio::test]
+async fn tabs_in_text_and_binary_hear_each_other_never_themselves() {
+    let backend = Backend::redis();
+    let (one, two) = (instance(&backend).await, instance(&backend).await);
+    let mut left = RoomClient::join_as(&one, "lobby", "ann", "left", json!({})).await;
+    let path = "/ws/lobby?user_id=ann&client_id=right";
+    let mut right = Client::connect(two.address(), path, &[]).await.unwrap();
+    send_binary(&mut right, &json!({ "clientHello": {} })).await;
+    let hello = read_binary(&mut right).await;
+    assert_eq!(hello["serverHello"]["initialState"]["players"].as_array().unwrap().len(), 2);
+    assert_eq!(left.told().await, "join right");
+    let said = [
+        json!({ "entitySpawn": { "entityId": "e" } }),
+        json!({ "positionUpdate": { "entityId": "e", "position": { "x": 1 } } }),
+        json!({ "presenceEvent": { "eventType": "UPDATE", "data": { "avatarUrl": "u" } } }),
+        json!({ "chatMessage": { "message": "hi" } }),
+    ];
+    for (tab, entity) in [("left", "l"), ("right", "r")] {
+        for mut envelope in said.clone() {
+            // The ids of both are apart, since an entity belongs to one member.
+            for kind in ["entitySpawn", "positionUpdate"] {
+                if envelope[kind].is_object() {
+                    envelope[kind]["entityId"] = entity.into();
+                }
+            }
+            match tab {
+                "left" => left.send(envelope).await,
+                _ => send_binary(&mut right, &envelope).await,
+            }
+        }
+    }
+    let expected = |tab: &str, entity: &str| {
+        vec![
+            format!("spawn {entity} of {tab}"),
+            format!("move {entity} of {tab} to 1"),
+            format!("update {tab}"),
+            format!("{tab}: hi"),
+        ]
+    };
+    // A position may wait for the end of a tick.
+    let (mut by_left, mut by_right) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        by_left.push(left.told().await);
+        by_right.push(words(&read_binary(&mut right).await));
+    }
+    let sorted = |mut words: Vec<String>| {
+        words.sort();
+        words
+    };
+    assert_eq!(sorted(by_left), sorted(expected("right", "r")));
+    assert_eq!(sorted(by_right), sorted(expected("left", "l")));
+    // Nothing came back to the tab that said it.
+    left.say("end").await;
+    assert_eq!(words(&read_binary(&mut right).await), "left: end");
+    send_binary(&mut right, &json!({ "chatMessage": { "message": "end" } })).await;
+    assert_eq!(left.told().await, "right: end");
+}
+
+async fn send_binary(client: &mut Client, envelope: &Value) {
+    let envelope = text::to_binary(envelope.to_string().as_bytes()).unwrap();
+    client.send_message(Message::binary(envelope)).await;
+}
+
+async fn read_binary(client: &mut Client) -> Value {
+    match client.next().await {
+        Message::Binary(envelope) => {
+            serde_json::from_str(&text::to_text(&envelope).unwrap()).unwrap()
+        }
+        other => panic!("no binary message: {other:?}"),
+    }
 }
 
 /// Waits until nothing of a room is left at an instance.

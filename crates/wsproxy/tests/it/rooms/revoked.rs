@@ -15,8 +15,6 @@ use crate::{
 
 over_both!(a_revoked_token_opens_no_room, a_revoked_token_is_no_newer_token);
 
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
-
 async fn start(backend: &Backend) -> TestInstance {
     instance_with(backend, |config| {
         config.endpoints.events = true;
@@ -71,3 +69,5 @@ async fn a_revoked_token_is_no_newer_token(backend: Backend) {
     ann.send(refresh("t-3").to_string()).await;
     assert_eq!(ann.json().await["custom"]["name"], "refreshed");
 }
+
+const SECRET: &str = "0123456789abcdef0123456789abcdef";

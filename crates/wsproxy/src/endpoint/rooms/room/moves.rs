@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
-use tracing::debug;
 use wsproxy_conn::{
     clock::{self, Micros},
     link::Queued,
@@ -21,7 +20,7 @@ use crate::{
     endpoint::rooms::{
         Rooms,
         fanout::Fanout,
-        room::{MemberHere, NotSaid, Room, State},
+        room::{MemberHere, NotSaid, Room, State, owed::OWE_AFTER},
     },
     telemetry::time,
 };
@@ -48,7 +47,7 @@ impl Room {
     }
 
     /// Sends the positions whose time has come, called by the ticker.
-    pub(in crate::endpoint::rooms) fn on_tick(self: &Arc<Self>, at: Micros) {
+    pub(in crate::endpoint::rooms) fn on_tick(&self, at: Micros) {
         let now = clock::now();
         let mut state = self.state.lock();
         if state.ticks_at != at {
@@ -65,7 +64,8 @@ impl Room {
             return;
         }
         (state.ticks_at, state.is_late) = (Micros::NEVER, false);
-        if state.owes_at <= now {
+        let is_owing = state.owes_at <= now;
+        if is_owing {
             state.owes_at = Micros::NEVER;
             state.positions.owe_all();
         }
@@ -78,31 +78,17 @@ impl Room {
         if state.presence.leaves(now) {
             state.flush_presence();
         }
-        let writes: Vec<_> = state
-            .positions
-            .take_writes(now.0)
-            .map(|at| (wire::field(at.client, at.entity), at.position.to_vec().into()))
-            .collect();
+        self.write_positions(&mut state, now);
         self.release(state, now);
-        if writes.is_empty() {
-            return;
+        if is_owing {
+            self.tell_owed();
         }
-        let Some(rooms) = self.rooms.upgrade() else { return };
-        let room = Arc::clone(self);
-        let tasks = rooms.tasks.clone();
-        tasks.spawn(async move {
-            if let Err(error) = rooms.keeper.save_positions(&room.id, writes).await {
-                debug!(room = room.id.as_str(), %error, "Positions are written again.");
-                let mut state = room.state.lock();
-                state.positions.rewrite_all();
-                room.release(state, clock::now());
-            }
-        });
     }
 
     /// Enters the room at the ticker, where something waits and no earlier entry is there.
     pub(super) fn plan_tick(&self, state: &mut State) {
-        let due = [state.positions.due(), state.positions.writes_due()];
+        let writes = state.positions.writes_due().filter(|_| state.writes_waiting == 0);
+        let due = [state.positions.due(), writes];
         let due = due.into_iter().flatten().map(Micros);
         let at = due.fold(state.owes_at, Micros::min);
         let at = at.min(state.catch_up.due).min(state.presence.due);
@@ -309,9 +295,6 @@ impl<'a> PositionFanout<'a> {
 fn pair(position: Position<'_>) -> (&str, &[u8]) {
     (position.client, position.position)
 }
-
-/// Pause after a publish that failed, until all positions are published.
-const OWE_AFTER: Micros = Micros(1_000_000);
 
 /// Delay of a tick from which on the instance counts as one that was frozen.
 const LATE: Micros = Micros(1_000_000);

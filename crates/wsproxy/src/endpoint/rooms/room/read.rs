@@ -1,20 +1,26 @@
 //! Readings of the room from the store.
 
 use std::{
+    future::poll_fn,
     sync::{Arc, Weak},
     time::Duration,
 };
 
 use tracing::debug;
 use wsproxy_conn::clock::{self, Micros};
-use wsproxy_proto::rooms::mirror::{Due, Outcome, Read, Reading, Ticket};
+use wsproxy_proto::rooms::{
+    mirror::{Due, Outcome as ReadOutcome, Read, Reading, Ticket},
+    wire::{self, Connection, Form},
+};
 
 use crate::{
+    bus::publish::{BusError, Keep, Outcome, Publish, Receipt},
     endpoint::rooms::{
         Rooms,
         room::{Room, State},
     },
     http::rejection::Rejection,
+    hub::Hub,
 };
 
 impl Room {
@@ -33,7 +39,7 @@ impl Room {
                     let mut changes = Vec::new();
                     let outcome = state.mirror.apply_reading(ticket, &reading, now.0, &mut changes);
                     self.release(state, now);
-                    if matches!(outcome, Outcome::Applied { .. }) {
+                    if matches!(outcome, ReadOutcome::Applied { .. }) {
                         return Ok(());
                     }
                 }
@@ -65,6 +71,28 @@ impl Room {
                 rooms.tasks.spawn(run(self.me.clone(), Arc::downgrade(&rooms)));
             }
         }
+    }
+
+    /// Has the room read behind all that the bus has taken: a change of its members could not be published, while news from
+    /// before it are still on their way.
+    pub(in crate::endpoint::rooms) fn read_behind(&self) {
+        if std::mem::replace(&mut self.state.lock().reads_behind, true) {
+            return;
+        }
+        if let Some(rooms) = self.rooms.upgrade() {
+            rooms.tasks.spawn(mark(self.me.clone(), Arc::clone(&rooms.hub)));
+        }
+    }
+
+    /// Publishes a message without effect, whose receipt has the room read.
+    fn publish_mark(&self, hub: &Hub) -> Result<(), BusError> {
+        let from = Connection { server: self.server, number: 0 };
+        hub.publish(Publish {
+            channel: Arc::clone(&self.channel),
+            payload: wire::message(from, Form::Envelope, b""),
+            keep: Keep::Nothing,
+            receipt: Some(Arc::new(Mark(self.me.clone()))),
+        })
     }
 
     /// Returns the next reading; `None` where none is due, and the task ends.
@@ -114,8 +142,8 @@ impl Room {
         self.tell_changes(&mut state, changes, now);
         self.release(state, now);
         match outcome {
-            Outcome::Applied { orphans } => orphans,
-            Outcome::Stale | Outcome::Overflowed => Vec::new(),
+            ReadOutcome::Applied { orphans } => orphans,
+            ReadOutcome::Stale | ReadOutcome::Overflowed => Vec::new(),
         }
     }
 
@@ -149,6 +177,31 @@ async fn run(room: Weak<Room>, rooms: Weak<Rooms>) {
             // A room without members must not stay for a reading.
             () = tokio::time::sleep(wait.min(LOOK_EVERY)) => {}
         }
+    }
+}
+
+/// Publishes a mark as soon as the bus has room for it.
+async fn mark(room: Weak<Room>, hub: Arc<Hub>) {
+    loop {
+        poll_fn(|cx| hub.poll_publishable(cx)).await;
+        let Some(room) = room.upgrade() else { return };
+        if room.publish_mark(&hub) != Err(BusError::Full) {
+            return;
+        }
+    }
+}
+
+/// Receipt of the mark behind which a room is read.
+struct Mark(Weak<Room>);
+
+impl Receipt for Mark {
+    fn published(&self, _: Outcome) {
+        let Some(room) = self.0.upgrade() else { return };
+        let now = clock::now();
+        let mut state = room.state.lock();
+        state.reads_behind = false;
+        state.mirror.want_later_reading(now.0);
+        room.release(state, now);
     }
 }
 

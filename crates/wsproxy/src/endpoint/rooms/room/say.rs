@@ -23,7 +23,7 @@ use crate::{
         keeper::KEYS_TTL,
         member::Membership,
         record::MemberRecord,
-        room::{Room, tell::Audience},
+        room::{Room, State, tell::Audience},
     },
 };
 
@@ -126,12 +126,10 @@ impl Room {
         self.fan_out(&mut state, &mut { fanout }, audience, now);
         let keep = op.map_or(Keep::Nothing, |op| self.keep(member, op));
         // Under the lock: messages of one sender go to other instances in the order in which they came.
-        let published = self.publish(member, stamped.into(), keep, publish);
+        let published = self.publish(&mut state, member, (stamped.into(), keep), publish);
         if let Some(entity) = doubted {
             // Other instances may not know the entity that was changed.
-            let of = state.mirror.member(client);
-            let snapshot = of.and_then(|of| of.entity(entity)?.snapshot());
-            self.publish_entity(member, entity, snapshot);
+            self.publish_entity(&mut state, member, entity);
         }
         self.release(state, now);
         Ok(published?)
@@ -158,7 +156,7 @@ impl Room {
         let audience = Audience { except, ..Audience::default() };
         self.fan_out(&mut state, &mut Fanout::opaque(kind, message), audience, now);
         let payload = wire::message(member.connection, form, message);
-        let published = self.publish(member, payload, Keep::Nothing, publish);
+        let published = self.publish(&mut state, member, (payload, Keep::Nothing), publish);
         self.release(state, now);
         published
     }
@@ -179,66 +177,85 @@ impl Room {
         // The room judges first: what it does not take must not come with a later join either.
         state.mirror.presence(Origin::Here, client, presence)?;
         let json = member.set_presence(presence);
-        let data = MemberRecord::parse(&json).map(|record| record.presence_data());
-        let event = write::presence(PresenceKind::Update, client, data.as_ref(), 0);
-        let stamped = self.stamped(member, Stamp::default(), &event);
+        let stamped = self.presence_of(member, &json);
         let except = Some(member.connection.number);
         let audience = Audience { except, may_wait: true, ..Audience::default() };
         self.fan_out(&mut state, &mut Fanout::new(&stamped[wire::HEAD_BYTES..]), audience, now);
         let keep = self.keep(member, RoomOp::Presence { json });
-        let published = self.publish(member, stamped.into(), keep, publish);
+        let published = self.publish(&mut state, member, (stamped.into(), keep), publish);
         self.release(state, now);
         Ok(published?)
     }
 
-    /// Publishes the entities of a member again whose snapshots differ from those that were `written`.
+    /// Returns the message that tells of a member's presence data, behind the head of a message between instances.
+    fn presence_of(&self, member: &Membership, json: &str) -> Vec<u8> {
+        let data = MemberRecord::parse(json).map(|record| record.presence_data());
+        let client = member.client.as_str();
+        let event = write::presence(PresenceKind::Update, client, data.as_ref(), 0);
+        self.stamped(member, Stamp::default(), &event)
+    }
+
+    /// Publishes the entities of a member again whose snapshots differ from those that were `written`, and the end of those
+    /// that are gone.
     pub(in crate::endpoint::rooms) fn tell_newer(
         &self,
         member: &Membership,
-        written: &[(String, Bytes)],
+        written: &[(Box<str>, Bytes)],
     ) {
         let (client, now) = (member.client.as_str(), clock::now());
-        let state = self.state.lock();
-        let entities = state.mirror.member(client).map(|member| member.entities());
-        for entity in entities.into_iter().flatten() {
-            let Some(snapshot) = entity.snapshot() else { continue };
-            let field = wire::field(client, entity.id());
-            let is_written = |(name, value): &(String, Bytes)| *name == field && *value == snapshot;
-            if written.iter().any(is_written) {
-                continue;
-            }
-            self.publish_entity(member, entity.id(), Some(snapshot));
+        let mut state = self.state.lock();
+        let present = state.snapshots_of(client);
+        let newer = present.iter().filter(|entity| !written.contains(entity));
+        let is_gone =
+            |(id, _): &&(Box<str>, Bytes)| !present.iter().any(|(present, _)| present == id);
+        for (entity, _) in newer.chain(written.iter().filter(is_gone)) {
+            self.publish_entity(&mut state, member, entity);
         }
         self.release(state, now);
     }
 
     /// Publishes an entity of a member again, as the mirror has it.
-    fn tell_again(&self, member: &Membership, entity: &str) {
-        let state = self.state.lock();
-        let of = state.mirror.member(member.client.as_str());
-        let snapshot = of.and_then(|of| of.entity(entity)?.snapshot());
-        self.publish_entity(member, entity, snapshot);
+    pub(super) fn tell_again(&self, member: &Membership, entity: &str) {
+        let mut state = self.state.lock();
+        self.publish_entity(&mut state, member, entity);
         self.release(state, clock::now());
     }
 
-    /// Publishes an entity of a member, or its end. Called under the lock, so that later changes come behind it.
-    fn publish_entity(&self, member: &Membership, entity: &str, snapshot: Option<&[u8]>) {
+    /// Publishes the presence data of a member again, as the mirror has them.
+    pub(super) fn tell_presence_again(&self, member: &Membership) {
+        let mut state = self.state.lock();
+        let held = state.mirror.member(member.client.as_str());
+        if let Some(json) = held.map(|held| held.record().json.to_owned()) {
+            let stamped = self.presence_of(member, &json);
+            let keep = self.keep(member, RoomOp::Presence { json });
+            let publish = &mut |publish| member.rooms.hub.publish(publish);
+            // What the bus does not take is owed again.
+            drop(self.publish(&mut state, member, (stamped.into(), keep), publish));
+        }
+        self.release(state, clock::now());
+    }
+
+    /// Publishes an entity of a member, or its end, as the mirror has it. Called under the lock, so that later changes come
+    /// behind it.
+    fn publish_entity(&self, state: &mut State, member: &Membership, entity: &str) {
         let client = member.client.as_str();
-        let envelope = match snapshot {
+        let held = state.mirror.member(client).and_then(|of| of.entity(entity));
+        let snapshot = held.and_then(|entity| entity.snapshot()).map(Bytes::copy_from_slice);
+        let envelope = match &snapshot {
             Some(snapshot) => write::spawn(snapshot),
             None => Some(write::despawn(entity, client)),
         };
         let Some(envelope) = envelope else { return };
         let stamped = self.stamped(member, Stamp::default(), &envelope);
         let entity = entity.into();
-        let op = match snapshot.map(Bytes::copy_from_slice) {
+        let op = match snapshot {
             Some(snapshot) => RoomOp::Spawn { entity, snapshot },
             None => RoomOp::Despawn { entity },
         };
         let keep = self.keep(member, op);
-        // Where the queue is full, the next doubt brings it again.
         let publish = &mut |publish| member.rooms.hub.publish(publish);
-        drop(self.publish(member, stamped.into(), keep, publish));
+        // What the bus does not take is owed again.
+        drop(self.publish(state, member, (stamped.into(), keep), publish));
     }
 
     /// Returns an envelope with its stamp, behind the head of a message between instances.
@@ -263,11 +280,12 @@ impl Room {
         }))
     }
 
+    /// Publishes a message for other instances. A change of state that the bus does not take is owed to them.
     fn publish(
         &self,
+        state: &mut State,
         member: &Membership,
-        payload: Bytes,
-        keep: Keep,
+        (payload, keep): (Bytes, Keep),
         publish: PublishTo<'_>,
     ) -> Result<(), BusError> {
         if !member.rooms.keeper.is_shared() {
@@ -276,48 +294,68 @@ impl Room {
         }
         member.rooms.counters.published_shared.add(1);
         let receipt = self.state_receipt(&keep);
-        publish(Publish { channel: Arc::clone(&self.channel), payload, keep, receipt })
+        let told = receipt.clone().map(|receipt| receipt as Arc<dyn Receipt>);
+        let published =
+            publish(Publish { channel: Arc::clone(&self.channel), payload, keep, receipt: told });
+        if published.is_err()
+            && let Some(receipt) = receipt
+        {
+            state.owe(&receipt.client, receipt.entity.as_deref(), clock::now());
+        }
+        published
     }
 
-    /// Returns the receipt of a change of an entity; `None` for all else.
-    fn state_receipt(&self, keep: &Keep) -> Option<Arc<dyn Receipt>> {
+    /// Returns the receipt of a change of state; `None` for all else.
+    fn state_receipt(&self, keep: &Keep) -> Option<Arc<StateReceipt>> {
         let Keep::Room(write) = keep else { return None };
         let entity = match &write.op {
-            RoomOp::Spawn { entity, .. } | RoomOp::Despawn { entity } => entity.clone(),
-            RoomOp::Presence { .. } => return None,
+            RoomOp::Spawn { entity, .. } | RoomOp::Despawn { entity } => Some(entity.clone()),
+            RoomOp::Presence { .. } => None,
         };
         let (room, client) = (self.me.clone(), write.client.clone());
         let connection = write.connection.clone();
         Some(Arc::new(StateReceipt { room, client, connection, entity }))
     }
+
+    /// Notes that a change of an entity was refused, because another connection holds the member's place.
+    fn refused(&self, StateReceipt { client, connection, entity, .. }: &StateReceipt) {
+        let Some(entity) = entity else { return };
+        let now = clock::now();
+        let mut state = self.state.lock();
+        let is_again = state.mirror.doubt(client, entity, connection, now.0);
+        let holder = if is_again { state.holder(client) } else { None };
+        self.release(state, now);
+        // Outside the lock, which the last owner of a membership takes.
+        if let Some(holder) = holder.and_then(|holder| holder.upgrade()) {
+            self.tell_again(&holder, entity);
+        }
+    }
 }
 
-/// Receipt of a change of an entity.
+/// Receipt of a change of state.
 struct StateReceipt {
     room: Weak<Room>,
     client: Box<str>,
     /// Connection that made the change, as records have it.
     connection: String,
-    entity: Box<str>,
+    /// The entity; `None` for presence data.
+    entity: Option<Box<str>>,
 }
 
 impl Receipt for StateReceipt {
     fn published(&self, outcome: Outcome) {
-        // Otherwise the store has the change; what is lost in doubt is read again when the bus is back.
-        if outcome != Outcome::Kept {
+        if let Outcome::Received(_) | Outcome::Stored { .. } = outcome {
             return;
         }
         let Some(room) = self.room.upgrade() else { return };
+        if outcome == Outcome::Kept {
+            return room.refused(self);
+        }
+        // The store may lack the change, and other instances with it.
         let now = clock::now();
         let mut state = room.state.lock();
-        let Self { client, connection, entity, .. } = self;
-        let is_again = state.mirror.doubt(client, entity, connection, now.0);
-        let holder = if is_again { state.holder(client) } else { None };
+        state.owe(&self.client, self.entity.as_deref(), now);
         room.release(state, now);
-        // Outside the lock, which the last owner of a membership takes.
-        if let Some(holder) = holder.and_then(|holder| holder.upgrade()) {
-            room.tell_again(&holder, entity);
-        }
     }
 }
 
