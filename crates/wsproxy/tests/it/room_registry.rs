@@ -387,4 +387,20 @@ async fn a_member_whose_leave_could_not_run_is_left_to_others() {
     other.close().await;
 }
 
+#[tokio::test]
+async fn a_living_instance_makes_up_for_a_leave_that_could_not_run() {
+    let backend = Backend::redis();
+    let Backend::Redis(redis) = &backend else { unreachable!() };
+    let node = Node::on(&backend, "s1", 1).await;
+    let stays = node.join(redis, "lobby", "stays", 1).await;
+    node.join(redis, "lobby", "goes", 2).await.abandon();
+    node.join(redis, "other", "goes", 3).await.abandon();
+    let count = |room: &str| redis.call(&["HLEN", &members(room)]).integer();
+    eventually("the members leave", || count("lobby") == 1 && count("other") == 0).await;
+    assert_eq!(redis.call(&["HEXISTS", &members("lobby"), "stays"]).integer(), 1);
+    node.wait_rooms(&["lobby"]).await;
+    drop(stays);
+    node.close().await;
+}
+
 const HOUR: Duration = Duration::from_secs(3600);

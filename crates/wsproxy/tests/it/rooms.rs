@@ -1,5 +1,6 @@
 //! Rooms with real clients, over one instance and over several on one Redis.
 
+mod clocks;
 mod crowds;
 mod dead_instances;
 mod drain;

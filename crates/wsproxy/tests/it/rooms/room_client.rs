@@ -34,16 +34,22 @@ pub async fn instance_with(
 
 /// The program with rooms, on a Redis.
 pub async fn binary(redis: &RedisServer) -> Binary {
+    binary_with(redis, &[]).await
+}
+
+/// One with further variables of its environment.
+pub async fn binary_with(redis: &RedisServer, variables: &[(&str, &str)]) -> Binary {
     let url = redis.url();
     let environment = [
         ("REDIS_URL", url.as_str()),
         ("WSPROXY_ENDPOINTS__ROOMS", "true"),
         ("WSPROXY_ROOMS__DEVELOPMENT", "true"),
         ("WSPROXY_ROOMS__LEAVE_GRACE", "300ms"),
+        ("WSPROXY_ROOMS__MEMBERS_MAX", "2000"),
         ("WSPROXY_RATE_LIMIT__MAX_REQUESTS", "0"),
         ("LOG_LEVEL", "info"),
     ];
-    Binary::start(&environment).await
+    Binary::start(&[&environment[..], variables].concat()).await
 }
 
 /// A member.

@@ -33,6 +33,8 @@ pub struct Options {
     pub tls: bool,
     /// Further arguments of `redis-server`.
     pub arguments: Vec<String>,
+    /// Further variables of its environment.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 /// A server's answer.
@@ -111,6 +113,7 @@ impl RedisServer {
             command.args(["--requirepass", password]);
         }
         command.args(&self.options.arguments);
+        command.envs(self.options.environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command.spawn().expect("redis-server is installed")
     }
