@@ -139,7 +139,7 @@ async def test_a_closed_room_has_no_members_and_no_state(
         assert await rooms.close("lobby", reason="the end") == 2
         assert [await each.closed() for each in (ann, bob)] == [(4004, "the end"), (4004, "the end")]
     assert await rooms.members("lobby") == []
-    # The version of the members may stay for `empty_ttl`, where a gateway was faster to remove the last member.
+    # The version of the members stays for a while, so that the next life of the room goes on from it.
     names = [f"{{room:lobby}}:{name}" for name in ("members", "entities", "positions")]
     await eventually("the state is gone", lambda: not redis.client.exists(*names))
     assert redis.client.ttl("{room:lobby}:meta") <= 60

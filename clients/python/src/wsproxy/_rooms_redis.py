@@ -53,16 +53,16 @@ class RedisRooms:
 
         found = [(member, connection) for member, connection in await self._read(room) if is_meant(member)]
         frames = [wire.kick(member.client_id, reason or "") for member, _ in found]
-        await self._end(room, found, frames, _EMPTY_TTL)
+        await self._end(room, found, frames)
         return len(found)
 
     async def close(self, room: str, reason: str | None) -> int:
         found = await self._read(room)
         # Told even where no member is found: a client may be about to join.
-        await self._end(room, found, [wire.close(reason or "")], 0)
+        await self._end(room, found, [wire.close(reason or "")])
         return len(found)
 
-    async def _end(self, room: str, found: list[tuple[RoomMember, bytes]], frames: list[bytes], ttl: int) -> None:
+    async def _end(self, room: str, found: list[tuple[RoomMember, bytes]], frames: list[bytes]) -> None:
         """Tells the gateways to close the connections, then removes the members.
 
         So a member is gone at once, even one whose connection has ended already, or whose gateway was lost.
@@ -79,7 +79,7 @@ class RedisRooms:
             await self._do(tell, repeatable=True)
         for start in range(0, len(found), _REMOVED_AT_ONCE):
             some = found[start : start + _REMOVED_AT_ONCE]
-            args: list[Any] = [channel, wire.ORIGIN, ttl, len(some)]
+            args: list[Any] = [channel, wire.ORIGIN, _EMPTY_TTL, len(some)]
             for member, connection in some:
                 args += [member.client_id, connection]
             # All fields of these members' entities and positions.

@@ -38,9 +38,6 @@ impl Room {
         eval(self.server(), LEAVE, &words)
     }
 
-    fn keys(&self) -> usize {
-        keys().iter().map(|key| self.server().call(&["EXISTS", key]).integer() as usize).sum()
-    }
 
     fn state(&self, client: &str, connection: &str, op: &[&str]) -> i64 {
         let words = [&[client, connection, CHANNEL, "message", "3600000"], op].concat();

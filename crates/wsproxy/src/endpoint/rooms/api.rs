@@ -233,7 +233,7 @@ async fn kick(
     members.retain(is_meant);
     let told = reason.as_deref().unwrap_or_default();
     let frame = |member: &Listed| wire::kick(rooms.nobody(), member.client.as_str(), told);
-    send_away((&rooms, &core), &room, (&members, false), members.iter().map(frame)).await?;
+    send_away((&rooms, &core), &room, &members, members.iter().map(frame)).await?;
     info!(
         key = &*worker.name,
         room = room.as_str(),
@@ -266,7 +266,7 @@ async fn close(
     let members = members_of(&rooms, &core, &room).await?;
     let frame = wire::close(rooms.nobody(), reason.as_deref().unwrap_or_default());
     // Told even where no member is found: a client may be about to join.
-    send_away((&rooms, &core), &room, (&members, true), [frame]).await?;
+    send_away((&rooms, &core), &room, &members, [frame]).await?;
     info!(
         key = &*worker.name,
         room = room.as_str(),
@@ -285,7 +285,7 @@ async fn close(
 async fn send_away(
     (rooms, core): (&Rooms, &Core),
     room: &Id,
-    (members, is_closed): (&[Listed], bool),
+    members: &[Listed],
     frames: impl IntoIterator<Item = Bytes>,
 ) -> Result<(), Rejection> {
     let done = handshake::deadline(core, async {
@@ -300,7 +300,7 @@ async fn send_away(
         }
         let gone: Vec<_> =
             members.iter().map(|member| (member.client.clone(), member.connection)).collect();
-        Ok(rooms.keeper.expel(room, &gone, is_closed).await?)
+        Ok(rooms.keeper.expel(room, &gone).await?)
     });
     done.await
 }

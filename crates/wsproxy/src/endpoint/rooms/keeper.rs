@@ -175,7 +175,7 @@ impl Keeper {
                 Ok(gone)
             }
             KeeperBackend::Redis(commands) => {
-                self.leave_in_redis(commands, room, (members, fields), self.empty_ttl).await
+                self.leave_in_redis(commands, room, (members, fields)).await
             }
         }
     }
@@ -323,11 +323,10 @@ impl Keeper {
         commands: &Commands,
         room: &Id,
         (members, fields): (&[(Id, Connection)], &[String]),
-        empty_ttl: Duration,
     ) -> Result<Vec<Id>, StoreError> {
         let Some((_, first)) = members.first() else { return Ok(Vec::new()) };
         let (keys, channel) = (self.keys(room), self.names.room(room));
-        let ttl = milliseconds(empty_ttl).to_string();
+        let ttl = milliseconds(self.empty_ttl).to_string();
         let nobody = Connection { number: 0, ..*first };
         let head = wire::origin(nobody, Form::Envelope);
         let mut words: Vec<&[u8]> = vec![b"4"];

@@ -50,7 +50,7 @@ impl Keeper {
         room: &Id,
     ) -> Result<Vec<Listed>, StoreError> {
         let members = match &self.backend {
-            KeeperBackend::Embedded(rooms, _) => {
+            KeeperBackend::Embedded(rooms, ..) => {
                 let rooms = rooms.lock();
                 let members = rooms.get(room).map(|state| state.members.iter());
                 members.into_iter().flatten().map(|(client, held)| held.field(client)).collect()
@@ -75,7 +75,7 @@ impl Keeper {
         rooms: &[Id],
     ) -> Result<Vec<u64>, StoreError> {
         match &self.backend {
-            KeeperBackend::Embedded(all, _) => {
+            KeeperBackend::Embedded(all, ..) => {
                 let all = all.lock();
                 let count = |room| all.get(room).map_or(0, |state| state.members.len() as u64);
                 Ok(rooms.iter().map(count).collect())
@@ -105,8 +105,7 @@ impl Keeper {
     }
 
     /// Removes members that a worker sends away, with all that they left, and publishes their leaves. The later leaves of
-    /// their connections find nothing. With `is_closed` the keys of the room go too, unless a client has joined
-    /// meanwhile.
+    /// their connections find nothing.
     ///
     /// # Errors
     /// The store did not answer. Members may be gone, or go later.
@@ -114,14 +113,12 @@ impl Keeper {
         &self,
         room: &Id,
         members: &[(Id, Connection)],
-        is_closed: bool,
     ) -> Result<(), StoreError> {
         let KeeperBackend::Redis(commands) = &self.backend else {
             return self.leave(room, members, &[]).await.map(drop);
         };
-        let ttl = if is_closed { std::time::Duration::ZERO } else { self.empty_ttl };
         for some in members.chunks(EXPELLED_AT_ONCE) {
-            self.leave_in_redis(commands, room, (some, &[ALL_FIELDS.to_owned()]), ttl).await?;
+            self.leave_in_redis(commands, room, (some, &[ALL_FIELDS.to_owned()])).await?;
         }
         Ok(())
     }
