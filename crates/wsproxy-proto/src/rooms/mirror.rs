@@ -473,11 +473,6 @@ impl Mirror {
         self.admit(origin, client, entity)?;
         let limits = self.limits_of(origin);
         self.replica.state.place(client, entity, position, &limits)?.is_live = true;
-        if origin == Origin::Here
-            && let Some(member) = self.replica.state.member_mut(client)
-        {
-            member.touch_position(entity);
-        }
         Ok(())
     }
 

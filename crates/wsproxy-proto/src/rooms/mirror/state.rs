@@ -143,12 +143,6 @@ impl Member {
     pub(super) fn touch(&mut self, id: &str) {
         let Some(arrival) = &mut self.arrival else { return };
         arrival.doubted.retain(|doubted| **doubted != *id);
-        self.touch_position(id);
-    }
-
-    /// As [`Self::touch`], for a position: whether the entity exists stays in doubt.
-    pub(super) fn touch_position(&mut self, id: &str) {
-        let Some(arrival) = &mut self.arrival else { return };
         let is_open = arrival.awaits_echo || arrival.awaits_reading;
         if is_open && arrival.touched.len() < TOUCHED_MAX && !arrival.has_touched(id) {
             arrival.touched.push(id.into());
