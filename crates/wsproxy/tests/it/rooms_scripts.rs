@@ -38,7 +38,6 @@ impl Room {
         eval(self.server(), LEAVE, &words)
     }
 
-
     fn state(&self, client: &str, connection: &str, op: &[&str]) -> i64 {
         let words = [&[client, connection, CHANNEL, "message", "3600000"], op].concat();
         eval(self.server(), STATE, &words).integer()
