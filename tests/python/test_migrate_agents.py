@@ -97,6 +97,14 @@ def variables(postgres, redis):
     return {"DATABASE_URL": postgres.url, "REDIS_URL": redis.url, "WSPROXY_ENDPOINTS__AGENTS": "true", "WSPROXY_API__KEYS": key}
 
 
+def start(start_gateway, **variables):
+    """Starts an instance, and waits for its database, which is opened in the background."""
+    gateway = start_gateway(**variables)
+    url = f"http://127.0.0.1:{variables['METRICS_PORT']}" if "METRICS_PORT" in variables else gateway.http
+    until("the database", lambda: "wsproxy_database_up 1" in httpx.get(f"{url}/metrics").text)
+    return gateway
+
+
 def wsproxy(variables, *arguments):
     """Runs a command of the gateway's binary."""
     binary = os.environ.get("WSPROXY_BIN", str(ROOT / "target/debug/wsproxy"))
@@ -150,7 +158,7 @@ def url_of(gateway, user, secret):
 @pytest.mark.asyncio
 async def test_an_existing_deployment_moves_step_by_step(start_gateway, variables, postgres, redis):
     rows, columns = postgres.old_rows(), postgres.columns()
-    gateway = start_gateway(**variables)
+    gateway = start(start_gateway, **variables)
 
     # 1 and 2: a look, and an instance beside the old server.
     assert "ADD COLUMN outcome" in wsproxy(variables, "migrate", "--dry-run")
@@ -200,7 +208,7 @@ async def test_an_existing_deployment_moves_step_by_step(start_gateway, variable
 
 def test_metrics_move_to_their_port(start_gateway, variables):
     port = free_port()
-    gateway = start_gateway(**variables, METRICS_PORT=str(port))
+    gateway = start(start_gateway, **variables, METRICS_PORT=str(port))
     assert httpx.get(f"{gateway.http}/metrics").status_code == 404
     assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200
     for address in [gateway.http, f"http://127.0.0.1:{port}"]:
