@@ -21,13 +21,16 @@ impl Link {
     }
 
     /// Queues a data frame that belongs to the state which a new client needs before all else. State may be larger than
-    /// the send buffer: until the client has read it, only the bytes behind it count against the send buffer.
+    /// the send buffer: until the client has read it, only the bytes behind it count against the send buffer. State that
+    /// takes less than a quarter of it counts, too.
     ///
     /// The caller bounds the bytes of the state, and calls this before other messages are queued.
     pub fn push_state(&self, frame: Bytes) -> Queued {
         let mut state = self.state.lock();
         let bytes = state.outbox.bytes() + frame.len() + FRAME_OVERHEAD;
-        if bytes > self.profile.send_buffer_bytes && !state.is_ending() {
+        // A few bytes need no excuse, and the heap no entry for them.
+        let is_large = bytes > self.profile.send_buffer_bytes / STATE_SHARE;
+        if is_large && !state.is_ending() {
             state.rare.get_or_insert_default().excused = bytes;
         }
         if !self.enqueue(&mut state, frame, Micros::UNTIMED, false) {
@@ -122,6 +125,9 @@ impl Link {
         !state.is_ending()
     }
 }
+
+/// Share of the send buffer, as its divisor, that state takes without an excuse.
+const STATE_SHARE: usize = 4;
 
 /// Number of queued bytes that are written before the round is over. So a round of any size fits any send buffer, as
 /// long as the client reads.

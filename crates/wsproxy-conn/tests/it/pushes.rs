@@ -66,6 +66,19 @@ async fn state_may_exceed_the_send_buffer() {
 }
 
 #[tokio::test]
+async fn state_that_nearly_fills_the_send_buffer_leaves_it_to_messages() {
+    let profile = Profile { send_buffer_bytes: 100_000, ..profile() };
+    let mut connection = Connection::new(&Process::new(), profile);
+    assert_ne!(connection.link.push_state(text(&"x".repeat(90_000))), Queued::Ending);
+    connection.link.flush(clock::now());
+    for _ in 0..90 {
+        assert_eq!(connection.link.push(text(&"x".repeat(1000)), clock::now()), Queued::Queued);
+    }
+    assert!(connection.link.queued_bytes() > 100_000);
+    connection.hears(91).await;
+}
+
+#[tokio::test]
 async fn unread_state_excuses_no_more_than_itself() {
     let profile = Profile { send_buffer_bytes: 100_000, ..profile() };
     let connection = Connection::new(&Process::new(), profile);

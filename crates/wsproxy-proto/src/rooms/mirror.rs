@@ -263,6 +263,7 @@ impl Mirror {
             }
             Kind::Leave { version, client } => {
                 self.reader.log(|| Op::Leave { version, client: client.into() });
+                self.reader.overtake_positions();
                 if !self.follows(version)
                     || self.replica.leave(version, client, changes) == Counted::Gap
                 {
@@ -292,6 +293,8 @@ impl Mirror {
             client: client.into(),
             record: record.into(),
         });
+        // The connection that held the place may have ended entities.
+        self.reader.overtake_positions();
         let is_known = self.replica.replace(old_connection, client, record);
         // Where the channel is behind what was read the member may have left since.
         let is_behind = self.channel.is_some_and(|channel| channel < self.replica.known);
@@ -345,6 +348,8 @@ impl Mirror {
             version,
             before: before.map(Box::from),
         });
+        // An earlier life of the client may have ended.
+        self.reader.overtake_positions();
         let from = changes.len();
         self.replica.is_current = self.reader.is_current();
         let is_doubtful = self.replica.is_doubtful(client, record, version, before);
@@ -440,6 +445,7 @@ impl Mirror {
     /// [`Refused::NotMember`], [`Refused::Foreign`], [`Refused::Unknown`], [`Refused::Overtaken`].
     pub fn despawn(&mut self, origin: Origin, client: &str, entity: &str) -> Result<(), Refused> {
         let op = || Op::Despawn { client: client.into(), entity: entity.into() };
+        self.reader.overtake_positions();
         if origin == Origin::Channel {
             self.reader.log(op);
         }

@@ -8,7 +8,10 @@ mod redis;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use wsproxy_proto::rooms::{mirror::MISSING_MAX, wire::Record};
+use wsproxy_proto::rooms::{
+    mirror::{MISSING_MAX, Mirror},
+    wire::{self, Record},
+};
 
 use crate::{
     rooms_state::{instance::Instance, redis::Redis},
@@ -220,6 +223,15 @@ impl World {
                 let entities: BTreeMap<_, _> =
                     entities.map(|(id, bytes)| (id, bytes.clone())).collect();
                 assert_eq!(entities, expected.collect(), "of {}", instance.server);
+            }
+            // A position may come to Redis behind the leave of its member, and then no instance has it.
+            for (client, member) in instance.mirror.iter().flat_map(Mirror::members) {
+                for entity in member.entities().filter(|_| !member.is_here()) {
+                    let field = wire::field(client, entity.id());
+                    let is_kept = self.redis.positions.contains_key(&field);
+                    let is_kept = is_kept || self.redis.entities.contains_key(&field);
+                    assert!(is_kept, "{field} is a ghost of {}", instance.server);
+                }
             }
         }
     }

@@ -95,6 +95,8 @@ pub(super) struct Reader {
     /// Time at which members that a reading lacked are looked for again.
     look_again: Option<u64>,
     positions_at: Option<u64>,
+    /// An entity may have ended since the latest reading of positions began, which may be older.
+    is_positions_overtaken: bool,
 }
 
 #[derive(Debug)]
@@ -117,6 +119,7 @@ impl Reader {
             earliest: 0,
             look_again: None,
             positions_at: None,
+            is_positions_overtaken: false,
         }
     }
 
@@ -145,6 +148,11 @@ impl Reader {
     /// Makes a reading that is under way void.
     pub(super) fn give_up(&mut self) {
         self.under_way = None;
+    }
+
+    /// Notes that entities may have ended, so that a reading of positions that is under way may be older.
+    pub(super) fn overtake_positions(&mut self) {
+        self.is_positions_overtaken = true;
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -198,6 +206,7 @@ impl Mirror {
         self.reader.under_way = None;
         self.reader.is_missing_news = true;
         self.reader.positions_at = None;
+        self.reader.overtake_positions();
         for member in self.replica.state.members_mut() {
             member.hear_echo();
             if !member.is_here() {
@@ -253,6 +262,7 @@ impl Mirror {
             self.reader.want(now);
             return Outcome::Overflowed;
         }
+        self.reader.overtake_positions();
         let (mut draft, orphans) = self.draft(reading);
         let is_whole = draft.replay(under_way.log, self.merge, &self.limits.doubled());
         let from = changes.len();
@@ -281,6 +291,7 @@ impl Mirror {
     /// Begins a reading of positions.
     pub fn begin_positions(&mut self) {
         self.reader.positions_at = None;
+        self.reader.is_positions_overtaken = false;
     }
 
     /// Applies a reading of positions: those that their owners have not overtaken.
@@ -289,10 +300,16 @@ impl Mirror {
         for (field, position) in positions {
             let Some((client, id)) = wire::parse_field(field) else { continue };
             let Some(member) = self.replica.state.member(client) else { continue };
-            let held = member.entity(id);
-            if held.is_some_and(|held| held.is_live || held.position() == Some(position))
-                || member.has_touched(id)
-            {
+            let is_overtaken = match member.entity(id) {
+                Some(held) => held.is_live || held.position() == Some(position),
+                // It may have ended since, and nothing would end it again. What a connection here has ended may still be
+                // in Redis.
+                None => {
+                    let is_known_here = member.is_here() && !member.yields(id);
+                    self.reader.is_positions_overtaken || is_known_here
+                }
+            };
+            if is_overtaken || member.has_touched(id) {
                 continue;
             }
             if self.replica.state.place(client, id, position, &limits).is_ok() {

@@ -150,6 +150,7 @@ fn reading_overtakes_no_live_position() {
     let mut mirror = mirror(10, &["a"]);
     mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
     let mut changes = Vec::new();
+    mirror.begin_positions();
     mirror.apply_positions(&pairs(&[("a e", "old"), ("a f", "new"), ("x e", "?")]), &mut changes);
     assert_eq!(changes, [Change::Moved { client: "a".into(), entity: "f".into() }]);
     let position = |mirror: &Mirror, id| {
@@ -167,6 +168,46 @@ fn reading_overtakes_no_live_position() {
     assert_eq!(read(&mut mirror, &reading, 7).len(), 1);
     assert_eq!(position(&mirror, "e"), b"newer");
     assert_eq!(mirror.due(), Some(Due { at: 7 + POSITIONS_AGAIN, read: Read::Positions }));
+}
+
+#[test]
+fn reading_of_positions_brings_no_ended_entity_back() {
+    let mut mirror = mirror(10, &["a"]);
+    mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
+    mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
+    let old = pairs(&[("a e", "old")]);
+    let mut changes = Vec::new();
+    mirror.begin_positions();
+    mirror.despawn(Origin::Channel, "a", "e").unwrap();
+    mirror.apply_positions(&old, &mut changes);
+    assert_eq!((&changes[..], mirror.entities()), (&[][..], 0), "it was despawned");
+    mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
+    mirror.begin_positions();
+    apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
+    apply(&mut mirror, join(12, "a"));
+    mirror.apply_positions(&old, &mut changes);
+    assert_eq!((&changes[..], mirror.entities()), (&[][..], 0), "it was of an earlier life");
+    mirror.begin_positions();
+    mirror.apply_positions(&old, &mut changes);
+    assert_eq!((changes.len(), mirror.entities()), (1, 1), "it is of this life");
+}
+
+#[test]
+fn reading_of_positions_brings_no_entity_back_that_ended_here() {
+    let mut mirror = mirror(10, &["a"]);
+    let mut changes = Vec::new();
+    assert!(mirror.join_here("me", &record(SERVER, 1), 11, None, &mut changes));
+    mirror.spawn(Origin::Here, "me", "e", b"s").unwrap();
+    mirror.position(Origin::Here, "me", "e", b"live").unwrap();
+    mirror.despawn(Origin::Here, "me", "e").unwrap();
+    let own = record(SERVER, 1);
+    apply(&mut mirror, Kind::Join { version: 11, client: "me", record: &own });
+    // The despawn still waits for the bus, or was lost.
+    mirror.begin_positions();
+    changes.clear();
+    mirror.apply_positions(&pairs(&[("me e", "old"), ("a f", "new")]), &mut changes);
+    assert_eq!(changes, [Change::Moved { client: "a".into(), entity: "f".into() }]);
+    assert_eq!(mirror.entities(), 1);
 }
 
 #[test]

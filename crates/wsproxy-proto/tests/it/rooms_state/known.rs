@@ -2,8 +2,8 @@
 
 use crate::rooms_state::{
     Step::{
-        Answer, Begin, Change, Close, Deliver, Empty, Kill, Open, Reap, Rejoin, RunCommand,
-        RunLeave,
+        Advance, Answer, Begin, Change, Close, Deliver, Empty, Kill, Open, Reap, Rejoin,
+        RunCommand, RunLeave,
     },
     play, play_calm,
 };
@@ -117,6 +117,19 @@ fn change_here_in_an_earlier_life() {
     play_calm(&[
         Open(3, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0),
         Change(3, 's', 0, 0), RunCommand(0), Open(3, 2), Open(0, 0), Kill(2), Reap, Open(3, 0), Answer(0, 1),
+    ]);
+}
+
+/// A reading of positions runs before an entity is despawned, and is answered behind the news of that.
+#[test]
+#[rustfmt::skip]
+fn position_of_an_entity_that_ended_while_positions_are_read() {
+    play_calm(&[
+        Open(0, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0),
+        Open(1, 1), Answer(1, 0), Begin(1), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0),
+        Change(0, 's', 0, 0), Change(0, 'p', 0, 0), RunCommand(0), RunCommand(0), Deliver(1, 3),
+        Advance(2_000_000), Begin(1), Answer(1, 0), Answer(1, 0), Change(0, 'd', 0, 0), RunCommand(0),
+        Deliver(1, 1),
     ]);
 }
 

@@ -93,7 +93,7 @@ struct State {
     presence: Pace,
     /// Pace of all positions for members that read on.
     catch_up: Pace,
-    /// Bytes of the mirror that are counted for the instance.
+    /// Bytes of the mirror and of what is owed that are counted for the instance.
     counted: usize,
     /// Time of the reading for which a task waits; `None`: there is no task.
     reads_at: Option<u64>,
@@ -432,7 +432,7 @@ impl Room {
         if state.is_closed {
             return;
         }
-        let bytes = state.mirror.bytes();
+        let bytes = state.mirror.bytes() + state.owed.bytes();
         if bytes > state.counted {
             self.state_bytes.fetch_add(bytes - state.counted, Relaxed);
         } else {

@@ -232,13 +232,6 @@ async fn a_leave_that_is_due_while_redis_is_killed_is_told_once() {
 async fn changes_that_were_lost_on_their_way_are_told_again() {
     let server = RedisServer::start();
     let proxy = FaultProxy::start(server.port()).await;
-    let start = async |url: String| {
-        let mut config = crate::support::gateway::config(Some(&url));
-        config.endpoints.rooms = true;
-        config.rooms.development = wsproxy::config::rooms::Development::Loopback;
-        config.rate_limit.max_requests_is_set = true;
-        TestInstance::start(config).await
-    };
     let one = start(server.url_on(proxy.port())).await;
     let two = start(server.url()).await;
     let mut ann = RoomClient::join(&one, "ann").await;
@@ -277,6 +270,78 @@ async fn changes_that_were_lost_on_their_way_are_told_again() {
     let found = players.iter().find(|player| player["clientId"] == "ann").unwrap();
     assert_eq!(found["avatarUrl"], "u");
     assert_eq!(near.told().await, "join late");
+}
+
+#[tokio::test]
+async fn a_change_that_was_refused_is_told_once_its_client_is_back() {
+    let server = RedisServer::start();
+    let one = start(server.url()).await;
+    let two = start(server.url()).await;
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut near = RoomClient::join(&one, "near").await;
+    let mut far = RoomClient::join(&two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    refuse_writes(&server, true);
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    assert_eq!(near.told().await, "spawn e of ann");
+    drop(ann);
+    // The instance would publish it again, but there is no connection for which it may do so.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    refuse_writes(&server, false);
+    let _back = RoomClient::join(&one, "ann").await;
+    assert_eq!(far.told().await, "spawn e of ann");
+}
+
+/// More changes are refused than an instance keeps in mind: a comparison with the store shows the others.
+#[tokio::test]
+async fn changes_that_were_refused_are_told_again_although_there_were_too_many() {
+    let server = RedisServer::start();
+    let one = start(server.url()).await;
+    let two = start(server.url()).await;
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut near = RoomClient::join(&one, "near").await;
+    let mut far = RoomClient::join(&two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    // Each takes about 130 bytes.
+    let names: Vec<String> = (0..1500).map(|number| format!("{number:060}")).collect();
+    let last = names.last().unwrap();
+    for name in &names {
+        ann.send(json!({ "entitySpawn": { "entityId": name } })).await;
+    }
+    for member in [&mut near, &mut far] {
+        member.told_until(&format!("spawn {last} of ann")).await;
+    }
+    refuse_writes(&server, true);
+    for name in &names {
+        ann.send(json!({ "entityDespawn": { "entityId": name } })).await;
+    }
+    near.told_until(&format!("despawn {last} of ann")).await;
+    refuse_writes(&server, false);
+    let mut told = std::collections::BTreeSet::new();
+    while told.len() < names.len() {
+        let words = far.told().await;
+        let name = words.strip_prefix("despawn ").and_then(|rest| rest.strip_suffix(" of ann"));
+        told.insert(name.unwrap().to_owned());
+    }
+    assert_eq!(told.into_iter().collect::<Vec<_>>(), names);
+    let late = RoomClient::join(&two, "late").await;
+    assert_eq!(late.hello["initialState"]["entities"].as_array().map_or(0, Vec::len), 0);
+}
+
+fn refuse_writes(server: &RedisServer, is_refused: bool) {
+    let replicas = if is_refused { "1" } else { "0" };
+    server.call(&["CONFIG", "SET", "min-replicas-to-write", replicas]);
+}
+
+/// Starts an instance with rooms, a long grace, and room for many entities of a member.
+async fn start(url: String) -> TestInstance {
+    let mut config = crate::support::gateway::config(Some(&url));
+    config.endpoints.rooms = true;
+    config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+    config.rooms.leave_grace = Duration::from_secs(30);
+    (config.rooms.entities_max, config.rooms.messages_per_second) = (2000, 0);
+    config.rate_limit.max_requests_is_set = true;
+    TestInstance::start(config).await
 }
 
 async fn bring(trouble: Trouble, server: &mut RedisServer, snapshot: &[u8]) {

@@ -65,7 +65,9 @@ impl Room {
             .enumerate()
             .map(|(at, page)| write::server_hello(&welcome, page, at + 1 < pages.len()))
             .collect();
-        let Some(member) = state.member_mut(membership.connection.number) else { return };
+        let Some(member) = state.member_mut(membership.connection.number) else {
+            return self.release(state, now);
+        };
         member.form = Some(form);
         member.reads_batches = welcome.batch;
         member.reliable = reliable::of_features(welcome.acks);

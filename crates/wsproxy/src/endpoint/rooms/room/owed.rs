@@ -1,21 +1,34 @@
 //! Changes of members here that other instances may lack, since the bus did not take them or has lost them. They are
 //! published again, as the mirror has them by then.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Bound,
+};
 
 use tracing::debug;
 use wsproxy_conn::clock::{self, Micros};
+use wsproxy_proto::rooms::{
+    mirror::{Mirror, Reading},
+    wire::{self, Record},
+};
 
 use crate::endpoint::rooms::room::{Room, State};
 
 /// Changes that are to be published again: clients, each with an entity, or with none for the presence data.
 ///
-/// Invariant: holds at most [`BYTES_MAX`] bytes. A change beyond that reaches others with the next change of its
-/// entity.
+/// Invariant: holds at most [`BYTES_MAX`] bytes. Where a change was left out, the room is compared with the store once the
+/// bus has taken the others.
 #[derive(Debug, Default)]
 pub(super) struct Owed {
     changes: BTreeSet<Change>,
     bytes: usize,
+    /// The change that was taken last, while others wait behind it.
+    last: Option<Change>,
+    /// A change was left out.
+    is_over: bool,
+    /// The next reading shows what was left out.
+    compares: bool,
 }
 
 /// A client and an entity of it; `None`: the presence data of the client.
@@ -24,33 +37,88 @@ type Change = (Box<str>, Option<Box<str>>);
 impl Owed {
     fn add(&mut self, client: &str, entity: Option<&str>) {
         let change = (client.into(), entity.map(Into::into));
-        let bytes = bytes(&change);
+        let bytes = bytes_of(&change);
+        if self.changes.contains(&change) {
+            return;
+        }
         if self.bytes + bytes > BYTES_MAX {
             debug!(client, entity, "Too many changes wait to be published again.");
-        } else if self.changes.insert(change) {
+            self.is_over = true;
+        } else {
+            self.changes.insert(change);
             self.bytes += bytes;
         }
     }
 
-    /// Takes some changes.
+    /// Takes some changes. Those that are added again come behind all others.
     fn take(&mut self) -> Vec<Change> {
-        let mut taken = Vec::new();
-        while taken.len() < TOLD_AT_ONCE
-            && let Some(change) = self.changes.pop_first()
-        {
-            self.bytes -= bytes(&change);
-            taken.push(change);
+        let from = self.last.take().map_or(Bound::Unbounded, Bound::Excluded);
+        let next = self.changes.range((from, Bound::Unbounded)).take(TOLD_AT_ONCE);
+        let taken: Vec<Change> = next.cloned().collect();
+        for change in &taken {
+            self.changes.remove(change);
+            self.bytes -= bytes_of(change);
         }
+        self.last = taken.get(TOLD_AT_ONCE - 1).cloned();
         taken
     }
 
-    fn is_empty(&self) -> bool {
-        self.changes.is_empty()
+    /// Returns whether nothing waits, but a change was left out: what this is, a reading shows.
+    fn begin_to_compare(&mut self) -> bool {
+        let begins = self.changes.is_empty() && std::mem::take(&mut self.is_over);
+        self.compares |= begins;
+        begins
+    }
+
+    fn is_settled(&self) -> bool {
+        self.changes.is_empty() && !self.is_over
+    }
+
+    /// Returns whether a reading that begins now is to be compared with the mirror.
+    pub(super) const fn compares(&self) -> bool {
+        self.compares
+    }
+
+    pub(super) const fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 
-fn bytes((client, entity): &Change) -> usize {
+fn bytes_of((client, entity): &Change) -> usize {
     client.len() + entity.as_ref().map_or(0, |entity| entity.len()) + CHANGE_BYTES
+}
+
+/// Returns the changes of members here that a reading lacks, whose news the mirror has applied.
+fn lacking(mirror: &Mirror, reading: &Reading) -> Vec<Change> {
+    let here = |client: &str| mirror.member(client).filter(|member| member.is_here());
+    let mut lacking: Vec<Change> = Vec::new();
+    let stored: HashMap<_, _> =
+        reading.entities.iter().map(|(key, value)| (&key[..], value)).collect();
+    for (client, member) in mirror.members().filter(|(_, member)| member.is_here()) {
+        for entity in member.entities() {
+            let field = wire::field(client, entity.id());
+            let found = stored.get(field.as_bytes()).map(|found| &found[..]);
+            if found != entity.snapshot() {
+                lacking.push((client.into(), Some(entity.id().into())));
+            }
+        }
+    }
+    for (field, _) in reading.entities.iter().chain(&reading.positions) {
+        let Some((client, id)) = wire::parse_field(field) else { continue };
+        if here(client).is_some_and(|member| member.entity(id).is_none()) {
+            lacking.push((client.into(), Some(id.into())));
+        }
+    }
+    for (client, record) in &reading.members {
+        let (Ok(client), Ok(record)) = (str::from_utf8(client), str::from_utf8(record)) else {
+            continue;
+        };
+        let json = Record::parse(record).map(|record| record.json);
+        if here(client).is_some_and(|member| Some(member.record().json) != json) {
+            lacking.push((client.into(), None));
+        }
+    }
+    lacking
 }
 
 impl State {
@@ -59,6 +127,14 @@ impl State {
         self.owed.add(client, entity);
         self.owes_at = self.owes_at.min(now.after(OWE_AFTER));
     }
+
+    /// Notes the changes of members here that the store lacks, as a reading shows that was applied.
+    pub(super) fn owe_lacking(&mut self, reading: &Reading, now: Micros) {
+        self.owed.compares = false;
+        for (client, entity) in lacking(&self.mirror, reading) {
+            self.owe(&client, entity.as_deref(), now);
+        }
+    }
 }
 
 impl Room {
@@ -66,18 +142,22 @@ impl Room {
     pub(super) fn tell_owed(&self) {
         let now = clock::now();
         let mut state = self.state.lock();
+        if state.owed.begin_to_compare() {
+            state.mirror.want_later_reading(now.0);
+        }
         let mut again = Vec::new();
         for (client, entity) in state.owed.take() {
-            match state.holder(&client) {
-                Some(holder) => again.push((holder, entity)),
+            let is_here = state.mirror.member(&client).map(|member| member.is_here());
+            match (state.holder(&client), is_here) {
+                (Some(holder), _) => again.push((holder, entity)),
+                // Its connection has ended: the next one here is the one that publishes, unless the member leaves.
+                (None, Some(true)) => state.owe(&client, entity.as_deref(), now),
                 // Another instance has the member by now, and knows of it what the store has.
-                None if state.mirror.member(&client).is_some() => {
-                    state.mirror.want_later_reading(now.0);
-                }
-                None => {}
+                (None, Some(false)) => state.mirror.want_later_reading(now.0),
+                (None, None) => {}
             }
         }
-        if !state.owed.is_empty() {
+        if !state.owed.is_settled() {
             state.owes_at = state.owes_at.min(now.after(OWE_AFTER));
         }
         self.release(state, now);
@@ -93,7 +173,7 @@ impl Room {
 }
 
 /// Upper bound of the changes that wait, in bytes.
-const BYTES_MAX: usize = 1 << 20;
+const BYTES_MAX: usize = 128 << 10;
 
 /// Estimate of a change's cost beside its names.
 const CHANGE_BYTES: usize = 64;
@@ -106,7 +186,14 @@ pub(super) const OWE_AFTER: Micros = Micros(1_000_000);
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use wsproxy_proto::rooms::{
+        mirror::{Limits, Origin},
+        wire::Connection,
+    };
+
     use super::*;
+    use crate::endpoint::rooms::room::MERGE;
 
     #[test]
     fn a_change_is_owed_once_and_their_number_is_bounded() {
@@ -115,11 +202,50 @@ mod tests {
             owed.add("ann", entity);
         }
         assert_eq!(owed.take(), [("ann".into(), None), ("ann".into(), Some("e".into()))]);
-        assert!(owed.is_empty() && owed.bytes == 0);
+        assert!(owed.is_settled() && owed.bytes == 0);
         for number in 0..20_000 {
             owed.add("ann", Some(&format!("entity-{number:05}")));
         }
         assert!(owed.bytes <= BYTES_MAX && owed.bytes > BYTES_MAX - 100, "{}", owed.bytes);
-        assert_eq!(owed.take().len(), TOLD_AT_ONCE);
+        let mut taken = owed.take();
+        assert_eq!(taken.len(), TOLD_AT_ONCE);
+        // What still waits comes behind the others.
+        taken.iter().for_each(|(client, entity)| owed.add(client, entity.as_deref()));
+        assert_ne!(owed.take()[0], taken[0]);
+        while !taken.is_empty() {
+            taken = owed.take();
+        }
+        assert_eq!((owed.changes.len(), owed.bytes), (0, 0));
+        assert!(owed.begin_to_compare() && owed.is_settled(), "some were left out");
+        assert!(!owed.begin_to_compare() && owed.compares());
     }
+
+    #[test]
+    fn what_a_reading_lacks_of_members_here_is_owed() {
+        let mut mirror = Mirror::new(SERVER, Limits::default(), MERGE, 0);
+        let own = Connection { server: SERVER, number: 1 }.to_string();
+        let other = Connection { server: 2, number: 1 }.to_string();
+        let pairs = |pairs: &[(&str, &str)]| {
+            let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+            pairs.iter().map(|(key, value)| (bytes(key), bytes(value))).collect::<Vec<_>>()
+        };
+        let members = [("me", &*format!("{own} u {{}}")), ("far", &*format!("{other} u {{}}"))];
+        let mut reading = Reading { version: 1, members: pairs(&members), ..Reading::default() };
+        let ticket = mirror.begin_reading(0);
+        mirror.apply_reading(ticket, &reading, 0, &mut Vec::new());
+        for (client, entity) in [("me", "same"), ("me", "other"), ("me", "lost"), ("far", "f")] {
+            mirror.spawn(Origin::Here, client, entity, b"s").unwrap();
+        }
+        let presence = Record { connection: &own, user: "u", json: "old" }.to_string();
+        reading.members = pairs(&[("me", &presence), members[1]]);
+        reading.entities = pairs(&[("me same", "s"), ("me other", "old"), ("me gone", "s")]);
+        reading.positions = pairs(&[("me same", "p"), ("me ended", "p"), ("far ended", "p")]);
+        let mut lacking = lacking(&mirror, &reading);
+        lacking.sort();
+        let me = |entity: &str| ("me".into(), Some(entity.into()));
+        let entities = ["ended", "gone", "lost", "other"].map(me);
+        assert_eq!(lacking, [&[("me".into(), None)], &entities[..]].concat());
+    }
+
+    const SERVER: u64 = 1;
 }

@@ -112,10 +112,12 @@ impl Room {
     }
 
     async fn read_room(&self, rooms: &Rooms) {
-        let ticket = self.state.lock().mirror.begin_reading(clock::now().0);
+        let begin =
+            |state: &mut State| (state.mirror.begin_reading(clock::now().0), state.owed.compares());
+        let (ticket, compares) = begin(&mut self.state.lock());
         match rooms.keeper.read(&self.id).await {
             Ok(reading) => {
-                let orphans = self.apply_reading(rooms, ticket, &reading);
+                let orphans = self.apply_reading(rooms, (ticket, compares), &reading);
                 if !orphans.is_empty()
                     && let Err(error) = rooms.keeper.sweep(&self.id, &orphans).await
                 {
@@ -132,13 +134,22 @@ impl Room {
         }
     }
 
-    /// Applies a reading, and tells members here of what it shows. Returns the clients that have left fields behind.
-    fn apply_reading(&self, rooms: &Rooms, ticket: Ticket, reading: &Reading) -> Vec<Box<str>> {
+    /// Applies a reading, and tells members here of what it shows. Where it `compares`, what it lacks of members here is
+    /// owed. Returns the clients that have left fields behind.
+    fn apply_reading(
+        &self,
+        rooms: &Rooms,
+        (ticket, compares): (Ticket, bool),
+        reading: &Reading,
+    ) -> Vec<Box<str>> {
         let now = clock::now();
         let mut state = self.state.lock();
         let mut changes = Vec::new();
         let outcome = state.mirror.apply_reading(ticket, reading, now.0, &mut changes);
         rooms.counters.readings.add(1);
+        if compares && matches!(outcome, ReadOutcome::Applied { .. }) {
+            state.owe_lacking(reading, now);
+        }
         self.tell_changes(&mut state, changes, now);
         self.release(state, now);
         match outcome {
