@@ -239,7 +239,8 @@ impl<H: Handler> Driver<H> {
                 }
                 self.receive(&mut buffer[..count], now);
                 self.link.flush(now);
-                if count < most && self.hearing == Hearing::CatchingUp {
+                let is_late = self.hearing == Hearing::CatchingUp;
+                if is_late && count < most && !socket.stopped_early() {
                     self.hearing = Hearing::Attentive;
                 }
             }

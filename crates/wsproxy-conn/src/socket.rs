@@ -65,6 +65,14 @@ impl Socket {
         }
     }
 
+    /// Returns whether the last read may have left bytes although it did not fill its buffer.
+    pub(crate) fn stopped_early(&self) -> bool {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => false,
+            Self::Tls(socket) => socket.stopped_early(),
+        }
+    }
+
     /// Writes as much as the kernel takes at once.
     ///
     /// # Errors

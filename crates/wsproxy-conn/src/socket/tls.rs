@@ -36,6 +36,10 @@ struct Session {
     tls: Connection,
     /// Decrypted bytes wait: the last reader had no more room.
     has_unread: bool,
+    /// The last read stopped at its bound of encrypted bytes, so that the kernel may have more.
+    stopped_early: bool,
+    /// Encrypted bytes that came since the last decrypted one.
+    barren: usize,
     /// Bytes of the record that the kernel has taken in part or not at all. The last of them does not count as written
     /// yet. 0 where the kernel has everything.
     held: usize,
@@ -78,8 +82,8 @@ impl TlsSocket {
     }
 
     fn new(stream: TcpStream, tls: Connection) -> Self {
-        let session = Mutex::new(Session { tls, has_unread: false, held: 0 });
-        Self { stream, session }
+        let session = Session { tls, has_unread: false, stopped_early: false, barren: 0, held: 0 };
+        Self { stream, session: Mutex::new(session) }
     }
 
     async fn handshake(self) -> io::Result<Self> {
@@ -122,19 +126,22 @@ impl TlsSocket {
         self.session.lock().tls.handshake_kind() == Some(HandshakeKind::Resumed)
     }
 
+    /// Reads decrypted bytes, from a bounded number of encrypted ones: a peer may send few bytes in each record, and
+    /// others wait for the session meanwhile.
     pub(super) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut session = self.session.lock();
-        let mut filled = 0;
+        let (mut filled, mut encrypted) = (0, 0);
         let ended = loop {
-            match session.fill(&self.stream, &mut buffer[filled..]) {
+            match session.fill(&self.stream, &mut buffer[filled..], &mut encrypted) {
                 Ok(0) => break Ok(()),
                 Ok(count) => filled += count,
                 Err(error) => break Err(error),
             }
-            if filled == buffer.len() {
+            if filled == buffer.len() || encrypted >= ENCRYPTED_BYTES_MAX {
                 break Ok(());
             }
         };
+        session.stopped_early = encrypted >= ENCRYPTED_BYTES_MAX;
         // Answers to the peer's handshake messages; where the socket takes none of them now, the next write does.
         let _ = session.flush(&self.stream);
         // The next read finds the end or the error again.
@@ -177,6 +184,10 @@ impl TlsSocket {
         self.session.lock().held
     }
 
+    pub(super) fn stopped_early(&self) -> bool {
+        self.session.lock().stopped_early
+    }
+
     pub(super) fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.session.lock().has_unread {
             return Poll::Ready(Ok(()));
@@ -216,13 +227,24 @@ impl Session {
         }
     }
 
-    /// Reads decrypted bytes, after more from the kernel where there are none. `Ok(0)` is the end of the stream.
-    fn fill(&mut self, stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    /// Reads decrypted bytes, after more from the kernel where there are none. `Ok(0)` is the end of the stream. Adds
+    /// what came from the kernel to `encrypted`.
+    fn fill(
+        &mut self,
+        stream: &TcpStream,
+        buffer: &mut [u8],
+        encrypted: &mut usize,
+    ) -> io::Result<usize> {
         loop {
             let unread = self.process(stream)?;
             let count = match self.tls.reader().read(buffer) {
                 Err(error) if error.kind() == WouldBlock => {
-                    self.tls.read_tls(&mut Kernel(stream))?;
+                    if self.barren > BARREN_BYTES_MAX {
+                        return Err(io::ErrorKind::InvalidData.into());
+                    }
+                    let came = self.tls.read_tls(&mut Kernel(stream))?;
+                    *encrypted += came;
+                    self.barren += came;
                     continue;
                 }
                 // The end of the stream without the alert counts as the end: the WebSocket's close frame tells whether
@@ -231,6 +253,9 @@ impl Session {
                 result => result?,
             };
             self.has_unread = unread > count;
+            if count > 0 {
+                self.barren = 0;
+            }
             return Ok(count);
         }
     }
@@ -283,3 +308,10 @@ fn invalid(error: rustls::Error) -> io::Error {
 
 /// Bytes that are encrypted at once: those of one record.
 const RECORD_BYTES: usize = 16 * 1024;
+
+/// Number of encrypted bytes after which a read stops.
+const ENCRYPTED_BYTES_MAX: usize = 64 * 1024;
+
+/// Upper bound of the encrypted bytes between two decrypted ones. Beyond it the connection ends: the peer sends nothing
+/// but empty records, new keys or tickets. A whole record and dozens of tickets fit.
+const BARREN_BYTES_MAX: usize = 32 * 1024;

@@ -10,7 +10,7 @@ use futures_util::{SinkExt, StreamExt};
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
-    crypto::aws_lc_rs,
+    crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 use tokio::{
@@ -41,11 +41,18 @@ use crate::support::{PATIENCE, Process, Recorder, Seen, profile, settle, until};
 
 /// Configurations of a server, and of a client that trusts its certificate, which is for `name`.
 fn tls_for(name: &str) -> (Arc<ServerConfig>, Arc<ClientConfig>) {
+    tls_with(name, aws_lc_rs::default_provider())
+}
+
+/// Configurations as of [`tls_for`], with the client's cryptography.
+pub(crate) fn tls_with(
+    name: &str,
+    client: CryptoProvider,
+) -> (Arc<ServerConfig>, Arc<ClientConfig>) {
     let CertifiedKey { cert, signing_key } = generate_simple_self_signed([name.into()]).unwrap();
     let certificate = CertificateDer::from_pem_slice(cert.pem().as_bytes()).unwrap();
     let key = PrivateKeyDer::from_pem_slice(signing_key.serialize_pem().as_bytes()).unwrap();
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+    let server = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
@@ -53,7 +60,7 @@ fn tls_for(name: &str) -> (Arc<ServerConfig>, Arc<ClientConfig>) {
         .unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(certificate).unwrap();
-    let client = ClientConfig::builder_with_provider(provider)
+    let client = ClientConfig::builder_with_provider(Arc::new(client))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots)

@@ -17,4 +17,5 @@ mod rounds;
 mod stress;
 mod support;
 mod tcp;
+mod tls;
 mod writable;
