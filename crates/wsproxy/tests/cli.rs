@@ -15,6 +15,9 @@ use wsproxy::config::{
     render,
 };
 
+#[path = "cli/health.rs"]
+mod health;
+
 /// Runs the program with the environment `env` only.
 fn wsproxy(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
@@ -478,16 +481,6 @@ fn the_day_of_a_build_is_that_of_its_seconds() {
     ] {
         assert_eq!(build::date(seconds), day);
     }
-}
-
-#[test]
-fn an_instance_that_is_not_there_is_not_healthy() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port().to_string();
-    drop(listener);
-    let output = wsproxy(&["health"], &[("PORT", &port)]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("is not healthy"));
 }
 
 #[test]

@@ -23,6 +23,9 @@ use crate::{
 pub(super) struct HealthKeys;
 
 impl Reads for HealthKeys {
+    /// An instance goes on with what it has read while its files are replaced, and only it may read its keys.
+    const SKIPS_FILES: bool = true;
+
     fn reads(key: &Key) -> bool {
         let path = key.path();
         let address = ["server.bind", "server.port", "admin.port", "tls.certificate", "tls.admin"];

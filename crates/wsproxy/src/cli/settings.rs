@@ -14,6 +14,9 @@ use crate::config::{
 
 /// The part of the configuration that a command reads.
 pub(super) trait Reads {
+    /// Whether the command leaves files of keys and certificates closed, as [`ConfigSources::skips_files`] says.
+    const SKIPS_FILES: bool = false;
+
     /// Returns whether the command reads the key, and so has its flag.
     fn reads(key: &Key) -> bool;
 
@@ -43,7 +46,8 @@ impl<R: Reads> CliSettings<R> {
     /// The configuration from flags, environment and file.
     pub(super) fn load(self) -> Result<Loaded, Problems> {
         let (defaults, environment) = (R::defaults(), Environment::of_process());
-        load(ConfigSources { defaults, file: self.file, environment, flags: self.flags })
+        let Self { file, flags, .. } = self;
+        load(ConfigSources { defaults, file, environment, flags, skips_files: R::SKIPS_FILES })
     }
 }
 

@@ -28,28 +28,36 @@ pub(super) struct BrokenRule {
     pub(super) message: String,
 }
 
-/// Returns every rule that `config` breaks.
+/// Returns every rule between values that `config` breaks.
 pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
     let mut broken = rules(config);
-    let mut tried = |key: &'static str, result: Result<(), String>| {
-        broken.extend(result.err().map(|message| BrokenRule { key, other: None, message }));
-    };
-    let Config { redis, jwt, .. } = config;
-    let url = redis.url.as_ref().map(|url| RedisAddress::parse(url.expose_secret()).map(drop));
-    tried("redis.url", url.transpose().map(drop).map_err(str::to_owned));
+    let url = config.redis.url.as_ref();
+    let url = url.map(|url| RedisAddress::parse(url.expose_secret()).map(drop));
+    broken.extend(tried("redis.url", url.transpose().map(drop).map_err(str::to_owned)));
     let url = config.database.url.as_ref().filter(|_| config.endpoints.agents);
     let url = url.map(|url| url::parse(url.expose_secret()).map(drop));
-    tried("database.url", url.transpose().map(drop).map_err(str::to_owned));
+    broken.extend(tried("database.url", url.transpose().map(drop).map_err(str::to_owned)));
+    broken
+}
+
+/// Opens the files that `config` names, and returns every rule that they break.
+pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
+    let Config { redis, jwt, .. } = config;
+    let mut broken = Vec::new();
     for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &jwt.ca_file)] {
-        tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file));
+        broken.extend(tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file)));
     }
     let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
-    tried("tls.certificate", pair.transpose().map(drop));
-    tried("api.key", check_api_keys(&config.api));
+    broken.extend(tried("tls.certificate", pair.transpose().map(drop)));
+    broken.extend(tried("api.key", check_api_keys(&config.api)));
     if let Some(path) = jwt.public_key_file.as_deref().filter(|_| verifies_with_public_keys(jwt)) {
-        tried("jwt.public_key_file", check_public_key(path, jwt));
+        broken.extend(tried("jwt.public_key_file", check_public_key(path, jwt)));
     }
     broken
+}
+
+fn tried(key: &'static str, result: Result<(), String>) -> Option<BrokenRule> {
+    result.err().map(|message| BrokenRule { key, other: None, message })
 }
 
 fn verifies_with_public_keys(jwt: &JwtConfig) -> bool {

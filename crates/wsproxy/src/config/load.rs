@@ -12,7 +12,7 @@ use toml::{
 
 use super::{
     Config,
-    check::check,
+    check::{check, check_files},
     environment::{Environment, PREFIX},
     keys::{self, Key, REMOVED, SECTIONS},
     kind::{Raw, quoted},
@@ -32,6 +32,9 @@ pub struct ConfigSources {
     pub environment: Environment,
     /// Keys set by flags.
     pub flags: Vec<(&'static Key, String)>,
+    /// Whether files that an instance reads again while it runs, or only checks, stay closed: a command that needs none
+    /// of them must not fail while one is replaced.
+    pub skips_files: bool,
 }
 
 /// A configuration without problems.
@@ -59,8 +62,8 @@ impl Loaded {
 /// # Errors
 /// [`Problems`]: all problems of all sources.
 pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
-    let ConfigSources { defaults, file, environment, flags } = sources;
-    let mut loader = Loader { config: defaults, ..Loader::default() };
+    let ConfigSources { defaults, file, environment, flags, skips_files } = sources;
+    let mut loader = Loader { config: defaults, skips_files, ..Loader::default() };
     let file = file.or_else(|| environment.path(CONFIG_ENV));
     if file.is_none() && environment.is_empty(CONFIG_ENV) {
         loader.warnings.push(format!("{CONFIG_ENV} is empty, so no file is read."));
@@ -117,6 +120,7 @@ struct Loader {
     bad: BTreeSet<String>,
     problems: Vec<Problem>,
     warnings: Vec<String>,
+    skips_files: bool,
 }
 
 impl Loader {
@@ -219,6 +223,9 @@ impl Loader {
 
     /// Reads a secret from a file. A file without a secret is a problem: no other source takes its place.
     fn secret_file(&mut self, key: &Key, path: PathBuf, origin: ValueOrigin) {
+        if self.skips_files && key.path() == API_KEYS {
+            return;
+        }
         let message = match std::fs::read_to_string(&path) {
             Ok(text) if text.trim().is_empty() => format!("the file {} is empty", path.display()),
             Ok(text) => {
@@ -234,7 +241,11 @@ impl Loader {
     }
 
     fn check(&mut self) {
-        for broken in check(&self.config) {
+        let mut broken_rules = check(&self.config);
+        if !self.skips_files {
+            broken_rules.extend(check_files(&self.config));
+        }
+        for broken in broken_rules {
             let involved = [Some(broken.key), broken.other];
             if involved.into_iter().flatten().any(|key| self.bad.contains(key)) {
                 continue;
