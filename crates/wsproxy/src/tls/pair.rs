@@ -133,11 +133,11 @@ impl Files {
         Fingerprint([hash(&self.certificate), hash(&self.key)])
     }
 
-    /// Makes a configuration for TLS 1.2 and 1.3. An error quotes no part of the key.
+    /// Makes a configuration for TLS 1.2 and 1.3. An error quotes neither file: one may be in the other's place.
     fn config(&self, tickets: Arc<dyn ProducesTickets>) -> Result<ServerConfig, String> {
         let chain = CertificateDer::pem_slice_iter(&self.certificate)
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| format!("the TLS certificate is not PEM: {error}"))?;
+            .map_err(|_| "the file of the TLS certificate is not PEM")?;
         if chain.is_empty() {
             return Err("the file of the TLS certificate holds no certificate".into());
         }
@@ -244,5 +244,7 @@ mod tests {
         assert!(load().contains("no certificate"), "swapped");
         folder.write(&one, "-----BEGIN secret words\n");
         assert!(!load().contains("secret"));
+        folder.write(&key.replace('\n', ""), &key);
+        assert_eq!(load(), "the file of the TLS certificate is not PEM");
     }
 }
