@@ -21,6 +21,8 @@ pub struct TlsPair {
     tickets: Arc<dyn ProducesTickets>,
     /// Guards the pair in use.
     in_use: RwLock<InUse>,
+    /// Guards what the last look found, where it was another pair than the one in use.
+    found: Mutex<Option<Fingerprint>>,
     /// Guards the present problem of the files.
     trouble: Mutex<Option<Trouble>>,
 }
@@ -33,6 +35,17 @@ struct InUse {
 /// Hashes of both files.
 #[derive(PartialEq, Eq)]
 struct Fingerprint([Vec<u8>; 2]);
+
+/// Result of a look at files that can be used.
+#[derive(PartialEq, Eq)]
+enum Look {
+    /// They hold the pair in use.
+    Same,
+    /// They hold another pair. Its chain may be written in part: the issuers of the certificate come last.
+    First,
+    /// They hold the pair of the look before, which is in use now.
+    Second,
+}
 
 struct Trouble {
     problem: String,
@@ -62,8 +75,9 @@ impl TlsPair {
         let config = files.config(Arc::clone(&tickets))?;
         let in_use = InUse { config: Arc::new(config), fingerprint: files.fingerprint() };
         let (certificate, key) = (certificate.to_owned(), key.to_owned());
-        let (in_use, trouble) = (RwLock::new(in_use), Mutex::default());
-        Ok(Self { certificate, key, tickets, in_use, trouble })
+        let in_use = RwLock::new(in_use);
+        let (found, trouble) = (Mutex::default(), Mutex::default());
+        Ok(Self { certificate, key, tickets, in_use, found, trouble })
     }
 
     /// Returns the configuration for a new connection. Open connections keep the one that they began with.
@@ -75,7 +89,7 @@ impl TlsPair {
     /// Reads the files again, and uses the pair that they hold. Returns whether they turned out to be useless: then the
     /// pair stays as it was. Blocks.
     ///
-    /// A problem is told at the second look that finds it, since two files cannot be replaced at one moment.
+    /// A pair is used, and a problem told, at the second look that finds it, since files are not replaced at one moment.
     pub fn read_again(&self) -> bool {
         // A pipe gives its bytes once, and blocks for ever at the next read.
         let is_pipe = |path: &PathBuf| path.metadata().is_ok_and(|found| !found.is_file());
@@ -83,9 +97,10 @@ impl TlsPair {
             return false;
         }
         match Files::read(&self.certificate, &self.key).and_then(|files| self.replace(&files)) {
-            Ok(is_changed) => {
+            Ok(Look::First) => false,
+            Ok(look) => {
                 let was_told = self.trouble.lock().take().is_some_and(|trouble| trouble.is_told);
-                if is_changed || was_told {
+                if look == Look::Second || was_told {
                     info!(certificate = %self.certificate.display(), "The TLS certificate and its key were read again.");
                 }
                 false
@@ -94,15 +109,21 @@ impl TlsPair {
         }
     }
 
-    /// Uses the pair in `files`; returns whether it differs from the one before.
-    fn replace(&self, files: &Files) -> Result<bool, String> {
+    /// Uses the pair in `files` where the look before found it too.
+    fn replace(&self, files: &Files) -> Result<Look, String> {
         let fingerprint = files.fingerprint();
+        let mut found = self.found.lock();
+        let before = found.take();
         if self.in_use.read().fingerprint == fingerprint {
-            return Ok(false);
+            return Ok(Look::Same);
         }
         let config = Arc::new(files.config(Arc::clone(&self.tickets))?);
+        if before.as_ref() != Some(&fingerprint) {
+            *found = Some(fingerprint);
+            return Ok(Look::First);
+        }
         *self.in_use.write() = InUse { config, fingerprint };
-        Ok(true)
+        Ok(Look::Second)
     }
 
     /// Remembers a problem, and logs it at its second look. Returns whether it was logged now.
@@ -225,7 +246,26 @@ mod tests {
         std::fs::remove_file(folder.path("key.pem")).unwrap();
         assert!(!pair.read_again() && pair.read_again() && is_first());
         folder.write(&new, &new_key);
+        assert!(!pair.read_again() && is_first(), "it may be written in part");
         assert!(!pair.read_again() && !is_first());
+    }
+
+    #[test]
+    fn a_chain_that_is_still_written_is_not_used() {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        let ((old, old_key), (new, new_key)) = (made("old.example"), made("new.example"));
+        folder.write(&old, &old_key);
+        let pair = TlsPair::load(&folder.path("cert.pem"), &folder.path("key.pem")).unwrap();
+        let first = pair.config();
+        let is_first = || Arc::ptr_eq(&first, &pair.config());
+        // The certificate alone, then with one issuer, then with both.
+        for chain in [new.clone(), format!("{new}{old}"), format!("{new}{old}{old}")] {
+            folder.write(&chain, &new_key);
+            assert!(!pair.read_again() && is_first());
+        }
+        assert!(!pair.read_again() && !is_first(), "nothing was added since");
+        let used = pair.config();
+        assert!(!pair.read_again() && Arc::ptr_eq(&used, &pair.config()));
     }
 
     #[test]
