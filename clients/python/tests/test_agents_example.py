@@ -55,7 +55,7 @@ class Example:
         return agent
 
     def read(self, path: str) -> list[dict[str, Any]]:
-        """What the page is told, from the call's id to its end."""
+        """Messages to the page, from the call's id to its end."""
         answer = httpx.post(f"{self.url}/calls", json={"path": path}, timeout=30)
         assert answer.status_code == 200
         return [json.loads(line) for line in answer.text.splitlines()]

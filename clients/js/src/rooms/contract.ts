@@ -1,4 +1,4 @@
-// What programs give to a room and get from it: options, arguments and events.
+// Options and arguments that programs give to a room, and events that they get from it.
 
 import type { Problem, StateChange } from "../messages.ts";
 import type { SendRate } from "../outbox.ts";

@@ -136,7 +136,7 @@ export class Pace {
   #next(now: number): [string | undefined, number | undefined] {
     let next: [string | undefined, number | undefined] = [undefined, undefined];
     for (const key of this.#newest.keys()) {
-      // Where the clock was set back, a wait is no longer than one interval.
+      // A wait is no longer than one interval, also after the clock was set back.
       const wait = Math.max(Math.min((this.#due.get(key) ?? now) - now, this.#newest.get(key)?.intervalMs ?? 0), 0);
       if (wait === 0) return [key, 0];
       if (next[1] === undefined || wait < next[1]) next = [key, wait];

@@ -285,7 +285,7 @@ export class Room extends Emitter<RoomEvents> {
       this.#ackTimer ??= setTimeout(() => this.#acknowledge(), ACK_MS);
       if (!this.#acks.take(seq)) return;
     }
-    // What an earlier connection of this client has sent. Its state is known here.
+    // Messages of an earlier connection of this client. Its state is known here.
     if (sender !== this.clientId) this.#apply(sender, payload);
   }
 

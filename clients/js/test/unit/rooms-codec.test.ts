@@ -80,7 +80,7 @@ const KINDS_OF_CLIENTS = ["client_hello", "ack"];
 test.each(cases)("spec/rooms: $name", ({ kind, stamped, stamped_text }) => {
   const heard = binary.decode(new Uint8Array(Buffer.from(stamped, "hex")));
   const name = heard?.payload.case.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
-  // What clients alone say is not read here.
+  // Messages that only clients send are not read here.
   if (!KINDS_OF_CLIENTS.includes(kind)) expect(name).toBe(kind);
   if (stamped_text === undefined) return;
   const read = json.decode(JSON.stringify(stamped_text));

@@ -1,4 +1,4 @@
-// How fast a room sends: positions 20 times a second with the newest, everything below the gateway's limit.
+// The pace of a room: positions 20 times a second with the newest, everything below the gateway's limit.
 
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import type { Room } from "../../src/rooms/index.ts";

@@ -91,7 +91,7 @@ class Rooms:
         return sorted(await self._calls.members(_check_room(room)), key=lambda member: member.client_id)
 
     def listen(self, room: str, *, on_gap: GapCallback | None = None) -> Subscription[RoomEvent]:
-        """What happens in a room from now on, for ever: an asynchronous iterator, or ``async with`` it.
+        """Events of a room from now on, for ever: an asynchronous iterator, or ``async with`` it.
 
         Gives a :class:`~wsproxy.RoomMessage` for each message of a member or worker, a :class:`~wsproxy.RoomJoin` and
         a :class:`~wsproxy.RoomLeave`. It survives any outage; where events may be missing, ``on_gap`` is called: then

@@ -49,7 +49,7 @@ impl Link {
         if state.blocked || state.dirty || state.phase == LinkPhase::Corked {
             return Queued::Queued;
         }
-        // What only waits for a flush must not make the client one that reads slowly.
+        // Frames that only wait for a flush must not make the client one that reads slowly.
         if state.outbox.bytes() > self.profile.low_water_bytes {
             self.write(&mut state, clock::now());
         }
