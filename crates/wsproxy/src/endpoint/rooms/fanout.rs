@@ -18,11 +18,15 @@ pub(super) enum Form {
 impl Form {
     /// Returns the frame of an envelope for one member alone; `None` if the envelope has no such form.
     pub(super) fn frame(self, envelope: Vec<u8>, link: &Link) -> Option<Bytes> {
-        let mut outgoing = match self {
+        let mut outgoing = self.outgoing(envelope.into())?;
+        Some(outgoing.frame(link.window_bits(), link.profile()))
+    }
+
+    fn outgoing(self, envelope: Cow<'_, [u8]>) -> Option<Outgoing<'_>> {
+        Some(match self {
             Self::Binary => Outgoing::new(Kind::Binary, envelope),
             Self::Text => Outgoing::new(Kind::Text, text::to_text(&envelope)?.into_bytes()),
-        };
-        Some(outgoing.frame(link.window_bits(), link.profile()))
+        })
     }
 }
 
@@ -32,8 +36,8 @@ pub(super) struct Fanout<'a> {
     /// Members that acknowledge messages acknowledge this one.
     pub(super) is_reliable: bool,
     as_it_came: Option<Outgoing<'a>>,
-    binary: Option<Outgoing<'a>>,
-    /// `None` inside: the message has no text form.
+    /// `None` inside, as in `text`: the message has no such form.
+    binary: Option<Option<Outgoing<'a>>>,
     text: Option<Option<Outgoing<'a>>>,
 }
 
@@ -88,22 +92,11 @@ impl<'a> Fanout<'a> {
         if let Some(outgoing) = &mut self.as_it_came {
             return Some(outgoing.frame(bits, profile));
         }
-        match form {
-            Form::Binary => {
-                let message = &self.message;
-                let outgoing = self
-                    .binary
-                    .get_or_insert_with(|| Outgoing::new(Kind::Binary, message.to_vec()));
-                Some(outgoing.frame(bits, profile))
-            }
-            Form::Text => {
-                let message = &self.message;
-                let outgoing = self.text.get_or_insert_with(|| {
-                    let text = text::to_text(message)?;
-                    Some(Outgoing::new(Kind::Text, text.into_bytes()))
-                });
-                Some(outgoing.as_mut()?.frame(bits, profile))
-            }
-        }
+        let encoded = match form {
+            Form::Binary => &mut self.binary,
+            Form::Text => &mut self.text,
+        };
+        let outgoing = encoded.get_or_insert_with(|| form.outgoing(self.message.clone()));
+        Some(outgoing.as_mut()?.frame(bits, profile))
     }
 }
