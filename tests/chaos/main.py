@@ -130,7 +130,10 @@ def table(results):
         measured = f"{each.seconds:7.1f} {each.seen:8} {each.lost:7} {len(each.violations):6}"
         lines.append(f"{each.verdict:9} {measured}  {each.name}")
     bad = sum(each.verdict != "held" for each in results)
-    return "\n".join([*lines, f"{len(results) - bad} held, {bad} did not"])
+    lines.append(f"{len(results) - bad} held, {bad} did not")
+    # Repeated, since the lines that were shown at once may be far above.
+    lines += [f"{each.name}: {each.error.strip().splitlines()[-1]}" for each in results if each.error]
+    return "\n".join(lines)
 
 
 def write_report(path, seed, seconds, text):

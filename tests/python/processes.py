@@ -15,13 +15,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEADLINE = 20.0
 
 
+# Ports that this process has given to parts, which may not listen yet.
+_given = set()
+
+
 def free_port():
     # Below the range that the kernel hands out to clients, so that none of them takes it meanwhile.
     while True:
         port = random.randrange(10_000, 30_000)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
+                _given.add(port)
                 return port
             except OSError:
                 continue

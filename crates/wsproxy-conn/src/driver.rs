@@ -79,6 +79,8 @@ pub struct Driver<H: Handler> {
     /// KiB thrown away since the connection began to end.
     discarded_kib: u16,
     hearing: Hearing,
+    /// End of [`Hearing::CatchingUp`].
+    late_until: Micros,
     /// The peer has ended its stream.
     ended_reading: bool,
 }
@@ -123,6 +125,7 @@ impl<H: Handler> Driver<H> {
             bytes: ByteBucket::default(),
             discarded_kib: 0,
             hearing: Hearing::Attentive,
+            late_until: Micros(0),
             ended_reading: false,
         };
         if !leftover.is_empty() {
@@ -137,6 +140,9 @@ impl<H: Handler> Driver<H> {
     /// Runs one round: events, writing, the end, reading.
     fn round(&mut self, cx: &mut Context<'_>) -> Round {
         let now = clock::now();
+        if self.hearing == Hearing::CatchingUp && now >= self.late_until {
+            self.hearing = Hearing::Attentive;
+        }
         let look = self.link.look(cx.waker());
         if let Some(events) = look.events {
             self.handle(*events, now);
@@ -165,15 +171,13 @@ impl<H: Handler> Driver<H> {
         }
         let may_read = self.may_read(look.phase, look.reply_bytes, now, cx);
         if may_read && self.hearing == Hearing::Holding {
-            self.hearing = Hearing::CatchingUp;
+            self.catch_up(now);
             self.receive(&mut link.take_held(), now);
             self.link.flush(now);
             progress = true;
         } else if may_read && socket.poll_read_ready(cx).is_ready() {
             self.read(socket, now);
             progress = true;
-        } else if may_read && self.hearing == Hearing::CatchingUp {
-            self.hearing = Hearing::Attentive;
         }
         if progress { Round::Progress } else { Round::Idle }
     }
@@ -209,10 +213,16 @@ impl<H: Handler> Driver<H> {
                 }
                 self.hearing = Hearing::Paused;
             }
-            Hearing::Paused if may_read => self.hearing = Hearing::CatchingUp,
+            Hearing::Paused if may_read => self.catch_up(now),
             _ => {}
         }
         may_read
+    }
+
+    /// Treats messages as late for a while, since more of them wait, here or at the peer.
+    fn catch_up(&mut self, now: Micros) {
+        self.hearing = Hearing::CatchingUp;
+        self.late_until = now.after(CATCHING_UP);
     }
 
     fn handle(&mut self, events: EventQueue, now: Micros) {
@@ -239,9 +249,9 @@ impl<H: Handler> Driver<H> {
                 }
                 self.receive(&mut buffer[..count], now);
                 self.link.flush(now);
-                let is_late = self.hearing == Hearing::CatchingUp;
-                if is_late && count < most && !socket.stopped_early() {
-                    self.hearing = Hearing::Attentive;
+                let has_more = count == most || socket.stopped_early();
+                if self.hearing == Hearing::CatchingUp && has_more {
+                    self.catch_up(now);
                 }
             }
             Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
@@ -376,6 +386,9 @@ impl<H: Handler> Future for Driver<H> {
     }
 }
 
+/// Time after a pause in which messages count as late: the peer may have sent some of them during the pause, and they
+/// wait in the kernels of both sides.
+const CATCHING_UP: Micros = Micros(1_000_000);
 /// Upper bound of one read.
 const READ_BYTES: usize = 64 * 1024;
 
