@@ -109,6 +109,7 @@ pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
     let is_settled = |key: &Key| origins.contains_key(&key.path()) || unread(key).is_some();
     warnings.extend(doubt::doubtful(&environment, is_settled));
     warnings.extend(doubt::shared_address(&config, is_settled));
+    warnings.extend(doubt::open_secrets(&config));
     Ok(Loaded { config, ignored, warnings, origins })
 }
 
