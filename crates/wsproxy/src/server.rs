@@ -336,6 +336,7 @@ async fn keep_time(core: Arc<Core>, end: CancellationToken) {
         let now = clock::now();
         core.event_streams.relieve(&core.runtime);
         core.runtime.tick(now);
+        core.event_streams.cut_off(&core.runtime);
         if forgotten.elapsed() > FORGET_EVERY {
             forgotten = Instant::now();
             core.attempts.forget_idle(now.0.saturating_mul(1000));
