@@ -188,18 +188,6 @@ impl HttpSocket {
     }
 }
 
-/// First byte of a TLS connection: the type of a record with a message of the handshake. No request begins with it.
-pub const HANDSHAKE: u8 = 22;
-
-/// Upper bound of the first read: a greeting of TLS fits.
-const FIRST_BYTES_MAX: usize = 4096;
-
-/// Answer to a client that speaks TLS to a plain port. Programs that know TLS only call it a `wrong version number`, the
-/// well-known sign of such a port.
-const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n\
-x-content-type-options: nosniff\r\nconnection: close\r\ncontent-length: 122\r\n\r\n\
-{\"error\":{\"code\":\"bad_request\",\"message\":\"This port speaks plain HTTP, not TLS: use http:// or ws://.\",\"retryable\":false}}";
-
 impl Read for HttpSocket {
     fn poll_read(
         self: Pin<&mut Self>,
@@ -246,3 +234,15 @@ impl Write for HttpSocket {
         self.with(|stream| stream.poll_shutdown(cx))
     }
 }
+
+/// First byte of a TLS connection: the type of a record with a message of the handshake. No request begins with it.
+pub const HANDSHAKE: u8 = 22;
+
+/// Upper bound of the first read: a greeting of TLS fits.
+const FIRST_BYTES_MAX: usize = 4096;
+
+/// Answer to a client that speaks TLS to a plain port. Programs that know TLS only call it a `wrong version number`, the
+/// well-known sign of such a port.
+const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n\
+x-content-type-options: nosniff\r\nconnection: close\r\ncontent-length: 122\r\n\r\n\
+{\"error\":{\"code\":\"bad_request\",\"message\":\"This port speaks plain HTTP, not TLS: use http:// or ws://.\",\"retryable\":false}}";
