@@ -92,7 +92,7 @@ async fn one_read_takes_a_bounded_part_of_tiny_records() {
                 assert!((1..4000).contains(&count), "{count} bytes at once");
                 received.extend_from_slice(&buffer[..count]);
             }
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            Err(error) => assert_eq!(error.kind(), WouldBlock),
         }
     }
     assert!(received == sent);
