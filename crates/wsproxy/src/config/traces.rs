@@ -180,6 +180,10 @@ impl Default for TracesConfig {
     }
 }
 
+fn is_on(config: &Config) -> bool {
+    config.traces.target().is_some()
+}
+
 /// The keys of this section. The first ones say whether traces are on: only then are the variables of the others read,
 /// since a deployment has them for all of its services.
 #[rustfmt::skip]
@@ -205,10 +209,6 @@ pub const KEYS: &[Key] = &[
     key!(traces.schedule_delay, Time(10, 300_000), "Time for which spans wait until they are sent together.").alias_where("OTEL_BSP_SCHEDULE_DELAY", is_on).in_ms(),
     key!(traces.export_timeout, Time(10, 600_000), "Time of one batch with all attempts; then its spans are dropped and counted.").alias_where("OTEL_BSP_EXPORT_TIMEOUT", is_on).in_ms(),
 ];
-
-fn is_on(config: &Config) -> bool {
-    config.traces.target().is_some()
-}
 
 /// URL of a collector.
 const URL: Text = Text {

@@ -183,9 +183,14 @@ impl Exporter {
                 return counters.dropped_refused.add(spans.len() as u64);
             }
             let wait = BACKOFF.delay(attempt, rand::random());
-            let wait = error.retry_after().map_or(wait, |told| told.max(wait));
+            // A collector may name any number of seconds.
+            let told = error.retry_after().map(|told| told.min(self.batch_timeout));
+            let wait = told.map_or(wait, |told| told.max(wait));
             if Instant::now() + wait >= until {
-                return counters.dropped_unsent.add(spans.len() as u64);
+                counters.dropped_unsent.add(spans.len() as u64);
+                self.in_flight.store(0, Relaxed);
+                // The next batch would meet the same collector at once.
+                return sleep_until(until).await;
             }
             sleep(wait).await;
         }

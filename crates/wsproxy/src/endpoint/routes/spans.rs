@@ -49,8 +49,9 @@ pub(super) fn call<B>(tracer: &Tracer, request: &Request<B>, caller: &Caller) ->
     if span.trace().is_recorded() {
         let method = request.method().as_str();
         let route = route_of(method, path);
-        let name = route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
-        describe(span.trace(), name.into(), route.map(Value::Word), request, caller);
+        // A name is never a word of the caller's, of which there would be any number.
+        let name = route.map_or("unknown route".into(), |route| format!("{method} {route}").into());
+        describe(span.trace(), name, route.map(Value::Word), request, caller);
     }
     span
 }
