@@ -344,7 +344,7 @@ impl Drop for RootSpan {
         let was_in_phase = root.is_phase_open;
         root.end_phase(now);
         let status = self.end.as_ref().map_or(0, |end| end.status);
-        let code = self.end.take().map_or(Some("cancelled".into()), |end| end.code);
+        let code = self.end.take().map_or(Some(Cow::Borrowed("cancelled")), |end| end.code);
         let mut attributes = root.attributes;
         if status > 0 {
             attributes.add("http.response.status_code", u64::from(status));

@@ -1,5 +1,7 @@
 //! The names and attributes of requests' spans. Knows no credentials and no query: neither reaches a span.
 
+use std::borrow::Cow;
+
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 
 use crate::{
@@ -50,7 +52,8 @@ pub(super) fn call<B>(tracer: &Tracer, request: &Request<B>, caller: &Caller) ->
         let method = request.method().as_str();
         let route = route_of(method, path);
         // A name is never a word of the caller's, of which there would be any number.
-        let name = route.map_or("unknown route".into(), |route| format!("{method} {route}").into());
+        let unknown = Cow::Borrowed("unknown route");
+        let name = route.map_or(unknown, |route| Cow::Owned(format!("{method} {route}")));
         describe(span.trace(), name, route.map(Value::Word), request, caller);
     }
     span
@@ -73,7 +76,7 @@ fn add_header(headers: &mut HeaderMap, traceparent: &str) {
 
 fn describe<B>(
     trace: &Trace,
-    name: std::borrow::Cow<'static, str>,
+    name: Cow<'static, str>,
     route: Option<Value>,
     request: &Request<B>,
     caller: &Caller,
