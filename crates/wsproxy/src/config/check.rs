@@ -13,6 +13,7 @@ use super::{
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
     rooms::Development,
+    traces::TracesConfig,
 };
 use crate::{
     auth::{api_keys, jwt},
@@ -42,9 +43,13 @@ pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
 
 /// Opens the files that `config` names, and returns every rule that they break.
 pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
-    let Config { redis, jwt, .. } = config;
+    let Config { redis, jwt, traces, .. } = config;
     let mut broken = Vec::new();
-    for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &jwt.ca_file)] {
+    for (key, file) in [
+        ("redis.ca_file", &redis.ca_file),
+        ("jwt.ca_file", &jwt.ca_file),
+        ("traces.ca_file", &traces.ca_file),
+    ] {
         broken.extend(tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file)));
     }
     let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
@@ -84,7 +89,7 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let [bind, admin_bind] =
         [server.bind, admin.bind.unwrap_or(server.bind)].map(|bind| bind.to_canonical());
     let same_address = admin_bind == bind || admin_bind.is_unspecified() || bind.is_unspecified();
-    let same_port = server.port != 0 && admin.port == Some(server.port);
+    let same_port = server.unix.is_none() && server.port != 0 && admin.port == Some(server.port);
     rule(!(same_address && same_port), "admin.port", "different from", Some("server.port"));
     let has_use = admin.bind.is_none() || admin.port.is_some();
     rule(has_use, "admin.bind", "set only together with", Some("admin.port"));
@@ -96,6 +101,9 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let allowed = "false, unless there is a";
     rule(!admin_too || has_certificate, "tls.admin", allowed, Some("tls.certificate"));
     rule(!admin_too || admin.port.is_some(), "tls.admin", allowed, Some("admin.port"));
+    let has_port = server.unix.is_none() || *admin_too;
+    let allowed = "empty, unless tls.admin is on: TLS ends at the proxy in front of";
+    rule(!has_certificate || has_port, "tls.certificate", allowed, Some("server.unix"));
 
     let drain = server.drain_delay + server.drain_spread;
     let (key, allowed) = ("server.shutdown_timeout", "longer than server.drain_delay plus");
@@ -132,6 +140,8 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
                    whose own programs are the only clients. \"anywhere\" is for all others, such as containers. true \
                    needs a loopback address in";
     rule(!config.endpoints.rooms || is_safe, "rooms.development", allowed, Some("server.bind"));
+    let TracesConfig { queue_max, batch_max, .. } = config.traces;
+    rule(batch_max <= queue_max, "traces.batch_max", "at most", Some("traces.queue_max"));
     let AgentsConfig { call_timeout, call_timeout_max, .. } = config.agents;
     let (key, other) = ("agents.call_timeout", Some("agents.call_timeout_max"));
     rule(call_timeout <= call_timeout_max, key, "at most", other);

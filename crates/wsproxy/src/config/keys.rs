@@ -9,11 +9,12 @@ use super::{
     environment::PREFIX,
     events,
     kind::{
-        Bytes, FilePath, Fraction, IpAddress, List, Network, Number, OneOf, Optional, Raw, Seconds,
-        Secret, Switch, Time, ValueKind,
+        Bytes, FileMode, FilePath, Fraction, IpAddress, List, Number, OneOf, Optional, Raw,
+        Seconds, Secret, SocketPath, Switch, Time, ValueKind,
     },
     origin::OriginKind,
-    rooms, rule, sessions,
+    peer::Proxy,
+    rooms, rule, sessions, traces,
 };
 
 /// A key of the file.
@@ -51,6 +52,8 @@ pub struct Flag {
 pub struct Alias {
     /// Name of the variable.
     pub name: &'static str,
+    /// Name of a more specific variable, which wins over this one.
+    pub over: Option<&'static str>,
     /// The unit of a bare number, where it is not that of the key.
     pub unit: &'static str,
     /// Whether the variable is read. One that deployments share with other services is read only where a part that is
@@ -61,6 +64,13 @@ pub struct Alias {
 /// All keys.
 pub fn all() -> impl Iterator<Item = &'static Key> {
     TABLE.iter().copied().flatten()
+}
+
+impl Alias {
+    /// Returns the variables, those that win first.
+    pub(super) fn names(self) -> impl Iterator<Item = &'static str> {
+        self.over.into_iter().chain([self.name])
+    }
 }
 
 impl Key {
@@ -88,19 +98,42 @@ impl Key {
         (self.write)(config)
     }
 
-    pub(super) const fn alias(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "", is_read: |_| true });
-        self
+    pub(super) const fn alias(self, name: &'static str) -> Self {
+        self.alias_where(name, |_| true)
     }
 
     /// A short name that is read only where agents are served: other services of a deployment have it too.
-    pub(super) const fn alias_of_agents(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "", is_read: |config| config.endpoints.agents });
+    pub(super) const fn alias_of_agents(self, name: &'static str) -> Self {
+        self.alias_where(name, |config| config.endpoints.agents)
+    }
+
+    pub(super) const fn alias_ms(self, name: &'static str) -> Self {
+        self.alias(name).in_ms()
+    }
+
+    /// A short name that is read only where `is_read` says so.
+    pub(super) const fn alias_where(
+        mut self,
+        name: &'static str,
+        is_read: fn(&Config) -> bool,
+    ) -> Self {
+        self.alias = Some(Alias { name, over: None, unit: "", is_read });
         self
     }
 
-    pub(super) const fn alias_ms(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "ms", is_read: |_| true });
+    /// Adds a more specific short name, which wins over the other one.
+    pub(super) const fn over(mut self, name: &'static str) -> Self {
+        if let Some(alias) = &mut self.alias {
+            alias.over = Some(name);
+        }
+        self
+    }
+
+    /// Takes bare numbers in short names for milliseconds.
+    pub(super) const fn in_ms(mut self) -> Self {
+        if let Some(alias) = &mut self.alias {
+            alias.unit = "ms";
+        }
         self
     }
 
@@ -184,6 +217,10 @@ pub static SECTIONS: &[(&str, &str)] = &[
     ("rate_limit", "Connection attempts per client address."),
     ("compression", "permessage-deflate."),
     ("log", "The log on standard error."),
+    (
+        "traces",
+        "Traces of handshakes, calls of the API, joins of rooms and calls of tools, sent to a collector of OpenTelemetry. Off without a URL.",
+    ),
     ("endpoints", "The endpoint families that are served."),
     ("sessions", "The session endpoint, /{agent_id}/ws/{session_id}."),
     ("events", "The event endpoint, /ws."),
@@ -222,6 +259,7 @@ static TABLE: &[&[Key]] = &[
     rooms::KEYS,
     agents::KEYS,
     database::KEYS,
+    traces::KEYS,
     echo::KEYS,
     ABSENT,
 ];
@@ -231,15 +269,18 @@ static TABLE: &[&[Key]] = &[
 const SHARED: &[Key] = &[
     key!(server.bind, IpAddress, "Address to listen on.").flag("bind", "ADDRESS"),
     key!(server.port, Number(0, 65_535), "Port to listen on; 0 takes a free one.").flag("port", "PORT").alias("PORT"),
+    key!(server.unix, Optional(SocketPath), "Unix socket to listen on in place of bind and port, for a proxy on the same machine. A file that a dead process left is replaced; no other file is.").flag("unix", "PATH"),
+    key!(server.unix_mode, FileMode, "Permissions of the unix socket's file: processes that may write it may connect."),
+    key!(server.reuse_port, Switch, "Several processes of one user may listen on the port, and the kernel shares new connections out among them: for a restart without a refused client. A process with unix takes the socket over from the one before. Does not hold for admin.port."),
     key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, in its own channels and in announcements. Not set: a new one at every start.").flag("server-id", "ID").alias("SERVER_ID"),
     key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads", "NUMBER"),
     key!(server.shutdown_timeout, Time(1_000, HOUR), "The process ends at the latest this long after the first signal.").flag("shutdown-timeout", "TIME"),
-    key!(server.drain_delay, Time(0, HOUR), "Time after the signal in which /ready says 503 and clients are still accepted: twice the time that load balancers need to notice. 0 for `dev`."),
+    key!(server.drain_delay, Time(0, HOUR), "Time after the signal in which /ready says 503 and clients are still accepted: twice the time that load balancers need to notice. 0 for `dev`, and where it is not set beside reuse_port."),
     key!(server.drain_spread, Time(0, HOUR), "Time over which connections are closed at the end, so that clients do not all come back at once."),
     key!(server.handshake_timeout, Time(100, 300_000), "Deadline for all work on the bus and stores of one handshake; 504 beyond it."),
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
-    key!(server.trusted_proxies, List(Network), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address."),
+    key!(server.trusted_proxies, List(Proxy), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address. \"unix:\" stands for all processes that may open server.unix."),
     key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "The header that these proxies write; the other one is ignored, since a client may have written it. auto: either; if both are present they must name the same client."),
     key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
 

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
+    time::Duration,
 };
 
 use toml::{
@@ -101,7 +102,7 @@ pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
     let Loader { config, origins, mut warnings, .. } = loader;
     let unread = |key: &Key| key.alias.filter(|alias| !(alias.is_read)(&config));
     let set = |name: &str| environment.names().any(|given| given == name);
-    let ignored = keys::all().filter_map(unread).map(|alias| alias.name);
+    let ignored = keys::all().filter_map(unread).flat_map(keys::Alias::names);
     let ignored = ignored.filter(|name| set(name) || set(&format!("{name}_FILE")));
     let of_rooms =
         OF_OLDER_ROOMS.iter().copied().filter(|name| config.endpoints.rooms && set(name));
@@ -196,8 +197,10 @@ impl Loader {
         let own = (key.env(), "", false);
         // Compose files pass `PORT: ${PORT}` on as empty text: not set.
         let alias = key.alias.filter(|alias| (alias.is_read)(&self.config));
-        let alias = alias.map(|alias| (alias.name.to_owned(), alias.unit, true));
-        for (name, unit, skip_empty) in [Some(own), alias].into_iter().flatten() {
+        let aliases = alias
+            .into_iter()
+            .flat_map(|alias| alias.names().map(move |name| (name.to_owned(), alias.unit, true)));
+        for (name, unit, skip_empty) in std::iter::once(own).chain(aliases) {
             let set = environment.value(&name).filter(|v| !(skip_empty && *v == Ok("")));
             let file = format!("{name}_FILE");
             let path = environment.path(&file).filter(|_| key.secret);
@@ -242,9 +245,17 @@ impl Loader {
     }
 
     fn check(&mut self) {
+        let server = &mut self.config.server;
+        // While two processes share a port, a balancer cannot tell whose /ready says 503.
+        if server.reuse_port && !self.origins.contains_key("server.drain_delay") {
+            server.drain_delay = Duration::ZERO;
+        }
         let mut broken_rules = check(&self.config);
         if !self.skips_files {
             broken_rules.extend(check_files(&self.config));
+        }
+        if self.config.server.unix.is_some() {
+            self.check_unix_only();
         }
         for broken in broken_rules {
             let involved = [Some(broken.key), broken.other];
@@ -261,6 +272,22 @@ impl Loader {
                 value: Some(self.written(broken.key)),
                 message: broken.message + &other.unwrap_or_default(),
             });
+        }
+    }
+
+    /// Finds an address that is set beside the unix socket: the gateway listens on one of both.
+    fn check_unix_only(&mut self) {
+        for key in ["server.bind", "server.port"].into_iter().filter(|key| !self.bad.contains(*key))
+        {
+            if let Some(origin) = self.origins.get(key).cloned() {
+                let unix = format!("server.unix = {}", self.written("server.unix"));
+                self.problems.push(Problem {
+                    origin: Some(origin),
+                    key: key.into(),
+                    value: Some(self.written(key)),
+                    message: format!("must not be set beside {unix}: remove one of them"),
+                });
+            }
         }
     }
 

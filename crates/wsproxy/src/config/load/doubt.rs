@@ -55,7 +55,7 @@ pub(super) fn shared_address(config: &Config, is_settled: impl Fn(&Key) -> bool)
 /// Returns a sentence if users' agents would send their secrets over a network without encryption.
 pub(super) fn open_secrets(config: &Config) -> Option<String> {
     let server = &config.server;
-    let is_local = server.bind.to_canonical().is_loopback();
+    let is_local = server.unix.is_some() || server.bind.to_canonical().is_loopback();
     let is_covered = config.tls.files().is_some() || !server.trusted_proxies.is_empty();
     (config.endpoints.agents && !is_local && !is_covered).then(|| {
         format!(
