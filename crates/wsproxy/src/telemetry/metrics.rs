@@ -28,6 +28,7 @@ pub mod connections;
 pub mod format;
 pub mod messages;
 pub mod process;
+pub mod readings;
 
 /// The metrics of an instance.
 #[derive(Debug)]
