@@ -97,7 +97,7 @@ fn gateway() {
         ConfigSources { environment: Environment::of_process(), ..ConfigSources::default() };
     let loaded = load(sources).unwrap_or_else(|problems| panic!("{problems}"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(wsproxy::server::run(loaded.config)).unwrap();
+    runtime.block_on(wsproxy::server::run(loaded.config, loaded.origins)).unwrap();
 }
 
 fn is_ready(address: SocketAddr) -> bool {

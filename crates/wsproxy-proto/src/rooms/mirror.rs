@@ -4,6 +4,7 @@
 //! Events to clients are changes of the mirror's set of members. So a join of a known client and a leave of an unknown
 //! one are no event.
 
+mod news;
 mod reading;
 mod replica;
 mod state;
@@ -15,7 +16,8 @@ pub use state::{Entity, Member};
 
 use crate::rooms::{
     mirror::{
-        reading::{Op, Reader},
+        news::Op,
+        reading::Reader,
         replica::{Counted, Replica},
     },
     wire::{Kind, Record},

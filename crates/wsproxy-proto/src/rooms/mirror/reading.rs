@@ -6,8 +6,9 @@ use bytes::Bytes;
 
 use crate::rooms::{
     mirror::{
-        Change, Limits, Merge, Mirror, Refused,
-        replica::{Counted, Replica, joined, replaced},
+        Change, Mirror,
+        news::Op,
+        replica::{Replica, joined, replaced},
         state::{Entity, Member},
     },
     wire,
@@ -65,20 +66,6 @@ pub enum Outcome {
     Stale,
     /// More news came meanwhile than may wait. Another reading is due.
     Overflowed,
-}
-
-/// News that came while a reading was under way, to be applied behind it.
-#[derive(Debug)]
-pub(super) enum Op {
-    Join { version: u64, client: Box<str>, record: Box<str> },
-    Leave { version: u64, client: Box<str> },
-    Replaced { old_connection: Box<str>, client: Box<str>, record: Box<str> },
-    Here { client: Box<str>, record: Box<str>, version: u64, before: Option<Box<str>> },
-    Presence { client: Box<str>, presence: Box<[u8]> },
-    Spawn { client: Box<str>, entity: Box<str>, snapshot: Box<[u8]> },
-    Update { client: Box<str>, entity: Box<str>, update: Box<[u8]> },
-    Despawn { client: Box<str>, entity: Box<str> },
-    Position { client: Box<str>, entity: Box<str>, position: Box<[u8]> },
 }
 
 /// Times of readings, and the news that come during one.
@@ -517,83 +504,6 @@ impl Mirror {
     }
 }
 
-impl Replica {
-    /// Applies news behind a reading. Returns `false` where some are missing.
-    fn replay(&mut self, log: Vec<Op>, merge: Merge, limits: &Limits) -> bool {
-        let (mut is_whole, mut unheard) = (true, Vec::new());
-        for op in log {
-            match op {
-                Op::Join { version, client, record } => {
-                    is_whole &= self.join(version, &client, &record, &mut unheard) != Counted::Gap;
-                }
-                Op::Leave { version, client } => {
-                    is_whole &= self.leave(version, &client, &mut unheard) != Counted::Gap;
-                }
-                Op::Replaced { old_connection, client, record } => {
-                    self.replace(&old_connection, &client, &record);
-                }
-                Op::Here { client, record, version, before } => {
-                    let before = before.as_deref();
-                    is_whole &= !self.is_doubtful(&client, &record, version, before);
-                    self.join_here(&client, &record, version, before, &mut unheard);
-                }
-                Op::Update { client, entity, update } => {
-                    // Redis has what no news have told: the spawn was refused, and the update was not.
-                    let updated = self.update(&client, &entity, &update, merge, limits);
-                    is_whole &= updated != Err(Refused::Unknown);
-                }
-                // News of no member, or too many.
-                op => _ = self.replay_state(op, merge, limits),
-            }
-            unheard.clear();
-        }
-        is_whole
-    }
-
-    fn replay_state(&mut self, op: Op, merge: Merge, limits: &Limits) -> Result<(), Refused> {
-        match op {
-            Op::Presence { client, presence } => {
-                self.presence(&client, &presence, merge, limits)?;
-            }
-            Op::Spawn { client, entity, snapshot } => {
-                self.state.spawn(&client, &entity, &snapshot, limits)?;
-            }
-            Op::Despawn { client, entity } => drop(self.state.despawn(&client, &entity)),
-            Op::Position { client, entity, position } => {
-                self.state.place(&client, &entity, &position, limits)?.is_live = true;
-            }
-            Op::Join { .. }
-            | Op::Leave { .. }
-            | Op::Replaced { .. }
-            | Op::Here { .. }
-            | Op::Update { .. } => {}
-        }
-        Ok(())
-    }
-}
-
-impl Op {
-    /// Returns the bytes that the news take while they wait.
-    fn bytes(&self) -> usize {
-        let bytes = match self {
-            Self::Join { client, record, .. } => client.len() + record.len(),
-            Self::Leave { client, .. } => client.len(),
-            Self::Replaced { old_connection, client, record } => {
-                old_connection.len() + client.len() + record.len()
-            }
-            Self::Here { client, record, .. } => client.len() + record.len() + CONNECTION_BYTES,
-            Self::Presence { client, presence } => client.len() + presence.len(),
-            Self::Despawn { client, entity } => client.len() + entity.len(),
-            Self::Spawn { client, entity, snapshot: data }
-            | Self::Update { client, entity, update: data }
-            | Self::Position { client, entity, position: data } => {
-                client.len() + entity.len() + data.len()
-            }
-        };
-        size_of::<Self>() + bytes
-    }
-}
-
 /// Upper bound of the news that wait while a reading is under way, in bytes.
 pub const LOG_BYTES_MAX: usize = 4 << 20;
 
@@ -606,6 +516,3 @@ pub const POSITIONS_AGAIN: u64 = 2_000_000;
 
 /// Upper bound of the clients whose left fields one reading reports.
 const ORPHANS_MAX: usize = 500;
-
-/// Length of most printed connections, in bytes.
-const CONNECTION_BYTES: usize = 24;

@@ -19,7 +19,7 @@ pub(super) struct State {
     /// Number of members whose connection is of this instance.
     here: usize,
     bytes: usize,
-    /// What newcomers get of the members, by client id; empty where there is nothing. Few rooms need it, so it is not in
+    /// Frames about the members for newcomers, by client id; empty where there is nothing. Few rooms need it, so it is not in
     /// the members.
     shown: HashMap<Box<str>, Box<[u8]>>,
     shown_bytes: usize,
