@@ -18,6 +18,7 @@ pub mod logic;
 mod queue;
 pub mod redis;
 pub mod registry;
+pub mod reload;
 pub mod server;
 pub mod shutdown;
 pub mod store;

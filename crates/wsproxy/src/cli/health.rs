@@ -1,18 +1,13 @@
 //! `wsproxy health`: asks a running instance over HTTP, for containers without curl.
 
-use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream, ToSocketAddrs},
-    process::ExitCode,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
-use rustls::{ClientConnection, Stream};
-use rustls_pki_types::ServerName;
 
-use super::settings::{CliSettings, Reads};
+use super::{
+    http::{self, HttpPlace},
+    settings::{CliSettings, Reads},
+};
 use crate::{
     config::{Config, keys::Key},
     http::listener,
@@ -60,6 +55,11 @@ pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn url_of(config: &Config) -> String {
+    format!("{}/health", own_url(config))
+}
+
+/// Returns the URL of the instance with this configuration, as this machine reaches its admin routes.
+pub(super) fn own_url(config: &Config) -> String {
     let ip = config.admin.bind.unwrap_or(config.server.bind);
     let port = config.admin.port.unwrap_or(config.server.port);
     let is_encrypted = match config.admin.port {
@@ -67,85 +67,19 @@ fn url_of(config: &Config) -> String {
         None => config.tls.certificate.is_some(),
     };
     let scheme = if is_encrypted { "https" } else { "http" };
-    format!("{scheme}://{}/health", listener::reachable(SocketAddr::new(ip, port)))
+    format!("{scheme}://{}", listener::reachable(SocketAddr::new(ip, port)))
 }
 
 fn ask(url: &str) -> anyhow::Result<()> {
-    let (rest, port) = match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
-        (Some(rest), _) => (rest, ":80"),
-        (_, Some(rest)) => (rest, ":443"),
-        _ => bail!("the URL must start with http:// or https://"),
-    };
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let path = if path.is_empty() { "/" } else { path };
-    let (name, port) = match host.rsplit_once(':') {
-        Some((name, port)) if !port.contains(']') => (name, &host[host.len() - port.len() - 1..]),
-        _ => (host, port),
-    };
-    let mut addresses = format!("{name}{port}").to_socket_addrs()?;
-    let address = addresses.next().context("the host has no address")?;
-    let mut stream = Bounded {
-        socket: TcpStream::connect_timeout(&address, TIMEOUT)?,
-        deadline: Instant::now() + TIMEOUT,
-    };
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
-    if url.starts_with("http://") {
-        return exchange(&mut stream, &request);
-    }
     // The answer of this machine is wanted, whichever names its certificate has. The question tells no secret.
-    let config = Arc::new(tls::trusting_client_config()?);
-    let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())?;
-    exchange(&mut Stream::new(&mut ClientConnection::new(config, name)?, &mut stream), &request)
-}
-
-/// Sends a request, and looks at the status of its answer.
-fn exchange(stream: &mut (impl Read + Write), request: &str) -> anyhow::Result<()> {
-    stream.write_all(request.as_bytes())?;
-    // Only the status matters: "HTTP/1.1 200".
-    let mut head = [0; 12];
-    let mut filled = 0;
-    while filled < head.len() {
-        match stream.read(&mut head[filled..])? {
-            0 => bail!("the connection was closed without an answer"),
-            n => filled += n,
-        }
-    }
-    match head.strip_prefix(b"HTTP/1.") {
-        Some([_, b' ', b'2', ..]) => Ok(()),
-        Some([_, b' ', status @ ..]) => bail!("status {}", String::from_utf8_lossy(status)),
-        _ => bail!("the answer is not HTTP"),
-    }
-}
-
-/// A socket whose reads and writes end at a deadline.
-struct Bounded {
-    socket: TcpStream,
-    deadline: Instant,
-}
-
-impl Bounded {
-    fn left(&self) -> Option<Duration> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        Some(left.max(Duration::from_millis(1)))
-    }
-}
-
-impl Read for Bounded {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.socket.set_read_timeout(self.left())?;
-        self.socket.read(buffer)
-    }
-}
-
-impl Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.socket.set_write_timeout(self.left())?;
-        self.socket.write(bytes)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
+    let trust = || Ok(tls::trusting_client_config()?);
+    let place = HttpPlace::read(url)?;
+    let HttpPlace { host, path, .. } = &place;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    place.exchange(&request, trust, TIMEOUT, |stream| match http::read_status(stream)? {
+        200..300 => Ok(()),
+        status => bail!("status {status}"),
+    })
 }
 
 /// Below the usual time limits of container health checks.
@@ -158,7 +92,10 @@ The configuration is read for the address only: use the file, variables or flags
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
+    use std::{
+        io::{Read, Write},
+        net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener},
+    };
 
     use super::*;
 

@@ -5,7 +5,10 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::{
-    config::{Config, load::Loaded},
+    config::{
+        Config,
+        load::{ConfigSources, Loaded, load},
+    },
     server, telemetry,
 };
 
@@ -13,8 +16,9 @@ use crate::{
 ///
 /// # Errors
 /// The instance could not start, or could not end as it should; see [`super::exit::code`].
-pub fn run(loaded: Loaded) -> anyhow::Result<()> {
-    run_with(loaded, server::run)
+pub fn run(sources: ConfigSources) -> anyhow::Result<()> {
+    let loaded = load(sources.clone())?;
+    run_with(loaded, |config| server::run(config, sources))
 }
 
 /// Starts logs and a runtime, and runs `work` on it, which runs an instance until it has ended.

@@ -33,6 +33,7 @@ mod operator;
 mod presence;
 mod refusals;
 mod registry;
+mod reload;
 mod room_registry;
 mod rooms;
 mod rooms_api;

@@ -3,13 +3,13 @@
 use std::io::Write;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use jsonwebtoken::{EncodingKey, Header};
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use rcgen::KeyPair;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
 use super::*;
-use crate::http::rejection::Rejection;
+use crate::{auth::fixed_keys::KeyRing, http::rejection::Rejection};
 
 fn claims() -> Value {
     json!({"sub": "u-1", "exp": NOW + 60})
@@ -31,7 +31,8 @@ fn config(algorithms: &[Algorithm]) -> config::JwtConfig {
 }
 
 fn verifier(config: &config::JwtConfig) -> JwtVerifier {
-    JwtVerifier::new(config, &TaskTracker::new(), CancellationToken::new()).unwrap()
+    let keys = FixedKeys::new(KeyRing::read(config).unwrap());
+    JwtVerifier::new(config, &keys, &TaskTracker::new(), CancellationToken::new()).unwrap()
 }
 
 /// Creates a verifier with a public key.
