@@ -302,7 +302,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Upper bound of the connections that wait in the kernel to be accepted.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// Pause after an error that lasts, such as a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
