@@ -81,8 +81,8 @@ pub enum Change {
     Left {
         /// Client id.
         client: Box<str>,
-        /// Entities that had been spawned, by id.
-        despawned: Vec<Box<str>>,
+        /// Entities that it had, and positions without an entity.
+        entities: Vec<Entity>,
     },
     /// A member has another connection. No event for clients, but the holder of the old connection ends it.
     Replaced {
@@ -429,6 +429,12 @@ impl Mirror {
             self.reader.log(op);
         }
         self.admit(origin, client, entity)?;
+        let held = self.member(client).and_then(|member| member.entity(entity));
+        if origin == Origin::Channel && held.is_none_or(|held| held.snapshot().is_none()) {
+            // The spawn was refused, and the update was not: Redis has what no news have told.
+            self.reader.want_anew(0);
+            return Err(Refused::Unknown);
+        }
         let limits = self.limits_of(origin);
         self.replica.update(client, entity, update, self.merge, &limits)?;
         if origin == Origin::Here {
@@ -489,16 +495,17 @@ impl Mirror {
         self.member(client).is_some_and(|member| member.yields(entity))
     }
 
-    /// Notes that a change of an entity by the printed connection `refused` of this instance was refused, because another
-    /// connection holds the member's place now: the mirror has told of a change that no other instance has seen.
+    /// Notes that a change of an entity by a connection of this instance was refused, because the connection did not hold
+    /// the member's place: the mirror has told of a change that no other instance has seen. `refused` is the printed
+    /// connection and [`Member::joined`] at the time of the change.
     ///
-    /// Returns `true` where the other connection is of this instance too. Then the mirror has what its client said, and
+    /// Returns `true` where a connection here has taken the place since. Then the mirror has what its client said, and
     /// the caller publishes the entity again for that connection, as the mirror has it. Otherwise a reading is due at once.
     #[must_use]
-    pub fn doubt(&mut self, client: &str, entity: &str, refused: &str, now: u64) -> bool {
+    pub fn doubt(&mut self, client: &str, entity: &str, refused: (&str, u64), now: u64) -> bool {
         let member = self.replica.state.member_mut(client).filter(|member| member.is_here());
         if let Some(member) = member {
-            if member.record().connection != refused {
+            if (member.record().connection, member.joined) != refused {
                 // A reading that is under way does not have what is published now.
                 member.touch(entity);
                 return true;
@@ -509,6 +516,12 @@ impl Mirror {
         self.reader.give_up();
         self.reader.want_anew(now);
         false
+    }
+
+    /// Notes that all of an entity is published, or its end, as the mirror has it. No reading that is under way, and no
+    /// older news, know more.
+    pub fn confirm(&mut self, client: &str, entity: &str) {
+        self.touch(Origin::Here, client, entity);
     }
 
     fn admit(&self, origin: Origin, client: &str, entity: &str) -> Result<(), Refused> {

@@ -18,6 +18,13 @@ pub fn spawned(spawn: &[u8], owner: &str) -> Option<Vec<u8>> {
     Some(snapshot.encode_to_vec())
 }
 
+/// Returns the owner and the id that an EntitySnapshot names. `None` if the bytes are no EntitySnapshot.
+#[must_use]
+pub fn names(snapshot: &[u8]) -> Option<(String, String)> {
+    let snapshot = EntitySnapshot::decode_from_slice(snapshot).ok()?;
+    Some((snapshot.owner_id, snapshot.id))
+}
+
 /// Merges an EntityUpdate into an EntitySnapshot: its components replace those of the same names, the others stay.
 /// `None` if the bytes are no such messages.
 #[must_use]

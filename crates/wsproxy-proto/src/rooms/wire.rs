@@ -110,6 +110,8 @@ pub enum Kind<'a> {
     },
     /// `B`: positions of a tick, as an envelope with a batch.
     Batch(&'a [u8]),
+    /// `E`: all of an entity again, as its EntitySnapshot. Instances that know it so tell no client.
+    Entity(&'a [u8]),
     /// `J`: a client became a member.
     Join {
         /// Presence version that the join made.
@@ -194,6 +196,7 @@ impl<'a> Kind<'a> {
         match kind {
             b'M' => return Ok(Self::Message { form: Form::of(flags), payload: body }),
             b'B' => return Ok(Self::Batch(body)),
+            b'E' => return Ok(Self::Entity(body)),
             b'J' | b'L' | b'X' | b'K' | b'C' => {}
             _ => return Err(WireError::UnknownKind),
         }
@@ -265,6 +268,12 @@ pub fn write_message_head(from: Connection, form: Form, out: &mut BytesMut) {
 /// Appends the head of positions (`B`). An envelope with a batch follows.
 pub fn write_batch_head(from: Connection, out: &mut BytesMut) {
     write_head(b'B', from, Form::Envelope, out);
+}
+
+/// Encodes an entity that is told again (`E`), as the script that joins does.
+#[must_use]
+pub fn entity(from: Connection, snapshot: &[u8]) -> Bytes {
+    whole(b'E', from, Form::Envelope, &[snapshot])
 }
 
 /// Encodes a message of a member (`M`).
@@ -375,6 +384,7 @@ mod tests {
         write_batch_head(FROM, &mut batch);
         batch.put_slice(b"positions");
         assert_eq!(kind(&batch), Kind::Batch(b"positions"));
+        assert_eq!(kind(&entity(FROM, b"snapshot")), Kind::Entity(b"snapshot"));
         let join = join(FROM, 7, "phone", RECORD);
         assert_eq!(kind(&join), Kind::Join { version: 7, client: "phone", record: RECORD });
         let gone = leave(FROM, u64::MAX, "phone");

@@ -7,7 +7,7 @@ use crate::{
     bus::publish::{History, Keep, Publish, RoomOp, RoomPositions, RoomWrite},
     redis::{
         resp,
-        script::{EXACT_MAX, PUBLISH, ROOM_FIELDS, ROOM_STATE},
+        script::{EXACT_MAX, PUBLISH, ROOM_POSITIONS, ROOM_STATE},
         words::milliseconds,
     },
 };
@@ -108,15 +108,13 @@ fn spell_room_write(publish: &Publish, write: &RoomWrite, is_loaded: bool, out: 
 /// Spells a write of positions.
 fn spell_positions(write: &RoomPositions, is_loaded: bool, out: &mut BytesMut) {
     let RoomPositions { keys, ttl, positions } = write;
-    resp::command(out, 10 + 4 * positions.len());
-    for word in ROOM_FIELDS.call(is_loaded) {
+    resp::command(out, 8 + 4 * positions.len());
+    for word in ROOM_POSITIONS.call(is_loaded) {
         resp::word(out, word);
     }
     resp::number(out, keys.len() as u64);
     keys.iter().for_each(|key| resp::word(out, key.as_bytes()));
-    resp::word(out, b"positions");
     resp::number(out, milliseconds(*ttl));
-    resp::word(out, b"");
     for one in positions {
         for word in [&one.client, &one.connection, &one.entity] {
             resp::word(out, word.as_bytes());

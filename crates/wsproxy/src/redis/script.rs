@@ -70,9 +70,11 @@ pub(crate) static ROOM_LEAVE: Script =
 pub(crate) static ROOM_STATE: Script =
     Script::new(include_str!("../../../../spec/scripts/room_state.lua"), || sha(&ROOM_STATE));
 
-/// Script that writes entities or positions of the members of a room.
-pub(crate) static ROOM_FIELDS: Script =
-    Script::new(include_str!("../../../../spec/scripts/room_fields.lua"), || sha(&ROOM_FIELDS));
+/// Script that writes positions of the members of a room.
+pub(crate) static ROOM_POSITIONS: Script =
+    Script::new(include_str!("../../../../spec/scripts/room_positions.lua"), || {
+        sha(&ROOM_POSITIONS)
+    });
 
 #[cfg(test)]
 mod tests {

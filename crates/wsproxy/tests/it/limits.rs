@@ -233,7 +233,7 @@ async fn sockets_beyond_the_places_are_refused_without_a_request() {
     // Requests of which the body is missing: such sockets are not silent, and do not give way to others.
     let head = format!(
         "POST /api/v1/sessions/s/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\
-         Authorization: Bearer {API_KEY}\r\n\r\n"
+         Expect: 100-continue\r\nAuthorization: Bearer {API_KEY}\r\n\r\n"
     );
     let (asking, mut one_more) = take_spare_sockets(&binary, &head, 40).await;
     let refused = one_more.response().await;
@@ -317,12 +317,13 @@ async fn take_spare_sockets(binary: &Binary, head: &str, spare: usize) -> (Vec<R
     let one_more = loop {
         let mut raw = Raw::connect(binary.address).await;
         let answered = async { raw.read().await > 0 };
-        // The gateway may not have read all heads yet; then this one took a place instead.
         let patience = Duration::from_millis(if asking.len() < spare { 0 } else { 500 });
         if tokio::time::timeout(patience, answered).await == Ok(true) {
             break raw;
         }
         raw.write(head.as_bytes()).await;
+        // The gateway has read the head, so that this socket does not give way to the next.
+        assert_eq!(raw.response().await.status, 100);
         asking.push(raw);
     };
     assert!((spare..spare + 18).contains(&asking.len()), "{} were taken", asking.len());

@@ -1,12 +1,14 @@
 //! Readings of a room: when one is due, the news that come meanwhile, and the differences that it shows.
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 
 use crate::rooms::{
     mirror::{
         Change, Limits, Merge, Mirror, Refused,
         replica::{Counted, Replica, joined, replaced},
-        state::Member,
+        state::{Entity, Member},
     },
     wire,
 };
@@ -294,27 +296,60 @@ impl Mirror {
         self.reader.is_positions_overtaken = false;
     }
 
-    /// Applies a reading of positions: those that their owners have not overtaken.
-    pub fn apply_positions(&mut self, positions: &[(Bytes, Bytes)], changes: &mut Vec<Change>) {
+    /// Applies a reading of positions: those that their owners have not overtaken. Positions without an entity that the
+    /// reading lacks go: their end was missed.
+    pub fn apply_positions(
+        &mut self,
+        positions: &[(Bytes, Bytes)],
+        now: u64,
+        changes: &mut Vec<Change>,
+    ) {
         let limits = self.limits.doubled();
+        let mut is_passed_over = false;
         for (field, position) in positions {
             let Some((client, id)) = wire::parse_field(field) else { continue };
             let Some(member) = self.replica.state.member(client) else { continue };
-            let is_overtaken = match member.entity(id) {
-                Some(held) => held.is_live || held.position() == Some(position),
-                // It may have ended since, and nothing would end it again. What a connection here has ended may still be
-                // in Redis.
-                None => {
-                    let is_known_here = member.is_here() && !member.yields(id);
-                    self.reader.is_positions_overtaken || is_known_here
-                }
-            };
-            if is_overtaken || member.has_touched(id) {
+            let held = member.entity(id);
+            if held.is_some_and(|held| held.is_live || held.position() == Some(position))
+                || member.has_touched(id)
+            {
                 continue;
+            }
+            if held.and_then(Entity::position).is_none() {
+                // What a connection here has ended may still be in Redis.
+                if held.is_none() && member.is_here() && !member.yields(id) {
+                    continue;
+                }
+                // The position may be of an entity that has ended since, and nothing would end that again.
+                if self.reader.is_positions_overtaken {
+                    is_passed_over = true;
+                    continue;
+                }
             }
             if self.replica.state.place(client, id, position, &limits).is_ok() {
                 changes.push(Change::Moved { client: client.into(), entity: id.into() });
             }
+        }
+        if is_passed_over && self.is_complete() {
+            self.reader.positions_at = Some(now + POSITIONS_AGAIN);
+        }
+        self.end_positions(positions, changes);
+    }
+
+    /// Removes positions without an entity of members elsewhere that a reading of positions lacks. One that was heard since
+    /// the link was lost may not be in Redis yet.
+    fn end_positions(&mut self, positions: &[(Bytes, Bytes)], changes: &mut Vec<Change>) {
+        let fields: HashSet<&[u8]> = positions.iter().map(|(field, _)| &field[..]).collect();
+        let mut ended: Vec<(Box<str>, Box<str>)> = Vec::new();
+        for (client, member) in self.replica.state.members().filter(|(_, of)| !of.is_here()) {
+            let old = member.entities().filter(|held| held.snapshot().is_none() && !held.is_live);
+            let old =
+                old.filter(|held| !fields.contains(wire::field(client, held.id()).as_bytes()));
+            ended.extend(old.map(|held| (client.into(), held.id().into())));
+        }
+        for (client, entity) in ended {
+            self.replica.state.despawn(&client, &entity);
+            changes.push(Change::Despawned { client, entity });
         }
     }
 
@@ -502,6 +537,11 @@ impl Replica {
                     is_whole &= !self.is_doubtful(&client, &record, version, before);
                     self.join_here(&client, &record, version, before, &mut unheard);
                 }
+                Op::Update { client, entity, update } => {
+                    // Redis has what no news have told: the spawn was refused, and the update was not.
+                    let updated = self.update(&client, &entity, &update, merge, limits);
+                    is_whole &= updated != Err(Refused::Unknown);
+                }
                 // News of no member, or too many.
                 op => _ = self.replay_state(op, merge, limits),
             }
@@ -518,14 +558,15 @@ impl Replica {
             Op::Spawn { client, entity, snapshot } => {
                 self.state.spawn(&client, &entity, &snapshot, limits)?;
             }
-            Op::Update { client, entity, update } => {
-                self.update(&client, &entity, &update, merge, limits)?;
-            }
             Op::Despawn { client, entity } => drop(self.state.despawn(&client, &entity)),
             Op::Position { client, entity, position } => {
                 self.state.place(&client, &entity, &position, limits)?.is_live = true;
             }
-            Op::Join { .. } | Op::Leave { .. } | Op::Replaced { .. } | Op::Here { .. } => {}
+            Op::Join { .. }
+            | Op::Leave { .. }
+            | Op::Replaced { .. }
+            | Op::Here { .. }
+            | Op::Update { .. } => {}
         }
         Ok(())
     }

@@ -126,8 +126,11 @@ impl Replica {
             // earlier one goes; the later one's news follow on the channel.
             Counted::Old if version <= member.told => {
                 let gone = self.state.end_earlier_life(client);
-                let despawned = |entity| Change::Despawned { client: client.into(), entity };
-                changes.extend(gone.into_iter().map(despawned));
+                let spawned = gone.iter().filter(|entity| entity.snapshot().is_some());
+                changes.extend(spawned.map(|entity| Change::Despawned {
+                    client: client.into(),
+                    entity: entity.id().into(),
+                }));
                 return counted;
             }
             _ if member.joined > version => true,
@@ -145,27 +148,28 @@ impl Replica {
     /// Removes a member.
     pub(super) fn remove(&mut self, client: &str, changes: &mut Vec<Change>) {
         if let Some(member) = self.state.remove(client) {
-            let spawned = member.entities().filter(|entity| entity.snapshot().is_some());
-            let despawned = spawned.map(|entity| entity.id().into()).collect();
-            changes.push(Change::Left { client: client.into(), despawned });
+            let entities = member.into_entities();
+            changes.push(Change::Left { client: client.into(), entities });
         }
     }
 
     /// Applies the leave of an earlier life of a client that has joined here since: all instances see a leave and a
     /// join. Entities of the earlier life go.
     fn end_earlier_life(&mut self, version: u64, client: &str, changes: &mut Vec<Change>) {
-        let mut despawned = self.state.end_earlier_life(client);
+        let mut entities = self.state.end_earlier_life(client);
         let Some(member) = self.state.member_mut(client) else { return };
         member.told = member.told.max(version);
-        let kept = member.entities().filter(|entity| entity.snapshot().is_some());
-        let kept: Vec<Box<str>> = kept.map(|entity| entity.id().into()).collect();
-        despawned.extend(kept.iter().cloned());
-        despawned.sort_unstable();
-        let record: Box<str> = member.record_text().into();
-        changes.push(Change::Left { client: client.into(), despawned });
-        changes.push(joined(client, &record));
-        let spawned = |entity| Change::Spawned { client: client.into(), entity };
-        changes.extend(kept.into_iter().map(spawned));
+        entities.extend(member.entities().cloned());
+        entities.sort_unstable_by(|one, other| one.id().cmp(other.id()));
+        changes.push(Change::Left { client: client.into(), entities });
+        changes.push(joined(client, member.record_text()));
+        for kept in member.entities() {
+            let (client, entity) = (client.into(), kept.id().into());
+            match kept.snapshot() {
+                Some(_) => changes.push(Change::Spawned { client, entity }),
+                None => changes.push(Change::Moved { client, entity }),
+            }
+        }
     }
 
     /// Applies that a member has another connection. Returns `false` where the client is no member.
@@ -262,7 +266,10 @@ impl Replica {
             // Earlier lives of the client may still be on their way.
             member.told = told;
         }
-        member.missing_since = None;
+        // Otherwise the reading that lacked the member knew of this join: its leave is on the way.
+        if version > known {
+            member.missing_since = None;
+        }
         let awaits_reading = before.is_some() && !is_passed_on && !(is_known && is_current);
         let arrival = member.arrival.get_or_insert_default();
         if !is_passed_on {

@@ -70,7 +70,7 @@ pub(super) struct Arrival {
 }
 
 /// Entity of a member, or a position for which no entity was spawned.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entity {
     id: Box<str>,
     snapshot: Option<Box<[u8]>>,
@@ -118,10 +118,21 @@ impl Member {
         self.shown.as_deref().unwrap_or_default()
     }
 
+    /// Returns the presence version at which the member is known to have been there.
+    #[must_use]
+    pub const fn joined(&self) -> u64 {
+        self.joined
+    }
+
     /// Returns whether a connection of this instance holds the place.
     #[must_use]
     pub const fn is_here(&self) -> bool {
         self.is_here
+    }
+
+    /// Returns the entities, and the positions without an entity, and forgets the rest.
+    pub(super) fn into_entities(self) -> Vec<Entity> {
+        self.entities
     }
 
     /// Returns the entities, and the positions without an entity, by id.
@@ -403,15 +414,12 @@ impl State {
     }
 
     /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since.
-    /// Returns those that had been spawned.
-    pub(super) fn end_earlier_life(&mut self, client: &str) -> Vec<Box<str>> {
+    /// Returns them.
+    pub(super) fn end_earlier_life(&mut self, client: &str) -> Vec<Entity> {
         let Some(member) = self.members.get(client) else { return Vec::new() };
         let ids = member.entities.iter().map(|entity| &entity.id);
-        let mut spawned: Vec<Box<str>> =
-            ids.filter(|id| !member.has_touched(id)).cloned().collect();
-        spawned
-            .retain(|id| self.despawn(client, id).is_some_and(|entity| entity.snapshot.is_some()));
-        spawned
+        let ended: Vec<Box<str>> = ids.filter(|id| !member.has_touched(id)).cloned().collect();
+        ended.iter().filter_map(|id| self.despawn(client, id)).collect()
     }
 
     /// Returns the index of an entity of which a part may grow from what `held` tells to `bytes`.

@@ -46,9 +46,15 @@ fn join(version: u64, client: &str) -> Kind<'_> {
     Kind::Join { version, client, record: "0000000000000002-9 u {}" }
 }
 
-fn left(client: &str, despawned: &[&str]) -> Change {
-    let despawned = despawned.iter().map(|entity| Box::from(*entity)).collect();
-    Change::Left { client: client.into(), despawned }
+/// Returns the leave of a member that has nothing.
+fn left(client: &str) -> Change {
+    Change::Left { client: client.into(), entities: Vec::new() }
+}
+
+/// Returns the ids of the entities with which a member has left.
+fn ended(change: &Change) -> Vec<&str> {
+    let Change::Left { entities, .. } = change else { panic!("{change:?}") };
+    entities.iter().map(Entity::id).collect()
 }
 
 #[test]
@@ -60,7 +66,7 @@ fn join_of_a_known_client_and_leave_of_an_unknown_are_no_event() {
     let changes =
         apply(&mut mirror, Kind::Join { version: 13, client: "b", record: &record(2, 9) });
     assert_eq!(changes, []);
-    assert_eq!(apply(&mut mirror, Kind::Leave { version: 14, client: "b" }), [left("b", &[])]);
+    assert_eq!(apply(&mut mirror, Kind::Leave { version: 14, client: "b" }), [left("b")]);
     assert_eq!((mirror.version(), mirror.len()), (14, 1));
 }
 
@@ -86,7 +92,7 @@ fn member_that_a_reading_lacks_stays_for_ten_seconds() {
     mirror.begin_positions();
     assert_eq!(mirror.due(), Some(Due { at: 100 + MISSING_MAX, read: Read::Room }));
     let changes = read(&mut mirror, &reading(50, &["a"]), 100 + MISSING_MAX);
-    assert_eq!(changes, [left("b", &[])]);
+    assert_eq!(changes, [left("b")]);
     assert_eq!(mirror.len(), 1);
 }
 
@@ -102,7 +108,7 @@ fn entities_go_with_their_member() {
     assert_eq!(mirror.update(channel, "a", "f", b"u"), Err(Refused::Unknown));
     assert_eq!(mirror.spawn(channel, "x", "e", b"s"), Err(Refused::NotMember));
     let changes = apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
-    assert_eq!((changes, mirror.entities()), (vec![left("a", &["e"])], 0));
+    assert_eq!((ended(&changes[0]), mirror.entities()), (vec!["e", "f"], 0));
     assert!(!mirror.is_foreign("b", "e"));
 }
 
@@ -151,7 +157,11 @@ fn reading_overtakes_no_live_position() {
     mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
     let mut changes = Vec::new();
     mirror.begin_positions();
-    mirror.apply_positions(&pairs(&[("a e", "old"), ("a f", "new"), ("x e", "?")]), &mut changes);
+    mirror.apply_positions(
+        &pairs(&[("a e", "old"), ("a f", "new"), ("x e", "?")]),
+        0,
+        &mut changes,
+    );
     assert_eq!(changes, [Change::Moved { client: "a".into(), entity: "f".into() }]);
     let position = |mirror: &Mirror, id| {
         mirror.member("a").unwrap().entity(id).unwrap().position().unwrap().to_vec()
@@ -179,17 +189,59 @@ fn reading_of_positions_brings_no_ended_entity_back() {
     let mut changes = Vec::new();
     mirror.begin_positions();
     mirror.despawn(Origin::Channel, "a", "e").unwrap();
-    mirror.apply_positions(&old, &mut changes);
+    mirror.apply_positions(&old, 0, &mut changes);
     assert_eq!((&changes[..], mirror.entities()), (&[][..], 0), "it was despawned");
     mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
     mirror.begin_positions();
     apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
     apply(&mut mirror, join(12, "a"));
-    mirror.apply_positions(&old, &mut changes);
+    mirror.apply_positions(&old, 0, &mut changes);
     assert_eq!((&changes[..], mirror.entities()), (&[][..], 0), "it was of an earlier life");
     mirror.begin_positions();
-    mirror.apply_positions(&old, &mut changes);
+    mirror.apply_positions(&old, 0, &mut changes);
     assert_eq!((changes.len(), mirror.entities()), (1, 1), "it is of this life");
+}
+
+#[test]
+fn reading_of_positions_brings_no_old_position_to_a_new_entity() {
+    let mut mirror = mirror(10, &["a"]);
+    let old = pairs(&[("a e", "old")]);
+    let mut changes = Vec::new();
+    mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
+    mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
+    mirror.begin_positions();
+    mirror.despawn(Origin::Channel, "a", "e").unwrap();
+    mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
+    mirror.apply_positions(&old, 7, &mut changes);
+    assert_eq!(
+        (&changes[..], mirror.member("a").unwrap().entity("e").unwrap().position()),
+        (&[][..], None)
+    );
+    // Positions that were passed over are read again.
+    assert_eq!(mirror.due(), Some(Due { at: 7 + POSITIONS_AGAIN, read: Read::Positions }));
+    mirror.begin_positions();
+    mirror.apply_positions(&old, 8, &mut changes);
+    assert_eq!((changes.len(), mirror.due()), (1, None), "it is of this entity");
+}
+
+#[test]
+fn position_without_an_entity_goes_where_redis_lacks_it() {
+    let mut mirror = mirror(10, &["a"]);
+    for entity in ["e", "f"] {
+        mirror.position(Origin::Channel, "a", entity, b"p").unwrap();
+    }
+    mirror.spawn(Origin::Channel, "a", "g", b"s").unwrap();
+    // Those that were heard are newer than any reading.
+    let mut changes = Vec::new();
+    mirror.begin_positions();
+    mirror.apply_positions(&[], 0, &mut changes);
+    assert_eq!((&changes[..], mirror.entities()), (&[][..], 3));
+    mirror.lose_link();
+    mirror.position(Origin::Channel, "a", "f", b"p").unwrap();
+    mirror.begin_positions();
+    mirror.apply_positions(&[], 0, &mut changes);
+    assert_eq!(changes, [Change::Despawned { client: "a".into(), entity: "e".into() }]);
+    assert_eq!(mirror.entities(), 2);
 }
 
 #[test]
@@ -205,7 +257,7 @@ fn reading_of_positions_brings_no_entity_back_that_ended_here() {
     // The despawn still waits for the bus, or was lost.
     mirror.begin_positions();
     changes.clear();
-    mirror.apply_positions(&pairs(&[("me e", "old"), ("a f", "new")]), &mut changes);
+    mirror.apply_positions(&pairs(&[("me e", "old"), ("a f", "new")]), 0, &mut changes);
     assert_eq!(changes, [Change::Moved { client: "a".into(), entity: "f".into() }]);
     assert_eq!(mirror.entities(), 1);
 }
@@ -239,7 +291,7 @@ fn leave_before_a_join_here_is_told_as_both() {
     mirror.spawn(Origin::Here, "a", "new", b"s").unwrap();
     let changes = apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
     assert_eq!(changes.len(), 3, "{changes:?}");
-    assert_eq!(changes[0], left("a", &["new", "old"]));
+    assert_eq!(ended(&changes[0]), ["new", "old"]);
     assert!(matches!(&changes[1..], [Change::Joined { .. }, Change::Spawned { .. }]));
     assert_eq!(apply(&mut mirror, join(12, "a")), []);
     assert!(mirror.member("a").unwrap().is_here());
@@ -273,7 +325,7 @@ fn a_certain_reading_ends_a_member_whose_leave_was_lost() {
         let ticket = mirror.begin_reading(1);
         let mut changes = Vec::new();
         mirror.apply_reading(ticket, &reading, 1, &mut changes);
-        let expected = if is_certain { vec![left("a", &[])] } else { vec![] };
+        let expected = if is_certain { vec![left("a")] } else { vec![] };
         assert_eq!(changes, expected);
     }
     assert_eq!(mirror.due().map(|due| due.read), Some(Read::Positions));

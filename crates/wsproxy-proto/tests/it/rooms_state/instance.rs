@@ -8,7 +8,7 @@ use wsproxy_proto::rooms::{
     wire::{self, Connection, Frame, Kind, Record},
 };
 
-use crate::rooms_state::redis::{Joined, Reader, Redis, state_message};
+use crate::rooms_state::redis::{Joined, Reader, Redis, entity_message, state_message};
 
 /// One instance.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub(crate) struct Instance {
     answers: Vec<Answer>,
     /// Commands that wait in the pipeline of publishes.
     pipeline: VecDeque<Command>,
+    /// Entities of open connections whose members were taken for dead.
+    lost: BTreeMap<String, Vec<Entity>>,
     /// Leaves that wait for the end of their grace.
     leaves: VecDeque<(String, Connection)>,
     pub(crate) view: View,
@@ -40,14 +42,14 @@ pub(crate) struct View {
 
 #[derive(Debug)]
 enum Answer {
-    Join { client: String, record: String, is_again: bool, joined: Joined },
+    Join { client: String, record: String, written: Option<Vec<(String, Bytes)>>, joined: Joined },
     Room { ticket: Ticket, reader: Reader },
     Positions { reader: Reader },
 }
 
 #[derive(Debug)]
 enum Command {
-    State { client: String, entity: String, snapshot: Option<Bytes>, message: Bytes },
+    State { client: String, entity: String, snapshot: Option<Bytes>, message: Bytes, joined: u64 },
     Position { field: String, position: Bytes, message: Bytes },
 }
 
@@ -61,6 +63,7 @@ impl Instance {
             here: BTreeMap::new(),
             answers: Vec::new(),
             pipeline: VecDeque::new(),
+            lost: BTreeMap::new(),
             leaves: VecDeque::new(),
             view: View::default(),
         }
@@ -87,34 +90,50 @@ impl Instance {
     fn join(&mut self, client: &str, connection: Connection, again: bool, redis: &mut Redis) {
         let connection = connection.to_string();
         let record = Record { connection: &connection, user: "u", json: "{}" };
-        if again {
-            // They come before the member, for others that read it.
-            let entities = self.entities_of(client);
-            let field = |id: &String| wire::field(client, id);
-            redis.entities.extend(entities.iter().map(|(id, data)| (field(id), data.clone())));
-        }
-        let joined = redis.join(client, &record, again);
-        let record = record.to_string();
-        self.answers.push(Answer::Join {
-            client: client.to_owned(),
-            record,
-            is_again: again,
-            joined,
+        let written = again.then(|| {
+            let mut written = self.snapshots_of(client);
+            let lost = self.lost.get(client).into_iter().flatten().filter_map(snapshot_of);
+            let lost: Vec<_> =
+                lost.filter(|(id, _)| written.iter().all(|(held, _)| held != id)).collect();
+            written.extend(lost);
+            written
         });
+        let joined = redis.join(client, &record, written.as_deref());
+        let (client, record) = (client.to_owned(), record.to_string());
+        self.answers.push(Answer::Join { client, record, written, joined });
     }
 
-    fn entities_of(&self, client: &str) -> Vec<(String, Bytes)> {
+    fn snapshots_of(&self, client: &str) -> Vec<(String, Bytes)> {
         let member = self.mirror.as_ref().and_then(|mirror| mirror.member(client));
-        let entities = member.into_iter().flat_map(Member::entities);
-        let spawned = |entity: &Entity| {
-            Some((entity.id().to_owned(), Bytes::copy_from_slice(entity.snapshot()?)))
-        };
-        entities.filter_map(spawned).collect()
+        member.into_iter().flat_map(Member::entities).filter_map(snapshot_of).collect()
+    }
+
+    /// Does what `Room::joined_again` does.
+    fn joined_again(&mut self, client: &str, written: &[(String, Bytes)]) {
+        let mirror = self.mirror.as_mut().unwrap();
+        for lost in self.lost.remove(client).unwrap_or_default() {
+            let held = mirror.member(client).and_then(|member| member.entity(lost.id()));
+            if held.is_none_or(|held| held.snapshot().is_none())
+                && let Some(snapshot) = lost.snapshot()
+                && mirror.spawn(Origin::Here, client, lost.id(), snapshot).is_ok()
+            {
+                let key = (client.to_owned(), lost.id().to_owned());
+                self.view.write(key, Some(snapshot.to_vec()));
+            }
+        }
+        written.iter().for_each(|(entity, _)| mirror.confirm(client, entity));
+        let present = self.snapshots_of(client);
+        let is_gone = |(id, _): &&(String, Bytes)| present.iter().all(|(held, _)| held != id);
+        let newer = present.iter().filter(|entity| !written.contains(entity));
+        for (entity, _) in newer.chain(written.iter().filter(is_gone)) {
+            self.change_again(client, entity);
+        }
     }
 
     /// Closes a connection. Its leave runs later.
     pub(crate) fn close(&mut self, client: &str) {
         if let Some(connection) = self.here.remove(client) {
+            self.lost.remove(client);
             self.leaves.push_back((client.to_owned(), connection));
         }
     }
@@ -168,7 +187,8 @@ impl Instance {
         let snapshot = snapshot.map(Bytes::from);
         let is_whole = op != 'u';
         let (of, id) = (client.clone(), entity.clone());
-        self.pipeline.push_back(Command::State { client, entity, snapshot, message });
+        let joined = mirror.member(&client).unwrap().joined();
+        self.pipeline.push_back(Command::State { client, entity, snapshot, message, joined });
         if is_doubted && !is_whole {
             self.change_again(&of, &id);
         }
@@ -178,12 +198,12 @@ impl Instance {
     pub(crate) fn run_command(&mut self, redis: &mut Redis) -> bool {
         let Some(command) = self.pipeline.pop_front() else { return false };
         match command {
-            Command::State { client, entity, snapshot, message } => {
+            Command::State { client, entity, snapshot, message, joined } => {
                 let frame = Frame::parse(&message).unwrap().unwrap();
                 let connection = frame.from.to_string();
                 let is_done = redis.state(&client, &connection, &entity, snapshot, &message);
                 if let Some(mirror) = self.mirror.as_mut().filter(|_| !is_done)
-                    && mirror.doubt(&client, &entity, &connection, redis.now)
+                    && mirror.doubt(&client, &entity, (&connection, joined), redis.now)
                 {
                     self.change_again(&client, &entity);
                 }
@@ -198,16 +218,24 @@ impl Instance {
 
     /// Publishes an entity again for the connection that holds the member's place now.
     fn change_again(&mut self, client: &str, entity: &str) {
-        let Some(member) = self.mirror.as_ref().and_then(|mirror| mirror.member(client)) else {
-            return;
+        let mirror = self.mirror.as_mut().unwrap();
+        let Some(member) = mirror.member(client) else { return };
+        let (connection, joined) = (member.record().connection().unwrap(), member.joined());
+        let held = member.entity(entity);
+        let snapshot = held.and_then(Entity::snapshot).map(Bytes::copy_from_slice);
+        let position = held.and_then(Entity::position).map(Bytes::copy_from_slice);
+        let message = match &snapshot {
+            Some(snapshot) => entity_message(connection, client, entity, snapshot),
+            None => state_message(connection, 'd', client, entity, &[]),
         };
-        let connection = member.record().connection().unwrap();
-        let snapshot = member.entity(entity).and_then(|entity| entity.snapshot());
-        let snapshot = snapshot.map(Bytes::copy_from_slice);
-        let (op, data) = snapshot.as_ref().map_or(('d', &[][..]), |snapshot| ('s', snapshot));
-        let message = state_message(connection, op, client, entity, data);
+        let position = position.filter(|_| snapshot.is_none()).map(|position| {
+            let message = state_message(connection, 'p', client, entity, &position);
+            Command::Position { field: wire::field(client, entity), position, message }
+        });
+        mirror.confirm(client, entity);
         let (client, entity) = (client.to_owned(), entity.to_owned());
-        self.pipeline.push_back(Command::State { client, entity, snapshot, message });
+        self.pipeline.push_back(Command::State { client, entity, snapshot, message, joined });
+        self.pipeline.extend(position);
     }
 
     /// Takes the next message from the channel.
@@ -219,14 +247,16 @@ impl Instance {
         let frame = Frame::parse(&message).unwrap().unwrap();
         let mut changes = Vec::new();
         match frame.kind {
-            Kind::Message { payload, .. } if frame.from.server != self.server => {
+            Kind::Message { payload, .. } | Kind::Entity(payload)
+                if frame.from.server != self.server =>
+            {
                 let text = payload.splitn(4, |byte| *byte == b' ').collect::<Vec<_>>();
                 let word = |at: usize| std::str::from_utf8(text[at]).unwrap();
                 let (client, entity, data) = (word(1), word(2), text[3]);
                 let key = (client.to_owned(), entity.to_owned());
                 let channel = Origin::Channel;
                 match word(0) {
-                    "s" if mirror.spawn(channel, client, entity, data).is_ok() => {
+                    "s" | "E" if mirror.spawn(channel, client, entity, data).is_ok() => {
                         self.view.write(key, Some(data.to_vec()));
                     }
                     "u" => {
@@ -241,7 +271,7 @@ impl Instance {
                     _ => {}
                 }
             }
-            Kind::Message { .. } => {}
+            Kind::Message { .. } | Kind::Entity(_) => {}
             kind => mirror.apply(&kind, redis.now, &mut changes),
         }
         self.tell(changes);
@@ -279,8 +309,13 @@ impl Instance {
         let mut changes = Vec::new();
         let mirror = self.mirror.as_mut().unwrap();
         match self.answers.remove(which) {
-            Answer::Join { client, record, is_again, joined } => {
-                self.finish_join(&client, &record, is_again, &joined, &mut changes);
+            Answer::Join { client, record, written, joined } => {
+                let is_again = written.is_some();
+                let is_held = self.finish_join(&client, &record, is_again, &joined, &mut changes);
+                self.tell(std::mem::take(&mut changes));
+                if let Some(written) = written.filter(|_| is_held) {
+                    self.joined_again(&client, &written);
+                }
             }
             Answer::Room { ticket, reader } => {
                 let reading = reader.into_reading();
@@ -290,7 +325,8 @@ impl Instance {
                 }
             }
             Answer::Positions { reader } => {
-                mirror.apply_positions(&reader.into_reading().positions, &mut changes);
+                let positions = reader.into_reading().positions;
+                mirror.apply_positions(&positions, redis.now, &mut changes);
             }
         }
         self.tell(changes);
@@ -305,11 +341,11 @@ impl Instance {
         is_again: bool,
         joined: &Joined,
         changes: &mut Vec<Change>,
-    ) {
+    ) -> bool {
         let connection = Record::parse(record).unwrap().connection().unwrap();
         if is_again && self.here.get(client) != Some(&connection) {
             self.leaves.push_back((client.to_owned(), connection));
-            return;
+            return false;
         }
         let mirror = self.mirror.as_mut().unwrap();
         let is_member = match joined {
@@ -328,9 +364,11 @@ impl Instance {
         } else {
             if is_again {
                 self.here.remove(client);
+                self.lost.remove(client);
             }
             self.leaves.push_back((client.to_owned(), connection));
         }
+        is_member
     }
 
     /// Tells the clients here of changes.
@@ -347,6 +385,14 @@ impl Instance {
         let Some(mirror) = self.mirror.as_ref().filter(|mirror| mirror.is_complete()) else {
             return;
         };
+        for change in &changes {
+            if let Change::Left { client, entities } = change
+                && self.here.contains_key(&**client)
+                && mirror.member(client).is_none()
+            {
+                self.lost.insert(client.to_string(), entities.clone());
+            }
+        }
         if self.view.began.is_none() {
             self.view.begin(mirror);
             return;
@@ -408,12 +454,14 @@ impl View {
                 assert!(!self.is_member(&client), "{client} joins twice");
                 self.members.entry(client.into()).or_default().push(true);
             }
-            Change::Left { client, despawned } => {
+            Change::Left { client, entities } => {
                 assert!(self.is_member(&client), "{client} leaves, and was not there");
                 self.members.entry(client.to_string()).or_default().push(false);
                 let gone = self.entities.extract_if(.., |(owner, _), _| **owner == *client);
                 let gone: Vec<Box<str>> = gone.map(|((_, id), _)| id.into()).collect();
-                assert_eq!(gone, despawned, "entities go with {client}");
+                let spawned = entities.iter().filter(|entity| entity.snapshot().is_some());
+                let spawned: Vec<Box<str>> = spawned.map(|entity| entity.id().into()).collect();
+                assert_eq!(gone, spawned, "entities go with {client}");
             }
             Change::Spawned { client, entity } => {
                 assert!(self.is_member(&client));
@@ -428,6 +476,10 @@ impl View {
             Change::Replaced { .. } | Change::Updated { .. } | Change::Moved { .. } => {}
         }
     }
+}
+
+fn snapshot_of(entity: &Entity) -> Option<(String, Bytes)> {
+    Some((entity.id().to_owned(), Bytes::copy_from_slice(entity.snapshot()?)))
 }
 
 /// Bounds that no run of this test reaches.

@@ -49,13 +49,20 @@ impl Redis {
     }
 
     /// Does what `room_join.lua` does.
-    pub(crate) fn join(&mut self, client: &str, record: &Record<'_>, again: bool) -> Joined {
+    pub(crate) fn join(
+        &mut self,
+        client: &str,
+        record: &Record<'_>,
+        again: Option<&[(String, Bytes)]>,
+    ) -> Joined {
         let held = self.members.get(client).cloned();
         let held = held.as_deref().and_then(Record::parse);
         let from = record.connection().unwrap();
         let before = match held {
             Some(held) if held.user != record.user => return Joined::Taken,
-            Some(held) if again && held.connection != record.connection => return Joined::Replaced,
+            Some(held) if again.is_some() && held.connection != record.connection => {
+                return Joined::Replaced;
+            }
             None if self.members.len() >= self.members_max => return Joined::Full,
             _ => held.map(|held| held.connection.to_owned()),
         };
@@ -75,6 +82,13 @@ impl Redis {
                 self.version.unwrap_or(0)
             }
         };
+        for (entity, snapshot) in again.into_iter().flatten() {
+            let field = wire::field(client, entity);
+            if before.is_none() || !self.entities.contains_key(&field) {
+                self.entities.insert(field, snapshot.clone());
+                self.publish(&entity_message(from, client, entity, snapshot));
+            }
+        }
         Joined::Member { version, before }
     }
 
@@ -175,6 +189,16 @@ impl Reader {
     pub(crate) fn into_reading(self) -> Reading {
         self.reading
     }
+}
+
+/// Encodes all of an entity again.
+pub(crate) fn entity_message(
+    from: Connection,
+    client: &str,
+    entity: &str,
+    snapshot: &[u8],
+) -> Bytes {
+    wire::entity(from, &[format!("E {client} {entity} ").as_bytes(), snapshot].concat())
 }
 
 /// Encodes a change of an entity as instances of this test do, with `op` and its bytes.

@@ -67,6 +67,10 @@ struct EmbeddedMember {
     json: String,
 }
 
+/// The entities that a member has which joins again, with their snapshots. Redis may have lost them too, and other
+/// instances never have had them.
+pub(super) type Entities<'a> = &'a [(Box<str>, Bytes)];
+
 /// A wish to be a member.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Join<'a> {
@@ -81,7 +85,7 @@ pub(super) struct Join<'a> {
     /// Record of the member, as a JSON object.
     pub(super) json: &'a str,
     /// Set to join after Redis may have lost the member: another connection that has the name by now keeps it.
-    pub(super) is_again: bool,
+    pub(super) again: Option<Entities<'a>>,
 }
 
 /// Answer to a wish to be a member.
@@ -233,33 +237,6 @@ impl Keeper {
         matches!(self.backend, KeeperBackend::Redis(_))
     }
 
-    /// Writes snapshots of a member's entities again, since Redis may have lost them. A member that has another connection
-    /// by now keeps what that one has written.
-    ///
-    /// # Errors
-    /// The store did not answer.
-    pub(super) async fn save_entities(
-        &self,
-        room: &Id,
-        (client, connection): (&Id, Connection),
-        entities: &[(Box<str>, Bytes)],
-    ) -> Result<(), StoreError> {
-        let KeeperBackend::Redis(commands) = &self.backend else { return Ok(()) };
-        let (keys, connection) = (self.keys(room), connection.to_string());
-        let ttl = milliseconds(KEYS_TTL).to_string();
-        for some in entities.chunks(WRITTEN_AT_ONCE) {
-            let mut words: Vec<&[u8]> = vec![b"4"];
-            words.extend(keys.iter().map(String::as_bytes));
-            words.extend([&b"entities"[..], ttl.as_bytes(), b"absent"]);
-            for (entity, snapshot) in some {
-                let client = client.as_str().as_bytes();
-                words.extend([client, connection.as_bytes(), entity.as_bytes(), snapshot]);
-            }
-            commands.run_script(&script::ROOM_FIELDS, &words).await?;
-        }
-        Ok(())
-    }
-
     /// Removes what clients that are no members have left behind.
     ///
     /// # Errors
@@ -287,7 +264,7 @@ impl Keeper {
         let (channel, connection) = (self.names.room(join.room), join.connection.to_string());
         let (most, ttl) = (self.members_max.to_string(), milliseconds(KEYS_TTL).to_string());
         let head = wire::origin(join.connection, Form::Envelope);
-        let again = if join.is_again { "again" } else { "" };
+        let again = if join.again.is_some() { "again" } else { "" };
         let mut words: Vec<&[u8]> = vec![b"4"];
         words.extend(keys.iter().map(String::as_bytes));
         words.extend([
@@ -301,6 +278,9 @@ impl Keeper {
             ttl.as_bytes(),
             again.as_bytes(),
         ]);
+        for (entity, snapshot) in join.again.into_iter().flatten() {
+            words.extend([entity.as_bytes(), snapshot]);
+        }
         let Reply::Array(parts) = commands.run_script(&script::ROOM_JOIN, &words).await? else {
             return Err(odd_reply());
         };
@@ -376,7 +356,7 @@ impl EmbeddedRoom {
         if held.is_some_and(|held| held.user != *join.user) {
             return (Joined::Taken, None);
         }
-        if join.is_again && before.is_some_and(|before| before != join.connection) {
+        if join.again.is_some() && before.is_some_and(|before| before != join.connection) {
             return (Joined::Replaced, None);
         }
         if held.is_none() && self.members.len() >= members_max as usize {
@@ -444,9 +424,6 @@ async fn fields(commands: &Commands, key: &str) -> Result<Vec<(Bytes, Bytes)>, S
     Ok(parts.chunks_exact(2).filter_map(field).collect())
 }
 
-/// Most entities that one script writes.
-const WRITTEN_AT_ONCE: usize = 500;
-
 /// Time to live of a room's keys, which each join renews.
 pub(super) const KEYS_TTL: Duration = Duration::from_secs(3600);
 
@@ -494,8 +471,8 @@ mod tests {
     fn join(rooms: &Rooms, client: &str, number: u64) {
         let connection = Connection { server: rooms.server, number };
         let (room, client) = (Id::parse("lobby").unwrap(), Id::parse(client).unwrap());
-        let (user, json, is_again) = (&client, "{}", false);
-        let join = Join { room: &room, client: &client, connection, user, json, is_again };
+        let (user, json) = (&client, "{}");
+        let join = Join { room: &room, client: &client, connection, user, json, again: None };
         let joined = rooms.keeper.join(join).now_or_never().unwrap().unwrap();
         assert!(matches!(joined, Joined::Held { .. }));
     }

@@ -16,7 +16,7 @@ use crate::{
     endpoint::rooms::{
         Rooms,
         counters::JoinResult,
-        keeper::{Join, Joined},
+        keeper::{Entities, Join, Joined},
         leaving::{self, Leave},
         record::MemberRecord,
         table::RoomHold,
@@ -34,8 +34,8 @@ pub(super) struct Membership {
     pub(super) client: Id,
     pub(super) user: Id,
     pub(super) connection: Connection,
-    /// Record of the member, as it was written last.
-    record: Mutex<MemberRecord>,
+    /// JSON of the member's record, as it was written last. Most members never change it.
+    record: Mutex<Box<str>>,
     ending: Arc<Ending>,
     /// The room in the registry; taken by the leave.
     entry: Mutex<Option<RoomMembership>>,
@@ -103,7 +103,7 @@ impl Membership {
         Ok(Arc::new_cyclic(|me| {
             let ending = Arc::default();
             room.add(connection.number, &client, link, (me, &ending));
-            let record = Mutex::new(record);
+            let record = Mutex::new(record.to_json().into());
             let rooms = Arc::clone(rooms);
             Self { rooms, room, client, user, connection, record, ending, entry }
         }))
@@ -116,7 +116,7 @@ impl Membership {
     pub(super) async fn join(&self) -> Result<(), Rejection> {
         // A join whose answer is lost may take effect, so the leave must run.
         self.set_leave(LeaveKind::InDoubt);
-        let joined = self.write_counted(false).await;
+        let joined = self.write_counted(None).await;
         match joined? {
             Joined::Held { .. } => {
                 self.ending.joined();
@@ -139,9 +139,12 @@ impl Membership {
 
     /// Sets presence data in the record. Returns the record's JSON, which is to be written.
     pub(super) fn set_presence(&self, presence: &[u8]) -> String {
-        let mut record = self.record.lock();
+        let mut held = self.record.lock();
+        let Some(mut record) = MemberRecord::parse(&held) else { return held.to_string() };
         record.set_presence(presence);
-        record.to_json()
+        let json = record.to_json();
+        *held = json.as_str().into();
+        json
     }
 
     /// Notes that another connection has the member's place. The leave still runs: after Redis lost its data only the
@@ -150,18 +153,18 @@ impl Membership {
         self.set_leave(LeaveKind::Replaced);
     }
 
-    /// Writes the record of the member again, since Redis may have lost it.
+    /// Writes the record of the member again with its entities, since Redis may have lost them.
     ///
     /// # Errors
     /// The store did not answer.
-    pub(super) async fn join_again(&self) -> Result<Joined, StoreError> {
-        self.write_counted(true).await
+    pub(super) async fn join_again(&self, entities: Entities<'_>) -> Result<Joined, StoreError> {
+        self.write_counted(Some(entities)).await
     }
 
-    async fn write_counted(&self, is_again: bool) -> Result<Joined, StoreError> {
-        let joined = self.write(is_again).await;
+    async fn write_counted(&self, again: Option<Entities<'_>>) -> Result<Joined, StoreError> {
+        let joined = self.write(again).await;
         let result = match &joined {
-            Ok(Joined::Held { .. }) if is_again => JoinResult::Again,
+            Ok(Joined::Held { .. }) if again.is_some() => JoinResult::Again,
             Ok(Joined::Held { before: None, .. }) => JoinResult::Joined,
             Ok(Joined::Held { .. }) => JoinResult::Replaced,
             Ok(Joined::Taken) => JoinResult::Taken,
@@ -174,17 +177,17 @@ impl Membership {
     }
 
     /// Writes the record of the member, and notes the change in the room here.
-    async fn write(&self, is_again: bool) -> Result<Joined, StoreError> {
+    async fn write(&self, again: Option<Entities<'_>>) -> Result<Joined, StoreError> {
         let registry = self.rooms.registry.as_ref().ok_or(StoreError::Closed)?;
         registry.entered(self.room.id.as_str()).await?;
-        let json = self.record.lock().to_json();
+        let json = self.record.lock().clone();
         let join = Join {
             room: &self.room.id,
             client: &self.client,
             connection: self.connection,
             user: &self.user,
             json: &json,
-            is_again,
+            again,
         };
         let joined = self.rooms.keeper.join(join).await?;
         if let Joined::Held { version, before } = joined

@@ -152,16 +152,13 @@ async fn join_one(membership: &Membership) {
     }
 }
 
-/// Writes a member with its entities. These come before the member, for others that read it.
+/// Writes a member with its entities in one step: none is without its member, for others that read them.
 async fn write(membership: &Membership) -> Result<Joined, StoreError> {
-    let (rooms, room) = (&membership.rooms, &membership.room);
-    let entities = room.snapshots_of(&membership.client);
-    let member = (&membership.client, membership.connection);
-    rooms.keeper.save_entities(&room.id, member, &entities).await?;
-    let joined = membership.join_again().await?;
+    let entities = membership.room.snapshots_of(membership);
+    let joined = membership.join_again(&entities).await?;
     if matches!(joined, Joined::Held { .. }) {
-        // What the member has changed meanwhile was refused, since it was no member, or is older in the store now.
-        room.tell_newer(membership, &entities);
+        // What the member has changed meanwhile may have been refused, since it was no member.
+        membership.room.joined_again(membership, &entities);
     }
     Ok(joined)
 }

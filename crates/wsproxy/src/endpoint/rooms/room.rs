@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use bytes::Bytes;
+use hashbrown::HashMap;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, OnceCell};
 use tracing::{debug, warn};
@@ -24,7 +24,7 @@ use wsproxy_proto::{
     names::Id,
     rooms::{
         check::Kind,
-        mirror::{Limits, Merge, Mirror},
+        mirror::{Entity, Limits, Merge, Mirror},
         positions::{Positions, Rules},
         snapshot,
         wire::{self, Connection},
@@ -46,6 +46,7 @@ use crate::{
     hub::{inbox::Inbox, sink::Sink, subscription::Subscription},
 };
 
+mod again;
 mod greet;
 mod hear;
 mod moves;
@@ -101,12 +102,16 @@ struct State {
     owes_at: Micros,
     /// Changes of members here that other instances may lack.
     owed: Owed,
+    /// Entities of connections here whose members were taken for dead, until these join again; by number.
+    lost: HashMap<u64, Vec<Entity>>,
     /// Writes of positions that the store has not answered.
     writes_waiting: usize,
     /// The room is read when the bus has delivered what it has taken.
     reads_behind: bool,
-    /// Time of the room's entry at the ticker.
+    /// Time at which the room wants to be called by the ticker.
     ticks_at: Micros,
+    /// Times of the room's entries at the ticker: a few, since the room has few kinds of work that waits.
+    entries: Vec<Micros>,
     /// The last tick came so late that this instance listens first.
     is_late: bool,
     /// The room was closed: no member is here.
@@ -175,9 +180,11 @@ impl Room {
                 reads_at: None,
                 owes_at: Micros::NEVER,
                 owed: Owed::default(),
+                lost: HashMap::new(),
                 writes_waiting: 0,
                 reads_behind: false,
                 ticks_at: Micros::NEVER,
+                entries: Vec::new(),
                 is_late: false,
                 is_closed: false,
             }),
@@ -239,6 +246,7 @@ impl Room {
     /// Removes a connection that has ended. Its member stays until it leaves.
     pub(super) fn remove(&self, number: u64) {
         let mut state = self.state.lock();
+        state.lost.remove(&number);
         let at = state.members.iter().position(|member| member.number == number);
         let removed = at.map(|at| state.members.swap_remove(at));
         if let Some(removed) = &removed {
@@ -402,11 +410,6 @@ impl Room {
         clients.flat_map(fields).collect()
     }
 
-    /// Returns the entities of a member with their snapshots.
-    pub(super) fn snapshots_of(&self, client: &Id) -> Vec<(Box<str>, Bytes)> {
-        self.state.lock().snapshots_of(client.as_str())
-    }
-
     /// Notes that Redis may have lost the state of the room: it is read and written again.
     pub(super) fn doubt(&self) {
         let now = clock::now();
@@ -458,15 +461,6 @@ pub(super) struct Sizes {
 }
 
 impl State {
-    /// Returns the entities of a member with their snapshots.
-    fn snapshots_of(&self, client: &str) -> Vec<(Box<str>, Bytes)> {
-        let entities = self.mirror.member(client).map(|member| member.entities());
-        let snapshots = entities.into_iter().flatten().filter_map(|entity| {
-            Some((entity.id().into(), Bytes::copy_from_slice(entity.snapshot()?)))
-        });
-        snapshots.collect()
-    }
-
     fn member_mut(&mut self, number: u64) -> Option<&mut MemberHere> {
         self.members.iter_mut().find(|member| member.number == number)
     }

@@ -216,7 +216,7 @@ impl PipelineTask {
 
     /// Loads the scripts. Requests are done in order, so every later call finds them loaded.
     fn load_scripts(&mut self, out: &mut BytesMut) {
-        for script in [&script::PUBLISH, &script::ROOM_STATE, &script::ROOM_FIELDS] {
+        for script in [&script::PUBLISH, &script::ROOM_STATE, &script::ROOM_POSITIONS] {
             self.scripts_loading += 1;
             script.load(out);
             self.waiting.push_back((Waiting::Script, 0));

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::{
     rooms::{
         hostile::assert_alternate,
-        room_client::{RoomClient, instance},
+        room_client::{RoomClient, instance, position},
     },
     support::{
         client::Client,
@@ -41,6 +41,65 @@ async fn an_emptied_redis_costs_nobody_their_place() {
     let dan = RoomClient::join(&three, "dan").await;
     assert_eq!(dan.hello["initialState"]["entities"][0]["id"], "e");
     assert_eq!(cat.told().await, "join dan");
+}
+
+#[tokio::test]
+async fn an_entity_that_an_emptied_redis_refused_is_told_to_others() {
+    let server = RedisServer::start();
+    let (one, two) = (start(server.url()).await, start(server.url()).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut near = RoomClient::join(&one, "near").await;
+    let mut far = RoomClient::join(&two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    ann.send(json!({ "entitySpawn": { "entityId": "known" } })).await;
+    for member in [&mut near, &mut far] {
+        assert_eq!(member.told().await, "spawn known of ann");
+    }
+    // As in an emptied Redis, before the instance has noticed.
+    server.call(&["HDEL", "{room:lobby}:members", "ann"]);
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    assert_eq!(near.told().await, "spawn e of ann");
+    server.call(&["FLUSHALL"]);
+    assert_eq!(far.told().await, "spawn e of ann");
+    // All others are known.
+    ann.say("end").await;
+    for member in [&mut near, &mut far] {
+        assert_eq!(member.told().await, "ann: end");
+    }
+}
+
+#[tokio::test]
+async fn a_member_that_was_taken_for_dead_comes_back_with_its_entities() {
+    let server = RedisServer::start();
+    let (one, two) = (start(server.url()).await, start(server.url()).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut near = RoomClient::join(&one, "near").await;
+    let mut far = RoomClient::join(&two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    ann.send(position("e", 5.0)).await;
+    for member in [&mut near, &mut far] {
+        assert_eq!(member.told().await, "spawn e of ann");
+        assert_eq!(member.told().await, "move e of ann to 5");
+    }
+    take_for_dead(&server, "ann");
+    // The client answers the ping of its instance while it reads.
+    let reads = tokio::spawn(async move {
+        while !matches!(ann.client.next().await, tokio_tungstenite::tungstenite::Message::Close(_))
+        {
+        }
+    });
+    let expected = ["despawn e of ann", "leave ann", "join ann", "spawn e of ann"];
+    for member in [&mut near, &mut far] {
+        for words in expected {
+            assert_eq!(member.told().await, words);
+        }
+        assert_eq!(member.told().await, "move e of ann to 5");
+    }
+    let late = RoomClient::join(&two, "late").await;
+    let entity = &late.hello["initialState"]["entities"][0];
+    assert_eq!((&entity["id"], &entity["position"]["x"]), (&json!("e"), &json!(5.0)));
+    reads.abort();
 }
 
 #[tokio::test]
@@ -384,6 +443,23 @@ async fn all_see(at: &TestInstance, expected: &[String]) {
         names == expected
     })
     .await;
+}
+
+/// Removes a living member, as an instance does that takes the member's instance for dead.
+fn take_for_dead(server: &RedisServer, client: &str) {
+    use crate::support::redis_server::Answer;
+    let keys = ["members", "meta", "entities", "positions"];
+    let keys = keys.map(|key| format!("{{room:lobby}}:{key}"));
+    let Answer::Text(record) = server.call(&["HGET", &keys[0], client]) else {
+        panic!("{client} is no member")
+    };
+    let (connection, _) = record.split_once(' ').unwrap();
+    let script = include_str!("../../../../../spec/scripts/room_leave.lua");
+    let origin = "0".repeat(17);
+    let words = ["room:lobby", &origin, "60000", "1", client, connection, "*"];
+    let mut call = vec!["EVAL", script, "4"];
+    call.extend(keys.iter().map(String::as_str).chain(words));
+    server.call(&call);
 }
 
 /// Clients that Redis has as members of the lobby, sorted.

@@ -32,10 +32,17 @@ impl Room {
     ) {
         let mut state = self.state.lock();
         let begin = clock::now();
-        state.mirror.show(record::shown);
+        let is_large = state.mirror.len() > FEW_MEMBERS;
+        if is_large {
+            state.mirror.show(record::shown);
+        }
         let mirror = &state.mirror;
-        let shown = mirror.members().map(|(_, member)| member.shown());
-        let players = shown.filter(|player| !player.is_empty());
+        let few = mirror.members().filter(|_| !is_large);
+        let few = few.filter_map(|(client, member)| record::shown(client, &member.record()));
+        let few: Vec<Vec<u8>> = few.collect();
+        let shown = mirror.members().filter(|_| is_large).map(|(_, member)| member.shown());
+        let players = few.iter().map(|player| &player[..]);
+        let players = players.chain(shown.filter(|player| !player.is_empty()));
         let entities = mirror.members().flat_map(|(owner, member)| {
             member.entities().map(move |entity| Entity {
                 owner,
@@ -101,6 +108,9 @@ impl Room {
         }
     }
 }
+
+/// Members whose records are encoded for each newcomer. Those of larger rooms are kept encoded, which takes memory.
+const FEW_MEMBERS: usize = 64;
 
 /// Version of the messages that this gateway speaks.
 const VERSION: u32 = 1;

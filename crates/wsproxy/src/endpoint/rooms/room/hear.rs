@@ -64,8 +64,8 @@ impl Inbox for Room {
 impl Room {
     fn on_frame(&self, rooms: &Rooms, state: &mut State, frame: &Frame<'_>, now: Micros) {
         match frame.kind {
-            FrameKind::Message { .. } | FrameKind::Batch(_) if frame.from.server == self.server => {
-            }
+            FrameKind::Message { .. } | FrameKind::Batch(_) | FrameKind::Entity(_)
+                if frame.from.server == self.server => {}
             FrameKind::Message { form: WireForm::Envelope, payload } => {
                 self.on_message(state, payload, now);
             }
@@ -79,6 +79,7 @@ impl Room {
             FrameKind::Batch(envelope) => {
                 self.on_batch(state, envelope, frame.from.server, now);
             }
+            FrameKind::Entity(snapshot) => self.on_entity(state, snapshot, now),
             FrameKind::Join { .. } | FrameKind::Leave { .. } | FrameKind::Replaced { .. } => {
                 let mut changes = Vec::new();
                 state.mirror.apply(&frame.kind, now.0, &mut changes);
@@ -148,6 +149,21 @@ impl Room {
         let audience = Audience { to: checked.to, may_wait, ..Audience::default() };
         let fanout = Fanout::new(envelope).reliable(checked.reliable);
         self.fan_out(state, &mut { fanout }, audience, now);
+    }
+
+    /// Takes all of an entity of a member at another instance. Most are known, and no client is told of these.
+    fn on_entity(&self, state: &mut State, snapshot: &[u8], now: Micros) {
+        let (Some((owner, entity)), Some(spawn)) =
+            (snapshot::names(snapshot), write::spawn(snapshot))
+        else {
+            debug!(room = self.id.as_str(), "An entity of another instance is invalid.");
+            return;
+        };
+        let held = state.mirror.member(&owner).and_then(|member| member.entity(&entity));
+        let is_known = held.and_then(|held| held.snapshot()) == Some(snapshot);
+        if state.mirror.spawn(Origin::Channel, &owner, &entity, snapshot).is_ok() && !is_known {
+            self.fan_out(state, &mut Fanout::new(&spawn[..]), Audience::default(), now);
+        }
     }
 
     /// Takes a message of a worker: an envelope without a sender, in protobuf or JSON. It is never state.

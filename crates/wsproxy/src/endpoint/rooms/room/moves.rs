@@ -50,6 +50,7 @@ impl Room {
     pub(in crate::endpoint::rooms) fn on_tick(&self, at: Micros) {
         let now = clock::now();
         let mut state = self.state.lock();
+        state.entries.retain(|entry| *entry != at);
         if state.ticks_at != at {
             // An earlier entry has been served instead.
             return;
@@ -57,11 +58,7 @@ impl Room {
         if at > Micros(0) && now.since(at) >= LATE && !std::mem::replace(&mut state.is_late, true) {
             // This instance was frozen: which of its members are elsewhere by now is about to be heard. What it knows of
             // these must not overwrite what is newer.
-            state.ticks_at = now.after(HEAR_WAIT);
-            if let Some(rooms) = self.rooms.upgrade() {
-                rooms.ticker.add(state.ticks_at, self.me.clone());
-            }
-            return;
+            return self.enter_ticker(&mut state, now.after(HEAR_WAIT));
         }
         (state.ticks_at, state.is_late) = (Micros::NEVER, false);
         let is_owing = state.owes_at <= now;
@@ -92,10 +89,17 @@ impl Room {
         let due = due.into_iter().flatten().map(Micros);
         let at = due.fold(state.owes_at, Micros::min);
         let at = at.min(state.catch_up.due).min(state.presence.due);
-        if at < state.ticks_at
-            && let Some(rooms) = self.rooms.upgrade()
-        {
-            state.ticks_at = at;
+        if at < state.ticks_at {
+            self.enter_ticker(state, at);
+        }
+    }
+
+    /// Has the ticker call at this time. An earlier entry may have been served since this one was made.
+    fn enter_ticker(&self, state: &mut State, at: Micros) {
+        let Some(rooms) = self.rooms.upgrade() else { return };
+        state.ticks_at = at;
+        if !state.entries.contains(&at) {
+            state.entries.push(at);
             rooms.ticker.add(at, self.me.clone());
         }
     }

@@ -165,7 +165,7 @@ impl Room {
         let now = clock::now();
         let mut state = self.state.lock();
         let mut changes = Vec::new();
-        state.mirror.apply_positions(&positions, &mut changes);
+        state.mirror.apply_positions(&positions, now.0, &mut changes);
         self.tell_changes(&mut state, changes, now);
         self.release(state, now);
     }

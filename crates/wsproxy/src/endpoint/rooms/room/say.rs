@@ -188,74 +188,11 @@ impl Room {
     }
 
     /// Returns the message that tells of a member's presence data, behind the head of a message between instances.
-    fn presence_of(&self, member: &Membership, json: &str) -> Vec<u8> {
+    pub(super) fn presence_of(&self, member: &Membership, json: &str) -> Vec<u8> {
         let data = MemberRecord::parse(json).map(|record| record.presence_data());
         let client = member.client.as_str();
         let event = write::presence(PresenceKind::Update, client, data.as_ref(), 0);
         self.stamped(member, Stamp::default(), &event)
-    }
-
-    /// Publishes the entities of a member again whose snapshots differ from those that were `written`, and the end of those
-    /// that are gone.
-    pub(in crate::endpoint::rooms) fn tell_newer(
-        &self,
-        member: &Membership,
-        written: &[(Box<str>, Bytes)],
-    ) {
-        let (client, now) = (member.client.as_str(), clock::now());
-        let mut state = self.state.lock();
-        let present = state.snapshots_of(client);
-        let newer = present.iter().filter(|entity| !written.contains(entity));
-        let is_gone =
-            |(id, _): &&(Box<str>, Bytes)| !present.iter().any(|(present, _)| present == id);
-        for (entity, _) in newer.chain(written.iter().filter(is_gone)) {
-            self.publish_entity(&mut state, member, entity);
-        }
-        self.release(state, now);
-    }
-
-    /// Publishes an entity of a member again, as the mirror has it.
-    pub(super) fn tell_again(&self, member: &Membership, entity: &str) {
-        let mut state = self.state.lock();
-        self.publish_entity(&mut state, member, entity);
-        self.release(state, clock::now());
-    }
-
-    /// Publishes the presence data of a member again, as the mirror has them.
-    pub(super) fn tell_presence_again(&self, member: &Membership) {
-        let mut state = self.state.lock();
-        let held = state.mirror.member(member.client.as_str());
-        if let Some(json) = held.map(|held| held.record().json.to_owned()) {
-            let stamped = self.presence_of(member, &json);
-            let keep = self.keep(member, RoomOp::Presence { json });
-            let publish = &mut |publish| member.rooms.hub.publish(publish);
-            // What the bus does not take is owed again.
-            drop(self.publish(&mut state, member, (stamped.into(), keep), publish));
-        }
-        self.release(state, clock::now());
-    }
-
-    /// Publishes an entity of a member, or its end, as the mirror has it. Called under the lock, so that later changes come
-    /// behind it.
-    fn publish_entity(&self, state: &mut State, member: &Membership, entity: &str) {
-        let client = member.client.as_str();
-        let held = state.mirror.member(client).and_then(|of| of.entity(entity));
-        let snapshot = held.and_then(|entity| entity.snapshot()).map(Bytes::copy_from_slice);
-        let envelope = match &snapshot {
-            Some(snapshot) => write::spawn(snapshot),
-            None => Some(write::despawn(entity, client)),
-        };
-        let Some(envelope) = envelope else { return };
-        let stamped = self.stamped(member, Stamp::default(), &envelope);
-        let entity = entity.into();
-        let op = match snapshot {
-            Some(snapshot) => RoomOp::Spawn { entity, snapshot },
-            None => RoomOp::Despawn { entity },
-        };
-        let keep = self.keep(member, op);
-        let publish = &mut |publish| member.rooms.hub.publish(publish);
-        // What the bus does not take is owed again.
-        drop(self.publish(state, member, (stamped.into(), keep), publish));
     }
 
     /// Returns an envelope with its stamp, behind the head of a message between instances.
@@ -270,7 +207,7 @@ impl Room {
     }
 
     /// Returns the change of the member's state, to be made with the publish.
-    fn keep(&self, member: &Membership, op: RoomOp) -> Keep {
+    pub(super) fn keep(&self, member: &Membership, op: RoomOp) -> Keep {
         Keep::Room(Box::new(RoomWrite {
             keys: member.rooms.keeper.keys(&self.id),
             client: member.client.as_str().into(),
@@ -281,7 +218,7 @@ impl Room {
     }
 
     /// Publishes a message for other instances. A change of state that the bus does not take is owed to them.
-    fn publish(
+    pub(super) fn publish(
         &self,
         state: &mut State,
         member: &Membership,
@@ -293,7 +230,7 @@ impl Room {
             return Ok(());
         }
         member.rooms.counters.published_shared.add(1);
-        let receipt = self.state_receipt(&keep);
+        let receipt = self.state_receipt(state, &keep);
         let told = receipt.clone().map(|receipt| receipt as Arc<dyn Receipt>);
         let published =
             publish(Publish { channel: Arc::clone(&self.channel), payload, keep, receipt: told });
@@ -306,7 +243,7 @@ impl Room {
     }
 
     /// Returns the receipt of a change of state; `None` for all else.
-    fn state_receipt(&self, keep: &Keep) -> Option<Arc<StateReceipt>> {
+    fn state_receipt(&self, state: &State, keep: &Keep) -> Option<Arc<StateReceipt>> {
         let Keep::Room(write) = keep else { return None };
         let entity = match &write.op {
             RoomOp::Spawn { entity, .. } | RoomOp::Despawn { entity } => Some(entity.clone()),
@@ -314,32 +251,21 @@ impl Room {
         };
         let (room, client) = (self.me.clone(), write.client.clone());
         let connection = write.connection.clone();
-        Some(Arc::new(StateReceipt { room, client, connection, entity }))
-    }
-
-    /// Notes that a change of an entity was refused, because another connection holds the member's place.
-    fn refused(&self, StateReceipt { client, connection, entity, .. }: &StateReceipt) {
-        let Some(entity) = entity else { return };
-        let now = clock::now();
-        let mut state = self.state.lock();
-        let is_again = state.mirror.doubt(client, entity, connection, now.0);
-        let holder = if is_again { state.holder(client) } else { None };
-        self.release(state, now);
-        // Outside the lock, which the last owner of a membership takes.
-        if let Some(holder) = holder.and_then(|holder| holder.upgrade()) {
-            self.tell_again(&holder, entity);
-        }
+        let joined = state.mirror.member(&client).map_or(0, |member| member.joined());
+        Some(Arc::new(StateReceipt { room, client, connection, joined, entity }))
     }
 }
 
 /// Receipt of a change of state.
-struct StateReceipt {
+pub(super) struct StateReceipt {
     room: Weak<Room>,
-    client: Box<str>,
+    pub(super) client: Box<str>,
     /// Connection that made the change, as records have it.
-    connection: String,
+    pub(super) connection: String,
+    /// Presence version at which the member had joined.
+    pub(super) joined: u64,
     /// The entity; `None` for presence data.
-    entity: Option<Box<str>>,
+    pub(super) entity: Option<Box<str>>,
 }
 
 impl Receipt for StateReceipt {

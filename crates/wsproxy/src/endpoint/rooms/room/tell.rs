@@ -8,7 +8,7 @@ use wsproxy_conn::{
 };
 use wsproxy_proto::rooms::{
     check::{self, Event as PresenceKind},
-    mirror::Change,
+    mirror::{Change, Entity},
     write,
 };
 
@@ -111,9 +111,11 @@ impl Room {
             Change::Updated { client, record } => {
                 self.tell_presence(state, PresenceKind::Update, (client, record), now);
             }
-            Change::Left { client, despawned } => {
+            Change::Left { client, entities } => {
                 state.positions.forget_member(client);
-                self.tell_leave(state, client, despawned, now);
+                // A client that has joined here since still has its entities.
+                state.put_positions_of(client);
+                self.tell_leave(state, client, entities, now);
             }
             Change::Replaced { client, old_connection, record } => {
                 self.end_replaced(state, old_connection, now);
@@ -139,7 +141,7 @@ impl Room {
     }
 
     /// Tells all members here but `client` itself.
-    fn tell_of(&self, state: &mut State, client: &str, envelope: &[u8], now: Micros) {
+    pub(super) fn tell_of(&self, state: &mut State, client: &str, envelope: &[u8], now: Micros) {
         let except = state.number_of(client);
         let audience = Audience { except, may_wait: true, ..Audience::default() };
         self.fan_out(state, &mut Fanout::new(envelope), audience, now);
@@ -159,8 +161,8 @@ impl Room {
     }
 
     /// Tells of a leave. A member that is still here was taken for dead by another instance: it joins again once it is
-    /// heard.
-    fn tell_leave(&self, state: &mut State, client: &str, despawned: &[Box<str>], now: Micros) {
+    /// heard, with its entities.
+    fn tell_leave(&self, state: &mut State, client: &str, entities: &[Entity], now: Micros) {
         let Some(rooms) = self.rooms.upgrade() else { return };
         rooms.counters.leaves_seen.add(1);
         let here = state.members.iter().filter(|member| member.client.as_str() == client);
@@ -169,8 +171,12 @@ impl Room {
             here.map(|member| (member.number, member.membership.clone())).unzip();
         let except = numbers.first().copied();
         let audience = Audience { except, may_wait: true, ..Audience::default() };
-        for entity in despawned {
-            let despawn = write::despawn(entity, client);
+        if let Some(number) = numbers.iter().max().filter(|_| state.mirror.member(client).is_none())
+        {
+            state.lost.insert(*number, entities.to_vec());
+        }
+        for entity in entities.iter().filter(|entity| entity.snapshot().is_some()) {
+            let despawn = write::despawn(entity.id(), client);
             self.fan_out(state, &mut Fanout::new(&despawn[..]), audience, now);
         }
         let event = write::presence(PresenceKind::Leave, client, None, state.mirror.version());
