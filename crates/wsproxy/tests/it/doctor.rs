@@ -71,8 +71,6 @@ impl Examined {
     }
 }
 
-const SECRET: &str = "secret-of-the-doctor-0123456789abcdef";
-
 #[test]
 fn a_good_redis_has_no_errors() {
     let redis = RedisServer::start();
@@ -199,3 +197,5 @@ fn a_certificate_is_told_with_its_end() {
         "an invalid file is checked no further"
     );
 }
+
+const SECRET: &str = "secret-of-the-doctor-0123456789abcdef";

@@ -212,9 +212,6 @@ async fn every_key_is_reloaded_or_needs_a_restart_as_marked() {
     assert_eq!(running.count("refused"), 0.0);
 }
 
-/// Keys that allow one value only, or none beside the others: a URL of an issuer stands in place of a file.
-const HAVE_ONE_VALUE: [&str; 2] = ["endpoints.tunnel", "jwt.jwks_url"];
-
 #[tokio::test]
 async fn keys_of_an_issuer_need_a_restart() {
     let mut base = Values::new();
@@ -283,3 +280,6 @@ async fn a_reload_needs_the_scope_admin() {
     events.assert_refused(403, "missing_scope_admin");
     assert_eq!((running.count("done"), running.count("refused")), (0.0, 0.0));
 }
+
+/// Keys that allow one value only, or none beside the others: a URL of an issuer stands in place of a file.
+const HAVE_ONE_VALUE: [&str; 2] = ["endpoints.tunnel", "jwt.jwks_url"];

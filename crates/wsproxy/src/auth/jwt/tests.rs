@@ -1,6 +1,6 @@
 //! Tests of verification with keys that never change: every algorithm, and every known trick.
 
-use std::io::Write;
+use std::{io::Write, path::Path};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
@@ -9,7 +9,13 @@ use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
 use super::*;
-use crate::{auth::fixed_keys::KeyRing, http::rejection::Rejection};
+use crate::{
+    auth::{
+        fixed_keys::{KeyRing, check_public_key},
+        key::JwtKey,
+    },
+    http::rejection::Rejection,
+};
 
 fn claims() -> Value {
     json!({"sub": "u-1", "exp": NOW + 60})

@@ -32,8 +32,6 @@ impl File {
     }
 }
 
-const RELOADED: &str = "The configuration was reloaded.";
-
 #[tokio::test]
 async fn a_signal_reloads_the_level_and_the_log_says_so() {
     let file = File::new("[log]\nlevel = \"info\"\n");
@@ -132,3 +130,5 @@ async fn the_command_prints_the_answer() {
     let (code, _, err) = run(by_config()).await;
     assert!(code == Some(69) && err.contains("does not answer"), "{code:?} {err}");
 }
+
+const RELOADED: &str = "The configuration was reloaded.";
