@@ -262,15 +262,19 @@ mod tests {
 
     #[test]
     fn a_changed_rate_holds_for_members_who_are_there() {
-        let ((mut rates, limits), now) = (one_per_second(), Micros(1_000_000_000));
-        let made = |rates: &mut Rates| {
-            (0..9).filter(|_| rates.take_opaque(&limits, now) == Passed::Now).count()
+        let (mut rates, limits) = one_per_second();
+        let now = 1_000_000_000;
+        let mut made = |limits: &RoomRates, now| {
+            let is_passed = |_: &u32| rates.take_opaque(limits, Micros(now)) == Passed::Now;
+            (0..9).filter(is_passed).count()
         };
-        assert_eq!(made(&mut rates), 2);
-        limits.allow(&RoomsConfig { messages_per_second: 100, ..RoomsConfig::default() });
-        assert!(made(&mut rates) > 0 && limits.per_second() == 100);
-        limits.allow(&RoomsConfig { messages_per_second: 0, ..RoomsConfig::default() });
-        assert_eq!(made(&mut rates), 9);
+        assert_eq!(made(&limits, now), 2);
+        let config =
+            |messages_per_second| RoomsConfig { messages_per_second, ..RoomsConfig::default() };
+        limits.allow(&config(100));
+        assert_eq!((made(&limits, now + 50_000), limits.per_second()), (5, 100));
+        limits.allow(&config(0));
+        assert_eq!(made(&limits, now + 50_000), 9);
     }
 
     #[test]
