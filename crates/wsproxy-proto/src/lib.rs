@@ -1,4 +1,5 @@
-//! Protocol parts of wsproxy that need no IO: WebSocket, JSON, histories, names, users' agents, rooms, rate limits, endings.
+//! Protocol parts of wsproxy that need no IO: WebSocket, JSON, histories, names, users' agents, rooms, rate limits,
+//! endings, trace contexts.
 //!
 //! No code here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
 
@@ -10,4 +11,5 @@ pub mod json;
 pub mod names;
 pub mod rate;
 pub mod rooms;
+pub mod trace_context;
 pub mod ws;

@@ -18,6 +18,7 @@ pub mod render;
 pub mod rooms;
 mod rule;
 pub mod sessions;
+pub mod traces;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -34,6 +35,7 @@ use self::{
     origin::OriginRule,
     rooms::RoomsConfig,
     sessions::SessionsConfig,
+    traces::TracesConfig,
 };
 
 /// The configuration of an instance, with a field for each section of the file.
@@ -57,6 +59,8 @@ pub struct Config {
     pub compression: CompressionConfig,
     /// `[log]`
     pub log: LogConfig,
+    /// `[traces]`
+    pub traces: TracesConfig,
     /// `[endpoints]`
     pub endpoints: EndpointsConfig,
     /// `[sessions]`

@@ -36,6 +36,7 @@ use crate::{
         report::Reports,
         throttle::{Throttle, Throttles},
     },
+    traces::Tracer,
 };
 
 pub mod acks;
@@ -94,6 +95,8 @@ pub struct Core {
     pub metrics: Metrics,
     /// Members of answers to operators beside the metrics.
     pub reports: Arc<Reports>,
+    /// Traces, which are off unless a collector is configured.
+    pub traces: Tracer,
     /// Tasks that must end before the process does.
     pub tasks: TaskTracker,
     /// Cancelled when HTTP followers must end.

@@ -54,6 +54,7 @@ use crate::{
         throttle::{Throttle, Throttles},
     },
     tls::pair::TlsPair,
+    traces::Tracer,
 };
 
 /// A running instance. Dropping it does not end it: see [`Self::drain`].
@@ -266,6 +267,8 @@ fn compose(
         Bus::embedded(&config.redis, &config.limits, delivery, tasks, end)
     };
     hub.connect(bus.clone());
+    let traces = Tracer::start(&config.traces, &server_id, background, background_end);
+    let traces = traces.map_err(anyhow::Error::msg).context(Failure::Config)?;
     let Descriptors { connections, spare, .. } = descriptors;
     let runtime = Runtime::new(config.limits.send_buffers_total_bytes, clock::now());
     let core = Arc::new(Core {
@@ -291,6 +294,7 @@ fn compose(
         names,
         metrics: Metrics::new(),
         reports: Arc::default(),
+        traces,
         tasks: TaskTracker::new(),
         followers_end: CancellationToken::new(),
         draining: false.into(),
@@ -324,6 +328,7 @@ fn show(core: &Core, families: &Arc<Families>, reloader: &Arc<Reloader>) {
         Arc::clone(&core.api_keys) as Arc<dyn Source>,
         lease,
         Arc::clone(reloader) as Arc<dyn Source>,
+        Arc::new(core.traces.clone()),
         Arc::new(Process { started: core.started }),
     ]);
 }

@@ -13,6 +13,7 @@ use super::{
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
     rooms::Development,
+    traces::TracesConfig,
 };
 use crate::{
     auth::{api_keys, fixed_keys},
@@ -42,9 +43,13 @@ pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
 
 /// Opens the files that `config` names, and returns every rule that they break.
 pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
-    let Config { redis, jwt, .. } = config;
+    let Config { redis, jwt, traces, .. } = config;
     let mut broken = Vec::new();
-    for (key, file) in [("redis.ca_file", &redis.ca_file), ("jwt.ca_file", &jwt.ca_file)] {
+    for (key, file) in [
+        ("redis.ca_file", &redis.ca_file),
+        ("jwt.ca_file", &jwt.ca_file),
+        ("traces.ca_file", &traces.ca_file),
+    ] {
         broken.extend(tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file)));
     }
     let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
@@ -58,7 +63,7 @@ pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
 
 /// Returns every file that `config` names and that cannot be read a second time.
 pub(super) fn not_files(config: &Config) -> Vec<BrokenRule> {
-    let Config { redis, jwt, tls, api, .. } = config;
+    let Config { redis, jwt, tls, api, traces, .. } = config;
     let of_keys = api.key.iter().filter_map(|key| match &key.secret {
         KeySecret::File(path) => Some(("api.key", path)),
         KeySecret::Text(_) => None,
@@ -66,6 +71,7 @@ pub(super) fn not_files(config: &Config) -> Vec<BrokenRule> {
     let named = [
         ("redis.ca_file", &redis.ca_file),
         ("jwt.ca_file", &jwt.ca_file),
+        ("traces.ca_file", &traces.ca_file),
         ("jwt.public_key_file", &jwt.public_key_file),
         ("tls.certificate", &tls.certificate),
         ("tls.key", &tls.key),
@@ -156,6 +162,8 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
                    whose own programs are the only clients. \"anywhere\" is for all others, such as containers. true \
                    needs a loopback address in";
     rule(!config.endpoints.rooms || is_safe, "rooms.development", allowed, Some("server.bind"));
+    let TracesConfig { queue_max, batch_max, .. } = config.traces;
+    rule(batch_max <= queue_max, "traces.batch_max", "at most", Some("traces.queue_max"));
     let AgentsConfig { call_timeout, call_timeout_max, .. } = config.agents;
     let (key, other) = ("agents.call_timeout", Some("agents.call_timeout_max"));
     rule(call_timeout <= call_timeout_max, key, "at most", other);

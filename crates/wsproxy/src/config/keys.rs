@@ -13,7 +13,7 @@ use super::{
         Secret, Switch, Time, ValueKind,
     },
     origin::OriginKind,
-    rooms, rule, sessions,
+    rooms, rule, sessions, traces,
 };
 
 /// A key of the file.
@@ -56,6 +56,8 @@ pub struct Flag {
 pub struct Alias {
     /// Name of the variable.
     pub name: &'static str,
+    /// Name of a more specific variable, which wins over this one.
+    pub over: Option<&'static str>,
     /// The unit of a bare number, where it is not that of the key.
     pub unit: &'static str,
     /// Whether the variable is read. One that deployments share with other services is read only where a part that is
@@ -66,6 +68,13 @@ pub struct Alias {
 /// All keys.
 pub fn all() -> impl Iterator<Item = &'static Key> {
     TABLE.iter().copied().flatten()
+}
+
+impl Alias {
+    /// Returns the variables, those that win first.
+    pub(super) fn names(self) -> impl Iterator<Item = &'static str> {
+        self.over.into_iter().chain([self.name])
+    }
 }
 
 impl Key {
@@ -93,19 +102,42 @@ impl Key {
         (self.write)(config)
     }
 
-    pub(super) const fn alias(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "", is_read: |_| true });
-        self
+    pub(super) const fn alias(self, name: &'static str) -> Self {
+        self.alias_where(name, |_| true)
     }
 
     /// A short name that is read only where agents are served: other services of a deployment have it too.
-    pub(super) const fn alias_of_agents(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "", is_read: |config| config.endpoints.agents });
+    pub(super) const fn alias_of_agents(self, name: &'static str) -> Self {
+        self.alias_where(name, |config| config.endpoints.agents)
+    }
+
+    pub(super) const fn alias_ms(self, name: &'static str) -> Self {
+        self.alias(name).in_ms()
+    }
+
+    /// A short name that is read only where `is_read` says so.
+    pub(super) const fn alias_where(
+        mut self,
+        name: &'static str,
+        is_read: fn(&Config) -> bool,
+    ) -> Self {
+        self.alias = Some(Alias { name, over: None, unit: "", is_read });
         self
     }
 
-    pub(super) const fn alias_ms(mut self, name: &'static str) -> Self {
-        self.alias = Some(Alias { name, unit: "ms", is_read: |_| true });
+    /// Adds a more specific short name, which wins over the other one.
+    pub(super) const fn over(mut self, name: &'static str) -> Self {
+        if let Some(alias) = &mut self.alias {
+            alias.over = Some(name);
+        }
+        self
+    }
+
+    /// Takes bare numbers in short names for milliseconds.
+    pub(super) const fn in_ms(mut self) -> Self {
+        if let Some(alias) = &mut self.alias {
+            alias.unit = "ms";
+        }
         self
     }
 
@@ -203,6 +235,10 @@ pub static SECTIONS: &[(&str, &str)] = &[
     ("rate_limit", "Connection attempts per client address."),
     ("compression", "permessage-deflate."),
     ("log", "The log on standard error."),
+    (
+        "traces",
+        "Traces of handshakes, calls of the API, joins of rooms and calls of tools, sent to a collector of OpenTelemetry. Off without a URL.",
+    ),
     ("endpoints", "The endpoint families that are served."),
     ("sessions", "The session endpoint, /{agent_id}/ws/{session_id}."),
     ("events", "The event endpoint, /ws."),
@@ -241,6 +277,7 @@ static TABLE: &[&[Key]] = &[
     rooms::KEYS,
     agents::KEYS,
     database::KEYS,
+    traces::KEYS,
     echo::KEYS,
     ABSENT,
 ];

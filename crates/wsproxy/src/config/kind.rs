@@ -102,6 +102,23 @@ impl ValueKind<f64> for Fraction {
     }
 }
 
+/// A share from none to all.
+pub(super) struct Ratio;
+
+impl ValueKind<f64> for Ratio {
+    fn allowed(&self) -> String {
+        "a number from 0 to 1".into()
+    }
+
+    fn read(&self, raw: &Raw) -> Option<f64> {
+        raw.text()?.parse().ok().filter(|share| (0.0..=1.0).contains(share))
+    }
+
+    fn write(&self, value: &f64) -> String {
+        value.to_string()
+    }
+}
+
 /// A size in bytes between two others.
 pub(super) struct Bytes(pub(super) u64, pub(super) u64);
 

@@ -112,7 +112,7 @@ pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
     let Loader { config, origins, mut warnings, .. } = loader;
     let unread = |key: &Key| key.alias.filter(|alias| !(alias.is_read)(&config));
     let set = |name: &str| environment.names().any(|given| given == name);
-    let ignored = keys::all().filter_map(unread).map(|alias| alias.name);
+    let ignored = keys::all().filter_map(unread).flat_map(keys::Alias::names);
     let ignored = ignored.filter(|name| set(name) || set(&format!("{name}_FILE")));
     let of_rooms =
         OF_OLDER_ROOMS.iter().copied().filter(|name| config.endpoints.rooms && set(name));
@@ -228,8 +228,10 @@ impl Loader {
         let own = (key.env(), "", false);
         // Compose files pass `PORT: ${PORT}` on as empty text: not set.
         let alias = key.alias.filter(|alias| (alias.is_read)(&self.config));
-        let alias = alias.map(|alias| (alias.name.to_owned(), alias.unit, true));
-        for (name, unit, skip_empty) in [Some(own), alias].into_iter().flatten() {
+        let aliases = alias
+            .into_iter()
+            .flat_map(|alias| alias.names().map(move |name| (name.to_owned(), alias.unit, true)));
+        for (name, unit, skip_empty) in std::iter::once(own).chain(aliases) {
             let set = environment.value(&name).filter(|v| !(skip_empty && *v == Ok("")));
             let file = format!("{name}_FILE");
             let path = environment.path(&file).filter(|_| key.secret);

@@ -64,13 +64,16 @@ pub fn markdown() -> String {
     for key in keys::all() {
         if let Some(alias) = key.alias {
             let unit = if alias.unit.is_empty() { "" } else { ", a bare number in milliseconds" };
-            text += &format!("| `{}` | `{}`{unit} |\n", alias.name, key.path());
+            let over = alias.over.map(|over| format!(" (`{over}` wins over it)"));
+            let over = over.unwrap_or_default();
+            text += &format!("| `{}`{over} | `{}`{unit} |\n", alias.name, key.path());
         }
     }
     text += "\n`DATABASE_URL` and `DATABASE_URL_FILE` are read only where agents are served (`endpoints.agents`), and by \
              the commands `migrate` and `agents`: elsewhere they may belong to other services of a deployment. Where rooms \
              are served, `METRICS_SAMPLE_SIZE` and `LATENCY_TRACKING_ENABLED` of older gateways are accepted and change \
-             nothing: the latency of every message is measured. The log names each of these variables once.\n";
+             nothing: the latency of every message is measured. Of the `OTEL_…` variables, only those that switch traces on or \
+             off are read while they are off. The log names each of these variables once.\n";
     text
 }
 
@@ -112,7 +115,7 @@ The value of a key comes from the first of these that has it:
 - **Lists** are TOML arrays; in the environment, text with commas between the values.
 - **Lists of tables** (`api.key`) are `[[api.key]]` in the file; in the environment, a JSON array of objects:
   `{PREFIX}API__KEY='[{\"name\":\"chat\",\"secret\":\"…\",\"scopes\":[\"sessions\"]}]'`.
-- **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`, `api.key`) can come from a file: set the variable with `_FILE` at its end, such as
+- **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`, `api.key`, `traces.headers`) can come from a file: set the variable with `_FILE` at its end, such as
   `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown. A file that is empty, and a variable beside its own `_FILE`, are problems.
 - Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
 

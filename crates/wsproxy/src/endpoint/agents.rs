@@ -39,6 +39,7 @@ use crate::{
     hub::Hub,
     registry::agents::AgentMembership,
     store::Store,
+    traces::Tracer,
 };
 
 mod answers;
@@ -72,6 +73,8 @@ pub struct Agents {
     pub(self) server_id: Arc<str>,
     hub: Arc<Hub>,
     store: Store,
+    /// Traces, for the spans of calls.
+    pub(self) traces: Tracer,
     /// Tasks that end before the instance does.
     tasks: TaskTracker,
     /// Settings and counters that all connections share.
@@ -154,6 +157,7 @@ impl Agents {
             server_id: Arc::clone(&core.server_id),
             hub,
             store: core.store.clone(),
+            traces: core.traces.clone(),
             tasks: core.tasks.clone(),
             profile: Arc::new(Profile {
                 // An agent answers as fast as it is called, so it is read more slowly rather than closed.

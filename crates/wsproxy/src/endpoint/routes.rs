@@ -22,7 +22,10 @@ use crate::{
         rejection::Rejection,
     },
     telemetry::{family::Family, metrics::ACCEPTED},
+    traces::Trace,
 };
+
+mod spans;
 
 /// The routes of a listener.
 #[derive(Clone)]
@@ -59,7 +62,9 @@ impl Service for Routes {
         let caller = Arc::new(self.core.texts.caller(address, request.headers()));
         if let Err(rejection) = self.check_host(&request) {
             return Ok(match target {
-                Some(target) => self.refuse(Some(target.family()), &rejection, &path, &caller),
+                Some(target) => {
+                    self.refuse((Some(target.family()), None), &rejection, &path, &caller)
+                }
                 None => {
                     self.core.metrics.error("bad_request");
                     rejection.response()
@@ -71,13 +76,17 @@ impl Service for Routes {
         };
         let family = target.family();
         if !Families::serves(&self.core, family) {
-            return Ok(self.refuse(Some(family), &not_served(family), &path, &caller));
+            return Ok(self.refuse((Some(family), None), &not_served(family), &path, &caller));
         }
         let grant = Grant::of(request.headers(), &self.core.allowed_origins.rules());
         let is_events = event_stream::is_asked(&self.core, request.headers());
         let is_preflight = cors::is_preflight(request.method(), request.headers());
         if self.core.config.sse.enabled && is_preflight && grant.is_some() {
             return Ok(granted(grant, cors::preflight()));
+        }
+        let span = spans::handshake(&self.core.traces, target, &request, &caller, is_events);
+        if self.core.traces.is_on() {
+            request.extensions_mut().insert(span.trace().clone());
         }
         request.extensions_mut().insert(Arc::clone(&caller));
         let answer = self.families.open(target, &self.core, request).await;
@@ -86,9 +95,15 @@ impl Service for Routes {
         Ok(match answer {
             Ok(response) => {
                 self.core.metrics.handshake(Some(family), ACCEPTED);
+                span.end(response.status(), None);
                 granted(grant, response)
             }
-            Err(rejection) => granted(grant, self.refuse(Some(family), &rejection, &path, &caller)),
+            Err(rejection) => {
+                let trace = Some(span.trace());
+                let response = self.refuse((Some(family), trace), &rejection, &path, &caller);
+                span.end(response.status(), Some(rejection.code));
+                granted(grant, response)
+            }
         })
     }
 }
@@ -114,7 +129,7 @@ impl Routes {
 
     fn refuse(
         &self,
-        family: Option<Family>,
+        (family, trace): (Option<Family>, Option<&Trace>),
         rejection: &Rejection,
         path: &str,
         caller: &Caller,
@@ -135,6 +150,7 @@ impl Routes {
                     status = told.status.as_u16(),
                     code = rejection.code,
                     error = rejection.cause,
+                    trace_id = trace.and_then(Trace::id).map(display),
                     left_out,
                     "Handshake refused."
                 )
@@ -159,6 +175,10 @@ impl Routes {
         path: &str,
         caller: &Caller,
     ) -> Result<Response<Body>, Infallible> {
+        let span = spans::call(&self.core.traces, &request, caller);
+        if span.trace().context().is_some() {
+            request.extensions_mut().insert(span.trace().clone());
+        }
         let refusal = self.no_endpoint(&request);
         let has_body = !hyper::body::Body::is_end_stream(request.body());
         let server = &self.core.config.server;
@@ -172,6 +192,7 @@ impl Routes {
             return Ok(Rejection::request_timeout(message).response());
         };
         let mut response = answer?;
+        spans::answer_call(span, &mut response);
         if has_body && !response.status().is_success() {
             // The request's body may not have been read. Then hyper closes the connection, so the client must not send
             // its next request on it.
@@ -180,7 +201,7 @@ impl Routes {
         }
         match refusal {
             Some((family, rejection)) if response.status() == StatusCode::NOT_FOUND => {
-                Ok(self.refuse(family, &rejection, path, caller))
+                Ok(self.refuse((family, None), &rejection, path, caller))
             }
             _ => Ok(response),
         }

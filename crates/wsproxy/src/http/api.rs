@@ -27,6 +27,7 @@ use crate::{
         handshake::{self, credentials},
         rejection::Rejection,
     },
+    traces::{Trace, Value},
 };
 
 /// The worker API: the routes of `families`, and those that concern the instance.
@@ -45,6 +46,8 @@ pub(crate) struct Worker {
     scopes: Scopes,
     /// Name of the key.
     pub(crate) name: Box<str>,
+    /// Span of the call.
+    pub(crate) trace: Trace,
 }
 
 impl Worker {
@@ -68,7 +71,11 @@ impl FromRequestParts<Arc<Core>> for Worker {
         if found.scopes().has(scope) {
             found.calls().accepted.add(1);
             debug!(key = %found, %method, path, "A worker called the API.");
-            return Ok(Self { scopes: found.scopes(), name: found.to_string().into() });
+            let name: Box<str> = found.to_string().into();
+            let trace = parts.extensions.get::<Trace>().cloned().unwrap_or_default();
+            trace.trust();
+            trace.add("wsproxy.api_key", || Value::text(&name));
+            return Ok(Self { scopes: found.scopes(), name, trace });
         }
         found.calls().refused.add(1);
         core.metrics.error("api_key");

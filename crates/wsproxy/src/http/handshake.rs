@@ -35,6 +35,7 @@ use crate::{
     logic::Logic,
     registry::Transport,
     telemetry::family::Family,
+    traces::{Trace, Value},
 };
 
 pub mod address;
@@ -65,6 +66,7 @@ struct Prepared {
     client: Client,
     answer: Answer,
     caller: Arc<Caller>,
+    trace: Trace,
     /// Seat of the socket, which is held as long as the connection.
     socket_seat: Option<Arc<Seat>>,
 }
@@ -152,6 +154,12 @@ impl Opening {
         matches!(&self.prepared.answer, Answer::WebSocket(answer) if answer.is_agent_protocol())
     }
 
+    /// Returns the span of the handshake.
+    #[must_use]
+    pub const fn trace(&self) -> &Trace {
+        &self.prepared.trace
+    }
+
     /// Returns the transport that the client asks for.
     #[must_use]
     pub const fn transport(&self) -> Transport {
@@ -206,6 +214,12 @@ impl Admitted {
         &self.prepared.caller
     }
 
+    /// Returns the span of the handshake.
+    #[must_use]
+    pub const fn trace(&self) -> &Trace {
+        &self.prepared.trace
+    }
+
     /// Returns the form in which messages to the client carry their ids.
     #[must_use]
     pub fn ids(&self, config: EventIds) -> Ids {
@@ -237,6 +251,7 @@ impl Admitted {
         server: L::Server,
     ) -> Response<Body> {
         let Self { seat, prepared } = self;
+        prepared.trace.enter("accept");
         let (subscription, pending) = subscribed.map_or((None, None), Subscribed::parts);
         let held =
             ConnectionGuards { _seat: seat, _socket_seat: prepared.socket_seat, subscription };
@@ -258,7 +273,9 @@ impl Prepared {
         let extensions = request.extensions_mut();
         let socket_seat = extensions.remove();
         let caller = extensions.remove().unwrap_or_default();
-        Self { family, client, answer, caller, socket_seat }
+        let trace: Trace = extensions.remove().unwrap_or_default();
+        trace.add("wsproxy.connection_id", || Value::text(&client.id().to_string()));
+        Self { family, client, answer, caller, trace, socket_seat }
     }
 
     const fn transport(&self) -> Transport {

@@ -34,6 +34,7 @@ use crate::{
         sessions::{keys::SessionKeys, outbox::AnnouncementQueue},
     },
     telemetry::counter::Counter,
+    traces::Handover,
 };
 
 mod keys;
@@ -111,6 +112,8 @@ pub struct SessionRecord {
     pub transport: Transport,
     /// Time of the opening: RFC 3339.
     pub opened: Box<str>,
+    /// Trace of the handshake.
+    pub trace: Option<Box<Handover>>,
 }
 
 impl SessionRecord {
@@ -123,7 +126,7 @@ impl SessionRecord {
         server_id: &str,
         timestamp: &str,
     ) -> serde_json::Value {
-        serde_json::json!({
+        let mut announcement = serde_json::json!({
             "event": event,
             "agent_id": self.agent.as_str(),
             "session_id": self.session.as_str(),
@@ -131,7 +134,11 @@ impl SessionRecord {
             "transport": self.transport.label(),
             "server_id": server_id,
             "timestamp": timestamp,
-        })
+        });
+        if let Some(trace) = &self.trace {
+            trace.add_to(&mut announcement);
+        }
+        announcement
     }
 }
 

@@ -46,6 +46,8 @@ pub enum Section {
     Database,
     /// The audit log.
     Audit,
+    /// Traces.
+    Traces,
     /// The process.
     Process,
 }

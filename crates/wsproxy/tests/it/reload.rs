@@ -133,10 +133,12 @@ fn candidates(key: &Key, file: impl Fn(&str) -> String) -> Vec<String> {
         "server.allowed_origins" => "[\"https://app.example\"]".into(),
         "tls.certificate" => file("same-certificate.pem"),
         "tls.key" => file("same-key.pem"),
-        "redis.ca_file" | "jwt.ca_file" => file("certificate.pem"),
+        "redis.ca_file" | "jwt.ca_file" | "traces.ca_file" => file("certificate.pem"),
         "redis.url" => "\"redis://127.0.0.1:1\"".into(),
         "database.url" => "\"postgres://u@h/d\"".into(),
         "log.level" => "\"debug\"".into(),
+        "traces.endpoint" | "traces.url" => "\"http://127.0.0.1:1\"".into(),
+        "traces.headers" | "traces.resource_attributes" => "\"a=b\"".into(),
         "agents.path" => "\"/agents\"".into(),
         "jwt.secret_key" => format!("\"{}\"", "s".repeat(64)),
         "jwt.algorithms" => "[\"HS256\", \"HS384\", \"ES256\"]".into(),
@@ -282,4 +284,4 @@ async fn a_reload_needs_the_scope_admin() {
 }
 
 /// Keys that allow one value only, or none beside the others: a URL of an issuer stands in place of a file.
-const HAVE_ONE_VALUE: [&str; 2] = ["endpoints.tunnel", "jwt.jwks_url"];
+const HAVE_ONE_VALUE: [&str; 3] = ["endpoints.tunnel", "jwt.jwks_url", "traces.protocol"];

@@ -78,6 +78,7 @@ impl Node {
             session,
             transport: Transport::WebSocket,
             opened: opened.into(),
+            trace: None,
         };
         self.log.opened(connection, record);
         connection

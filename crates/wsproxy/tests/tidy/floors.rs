@@ -191,8 +191,10 @@ const FLOORS: &[&[&str]] = &[
     &["bus/publish", "bus/deliver", "bus/status"],
     &["store/command", "store/token_streams"],
     &["store/not_done"],
+    &["traces"],
     &["telemetry"],
     &["config"],
+    &["outbound"],
     &["redis/address", "database/url", "queue", "tls", "descriptors"],
 ];
 

@@ -28,6 +28,7 @@ use crate::{
         rejection::Rejection,
     },
     telemetry::family::Family,
+    traces::Value,
 };
 
 /// Opens the connection of a user's agent.
@@ -81,10 +82,14 @@ async fn enter(
     secret: SecretString,
 ) -> Result<Admitted, Rejection> {
     let address = opening.caller().address;
+    let trace = opening.trace().clone();
+    trace.add("wsproxy.user_id", || Value::text(place.inbox.user.as_str()));
+    trace.enter("authenticate");
     let opened_by = judge(agents, &place.inbox.user, address, &secret).await?;
     drop(secret);
     place.inbox.set_secret(opened_by);
     let client = opening.admit(core)?;
+    trace.enter("take place");
     place.take(address).await?;
     Ok(client)
 }

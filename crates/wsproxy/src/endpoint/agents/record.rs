@@ -15,10 +15,10 @@ use wsproxy_proto::{
 use crate::{
     audit::row::{AuditRow, Stored},
     endpoint::agents::Agents,
+    traces::{Kind, Span, Value},
 };
 
 /// Facts of a call that its end needs.
-#[derive(Debug)]
 pub(super) struct CallRecord {
     pub(super) tool: Box<str>,
     pub(super) params: Stored,
@@ -27,6 +27,8 @@ pub(super) struct CallRecord {
     pub(super) caller: Option<Box<str>>,
     pub(super) traceparent: Option<Box<str>>,
     pub(super) hash: [u8; 16],
+    /// Ends with the record.
+    pub(super) span: Span,
 }
 
 /// A call as its command states it.
@@ -58,15 +60,22 @@ impl<'a> From<&'a ToolCall<'_>> for CallFacts<'a> {
 
 impl Agents {
     /// Makes the record of a call that begins.
-    pub(super) fn begin_record(&self, facts: &CallFacts<'_>) -> CallRecord {
+    pub(super) fn begin_record(&self, user: &Id, facts: &CallFacts<'_>) -> CallRecord {
+        let mut span = self.traces.begin_alone(facts.traceparent, "tool call", Kind::Client);
+        span.add("wsproxy.user_id", || Value::text(user.as_str()));
+        span.add("wsproxy.request_id", || Value::text(facts.request.as_str()));
+        span.add("wsproxy.tool", || Value::text(facts.tool));
+        span.add("wsproxy.caller", || Value::text(facts.caller.unwrap_or("redis")));
+        let own = span.context().map(ToString::to_string);
         let params = self.audit.as_ref().map(|audit| audit.params(facts.params));
         CallRecord {
             tool: facts.tool.into(),
             params: params.unwrap_or_default(),
             begun: SystemTime::now(),
             caller: facts.caller.map(Into::into),
-            traceparent: facts.traceparent.map(Into::into),
+            traceparent: own.as_deref().or(facts.traceparent).map(Into::into),
             hash: facts.hash,
+            span,
         }
     }
 
@@ -74,12 +83,18 @@ impl Agents {
     pub(super) fn record(
         &self,
         (user, request): (&Id, &Id),
-        record: CallRecord,
+        mut record: CallRecord,
         outcome: Outcome,
         response: Option<&ToolResponse<'_>>,
         took: Option<Micros>,
     ) {
         self.counters.calls.count(outcome, took);
+        record.span.add("wsproxy.outcome", || outcome.label().into());
+        match response {
+            Some(response) if response.success => {}
+            Some(_) => record.span.fail("tool_error", true),
+            None => record.span.fail(outcome.label(), outcome != Outcome::Cancelled),
+        }
         let Some(audit) = &self.audit else { return };
         audit.record(AuditRow {
             user,
@@ -103,7 +118,7 @@ impl Agents {
     /// Notes that a call was taken and not sent. A caller whose call has run before is no call of its own.
     pub(super) fn record_refused(&self, user: &Id, facts: &CallFacts<'_>, failure: Failure) {
         if let Some(outcome) = failure.outcome() {
-            let record = self.begin_record(facts);
+            let record = self.begin_record(user, facts);
             self.record((user, facts.request), record, outcome, None, None);
         }
     }

@@ -26,7 +26,7 @@ use crate::{
         api::{
             PathId, Worker, check_close,
             history::{self, Range},
-            publishing::{self, PublishOptions},
+            publishing::{self, Outgoing, PublishOptions},
             raw::{self, JsonMembers},
             read,
         },
@@ -86,39 +86,40 @@ fn connection(id: &str) -> Result<String, Rejection> {
 }
 
 async fn broadcast(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     options: PublishOptions,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
     let channel = core.names.events_broadcast();
-    publish(&core, channel, options, body).await
+    publish(&core, &worker, channel, options, body).await
 }
 
 async fn to_user(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     PathId(user): PathId,
     options: PublishOptions,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
     let channel = core.names.events_user(&user);
-    publish(&core, channel, options, body).await
+    publish(&core, &worker, channel, options, body).await
 }
 
 async fn to_connection(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     Path(id): Path<String>,
     options: PublishOptions,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Rejection> {
     let channel = core.names.events_connection(&connection(&id)?);
-    publish(&core, channel, options, body).await
+    publish(&core, &worker, channel, options, body).await
 }
 
 async fn publish(
     core: &Core,
+    worker: &Worker,
     channel: String,
     options: PublishOptions,
     body: Result<Bytes, BytesRejection>,
@@ -126,7 +127,8 @@ async fn publish(
     let (payload, options) = complete(&read(body)?, options)?;
     let (by_default, clock) = (core.config.events.history, core.names.events_clock());
     let keep = options.keep(core, &channel, by_default, Some(clock));
-    publishing::publish(core, channel, payload, keep).await
+    let trace = &worker.trace;
+    publishing::publish(core, Outgoing { trace, channel, payload }, keep).await
 }
 
 /// Completes an event for clients: adds a missing `timestamp`, and makes its `event_id` and that of `options` the same. All
@@ -181,6 +183,7 @@ async fn batch(
     if batch.messages.len() > BATCH_MAX {
         return Err(Rejection::bad_request(format!("A batch has at most {BATCH_MAX} messages.")));
     }
+    worker.trace.add("wsproxy.messages", || (batch.messages.len() as u64).into());
     let is_once = batch.messages.iter().all(|message| message.idempotency_key.is_some());
     let results = handshake::deadline(&core, async {
         let mut waiting = Vec::with_capacity(batch.messages.len());

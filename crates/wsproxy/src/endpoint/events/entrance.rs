@@ -26,6 +26,7 @@ use crate::{
     hub::{form::Form, replay::ResumeOutcome},
     registry::{Joining, Membership, Registry},
     telemetry::{family::Family, time},
+    traces::Value,
 };
 
 /// Opens a client of the event endpoint, as a WebSocket or an event stream.
@@ -70,11 +71,17 @@ async fn enter(
     token: &SecretString,
     resume: &ResumeRequest,
 ) -> Result<Entered, Rejection> {
+    let trace = opening.trace().clone();
+    trace.enter("authenticate");
     let claims = authenticate(events, token).await?;
+    trace.add("wsproxy.user_id", || Value::text(claims.user.as_str()));
     let client = opening.admit(core)?;
+    trace.enter("register");
     // Register first: a revocation after the check below then finds the connection.
     let entry = join((events, core), &client, &claims)?;
     check_revoked(events, &claims).await?;
+    trace.enter("subscribe");
+    trace.add("wsproxy.resumes", || resume.after.is_some().into());
     let hello = hello(core, client.id(), &claims);
     let (topics, histories) = (topics(core, &client, &claims.user), events.histories.as_ref());
     let subscribed = resume::subscribe(core, histories, topics, resume, hello).await?;

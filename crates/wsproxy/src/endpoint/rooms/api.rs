@@ -31,7 +31,11 @@ use crate::{
     core::Core,
     endpoint::rooms::{Rooms, check_room_id, keeper::lookup::Listed},
     http::{
-        api::{PathId, Worker, check_close, optional_json, publishing, read},
+        api::{
+            PathId, Worker, check_close, optional_json,
+            publishing::{self, Outgoing},
+            read,
+        },
         handshake,
         rejection::Rejection,
     },
@@ -141,7 +145,7 @@ struct PublishQuery {
 
 /// Publishes an envelope without a sender into a room.
 async fn publish(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     Extension(rooms): Extension<Arc<Rooms>>,
     RoomId(room): RoomId,
@@ -155,7 +159,8 @@ async fn publish(
     let to = to.as_deref().map(Id::parse).transpose();
     let to = to.map_err(|error| Rejection::bad_id(format!("to {error}.")))?;
     let payload = envelope(&rooms, read(body)?, is_binary(&headers), to.as_ref())?;
-    publishing::publish(&core, core.names.room(&room), payload, Keep::Nothing).await
+    let (trace, channel) = (&worker.trace, core.names.room(&room));
+    publishing::publish(&core, Outgoing { trace, channel, payload }, Keep::Nothing).await
 }
 
 /// Returns whether a body is protobuf rather than JSON.

@@ -28,6 +28,7 @@ use crate::{
         rejection::Rejection,
     },
     telemetry::{family::Family, time},
+    traces::Value,
 };
 
 /// Opens a member of a room.
@@ -75,9 +76,14 @@ async fn enter(
     asked: Asked,
     room: &Id,
 ) -> Result<Entered, Rejection> {
+    let trace = opening.trace().clone();
+    trace.add("wsproxy.room_id", || Value::text(room.as_str()));
+    trace.enter("authenticate");
     let Identity { user, client: name, display_name, is_name_of_token, expires_at } =
         identity::identify(rooms, asked, room).await?;
+    trace.add("wsproxy.user_id", || Value::text(user.as_str()));
     let client = opening.admit(core)?;
+    trace.enter("open room");
     let Client::WebSocket(link) = client.client() else {
         return Err(Rejection::internal("A member has no WebSocket."));
     };
@@ -86,6 +92,7 @@ async fn enter(
     let display_name = (display_name, is_name_of_token);
     let record = MemberRecord::new(&core.server_id, time::rfc3339(), display_name);
     let membership = Membership::new(rooms, hold, (name, user), link, record)?;
+    trace.enter("join room");
     membership.join().await?;
     Ok(Entered { client, membership, expires_at })
 }

@@ -31,7 +31,7 @@ use crate::{
             PathId, Worker, check_close,
             history::{self, Range},
             optional_json,
-            publishing::{self, PublishOptions, publish},
+            publishing::{self, Outgoing, PublishOptions, publish},
             raw, read,
         },
         follow, handshake, path,
@@ -95,7 +95,7 @@ async fn create_token(
 }
 
 async fn publish_message(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     PathId(session): PathId,
     options: PublishOptions,
@@ -104,7 +104,7 @@ async fn publish_message(
     let payload = read(body)?;
     let channel = core.names.session_down(&session);
     let keep = options.keep(&core, &channel, false, None);
-    publish(&core, channel, payload, keep).await
+    publish(&core, Outgoing { trace: &worker.trace, channel, payload }, keep).await
 }
 
 async fn read_history(
@@ -261,7 +261,7 @@ struct CloseRequest {
 }
 
 async fn close_session(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     PathId(session): PathId,
     body: Result<Bytes, BytesRejection>,
@@ -275,7 +275,8 @@ async fn close_session(
         "connection_id": request.connection_id,
     });
     let channel = core.names.session_control(&session);
-    publishing::command(&core, channel, command.to_string().into()).await
+    let payload = command.to_string().into();
+    publishing::command(&core, Outgoing { trace: &worker.trace, channel, payload }).await
 }
 
 #[derive(Debug, Deserialize)]

@@ -32,6 +32,7 @@ use crate::{
     registry::Transport,
     store::command::StoreError,
     telemetry::family::Family,
+    traces::Value,
 };
 
 /// Opens a client of a session, as a WebSocket or an event stream.
@@ -56,6 +57,9 @@ pub async fn open(
     let token =
         credentials::find(request.headers(), request.uri().query(), &["token"], Protocols::COMMON)?;
     let resume = opening.resume(&request)?;
+    let trace = opening.trace().clone();
+    trace.add("wsproxy.agent_id", || Value::text(agent.as_str()));
+    trace.add("wsproxy.session_id", || Value::text(session.as_str()));
     // Free the headers: the store may take its time.
     drop(request);
     let entrance = Entrance { sessions, agent: &agent, session: &session, token };
@@ -63,7 +67,9 @@ pub async fn open(
     debug!(session_id = %session, connection_id = %client.id(), "Authenticated and subscribed.");
     let caller = Arc::clone(client.caller());
     let (id, transport) = (client.id(), client.transport());
-    let logic = SessionLogic::new(Arc::clone(sessions), agent, session, id, transport, caller);
+    let client_of = (agent, session);
+    let logic =
+        SessionLogic::new(Arc::clone(sessions), client_of, id, transport, caller, trace.handover());
     Ok(client.accept(core, Some(subscribed), logic, ()))
 }
 
@@ -90,9 +96,13 @@ impl Entrance<'_> {
             return Err(Rejection::invalid_token(message).because("an event stream's token"));
         }
         let key = core.names.session_auth(self.session);
+        let trace = opening.trace().clone();
+        trace.enter("authenticate");
         let entering = async {
             let stored = self.load_token(core, &key).await?;
             let client = opening.admit(core)?;
+            trace.enter("subscribe");
+            trace.add("wsproxy.resumes", || resume.after.is_some().into());
             let topics = self.topics(core, &client)?;
             let hello = hello(resume, client.id());
             let histories = self.sessions.histories.as_ref();
@@ -105,6 +115,7 @@ impl Entrance<'_> {
             Ok((stored, client, subscribed))
         };
         let (stored, client, subscribed) = handshake::deadline(core, entering).await?;
+        trace.enter("consume token");
         // Use up the token last, so that a client whose handshake failed earlier can try again with it.
         if !is_for_event_streams && !consume(core, &key, &stored).await? {
             return Err(wrong_token(core, &key, WrongToken::Missing));

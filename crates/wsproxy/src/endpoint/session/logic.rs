@@ -29,6 +29,7 @@ use crate::{
     },
     registry::{Transport, sessions::SessionRecord},
     telemetry::{log::MESSAGES, time},
+    traces::Handover,
 };
 
 #[cfg(test)]
@@ -47,6 +48,8 @@ pub struct SessionLogic {
     strikes: Strikes,
     messages_in: u32,
     bytes_in: u64,
+    /// Trace of the handshake, for the announcements.
+    trace: Option<Box<Handover>>,
 }
 
 impl SessionLogic {
@@ -54,11 +57,11 @@ impl SessionLogic {
     #[must_use]
     pub fn new(
         sessions: Arc<Sessions>,
-        agent: Id,
-        session: Id,
+        (agent, session): (Id, Id),
         connection: Uuid,
         transport: Transport,
         caller: Arc<Caller>,
+        trace: Option<Box<Handover>>,
     ) -> Self {
         let up = sessions.names.session_up(&session).into();
         let opened = clock::now();
@@ -74,6 +77,7 @@ impl SessionLogic {
             strikes: Strikes::default(),
             messages_in: 0,
             bytes_in: 0,
+            trace,
         }
     }
 
@@ -134,6 +138,7 @@ impl SessionLogic {
             session: self.session.clone(),
             transport: self.transport,
             opened: opened.into(),
+            trace: self.trace.clone(),
         }
     }
 

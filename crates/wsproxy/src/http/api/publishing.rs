@@ -18,6 +18,7 @@ use crate::{
     bus::publish::{self, History, Keep, Outcome, Publish},
     core::Core,
     http::{handshake, rejection::Rejection},
+    traces::{self, Kind, Trace},
 };
 
 /// Options of a worker for one message.
@@ -107,44 +108,61 @@ fn bad_key() -> Rejection {
     Rejection::bad_request(why)
 }
 
+/// A worker's message on its way, for [`publish`] and [`command`].
+pub(crate) struct Outgoing<'a> {
+    /// Span of the worker's call.
+    pub(crate) trace: &'a Trace,
+    /// Channel of the message.
+    pub(crate) channel: String,
+    /// The message.
+    pub(crate) payload: Bytes,
+}
+
 /// Publishes a message and answers with its outcome.
 ///
 /// # Errors
 /// 400: a reserved payload. 409, 500, 503, 504: the message was not published, or its outcome is not known.
 pub(crate) async fn publish(
     core: &Core,
-    channel: String,
-    payload: Bytes,
+    message: Outgoing<'_>,
     keep: Keep,
 ) -> Result<Response, Rejection> {
     let is_once = is_once(&keep);
-    send(core, channel, payload, keep).await.map_err(|rejection| rejection.in_doubt(is_once))
+    send(core, message, keep).await.map_err(|rejection| rejection.in_doubt(is_once))
 }
 
 /// Publishes a command. A worker may repeat a command, so every passing error is retryable.
 ///
 /// # Errors
 /// As [`publish`].
-pub(crate) async fn command(
-    core: &Core,
-    channel: String,
-    payload: Bytes,
-) -> Result<Response, Rejection> {
-    send(core, channel, payload, Keep::Nothing).await
+pub(crate) async fn command(core: &Core, message: Outgoing<'_>) -> Result<Response, Rejection> {
+    send(core, message, Keep::Nothing).await
 }
 
 async fn send(
     core: &Core,
-    channel: String,
-    payload: Bytes,
+    Outgoing { trace, channel, payload }: Outgoing<'_>,
     keep: Keep,
 ) -> Result<Response, Rejection> {
+    let mut span = trace.child("publish", Kind::Producer);
+    span.add("messaging.destination.name", || traces::Value::text(&channel));
+    span.add("messaging.message.body.size", || (payload.len() as u64).into());
     let answer = handshake::deadline(core, async {
         core.bus.publishable().await;
         let outcome = enqueue(core, channel, payload, keep)?;
         told(outcome.await)
     });
-    Ok(Json(answer.await?).into_response())
+    let answer = answer.await;
+    match &answer {
+        Ok(told) => {
+            span.add("wsproxy.receivers", || told["receivers"].as_u64().unwrap_or(0).into());
+            if let Some(event_id) = told["event_id"].as_str() {
+                span.add("messaging.message.id", || traces::Value::text(event_id));
+            }
+        }
+        Err(rejection) => span.fail(rejection.code, rejection.status.is_server_error()),
+    }
+    Ok(Json(answer?).into_response())
 }
 
 /// Returns whether the message has an idempotency key, so that a repeated publish has no effect.

@@ -14,6 +14,7 @@ use crate::{
         sessions::{SessionLogLimits, SessionRecord},
     },
     store::command::StoreError,
+    traces::Handover,
 };
 
 /// Commands on logs and sessions.
@@ -36,6 +37,10 @@ struct StoredRecord<'a> {
     opened: &'a str,
     /// Set if its `opened` is in the log.
     announced: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    traceparent: Option<Box<str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tracestate: Option<Box<str>>,
 }
 
 impl SessionRecord {
@@ -47,6 +52,11 @@ impl SessionRecord {
             transport: self.transport,
             opened: &self.opened,
             announced,
+            traceparent: self.trace.as_ref().map(|trace| trace.traceparent.clone()),
+            tracestate: self
+                .trace
+                .as_ref()
+                .and_then(|trace| trace.state.as_deref().map(Into::into)),
         };
         let json = serde_json::to_vec(&stored);
         json.map(Into::into).map_err(|error| StoreError::Refused(error.to_string()))
@@ -55,11 +65,14 @@ impl SessionRecord {
     /// Reads a value of the hash, and whether its `opened` is in the log. `None`: no gateway wrote it.
     pub(super) fn read(value: &[u8]) -> Option<(Self, bool)> {
         let stored: StoredRecord<'_> = serde_json::from_slice(value).ok()?;
+        let state = stored.tracestate.map(Into::into);
+        let trace = stored.traceparent.map(|traceparent| Box::new(Handover { traceparent, state }));
         let record = Self {
             agent: Id::parse(stored.agent_id).ok()?,
             session: Id::parse(stored.session_id).ok()?,
             transport: stored.transport,
             opened: stored.opened.into(),
+            trace,
         };
         Some((record, stored.announced))
     }
@@ -186,10 +199,15 @@ mod tests {
             session: Id::parse("s@1").unwrap(),
             transport: Transport::WebSocket,
             opened: "2026-11-28T00:00:00.000Z".into(),
+            trace: None,
         };
-        for announced in [false, true] {
-            let stored = record.store(announced).unwrap();
-            assert_eq!(SessionRecord::read(&stored), Some((record.clone(), announced)));
+        let handover = Handover { traceparent: "00-1-2-01".into(), state: Some("a=\"b\"".into()) };
+        let traced = SessionRecord { trace: Some(Box::new(handover)), ..record.clone() };
+        for record in [record, traced] {
+            for announced in [false, true] {
+                let stored = record.store(announced).unwrap();
+                assert_eq!(SessionRecord::read(&stored), Some((record.clone(), announced)));
+            }
         }
         for odd in [
             "",

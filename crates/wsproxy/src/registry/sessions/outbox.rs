@@ -307,7 +307,13 @@ mod tests {
 
     fn record(agent: &str) -> SessionRecord {
         let opened = "2026-11-28T00:00:00.000Z".into();
-        SessionRecord { agent: id(agent), session: id("s"), transport: Transport::Sse, opened }
+        SessionRecord {
+            agent: id(agent),
+            session: id("s"),
+            transport: Transport::Sse,
+            opened,
+            trace: None,
+        }
     }
 
     fn open(outbox: &mut AnnouncementQueue, agent: &str) -> Uuid {

@@ -46,6 +46,7 @@ use crate::{
         rejection::Rejection,
     },
     hub::{follower::FollowerQueue, sink::Sink},
+    traces::TRACEPARENT,
 };
 
 /// Body of a call.
@@ -132,7 +133,11 @@ fn tool_request(
         Some(key) => key,
         None => path::parse_id("the id", &Uuid::now_v7().to_string())?,
     };
-    let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+    let traceparent = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+    let traceparent = match worker.trace.context() {
+        Some(context) => Some(context.to_string()),
+        None => traceparent.map(str::to_owned),
+    };
     Ok(ToolRequest {
         asked: Asked { user, request, has_key },
         hash: agents::body_hash(&tool, params.as_bytes()),
@@ -141,7 +146,7 @@ fn tool_request(
         time,
         begun: SystemTime::now(),
         deadline: Instant::now() + time,
-        traceparent: traceparent.map(str::to_owned),
+        traceparent,
         progress: wants_events(headers),
         caller: Arc::from(&*worker.name),
     })

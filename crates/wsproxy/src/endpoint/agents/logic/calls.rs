@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Calls of one connection.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct InFlight {
     calls: Calls<Caller, CallState>,
     /// Calls of which newer progress waits for its time.
@@ -39,7 +39,7 @@ pub(super) struct InFlight {
 }
 
 /// State of a call in flight.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct CallState {
     /// Set as soon as the call has begun.
     record: Option<Box<CallRecord>>,
@@ -140,8 +140,10 @@ impl AgentLogic {
             Begun::Conflict(caller) => return self.turn_away(call, caller, Failure::Conflict),
             Begun::Busy(caller) => return self.turn_away(call, caller, Failure::AgentBusy),
         }
+        let record = Box::new(agents.begin_record(&self.place.inbox.user, call));
+        let traceparent = record.traceparent.clone();
         if let Some(begun) = calls.call_mut(call.request) {
-            begun.data.record = Some(Box::new(agents.begin_record(call)));
+            begun.data.record = Some(record);
         }
         self.place.inbox.set_in_flight(calls.len());
         agents.in_flight.fetch_add(1, Relaxed);
@@ -149,7 +151,7 @@ impl AgentLogic {
             bytes = call.params.len(), "A call is sent to the agent.");
         let details = self.is_v2.then_some(CallDetails {
             deadline_ms: timeout.as_millis() as u64,
-            traceparent: call.traceparent,
+            traceparent: traceparent.as_deref(),
         });
         let message = writer::tool_call(call.request, call.tool, call.params, details.as_ref());
         actions.send(Kind::Text, &message);

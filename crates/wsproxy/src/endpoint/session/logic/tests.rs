@@ -39,11 +39,11 @@ impl Client {
         let transport = Transport::WebSocket;
         let logic = SessionLogic::new(
             sessions.into(),
-            agent,
-            session,
+            (agent, session),
             Uuid::nil(),
             transport,
             Arc::default(),
+            None,
         );
         let mut client = Self { logic, notes: Notes::at(Micros(1)) };
         client.logic.on_open(&mut client.notes);
