@@ -38,7 +38,9 @@ class Gateway:
         binary = os.environ.get("WSPROXY_BIN", str(ROOT / "target/debug/wsproxy"))
         self.port = free_port()
         self.http, self.ws = f"http://127.0.0.1:{self.port}", f"ws://127.0.0.1:{self.port}"
-        env = {"PORT": str(self.port), "REDIS_URL": redis_url, "WSPROXY_LOG__FORMAT": "json"}
+        env = {"REDIS_URL": redis_url, "WSPROXY_LOG__FORMAT": "json"}
+        if "WSPROXY_SERVER__UNIX" not in settings:
+            env["PORT"] = str(self.port)
         # Tests that have no balancer need not wait for one.
         self.env = env | {"WSPROXY_SERVER__DRAIN_DELAY": "0s", **settings}
         self.command, self.folder = [binary, "serve"], folder
@@ -46,7 +48,20 @@ class Gateway:
 
     def start(self):
         self.process = Process(f"gateway-{self.port}", self.command, self.folder, self.env, cwd=self.folder)
-        self.process.ready("gateway", lambda: httpx.get(f"{self.http}/ready").status_code == 200)
+        self.process.ready("gateway", self.is_ready)
+
+    def is_ready(self):
+        socket = self.env.get("WSPROXY_SERVER__UNIX")
+        # No proxy is at this address: an instance that expects PROXY headers of 127.0.0.1 answers here without one.
+        transport = httpx.HTTPTransport(uds=socket, local_address=None if socket else "127.0.0.3")
+        with httpx.Client(transport=transport) as client:
+            return client.get(f"{self.http}/ready").status_code == 200
+
+    @property
+    def upstream(self):
+        """The instance's place, as configurations of proxies write it."""
+        socket = self.env.get("WSPROXY_SERVER__UNIX")
+        return f"unix:{socket}" if socket else f"127.0.0.1:{self.port}"
 
 
 @pytest.fixture
@@ -83,7 +98,7 @@ def start_proxy(tmp_path, certificate):
     def start(name, *gateways):
         folder = tmp_path / name
         folder.mkdir()
-        started.append(Proxy(name, folder, [gateway.port for gateway in gateways], certificate))
+        started.append(Proxy(name, folder, [gateway.upstream for gateway in gateways], certificate))
         return started[-1]
 
     yield start

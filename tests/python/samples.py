@@ -41,7 +41,7 @@ def replace(path, pairs):
 
 
 def nginx(folder, ports, upstreams, certificate):
-    servers = [f"    server 127.0.0.1:{upstream} max_fails=0;\n" for upstream in upstreams]
+    servers = [f"    server {upstream} max_fails=0;\n" for upstream in upstreams]
     conf = replace(
         "nginx/wsproxy.conf",
         [
@@ -71,7 +71,7 @@ def nginx(folder, ports, upstreams, certificate):
 
 
 def haproxy(folder, ports, upstreams, certificate):
-    servers = "".join(f"    server number-{at} 127.0.0.1:{upstream}\n" for at, upstream in enumerate(upstreams))
+    servers = "".join(f"    server number-{at} {upstream.replace('unix:', 'unix@')}\n" for at, upstream in enumerate(upstreams))
     pairs = [
         ("    server one 127.0.0.1:8080\n    # server two 127.0.0.1:8081\n", servers),
         ("bind :80\n", f"bind 127.0.0.1:{ports[0]}\n"),
@@ -85,8 +85,51 @@ def haproxy(folder, ports, upstreams, certificate):
     return [program("haproxy"), "-f", str(folder / "haproxy.cfg"), "-db"]
 
 
+def haproxy_tcp(folder, ports, upstreams, certificate):
+    servers = "".join(f"    server number-{at} {upstream.replace('unix:', 'unix@')}\n" for at, upstream in enumerate(upstreams))
+    pairs = [
+        ("    server one 127.0.0.1:8080\n    # server two 127.0.0.1:8081\n", servers),
+        ("bind :443 ssl", f"bind 127.0.0.1:{ports[1]} ssl"),
+        ("/etc/haproxy/wsproxy.pem", str(certificate.both)),
+    ]
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 210_000:
+        pairs.append(("maxconn 100000", "maxconn 5000"))
+    (folder / "haproxy.cfg").write_text(replace("haproxy/haproxy-tcp.cfg", pairs))
+    return [program("haproxy"), "-f", str(folder / "haproxy.cfg"), "-db"]
+
+
+def haproxy_tcp_1(folder, ports, upstreams, certificate):
+    """The same with version 1 of the header."""
+    command = haproxy_tcp(folder, ports, upstreams, certificate)
+    text = (folder / "haproxy.cfg").read_text()
+    assert "send-proxy-v2 proxy-v2-options crc32c" in text
+    (folder / "haproxy.cfg").write_text(text.replace("send-proxy-v2 proxy-v2-options crc32c", "send-proxy"))
+    return command
+
+
+def nginx_stream(folder, ports, upstreams, certificate):
+    """No sample: nginx without HTTP, as the paragraph about it in the documentation has it."""
+    (folder / "nginx").write_text(f"""
+load_module {NGINX_STREAM};
+pid {folder}/nginx.pid;
+error_log {folder}/nginx-error.log;
+events {{}}
+stream {{
+    server {{
+        listen 127.0.0.1:{ports[1]} ssl;
+        ssl_certificate {certificate.cert};
+        ssl_certificate_key {certificate.key};
+        proxy_pass {upstreams[0]};
+        proxy_protocol on;
+        proxy_timeout 90s;
+    }}
+}}
+""")
+    return [program("nginx"), "-p", str(folder), "-c", str(folder / "nginx"), "-g", "daemon off; master_process off;"]
+
+
 def caddy(folder, ports, upstreams, certificate):
-    addresses = " ".join(f"127.0.0.1:{upstream}" for upstream in upstreams)
+    addresses = " ".join(upstream.replace("unix:", "unix/") for upstream in upstreams)
     options = f"\tadmin off\n\thttp_port {ports[0]}\n\thttps_port {ports[1]}\n\tdefault_bind 127.0.0.1\n"
     text = replace(
         "caddy/Caddyfile",
@@ -101,6 +144,9 @@ def caddy(folder, ports, upstreams, certificate):
 
 
 SAMPLES = {"nginx": nginx, "haproxy": haproxy, "caddy": caddy}
+# Proxies that tell the client's address by the PROXY protocol, and do not look into HTTP.
+BLIND = {"haproxy_tcp": haproxy_tcp, "haproxy_tcp_1": haproxy_tcp_1, "nginx_stream": nginx_stream}
+NGINX_STREAM = "/usr/lib/nginx/modules/ngx_stream_module.so"
 
 
 class Proxy:
@@ -110,7 +156,7 @@ class Proxy:
         self.name, self.folder, self.context = name, folder, certificate.context
         self.plain_port, self.port = free_port(), free_port()
         self.http, self.ws = f"https://localhost:{self.port}", f"wss://localhost:{self.port}"
-        command = SAMPLES[name](folder, (self.plain_port, self.port), upstreams, certificate)
+        command = (SAMPLES | BLIND)[name](folder, (self.plain_port, self.port), upstreams, certificate)
         # Caddy keeps files where these variables say.
         homes = {"XDG_DATA_HOME": str(folder / "data"), "XDG_CONFIG_HOME": str(folder / "config")}
         self.process = Process(name, command, folder, homes)

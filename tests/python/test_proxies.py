@@ -83,6 +83,30 @@ async def test_a_websocket_carries_messages_both_ways(start_gateway, start_proxy
 
 
 @behind_all
+@pytest.mark.asyncio
+async def test_a_unix_socket_takes_the_place_of_a_port(start_gateway, start_proxy, redis, tmp_path, name):
+    """A WebSocket, an event stream, the client's address, and what the gateway leaves behind."""
+    path = tmp_path / "wsproxy.sock"
+    settings = {**TRUST, "WSPROXY_SERVER__UNIX": str(path), "WSPROXY_SERVER__TRUSTED_PROXIES": "unix:"}
+    gateway = start_gateway(**settings)
+    proxy = start_proxy(name, gateway)
+    redis.client.set("session:s-1:auth", "a-token", ex=60)
+    protocols = ["wsproxy.v1", "bearer.a-token"]
+    async with connect(f"{proxy.ws}/demo/ws/s-1", subprotocols=protocols, ssl=proxy.context, proxy=None) as client:
+        redis.client.publish("session:s-1:down", "over a file")
+        async with asyncio.timeout(10):
+            assert await client.recv() == "over a file"
+    redis.client.set("session:s-2:auth", "sse.t", ex=60)
+    with proxy.connect("/demo/ws/s-2?token=sse.t", [ACCEPT]) as stream:
+        assert status(stream) == 200
+    assert proxy.ask("/demo/ws/s-1", [("X-Forwarded-For", FORGED), ("Forwarded", f"for={FORGED}")]) == 426
+    until("it is logged", lambda: refused_addresses(gateway))
+    assert refused_addresses(gateway) == [CLIENT]
+    assert gateway.process.stop() == 0
+    assert not path.exists()
+
+
+@behind_all
 def test_plain_text_is_sent_to_tls(start_gateway, start_proxy, name):
     proxy = start_proxy(name, start_gateway())
     with socket.create_connection(("127.0.0.1", proxy.plain_port), 10) as client:

@@ -3,11 +3,13 @@
 use std::{
     io::{self, IoSlice, Read},
     net::Shutdown,
+    os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use rustix::net::RecvFlags;
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
@@ -62,6 +64,29 @@ impl Socket {
                 read_some(buffer, socket, |read| stream.try_io(Interest::READABLE, read))
             }
             Self::Tls(socket) => socket.try_read(buffer),
+        }
+    }
+
+    /// Copies the bytes that have come, and leaves them in the socket. `Ok(0)` is the end of the stream.
+    ///
+    /// # Errors
+    /// The socket failed. [`io::ErrorKind::Unsupported`]: it is encrypted.
+    pub fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.poll_read_ready(cx))?;
+            let peeked = match self {
+                Self::Tcp(stream) => {
+                    stream.try_io(Interest::READABLE, || peek(stream.as_fd(), buffer))
+                }
+                Self::Unix(stream) => {
+                    stream.try_io(Interest::READABLE, || peek(stream.as_fd(), buffer))
+                }
+                Self::Tls(_) => Err(io::ErrorKind::Unsupported.into()),
+            };
+            match peeked {
+                Err(error) if is_passing(&error) => {}
+                peeked => return Poll::Ready(peeked),
+            }
         }
     }
 
@@ -264,6 +289,12 @@ impl AsyncWrite for Socket {
 /// Returns whether an error only says that the call is to be repeated.
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// Copies the bytes that have come to a socket.
+fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    let (count, _) = rustix::net::recv(socket, buffer, RecvFlags::PEEK)?;
+    Ok(count)
 }
 
 /// Reads within `try_io` of a stream. After a read that did not fill the buffer nothing is left, and the runtime is told

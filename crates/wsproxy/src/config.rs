@@ -13,6 +13,7 @@ pub mod keys;
 mod kind;
 pub mod load;
 pub mod origin;
+pub mod peer;
 pub mod problem;
 pub mod render;
 pub mod rooms;
@@ -22,7 +23,6 @@ pub mod traces;
 
 use std::{net::IpAddr, time::Duration};
 
-use ipnet::IpNet;
 use jsonwebtoken::Algorithm;
 use secrecy::SecretString;
 
@@ -33,6 +33,7 @@ use self::{
     events::EventsConfig,
     kind::{List, Raw, ValueKind},
     origin::OriginRule,
+    peer::TrustedProxy,
     rooms::RoomsConfig,
     sessions::SessionsConfig,
     traces::TracesConfig,
@@ -92,6 +93,12 @@ pub struct ServerConfig {
     pub bind: IpAddr,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
+    /// Unix socket to listen on in place of `bind` and `port`.
+    pub unix: Option<std::path::PathBuf>,
+    /// Permissions of the unix socket's file.
+    pub unix_mode: u32,
+    /// Share the port with other processes, or take the unix socket over from one.
+    pub reuse_port: bool,
     /// Name of the instance; `None`: a new id at every start.
     pub server_id: Option<String>,
     /// Worker threads; 0: one per core.
@@ -110,7 +117,7 @@ pub struct ServerConfig {
     /// Largest request head, in bytes.
     pub header_bytes_max: usize,
     /// Proxies whose `X-Forwarded-For` or `Forwarded` is used as the client's address.
-    pub trusted_proxies: Vec<IpNet>,
+    pub trusted_proxies: Vec<TrustedProxy>,
     /// Answer only requests whose host is this machine. No key sets this, only `wsproxy dev`.
     pub local_hosts_only: bool,
     /// The header of a trusted proxy that names the client.
@@ -425,6 +432,9 @@ impl Default for ServerConfig {
         Self {
             bind: IpAddr::from([0, 0, 0, 0]),
             port: 8080,
+            unix: None,
+            unix_mode: 0o660,
+            reuse_port: false,
             server_id: None,
             threads: 0,
             shutdown_timeout: Duration::from_secs(30),

@@ -20,7 +20,7 @@ use crate::{
     },
     core::Core,
     dev::worker::DemoWorker,
-    http::{handshake, listener, path, rejection::Rejection},
+    http::{handshake, listener::open, path, rejection::Rejection},
     server::Instance,
     shutdown::Signals,
 };
@@ -38,6 +38,9 @@ mod worker;
 pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> {
     if config.admin.port.take().is_some() {
         warn!("admin.port is ignored: the page needs everything on one port.");
+    }
+    if config.server.unix.take().is_some() {
+        warn!("server.unix is ignored: a browser needs a port.");
     }
     // No load balancer looks at this instance, and a person waits for its end.
     config.server.drain_delay = Duration::ZERO;
@@ -60,7 +63,8 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     })
     .await?;
     let worker = started.context("the instance has no routes")?;
-    let address = listener::reachable(instance.address());
+    let address = instance.address().context("the instance has no port")?;
+    let address = open::reachable(address);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tell(&welcome(address));
     tokio::select! {
@@ -165,7 +169,7 @@ mod tests {
     #[test]
     fn printed_addresses_can_be_reached() {
         let any = "[::]:80".parse().unwrap();
-        assert!(welcome(listener::reachable(any)).contains("http://[::1]:80/dev/session"));
+        assert!(welcome(open::reachable(any)).contains("http://[::1]:80/dev/session"));
     }
 
     #[test]

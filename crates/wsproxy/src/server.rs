@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use axum::Router;
 use sd_notify::NotifyState;
-use tokio::time::MissedTickBehavior;
+use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -23,7 +23,7 @@ use crate::{
     },
     bus::{Bus, watch},
     cli::{exit::Failure, version},
-    config::{Config, load::ConfigSources},
+    config::{Config, ServerConfig, load::ConfigSources},
     core::{
         Core,
         admission::{Attempts, Bounds, Resumes, Seats},
@@ -40,7 +40,11 @@ use crate::{
     http::{
         admin::{self, Details},
         api,
-        listener::{self, Listening, tls::TlsListener},
+        listener::{
+            self, Listening,
+            open::{Listener, Place},
+            tls::TlsListener,
+        },
         rejection,
     },
     hub::{Hub, delivery::Delivery, healer},
@@ -62,10 +66,14 @@ pub struct Instance {
     core: Arc<Core>,
     families: Arc<Families>,
     reloader: Arc<Reloader>,
-    address: SocketAddr,
-    admin_address: SocketAddr,
-    /// Cancelled when listeners must stop.
+    address: Option<SocketAddr>,
+    admin_address: Option<SocketAddr>,
+    /// The listener of clients; it ends after `accepting`.
+    listener: JoinHandle<()>,
+    /// Cancelled when no further client is accepted.
     accepting: CancellationToken,
+    /// Cancelled when no further request of a client is answered.
+    answering: CancellationToken,
     /// The bus and the timers, which outlive the connections.
     background: TaskTracker,
     background_end: CancellationToken,
@@ -118,14 +126,9 @@ impl Instance {
         sources: Option<ConfigSources>,
         extra: impl FnOnce(&Arc<Core>, &Arc<Families>) -> Router,
     ) -> anyhow::Result<Self> {
-        let address = SocketAddr::new(config.server.bind, config.server.port);
-        let main = listen(address)?;
-        let admin = config.admin.port.map(|port| {
-            listen(SocketAddr::new(config.admin.bind.unwrap_or(config.server.bind), port))
-        });
-        let admin = admin.transpose()?;
-        let address = main.local_addr()?;
-        let admin_address = admin.as_ref().map_or(Ok(address), |admin| admin.local_addr())?;
+        let (main, admin) = (listen(&config)?, listen_for_admin(&config)?);
+        let address = main.address()?;
+        let admin_address = admin.as_ref().map_or(Ok(address), Listener::address)?;
 
         let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
         let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
@@ -148,7 +151,7 @@ impl Instance {
             .merge(api::router(Arc::clone(&core), families.api().merge(reload::router(&reloader))))
             .merge(extra(&core, &families))
             .fallback(routes::not_found);
-        let accepting = CancellationToken::new();
+        let (accepting, answering) = (CancellationToken::new(), CancellationToken::new());
         let data_rest = match admin {
             Some(_) => admin::probes(&core, Details::Never)
                 .merge(families.probes(Details::Never).with_state(Arc::clone(&core)))
@@ -156,51 +159,52 @@ impl Instance {
             None => rest.clone(),
         };
         let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), true, data_rest);
-        let listening = Listening { sockets: Arc::clone(&core.sockets), tls: tls(&core, &pair) };
-        core.tasks.spawn(listener::run(main, routes, listening, accepting.clone()));
+        let (sockets, tls_of_clients) = (Arc::clone(&core.sockets), tls(&core, &pair));
+        let listening = Listening {
+            sockets,
+            // A rule of the configuration: over a unix socket there is no TLS.
+            tls: tls_of_clients.filter(|_| address.is_some()),
+            accepting: accepting.clone(),
+            answering: answering.clone(),
+        };
+        let listener = core.tasks.spawn(listener::run(main, routes, listening));
         if let Some(admin) = admin {
             let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), false, rest);
             let tls = tls(&core, &pair).filter(|_| core.config.tls.admin);
-            let listening = Listening { sockets: Sockets::new(descriptors.admin), tls };
             // Health and metrics answer as long as anything runs.
-            background.spawn(listener::run(admin, routes, listening, background_end.clone()));
+            let (accepting, answering) = (background_end.clone(), background_end.clone());
+            let sockets = Sockets::new(descriptors.admin);
+            let listening = Listening { sockets, tls, accepting, answering };
+            background.spawn(listener::run(admin, routes, listening));
         }
         if let Some(pair) = pair {
             background.spawn(read_pair_again(pair, Arc::clone(&core), background_end.clone()));
         }
-        let (hub, store) = (Arc::clone(&core.hub), core.store.clone());
-        background.spawn(healer::run(hub, store, background_end.clone()));
-        background.spawn(watch::run(core.bus.clone(), background_end.clone()));
-        let (reports, interval) = (Arc::clone(&core.reports), core.config.log.summary_interval);
-        let lines_end = background_end.clone();
-        background.spawn(async move { reports.sum_up(interval, lines_end).await });
-        background.spawn(keep_time(Arc::clone(&core), background_end.clone()));
-        info!(%address, %admin_address, server_id = &*core.server_id,
-            tls = core.config.tls.certificate.is_some(),
-            bus = core.bus.kind(), connections_max = core.seats.max(),
-            version = env!("CARGO_PKG_VERSION"), commit = version::COMMIT,
-            "Listening.");
+        run_background(&core, &background, &background_end);
+        tell(&core, address, admin_address);
         Ok(Self {
             core,
             families,
             reloader,
             address,
             admin_address,
+            listener,
             accepting,
+            answering,
             background,
             background_end,
         })
     }
 
-    /// Returns the address of the clients' port.
+    /// Returns the address of the clients' port; `None`: clients come over a unix socket.
     #[must_use]
-    pub const fn address(&self) -> SocketAddr {
+    pub const fn address(&self) -> Option<SocketAddr> {
         self.address
     }
 
-    /// Returns the address of the admin routes and the worker API.
+    /// Returns the address of the admin routes and the worker API; `None`: they are on the unix socket of the clients.
     #[must_use]
-    pub const fn admin_address(&self) -> SocketAddr {
+    pub const fn admin_address(&self) -> Option<SocketAddr> {
         self.admin_address
     }
 
@@ -227,7 +231,9 @@ impl Instance {
         let end = shutdown::Shutdown {
             core: self.core,
             families: self.families,
+            listener: self.listener,
             accepting: self.accepting,
+            answering: self.answering,
             background: self.background,
             background_end: self.background_end,
         };
@@ -235,8 +241,59 @@ impl Instance {
     }
 }
 
-fn listen(address: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
-    listener::bind(address).with_context(|| format!("cannot listen on {address}"))
+/// Returns the place where clients come.
+fn main_place(server: &ServerConfig) -> Place {
+    match &server.unix {
+        Some(path) => Place::Unix(path.clone(), server.unix_mode),
+        None => Place::Tcp(SocketAddr::new(server.bind, server.port)),
+    }
+}
+
+fn listen(config: &Config) -> anyhow::Result<Listener> {
+    open(&main_place(&config.server), config.server.reuse_port)
+}
+
+fn listen_for_admin(config: &Config) -> anyhow::Result<Option<Listener>> {
+    let listener = config.admin.port.map(|port| {
+        let bind = config.admin.bind.unwrap_or(config.server.bind);
+        // Which process answers must not be the kernel's choice here.
+        open(&Place::Tcp(SocketAddr::new(bind, port)), false)
+    });
+    listener.transpose()
+}
+
+fn open(place: &Place, shares: bool) -> anyhow::Result<Listener> {
+    Listener::open(place, shares).with_context(|| format!("cannot listen on {place}"))
+}
+
+/// Runs the tasks that outlive the connections, until `end`.
+fn run_background(core: &Arc<Core>, background: &TaskTracker, end: &CancellationToken) {
+    let (hub, store) = (Arc::clone(&core.hub), core.store.clone());
+    background.spawn(healer::run(hub, store, end.clone()));
+    background.spawn(watch::run(core.bus.clone(), end.clone()));
+    let (reports, interval) = (Arc::clone(&core.reports), core.config.log.summary_interval);
+    let lines_end = end.clone();
+    background.spawn(async move { reports.sum_up(interval, lines_end).await });
+    background.spawn(keep_time(Arc::clone(core), end.clone()));
+}
+
+/// Logs that the instance listens, and where.
+fn tell(core: &Core, address: Option<SocketAddr>, admin_address: Option<SocketAddr>) {
+    let place = |address: Option<SocketAddr>| {
+        let unix = || main_place(&core.config.server).to_string();
+        address.map_or_else(unix, |address| address.to_string())
+    };
+    info!(
+        address = place(address),
+        admin_address = place(admin_address),
+        server_id = &*core.server_id,
+        tls = core.config.tls.certificate.is_some(),
+        bus = core.bus.kind(),
+        connections_max = core.seats.max(),
+        version = env!("CARGO_PKG_VERSION"),
+        commit = version::COMMIT,
+        "Listening."
+    );
 }
 
 fn compose(

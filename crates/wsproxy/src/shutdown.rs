@@ -9,6 +9,7 @@ use std::{
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::Mutex,
+    task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -91,7 +92,9 @@ impl Hurry for () {
 pub struct Shutdown {
     pub(crate) core: Arc<Core>,
     pub(crate) families: Arc<Families>,
+    pub(crate) listener: JoinHandle<()>,
     pub(crate) accepting: CancellationToken,
+    pub(crate) answering: CancellationToken,
     pub(crate) background: TaskTracker,
     pub(crate) background_end: CancellationToken,
 }
@@ -105,7 +108,7 @@ impl Shutdown {
         }
     }
 
-    async fn end(self) {
+    async fn end(mut self) {
         let server = &self.core.config.server;
         let deadline = Instant::now() + server.shutdown_timeout.saturating_sub(LAST_GRACE * 2);
         // Readiness first: load balancers send clients until they notice, and these clients are accepted as before.
@@ -113,9 +116,12 @@ impl Shutdown {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         info!(connections = self.core.seats.taken(), "Draining.");
         sleep(server.drain_delay).await;
+        self.accepting.cancel();
+        // Clients that the listener took at its end are served as those before them.
+        let _ = timeout(NEWCOMERS_MAX, self.answer_newcomers()).await;
         self.core.closing.store(true, Relaxed);
         self.families.stop_calls();
-        self.accepting.cancel();
+        self.answering.cancel();
         self.core.followers_end.cancel();
         self.disconnect_all(deadline).await;
         self.core.tasks.close();
@@ -137,6 +143,14 @@ impl Shutdown {
             warn!("The bus did not end in time.");
         }
         info!(drained, "Ended.");
+    }
+
+    /// Waits until the listener has closed, and each socket has got its first answer.
+    async fn answer_newcomers(&mut self) {
+        let _ = (&mut self.listener).await;
+        while self.core.sockets.newcomers() > 0 {
+            sleep(LOOK_AT_NEWCOMERS_EVERY).await;
+        }
     }
 
     /// Removes this instance's entries from Redis. The lease goes last: while it runs, no other instance
@@ -204,6 +218,12 @@ impl Shutdown {
 
 /// Batches per second in which connections are closed.
 const BATCHES_PER_SECOND: u32 = 20;
+
+/// Longest wait for the first requests of clients that came last. Some sockets never send one.
+const NEWCOMERS_MAX: Duration = Duration::from_secs(1);
+
+/// Interval of looks at sockets without an answer.
+const LOOK_AT_NEWCOMERS_EVERY: Duration = Duration::from_millis(10);
 
 /// Interval of looks at agents with calls in flight.
 const LOOK_AT_BUSY_EVERY: Duration = Duration::from_millis(50);

@@ -1,16 +1,22 @@
 //! `wsproxy health`: asks a running instance over HTTP, for containers without curl.
 
-use std::{net::SocketAddr, process::ExitCode, time::Duration};
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
+use rustls::{ClientConnection, Stream};
+use rustls_pki_types::ServerName;
+use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::{
-    http::{self, HttpPlace},
-    settings::{CliSettings, Reads},
-};
+use super::settings::{CliSettings, Reads};
 use crate::{
     config::{Config, keys::Key},
-    http::listener,
+    http::listener::open,
     tls,
 };
 
@@ -23,7 +29,14 @@ impl Reads for HealthKeys {
 
     fn reads(key: &Key) -> bool {
         let path = key.path();
-        let address = ["server.bind", "server.port", "admin.port", "tls.certificate", "tls.admin"];
+        let address = [
+            "server.bind",
+            "server.port",
+            "server.unix",
+            "admin.port",
+            "tls.certificate",
+            "tls.admin",
+        ];
         address.contains(&path.as_str())
     }
 }
@@ -32,7 +45,8 @@ impl Reads for HealthKeys {
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct HealthArgs {
-    /// URL to ask. Default: /health of the configured port on this machine.
+    /// URL to ask; http://unix:/file.sock:/health over a unix socket. Default: /health of the configured port or unix
+    /// socket on this machine.
     #[arg(long, value_name = "URL")]
     url: Option<String>,
     #[command(flatten)]
@@ -55,10 +69,13 @@ pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn url_of(config: &Config) -> String {
+    if let (Some(path), None) = (&config.server.unix, config.admin.port) {
+        return format!("{UNIX}{}:/health", path.display());
+    }
     format!("{}/health", own_url(config))
 }
 
-/// Returns the URL of the instance with this configuration, as this machine reaches its admin routes.
+/// Returns the URL of the TCP port with the admin routes of an instance with this configuration, for this machine.
 pub(super) fn own_url(config: &Config) -> String {
     let ip = config.admin.bind.unwrap_or(config.server.bind);
     let port = config.admin.port.unwrap_or(config.server.port);
@@ -67,20 +84,104 @@ pub(super) fn own_url(config: &Config) -> String {
         None => config.tls.certificate.is_some(),
     };
     let scheme = if is_encrypted { "https" } else { "http" };
-    format!("{scheme}://{}", listener::reachable(SocketAddr::new(ip, port)))
+    format!("{scheme}://{}", open::reachable(SocketAddr::new(ip, port)))
 }
 
 fn ask(url: &str) -> anyhow::Result<()> {
+    let deadline = Instant::now() + TIMEOUT;
+    if let Some(rest) = url.strip_prefix(UNIX) {
+        let (file, path) = rest.split_once(':').unwrap_or((rest, "/"));
+        let socket = connect_unix(file)?;
+        return exchange(&mut Bounded { socket, deadline }, &request(path, "localhost"));
+    }
+    let (rest, port) = match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
+        (Some(rest), _) => (rest, ":80"),
+        (_, Some(rest)) => (rest, ":443"),
+        _ => bail!("the URL must start with http:// or https://"),
+    };
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let path = if path.is_empty() { "/" } else { path };
+    let (name, port) = match host.rsplit_once(':') {
+        Some((name, port)) if !port.contains(']') => (name, &host[host.len() - port.len() - 1..]),
+        _ => (host, port),
+    };
+    let mut addresses = format!("{name}{port}").to_socket_addrs()?;
+    let address = addresses.next().context("the host has no address")?;
+    let socket = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    let mut stream = Bounded { socket: socket.into(), deadline };
+    let request = request(path, host);
+    if url.starts_with("http://") {
+        return exchange(&mut stream, &request);
+    }
     // The answer of this machine is wanted, whichever names its certificate has. The question tells no secret.
-    let trust = || Ok(tls::trusting_client_config()?);
-    let place = HttpPlace::read(url)?;
-    let HttpPlace { host, path, .. } = &place;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
-    place.exchange(&request, trust, TIMEOUT, |stream| match http::read_status(stream)? {
-        200..300 => Ok(()),
-        status => bail!("status {status}"),
-    })
+    let config = Arc::new(tls::trusting_client_config()?);
+    let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())?;
+    exchange(&mut Stream::new(&mut ClientConnection::new(config, name)?, &mut stream), &request)
 }
+
+fn request(path: &str, host: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+}
+
+/// Connects to a unix socket. A listener whose queue is full would let a connect wait without end.
+fn connect_unix(file: &str) -> anyhow::Result<Socket> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.connect_timeout(&SockAddr::unix(file)?, TIMEOUT)?;
+    Ok(socket)
+}
+
+/// Sends a request, and looks at the status of its answer.
+fn exchange(stream: &mut (impl Read + Write), request: &str) -> anyhow::Result<()> {
+    stream.write_all(request.as_bytes())?;
+    // Only the status matters: "HTTP/1.1 200".
+    let mut head = [0; 12];
+    let mut filled = 0;
+    while filled < head.len() {
+        match stream.read(&mut head[filled..])? {
+            0 => bail!("the connection was closed without an answer"),
+            n => filled += n,
+        }
+    }
+    match head.strip_prefix(b"HTTP/1.") {
+        Some([_, b' ', b'2', ..]) => Ok(()),
+        Some([_, b' ', status @ ..]) => bail!("status {}", String::from_utf8_lossy(status)),
+        _ => bail!("the answer is not HTTP"),
+    }
+}
+
+/// A socket whose reads and writes end at a deadline.
+struct Bounded {
+    socket: Socket,
+    deadline: Instant,
+}
+
+impl Bounded {
+    fn left(&self) -> Option<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        Some(left.max(Duration::from_millis(1)))
+    }
+}
+
+impl Read for Bounded {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.socket.set_read_timeout(self.left())?;
+        (&self.socket).read(buffer)
+    }
+}
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.socket.set_write_timeout(self.left())?;
+        (&self.socket).write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Beginning of the URL of a unix socket, as nginx writes it. The path of the request follows behind a colon.
+const UNIX: &str = "http://unix:";
 
 /// Below the usual time limits of container health checks.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -92,10 +193,7 @@ The configuration is read for the address only: use the file, variables or flags
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{Read, Write},
-        net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener},
-    };
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 
     use super::*;
 
@@ -123,6 +221,7 @@ mod tests {
         assert!(ask(&answer("SSH-2.0-OpenSSH_9.9\r\n")).is_err());
         assert!(ask(&answer("")).is_err());
         assert!(ask("ftp://localhost/").is_err());
+        assert!(ask("http://unix:/no/such.sock:/health").is_err());
     }
 
     #[test]
@@ -131,6 +230,8 @@ mod tests {
         assert_eq!(url_of(&config), "http://127.0.0.1:8080/health");
         config.tls.certificate = Some("cert.pem".into());
         assert_eq!(url_of(&config), "https://127.0.0.1:8080/health");
+        config.server.unix = Some("/run/wsproxy/a.sock".into());
+        assert_eq!(url_of(&config), "http://unix:/run/wsproxy/a.sock:/health");
         config.admin.port = Some(9000);
         assert_eq!(url_of(&config), "http://127.0.0.1:9000/health");
         config.tls.admin = true;

@@ -114,7 +114,7 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let [bind, admin_bind] =
         [server.bind, admin.bind.unwrap_or(server.bind)].map(|bind| bind.to_canonical());
     let same_address = admin_bind == bind || admin_bind.is_unspecified() || bind.is_unspecified();
-    let same_port = server.port != 0 && admin.port == Some(server.port);
+    let same_port = server.unix.is_none() && server.port != 0 && admin.port == Some(server.port);
     rule(!(same_address && same_port), "admin.port", "different from", Some("server.port"));
     let has_use = admin.bind.is_none() || admin.port.is_some();
     rule(has_use, "admin.bind", "set only together with", Some("admin.port"));
@@ -126,6 +126,9 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let allowed = "false, unless there is a";
     rule(!admin_too || has_certificate, "tls.admin", allowed, Some("tls.certificate"));
     rule(!admin_too || admin.port.is_some(), "tls.admin", allowed, Some("admin.port"));
+    let has_port = server.unix.is_none() || *admin_too;
+    let allowed = "empty, unless tls.admin is on: TLS ends at the proxy in front of";
+    rule(!has_certificate || has_port, "tls.certificate", allowed, Some("server.unix"));
 
     let drain = server.drain_delay + server.drain_spread;
     let (key, allowed) = ("server.shutdown_timeout", "longer than server.drain_delay plus");

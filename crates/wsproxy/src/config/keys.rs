@@ -9,10 +9,11 @@ use super::{
     environment::PREFIX,
     events,
     kind::{
-        Bytes, FilePath, Fraction, IpAddress, List, Network, Number, OneOf, Optional, Raw, Seconds,
-        Secret, Switch, Time, ValueKind,
+        Bytes, FileMode, FilePath, Fraction, IpAddress, List, Number, OneOf, Optional, Raw,
+        Seconds, Secret, SocketPath, Switch, Time, ValueKind,
     },
     origin::OriginKind,
+    peer::Proxy,
     rooms, rule, sessions, traces,
 };
 
@@ -287,15 +288,18 @@ static TABLE: &[&[Key]] = &[
 const SHARED: &[Key] = &[
     key!(server.bind, IpAddress, "Address to listen on.").flag("bind", "ADDRESS"),
     key!(server.port, Number(0, 65_535), "Port to listen on; 0 takes a free one.").flag("port", "PORT").alias("PORT"),
+    key!(server.unix, Optional(SocketPath), "Unix socket to listen on in place of bind and port, for a proxy on the same machine. A file that a dead process left is replaced; no other file is.").flag("unix", "PATH"),
+    key!(server.unix_mode, FileMode, "Permissions of the unix socket's file: processes that may write it may connect."),
+    key!(server.reuse_port, Switch, "Several processes of one user may listen on the port, and the kernel shares new connections out among them: for a restart without a refused client. A process with unix takes the socket over from the one before. Does not hold for admin.port."),
     key!(server.server_id, Optional(rule::SERVER_ID), "Name of the instance, in its own channels and in announcements. Not set: a new one at every start.").flag("server-id", "ID").alias("SERVER_ID"),
     key!(server.threads, Number(0, 1024), "Worker threads; 0: one per core.").flag("threads", "NUMBER"),
     key!(server.shutdown_timeout, Time(1_000, HOUR), "The process ends at the latest this long after the first signal.").flag("shutdown-timeout", "TIME"),
-    key!(server.drain_delay, Time(0, HOUR), "Time after the signal in which /ready says 503 and clients are still accepted: twice the time that load balancers need to notice. 0 for `dev`."),
+    key!(server.drain_delay, Time(0, HOUR), "Time after the signal in which /ready says 503 and clients are still accepted: twice the time that load balancers need to notice. 0 for `dev`, and where it is not set beside reuse_port."),
     key!(server.drain_spread, Time(0, HOUR), "Time over which connections are closed at the end, so that clients do not all come back at once."),
     key!(server.handshake_timeout, Time(100, 300_000), "Deadline for all work on the bus and stores of one handshake; 504 beyond it."),
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
-    key!(server.trusted_proxies, List(Network), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address."),
+    key!(server.trusted_proxies, List(Proxy), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address. \"unix:\" stands for all processes that may open server.unix."),
     key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "The header that these proxies write; the other one is ignored, since a client may have written it. auto: either; if both are present they must name the same client."),
     key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any.").reloads(),
 

@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 
 /// A value before it has a type. Numbers and booleans of the file are text here, as in the environment and flags.
@@ -202,19 +201,36 @@ impl ValueKind<IpAddr> for IpAddress {
     }
 }
 
-/// A network. A single address is a network of one.
-pub(super) struct Network;
+/// The permissions of a file. A number without quotes would be read as a decimal one.
+pub(super) struct FileMode;
 
-impl ValueKind<IpNet> for Network {
+impl ValueKind<u32> for FileMode {
     fn allowed(&self) -> String {
-        "a network or an address, such as \"10.0.0.0/8\" or \"::1\"".into()
+        "four octal digits in quotes, the first a 0, such as \"0660\"".into()
     }
-    fn read(&self, raw: &Raw) -> Option<IpNet> {
-        let text = raw.text()?;
-        text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+    fn read(&self, raw: &Raw) -> Option<u32> {
+        let text = raw.text().filter(|text| text.len() == 4 && text.starts_with('0'))?;
+        u32::from_str_radix(text, 8).ok()
     }
-    fn write(&self, value: &IpNet) -> String {
-        quoted(&value.to_string())
+    fn write(&self, value: &u32) -> String {
+        quoted(&format!("{value:04o}"))
+    }
+}
+
+/// The path of a unix socket.
+pub(super) struct SocketPath;
+
+impl ValueKind<PathBuf> for SocketPath {
+    fn allowed(&self) -> String {
+        format!("an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes")
+    }
+    fn read(&self, raw: &Raw) -> Option<PathBuf> {
+        let text = raw.text().filter(|text| text.len() <= SOCKET_PATH_BYTES_MAX)?;
+        let is_file = text.starts_with('/') && !text.ends_with('/') && !text.contains('\0');
+        is_file.then(|| PathBuf::from(text))
+    }
+    fn write(&self, value: &PathBuf) -> String {
+        FilePath.write(value)
     }
 }
 
@@ -410,6 +426,9 @@ fn written_duration(value: Duration) -> String {
     humantime::format_duration(value).to_string()
 }
 
+/// Longest path of a unix socket: Linux takes 107 bytes, of which a process that takes a path over needs eight more.
+const SOCKET_PATH_BYTES_MAX: usize = 99;
+
 const SHOWN_CHARS_MAX: usize = 60;
 
 #[cfg(test)]
@@ -458,6 +477,19 @@ mod tests {
         assert_eq!(kind.read(&Raw::List(vec!["1".into(), "2".into()])), one_two);
         assert_eq!(kind.read(&text("")), Some(Vec::<u32>::new()));
         assert_eq!(ValueKind::<Vec<u32>>::read(&kind, &text("1,x")), None);
+    }
+
+    #[test]
+    fn modes_are_octal_and_paths_of_sockets_absolute() {
+        assert_eq!(FileMode.read(&text("0660")), Some(0o660));
+        assert_eq!(FileMode.write(&0o606), "\"0606\"");
+        for bad in ["", "660", "432", "0o660", "1660", "0668", "00660", "0+66"] {
+            assert_eq!(FileMode.read(&text(bad)), None, "{bad}");
+        }
+        assert!(SocketPath.read(&text("/run/wsproxy/wsproxy.sock")).is_some());
+        for bad in ["", "run/a.sock", "@a", "/run/", "/a\0b", &format!("/{}", "a".repeat(99))] {
+            assert_eq!(SocketPath.read(&text(bad)), None, "{bad}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use toml::{
@@ -276,12 +277,20 @@ impl Loader {
     }
 
     fn check(&mut self) {
+        let server = &mut self.config.server;
+        // While two processes share a port, a balancer cannot tell whose /ready says 503.
+        if server.reuse_port && !self.origins.contains_key("server.drain_delay") {
+            server.drain_delay = Duration::ZERO;
+        }
         let mut broken_rules = check(&self.config);
         let pipes = if self.reads_again { not_files(&self.config) } else { Vec::new() };
         if !self.skips_files && pipes.is_empty() {
             broken_rules.extend(check_files(&self.config));
         }
         broken_rules.extend(pipes);
+        if self.config.server.unix.is_some() {
+            self.check_unix_only();
+        }
         for broken in broken_rules {
             let involved = [Some(broken.key), broken.other];
             if involved.into_iter().flatten().any(|key| self.bad.contains(key)) {
@@ -297,6 +306,22 @@ impl Loader {
                 value: Some(self.written(broken.key)),
                 message: broken.message + &other.unwrap_or_default(),
             });
+        }
+    }
+
+    /// Finds an address that is set beside the unix socket: the gateway listens on one of both.
+    fn check_unix_only(&mut self) {
+        for key in ["server.bind", "server.port"].into_iter().filter(|key| !self.bad.contains(*key))
+        {
+            if let Some(origin) = self.origins.get(key).cloned() {
+                let unix = format!("server.unix = {}", self.written("server.unix"));
+                self.problems.push(Problem {
+                    origin: Some(origin),
+                    key: key.into(),
+                    value: Some(self.written(key)),
+                    message: format!("must not be set beside {unix}: remove one of them"),
+                });
+            }
         }
     }
 

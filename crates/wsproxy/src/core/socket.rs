@@ -15,7 +15,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use rustls::ServerConfig;
-use tokio::{io::ReadBuf, net::TcpStream, sync::Notify};
+use tokio::sync::Notify;
 use wsproxy_conn::{Socket, socket::tls::TlsSocket};
 
 /// Socket that the HTTP connection shares with the answers to its requests.
@@ -29,10 +29,10 @@ pub struct SharedSocket {
 }
 
 impl SharedSocket {
-    /// Wraps an accepted socket.
+    /// Wraps an accepted socket, over TCP or a unix socket.
     #[must_use]
-    pub fn new(stream: TcpStream) -> Arc<Self> {
-        let stream = Mutex::new(Some(TokioIo::new(stream.into())));
+    pub fn new(socket: impl Into<Socket>) -> Arc<Self> {
+        let stream = Mutex::new(Some(TokioIo::new(socket.into())));
         Arc::new(Self { stream, taken: Notify::new(), quiet: true.into(), answered: false.into() })
     }
 
@@ -50,13 +50,12 @@ impl SharedSocket {
     /// The socket failed, was taken, or is encrypted.
     pub fn poll_first_byte(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<u8>>> {
         let stream = self.stream.lock();
-        let Some(Socket::Tcp(stream)) = stream.as_ref().map(TokioIo::inner) else {
+        let Some(socket) = stream.as_ref().map(TokioIo::inner) else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
         let mut byte = [0];
-        let mut buffer = ReadBuf::new(&mut byte);
-        ready!(stream.poll_peek(cx, &mut buffer))?;
-        Poll::Ready(Ok(buffer.filled().first().copied()))
+        let count = ready!(socket.poll_peek(cx, &mut byte))?;
+        Poll::Ready(Ok(byte[..count].first().copied()))
     }
 
     /// Makes the socket encrypt. The handshake is still to come: see [`Self::poll_handshake`].

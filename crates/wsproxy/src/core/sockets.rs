@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -27,6 +27,8 @@ pub struct Sockets {
     seats: Arc<Seats>,
     silent_per_address_max: usize,
     silent: Mutex<Silent>,
+    /// Sockets whose first request has not been answered.
+    newcomers: AtomicUsize,
 }
 
 /// The silent sockets. A silence gets its number when it begins, so the lowest number is the oldest.
@@ -46,6 +48,7 @@ pub struct Silence {
     socket: Arc<SharedSocket>,
     /// Number of the present silence; 0 while the socket is not silent.
     number: AtomicU64,
+    is_new: AtomicBool,
 }
 
 impl Sockets {
@@ -53,7 +56,18 @@ impl Sockets {
     #[must_use]
     pub fn new(max: usize) -> Arc<Self> {
         let silent_per_address_max = (max / ADDRESS_PART).max(PER_ADDRESS_MIN);
-        Arc::new(Self { seats: Seats::new(max), silent_per_address_max, silent: Mutex::default() })
+        Arc::new(Self {
+            seats: Seats::new(max),
+            silent_per_address_max,
+            silent: Mutex::default(),
+            newcomers: AtomicUsize::new(0),
+        })
+    }
+
+    /// Returns the number of sockets whose first request has not been answered.
+    #[must_use]
+    pub fn newcomers(&self) -> usize {
+        self.newcomers.load(Relaxed)
     }
 
     /// Takes a seat for a new socket. Also returns whether a silent socket was closed for it. `None` if every seat is
@@ -89,7 +103,9 @@ impl Sockets {
     ) -> (Arc<Silence>, bool) {
         let (sockets, socket) = (Arc::clone(self), Arc::clone(socket));
         let address = address.map(network);
-        let silence = Silence { sockets, address, socket, number: AtomicU64::new(0) };
+        self.newcomers.fetch_add(1, Relaxed);
+        let (number, is_new) = (AtomicU64::new(0), AtomicBool::new(true));
+        let silence = Silence { sockets, address, socket, number, is_new };
         let gave_way = silence.begin();
         (Arc::new(silence), gave_way)
     }
@@ -118,8 +134,18 @@ impl Silence {
     }
 }
 
+impl Silence {
+    /// Notes that a request was answered: the socket is no newcomer any more.
+    pub fn answered(&self) {
+        if self.is_new.swap(false, Relaxed) {
+            self.sockets.newcomers.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
 impl Drop for Silence {
     fn drop(&mut self) {
+        self.answered();
         self.end();
     }
 }
@@ -192,6 +218,20 @@ mod tests {
         assert!(!sockets.is_full());
         drop(first);
         assert!(sockets.silent.lock().by_address.is_empty());
+    }
+
+    #[tokio::test]
+    async fn sockets_are_new_until_their_first_answer() {
+        let sockets = Sockets::new(2);
+        let [first, second] = [socket().await, socket().await];
+        let silences = [&first, &second].map(|socket| sockets.watch(None, socket).0);
+        assert_eq!(sockets.newcomers(), 2);
+        silences[0].answered();
+        silences[0].answered();
+        silences[0].begin();
+        assert_eq!(sockets.newcomers(), 1);
+        drop(silences);
+        assert_eq!(sockets.newcomers(), 0);
     }
 
     #[tokio::test]

@@ -21,7 +21,7 @@ use crate::{
     http::{
         Body,
         handshake::{
-            address::RemoteAddress,
+            address::RemotePeer,
             credentials::Protocols,
             resume::{PendingReplay, ResumeRequest, Subscribed},
         },
@@ -339,7 +339,7 @@ pub fn address_of(
     headers: &HeaderMap,
     extensions: &http::Extensions,
 ) -> Result<IpAddr, Rejection> {
-    let peer = extensions.get::<RemoteAddress>();
+    let peer = extensions.get::<RemotePeer>();
     let peer = peer.ok_or_else(|| Rejection::internal("The peer's address is unknown."))?;
     let server = &core.config.server;
     Ok(address::client(peer.0, headers, &server.trusted_proxies, server.forwarded_header))

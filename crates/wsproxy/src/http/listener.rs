@@ -2,8 +2,7 @@
 
 use std::{
     convert::Infallible,
-    io::{self, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    io::Write,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,12 +14,12 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioTimer;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
+use wsproxy_conn::Socket;
 
 use crate::{
+    config::peer::Peer,
     core::{
         Core,
         admission::Seat,
@@ -30,12 +29,17 @@ use crate::{
     http::{
         Body,
         detached::{self, Detached},
-        handshake::{self, address::RemoteAddress},
-        listener::tls::{Opened, TlsListener},
+        handshake::{self, address::RemotePeer},
+        listener::{
+            open::{Listener, is_of_one_connection},
+            tls::{Opened, TlsListener},
+        },
         rejection::Rejection,
     },
 };
 
+pub mod open;
+pub mod socket_file;
 pub mod tls;
 
 /// The service that answers the requests of a listener.
@@ -52,30 +56,6 @@ pub trait Service: Clone + Send + 'static {
     ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send;
 }
 
-/// Listens on `address`.
-///
-/// # Errors
-/// The address is in use, or does not belong to this machine.
-pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&SockAddr::from(address))?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
-}
-
-/// Returns the address at which this machine reaches a listener; the loopback for one on all addresses.
-#[must_use]
-pub fn reachable(mut address: SocketAddr) -> SocketAddr {
-    match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
-        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
-        _ => {}
-    }
-    address
-}
-
 /// Parts of a listener beside its socket.
 #[derive(Debug)]
 pub struct Listening {
@@ -84,23 +64,22 @@ pub struct Listening {
     pub sockets: Arc<Sockets>,
     /// Encryption; `None`: the listener speaks plain HTTP.
     pub tls: Option<Arc<TlsListener>>,
+    /// Cancelled when no further socket is accepted.
+    pub accepting: CancellationToken,
+    /// Cancelled when no further request is answered on the sockets that there are.
+    pub answering: CancellationToken,
 }
 
-/// Accepts sockets until `stop`.
-pub async fn run(
-    listener: TcpListener,
-    service: impl Service,
-    listening: Listening,
-    stop: CancellationToken,
-) {
+/// Accepts sockets until the end of `accepting`, and then those that wait in the kernel.
+pub async fn run(listener: Listener, service: impl Service, listening: Listening) {
     let mut warned = None;
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => return,
+            () = listening.accepting.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, address)) => accept(stream, address, &service, &listening, &stop),
+            Ok((socket, peer)) => accept(socket, peer, &service, &listening),
             Err(error) if is_of_one_connection(&error) => {
                 debug!(%error, "A client left before it was accepted.");
             }
@@ -118,48 +97,43 @@ pub async fn run(
             }
         }
     }
+    let closed = listener.close(|socket, peer| accept(socket, peer, &service, &listening));
+    if let Err(error) = closed {
+        service.core().metrics.error("accept");
+        warn!(%error, "The last clients that came to a closing listener are refused.");
+    }
 }
 
-fn accept(
-    stream: TcpStream,
-    address: SocketAddr,
-    service: &impl Service,
-    listening: &Listening,
-    stop: &CancellationToken,
-) {
+fn accept(socket: Socket, peer: Peer, service: &impl Service, listening: &Listening) {
     let core = service.core();
-    let Listening { sockets, tls } = listening;
+    let Listening { sockets, tls, answering, .. } = listening;
     let Some((seat, gave_way)) = sockets.take() else {
         core.metrics.handshake(None, "full");
         handshake::tell_full(core);
         // A client that expects TLS could not read the answer.
         return if tls.is_none() {
-            refuse(stream)
+            refuse(socket)
         };
     };
-    // Hyper writes head and body at once, so Nagle's delay gains nothing. WebSockets set their own options.
-    let _ = stream.set_nodelay(true);
-    // Hyper waits without limit to write: a client that never reads its answers would hold a seat for ever.
-    #[cfg(target_os = "linux")]
-    let _ = socket2::SockRef::from(&stream)
-        .set_tcp_user_timeout(Some(core.config.server.header_timeout));
-    let (seat, shared) = (Arc::new(seat), SharedSocket::new(stream));
-    let peer = address.ip().to_canonical();
+    // Hyper writes head and body at once, so Nagle's delay gains nothing. It waits without limit to write: a client that
+    // never reads its answers would hold a seat for ever. WebSockets set their own options.
+    let _ = socket.prepare(core.config.server.header_timeout);
+    let (seat, shared) = (Arc::new(seat), SharedSocket::new(socket));
     // A trusted proxy brings the sockets of many clients from one address, so it has no share of its own.
-    let is_proxy = core.config.server.trusted_proxies.iter().any(|net| net.contains(&peer));
-    let peer = (!is_proxy).then_some(peer);
-    let (silence, was_full) = sockets.watch(peer, &shared);
+    let is_proxy = peer.is_trusted(&core.config.server.trusted_proxies);
+    let address = (!is_proxy).then_some(peer.address());
+    let (silence, was_full) = sockets.watch(address, &shared);
     if gave_way || was_full {
         core.metrics.error("silent_socket");
     }
-    let (service, stop, core) = (service.clone(), stop.clone(), Arc::clone(core));
+    let (service, stop, core) = (service.clone(), answering.clone(), Arc::clone(core));
     let tasks = core.tasks.clone();
-    let accepted = AcceptedSocket { shared, seat, silence, address: address.ip() };
+    let accepted = AcceptedSocket { shared, seat, silence, peer };
     let Some(tls) = tls else {
         tasks.spawn(accepted.serve(service, core, Opened::Served, stop));
         return;
     };
-    let Some((place, gave_way)) = tls.place(peer, &accepted.shared) else {
+    let Some((place, gave_way)) = tls.place(address, &accepted.shared) else {
         return core.metrics.tls_handshake("displaced");
     };
     if gave_way {
@@ -185,7 +159,7 @@ struct AcceptedSocket {
     shared: Arc<SharedSocket>,
     seat: Arc<Seat>,
     silence: Arc<Silence>,
-    address: IpAddr,
+    peer: Peer,
 }
 
 impl AcceptedSocket {
@@ -197,7 +171,7 @@ impl AcceptedSocket {
         opened: Opened,
         stop: CancellationToken,
     ) {
-        let Self { shared, seat, silence, address } = self;
+        let Self { shared, seat, silence, peer } = self;
         let server = &core.config.server;
         let mut builder = http1::Builder::new();
         builder
@@ -208,7 +182,7 @@ impl AcceptedSocket {
             .half_close(false);
         let asked = Arc::clone(&shared);
         let answering = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(RemoteAddress(address));
+            request.extensions_mut().insert(RemotePeer(peer));
             // A WebSocket takes the seat along and keeps it.
             request.extensions_mut().insert(Arc::clone(&seat));
             request.extensions_mut().insert(Arc::clone(&asked));
@@ -233,7 +207,7 @@ impl AcceptedSocket {
         {
             let kind = if error.is_timeout() { "slow_request" } else { "bad_request" };
             core.metrics.error(kind);
-            debug!(%error, address = %address, kind, "A client's request failed.");
+            debug!(%error, %peer, kind, "A client's request failed.");
         }
     }
 }
@@ -259,6 +233,7 @@ async fn answer(
     let version = request.version();
     let core = Arc::clone(service.core());
     let mut response = service.serve(request).await?;
+    silence.answered();
     // Browsers must not guess a content type.
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -284,25 +259,14 @@ async fn answer(
 
 /// Refuses a socket and closes it at once, so that it does not use up a descriptor which a seat needs. One write is
 /// enough: the send buffer of a new socket is empty.
-fn refuse(stream: TcpStream) {
-    if let Ok(mut stream) = stream.into_std() {
-        let _ = stream.write(FULL);
-    }
+fn refuse(socket: Socket) {
+    // The runtime does not know yet that the socket takes bytes, so it is written without the runtime.
+    let _ = match socket {
+        Socket::Tcp(stream) => stream.into_std().and_then(|mut stream| stream.write(FULL)),
+        Socket::Unix(stream) => stream.into_std().and_then(|mut stream| stream.write(FULL)),
+        Socket::Tls(_) => Ok(0),
+    };
 }
-
-/// Returns whether an error of `accept` concerns a single client and not the listener.
-fn is_of_one_connection(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ConnectionAborted
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::ConnectionRefused
-            | io::ErrorKind::Interrupted
-    )
-}
-
-/// Upper bound of the connections that wait in the kernel to be accepted.
-pub(crate) const BACKLOG: i32 = 4096;
 
 /// Pause after an error that lasts, such as a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -314,16 +278,3 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
 x-content-type-options: nosniff\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 104\r\n\r\n\
 {\"error\":{\"code\":\"full\",\"message\":\"The instance holds as many connections as it may.\",\"retryable\":true}}";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_listener_on_all_addresses_is_reached_on_the_loopback() {
-        let of = |text: &str| reachable(text.parse().unwrap()).to_string();
-        assert_eq!(of("0.0.0.0:80"), "127.0.0.1:80");
-        assert_eq!(of("[::]:80"), "[::1]:80");
-        assert_eq!(of("192.0.2.1:80"), "192.0.2.1:80");
-    }
-}

@@ -284,4 +284,5 @@ async fn a_reload_needs_the_scope_admin() {
 }
 
 /// Keys that allow one value only, or none beside the others: a URL of an issuer stands in place of a file.
-const HAVE_ONE_VALUE: [&str; 3] = ["endpoints.tunnel", "jwt.jwks_url", "traces.protocol"];
+const HAVE_ONE_VALUE: [&str; 5] =
+    ["endpoints.tunnel", "jwt.jwks_url", "traces.protocol", "server.unix", "server.unix_mode"];

@@ -225,8 +225,35 @@ fn every_rule_between_keys_is_checked() {
         assert_eq!(problems.iter().map(|p| p.key.as_str()).collect::<Vec<_>>(), [blamed]);
     }
     assert!(load_file("[endpoints]\nsessions = false\necho = true").is_ok());
+    let tls = "[tls]\ncertificate = '/c'\nkey = '/k'";
+    let problems = load_file(&format!("[server]\nunix = '/run/a.sock'\n{tls}")).unwrap_err();
+    let about = problems.0.iter().find(|problem| problem.message.starts_with("must be empty"));
+    assert_eq!(about.unwrap().key, "tls.certificate");
     let beside = "[server]\nbind = '10.0.0.1'\n[admin]\nbind = '127.0.0.1'\nport = 8080";
     assert!(load_file(beside).is_ok());
+}
+
+#[test]
+fn a_unix_socket_excludes_an_address_that_is_set() {
+    let text = "[server]\nunix = '/run/a.sock'\nport = 80\nbind = '::'";
+    let problems = load_file(text).unwrap_err().0;
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    let port = problems[0].to_string();
+    let expected = ":3: server.port = 80: must not be set beside server.unix = \"/run/a.sock\"";
+    assert!(port.contains(expected), "{port}");
+    assert!(problems[1].to_string().contains(":4: server.bind = \"::\": must not be"));
+    let env = load_env([("PORT", "80"), ("WSPROXY_SERVER__UNIX", "/run/a.sock")]);
+    assert!(problem(env).contains("PORT"));
+    let fine = load_file("[server]\nunix = '/run/a.sock'\n[admin]\nport = 8080").unwrap();
+    assert_eq!(fine.config.server.unix_mode, 0o660);
+}
+
+#[test]
+fn an_instance_that_shares_its_port_drains_at_once() {
+    let delay = |text| load_file(text).unwrap().config.server.drain_delay.as_secs();
+    assert_eq!(delay("[server]\nreuse_port = false"), 3);
+    assert_eq!(delay("[server]\nreuse_port = true"), 0);
+    assert_eq!(delay("[server]\nreuse_port = true\ndrain_delay = 3"), 3);
 }
 
 #[test]
@@ -407,7 +434,7 @@ fn problems_name_the_element_of_a_list() {
     assert_eq!(
         problem(load_file(text)),
         ":2: server.trusted_proxies = ['10.0.0.0/8', '10.0.0.0/33']: element 2 (\"10.0.0.0/33\") must be a network or \
-         an address, such as \"10.0.0.0/8\" or \"::1\""
+         an address, such as \"10.0.0.0/8\" or \"::1\", or \"unix:\""
     );
     let origins = problem(load_env([(
         "WSPROXY_SERVER__ALLOWED_ORIGINS",

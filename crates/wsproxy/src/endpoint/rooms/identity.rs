@@ -17,7 +17,7 @@ use crate::{
     http::{
         handshake::{
             self,
-            address::RemoteAddress,
+            address::RemotePeer,
             credentials::{self, Protocols},
         },
         rejection::Rejection,
@@ -68,7 +68,7 @@ impl Asked {
     ) -> Result<Self, Rejection> {
         let (headers, now) = (request.headers(), clock::now());
         let address = handshake::client_address(core, request)?;
-        let peer = request.extensions().get::<RemoteAddress>();
+        let peer = request.extensions().get::<RemotePeer>();
         if let Some(peer) = peer.filter(|_| rooms.attempts.is_on()) {
             let trusted = &core.config.server.trusted_proxies;
             rooms.proxy_warning.look(peer.0, headers, trusted, now);

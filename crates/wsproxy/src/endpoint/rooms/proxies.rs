@@ -1,14 +1,12 @@
 //! The warning that a proxy is not trusted, so that all its clients share one address and its attempts.
 
-use std::{
-    net::IpAddr,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use http::{HeaderMap, header};
-use ipnet::IpNet;
 use tracing::warn;
 use wsproxy_conn::clock::Micros;
+
+use crate::config::peer::{Peer, TrustedProxy};
 
 /// A warning that is given once a minute.
 #[derive(Debug, Default)]
@@ -20,14 +18,14 @@ impl ProxyWarning {
     /// Warns if `peer` is not trusted, and names a client behind it. Called for attempts while their limit is on.
     pub(super) fn look(
         &self,
-        peer: IpAddr,
+        peer: Peer,
         headers: &HeaderMap,
-        trusted: &[IpNet],
+        trusted: &[TrustedProxy],
         Micros(now): Micros,
     ) {
-        if self.is_due(peer.to_canonical(), headers, trusted, now) {
+        if self.is_due(peer, headers, trusted, now) {
             warn!(
-                peer = %peer.to_canonical(),
+                %peer,
                 key = "server.trusted_proxies",
                 "An untrusted peer names the client that it speaks for: all its clients count as one address in the \
                  limit of attempts. If the peer is your proxy, add it to server.trusted_proxies."
@@ -35,10 +33,10 @@ impl ProxyWarning {
         }
     }
 
-    fn is_due(&self, peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet], now: u64) -> bool {
+    fn is_due(&self, peer: Peer, headers: &HeaderMap, trusted: &[TrustedProxy], now: u64) -> bool {
         let is_named =
             headers.contains_key(X_FORWARDED_FOR) || headers.contains_key(header::FORWARDED);
-        if !is_named || trusted.iter().any(|net| net.contains(&peer)) {
+        if !is_named || peer.is_trusted(trusted) {
             return false;
         }
         let next = self.next.load(Relaxed);
@@ -58,11 +56,11 @@ mod tests {
     #[test]
     fn an_untrusted_proxy_is_warned_of_once_a_minute() {
         let warning = ProxyWarning::default();
-        let trusted = ["10.0.0.0/8".parse().unwrap()];
+        let trusted = [TrustedProxy::Network("10.0.0.0/8".parse().unwrap())];
         let due = |peer: &str, name: &'static str, second: u64| {
             let headers = [(name.parse().unwrap(), "1.1.1.1".parse().unwrap())];
             let headers = headers.into_iter().collect();
-            warning.is_due(peer.parse().unwrap(), &headers, &trusted, second * 1_000_000)
+            warning.is_due(Peer::of(peer.parse().unwrap()), &headers, &trusted, second * 1_000_000)
         };
         assert!(!due("192.0.2.1", "user-agent", 100));
         assert!(!due("10.0.0.1", "x-forwarded-for", 100));

@@ -3,13 +3,16 @@
 use std::net::IpAddr;
 
 use http::{HeaderMap, header};
-use ipnet::IpNet;
 
-use crate::config::{ForwardedHeader, host::Authority};
+use crate::config::{
+    ForwardedHeader,
+    host::Authority,
+    peer::{Peer, TrustedProxy},
+};
 
-/// Extension of a request: the address of its socket.
+/// Extension of a request: the other end of its socket.
 #[derive(Debug, Clone, Copy)]
-pub struct RemoteAddress(pub IpAddr);
+pub struct RemotePeer(pub Peer);
 
 /// Returns the nearest address that is not a trusted proxy.
 ///
@@ -22,16 +25,16 @@ pub struct RemoteAddress(pub IpAddr);
 /// different clients, one is forged and both are ignored.
 #[must_use]
 pub fn client(
-    peer: IpAddr,
+    peer: Peer,
     headers: &HeaderMap,
-    trusted: &[IpNet],
+    trusted: &[TrustedProxy],
     written: ForwardedHeader,
 ) -> IpAddr {
-    let is_trusted = |address: IpAddr| trusted.iter().any(|net| net.contains(&address));
-    let nearest = peer.to_canonical();
-    if !is_trusted(nearest) {
+    let nearest = peer.address();
+    if !peer.is_trusted(trusted) {
         return nearest;
     }
+    let is_trusted = |address: IpAddr| Peer::of(address).is_trusted(trusted);
     let named = |name: &str, parse: fn(&str) -> Hop| {
         let hops = hops(headers, name, parse);
         (!hops.is_empty()).then(|| walk(nearest, &hops, is_trusted))
@@ -136,16 +139,33 @@ mod tests {
         for (name, value) in lines {
             headers.append(*name, value.parse().unwrap());
         }
-        let trusted = ["10.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
-        client("10.0.0.1".parse().unwrap(), &headers, &trusted, written).to_string()
+        client(Peer::of("10.0.0.1".parse().unwrap()), &headers, &trusted(), written).to_string()
+    }
+
+    fn trusted() -> [TrustedProxy; 2] {
+        ["10.0.0.0/8", "::1/128"].map(|text| TrustedProxy::Network(text.parse().unwrap()))
     }
 
     fn seen(peer: &str, name: &'static str, value: &str) -> String {
         let mut headers = HeaderMap::new();
         headers.insert(name, value.parse().unwrap());
-        let trusted = ["10.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
-        let peer = peer.parse().unwrap();
-        client(peer, &headers, &trusted, ForwardedHeader::Auto).to_string()
+        let peer = Peer::of(peer.parse().unwrap());
+        client(peer, &headers, &trusted(), ForwardedHeader::Auto).to_string()
+    }
+
+    #[test]
+    fn a_unix_peer_is_believed_only_where_trusted() {
+        let mut headers = HeaderMap::new();
+        headers.insert("x-forwarded-for", "192.0.2.1".parse().unwrap());
+        let seen = |trusted: &[TrustedProxy]| {
+            client(Peer::Unix, &headers, trusted, ForwardedHeader::Auto).to_string()
+        };
+        assert_eq!(seen(&[TrustedProxy::Unix]), "192.0.2.1");
+        let loopback = TrustedProxy::Network("127.0.0.0/8".parse().unwrap());
+        assert_eq!(seen(&[loopback]), "127.0.0.1");
+        let none = HeaderMap::new();
+        let address = client(Peer::Unix, &none, &[TrustedProxy::Unix], ForwardedHeader::Auto);
+        assert_eq!(address.to_string(), "127.0.0.1");
     }
 
     #[test]

@@ -36,7 +36,22 @@ impl Binary {
         Self::start_command(command, environment).await
     }
 
-    async fn start_command(mut command: Command, environment: &[(&str, &str)]) -> Self {
+    /// The same on the unix socket that the environment names; it has no address.
+    pub async fn start_on_socket(environment: &[(&str, &str)]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
+        let binary = Self::spawn(command, environment);
+        binary.line("Listening.").await;
+        binary
+    }
+
+    async fn start_command(command: Command, environment: &[(&str, &str)]) -> Self {
+        let mut binary = Self::spawn(command, environment);
+        let line = binary.line("Listening.").await;
+        binary.address = line["address"].as_str().unwrap().parse().unwrap();
+        binary
+    }
+
+    fn spawn(mut command: Command, environment: &[(&str, &str)]) -> Self {
         command.arg("serve").env_clear();
         command.env("PATH", "/usr/bin:/bin");
         command.envs([
@@ -63,10 +78,7 @@ impl Binary {
             stderr.lines().map_while(Result::ok).for_each(|line| lines.lock().unwrap().push(line));
         });
         let address = ([127, 0, 0, 1], 0).into();
-        let mut binary = Self { child, log, reader: Some(reader), address };
-        let line = binary.line("Listening.").await;
-        binary.address = line["address"].as_str().unwrap().parse().unwrap();
-        binary
+        Self { child, log, reader: Some(reader), address }
     }
 
     /// Waits for a log line with this message.

@@ -132,12 +132,12 @@ impl TestInstance {
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.instance.address()
+        self.instance.address().unwrap()
     }
 
     /// Where health, metrics and the API are.
     pub fn admin_address(&self) -> SocketAddr {
-        self.instance.admin_address()
+        self.instance.admin_address().unwrap()
     }
 
     /// Ends it politely.

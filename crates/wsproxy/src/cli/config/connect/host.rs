@@ -3,7 +3,7 @@
 use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
-use crate::{config::Config, descriptors::Descriptors, http::listener::BACKLOG};
+use crate::{config::Config, descriptors::Descriptors, http::listener::open::BACKLOG};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let limit = getrlimit(Resource::Nofile);

@@ -11,11 +11,12 @@ use crate::config::Config;
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let server = &config.server;
-    let main = ("server.port", SocketAddr::new(server.bind, server.port));
+    let main = server.unix.is_none();
+    let main = main.then(|| ("server.port", SocketAddr::new(server.bind, server.port)));
     let admin = config.admin.port.map(|port| {
         ("admin.port", SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port))
     });
-    [Some(main), admin].into_iter().flatten().map(|(key, address)| judge(key, address)).collect()
+    [main, admin].into_iter().flatten().map(|(key, address)| judge(key, address)).collect()
 }
 
 fn judge(key: &'static str, address: SocketAddr) -> Finding {

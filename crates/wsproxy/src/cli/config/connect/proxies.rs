@@ -3,12 +3,16 @@
 use ipnet::IpNet;
 
 use super::Finding;
-use crate::config::Config;
+use crate::config::{Config, peer::TrustedProxy};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let part = "trusted_proxies";
     let server = &config.server;
-    let wide: Vec<_> = server.trusted_proxies.iter().filter(|network| is_wide(network)).collect();
+    let networks = server.trusted_proxies.iter().filter_map(|proxy| match proxy {
+        TrustedProxy::Network(network) => Some(network),
+        TrustedProxy::Unix => None,
+    });
+    let wide: Vec<_> = networks.filter(|network| is_wide(network)).collect();
     if !wide.is_empty() {
         let wide: Vec<_> = wide.into_iter().map(ToString::to_string).collect();
         let what = format!(
@@ -16,6 +20,11 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
             wide.join(", ")
         );
         return vec![Finding::error(part, what, "name the addresses of the proxies only")];
+    }
+    if server.unix.is_some() && server.trusted_proxies.is_empty() {
+        let what =
+            "server.unix is set and server.trusted_proxies is empty: all clients have one address";
+        return vec![Finding::warning(part, what, "server.trusted_proxies = [\"unix:\"]")];
     }
     let bind = server.bind.to_canonical();
     let count = server.trusted_proxies.len();
