@@ -20,11 +20,12 @@ use crate::{
     auth::{api_keys::ApiKeys, fixed_keys::FixedKeys},
     bus::Bus,
     client::open_streams::OpenStreams,
-    config::{Config, LimitsConfig},
+    config::{Config, LimitsConfig, load::Origins},
     core::{
         admission::{Attempts, Resumes, Seats},
         caller::Texts,
         origins::AllowedOrigins,
+        recent::Recent,
         sockets::Sockets,
         waiting::WaitingRoom,
     },
@@ -43,6 +44,7 @@ pub mod acks;
 pub mod admission;
 pub mod caller;
 pub mod origins;
+pub mod recent;
 pub mod socket;
 pub mod sockets;
 pub mod waiting;
@@ -89,6 +91,8 @@ pub struct Core {
     pub lines: Throttles,
     /// Shared texts of clients' requests.
     pub texts: Texts,
+    /// The last ended connections and refused handshakes.
+    pub recent: Recent,
     /// Lease of this instance, once a family needs one.
     pub lease: OnceLock<Arc<Lease>>,
     /// Metrics of the instance.
@@ -105,6 +109,8 @@ pub struct Core {
     pub draining: AtomicBool,
     /// No further connection is accepted: `server.drain_delay` is over.
     pub closing: AtomicBool,
+    /// Origins of the configuration's values, where they are known.
+    pub origins: OnceLock<Origins>,
     /// Time of the start.
     pub started: Instant,
 }

@@ -23,18 +23,23 @@ use crate::{
     },
     bus::{Bus, watch},
     cli::{exit::Failure, version},
-    config::{Config, ServerConfig, load::ConfigSources},
+    config::{
+        Config, ServerConfig,
+        load::{ConfigSources, Origins},
+    },
     core::{
         Core,
         admission::{Attempts, Bounds, Resumes, Seats},
         caller::Texts,
         origins::AllowedOrigins,
+        recent::Recent,
         sockets::Sockets,
         waiting::WaitingRoom,
     },
     descriptors::{self, Descriptors},
     endpoint::{
         Families,
+        console::{Console, page},
         routes::{self, Routes},
     },
     http::{
@@ -83,10 +88,11 @@ pub struct Instance {
 ///
 /// # Errors
 /// The instance could not start: see [`Instance::start`].
-pub async fn run(config: Config, sources: ConfigSources) -> anyhow::Result<()> {
+pub async fn run(config: Config, origins: Origins, sources: ConfigSources) -> anyhow::Result<()> {
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
     let hangups = shutdown::Hangups::new().context("cannot listen to signals")?;
     let instance = Instance::start_from(config, Some(sources), |_, _| Router::new()).await?;
+    let _ = instance.core.origins.set(origins);
     let (reloader, end) = (Arc::clone(&instance.reloader), instance.background_end.clone());
     instance.background.spawn(reload_at_hangups(hangups, reloader, end));
     if let Bus::Embedded(_) = instance.core.bus {
@@ -145,12 +151,19 @@ impl Instance {
         let reloader = Reloader::new(sources, &core, &families, pair.clone());
         show(&core, &families, &reloader);
         let told = if admin.is_some() { Details::Always } else { Details::WithKey };
-        let rest = admin::probes(&core, told)
+        let console = Console::start(&core, &families, &background, &background_end);
+        let mut rest = admin::probes(&core, told)
             .merge(admin::metrics(&core, told))
             .merge(families.probes(told).with_state(Arc::clone(&core)))
-            .merge(api::router(Arc::clone(&core), families.api().merge(reload::router(&reloader))))
-            .merge(extra(&core, &families))
-            .fallback(routes::not_found);
+            .merge(api::router(
+                Arc::clone(&core),
+                families.api().merge(console.api()).merge(reload::router(&reloader)),
+            ))
+            .merge(extra(&core, &families));
+        if admin.is_some() {
+            rest = rest.merge(page::router());
+        }
+        let rest = rest.fallback(routes::not_found);
         let (accepting, answering) = (CancellationToken::new(), CancellationToken::new());
         let data_rest = match admin {
             Some(_) => admin::probes(&core, Details::Never)
@@ -347,6 +360,7 @@ fn compose(
         api_failures: Throttle::default(),
         lines: Throttles::default(),
         texts: Texts::default(),
+        recent: Recent::default(),
         lease: OnceLock::new(),
         names,
         metrics: Metrics::new(),
@@ -356,6 +370,7 @@ fn compose(
         followers_end: CancellationToken::new(),
         draining: false.into(),
         closing: false.into(),
+        origins: OnceLock::new(),
         started: Instant::now(),
         config,
     });
@@ -463,6 +478,7 @@ async fn keep_time(core: Arc<Core>, end: CancellationToken) {
         let now = clock::now();
         core.event_streams.relieve(&core.runtime);
         core.runtime.tick(now);
+        core.event_streams.cut_off(&core.runtime);
         if forgotten.elapsed() > FORGET_EVERY {
             forgotten = Instant::now();
             core.attempts.forget_idle(now.0.saturating_mul(1000));

@@ -7,7 +7,7 @@ use anyhow::Context;
 use crate::{
     config::{
         Config,
-        load::{ConfigSources, Loaded, load},
+        load::{ConfigSources, Loaded, Origins, load},
     },
     server, telemetry,
 };
@@ -18,15 +18,15 @@ use crate::{
 /// The instance could not start, or could not end as it should; see [`super::exit::code`].
 pub fn run(sources: ConfigSources) -> anyhow::Result<()> {
     let loaded = load(sources.clone())?;
-    run_with(loaded, |config| server::run(config, sources))
+    run_with(loaded, |config, origins| server::run(config, origins, sources))
 }
 
 /// Starts logs and a runtime, and runs `work` on it, which runs an instance until it has ended.
 pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     loaded: Loaded,
-    work: impl FnOnce(Config) -> F,
+    work: impl FnOnce(Config, Origins) -> F,
 ) -> anyhow::Result<()> {
-    let Loaded { config, ignored, warnings, .. } = loaded;
+    let Loaded { config, ignored, warnings, origins } = loaded;
     let _logs = telemetry::log::start(&config.log)?;
     for warning in warnings {
         tracing::warn!(warning, "The configuration may not be what is meant.");
@@ -41,7 +41,7 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
         builder.worker_threads(config.server.threads);
     }
     let runtime = builder.build().context("cannot start the runtime")?;
-    let result = runtime.block_on(work(config));
+    let result = runtime.block_on(work(config, origins));
     // The server has waited for all tasks that matter; the others are dropped.
     runtime.shutdown_timeout(LEFTOVER_GRACE);
     result
