@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_conn::{Heartbeat, Profile, Runtime, clock::Micros, driver::TAKEN_BYTES_MAX};
 use wsproxy_proto::{
@@ -109,8 +110,9 @@ pub struct Core {
     pub draining: AtomicBool,
     /// No further connection is accepted: `server.drain_delay` is over.
     pub closing: AtomicBool,
-    /// Origins of the configuration's values, where they are known.
-    pub origins: OnceLock<Origins>,
+    /// Configuration in force, with the origins of its values, for operators. `None`: it is `config`, which was made, not
+    /// read.
+    pub in_force: Mutex<Option<Arc<(Config, Origins)>>>,
     /// Time of the start.
     pub started: Instant,
 }

@@ -22,7 +22,7 @@ use crate::{
     config::{
         Config,
         change::{Change, Changes, merged},
-        load::{self, ConfigSources},
+        load::{self, ConfigSources, Origins},
         problem::{Problem, Problems},
     },
     core::Core,
@@ -159,10 +159,10 @@ impl Reloader {
         let Some(sources) = self.sources.clone() else { return Err(Problems(Vec::new())) };
         let path = sources.path();
         let before = path.as_deref().map(contents);
-        let load::Loaded { config: read, warnings, .. } = load::load(sources)?;
+        let load::Loaded { config: read, warnings, origins, .. } = load::load(sources)?;
         let config = merged(in_force, &read);
         load::check_again(&config)?;
-        let next = self.parts(config).map_err(|message| one_problem("", message))?;
+        let next = self.parts(config, origins).map_err(|message| one_problem("", message))?;
         if let Some(path) = path {
             check_settled(&path, before)?;
         }
@@ -171,7 +171,7 @@ impl Reloader {
     }
 
     /// Makes the parts that replace those in use.
-    fn parts(&self, config: Config) -> Result<Next, String> {
+    fn parts(&self, config: Config, origins: Origins) -> Result<Next, String> {
         let before = self.core.api_keys.in_force();
         let pair = match (&self.pair, config.tls.files()) {
             (Some(pair), Some((certificate, key))) => Some(pair.read(certificate, key)?),
@@ -182,7 +182,7 @@ impl Reloader {
             true => KeyRing::read(&config.jwt)?,
             false => KeyRing::default(),
         };
-        Ok(Next { config, pair, api_keys, jwt_keys })
+        Ok(Next { config, origins, pair, api_keys, jwt_keys })
     }
 
     /// Compares values, and the contents of files that are in use.
@@ -209,7 +209,7 @@ impl Reloader {
 
     /// Replaces the parts in use. Cannot fail, so that all of them are replaced.
     fn put_in_force(&self, next: Next) -> Config {
-        let Next { config, pair, api_keys, jwt_keys } = next;
+        let Next { config, origins, pair, api_keys, jwt_keys } = next;
         let Core { attempts, resumes, allowed_origins, .. } = &*self.core;
         if let (Some(pair), Some(next)) = (&self.pair, pair) {
             pair.replace(next);
@@ -224,6 +224,7 @@ impl Reloader {
             // The level was parsed by the same rule when the configuration was read.
             error!(error, "The level of the log stays as it was.");
         }
+        *self.core.in_force.lock() = Some(Arc::new((config.clone(), origins)));
         config
     }
 }
@@ -257,6 +258,7 @@ impl Reloaded {
 /// Parts that are ready to replace those in use.
 struct Next {
     config: Config,
+    origins: Origins,
     pair: Option<NewPair>,
     api_keys: KeyTable,
     jwt_keys: KeyRing,

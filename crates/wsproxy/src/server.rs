@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context;
 use axum::Router;
+use parking_lot::Mutex;
 use sd_notify::NotifyState;
 use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -92,7 +93,8 @@ pub async fn run(config: Config, origins: Origins, sources: ConfigSources) -> an
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
     let hangups = shutdown::Hangups::new().context("cannot listen to signals")?;
     let instance = Instance::start_from(config, Some(sources), |_, _| Router::new()).await?;
-    let _ = instance.core.origins.set(origins);
+    let in_force = (instance.core.config.clone(), origins);
+    *instance.core.in_force.lock() = Some(Arc::new(in_force));
     let (reloader, end) = (Arc::clone(&instance.reloader), instance.background_end.clone());
     instance.background.spawn(reload_at_hangups(hangups, reloader, end));
     if let Bus::Embedded(_) = instance.core.bus {
@@ -370,7 +372,7 @@ fn compose(
         followers_end: CancellationToken::new(),
         draining: false.into(),
         closing: false.into(),
-        origins: OnceLock::new(),
+        in_force: Mutex::new(None),
         started: Instant::now(),
         config,
     });

@@ -95,9 +95,9 @@ fn gateway() {
     }
     let sources =
         ConfigSources { environment: Environment::of_process(), ..ConfigSources::default() };
-    let loaded = load(sources).unwrap_or_else(|problems| panic!("{problems}"));
+    let loaded = load(sources.clone()).unwrap_or_else(|problems| panic!("{problems}"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(wsproxy::server::run(loaded.config, loaded.origins)).unwrap();
+    runtime.block_on(wsproxy::server::run(loaded.config, loaded.origins, sources)).unwrap();
 }
 
 fn is_ready(address: SocketAddr) -> bool {

@@ -250,6 +250,15 @@ async fn the_answer_shows_values_but_no_secret() {
         json!([{ "key": "server.port", "from": "0", "to": "1" }, { "key": "redis.url" }])
     );
     assert!(!answer.to_string().contains("hunter2"));
+    // The console shows the values in force.
+    let shown = running.instance.api("GET", "/api/v1/console/config", "").await;
+    let settings = shown.json()["settings"].as_array().unwrap().clone();
+    let value = |section: &str, name: &str| {
+        let found = settings.iter().find(|one| one["section"] == section && one["name"] == name);
+        found.unwrap()["value"].clone()
+    };
+    assert_eq!((value("log", "level"), value("server", "port")), (json!("\"warn\""), json!("0")));
+    assert!(!shown.body.contains("hunter2"));
     // A second reload tells again what still waits, and nothing that is in force.
     let answer = running.to(&values).await;
     assert_eq!(names(&answer, "changed"), [""; 0]);

@@ -118,7 +118,11 @@ async fn find_subject(
 
 async fn configuration(worker: Worker, State(core): State<Arc<Core>>) -> Response {
     info!(key = &*worker.name, "An operator read the configuration.");
-    let settings = render::settings(&core.config, core.origins.get());
+    let in_force = core.in_force.lock().clone();
+    let settings = match in_force.as_deref() {
+        Some((config, origins)) => render::settings(config, Some(origins)),
+        None => render::settings(&core.config, None),
+    };
     fresh(json!({ "settings": settings }))
 }
 
