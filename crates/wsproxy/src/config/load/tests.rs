@@ -215,6 +215,11 @@ fn every_rule_between_keys_is_checked() {
         ("[jwt]\nalgorithms = []", "jwt.algorithms"),
         ("[endpoints]\nevents = true", "endpoints.events"),
         ("[endpoints]\nsessions = false", "endpoints.sessions"),
+        ("[server]\nproxy_protocol = true", "server.proxy_protocol"),
+        (
+            "[server]\nproxy_protocol = true\nunix = '/a'\ntrusted_proxies = ['::1']",
+            "server.proxy_protocol",
+        ),
         ("[endpoints]\nevents = true\n[jwt]\nsecret_key = '0123456789abcde'", "jwt.secret_key"),
         ("[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['RS256']", "jwt.algorithms"),
         ("[jwt]\njwks_url = 'https://a/'", "jwt.algorithms"),
