@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,9 @@ def listens(port: int) -> bool:
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        # Certificates are made for a run, and nothing secret is sent.
+        trust = ssl._create_unverified_context() if url.startswith("https:") else None
+        with urllib.request.urlopen(url, timeout=2, context=trust) as answer:
             return answer.status == 200
     except (OSError, urllib.error.HTTPError):
         return False
@@ -126,7 +129,8 @@ def gateway(redis: int, settings: dict | None = None):
     }
     binary = Path(os.environ.get("BENCH_GATEWAY", GATEWAY))
     with process([binary, "serve"], env=environment, stdout=sys.stderr) as child:
-        wait_until("wsproxy", lambda: answers(f"http://127.0.0.1:{port}/ready"), child)
+        scheme = "https" if "WSPROXY_TLS__KEY" in environment else "http"
+        wait_until("wsproxy", lambda: answers(f"{scheme}://127.0.0.1:{port}/ready"), child)
         yield Server("wsproxy", port, child.pid, redis)
 
 
@@ -138,6 +142,70 @@ def peer(name: str, redis: int):
         wait_until(name, lambda: answers(f"http://127.0.0.1:{port}/health"), child)
         nchan = name == "nchan"
         yield Server("nchan" if nchan else "plain", port, child.pid, port if nchan else redis)
+
+
+@contextlib.contextmanager
+def certificate():
+    """Gives the files of a certificate on P-256 and of its key."""
+    with tempfile.TemporaryDirectory(prefix="bench-tls-") as folder:
+        cert, key = Path(folder) / "fullchain.pem", Path(folder) / "privkey.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        command += ["-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", cert]
+        subprocess.run(command, check=True, capture_output=True)
+        yield cert, key
+
+
+NGINX = """
+worker_processes 2;
+worker_rlimit_nofile 20000;
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log warn;
+events {{ worker_connections 19900; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port} ssl reuseport backlog=4096;
+        ssl_certificate {cert};
+        ssl_certificate_key {key};
+        ssl_protocols TLSv1.2 TLSv1.3;
+        location / {{
+            proxy_pass http://127.0.0.1:{behind};
+            proxy_http_version 1.1;
+            proxy_set_header Host $host;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection upgrade;
+            proxy_read_timeout 1h;
+        }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def tls(who: str, redis: int):
+    """A gateway that speaks TLS, the same in plain, or nginx that speaks TLS in front of that."""
+    with contextlib.ExitStack() as stack:
+        cert, key = stack.enter_context(certificate())
+        encrypted = {"WSPROXY_TLS__CERTIFICATE": str(cert), "WSPROXY_TLS__KEY": str(key)}
+        one = stack.enter_context(gateway(redis, encrypted if who == "wsproxy" else None))
+        if who != "nginx":
+            yield [*one.arguments, *(["--tls"] if who == "wsproxy" else [])]
+            return
+        folder, port = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-nginx-")), free_port()
+        # The workers of a master that root has started have another user.
+        os.chmod(folder, 0o777)
+        conf = Path(folder) / "nginx.conf"
+        conf.write_text(NGINX.format(folder=folder, port=port, behind=one.port, cert=cert, key=key))
+        program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        child = stack.enter_context(process([program, "-p", folder, "-c", conf], stderr=subprocess.DEVNULL))
+        wait_until("nginx", lambda: answers(f"https://127.0.0.1:{port}/ready"), child)
+        yield [*Server("wsproxy", port, f"{child.pid},{one.pid}", redis).arguments, "--tls"]
 
 
 HISTORY = {"WSPROXY_SESSIONS__HISTORY": "true"}
@@ -351,6 +419,9 @@ def load(name: str, arguments: list, redis: int, settings: dict | None = None) -
             return generate([*scenario, *arguments])
     if scenario[0] in ("agents", "agent-ends", "agents-lost"):
         return agents(name, scenario)
+    if scenario[0] == "tls":
+        with tls(name, redis) as arguments:
+            return generate([*scenario[1:], *arguments])
     setup = SETUPS.get(scenario[0])
     if setup:
         with setup() as arguments:
@@ -384,6 +455,7 @@ def missing(name: str) -> str | None:
         "socketio": HERE / "env/rooms/node_modules/socket.io",
         "bun": HERE / "env/rooms/node_modules/.bin/bun",
         "fastapi": HERE / "env/venv/bin/python",
+        "nginx": Path("/usr/sbin/nginx"),
         "nchan": Path("/usr/lib/nginx/modules/ngx_nchan_module.so"),
     }
     path = needs.get(name)

@@ -40,6 +40,11 @@ def verdict(value, figure: dict) -> str:
     return "bar reached" if sign * value <= sign * figure["bar"] else "**missed**"
 
 
+def beyond(value, base):
+    """The part of a value that another one does not have."""
+    return None if value is None or base is None else value - base
+
+
 def table(header: list, rows: list) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
@@ -55,9 +60,8 @@ def figures_table(result: dict, group: str = "figures") -> str:
             for key in ("bar", "aim")
         ]
         got = spread(figure["values"], figure["unit"])
-        parts = [
-            f"{who} {spread(figure[who])}" for who in ("wsproxy", figure.get("versus")) if figure.get(who)
-        ]
+        who_all = ("wsproxy", figure.get("versus"), figure.get("beyond"))
+        parts = [f"{who} {spread(figure[who])}" for who in who_all if figure.get(who)]
         said = verdict(median(figure["values"]), figure)
         command = f"`bench/run {group} --only {figure['of']}`" if figure.get("of") else ""
         rows.append([figure["title"], got, "; ".join(parts), *bounds, said, command])
@@ -108,6 +112,7 @@ def page(folder: Path) -> str:
         ("history", lambda result: figures_table(result, "history")),
         ("agents", lambda result: figures_table(result, "agents")),
         ("rooms", lambda result: figures_table(result, "rooms")),
+        ("tls", lambda result: figures_table(result, "tls")),
         ("peers", peers_table),
     )
     for name, shape in shapes:

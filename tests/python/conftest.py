@@ -122,6 +122,10 @@ def session(redis):
     return token
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="all checks of testssl.sh: some minutes more")
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
     """A failed test shows what the processes said."""

@@ -100,6 +100,7 @@ impl Bench {
         let fleet = Fleet::start(&FleetConfig {
             server: common.server,
             target: target.clone(),
+            tls: common.tls,
             threads: common.threads,
             sources: common.sources,
             clients: layout.clients,

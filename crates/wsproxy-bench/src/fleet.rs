@@ -2,6 +2,7 @@
 
 mod client;
 mod counters;
+pub(crate) mod secure;
 mod tally;
 mod worker;
 
@@ -30,6 +31,8 @@ pub struct FleetConfig {
     pub server: SocketAddr,
     /// The handshakes and channels of the clients.
     pub target: Target,
+    /// The clients speak TLS.
+    pub tls: bool,
     /// Number of threads that share the clients.
     pub threads: u32,
     /// Number of source addresses, from 127.0.0.1 up; each gives some 28,000 ports.

@@ -16,6 +16,9 @@ pub struct Common {
     /// Kind of the server.
     #[arg(long, value_enum, default_value = "wsproxy")]
     pub target: Kind,
+    /// The clients speak TLS, and trust every server. Each handshake is a full one.
+    #[arg(long)]
+    pub tls: bool,
     /// Path of a client's WebSocket, with {id} and {agent}; the kind's own by default.
     #[arg(long, default_value = "")]
     pub path: String,

@@ -150,6 +150,7 @@ pub fn serve(generator: &Generator) -> Result<()> {
     let fleet = Fleet::start(&FleetConfig {
         server: *server,
         target,
+        tls: false,
         threads: 1,
         sources: *sources,
         clients: *count,

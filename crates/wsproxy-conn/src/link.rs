@@ -224,6 +224,11 @@ impl Link {
         if state.accounted > 0 { state.outbox.untouched_bytes() } else { 0 }
     }
 
+    /// Returns the number of bytes in the process's budget that an end without a close frame would free.
+    pub(crate) fn accounted_bytes(&self) -> usize {
+        self.state.lock().accounted as usize
+    }
+
     /// Returns the time at which the last bytes came from the client.
     #[must_use]
     pub fn heard(&self) -> Micros {

@@ -69,16 +69,29 @@ impl Runtime {
         self.wheel.links()
     }
 
-    /// Ends the connections with the most waiting bytes until the rest fits the budget. Connections that would free
-    /// nothing stay.
+    /// Ends the connections with the most waiting bytes until the rest fits the budget. Each gets a close frame, while
+    /// that frees enough. What is left then is partly written (a frame, or a record of TLS) and goes only with its
+    /// connection.
     fn relieve(&self, now: Micros) {
+        self.end_worst(Link::waiting_bytes, |link| link.disconnect(&Disconnect::SLOW, now));
+        self.end_worst(Link::accounted_bytes, |link| {
+            link.disconnect(&Disconnect::SLOW, now);
+            link.abort();
+        });
+    }
+
+    /// Ends connections until the budget is kept, those first that would free the most bytes.
+    fn end_worst(&self, freed_bytes: impl Fn(&Link) -> usize, end: impl Fn(&Link)) {
+        if !self.budget.is_exceeded() {
+            return;
+        }
         // The numbers change while they are sorted, so each is read once.
-        let links = self.links().into_iter().map(|link| (link.waiting_bytes(), link));
+        let links = self.links().into_iter().map(|link| (freed_bytes(&link), link));
         let mut links: Vec<_> = links.filter(|(bytes, _)| *bytes > 0).collect();
         links.sort_unstable_by_key(|(bytes, _)| *bytes);
         while self.budget.is_exceeded() {
             let Some((_, worst)) = links.pop() else { break };
-            worst.disconnect(&Disconnect::SLOW, now);
+            end(&worst);
         }
     }
 

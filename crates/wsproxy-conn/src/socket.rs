@@ -155,6 +155,17 @@ impl Socket {
         }
     }
 
+    /// As [`Self::finish_writing`]. Where TLS has to tell the peer of the end, and the kernel takes no more, waits until it
+    /// does.
+    pub fn poll_finish_writing(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Self::Tls(socket) = self {
+            // An error means that the peer left.
+            let _ = ready!(socket.poll_goodbye(cx));
+        }
+        let _ = self.with_ref(|socket| socket.shutdown(Shutdown::Write));
+        Poll::Ready(())
+    }
+
     /// Ends our half of the stream. Does nothing where the socket is gone already.
     pub fn finish_writing(&self) {
         if let Self::Tls(socket) = self {
@@ -278,10 +289,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(&mut **stream).poll_shutdown(cx),
-            tls @ Self::Tls(_) => {
-                tls.finish_writing();
-                Poll::Ready(Ok(()))
-            }
+            tls @ Self::Tls(_) => tls.poll_finish_writing(cx).map(Ok),
         }
     }
 }

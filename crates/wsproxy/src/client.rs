@@ -35,6 +35,15 @@ impl Client {
         }
     }
 
+    /// Returns the number of bytes that wait for the client.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> usize {
+        match self {
+            Self::WebSocket(link) => link.queued_bytes(),
+            Self::EventStream(outbox) => outbox.waiting_bytes(),
+        }
+    }
+
     /// Returns the upper bound of the bytes that wait for the client.
     #[must_use]
     pub fn buffer_bytes_max(&self) -> usize {

@@ -20,10 +20,11 @@ use crate::{
     auth::api_keys::ApiKeys,
     bus::Bus,
     client::open_streams::OpenStreams,
-    config::Config,
+    config::{Config, load::Origins},
     core::{
         admission::{Attempts, Resumes, Seats},
         caller::Texts,
+        recent::Recent,
         sockets::Sockets,
         waiting::WaitingRoom,
     },
@@ -41,6 +42,7 @@ use crate::{
 pub mod acks;
 pub mod admission;
 pub mod caller;
+pub mod recent;
 pub mod socket;
 pub mod sockets;
 pub mod waiting;
@@ -83,6 +85,8 @@ pub struct Core {
     pub lines: Throttles,
     /// Shared texts of clients' requests.
     pub texts: Texts,
+    /// The last ended connections and refused handshakes.
+    pub recent: Recent,
     /// Lease of this instance, once a family needs one.
     pub lease: OnceLock<Arc<Lease>>,
     /// Metrics of the instance.
@@ -99,6 +103,8 @@ pub struct Core {
     pub draining: AtomicBool,
     /// No further connection is accepted: `server.drain_delay` is over.
     pub closing: AtomicBool,
+    /// Origins of the configuration's values, where they are known.
+    pub origins: OnceLock<Origins>,
     /// Time of the start.
     pub started: Instant,
 }

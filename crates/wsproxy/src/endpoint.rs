@@ -32,6 +32,7 @@ use crate::{
 };
 
 pub mod agents;
+pub mod console;
 pub mod echo;
 pub mod events;
 pub mod rooms;
@@ -180,7 +181,7 @@ impl Families {
 pub fn api_routes() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
     let of_families =
         [session::api::ROUTES, events::api::ROUTES, rooms::api::ROUTES, agents::api::ROUTES];
-    of_families.into_iter().flatten().chain(api::ROUTES)
+    of_families.into_iter().flatten().chain(console::api::ROUTES).chain(api::ROUTES)
 }
 
 impl Source for Families {

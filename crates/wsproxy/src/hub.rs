@@ -16,6 +16,7 @@ use crate::{
         Bus,
         publish::{BusError, Publish},
     },
+    client::Client,
     hub::{
         counters::HubCounters,
         follower::FollowerQueue,
@@ -174,6 +175,18 @@ impl Hub {
     /// Ready when [`Self::publish`] has room; see [`Bus::poll_publishable`].
     pub fn poll_publishable(&self, cx: &mut std::task::Context<'_>) -> std::task::Poll<()> {
         self.bus.get().map_or(std::task::Poll::Ready(()), |bus| bus.poll_publishable(cx))
+    }
+
+    /// Returns the clients here whose logic is subscribed to a topic.
+    #[must_use]
+    pub fn clients_of(&self, topic: &str) -> Vec<Client> {
+        let shard = self.shards.lock(topic.as_bytes());
+        let sinks = shard.get(topic.as_bytes()).map(|topic| topic.subscribers.iter());
+        let clients = sinks.into_iter().flatten().filter_map(|sink| match sink {
+            Sink::Handler { client, .. } => Some(client.clone()),
+            _ => None,
+        });
+        clients.collect()
     }
 
     /// Returns the number of topics.

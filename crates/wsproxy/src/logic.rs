@@ -8,7 +8,7 @@ use wsproxy_proto::{disconnect::Disconnect, ws::frame::Kind};
 use crate::{
     bus::publish::{BusError, Publish},
     client::{Client, event::Event},
-    core::Core,
+    core::{Core, recent::Who},
 };
 
 #[cfg(test)]
@@ -28,6 +28,8 @@ pub trait Logic: Send + Unpin + 'static {
     fn on_message(&mut self, kind: Kind, payload: &[u8], actions: &mut dyn Actions<Self::Request>);
     /// Takes an event from another task.
     fn on_event(&mut self, event: Event, actions: &mut dyn Actions<Self::Request>);
+    /// Returns the ids of the client.
+    fn who(&self) -> Who<'_>;
     /// Ends. `sent` counts the messages and bytes that went to the client.
     fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions<Self::Request>);
 }

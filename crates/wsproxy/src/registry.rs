@@ -313,6 +313,15 @@ impl Registry {
         }
     }
 
+    /// Returns the connections of a user at this instance, each with its client.
+    #[must_use]
+    pub fn here(&self, user: &Id) -> Vec<(Presence, Client)> {
+        let local = self.local.lock();
+        let all = local.presence(&self.settings.server_id, user.as_str()).into_iter();
+        all.filter_map(|one| local.client(one.connection_id).pop().map(|client| (one, client)))
+            .collect()
+    }
+
     /// Returns the numbers of connections. Those of other instances may be a second old, and are unknown while
     /// Redis does not answer.
     pub async fn totals(&self) -> Totals {

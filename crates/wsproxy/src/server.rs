@@ -19,17 +19,19 @@ use crate::{
     auth::api_keys::ApiKeys,
     bus::{Bus, watch},
     cli::{exit::Failure, version},
-    config::{Config, ServerConfig},
+    config::{Config, ServerConfig, load::Origins},
     core::{
         Core,
         admission::{Attempts, Bounds, Resumes, Seats},
         caller::Texts,
+        recent::Recent,
         sockets::Sockets,
         waiting::WaitingRoom,
     },
     descriptors::{self, Descriptors},
     endpoint::{
         Families,
+        console::{Console, page},
         routes::{self, Routes},
     },
     http::{
@@ -76,9 +78,10 @@ pub struct Instance {
 ///
 /// # Errors
 /// The instance could not start: see [`Instance::start`].
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, origins: Origins) -> anyhow::Result<()> {
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
     let instance = Instance::start(config, |_, _| Router::new()).await?;
+    let _ = instance.core.origins.set(origins);
     if let Bus::Embedded(_) = instance.core.bus {
         // An operator who forgot the URL would otherwise only see that all tokens are refused with 403.
         warn!(
@@ -120,12 +123,16 @@ impl Instance {
         }
         show(&core, &families);
         let told = if admin.is_some() { Details::Always } else { Details::WithKey };
-        let rest = admin::probes(&core, told)
+        let console = Console::start(&core, &families, &background, &background_end);
+        let mut rest = admin::probes(&core, told)
             .merge(admin::metrics(&core, told))
             .merge(families.probes(told).with_state(Arc::clone(&core)))
-            .merge(api::router(Arc::clone(&core), families.api()))
-            .merge(extra(&core, &families))
-            .fallback(routes::not_found);
+            .merge(api::router(Arc::clone(&core), families.api().merge(console.api())))
+            .merge(extra(&core, &families));
+        if admin.is_some() {
+            rest = rest.merge(page::router());
+        }
+        let rest = rest.fallback(routes::not_found);
         let (accepting, answering) = (CancellationToken::new(), CancellationToken::new());
         let data_rest = match admin {
             Some(_) => admin::probes(&core, Details::Never)
@@ -320,6 +327,7 @@ fn compose(
         api_failures: Throttle::default(),
         lines: Throttles::default(),
         texts: Texts::default(),
+        recent: Recent::default(),
         lease: OnceLock::new(),
         names,
         metrics: Metrics::new(),
@@ -329,6 +337,7 @@ fn compose(
         followers_end: CancellationToken::new(),
         draining: false.into(),
         closing: false.into(),
+        origins: OnceLock::new(),
         started: Instant::now(),
         config,
     });
@@ -413,6 +422,7 @@ async fn keep_time(core: Arc<Core>, end: CancellationToken) {
         let now = clock::now();
         core.event_streams.relieve(&core.runtime);
         core.runtime.tick(now);
+        core.event_streams.cut_off(&core.runtime);
         if forgotten.elapsed() > FORGET_EVERY {
             forgotten = Instant::now();
             core.attempts.forget_idle(now.0.saturating_mul(1000));

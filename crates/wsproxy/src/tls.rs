@@ -1,6 +1,11 @@
 //! TLS: of the instance's own connections to servers, and of its listeners. Knows no protocol above it.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+    sync::Arc,
+};
 
 use rustls::{
     ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
@@ -91,9 +96,12 @@ pub(crate) fn check_ca_file(path: &Path) -> Result<(), String> {
 }
 
 fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
-    let certificates = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+    let text = read_file(path)
         .map_err(|error| format!("the CA file {} cannot be read: {error}", path.display()))?;
+    // The error of PEM quotes the file, which may be another one, with a secret.
+    let certificates = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| format!("the CA file {} is not PEM", path.display()))?;
     if certificates.is_empty() {
         return Err(format!("the CA file {} holds no certificate", path.display()));
     }
@@ -103,4 +111,54 @@ fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), String>
             .map_err(|error| format!("the CA file {} cannot be used: {error}", path.display()))?;
     }
     Ok(())
+}
+
+/// Reads a file of certificates or of a key.
+///
+/// # Errors
+/// The file cannot be read, is larger than any such file, or is none: a pipe gives its bytes once, and may block for ever.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let is_file = |found: std::fs::Metadata| match (found.is_file(), found.is_dir()) {
+        (true, _) => Ok(()),
+        (_, true) => Err(io::Error::other("it is a directory")),
+        _ => Err(io::Error::other("it is no regular file")),
+    };
+    // Before it is opened, since that alone blocks at a pipe.
+    is_file(path.metadata()?)?;
+    let mut bytes = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(io::Error::other(format!("it is larger than {FILE_BYTES_MAX} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Upper bound of a file's size: more than any list of certificates has.
+const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ca_file_that_is_none_is_named_and_not_quoted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        let problem = |path: &Path| check_ca_file(path).unwrap_err();
+        assert!(problem(&path).contains("cannot be read: No such file"));
+        for text in [
+            "-----BEGIN secret words\n",
+            "-----BEGIN CERTIFICATE-----\nsecret?\n-----END CERTIFICATE-----\n",
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let problem = problem(&path);
+            assert!(problem.ends_with("is not PEM") && !problem.contains("secret"), "{problem}");
+        }
+        std::fs::write(&path, "secret").unwrap();
+        assert!(problem(&path).ends_with("holds no certificate"));
+        std::fs::write(&path, vec![b' '; FILE_BYTES_MAX as usize + 1]).unwrap();
+        assert!(problem(&path).contains("larger than"));
+        assert!(problem(folder.path()).ends_with("cannot be read: it is a directory"));
+        assert!(problem(Path::new("/dev/null")).ends_with("cannot be read: it is no regular file"));
+    }
 }

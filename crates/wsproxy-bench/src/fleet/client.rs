@@ -8,6 +8,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 
 use wsproxy_proto::history::Position;
 
+use super::secure::Secure;
 use crate::frame::FrameReader;
 
 /// State of a client's connection.
@@ -23,6 +24,8 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) socket: Option<OwnedFd>,
+    /// Encryption of the socket; `None`: it is plain.
+    pub(crate) secure: Option<Box<Secure>>,
     pub(crate) phase: Phase,
     /// Distinguishes this connection from earlier ones of the slot, whose events may still be queued.
     pub(crate) generation: u32,
@@ -44,6 +47,7 @@ impl Client {
     pub(crate) fn new() -> Self {
         Self {
             socket: None,
+            secure: None,
             phase: Phase::Idle,
             generation: 0,
             reader: FrameReader::default(),
@@ -79,6 +83,17 @@ impl Client {
 
     /// Sends as much as the socket takes and keeps the rest; true when all of it went.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<bool, Errno> {
+        match &mut self.secure {
+            Some(secure) => {
+                let encrypted = secure.write(bytes);
+                self.send_as_is(&encrypted)
+            }
+            None => self.send_as_is(bytes),
+        }
+    }
+
+    /// As [`Self::send`], without encryption.
+    pub(crate) fn send_as_is(&mut self, bytes: &[u8]) -> Result<bool, Errno> {
         let Some(socket) = &self.socket else { return Ok(true) };
         if !self.unsent.is_empty() {
             self.unsent.extend_from_slice(bytes);
@@ -96,7 +111,7 @@ impl Client {
     /// Sends the bytes that were left over; true when none is left.
     pub(crate) fn flush(&mut self) -> Result<bool, Errno> {
         let unsent = std::mem::take(&mut self.unsent);
-        self.send(&unsent)
+        self.send_as_is(&unsent)
     }
 
     /// Forgets the messages of the previous connection.
@@ -107,7 +122,7 @@ impl Client {
 
     /// Forgets the connection; its events of this round no longer count.
     pub(crate) fn reset(&mut self) {
-        self.socket = None;
+        (self.socket, self.secure) = (None, None);
         self.phase = Phase::Idle;
         self.generation = self.generation.wrapping_add(1);
         self.head = Vec::new();

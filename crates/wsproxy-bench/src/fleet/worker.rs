@@ -14,11 +14,13 @@ use rustix::net::RecvFlags;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
 };
+use rustls::ClientConfig;
 
 use wsproxy_proto::ws::frame::Opcode;
 
 use super::client::{Client, Phase};
 use super::counters::Round;
+use super::secure::{self, Secure};
 use super::tally::Ending;
 use super::{Command, Counters, Echo, FleetConfig, Opening, Span, Tally};
 use crate::clock::{NS_PER_SECOND, now_ns, ns};
@@ -32,6 +34,10 @@ use crate::stamp::{CallStamp, Stamp};
 pub(super) struct Worker {
     index: u32,
     config: FleetConfig,
+    /// Encryption of the clients; `None`: they speak plain HTTP.
+    tls: Option<Arc<ClientConfig>>,
+    /// Decrypted bytes of one read.
+    plain: Vec<u8>,
     counters: Arc<Counters>,
     wake: Arc<OwnedFd>,
     commands: Receiver<Command>,
@@ -87,6 +93,8 @@ impl Worker {
         Ok(Self {
             index,
             config: config.clone(),
+            tls: config.tls.then(secure::config).transpose()?,
+            plain: Vec::new(),
             counters: Arc::clone(counters),
             wake: Arc::clone(wake),
             commands,
@@ -204,6 +212,10 @@ impl Worker {
         }
         let request = self.config.target.request(&self.config.server, number, client.position);
         client.started_ns = started_ns;
+        if let Some(tls) = &self.tls {
+            // An address is always a name, so that this cannot fail.
+            client.secure = Secure::new(tls, self.config.server).ok().map(Box::new);
+        }
         let begun = client.connect(self.config.server, source).and_then(|()| client.send(&request));
         self.in_flight += 1;
         self.handshakes.push_back((slot, client.generation));
@@ -261,9 +273,10 @@ impl Worker {
         let socket = client.socket.as_ref()?;
         let reason = match rustix::net::recv(socket, &mut *buffer, RecvFlags::empty()) {
             Ok((_, read)) if read > 0 => {
-                match client.phase {
-                    Phase::Handshake => self.read_answer(slot, &buffer[..read]),
-                    _ => self.read_frames(slot, &buffer[..read]),
+                if client.secure.is_some() {
+                    self.read_encrypted(slot, &buffer[..read]);
+                } else {
+                    self.read_plain(slot, &buffer[..read]);
                 }
                 return Some(read);
             }
@@ -273,6 +286,35 @@ impl Worker {
         };
         self.end(slot, reason);
         None
+    }
+
+    fn read_encrypted(&mut self, slot: u32, encrypted: &[u8]) {
+        let mut plain = std::mem::take(&mut self.plain);
+        plain.clear();
+        let client = &mut self.clients[slot as usize];
+        let Some(secure) = &mut client.secure else { return };
+        let read = secure.read(encrypted, &mut plain);
+        let answer = secure.outgoing();
+        if !answer.is_empty() {
+            let was_empty = client.unsent.is_empty();
+            if client.send_as_is(&answer) == Ok(false) && was_empty {
+                self.set_interest(slot, false);
+            }
+        }
+        if !plain.is_empty() {
+            self.read_plain(slot, &plain);
+        }
+        self.plain = plain;
+        if read.is_err() {
+            self.end(slot, "broken TLS");
+        }
+    }
+
+    fn read_plain(&mut self, slot: u32, input: &[u8]) {
+        match self.clients[slot as usize].phase {
+            Phase::Handshake => self.read_answer(slot, input),
+            _ => self.read_frames(slot, input),
+        }
     }
 
     fn read_answer(&mut self, slot: u32, input: &[u8]) {

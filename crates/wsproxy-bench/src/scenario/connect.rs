@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::bench::{Bench, Layout};
-use crate::fleet::{Opening, Span};
+use crate::fleet::{Client, Opening, Span};
 use crate::options::Common;
 use crate::report::Report;
 
@@ -16,6 +16,9 @@ pub struct Options {
     /// Connections per second on a schedule, instead of as fast as possible.
     #[arg(long)]
     rate: Option<f64>,
+    /// Connections that have sent the beginning of a TLS handshake, and stay silent beside the others.
+    #[arg(long, default_value_t = 0)]
+    half_done: u32,
 }
 
 /// Runs the scenario.
@@ -34,6 +37,8 @@ pub fn run(options: &Options) -> Result<Report> {
     let all = Span::all(clients);
     let target = bench.target.clone();
     bench.publisher.set_tokens((0..clients).map(|client| target.session_of(client)))?;
+    bench.report.set("half_done", options.half_done);
+    let half_done = half_done(options)?;
     bench.progress.phase("measure");
     let start = bench.moment();
     let opening = Opening { span: all, in_flight: common.in_flight, rate: options.rate };
@@ -57,8 +62,28 @@ pub fn run(options: &Options) -> Result<Report> {
     });
     bench.judge(&tally, false);
     bench.close(all)?;
+    drop(half_done);
     Ok(bench.report)
 }
+
+/// Opens the connections that stay in the handshake, from all source addresses in turn.
+fn half_done(options: &Options) -> Result<Vec<Client>> {
+    let common = &options.common;
+    let opened = (0..options.half_done).map(|number| {
+        let source = FIRST_SOURCE + number % common.sources;
+        let mut client = Client::new();
+        client.connect(common.server, source.into())?;
+        client.send_as_is(BEGUN)?;
+        Ok(client)
+    });
+    opened.collect()
+}
+
+/// Head of a long record with a message of the handshake.
+const BEGUN: &[u8] = &[22, 3, 1, 0x3f, 0, 1];
+
+/// 127.0.0.1, in the order in which addresses count up.
+const FIRST_SOURCE: u32 = 0x7f00_0001;
 
 /// Connections of the warm-up: enough to use every code path and every pool of the server once.
 const WARM_UP_CLIENTS: u32 = 500;

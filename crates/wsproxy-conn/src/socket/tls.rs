@@ -195,12 +195,25 @@ impl TlsSocket {
         self.stream.poll_read_ready(cx)
     }
 
-    /// Tells the peer that the end of the stream is meant.
+    /// Tells the peer that the end of the stream is meant. The alert is lost where the kernel takes no more.
     pub(super) fn say_goodbye(&self) {
         let mut session = self.session.lock();
         session.tls.send_close_notify();
-        // The alert is lost where the peer reads nothing, which does no harm.
         let _ = session.flush(&self.stream);
+    }
+
+    /// As [`Self::say_goodbye`]; waits where the kernel takes no more.
+    pub(super) fn poll_goodbye(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut session = self.session.lock();
+            session.tls.send_close_notify();
+            match session.flush(&self.stream) {
+                Err(error) if is_passing(&error) => {}
+                result => return Poll::Ready(result),
+            }
+            drop(session);
+            ready!(self.stream.poll_write_ready(cx))?;
+        }
     }
 }
 
@@ -215,7 +228,8 @@ impl Session {
         Ok(())
     }
 
-    /// Decrypts what came. Returns how many bytes can be read.
+    /// Decrypts what came. Returns how many bytes can be read. An error is found again by the next call; bytes of the
+    /// records before it can still be read.
     fn process(&mut self, stream: &TcpStream) -> io::Result<usize> {
         match self.tls.process_new_packets() {
             Ok(state) => Ok(state.plaintext_bytes_to_read()),
@@ -236,7 +250,17 @@ impl Session {
         encrypted: &mut usize,
     ) -> io::Result<usize> {
         loop {
-            let unread = self.process(stream)?;
+            let unread = match self.process(stream) {
+                Ok(unread) => unread,
+                // The peer wrote these bytes before the bad record, and may have meant them as its last words.
+                Err(error) => match self.tls.reader().read(buffer) {
+                    Ok(count @ 1..) => {
+                        self.has_unread = true;
+                        return Ok(count);
+                    }
+                    _ => return Err(error),
+                },
+            };
             let count = match self.tls.reader().read(buffer) {
                 Err(error) if error.kind() == WouldBlock => {
                     if self.barren > BARREN_BYTES_MAX {

@@ -52,18 +52,19 @@ async fn finishing_connection_counts_against_the_budget() {
 }
 
 #[tokio::test]
-async fn partly_written_frames_end_no_other_connection() {
+async fn a_partly_written_frame_goes_with_its_connection_alone() {
     let mut process = Process::with_budget(500_000);
     let profile = Arc::new(profile());
-    let stuck = Connection::shared(&process, &profile);
+    let mut stuck = Connection::shared(&process, &profile);
     let small = Connection::shared(&process, &profile);
     let idle = Connection::shared(&process, &profile);
     small.link.push(text("unflushed"), clock::now());
-    // A part of it is in the kernel: the rest must follow, or the stream makes no sense.
+    // A part of it is in the kernel, so no close frame can follow unless the rest does.
     stuck.link.push(text(&"x".repeat(800_000)), clock::now());
     stuck.link.flush(clock::now());
     settle().await;
     process.pass(100);
-    assert!(process.runtime.budget.used() > 500_000);
+    assert!(process.runtime.budget.used() <= 500_000 && stuck.link.is_closing());
     assert!(!idle.link.is_closing() && !small.link.is_closing());
+    assert_eq!(stuck.ends().await, ("slow_consumer", 1008, false));
 }

@@ -1,7 +1,10 @@
-//! TLS peers whose records carry little or nothing.
+//! TLS peers whose records carry little or nothing, and records at the end of a connection.
 
 use std::{
-    io::Write,
+    io::{
+        ErrorKind::{InvalidData, WouldBlock},
+        Read, Write,
+    },
     net::TcpStream,
     sync::Arc,
     thread,
@@ -21,7 +24,7 @@ use rustls::{
 };
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use uuid::Uuid;
-use wsproxy_conn::{Driver, Link, Profile, Socket, clock, socket::tls::TlsSocket};
+use wsproxy_conn::{Driver, Link, Profile, Runtime, Socket, clock, socket::tls::TlsSocket};
 use wsproxy_proto::{
     rate::Rate,
     ws::frame::{Opcode, client_frame},
@@ -89,10 +92,79 @@ async fn one_read_takes_a_bounded_part_of_tiny_records() {
                 assert!((1..4000).contains(&count), "{count} bytes at once");
                 received.extend_from_slice(&buffer[..count]);
             }
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            Err(error) => assert_eq!(error.kind(), WouldBlock),
         }
     }
     assert!(received == sent);
+}
+
+#[tokio::test]
+async fn bytes_before_a_bad_record_are_read() {
+    let (socket, mut tls, mut stream) = connect(aws_lc_rs::default_provider()).await;
+    tls.writer().write_all(b"last words").unwrap();
+    let mut sent = Vec::new();
+    tls.write_tls(&mut sent).unwrap();
+    // A record that no key of ours made, in the same segment.
+    sent.extend([&[23, 3, 3, 0, 40][..], &[7; 40]].concat());
+    stream.write_all(&sent).unwrap();
+    let mut buffer = [0; 64];
+    let mut read = async || loop {
+        timeout(PATIENCE, std::future::poll_fn(|cx| socket.poll_read_ready(cx))).await.unwrap()?;
+        match socket.try_read(&mut buffer) {
+            Err(error) if error.kind() == WouldBlock => {}
+            result => return result,
+        }
+    };
+    assert_eq!(read().await.unwrap(), 10);
+    assert_eq!(read().await.unwrap_err().kind(), InvalidData);
+    assert!(buffer.starts_with(b"last words"));
+}
+
+#[tokio::test]
+async fn the_goodbye_waits_until_the_kernel_takes_it() {
+    let (socket, mut tls, mut stream) = connect(aws_lc_rs::default_provider()).await;
+    let mut written = 0;
+    while let Ok(count) = socket.try_write(&[7; 10_000]) {
+        written += count;
+    }
+    let finish = std::future::poll_fn(|cx| socket.poll_finish_writing(cx));
+    let mut finish = std::pin::pin!(finish);
+    assert!(poll_once(finish.as_mut()).is_pending(), "the kernel takes no more");
+    let peer = thread::spawn(move || {
+        let mut received = Vec::new();
+        let told = rustls::Stream::new(&mut tls, &mut stream).read_to_end(&mut received);
+        told.map(|_| received.len())
+    });
+    timeout(PATIENCE, finish).await.unwrap();
+    let received = tokio::task::spawn_blocking(|| peer.join()).await.unwrap().unwrap();
+    // The last byte of a record counts as written only when the kernel has all of it.
+    assert!([written, written + 1].contains(&received.expect("the end is told")));
+}
+
+/// Polls a future once.
+fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) -> std::task::Poll<F::Output> {
+    future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
+}
+
+#[tokio::test]
+async fn a_record_that_waits_can_be_freed_for_the_budget() {
+    let (socket, _tls, _stream) = connect(aws_lc_rs::default_provider()).await;
+    let runtime = Runtime::new(0, clock::now());
+    let link =
+        Link::new(Uuid::new_v4(), None, profile().into(), Arc::clone(&runtime), clock::now());
+    let seen = Arc::<Seen>::default();
+    let recorder = Recorder(Arc::clone(&seen));
+    let task = tokio::spawn(Driver::new(Arc::clone(&link), socket, None, recorder, &[]));
+    while runtime.budget.used() == 0 {
+        link.push(text(&"x".repeat(9000)), clock::now());
+        link.flush(clock::now());
+    }
+    // No frame waits but one that is partly written, and its record.
+    assert!(link.queued_bytes() < 9100 && runtime.budget.used() > 9000);
+    runtime.tick(clock::now());
+    assert_eq!(runtime.budget.used(), 0);
+    timeout(PATIENCE, task).await.unwrap().unwrap();
+    assert_eq!(seen.end(), Some(("slow_consumer", 1008, false)));
 }
 
 /// Connection whose encrypted end is driven.

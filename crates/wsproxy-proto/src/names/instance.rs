@@ -16,6 +16,18 @@ impl Names {
         self.events("registry")
     }
 
+    /// Channel of questions of operators to all instances.
+    #[must_use]
+    pub fn console(&self) -> String {
+        self.events("console")
+    }
+
+    /// Channel of the answers to one instance's questions.
+    #[must_use]
+    pub fn console_answers(&self, server: &str) -> String {
+        self.events(&format!("console:{server}"))
+    }
+
     /// Index of all instances that are alive, or of which something is left.
     #[must_use]
     pub fn servers(&self) -> String {
@@ -66,6 +78,8 @@ mod tests {
         let names = Names::new("eu");
         assert_eq!(names.probe("i"), "eu:wsproxy:probe:i");
         assert_eq!(names.registry(), "eu:ws:registry");
+        assert_eq!(names.console(), "eu:ws:console");
+        assert_eq!(names.console_answers("i"), "eu:ws:console:i");
         assert_eq!(names.servers(), "eu:ws:servers");
         assert_eq!(names.server_lease("i"), "eu:ws:server:i");
         assert_eq!(names.server_reaper("i"), "eu:ws:server:i:reaper");

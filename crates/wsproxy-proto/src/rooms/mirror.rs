@@ -224,10 +224,20 @@ impl Mirror {
         self.replica.state.members()
     }
 
-    /// Makes the bytes that newcomers get of each member: [`Member::shown`]. `make` makes them of the client id and the
+    /// Makes the bytes that newcomers get of the members: [`Self::shown`]. `make` makes them of the client id and the
     /// record, once for each record, since there may be many newcomers to many members.
     pub fn show(&mut self, make: impl Fn(&str, &Record<'_>) -> Option<Vec<u8>>) {
         self.replica.state.show(make);
+    }
+
+    /// Returns the bytes that [`Self::show`] has made of the members as they are, in no order.
+    pub fn shown(&self) -> impl Iterator<Item = &[u8]> {
+        self.replica.state.shown()
+    }
+
+    /// Forgets what [`Self::show`] has made.
+    pub fn hide(&mut self) {
+        self.replica.state.hide_all();
     }
 
     /// Returns a member.

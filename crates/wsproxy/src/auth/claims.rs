@@ -128,7 +128,7 @@ impl Rules {
     }
 
     /// Reads an id that is text or a number: existing systems put the key of a database row into a claim.
-    fn user(&self, claims: &Map<String, Value>) -> Result<Id, JwtError> {
+    pub(super) fn user(&self, claims: &Map<String, Value>) -> Result<Id, JwtError> {
         match claims.get(&self.user_claim) {
             Some(Value::String(user)) => Id::parse(user).map_err(|_| JwtError::User),
             Some(Value::Number(user)) if user.is_u64() => {

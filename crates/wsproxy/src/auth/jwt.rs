@@ -2,10 +2,12 @@
 
 use std::{path::Path, sync::Arc};
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::ExposeSecret;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
+use wsproxy_proto::names::Id;
 
 pub use crate::auth::{
     claims::{Claims, DISPLAY_NAME_BYTES_MAX, RoomsClaim},
@@ -168,6 +170,16 @@ impl JwtVerifier {
         published
             .open(&Lookup { token, id: header.kid.as_deref(), algorithm: header.alg })
             .and_then(|claims| self.rules.check(&claims, now))
+    }
+
+    /// Returns the user that a token names, whether or not the token is valid; for operators who look for a refused client.
+    #[must_use]
+    pub fn named_user(&self, token: &str) -> Option<Id> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return None;
+        }
+        let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
+        self.rules.user(&serde_json::from_slice(&claims).ok()?).ok()
     }
 
     /// Returns the counters of fetches, if an issuer publishes keys.

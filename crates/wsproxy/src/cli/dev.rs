@@ -38,7 +38,7 @@ impl Reads for DevKeys {
 }
 
 pub(super) fn run(settings: CliSettings<DevKeys>) -> anyhow::Result<()> {
-    serve::run_with(settings.load()?, |config| {
+    serve::run_with(settings.load()?, |config, _| {
         dev::run(config, |text| {
             // The terminal or the pipe may be closed already.
             let _ = super::print(text);

@@ -5,7 +5,10 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::{
-    config::{Config, load::Loaded},
+    config::{
+        Config,
+        load::{Loaded, Origins},
+    },
     server, telemetry,
 };
 
@@ -20,9 +23,9 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
 /// Starts logs and a runtime, and runs `work` on it, which runs an instance until it has ended.
 pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     loaded: Loaded,
-    work: impl FnOnce(Config) -> F,
+    work: impl FnOnce(Config, Origins) -> F,
 ) -> anyhow::Result<()> {
-    let Loaded { config, ignored, warnings, .. } = loaded;
+    let Loaded { config, ignored, warnings, origins } = loaded;
     let _logs = telemetry::log::start(&config.log)?;
     for warning in warnings {
         tracing::warn!(warning, "The configuration may not be what is meant.");
@@ -37,7 +40,7 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
         builder.worker_threads(config.server.threads);
     }
     let runtime = builder.build().context("cannot start the runtime")?;
-    let result = runtime.block_on(work(config));
+    let result = runtime.block_on(work(config, origins));
     // The server has waited for all tasks that matter; the others are dropped.
     runtime.shutdown_timeout(LEFTOVER_GRACE);
     result

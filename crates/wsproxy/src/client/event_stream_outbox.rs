@@ -3,7 +3,10 @@
 use std::{
     collections::VecDeque,
     future::poll_fn,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Poll, Waker},
 };
 
@@ -29,6 +32,8 @@ pub struct EventStreamOutbox {
     /// Compression of the events; `None`: the client does not accept it.
     gzip: Option<Deflation>,
     state: Mutex<State>,
+    /// Bytes that were taken from the queue, and that the socket does not take.
+    stalled: AtomicUsize,
     aborted: Notify,
 }
 
@@ -95,8 +100,8 @@ impl EventStreamOutbox {
         runtime: Arc<Runtime>,
         gzip: Option<Deflation>,
     ) -> Arc<Self> {
-        let (state, aborted) = (Mutex::default(), Notify::new());
-        Arc::new(Self { id, bytes_max, runtime, gzip, state, aborted })
+        let (state, stalled, aborted) = (Mutex::default(), AtomicUsize::new(0), Notify::new());
+        Arc::new(Self { id, bytes_max, runtime, gzip, state, stalled, aborted })
     }
 
     /// Returns the connection's id.
@@ -122,6 +127,18 @@ impl EventStreamOutbox {
     pub fn waiting_bytes(&self) -> usize {
         let state = self.state.lock();
         state.bytes + state.missed_bytes
+    }
+
+    /// Returns the bytes that were taken from the queue, and that the socket does not take.
+    #[must_use]
+    pub fn stalled_bytes(&self) -> usize {
+        self.stalled.load(Relaxed)
+    }
+
+    /// Notes how many bytes the socket does not take. They count in the process's budget, and not against the bound.
+    pub fn set_stalled(&self, bytes: usize) {
+        let before = self.stalled.swap(bytes, Relaxed);
+        self.account(before, bytes);
     }
 
     /// Returns the number of messages that were dropped or still wait.
@@ -276,7 +293,7 @@ impl Drop for EventStreamOutbox {
     fn drop(&mut self) {
         let state = self.state.get_mut();
         let waiting = state.bytes + state.missed_bytes;
-        self.account(waiting, 0);
+        self.account(waiting + self.stalled_bytes(), 0);
     }
 }
 
@@ -348,6 +365,9 @@ mod tests {
         let (outbox, runtime) = outbox(1000);
         outbox.set_position(Position::START);
         outbox.push("1".into(), Micros(1));
+        outbox.set_stalled(500);
+        outbox.set_stalled(300);
+        assert_eq!(runtime.budget.used(), 2 * ENTRY_BYTES + 1 + 300);
         outbox.finish(&Disconnect::RESTART);
         drop(outbox);
         assert_eq!(runtime.budget.used(), 0);

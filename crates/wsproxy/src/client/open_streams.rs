@@ -51,6 +51,24 @@ impl OpenStreams {
             worst.disconnect(&Disconnect::SLOW);
         }
     }
+
+    /// Cuts off streams while the process's budget is still exceeded, those with the most bytes first that their sockets do
+    /// not take: these bytes go only with their connection.
+    pub fn cut_off(&self, runtime: &Runtime) {
+        if !runtime.budget.is_exceeded() {
+            return;
+        }
+        let streams = self.list().into_iter().map(|stream| (stream.stalled_bytes(), stream));
+        let mut streams: Vec<_> = streams.filter(|(bytes, _)| *bytes > 0).collect();
+        streams.sort_unstable_by_key(|(bytes, _)| *bytes);
+        while runtime.budget.is_exceeded() {
+            let Some((_, worst)) = streams.pop() else { break };
+            worst.disconnect(&Disconnect::SLOW);
+            // The stream's task frees them in a moment. Until then they must not end other streams.
+            worst.set_stalled(0);
+            worst.abort();
+        }
+    }
 }
 
 impl Drop for Registered {

@@ -47,14 +47,27 @@ pub struct Loaded {
     pub ignored: Vec<&'static str>,
     /// Variables that are allowed but probably not meant, each a sentence.
     pub warnings: Vec<String>,
-    origins: BTreeMap<String, ValueOrigin>,
+    /// Origins of the values.
+    pub origins: Origins,
 }
 
 impl Loaded {
     /// Returns the origin of a key's value.
     #[must_use]
     pub fn origin(&self, key: &Key) -> &ValueOrigin {
-        self.origins.get(&key.path()).unwrap_or(&ValueOrigin::Default)
+        self.origins.of(key)
+    }
+}
+
+/// Origins of the values that are not defaults, by `section.key`.
+#[derive(Debug, Clone, Default)]
+pub struct Origins(BTreeMap<String, ValueOrigin>);
+
+impl Origins {
+    /// Returns the origin of a key's value.
+    #[must_use]
+    pub fn of(&self, key: &Key) -> &ValueOrigin {
+        self.0.get(&key.path()).unwrap_or(&ValueOrigin::Default)
     }
 }
 
@@ -110,7 +123,8 @@ pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
     let is_settled = |key: &Key| origins.contains_key(&key.path()) || unread(key).is_some();
     warnings.extend(doubt::doubtful(&environment, is_settled));
     warnings.extend(doubt::shared_address(&config, is_settled));
-    Ok(Loaded { config, ignored, warnings, origins })
+    warnings.extend(doubt::open_secrets(&config));
+    Ok(Loaded { config, ignored, warnings, origins: Origins(origins) })
 }
 
 #[derive(Default)]

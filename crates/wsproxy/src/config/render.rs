@@ -2,11 +2,14 @@
 
 use std::fmt::Write;
 
+use serde::Serialize;
+
 use super::{
     Config,
     environment::PREFIX,
     keys::{self, Key, SECTIONS},
-    load::{CONFIG_ENV, Loaded},
+    load::{CONFIG_ENV, Loaded, Origins},
+    problem::ValueOrigin,
 };
 
 /// A file with every key, each commented out and at its default.
@@ -39,6 +42,38 @@ pub fn show(loaded: &Loaded) -> String {
         }
     }
     text
+}
+
+/// A key with its value in effect, for programs.
+#[derive(Debug, Clone, Serialize)]
+pub struct Setting {
+    section: &'static str,
+    name: &'static str,
+    value: String,
+    origin: Option<String>,
+    is_default: bool,
+    doc: &'static str,
+}
+
+/// The values in effect, each with its origin where `origins` are known; secrets as `***`.
+#[must_use]
+pub fn settings(config: &Config, origins: Option<&Origins>) -> Vec<Setting> {
+    let setting = |key: &'static Key| {
+        let origin = origins.map(|origins| origins.of(key));
+        let is_default = match origin {
+            Some(origin) => *origin == ValueOrigin::Default,
+            None => key.write(config) == key.write(&Config::default()),
+        };
+        Setting {
+            section: key.section,
+            name: key.name,
+            value: key.write(config),
+            origin: origin.map(ToString::to_string),
+            is_default,
+            doc: key.doc,
+        }
+    };
+    keys::all().map(setting).collect()
 }
 
 /// The reference page, `docs/reference/configuration.md`.

@@ -27,6 +27,8 @@ pub struct SharedSocket {
     /// No byte came since the start or since the last answer.
     quiet: AtomicBool,
     answered: AtomicBool,
+    /// The client began with TLS, which the socket does not speak.
+    greeted_in_tls: AtomicBool,
 }
 
 impl SharedSocket {
@@ -34,7 +36,13 @@ impl SharedSocket {
     #[must_use]
     pub fn new(socket: impl Into<Socket>) -> Arc<Self> {
         let stream = Mutex::new(Some(TokioIo::new(socket.into())));
-        Arc::new(Self { stream, taken: Notify::new(), quiet: true.into(), answered: false.into() })
+        Arc::new(Self {
+            stream,
+            taken: Notify::new(),
+            quiet: true.into(),
+            answered: false.into(),
+            greeted_in_tls: false.into(),
+        })
     }
 
     /// Sets the time for which written bytes may stay unacknowledged, or the client's window closed.
@@ -151,6 +159,17 @@ impl SharedSocket {
         !self.is_taken() && (!is_quiet || (is_timeout && !self.answered.load(Relaxed)))
     }
 
+    /// Returns whether the client began with TLS, and the socket does not speak it. Such a client was told so.
+    #[must_use]
+    pub fn greeted_in_tls(&self) -> bool {
+        self.greeted_in_tls.load(Relaxed)
+    }
+
+    /// Returns whether no byte has come yet.
+    fn is_untouched(&self) -> bool {
+        self.quiet.load(Relaxed) && !self.answered.load(Relaxed)
+    }
+
     /// Waits until the socket is taken.
     pub async fn wait_taken(&self) {
         self.taken.notified().await;
@@ -171,6 +190,39 @@ impl HttpSocket {
             None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
     }
+
+    /// Reads the first bytes of a client. Answers a greeting of TLS here, since hyper would say no more than 400, and
+    /// shows hyper the end of the stream in its place.
+    fn poll_first_read(
+        &self,
+        cx: &mut Context<'_>,
+        mut buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut bytes = [0; FIRST_BYTES_MAX];
+        let room = buffer.remaining().min(FIRST_BYTES_MAX);
+        let mut first = hyper::rt::ReadBuf::new(&mut bytes[..room]);
+        ready!(self.with(|stream| stream.poll_read(cx, first.unfilled())))?;
+        let first = first.filled();
+        let is_greeting = first.starts_with(&[HANDSHAKE, 3]) || first == [HANDSHAKE];
+        if is_greeting && self.tell_plain() {
+            self.0.greeted_in_tls.store(true, Relaxed);
+        } else {
+            buffer.put_slice(first);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Tells a client that the socket speaks plain HTTP. Returns whether it does.
+    fn tell_plain(&self) -> bool {
+        let stream = self.0.stream.lock();
+        let Some(socket) = stream.as_ref().map(TokioIo::inner) else { return false };
+        if matches!(socket, Socket::Tls(_)) {
+            return false;
+        }
+        // The send buffer of a new socket is empty, so one write is enough.
+        let _ = socket.try_write(PLAIN);
+        true
+    }
 }
 
 impl Read for HttpSocket {
@@ -179,7 +231,10 @@ impl Read for HttpSocket {
         cx: &mut Context<'_>,
         buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        let read = self.with(|stream| stream.poll_read(cx, buffer));
+        let read = match self.0.is_untouched() {
+            true => self.poll_first_read(cx, buffer),
+            false => self.with(|stream| stream.poll_read(cx, buffer)),
+        };
         if matches!(read, Poll::Ready(Ok(()))) {
             self.0.quiet.store(false, Relaxed);
         }
@@ -216,3 +271,15 @@ impl Write for HttpSocket {
         self.with(|stream| stream.poll_shutdown(cx))
     }
 }
+
+/// First byte of a TLS connection: the type of a record with a message of the handshake. No request begins with it.
+pub const HANDSHAKE: u8 = 22;
+
+/// Upper bound of the first read: a greeting of TLS fits.
+const FIRST_BYTES_MAX: usize = 4096;
+
+/// Answer to a client that speaks TLS to a plain port. Programs that know TLS only call it a `wrong version number`, the
+/// well-known sign of such a port.
+const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n\
+x-content-type-options: nosniff\r\nconnection: close\r\ncontent-length: 122\r\n\r\n\
+{\"error\":{\"code\":\"bad_request\",\"message\":\"This port speaks plain HTTP, not TLS: use http:// or ws://.\",\"retryable\":false}}";

@@ -9,7 +9,7 @@ use wsproxy_proto::ws::frame::Kind;
 
 use crate::{
     client::event::Event,
-    core::{self, Core},
+    core::{self, Core, recent::Who},
     http::{
         Body,
         handshake::{Opening, credentials::Protocols},
@@ -74,6 +74,10 @@ impl Logic for EchoLogic {
     }
 
     fn on_event(&mut self, _event: Event, _actions: &mut dyn Actions<Infallible>) {}
+
+    fn who(&self) -> Who<'_> {
+        Who::default()
+    }
 
     fn on_end(&mut self, _end: End, _sent: (u64, u64), _actions: &mut dyn Actions<Infallible>) {}
 }

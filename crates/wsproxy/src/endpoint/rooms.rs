@@ -8,7 +8,7 @@ use std::sync::{
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
-use wsproxy_conn::Profile;
+use wsproxy_conn::{Link, Profile};
 use wsproxy_proto::{
     names::{Id, Names},
     rooms::wire::Connection,
@@ -99,6 +99,19 @@ pub struct Rooms {
     pub counters: Arc<RoomCounters>,
 }
 
+/// A member of a room at this instance.
+#[derive(Debug, Clone)]
+pub struct Here {
+    /// The room.
+    pub room: Id,
+    /// The member's user.
+    pub user: Id,
+    /// The member's name in the room.
+    pub client: Id,
+    /// The member's connection.
+    pub link: Arc<Link>,
+}
+
 impl Rooms {
     /// Starts the family: the verifier of tokens, the ticker, and the task of leaves.
     ///
@@ -181,6 +194,19 @@ impl Rooms {
     #[must_use]
     pub fn cut(&self, room: &Id, client: &Id) -> bool {
         self.table.get(room).is_some_and(|room| room.cut(client))
+    }
+
+    /// Returns the members of a room at this instance.
+    #[must_use]
+    pub fn here(&self, room: &Id) -> Vec<Here> {
+        self.table.get(room).map(|room| room.here()).unwrap_or_default()
+    }
+
+    /// Returns the memberships of a user at this instance.
+    #[must_use]
+    pub fn here_of(&self, user: &Id) -> Vec<Here> {
+        let all = self.table.all();
+        all.iter().flat_map(|room| room.here()).filter(|member| member.user == *user).collect()
     }
 
     /// Counts reliable messages that are given up.

@@ -7,10 +7,14 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use tower::ServiceExt;
 use tracing::{debug, info};
-use wsproxy_proto::ws::handshake::Refusal;
+use wsproxy_proto::{names::Id, ws::handshake::Refusal as NoUpgrade};
 
 use crate::{
-    core::{Core, caller::Caller},
+    core::{
+        Core,
+        caller::Caller,
+        recent::{Refusal, Who},
+    },
     endpoint::{Endpoint, Families},
     http::{
         Body,
@@ -19,6 +23,7 @@ use crate::{
         handshake::{self, event_stream},
         host,
         listener::Service,
+        path,
         rejection::Rejection,
     },
     telemetry::{family::Family, metrics::ACCEPTED},
@@ -136,6 +141,9 @@ impl Routes {
     ) -> Response<Body> {
         self.core.metrics.handshake(family, rejection.code);
         let told = rejection.for_client();
+        if let Some(family) = family {
+            self.keep(family, rejection, path, caller);
+        }
         let left_out = self.core.lines.pass(rejection.code);
         // A code is logged once a second, and otherwise at debug: a flood of refusals must not fill the log.
         macro_rules! log {
@@ -165,6 +173,31 @@ impl Routes {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
         }
         response
+    }
+
+    /// Keeps a refusal for operators who look for one of its ids.
+    fn keep(&self, family: Family, rejection: &Rejection, path: &str, caller: &Caller) {
+        let id = |text: &str| path::parse_id("", text).ok();
+        let (agent, session, room) = match Endpoint::of(&self.core, shown(path), true) {
+            Some(Endpoint::Session(agent, session)) => (id(agent), id(session), None),
+            Some(Endpoint::Room(room)) => (None, None, id(room)),
+            _ => (None, None, None),
+        };
+        let who = Who {
+            session: session.as_ref().map(Id::as_str),
+            agent: agent.as_ref().map(Id::as_str),
+            user: rejection.user.as_deref(),
+            room: room.as_ref().map(Id::as_str),
+            client: None,
+            address: caller.address,
+        };
+        let refusal = Refusal {
+            status: rejection.status.as_u16(),
+            code: rejection.code,
+            message: &rejection.message,
+            cause: rejection.cause.as_deref(),
+        };
+        self.core.recent.refused(family, who, refusal);
     }
 
     /// Serves all other routes. A request that arrives slowly must not hold its socket for ever, so its time is
@@ -218,7 +251,7 @@ impl Routes {
             None
         } else if is_agents_path && config.endpoints.agents && names_user {
             // An agent behind a proxy that does not pass `Upgrade` on.
-            Some((Some(Family::Agents), Refusal::NotAnUpgrade.into()))
+            Some((Some(Family::Agents), NoUpgrade::NotAnUpgrade.into()))
         } else if is_agents_path && !config.endpoints.agents && is_upgrade {
             Some((Some(Family::Agents), not_served(Family::Agents)))
         } else {

@@ -46,16 +46,16 @@ pub fn write(
     let Detached { profile, outbox } = detached;
     let (parts, body) = response.into_parts();
     // Not an `async fn`: its future would hold the response's headers as long as the body lasts.
-    let mut answer = Answer::new(body, version == Version::HTTP_11, &parts, profile);
+    let queue = Arc::clone(&outbox);
+    let mut answer = Answer::new(body, version == Version::HTTP_11, &parts, profile, queue);
     async move {
         let result = tokio::select! {
             result = std::future::poll_fn(|cx| answer.poll(&socket, cx)) => result,
             () = outbox.wait_aborted() => Err(io::ErrorKind::TimedOut.into()),
         };
-        match result {
-            // Half-close: the kernel still delivers what was written, and the client sees the end.
-            Ok(()) => socket.finish_writing(),
-            Err(error) => debug!(%error, "An answer was cut off."),
+        outbox.set_stalled(0);
+        if let Err(error) = result {
+            debug!(%error, "An answer was cut off.");
         }
     }
 }
@@ -64,6 +64,8 @@ struct Answer {
     body: Body,
     chunked: bool,
     profile: Arc<Profile>,
+    /// Outbox of the client, which accounts for the bytes that the socket does not take.
+    outbox: Arc<EventStreamOutbox>,
     /// Bytes to write before the next poll of the body.
     out: [Bytes; 3],
     /// The socket was full; counted once until it has room again.
@@ -74,9 +76,15 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(body: Body, chunked: bool, parts: &Parts, profile: Arc<Profile>) -> Self {
+    fn new(
+        body: Body,
+        chunked: bool,
+        parts: &Parts,
+        profile: Arc<Profile>,
+        outbox: Arc<EventStreamOutbox>,
+    ) -> Self {
         let out = [head(parts, chunked), Bytes::new(), Bytes::new()];
-        Self { body, chunked, profile, out, blocked: false, heard: 0, over: false }
+        Self { body, chunked, profile, outbox, out, blocked: false, heard: 0, over: false }
     }
 
     fn poll(&mut self, socket: &Socket, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -84,7 +92,8 @@ impl Answer {
         for _ in 0..FRAMES_AT_ONCE {
             ready!(self.poll_write(socket, cx))?;
             if self.over {
-                return Poll::Ready(Ok(()));
+                // Half-close: the kernel still delivers what was written, and the client sees the end.
+                return socket.poll_finish_writing(cx).map(Ok);
             }
             self.out = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => self.framed(frame.into_data().unwrap_or_default()),
@@ -120,13 +129,17 @@ impl Answer {
                     if !std::mem::replace(&mut self.blocked, true) {
                         self.profile.stats.blocked.fetch_add(1, Relaxed);
                     }
+                    let left: usize = self.out.iter().map(Bytes::len).sum();
+                    self.outbox.set_stalled(left + socket.held_bytes());
                     ready!(socket.poll_write_ready(cx))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
-        self.blocked = false;
+        if std::mem::take(&mut self.blocked) {
+            self.outbox.set_stalled(0);
+        }
         // Free the memory of a long event at once.
         self.out = Default::default();
         Poll::Ready(Ok(()))

@@ -240,7 +240,16 @@ impl AcceptedSocket {
                 }
             }
         };
-        if let Err(error) = result
+        if shared.greeted_in_tls() {
+            core.metrics.error("tls_to_plain");
+            if let Some(left_out) = core.lines.pass("tls to a plain port") {
+                warn!(
+                    %peer,
+                    left_out,
+                    "A client speaks TLS to a port that does not: it must use ws:// or http://, or [tls] must be set."
+                );
+            }
+        } else if let Err(error) = result
             && shared.is_at_fault(error.is_timeout())
         {
             let kind = if error.is_timeout() { "slow_request" } else { "bad_request" };

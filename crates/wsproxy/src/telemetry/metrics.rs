@@ -28,6 +28,7 @@ pub mod connections;
 pub mod format;
 pub mod messages;
 pub mod process;
+pub mod readings;
 
 /// The metrics of an instance.
 #[derive(Debug)]
@@ -236,7 +237,7 @@ pub const ACCEPTED: &str = "accepted";
 const NO_ENDPOINT: &str = "none";
 
 /// Every kind of [`Metrics::error`].
-const ERRORS: [&str; 9] = [
+const ERRORS: [&str; 10] = [
     "accept",
     "api_key",
     "bad_request",
@@ -246,6 +247,7 @@ const ERRORS: [&str; 9] = [
     "stream_end_refused",
     "stream_worker_lost",
     "tls_files",
+    "tls_to_plain",
 ];
 
 /// Every outcome of [`Metrics::tls_handshake`].

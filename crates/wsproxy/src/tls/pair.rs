@@ -2,16 +2,17 @@
 
 use std::{
     fmt,
-    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
 use parking_lot::{Mutex, RwLock};
-use rustls::{ServerConfig, crypto::aws_lc_rs::Ticketer, server::ProducesTickets};
+use rustls::{CipherSuite, ServerConfig, crypto::aws_lc_rs::Ticketer, server::ProducesTickets};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tracing::{info, warn};
+
+use crate::tls::read_file;
 
 /// The pair of a certificate and its key that the listeners show, with the files that it comes from.
 pub struct TlsPair {
@@ -91,11 +92,6 @@ impl TlsPair {
     ///
     /// A pair is used, and a problem told, at the second look that finds it, since files are not replaced at one moment.
     pub fn read_again(&self) -> bool {
-        // A pipe gives its bytes once, and blocks for ever at the next read.
-        let is_pipe = |path: &PathBuf| path.metadata().is_ok_and(|found| !found.is_file());
-        if [&self.certificate, &self.key].into_iter().any(is_pipe) {
-            return false;
-        }
         match Files::read(&self.certificate, &self.key).and_then(|files| self.replace(&files)) {
             Ok(Look::First) => false,
             Ok(look) => {
@@ -166,13 +162,15 @@ impl Files {
             |_| "the file of the TLS key holds no private key in PEM form, without a password",
         )?;
         // Named explicitly: the process may have another default, or none.
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+        provider.cipher_suites.sort_by_key(|suite| !is_aes_128(suite.suite()));
+        let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
             .with_no_client_auth()
             .with_single_cert(chain, key)
             .map_err(unusable)?;
+        config.ignore_client_order = true;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         config.ticketer = tickets;
         Ok(config)
@@ -180,14 +178,23 @@ impl Files {
 }
 
 fn read(what: &str, path: &Path) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::new();
-    let opened = std::fs::File::open(path);
-    opened
-        .and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut bytes))
-        .map(|_| bytes)
-        .map_err(|error| {
-            format!("the file of the TLS {what} cannot be read, {}: {error}", path.display())
-        })
+    read_file(path).map_err(|error| {
+        format!("the file of the TLS {what} cannot be read, {}: {error}", path.display())
+    })
+}
+
+/// Returns whether a cipher suite is one with AES-128, which costs the least processor time here and which browsers prefer.
+fn is_aes_128(suite: CipherSuite) -> bool {
+    use CipherSuite::{
+        TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+        TLS13_AES_128_GCM_SHA256,
+    };
+    matches!(
+        suite,
+        TLS13_AES_128_GCM_SHA256
+            | TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+            | TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256
+    )
 }
 
 fn unusable(error: rustls::Error) -> String {
@@ -196,9 +203,6 @@ fn unusable(error: rustls::Error) -> String {
         error => format!("the TLS certificate and its key cannot be used: {error}"),
     }
 }
-
-/// Upper bound of a file's size: more than any chain of certificates has.
-const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
 #[cfg(test)]
 mod tests {
@@ -278,6 +282,12 @@ mod tests {
         };
         let missing = load();
         assert!(missing.contains("certificate cannot be read"), "{missing}");
+        std::fs::write(folder.path("cert.pem"), &one).unwrap();
+        std::fs::create_dir(folder.path("key.pem")).unwrap();
+        let is_folder = load();
+        assert!(is_folder.contains("TLS key cannot be read"), "{is_folder}");
+        assert!(is_folder.ends_with("it is a directory"), "{is_folder}");
+        std::fs::remove_dir(folder.path("key.pem")).unwrap();
         folder.write(&other, &key);
         assert_eq!(load(), "the TLS key is not that of the certificate");
         folder.write(&key, &one);

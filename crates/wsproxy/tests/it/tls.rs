@@ -187,6 +187,17 @@ async fn tls_to_a_plain_port_fails_at_once() {
     let error = soon("an answer", connect(instance.address(), Made::new().trust())).await;
     let error = error.expect_err("there is no TLS");
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidData, "{error}");
+    for greeting in [&[22][..], &[22, 3, 1, 2, 0, 1]] {
+        let mut raw = Raw::connect(instance.address()).await;
+        raw.write(greeting).await;
+        let answer = raw.response().await;
+        answer.assert_refused(400, "bad_request");
+        assert!(answer.body.contains("http://"), "{answer:?}");
+        soon("the end of the stream", raw.end()).await;
+    }
+    let counted = |kind| instance.metric(&format!("wsproxy_errors_total{{kind=\"{kind}\"}}"));
+    eventually("all are counted", || counted("tls_to_plain") == 3.0).await;
+    assert_eq!(counted("bad_request"), 0.0);
     instance.wait_empty().await;
 }
 

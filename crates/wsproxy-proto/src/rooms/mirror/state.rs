@@ -19,7 +19,9 @@ pub(super) struct State {
     /// Number of members whose connection is of this instance.
     here: usize,
     bytes: usize,
-    /// Bytes of what newcomers are told of the members.
+    /// What newcomers get of the members, by client id; empty where there is nothing. Few rooms need it, so it is not in
+    /// the members.
+    shown: HashMap<Box<str>, Box<[u8]>>,
     shown_bytes: usize,
 }
 
@@ -27,8 +29,6 @@ pub(super) struct State {
 #[derive(Debug)]
 pub struct Member {
     record: Box<str>,
-    /// Bytes that newcomers get of the record; empty where there are none. `None` until a newcomer needs them.
-    shown: Option<Box<[u8]>>,
     /// Sorted by id.
     entities: Vec<Entity>,
     is_here: bool,
@@ -84,7 +84,6 @@ impl Member {
     fn new(record: &str) -> Self {
         Self {
             record: record.into(),
-            shown: None,
             entities: Vec::new(),
             is_here: false,
             joined: 0,
@@ -109,13 +108,6 @@ impl Member {
     #[must_use]
     pub fn record(&self) -> Record<'_> {
         Record::parse(&self.record).unwrap_or(Record { connection: "", user: "", json: "" })
-    }
-
-    /// Returns the bytes that newcomers get of the member, as [`super::Mirror::show`] has made them; empty where there
-    /// are none.
-    #[must_use]
-    pub fn shown(&self) -> &[u8] {
-        self.shown.as_deref().unwrap_or_default()
     }
 
     /// Returns the presence version at which the member is known to have been there.
@@ -296,12 +288,30 @@ impl State {
 
     /// Makes of each record that is new what newcomers are told of its member.
     pub(super) fn show(&mut self, make: impl Fn(&str, &Record<'_>) -> Option<Vec<u8>>) {
-        let new = self.members.iter_mut().filter(|(_, member)| member.shown.is_none());
-        for (client, member) in new {
-            let shown = make(client, &member.record()).unwrap_or_default();
-            self.shown_bytes += shown.len();
-            member.shown = Some(shown.into());
+        for (client, member) in &self.members {
+            if !self.shown.contains_key(client) {
+                let shown = make(client, &member.record()).unwrap_or_default();
+                self.shown_bytes += client.len() + shown.len();
+                self.shown.insert(client.clone(), shown.into());
+            }
         }
+    }
+
+    /// Returns what newcomers are told of the members, where it was made.
+    pub(super) fn shown(&self) -> impl Iterator<Item = &[u8]> {
+        self.shown.values().map(|shown| &**shown).filter(|shown| !shown.is_empty())
+    }
+
+    /// Forgets what newcomers are told of a member.
+    fn hide(&mut self, client: &str) {
+        if let Some((client, shown)) = self.shown.remove_entry(client) {
+            self.shown_bytes -= client.len() + shown.len();
+        }
+    }
+
+    /// Forgets what newcomers are told of all members.
+    pub(super) fn hide_all(&mut self) {
+        (self.shown, self.shown_bytes) = (HashMap::new(), 0);
     }
 
     /// Writes the record of a member, present or not. Returns the member.
@@ -313,12 +323,14 @@ impl State {
             self.bytes += member.bytes(client);
             self.members.insert(client.into(), member);
         }
+        if self.members.get(client).is_some_and(|member| *member.record != *record) {
+            self.hide(client);
+        }
         let (bytes, here) = (&mut self.bytes, &mut self.here);
         let member = self.members.get_mut(client).expect("it was inserted");
         if *member.record != *record {
             *bytes = *bytes + record.len() - member.record.len();
             member.record = record.into();
-            self.shown_bytes -= member.shown.take().map_or(0, |shown| shown.len());
         }
         member.is_replaced = false;
         member.is_moved |= member.is_here && own.is_none();
@@ -338,7 +350,7 @@ impl State {
     pub(super) fn remove(&mut self, client: &str) -> Option<Member> {
         let (client, member) = self.members.remove_entry(client)?;
         self.bytes -= member.bytes(&client);
-        self.shown_bytes -= member.shown().len();
+        self.hide(&client);
         self.here -= usize::from(member.is_here);
         for entity in &member.entities {
             self.bytes -= entity.bytes();

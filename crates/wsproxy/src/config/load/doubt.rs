@@ -1,5 +1,5 @@
 //! Values that are allowed but probably not meant: empty secrets, numbers in another unit, slips of short names, a limit
-//! that clients behind a proxy share.
+//! that clients behind a proxy share, secrets without encryption.
 
 use crate::config::{
     Config,
@@ -48,6 +48,20 @@ pub(super) fn shared_address(config: &Config, is_settled: impl Fn(&Key) -> bool)
             "{PROXIES} is not set: behind a proxy or load balancer, all clients would share one address and its \
              {attempts} attempts to open a room in {:?}. Name the proxy, or set {PROXIES} = [] if there is none.",
             config.rate_limit.window,
+        )
+    })
+}
+
+/// Returns a sentence if users' agents would send their secrets over a network without encryption.
+pub(super) fn open_secrets(config: &Config) -> Option<String> {
+    let server = &config.server;
+    let is_local = server.unix.is_some() || server.bind.to_canonical().is_loopback();
+    let is_covered = config.tls.files().is_some() || !server.trusted_proxies.is_empty();
+    (config.endpoints.agents && !is_local && !is_covered).then(|| {
+        format!(
+            "server.bind = {} is no loopback address, and the port speaks no TLS: the secrets of users' agents cross the \
+             network unencrypted. Set tls.certificate and tls.key, or {PROXIES} where a proxy in front speaks TLS.",
+            server.bind
         )
     })
 }

@@ -585,6 +585,32 @@ fn clients_that_share_an_address_are_warned_of() {
 }
 
 #[test]
+fn agents_on_a_public_address_without_tls_are_warned_of() {
+    let warnings =
+        |text: &str| load_file(&format!("endpoints.agents = true\n{text}")).unwrap().warnings;
+    for open in ["", "server.bind = '192.0.2.1'", "server.trusted_proxies = []"] {
+        let warned = warnings(open);
+        assert_eq!(warned.len(), 1, "{open}: {warned:?}");
+        assert!(warned[0].contains("the secrets of users' agents cross the network"), "{warned:?}");
+    }
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let [cert, key] = ["cert.pem", "key.pem"].map(|name| folder.path().join(name));
+    std::fs::write(&cert, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let encrypted = format!("[tls]\ncertificate = '{}'\nkey = '{}'", cert.display(), key.display());
+    for covered in [
+        "server.bind = '127.0.0.1'",
+        "server.bind = '::ffff:127.0.0.1'",
+        "server.unix = '/tmp/wsproxy.sock'",
+        "server.trusted_proxies = ['10.0.0.0/8']",
+        &encrypted,
+    ] {
+        assert!(warnings(covered).is_empty(), "{covered}");
+    }
+}
+
+#[test]
 fn every_key_of_the_example_round_trips() {
     let example = render::example();
     assert!(load_file(&example).is_ok());

@@ -3,14 +3,17 @@
 use std::sync::Arc;
 
 use axum::{
-    Extension, Router,
+    Extension, Json, Router,
+    response::Response,
     routing::{get, post},
 };
+use serde_json::Value;
+use wsproxy_proto::names::Id;
 
 use crate::{
     core::Core,
-    endpoint::agents::{Agents, relay::Relay},
-    http::rejection::Rejection,
+    endpoint::agents::{Agents, presence::control::Order, relay::Relay},
+    http::{api::Worker, handshake, rejection::Rejection},
 };
 
 mod answer;
@@ -34,6 +37,47 @@ pub fn router(agents: &Arc<Agents>) -> Router<Arc<Core>> {
             get(calls::outcome).delete(calls::cancel),
         )
         .layer(Extension(Arc::clone(agents)))
+}
+
+/// Ends the connection of a user's agent, wherever it is. Returns the number of instances that were told.
+///
+/// # Errors
+/// 404: this instance serves no agents. 503, 504: other instances may not have the order. It may be repeated.
+pub(in crate::endpoint) async fn end(
+    (agents, core): (&Agents, &Core),
+    user: Id,
+    reason: Option<String>,
+) -> Result<Value, Rejection> {
+    let presence = directory::presence_of(agents)?;
+    let Json(told) = directory::order(core, presence, &Order::disconnect(user, reason)).await?;
+    Ok(told)
+}
+
+/// Calls a tool of a user's agent once. `message` is the body of a call.
+///
+/// # Errors
+/// 400: the message is no call. 404: this instance serves no agents.
+pub(in crate::endpoint) async fn send(
+    (agents, core): (&Agents, &Core),
+    user: Id,
+    message: &[u8],
+    worker: &Worker,
+) -> Result<Response, Rejection> {
+    calls::call_once((agents, core), user, message, worker).await
+}
+
+/// Returns the connected agent of a user, as operators see it.
+///
+/// # Errors
+/// 503, 504: the store did not answer.
+pub(in crate::endpoint) async fn find(
+    agents: &Agents,
+    core: &Core,
+    user: &Id,
+) -> Result<Option<Value>, Rejection> {
+    let Some(presence) = &agents.presence else { return Ok(None) };
+    let found = handshake::deadline(core, async { Ok(presence.registry.find(user).await?) });
+    Ok(found.await?.map(directory::described))
 }
 
 /// Returns the relay of calls.

@@ -162,6 +162,15 @@ impl AgentInbox {
         matches!(self.state.lock().reader, Reader::Open(_))
     }
 
+    /// Returns the client of an open connection.
+    #[must_use]
+    pub fn client(&self) -> Option<Client> {
+        match &self.state.lock().reader {
+            Reader::Open(client) => Some(client.clone()),
+            Reader::Opening(_) | Reader::Leaving(_) | Reader::Ended => None,
+        }
+    }
+
     /// Returns the number of calls in flight.
     #[must_use]
     pub fn in_flight(&self) -> u32 {

@@ -20,7 +20,7 @@ use wsproxy_proto::{
 
 use crate::{
     client::event::Event,
-    core::caller::Caller,
+    core::{caller::Caller, recent::Who},
     endpoint::agents::{
         Agents,
         inbox::{Ending, Inbound},
@@ -320,6 +320,11 @@ impl Logic for AgentLogic {
             | Event::ShareFree
             | Event::Writable => {}
         }
+    }
+
+    fn who(&self) -> Who<'_> {
+        let (user, address) = (Some(self.place.inbox.user.as_str()), self.caller.address);
+        Who { user, address, ..Who::default() }
     }
 
     fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions<Infallible>) {

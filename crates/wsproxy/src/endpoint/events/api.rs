@@ -13,9 +13,10 @@ use axum::{
 };
 use bytes::Bytes;
 use serde::Deserialize;
-use serde_json::{json, value::RawValue};
+use serde_json::{Value, json, value::RawValue};
 use tokio::sync::oneshot;
 use uuid::Uuid;
+use wsproxy_proto::names::Id;
 
 use crate::{
     bus::publish::Outcome,
@@ -35,6 +36,7 @@ use crate::{
     },
     registry::control::{DisconnectError, Target},
     telemetry::time,
+    traces::Trace,
 };
 
 /// Makes the routes of events.
@@ -299,15 +301,49 @@ async fn disconnect(
     };
     check_close(code, reason.as_deref())?;
     let revoke = revoke_seconds.map(|seconds| revocation(&core, &target, seconds)).transpose()?;
-    let told = handshake::deadline(&core, async {
-        let registry = registry_of(&events, &core)?;
-        let told = registry.disconnect(target, code, reason.as_deref(), revoke).await;
+    let told = end((&events, &core), target, reason.as_deref(), revoke, code).await?;
+    Ok(Json(json!({ "instances": told })).into_response())
+}
+
+/// Closes connections on all instances, and returns the number of instances that were told.
+///
+/// # Errors
+/// 404: this instance serves no events. 500, 503, 504: other instances may not have the command. It may be repeated.
+pub(in crate::endpoint) async fn end(
+    (events, core): (&Events, &Core),
+    target: Target,
+    reason: Option<&str>,
+    revoke: Option<Duration>,
+    code: Option<u16>,
+) -> Result<u64, Rejection> {
+    let told = handshake::deadline(core, async {
+        let told = registry_of(events, core)?.disconnect(target, code, reason, revoke).await;
         told.map_err(|error| match error {
             DisconnectError::Store(error) => error.into(),
             DisconnectError::Bus(error) => error.into(),
         })
     });
-    Ok(Json(json!({ "instances": told.await? })).into_response())
+    told.await
+}
+
+/// Publishes an event to a user, or to one of the user's connections, and returns the JSON of the outcome.
+///
+/// # Errors
+/// 400: the event is not an object with a `type`. 409, 500, 503, 504: as in [`publishing::publish`].
+pub(in crate::endpoint) async fn send(
+    (core, trace): (&Core, &Trace),
+    user: &Id,
+    connection: Option<Uuid>,
+    event: &[u8],
+) -> Result<Value, Rejection> {
+    let channel = match connection {
+        Some(connection) => core.names.events_connection(&connection.to_string()),
+        None => core.names.events_user(user),
+    };
+    let (payload, options) = complete(event, PublishOptions::default())?;
+    let (by_default, clock) = (core.config.events.history, core.names.events_clock());
+    let keep = options.keep(core, &channel, by_default, Some(clock));
+    publishing::outcome(core, Outgoing { trace, channel, payload }, keep).await
 }
 
 /// Checks for how long a worker wants a revocation to be remembered. A longer time than the maximum is refused rather

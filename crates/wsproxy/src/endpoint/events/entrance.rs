@@ -75,6 +75,19 @@ async fn enter(
     trace.enter("authenticate");
     let claims = authenticate(events, token).await?;
     trace.add("wsproxy.user_id", || Value::text(claims.user.as_str()));
+    let user = claims.user.clone();
+    let entered = enter_as((events, core), opening, claims, resume).await;
+    entered.map_err(|rejection| rejection.of_user(&user))
+}
+
+/// As [`enter`], for a client whose token is verified.
+async fn enter_as(
+    (events, core): (&Events, &Arc<Core>),
+    opening: Opening,
+    claims: Claims,
+    resume: &ResumeRequest,
+) -> Result<Entered, Rejection> {
+    let trace = opening.trace().clone();
     let client = opening.admit(core)?;
     trace.enter("register");
     // Register first: a revocation after the check below then finds the connection.
@@ -168,7 +181,13 @@ pub(super) async fn authenticate(
     let verifier = verifier.ok_or_else(|| Rejection::internal("No token can be verified here."))?;
     let now = time::since_epoch().as_secs();
     let claims = verifier.verify(token.expose_secret(), now).await;
-    claims.map_err(|error| Rejection::from(error).because(error.label()))
+    claims.map_err(|error| {
+        let rejection = Rejection::from(error).because(error.label());
+        match verifier.named_user(token.expose_secret()) {
+            Some(user) => rejection.of_user(&user),
+            None => rejection,
+        }
+    })
 }
 
 /// Checks that a token was not revoked.

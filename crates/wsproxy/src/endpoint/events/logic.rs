@@ -18,6 +18,7 @@ use crate::{
     core::{
         acks::{AckWindow, Due, UnackedMessage},
         caller::Caller,
+        recent::Who,
     },
     endpoint::events::{
         Events, Unacknowledged,
@@ -295,6 +296,11 @@ impl Logic for EventLogic {
             Event::Done(result) => self.on_verdict(result.downcast().ok(), actions),
             Event::Message { .. } | Event::ShareFree | Event::Inbox | Event::Writable => {}
         }
+    }
+
+    fn who(&self) -> Who<'_> {
+        let address = self.caller.address;
+        Who { user: Some(self.user.as_str()), address, ..Who::default() }
     }
 
     fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions<CheckToken>) {

@@ -40,6 +40,7 @@ use crate::{
         rejection::Rejection,
     },
     registry::rooms::RoomRegistry,
+    traces::Trace,
 };
 
 /// Makes the routes of rooms.
@@ -280,6 +281,59 @@ async fn close(
         "A worker closed a room."
     );
     Ok(Json(json!({ "members": members.len() })))
+}
+
+/// Ends the membership of one client, or of all, in a room, and returns the number of members.
+///
+/// # Errors
+/// 404: this instance serves no rooms. 500, 503, 504: as in [`send_away`].
+pub(in crate::endpoint) async fn end(
+    (rooms, core): (&Rooms, &Core),
+    room: &Id,
+    client: Option<&Id>,
+    reason: &str,
+) -> Result<usize, Rejection> {
+    registry_of(rooms)?;
+    check_room_id(room)?;
+    let mut members = members_of(rooms, core, room).await?;
+    members.retain(|member| client.is_none_or(|client| member.client == *client));
+    let frames = match client {
+        Some(client) => vec![wire::kick(rooms.nobody(), client.as_str(), reason)],
+        None => vec![wire::close(rooms.nobody(), reason)],
+    };
+    send_away((rooms, core), room, &members, frames).await?;
+    Ok(members.len())
+}
+
+/// Publishes an envelope without a sender into a room, or to one client in it. Returns the JSON of the outcome.
+///
+/// # Errors
+/// 400: the message is no valid envelope. 404: this instance serves no rooms. 409, 500, 503, 504: as in
+/// [`publishing::publish`].
+pub(in crate::endpoint) async fn send(
+    (rooms, core, trace): (&Rooms, &Core, &Trace),
+    room: &Id,
+    client: Option<&Id>,
+    message: Bytes,
+) -> Result<Value, Rejection> {
+    registry_of(rooms)?;
+    check_room_id(room)?;
+    let payload = envelope(rooms, message, false, client)?;
+    let channel = core.names.room(room);
+    publishing::outcome(core, Outgoing { trace, channel, payload }, Keep::Nothing).await
+}
+
+/// Returns the members of a room on all instances, as they are described to operators.
+///
+/// # Errors
+/// 500, 503, 504: the store did not answer.
+pub(in crate::endpoint) async fn list_members(
+    rooms: &Rooms,
+    core: &Core,
+    room: &Id,
+    most: usize,
+) -> Result<Vec<Value>, Rejection> {
+    Ok(members_of(rooms, core, room).await?.iter().take(most).map(described).collect())
 }
 
 /// Tells all instances to close connections of members, then removes the members. So a member is gone at once, even one

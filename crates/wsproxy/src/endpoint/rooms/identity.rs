@@ -104,9 +104,11 @@ pub(super) async fn identify(
     rooms.attempts.count(subject, clock::now())?;
     match claims? {
         Some(claims) => {
+            let user = claims.user.clone();
             // Behind the limit of attempts, since it asks the store.
-            check_revoked(rooms, &claims).await?;
-            words.with_token(claims, room)
+            let checked = check_revoked(rooms, &claims).await;
+            let identity = checked.and_then(|()| words.with_token(claims, room));
+            identity.map_err(|rejection| rejection.of_user(&user))
         }
         None => words.without_token(rooms.config.development),
     }
@@ -137,7 +139,13 @@ async fn verify(
         ));
     };
     let claims = verifier.verify(token.expose_secret(), time::since_epoch().as_secs()).await;
-    claims.map(Some).map_err(|error| Rejection::from(error).because(error.label()))
+    claims.map(Some).map_err(|error| {
+        let rejection = Rejection::from(error).because(error.label());
+        match verifier.named_user(token.expose_secret()) {
+            Some(user) => rejection.of_user(&user),
+            None => rejection,
+        }
+    })
 }
 
 /// Checks a newer token of a member.

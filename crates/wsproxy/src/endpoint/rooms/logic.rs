@@ -22,7 +22,7 @@ use crate::{
     bus::publish::BusError,
     client::event::Event,
     config::rooms::Validate,
-    core::caller::Caller,
+    core::{caller::Caller, recent::Who},
     endpoint::rooms::{
         fanout::Form,
         member::{LeaveKind, Membership},
@@ -401,6 +401,17 @@ impl Logic for RoomLogic {
             | Event::ShareFree
             | Event::Unpublished(_)
             | Event::AckWanted { .. } => {}
+        }
+    }
+
+    fn who(&self) -> Who<'_> {
+        let Membership { room, user, client, .. } = &*self.membership;
+        Who {
+            room: Some(room.id.as_str()),
+            user: Some(user.as_str()),
+            client: Some(client.as_str()),
+            address: self.caller.address,
+            ..Who::default()
         }
     }
 

@@ -33,7 +33,7 @@ use wsproxy_proto::{
 
 use crate::{
     endpoint::rooms::{
-        Rooms,
+        Here, Rooms,
         counters::Traffic,
         fanout::Form,
         keeper::Join,
@@ -339,6 +339,23 @@ impl Room {
         let state = self.state.lock();
         let member = state.members.iter().find(|member| member.number == number)?;
         Some(Arc::clone(&member.link))
+    }
+
+    /// Returns the members of this instance with their connections.
+    pub(super) fn here(&self) -> Vec<Here> {
+        let members: Vec<_> = {
+            let state = self.state.lock();
+            let of = |member: &MemberHere| {
+                Some((member.membership.upgrade()?, Arc::clone(&member.link)))
+            };
+            state.members.iter().filter_map(of).collect()
+        };
+        // Behind the lock, since a membership may have got its last owner here.
+        let of = |(membership, link): (Arc<Membership>, Arc<Link>)| {
+            let (user, client) = (membership.user.clone(), membership.client.clone());
+            Here { room: self.id.clone(), user, client, link }
+        };
+        members.into_iter().map(of).collect()
     }
 
     /// Returns the memberships of this instance.

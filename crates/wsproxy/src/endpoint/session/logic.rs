@@ -21,7 +21,7 @@ use crate::{
     bus::publish::{Keep, Publish},
     client::event::{Event, Unpublished},
     config::NoReceiver,
-    core::caller::Caller,
+    core::{caller::Caller, recent::Who},
     endpoint::session::Sessions,
     logic::{
         Actions, Logic,
@@ -211,6 +211,12 @@ impl Logic for SessionLogic {
             | Event::Inbox
             | Event::Writable => {}
         }
+    }
+
+    fn who(&self) -> Who<'_> {
+        let address = self.caller.address;
+        let (session, agent) = (Some(self.session.as_str()), Some(self.agent.as_str()));
+        Who { session, agent, address, ..Who::default() }
     }
 
     fn on_end(&mut self, end: End, sent: (u64, u64), actions: &mut dyn Actions<Infallible>) {

@@ -139,11 +139,19 @@ pub(crate) async fn command(core: &Core, message: Outgoing<'_>) -> Result<Respon
     send(core, message, Keep::Nothing).await
 }
 
-async fn send(
+async fn send(core: &Core, message: Outgoing<'_>, keep: Keep) -> Result<Response, Rejection> {
+    Ok(Json(outcome(core, message, keep).await?).into_response())
+}
+
+/// Publishes a message and returns the JSON of its outcome.
+///
+/// # Errors
+/// As [`publish`].
+pub(crate) async fn outcome(
     core: &Core,
     Outgoing { trace, channel, payload }: Outgoing<'_>,
     keep: Keep,
-) -> Result<Response, Rejection> {
+) -> Result<Value, Rejection> {
     let mut span = trace.child("publish", Kind::Producer);
     span.add("messaging.destination.name", || traces::Value::text(&channel));
     span.add("messaging.message.body.size", || (payload.len() as u64).into());
@@ -162,7 +170,7 @@ async fn send(
         }
         Err(rejection) => span.fail(rejection.code, rejection.status.is_server_error()),
     }
-    Ok(Json(answer?).into_response())
+    answer
 }
 
 /// Returns whether the message has an idempotency key, so that a repeated publish has no effect.

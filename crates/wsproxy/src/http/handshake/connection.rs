@@ -146,6 +146,7 @@ impl<L: Logic> Handler for Connection<L> {
 
     fn on_end(&mut self, end: End, link: &Arc<Link>) {
         self.core.metrics.ended(self.family, end.why.label);
+        self.core.recent.ended(self.family, link.id(), self.logic.who(), end, link.sent().0);
         let (logic, mut actions) = self.parts(link, clock::now());
         logic.on_end(end, link.sent(), &mut actions);
     }
@@ -295,6 +296,7 @@ const USED_UP: u32 = u32::MAX;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::recent::Who;
     use std::convert::Infallible;
 
     /// A logic that does nothing.
@@ -307,6 +309,9 @@ mod tests {
         fn on_open(&mut self, _: &mut dyn Actions<Infallible>) {}
         fn on_message(&mut self, _: Kind, _: &[u8], _: &mut dyn Actions<Infallible>) {}
         fn on_event(&mut self, _: Event, _: &mut dyn Actions<Infallible>) {}
+        fn who(&self) -> Who<'_> {
+            Who::default()
+        }
         fn on_end(&mut self, _: End, _: (u64, u64), _: &mut dyn Actions<Infallible>) {}
     }
 

@@ -14,7 +14,7 @@ use crate::{
     core::{
         Core,
         admission::Seat,
-        socket::SharedSocket,
+        socket::{HANDSHAKE, SharedSocket},
         sockets::{Silence, Sockets},
     },
     tls::pair::TlsPair,
@@ -98,6 +98,3 @@ impl TlsListener {
         Ok(if is_resumed { "resumed" } else { "full" })
     }
 }
-
-/// First byte of a TLS connection: the type of a record with a message of the handshake.
-const HANDSHAKE: u8 = 22;

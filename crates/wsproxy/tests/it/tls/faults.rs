@@ -171,6 +171,8 @@ async fn a_stalled_event_stream_keeps_its_order() {
             tokio::task::yield_now().await;
             assert!(sent < 10_000, "it never stalls");
         }
+        let used = || instance.gateway().runtime.budget.used();
+        eventually("what waits is counted", || used() > 0).await;
         // The client reads everything before the next round.
         let (last, mut looked_at) = (format!("<{} ", sent - 1), seen.len());
         while !seen[looked_at..].windows(last.len()).any(|part| part == last.as_bytes()) {
@@ -181,6 +183,7 @@ async fn a_stalled_event_stream_keeps_its_order() {
             seen.extend_from_slice(&buffer[..count]);
         }
     }
+    eventually("nothing waits", || instance.gateway().runtime.budget.used() == 0).await;
     instance.publish("session:s:control", r#"{"op":"close","code":4321}"#);
     soon("the end", slow.read_to_end(&mut seen)).await.expect("the end is told");
     let text = String::from_utf8(seen).unwrap();

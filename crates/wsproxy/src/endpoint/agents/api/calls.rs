@@ -97,6 +97,22 @@ pub(super) async fn call(
     Ok(stream::response(hearing, first))
 }
 
+/// Calls a tool and waits for its outcome.
+///
+/// # Errors
+/// 400: the body is malformed. 404: this instance serves no agents.
+pub(super) async fn call_once(
+    (agents, core): (&Agents, &Core),
+    user: Id,
+    body: &[u8],
+    worker: &Worker,
+) -> Result<Response, Rejection> {
+    let call = tool_request(core, &HeaderMap::new(), body, user, worker)?;
+    let mut hearing = Hearing::begin(agents, call)?;
+    let end = hearing.end().await;
+    Ok(hearing.asked().answer(end).into_response())
+}
+
 /// Reads a call.
 ///
 /// # Errors

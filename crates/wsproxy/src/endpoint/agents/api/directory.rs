@@ -124,7 +124,7 @@ pub(super) fn presence_of(agents: &Agents) -> Result<&Arc<Presence>, Rejection> 
     agents.presence.as_ref().ok_or_else(super::not_served)
 }
 
-fn described(agent: ConnectedAgent) -> Value {
+pub(super) fn described(agent: ConnectedAgent) -> Value {
     let ConnectedAgent { user, server, record } = agent;
     json!({
         "user_id": user.as_str(),

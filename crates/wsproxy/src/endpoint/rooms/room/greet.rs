@@ -33,16 +33,15 @@ impl Room {
         let mut state = self.state.lock();
         let begin = clock::now();
         let is_large = state.mirror.len() > FEW_MEMBERS;
-        if is_large {
-            state.mirror.show(record::shown);
+        match is_large {
+            true => state.mirror.show(record::shown),
+            false => state.mirror.hide(),
         }
         let mirror = &state.mirror;
         let few = mirror.members().filter(|_| !is_large);
         let few = few.filter_map(|(client, member)| record::shown(client, &member.record()));
         let few: Vec<Vec<u8>> = few.collect();
-        let shown = mirror.members().filter(|_| is_large).map(|(_, member)| member.shown());
-        let players = few.iter().map(|player| &player[..]);
-        let players = players.chain(shown.filter(|player| !player.is_empty()));
+        let players = few.iter().map(|player| &player[..]).chain(mirror.shown());
         let entities = mirror.members().flat_map(|(owner, member)| {
             member.entities().map(move |entity| Entity {
                 owner,

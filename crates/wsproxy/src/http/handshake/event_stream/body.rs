@@ -299,6 +299,8 @@ impl<L: Logic> Drop for EventStream<L> {
         let discarded = self.outbox.discarded() + self.writing.messages;
         self.profile.stats.messages_discarded.fetch_add(discarded, Relaxed);
         self.core.metrics.ended(self.family, end.why.label);
+        let (id, who) = (self.outbox.id(), self.logic.who());
+        self.core.recent.ended(self.family, id, who, end, self.messages);
         let sent = (self.messages, self.bytes);
         self.with_logic(|logic, actions| logic.on_end(end, sent, actions));
     }
