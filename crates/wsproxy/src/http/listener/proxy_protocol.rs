@@ -63,7 +63,7 @@ pub(super) async fn read_peer(
         Err(Fault::Bad(error)) => (label(error), Some(error.to_string())),
     };
     core.metrics.proxy_header(outcome);
-    let Some(error) = fault else { return None };
+    let error = fault?;
     if let Some(left_out) = core.lines.pass("proxy header") {
         warn!(%peer, outcome, error, left_out, "A connection was refused: PROXY protocol.");
     }
