@@ -196,7 +196,8 @@ impl<H: Handler> Driver<H> {
             return !self.ended_reading && self.discarded_kib < DISCARDED_KIB_MAX;
         }
         let bus_ready = self.handler.poll_ready(cx).is_ready();
-        let wait = self.link.profile().byte_rate.map_or(0, |rate| self.bytes.wait(rate, now.0));
+        let wait =
+            self.link.profile().byte_rate.load().map_or(0, |rate| self.bytes.wait(rate, now.0));
         if wait > 0 {
             self.link.read_at(now.after(Micros(wait)));
         }
@@ -287,7 +288,7 @@ impl<H: Handler> Driver<H> {
                         profile.stats.messages_received.fetch_add(1, Relaxed);
                         let is_late = self.hearing == Hearing::CatchingUp;
                         let (bucket, at) = (&mut self.bucket, nanos(now));
-                        if profile.rate.is_some_and(|rate| match is_late {
+                        if profile.rate.load().is_some_and(|rate| match is_late {
                             true => bucket.take_late(rate, at).is_err(),
                             false => bucket.take(rate, at).is_err(),
                         }) {
@@ -330,7 +331,7 @@ impl<H: Handler> Driver<H> {
                 // The peer gets no further reading; it has until the deadline to read our close frame.
                 self.hearing = self.hearing.max(Hearing::Deaf);
             }
-        } else if let Some(rate) = self.link.profile().byte_rate {
+        } else if let Some(rate) = self.link.profile().byte_rate.load() {
             self.bytes.take(rate, bytes, now.0);
         }
     }

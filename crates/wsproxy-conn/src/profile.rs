@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use wsproxy_proto::{
-    rate::{ByteRate, Rate},
+    rate::shared::{SharedByteRate, SharedRate},
     ws::{frame::Role, receiver::Limits},
 };
 
@@ -27,10 +27,10 @@ pub struct Profile {
     pub events_max: usize,
     /// Upper bound of the bytes of these events.
     pub event_bytes_max: usize,
-    /// Limit of messages per second; `None`: no limit.
-    pub rate: Option<Rate>,
-    /// Limit of bytes per second, after inflating. Beyond it reading pauses. `None`: no limit.
-    pub byte_rate: Option<ByteRate>,
+    /// Limit of messages per second. It can change while connections are open.
+    pub rate: SharedRate,
+    /// Limit of bytes per second, after inflating. Beyond it reading pauses. It can change while connections are open.
+    pub byte_rate: SharedByteRate,
     /// Bytes that a message counts in `byte_rate` beside its own, so that reading pauses for many small ones too.
     pub message_bytes: usize,
     /// Sign of life of the client.

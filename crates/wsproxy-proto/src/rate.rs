@@ -1,5 +1,7 @@
 //! Rate limits as arithmetic on one number (GCRA); the clock is the caller's.
 
+pub mod shared;
+
 /// Limit of events: a burst at once, and a steady rate after that.
 ///
 /// ```
@@ -48,6 +50,7 @@ impl Bucket {
     /// # Errors
     /// Nanoseconds after which the event can be taken. Nothing is taken now.
     pub fn take(&mut self, rate: Rate, now: u64) -> Result<(), u64> {
+        self.forgive(rate, now);
         let next = self.next.max(now);
         if next - now > rate.tolerance {
             return Err(next - now - rate.tolerance);
@@ -62,11 +65,20 @@ impl Bucket {
     /// # Errors
     /// As [`Self::take`].
     pub fn take_late(&mut self, rate: Rate, now: u64) -> Result<(), u64> {
+        self.forgive(rate, now);
         if self.next > now.saturating_add(rate.tolerance) {
             return Err(self.next - now - rate.tolerance);
         }
         self.next += rate.interval;
         Ok(())
+    }
+
+    /// Forgives a debt that comes from another rate, since `rate` never lets it grow so far. Without this a party that
+    /// has used up a slow rate would be refused for long after an operator has raised the rate.
+    fn forgive(&mut self, rate: Rate, now: u64) {
+        if self.next.saturating_sub(now) > rate.tolerance.saturating_add(rate.interval) {
+            self.next = now.saturating_add(rate.tolerance);
+        }
     }
 
     /// Forgets unused time until `now`, so that [`Self::take_late`] gives no credit for it.
@@ -183,6 +195,21 @@ mod tests {
         }
         assert_eq!(ByteRate::new(0, 4000, 500), None);
         assert_eq!(size_of::<ByteBucket>(), 4);
+    }
+
+    #[test]
+    fn a_debt_of_a_slower_rate_is_forgiven() {
+        let [slow, fast] =
+            [(1, 60), (1000, 10)].map(|(n, burst)| Rate::new(n, 1000, burst).unwrap());
+        for late in [false, true] {
+            let (mut bucket, now) = (Bucket::default(), 50 * S);
+            assert_eq!((0..99).filter(|_| bucket.take(slow, now).is_ok()).count(), 60);
+            let mut take =
+                |now| if late { bucket.take_late(fast, now) } else { bucket.take(fast, now) };
+            assert!(take(now).is_ok(), "the slow rate would refuse for a second");
+            assert_eq!(take(now), Err(1_000_000));
+            assert!(take(now + 1_000_000).is_ok());
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use subtle::ConstantTimeEq;
 
 pub mod api_keys;
 mod claims;
+pub mod fixed_keys;
 mod jwks;
 pub mod jwt;
 mod key;

@@ -9,8 +9,10 @@ mod config;
 mod dev;
 pub mod exit;
 mod health;
+mod http;
 mod jwt;
 mod migrate;
+mod reload;
 pub mod serve;
 mod settings;
 pub mod token;
@@ -46,6 +48,8 @@ enum Command {
     Migrate(migrate::MigrateArgs),
     /// Ask a running instance whether it is healthy; exits with 0 or 1.
     Health(health::HealthArgs),
+    /// Let a running instance read its configuration again; the answer says what changed and what needs a restart.
+    Reload(reload::ReloadArgs),
     /// Print a completion script for a shell.
     #[command(after_help = COMPLETIONS_EXAMPLE)]
     Completions {
@@ -98,7 +102,7 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Serve(settings) => serve::run(settings.load()?)?,
+        Command::Serve(settings) => serve::run(settings.sources())?,
         Command::Dev(settings) => dev::run(settings)?,
         Command::Config(command) => return config::run(command),
         Command::Token(args) => token::run(args)?,
@@ -106,6 +110,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Agents(command) => agents::run(command)?,
         Command::Migrate(args) => migrate::run(args)?,
         Command::Health(args) => return health::run(args),
+        Command::Reload(args) => reload::run(args)?,
         Command::Completions { shell } => print(&completions(shell))?,
         Command::Version { json } => print(&version::text(json))?,
     }

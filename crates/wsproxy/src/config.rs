@@ -2,6 +2,7 @@
 
 pub mod agents;
 pub mod api_key;
+pub mod change;
 mod check;
 pub mod database;
 pub mod echo;

@@ -17,13 +17,14 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    auth::api_keys::ApiKeys,
+    auth::{api_keys::ApiKeys, fixed_keys::FixedKeys},
     bus::Bus,
     client::open_streams::OpenStreams,
-    config::{Config, load::Origins},
+    config::{Config, LimitsConfig, load::Origins},
     core::{
         admission::{Attempts, Resumes, Seats},
         caller::Texts,
+        origins::AllowedOrigins,
         recent::Recent,
         sockets::Sockets,
         waiting::WaitingRoom,
@@ -42,6 +43,7 @@ use crate::{
 pub mod acks;
 pub mod admission;
 pub mod caller;
+pub mod origins;
 pub mod recent;
 pub mod socket;
 pub mod sockets;
@@ -49,7 +51,7 @@ pub mod waiting;
 
 /// Shared state of a running instance.
 pub struct Core {
-    /// Validated configuration.
+    /// Validated configuration of the start. What a reload replaces is not read here: it has a field of its own.
     pub config: Config,
     /// Id of this instance.
     pub server_id: Arc<str>,
@@ -77,6 +79,10 @@ pub struct Core {
     pub resumes: Resumes,
     /// Requests that wait a moment for a peer.
     pub waiting_room: Arc<WaitingRoom>,
+    /// Origins of browsers that may connect.
+    pub allowed_origins: AllowedOrigins,
+    /// Keys of JSON Web Tokens that the configuration names.
+    pub jwt_keys: Arc<FixedKeys>,
     /// API keys of workers.
     pub api_keys: Arc<ApiKeys>,
     /// Throttle of log lines about workers' failed calls.
@@ -151,9 +157,9 @@ pub fn profile(config: &Config) -> Profile {
         reply_bytes_max: REPLY_BYTES_MAX,
         events_max: EVENTS_MAX,
         event_bytes_max: EVENT_BYTES_MAX,
-        rate: Rate::new(limits.messages_per_second, 1000, limits.message_burst),
+        rate: message_rate(limits).into(),
         message_bytes: 0,
-        byte_rate: ByteRate::new(limits.bytes_per_second, limits.bytes_burst, TAKEN_BYTES_MAX),
+        byte_rate: byte_rate(limits).into(),
         heartbeat: Heartbeat::Frames,
         heartbeat_interval: config.heartbeat.interval.into(),
         heartbeat_timeout: config.heartbeat.timeout.into(),
@@ -163,6 +169,18 @@ pub fn profile(config: &Config) -> Profile {
         compress_level: config.compression.level,
         stats: wsproxy_conn::Stats::default(),
     }
+}
+
+/// Returns the limit of the messages of one connection.
+#[must_use]
+pub fn message_rate(limits: &LimitsConfig) -> Option<Rate> {
+    Rate::new(limits.messages_per_second, 1000, limits.message_burst)
+}
+
+/// Returns the limit of the bytes of one connection.
+#[must_use]
+pub fn byte_rate(limits: &LimitsConfig) -> Option<ByteRate> {
+    ByteRate::new(limits.bytes_per_second, limits.bytes_burst, TAKEN_BYTES_MAX)
 }
 
 /// Upper bound of the events that wait for a connection's logic.

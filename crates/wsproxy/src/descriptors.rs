@@ -43,7 +43,11 @@ pub fn take(wanted: usize) -> Result<Descriptors, TooFew> {
 }
 
 impl Descriptors {
-    fn of(limit: usize) -> Result<Self, TooFew> {
+    /// Shares out a limit of open files.
+    ///
+    /// # Errors
+    /// [`TooFew`] below [`LIMIT_MIN`].
+    pub(crate) fn of(limit: usize) -> Result<Self, TooFew> {
         if limit < LIMIT_MIN {
             return Err(TooFew { limit });
         }

@@ -15,7 +15,8 @@ use uuid::Uuid;
 use wsproxy_proto::disconnect::Disconnect;
 
 use crate::{
-    core::Core,
+    config::Config,
+    core::{self, Core},
     endpoint::{
         agents::{Agents, inbox::Ending},
         echo::Echo,
@@ -143,6 +144,19 @@ impl Families {
     /// `details` tells who gets more than counts.
     pub fn probes(&self, details: Details) -> Router<Arc<Core>> {
         events::health::router(&self.events).merge(rooms::stats::router(&self.rooms, details))
+    }
+
+    /// Puts the values of another configuration into force that a reload replaces: the rates of connections.
+    pub fn reload(&self, config: &Config) {
+        let limits = &config.limits;
+        let Self { sessions, events, rooms, agents, echo } = self;
+        for profile in [&sessions.profile, &events.profile, &echo.profile] {
+            profile.rate.store(core::message_rate(limits));
+            profile.byte_rate.store(core::byte_rate(limits));
+        }
+        // Agents' messages count by their bytes alone.
+        agents.profile.byte_rate.store(core::byte_rate(limits));
+        rooms.reload(config);
     }
 
     /// Begins no further work on connections, which are about to be closed.

@@ -19,6 +19,7 @@ mod outbound;
 mod queue;
 pub mod redis;
 pub mod registry;
+pub mod reload;
 pub mod server;
 pub mod shutdown;
 pub mod store;

@@ -24,5 +24,6 @@ mod shared;
 pub mod store;
 mod subscriptions;
 mod supervisor;
+pub(crate) mod trial;
 mod watchdog;
 pub(crate) mod words;

@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context;
 use axum::Router;
+use sd_notify::NotifyState;
 use tokio::{task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -16,14 +17,21 @@ use wsproxy_conn::{Runtime, clock};
 use wsproxy_proto::names::Names;
 
 use crate::{
-    auth::api_keys::ApiKeys,
+    auth::{
+        api_keys::{ApiKeys, KeyTable},
+        fixed_keys::{FixedKeys, KeyRing},
+    },
     bus::{Bus, watch},
     cli::{exit::Failure, version},
-    config::{Config, ServerConfig, load::Origins},
+    config::{
+        Config, ServerConfig,
+        load::{ConfigSources, Origins},
+    },
     core::{
         Core,
         admission::{Attempts, Bounds, Resumes, Seats},
         caller::Texts,
+        origins::AllowedOrigins,
         recent::Recent,
         sockets::Sockets,
         waiting::WaitingRoom,
@@ -46,6 +54,7 @@ use crate::{
     },
     hub::{Hub, delivery::Delivery, healer},
     registry::lease::LeaseCounters,
+    reload::{self, Reloader},
     shutdown,
     telemetry::{
         family::Family,
@@ -61,6 +70,7 @@ use crate::{
 pub struct Instance {
     core: Arc<Core>,
     families: Arc<Families>,
+    reloader: Arc<Reloader>,
     address: Option<SocketAddr>,
     admin_address: Option<SocketAddr>,
     /// The listener of clients; it ends after `accepting`.
@@ -78,10 +88,13 @@ pub struct Instance {
 ///
 /// # Errors
 /// The instance could not start: see [`Instance::start`].
-pub async fn run(config: Config, origins: Origins) -> anyhow::Result<()> {
+pub async fn run(config: Config, origins: Origins, sources: ConfigSources) -> anyhow::Result<()> {
     let signals = shutdown::Signals::new().context("cannot listen to signals")?;
-    let instance = Instance::start(config, |_, _| Router::new()).await?;
+    let hangups = shutdown::Hangups::new().context("cannot listen to signals")?;
+    let instance = Instance::start_from(config, Some(sources), |_, _| Router::new()).await?;
     let _ = instance.core.origins.set(origins);
+    let (reloader, end) = (Arc::clone(&instance.reloader), instance.background_end.clone());
+    instance.background.spawn(reload_at_hangups(hangups, reloader, end));
     if let Bus::Embedded(_) = instance.core.bus {
         // An operator who forgot the URL would otherwise only see that all tokens are refused with 403.
         warn!(
@@ -91,7 +104,7 @@ pub async fn run(config: Config, origins: Origins) -> anyhow::Result<()> {
         );
     }
     // An error means that no supervisor asked to be notified.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
     signals.wait().await;
     instance.drain(signals).await;
     Ok(())
@@ -105,6 +118,18 @@ impl Instance {
     /// An address is taken, the bus's URL cannot be used, or the tables of the database do not allow what is configured.
     pub async fn start(
         config: Config,
+        extra: impl FnOnce(&Arc<Core>, &Arc<Families>) -> Router,
+    ) -> anyhow::Result<Self> {
+        Self::start_from(config, None, extra).await
+    }
+
+    /// The same, with the sources that a reload reads again; without sources nothing is reloaded.
+    ///
+    /// # Errors
+    /// See [`Self::start`].
+    pub async fn start_from(
+        config: Config,
+        sources: Option<ConfigSources>,
         extra: impl FnOnce(&Arc<Core>, &Arc<Families>) -> Router,
     ) -> anyhow::Result<Self> {
         let (main, admin) = (listen(&config)?, listen_for_admin(&config)?);
@@ -121,13 +146,17 @@ impl Instance {
             background_end.cancel();
             return Err(anyhow::Error::msg(why).context(Failure::Config));
         }
-        show(&core, &families);
+        let reloader = Reloader::new(sources, &core, &families, pair.clone());
+        show(&core, &families, &reloader);
         let told = if admin.is_some() { Details::Always } else { Details::WithKey };
         let console = Console::start(&core, &families, &background, &background_end);
         let mut rest = admin::probes(&core, told)
             .merge(admin::metrics(&core, told))
             .merge(families.probes(told).with_state(Arc::clone(&core)))
-            .merge(api::router(Arc::clone(&core), families.api().merge(console.api())))
+            .merge(api::router(
+                Arc::clone(&core),
+                families.api().merge(console.api()).merge(reload::router(&reloader)),
+            ))
             .merge(extra(&core, &families));
         if admin.is_some() {
             rest = rest.merge(page::router());
@@ -170,6 +199,7 @@ impl Instance {
         Ok(Self {
             core,
             families,
+            reloader,
             address,
             admin_address,
             listener,
@@ -202,6 +232,12 @@ impl Instance {
     #[must_use]
     pub const fn families(&self) -> &Arc<Families> {
         &self.families
+    }
+
+    /// Returns the reload of the configuration.
+    #[must_use]
+    pub const fn reloader(&self) -> &Arc<Reloader> {
+        &self.reloader
     }
 
     /// Drains and ends the instance: see [`shutdown::Shutdown`].
@@ -294,11 +330,13 @@ fn compose(
     let hub = Hub::new();
     let delivery = Box::new(Delivery::new(Arc::clone(&hub)));
     let (tasks, end) = (background, background_end.clone());
-    let api_keys = ApiKeys::new(&config.api).map_err(anyhow::Error::msg);
-    let api_keys = Arc::new(api_keys.context(Failure::Config)?);
-    if api_keys.has_files() {
-        background.spawn(read_keys_again(Arc::clone(&api_keys), background_end.clone()));
-    }
+    let table = KeyTable::read(&config.api, None).map_err(anyhow::Error::msg);
+    let api_keys = Arc::new(ApiKeys::new(table.context(Failure::Config)?));
+    background.spawn(read_keys_again(Arc::clone(&api_keys), background_end.clone()));
+    let jwt_keys = match config.endpoints.events || config.endpoints.rooms {
+        true => KeyRing::read(&config.jwt).map_err(anyhow::Error::msg).context(Failure::Config)?,
+        false => KeyRing::default(),
+    };
     let bus = if config.redis.url.is_some() {
         Bus::redis(&config.redis, &server_id, &names, delivery, tasks, end)
             .context(Failure::Config)?
@@ -323,6 +361,8 @@ fn compose(
         sockets: Sockets::new(connections + spare),
         attempts: Arc::new(Attempts::new(config.rate_limit.max_requests, config.rate_limit.window)),
         resumes: Resumes::new(config.limits.resumes_per_second),
+        allowed_origins: AllowedOrigins::new(&config.server.allowed_origins),
+        jwt_keys: FixedKeys::new(jwt_keys),
         api_keys,
         api_failures: Throttle::default(),
         lines: Throttles::default(),
@@ -345,7 +385,7 @@ fn compose(
 }
 
 /// Registers the instance's sources of metrics.
-fn show(core: &Core, families: &Arc<Families>) {
+fn show(core: &Core, families: &Arc<Families>, reloader: &Arc<Reloader>) {
     let served = Family::ALL.into_iter().filter(|family| Families::serves(core, *family));
     core.metrics.begin(served, &rejection::OF_HANDSHAKES);
     let bounds = Bounds {
@@ -366,9 +406,29 @@ fn show(core: &Core, families: &Arc<Families>) {
         Arc::new(core.bus.clone()),
         Arc::clone(&core.api_keys) as Arc<dyn Source>,
         lease,
+        Arc::clone(reloader) as Arc<dyn Source>,
         Arc::new(core.traces.clone()),
         Arc::new(Process { started: core.started }),
     ]);
+}
+
+/// Reloads the configuration at each SIGHUP, until `end`. Tells the supervisor when a reload begins and ends.
+async fn reload_at_hangups(
+    mut hangups: shutdown::Hangups,
+    reloader: Arc<Reloader>,
+    end: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            () = hangups.wait() => {}
+        }
+        let begins = [Some(NotifyState::Reloading), NotifyState::monotonic_usec_now().ok()];
+        let _ = sd_notify::notify(&begins.into_iter().flatten().collect::<Vec<_>>());
+        // The log tells the result.
+        let _ = reloader.reload("SIGHUP").await;
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
+    }
 }
 
 /// Reads the files of API keys again at intervals, until `end`.
@@ -377,6 +437,9 @@ async fn read_keys_again(keys: Arc<ApiKeys>, end: CancellationToken) {
         tokio::select! {
             () = end.cancelled() => return,
             () = tokio::time::sleep(READ_FILES_EVERY) => {}
+        }
+        if !keys.has_files() {
+            continue;
         }
         // A file system may be slow, and connections must not wait for it.
         let keys = Arc::clone(&keys);

@@ -22,6 +22,24 @@ use crate::{client::Client, core::Core, endpoint::Families, telemetry};
 /// The signals SIGTERM and SIGINT.
 pub struct Signals(Mutex<(Signal, Signal)>);
 
+/// The signal SIGHUP, which asks for a reload.
+pub struct Hangups(Signal);
+
+impl Hangups {
+    /// Catches the signal, which from now on does not kill the process.
+    ///
+    /// # Errors
+    /// The operating system refuses.
+    pub fn new() -> io::Result<Self> {
+        signal(SignalKind::hangup()).map(Self)
+    }
+
+    /// Waits for the next signal. Several that come before this call count as one.
+    pub async fn wait(&mut self) {
+        self.0.recv().await;
+    }
+}
+
 impl Signals {
     /// Catches the signals, which from now on do not kill the process.
     ///

@@ -39,8 +39,23 @@ pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, Stri
 /// # Errors
 /// The provider of cryptography cannot be used.
 pub(crate) fn trusting_client_config() -> Result<ClientConfig, Error> {
+    verified_by(None)
+}
+
+/// Returns a configuration that trusts the certificate in a file, and no other: that of an instance on this machine.
+///
+/// # Errors
+/// A sentence for the operator: the file cannot be used.
+pub(crate) fn pinned_client_config(certificate: &Path) -> Result<ClientConfig, String> {
+    let read = CertificateDer::from_pem_file(certificate);
+    let read =
+        read.map_err(|error| format!("{} cannot be read: {error}", certificate.display()))?;
+    verified_by(Some(read)).map_err(|error| error.to_string())
+}
+
+fn verified_by(pinned: Option<CertificateDer<'static>>) -> Result<ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let verifier = Trusting(provider.signature_verification_algorithms);
+    let verifier = Trusting { algorithms: provider.signature_verification_algorithms, pinned };
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .dangerous()
@@ -50,18 +65,27 @@ pub(crate) fn trusting_client_config() -> Result<ClientConfig, Error> {
 
 /// Verifier that asks for no name and no authority.
 #[derive(Debug)]
-struct Trusting(WebPkiSupportedAlgorithms);
+struct Trusting {
+    algorithms: WebPkiSupportedAlgorithms,
+    /// The only certificate that is trusted; `None`: all are.
+    pinned: Option<CertificateDer<'static>>,
+}
 
 impl ServerCertVerifier for Trusting {
     fn verify_server_cert(
         &self,
-        _: &CertificateDer<'_>,
+        shown: &CertificateDer<'_>,
         _: &[CertificateDer<'_>],
         _: &ServerName<'_>,
         _: &[u8],
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
+        match &self.pinned {
+            Some(pinned) if pinned != shown => {
+                Err(Error::General("the server shows another certificate".into()))
+            }
+            _ => Ok(ServerCertVerified::assertion()),
+        }
     }
 
     fn verify_tls12_signature(
@@ -70,7 +94,7 @@ impl ServerCertVerifier for Trusting {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signed, &self.0)
+        verify_tls12_signature(message, certificate, signed, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -79,11 +103,11 @@ impl ServerCertVerifier for Trusting {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &self.0)
+        verify_tls13_signature(message, certificate, signed, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
+        self.algorithms.supported_schemes()
     }
 }
 

@@ -15,7 +15,7 @@ use crate::support::{Connection, Process, SECOND, profile, settle, until};
 
 /// Limit: a burst of 100 KB, and 1 MB per second.
 fn limited() -> Profile {
-    Profile { byte_rate: ByteRate::new(1_000_000, 100_000, TAKEN_BYTES_MAX), ..profile() }
+    Profile { byte_rate: ByteRate::new(1_000_000, 100_000, TAKEN_BYTES_MAX).into(), ..profile() }
 }
 
 #[tokio::test]
@@ -73,7 +73,7 @@ async fn many_small_messages_are_read_later_where_each_counts() {
 async fn throttled_client_is_not_closed_for_silence() {
     let mut process = Process::new();
     let profile = Profile {
-        byte_rate: ByteRate::new(1, 1000, TAKEN_BYTES_MAX),
+        byte_rate: ByteRate::new(1, 1000, TAKEN_BYTES_MAX).into(),
         idle_timeout: Micros(60 * SECOND),
         ..profile()
     };
@@ -104,7 +104,7 @@ async fn an_honest_client_is_never_throttled() {
 #[tokio::test]
 async fn what_came_during_a_pause_is_no_burst() {
     for (count, is_too_much) in [(250, false), (4000, true)] {
-        let rate = Rate::new(1000, 1000, 20);
+        let rate = Rate::new(1000, 1000, 20).into();
         let mut connection = Connection::new(&Process::new(), Profile { rate, ..profile() });
         connection.seen.set_bus_full(true);
         settle().await;

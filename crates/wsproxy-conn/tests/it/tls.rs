@@ -218,7 +218,7 @@ async fn endless_records_without_contents_end_the_connection() {
 #[tokio::test]
 async fn tiny_records_that_came_during_a_pause_are_no_burst() {
     let (socket, mut tls, stream) = connect(aws_lc_rs::default_provider()).await;
-    let rate = Rate::new(100_000, 1000, 20);
+    let rate = Rate::new(100_000, 1000, 20).into();
     let Driven { link, seen, .. } = Driven::new(socket, Profile { rate, ..profile() });
     // The kernel holds more for a reader that has read much.
     let large = client_frame(Opcode::Binary, &[7; 500_000], false, [3; 4]);

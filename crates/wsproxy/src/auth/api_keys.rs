@@ -4,6 +4,7 @@ use std::{
     fmt,
     io::Read,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use parking_lot::{Mutex, RwLock};
@@ -25,7 +26,14 @@ use crate::{
 
 /// All keys of the worker API.
 #[derive(Debug)]
-pub struct ApiKeys(Vec<ApiKeyEntry>);
+pub struct ApiKeys {
+    /// Guards the keys in force, which a reload of the configuration replaces.
+    table: RwLock<Arc<KeyTable>>,
+}
+
+/// The keys of one configuration.
+#[derive(Debug)]
+pub struct KeyTable(Vec<Arc<ApiKeyEntry>>);
 
 /// A key with its name, or all keys without one.
 #[derive(Debug)]
@@ -36,7 +44,14 @@ pub struct ApiKeyEntry {
     file: Option<SecretsFile>,
     /// Guards the secrets in use.
     secrets: RwLock<Vec<SecretString>>,
-    /// Accepted calls with the key.
+    /// Calls with the key. A key keeps them when the table is replaced.
+    pub calls: Arc<KeyCalls>,
+}
+
+/// Calls with a key.
+#[derive(Debug, Default)]
+pub struct KeyCalls {
+    /// Accepted calls.
     pub accepted: Counter,
     /// Calls that the key's scopes do not allow.
     pub refused: Counter,
@@ -52,49 +67,39 @@ struct SecretsFile {
 }
 
 /// The key that a worker has shown.
-#[derive(Clone, Copy)]
-pub struct Found<'a> {
-    entry: &'a ApiKeyEntry,
+#[derive(Clone)]
+pub struct Found {
+    entry: Arc<ApiKeyEntry>,
     /// Number of the secret within the entry, from 1.
     number: usize,
 }
 
 impl ApiKeys {
-    /// Reads the keys of a configuration, including those in files.
-    ///
-    /// # Errors
-    /// A sentence for the operator: a file cannot be used.
-    pub fn new(config: &ApiConfig) -> Result<Self, String> {
-        let plain = ApiKeyEntry {
-            file: config.keys_file.clone().map(|path| SecretsFile::new(path, true)),
-            secrets: RwLock::new(config.keys.clone()),
-            ..ApiKeyEntry::new(NAMELESS, Scopes::all())
-        };
-        let mut entries = vec![plain];
-        for key in &config.key {
-            let (file, secrets) = match &key.secret {
-                KeySecret::Text(secret) => (None, vec![secret.clone()]),
-                KeySecret::File(path) => {
-                    let file = SecretsFile::new(path.clone(), false);
-                    let secrets =
-                        file.read().map_err(|problem| format!("{} {problem}", key.name))?;
-                    (Some(file), secrets)
-                }
-            };
-            let secrets = RwLock::new(secrets);
-            entries.push(ApiKeyEntry { file, secrets, ..ApiKeyEntry::new(&key.name, key.scopes) });
-        }
-        Ok(Self(entries))
+    /// Puts keys in force.
+    #[must_use]
+    pub fn new(table: KeyTable) -> Self {
+        Self { table: RwLock::new(Arc::new(table)) }
+    }
+
+    /// Returns the keys in force.
+    #[must_use]
+    pub fn in_force(&self) -> Arc<KeyTable> {
+        Arc::clone(&self.table.read())
+    }
+
+    /// Replaces the keys. Keys that keep their name go on counting.
+    pub fn replace_all(&self, table: KeyTable) {
+        *self.table.write() = Arc::new(table);
     }
 
     /// Returns the key with this secret. Compares all keys, so that the duration does not reveal a similar key.
     #[must_use]
-    pub fn find(&self, secret: &[u8]) -> Option<Found<'_>> {
+    pub fn find(&self, secret: &[u8]) -> Option<Found> {
         let mut found = None;
-        for entry in &self.0 {
+        for entry in &self.in_force().0 {
             for (at, known) in entry.secrets.read().iter().enumerate() {
                 if auth::equal(known.expose_secret().as_bytes(), secret) {
-                    found = Some(Found { entry, number: at + 1 });
+                    found = Some(Found { entry: Arc::clone(entry), number: at + 1 });
                 }
             }
         }
@@ -104,12 +109,12 @@ impl ApiKeys {
     /// Returns whether a key is in a file.
     #[must_use]
     pub fn has_files(&self) -> bool {
-        self.0.iter().any(|entry| entry.file.is_some())
+        self.in_force().0.iter().any(|entry| entry.file.is_some())
     }
 
     /// Reads the files again. The keys of a file that cannot be used stay in use. Blocks.
     pub fn read_again(&self) {
-        for entry in &self.0 {
+        for entry in &self.in_force().0 {
             let Some(file) = &entry.file else { continue };
             // A pipe gives its bytes once, and blocks for ever at the next read.
             if std::fs::metadata(&file.path).is_ok_and(|found| !found.is_file()) {
@@ -140,7 +145,7 @@ impl ApiKeys {
     fn replace(&self, entry: &ApiKeyEntry, secrets: Vec<SecretString>) -> Result<bool, String> {
         for secret in &secrets {
             let owner = self.find(secret.expose_secret().as_bytes());
-            if owner.is_some_and(|owner| !std::ptr::eq(owner.entry, entry)) {
+            if owner.is_some_and(|owner| !std::ptr::eq(&*owner.entry, entry)) {
                 return Err("holds the secret of another key".into());
             }
         }
@@ -157,21 +162,72 @@ impl Source for ApiKeys {
     fn collect(&self, scrape: &mut Scrape) {
         let help = "Calls of the worker API with a known key: accepted, or refused since the key \
             lacks the scope";
-        let samples = self.0.iter().flat_map(|entry| {
-            [("accepted", &entry.accepted), ("missing_scope", &entry.refused)].map(
-                |(outcome, counter)| {
-                    ([("key", entry.name()), ("outcome", outcome)], counter.value())
-                },
-            )
+        let table = self.in_force();
+        let samples = table.0.iter().flat_map(|entry| {
+            let KeyCalls { accepted, refused } = &*entry.calls;
+            [("accepted", accepted), ("missing_scope", refused)].map(|(outcome, counter)| {
+                ([("key", entry.name()), ("outcome", outcome)], counter.value())
+            })
         });
         scrape.section(Section::Api).counters("api_calls", help, samples);
     }
 }
 
+impl KeyTable {
+    /// Reads the keys of a configuration, including those in files. Keys that are in the table `before` too go on
+    /// counting. Blocks.
+    ///
+    /// # Errors
+    /// A sentence for the operator: a file cannot be used.
+    pub fn read(config: &ApiConfig, before: Option<&Self>) -> Result<Self, String> {
+        let plain = ApiKeyEntry {
+            file: config.keys_file.clone().map(|path| SecretsFile::new(path, true)),
+            secrets: RwLock::new(config.keys.clone()),
+            ..ApiKeyEntry::new(NAMELESS, Scopes::all(), before)
+        };
+        let mut entries = vec![Arc::new(plain)];
+        for key in &config.key {
+            let (file, secrets) = match &key.secret {
+                KeySecret::Text(secret) => (None, vec![secret.clone()]),
+                KeySecret::File(path) => {
+                    let file = SecretsFile::new(path.clone(), false);
+                    let secrets =
+                        file.read().map_err(|problem| format!("{} {problem}", key.name))?;
+                    (Some(file), secrets)
+                }
+            };
+            let secrets = RwLock::new(secrets);
+            let entry = ApiKeyEntry::new(&key.name, key.scopes, before);
+            entries.push(Arc::new(ApiKeyEntry { file, secrets, ..entry }));
+        }
+        Ok(Self(entries))
+    }
+
+    /// Returns whether the keys without a name, and those with one, differ from those of `other`.
+    #[must_use]
+    pub fn differs(&self, other: &Self) -> (bool, bool) {
+        let parts = |table: &Self| {
+            let entries: Vec<_> = table.0.iter().map(|entry| entry.written()).collect();
+            entries.into_iter().partition::<Vec<_>, _>(|(name, ..)| name == NAMELESS)
+        };
+        let ((plain, named), (other_plain, other_named)) = (parts(self), parts(other));
+        (plain != other_plain, named != other_named)
+    }
+}
+
 impl ApiKeyEntry {
-    fn new(name: &str, scopes: Scopes) -> Self {
-        let (accepted, refused, secrets) = Default::default();
-        Self { name: name.into(), scopes, file: None, secrets, accepted, refused }
+    fn new(name: &str, scopes: Scopes, before: Option<&KeyTable>) -> Self {
+        let same = before.and_then(|table| table.0.iter().find(|entry| *entry.name == *name));
+        let calls = same.map(|entry| Arc::clone(&entry.calls)).unwrap_or_default();
+        Self { name: name.into(), scopes, file: None, secrets: RwLock::default(), calls }
+    }
+
+    /// Returns all that makes the key what it is.
+    fn written(&self) -> (String, Scopes, Option<PathBuf>, Vec<String>) {
+        let secrets = self.secrets.read();
+        let secrets = secrets.iter().map(|secret| secret.expose_secret().to_owned()).collect();
+        let file = self.file.as_ref().map(|file| file.path.clone());
+        (self.name.to_string(), self.scopes, file, secrets)
     }
 
     /// Returns the name in metrics.
@@ -181,22 +237,22 @@ impl ApiKeyEntry {
     }
 }
 
-impl<'a> Found<'a> {
-    /// Returns the key's entry.
+impl Found {
+    /// Returns the calls with the key.
     #[must_use]
-    pub const fn entry(&self) -> &'a ApiKeyEntry {
-        self.entry
+    pub fn calls(&self) -> &KeyCalls {
+        &self.entry.calls
     }
 
     /// Returns the scopes of the key.
     #[must_use]
-    pub const fn scopes(&self) -> Scopes {
+    pub fn scopes(&self) -> Scopes {
         self.entry.scopes
     }
 }
 
 /// Writes the name for logs; for a key without a name its place in the list.
-impl fmt::Display for Found<'_> {
+impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.entry.name)?;
         if &*self.entry.name == NAMELESS { write!(f, "[{}]", self.number) } else { Ok(()) }
@@ -258,7 +314,7 @@ mod tests {
                 key("text", KeySecret::Text("text-secret-0123456789".into()), Scope::Sessions),
             ],
         };
-        ApiKeys::new(&config).unwrap()
+        ApiKeys::new(KeyTable::read(&config, None).unwrap())
     }
 
     fn name(keys: &ApiKeys, secret: &str) -> Option<String> {
@@ -298,6 +354,29 @@ mod tests {
         std::fs::write(&path, NEW).unwrap();
         keys.read_again();
         assert_eq!((name(&keys, OLD), name(&keys, NEW).as_deref()), (None, Some("file")));
+    }
+
+    #[test]
+    fn a_replaced_table_counts_on_and_tells_its_differences() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        std::fs::write(&path, OLD).unwrap();
+        let keys = keys(&path);
+        keys.find(OLD.as_bytes()).unwrap().calls().accepted.add(3);
+        let table = |secret: &str| {
+            let secret = KeySecret::Text(secret.into());
+            let scopes = Scopes::all();
+            let key = vec![ApiKey { name: "file".into(), secret, scopes }];
+            let plain = vec!["plain-secret-0123456789".into()];
+            let config = ApiConfig { keys: plain, keys_file: None, key };
+            KeyTable::read(&config, Some(&keys.in_force())).unwrap()
+        };
+        assert_eq!(table(NEW).differs(&keys.in_force()), (false, true));
+        assert_eq!(table(NEW).differs(&table(NEW)), (false, false));
+        assert_eq!(table(NEW).differs(&table(OLD)), (false, true));
+        keys.replace_all(table(NEW));
+        assert!(keys.find(OLD.as_bytes()).is_none() && !keys.has_files());
+        assert_eq!(keys.find(NEW.as_bytes()).unwrap().calls().accepted.value(), 3);
     }
 
     #[test]

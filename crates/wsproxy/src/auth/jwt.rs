@@ -1,10 +1,9 @@
 //! JSON Web Tokens: their signatures, keys and claims. Knows neither requests nor endpoints.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use jsonwebtoken::{Algorithm, AlgorithmFamily};
-use secrecy::ExposeSecret;
+use jsonwebtoken::AlgorithmFamily;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 use wsproxy_proto::names::Id;
@@ -16,8 +15,8 @@ pub use crate::auth::{
 use crate::{
     auth::{
         claims::Rules,
+        fixed_keys::FixedKeys,
         jwks::{Jwks, Lookup},
-        key::JwtKey,
     },
     config,
     telemetry::scrape::{Scrape, Source},
@@ -25,8 +24,8 @@ use crate::{
 
 /// The verifier of tokens, by configuration.
 pub struct JwtVerifier {
-    /// Keys that never change: the secret, the public key.
-    fixed: Vec<JwtKey>,
+    /// Keys that the configuration names: the secret, the public key.
+    fixed: Arc<FixedKeys>,
     /// Keys that their issuer publishes and changes.
     published: Option<Arc<Jwks>>,
     rules: Rules,
@@ -85,31 +84,16 @@ pub enum JwtError {
 }
 
 impl JwtVerifier {
-    /// Reads keys, and starts fetching published ones on `tasks` until `end`.
+    /// Accepts tokens with the keys in `fixed`, and starts fetching published ones on `tasks` until `end`.
     ///
     /// # Errors
     /// A sentence for the operator: a file cannot be used.
     pub fn new(
         config: &config::JwtConfig,
+        fixed: &Arc<FixedKeys>,
         tasks: &TaskTracker,
         end: CancellationToken,
     ) -> Result<Self, String> {
-        let mut fixed = Vec::new();
-        if let Some(secret) = &config.secret_key {
-            let secret = secret.expose_secret().as_bytes();
-            let key = JwtKey::secret(secret, &config.algorithms);
-            if key.is_some() && secret.len() < SECRET_BYTES_GOOD {
-                warn!(
-                    bytes = secret.len(),
-                    "jwt.secret_key is shorter than 32 bytes: an attacker with a token can try to guess it."
-                );
-            }
-            fixed.extend(key);
-        }
-        if let Some(path) = &config.public_key_file {
-            let key = read_public_key(path, &config.algorithms);
-            fixed.push(key.map_err(|problem| format!("jwt.public_key_file {problem}"))?);
-        }
         let published = config.jwks_url.as_ref().map(|url| Jwks::start(config, url, tasks, end));
         let (published, typ) = (published.transpose()?, config.typ.as_deref().map(media_type));
         if published.is_some() && config.issuer.is_none() {
@@ -123,7 +107,14 @@ impl JwtVerifier {
                  whatever application they were issued for."
             );
         }
+        let fixed = Arc::clone(fixed);
         Ok(Self { fixed, published, rules: Rules::new(config), typ })
+    }
+
+    /// Returns whether there is a key, so that a token can be good.
+    #[must_use]
+    pub fn has_key(&self) -> bool {
+        self.published.is_some() || !self.fixed.in_force().is_empty()
     }
 
     /// Returns the claims of `token` at `now` (unix seconds). Waits only for the issuer's answer about an unknown key,
@@ -158,7 +149,7 @@ impl JwtVerifier {
         if self.typ.is_some() && header.typ.as_deref().map(media_type) != self.typ {
             return Err(JwtError::Type);
         }
-        if let Some(key) = self.fixed.iter().find(|key| key.is_for(header.alg)) {
+        if let Some(key) = self.fixed.in_force().find(header.alg) {
             let claims = key.open(token).map_err(|error| cause(&error))?;
             return self.rules.check(&claims, now);
         }
@@ -227,17 +218,6 @@ fn media_type(typ: &str) -> String {
     typ.strip_prefix("application/").map(ToOwned::to_owned).unwrap_or(typ)
 }
 
-/// Checks that a file holds a public key for one of `algorithms`; the error completes "jwt.public_key_file …".
-pub(crate) fn check_public_key(path: &Path, algorithms: &[Algorithm]) -> Result<(), String> {
-    read_public_key(path, algorithms).map(drop)
-}
-
-fn read_public_key(path: &Path, algorithms: &[Algorithm]) -> Result<JwtKey, String> {
-    let pem = std::fs::read(path);
-    let pem = pem.map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    JwtKey::pem(&pem, algorithms).map_err(|problem| format!("{} {problem}", path.display()))
-}
-
 /// Maps the library's errors, which may quote the token.
 pub(super) fn cause(error: &jsonwebtoken::errors::Error) -> JwtError {
     use jsonwebtoken::errors::ErrorKind;
@@ -250,9 +230,6 @@ pub(super) fn cause(error: &jsonwebtoken::errors::Error) -> JwtError {
 
 /// Longest token in bytes: it must fit into the head of a request.
 const TOKEN_BYTES_MAX: usize = 8 * 1024;
-
-/// Shortest good secret: shorter ones are easier to guess than the hash is to break (RFC 7518, 3.2).
-const SECRET_BYTES_GOOD: usize = 32;
 
 #[cfg(test)]
 mod tests;

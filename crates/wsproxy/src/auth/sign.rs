@@ -52,7 +52,10 @@ mod tests {
     use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
     use super::*;
-    use crate::auth::jwt::{JwtError, JwtVerifier};
+    use crate::auth::{
+        fixed_keys::{FixedKeys, KeyRing},
+        jwt::{JwtError, JwtVerifier},
+    };
 
     #[test]
     fn a_gateway_accepts_a_token_signed_with_its_configuration() {
@@ -65,7 +68,8 @@ mod tests {
             ..config::JwtConfig::default()
         };
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
-        let verifier = JwtVerifier::new(&config, &tasks, end).unwrap();
+        let keys = FixedKeys::new(KeyRing::read(&config).unwrap());
+        let verifier = JwtVerifier::new(&config, &keys, &tasks, end).unwrap();
         let (user, now) = (Id::parse("alice").unwrap(), Duration::from_secs(1_800_000_000));
         let ttl = Duration::from_secs(60);
         let token = sign(&config, &user, now, ttl, Vec::new()).unwrap();

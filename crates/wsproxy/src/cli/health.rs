@@ -81,6 +81,11 @@ fn url_of(config: &Config) -> String {
     if let (Some(path), None) = (&config.server.unix, config.admin.port) {
         return format!("{UNIX}{}:/health", path.display());
     }
+    format!("{}/health", own_url(config))
+}
+
+/// Returns the URL of the TCP port with the admin routes of an instance with this configuration, for this machine.
+pub(super) fn own_url(config: &Config) -> String {
     let ip = config.admin.bind.unwrap_or(config.server.bind);
     let port = config.admin.port.unwrap_or(config.server.port);
     let is_encrypted = match config.admin.port {
@@ -88,7 +93,7 @@ fn url_of(config: &Config) -> String {
         None => config.tls.certificate.is_some(),
     };
     let scheme = if is_encrypted { "https" } else { "http" };
-    format!("{scheme}://{}/health", open::reachable(SocketAddr::new(ip, port)))
+    format!("{scheme}://{}", open::reachable(SocketAddr::new(ip, port)))
 }
 
 /// Returns the peers of which the asked port expects a header of the PROXY protocol.

@@ -7,7 +7,7 @@ use anyhow::Context;
 use crate::{
     config::{
         Config,
-        load::{Loaded, Origins},
+        load::{ConfigSources, Loaded, Origins, load},
     },
     server, telemetry,
 };
@@ -16,8 +16,9 @@ use crate::{
 ///
 /// # Errors
 /// The instance could not start, or could not end as it should; see [`super::exit::code`].
-pub fn run(loaded: Loaded) -> anyhow::Result<()> {
-    run_with(loaded, server::run)
+pub fn run(sources: ConfigSources) -> anyhow::Result<()> {
+    let loaded = load(sources.clone())?;
+    run_with(loaded, |config, origins| server::run(config, origins, sources))
 }
 
 /// Starts logs and a runtime, and runs `work` on it, which runs an instance until it has ended.

@@ -45,9 +45,14 @@ pub(super) struct CliSettings<R> {
 impl<R: Reads> CliSettings<R> {
     /// The configuration from flags, environment and file.
     pub(super) fn load(self) -> Result<Loaded, Problems> {
+        load(self.sources())
+    }
+
+    /// The flags, the environment and the path of the file.
+    pub(super) fn sources(self) -> ConfigSources {
         let (defaults, environment) = (R::defaults(), Environment::of_process());
-        let Self { file, flags, .. } = self;
-        load(ConfigSources { defaults, file, environment, flags, skips_files: R::SKIPS_FILES })
+        let (file, flags, skips_files) = (self.file, self.flags, R::SKIPS_FILES);
+        ConfigSources { defaults, file, environment, flags, skips_files, reads_again: false }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
 use super::{
@@ -108,6 +108,14 @@ impl ValueKind<Vec<ApiKey>> for ApiKeyTables {
     fn write(&self, value: &Vec<ApiKey>) -> String {
         let keys: Vec<_> = value.iter().map(written).collect();
         format!("[{}]", keys.join(", "))
+    }
+
+    fn is_same(&self, one: &Vec<ApiKey>, other: &Vec<ApiKey>) -> bool {
+        let secret = |key: &ApiKey| match &key.secret {
+            KeySecret::Text(secret) => Some(secret.expose_secret().to_owned()),
+            KeySecret::File(_) => None,
+        };
+        self.write(one) == self.write(other) && one.iter().map(secret).eq(other.iter().map(secret))
     }
 
     fn explain(&self, raw: &Raw) -> Option<String> {

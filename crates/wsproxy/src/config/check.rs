@@ -17,7 +17,7 @@ use super::{
     traces::TracesConfig,
 };
 use crate::{
-    auth::{api_keys, jwt},
+    auth::{api_keys, fixed_keys},
     database::url,
     redis::address::RedisAddress,
     tls::{self, pair::TlsPair},
@@ -62,6 +62,31 @@ pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
     broken
 }
 
+/// Returns every file that `config` names and that cannot be read a second time.
+pub(super) fn not_files(config: &Config) -> Vec<BrokenRule> {
+    let Config { redis, jwt, tls, api, traces, .. } = config;
+    let of_keys = api.key.iter().filter_map(|key| match &key.secret {
+        KeySecret::File(path) => Some(("api.key", path)),
+        KeySecret::Text(_) => None,
+    });
+    let named = [
+        ("redis.ca_file", &redis.ca_file),
+        ("jwt.ca_file", &jwt.ca_file),
+        ("traces.ca_file", &traces.ca_file),
+        ("jwt.public_key_file", &jwt.public_key_file),
+        ("tls.certificate", &tls.certificate),
+        ("tls.key", &tls.key),
+    ];
+    let named = named.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?)));
+    let is_pipe = |path: &Path| path.metadata().is_ok_and(|found| !found.is_file());
+    let pipes = named.chain(of_keys).filter(|(_, path)| is_pipe(path));
+    let broken = pipes.map(|(key, path)| {
+        let message = format!("{} {NO_FILE}", path.display());
+        BrokenRule { key, other: None, message }
+    });
+    broken.collect()
+}
+
 fn tried(key: &'static str, result: Result<(), String>) -> Option<BrokenRule> {
     result.err().map(|message| BrokenRule { key, other: None, message })
 }
@@ -71,7 +96,7 @@ fn verifies_with_public_keys(jwt: &JwtConfig) -> bool {
 }
 
 fn check_public_key(path: &Path, jwt: &JwtConfig) -> Result<(), String> {
-    jwt::check_public_key(path, &jwt.algorithms).map_err(|problem| {
+    fixed_keys::check_public_key(path, &jwt.algorithms).map_err(|problem| {
         format!(
             "must be the file of a PUBLIC KEY in PEM form that fits jwt.algorithms, but {problem}"
         )
@@ -238,6 +263,9 @@ fn secret_bytes_min(algorithms: &[Algorithm]) -> (usize, &'static str) {
         (0, "")
     }
 }
+
+/// Problem of a path that is read again.
+pub(super) const NO_FILE: &str = "is no regular file, so it cannot be read again";
 
 /// Longest time for which a burst of bytes can be remembered.
 const BURST_SECONDS_MAX: usize = (EARNING_MICROS_MAX / 1_000_000) as usize / 1000 * 1000;

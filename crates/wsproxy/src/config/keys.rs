@@ -32,10 +32,15 @@ pub struct Key {
     pub flag: Option<Flag>,
     /// Set for values that are never shown; the variable `NAME_FILE` can name a file that has the value.
     pub secret: bool,
+    /// Whether a reload puts a changed value into force. Every other key needs a restart.
+    pub reloads: bool,
     pub(super) allowed: fn() -> String,
     pub(super) explain: fn(&Raw) -> Option<String>,
     pub(super) read: fn(&mut Config, &Raw) -> bool,
     pub(super) write: fn(&Config) -> String,
+    pub(super) is_same: fn(&Config, &Config) -> bool,
+    /// Puts the value of the second configuration into the first one.
+    pub(super) copy: fn(&mut Config, &Config),
 }
 
 /// A flag of the command line.
@@ -146,6 +151,12 @@ impl Key {
         self.secret = true;
         self
     }
+
+    /// A key whose changed value a reload puts into force.
+    pub(super) const fn reloads(mut self) -> Self {
+        self.reloads = true;
+        self
+    }
 }
 
 /// A key whose value is the field of the same name, or the one that is named.
@@ -161,6 +172,7 @@ macro_rules! key {
             alias: None,
             flag: None,
             secret: false,
+            reloads: false,
             allowed: || $crate::config::keys::allowed(&$kind, |config| &config.$section.$field),
             explain: |raw| $crate::config::keys::explain(&$kind, |config| &config.$section.$field, raw),
             read: |config, raw| {
@@ -168,6 +180,10 @@ macro_rules! key {
                 value.map(|value| config.$section.$field = value).is_some()
             },
             write: |config| $crate::config::kind::ValueKind::write(&$kind, &config.$section.$field),
+            is_same: |one, other| {
+                $crate::config::kind::ValueKind::is_same(&$kind, &one.$section.$field, &other.$section.$field)
+            },
+            copy: |to, from| to.$section.$field.clone_from(&from.$section.$field),
         }
     };
 }
@@ -183,10 +199,13 @@ const fn absent(name: &'static str) -> Key {
         alias: None,
         flag: None,
         secret: false,
+        reloads: false,
         allowed: || "false, since this endpoint is not in this version".into(),
         explain: |_| None,
         read: |_, raw| Switch.read(raw) == Some(false),
         write: |_| "false".into(),
+        is_same: |_, _| true,
+        copy: |_, _| {},
     }
 }
 
@@ -283,13 +302,13 @@ const SHARED: &[Key] = &[
     key!(server.trusted_proxies, List(Proxy), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address. \"unix:\" stands for all processes that may open server.unix."),
     key!(server.proxy_protocol, Switch, "Trusted proxies begin each connection to the clients' port with a header of the PROXY protocol, version 1 or 2: the address in it counts as that of the socket. A trusted proxy without one is refused, and so is a header of any other peer. Not for admin.port."),
     key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "The header that these proxies write; the other one is ignored, since a client may have written it. auto: either; if both are present they must name the same client."),
-    key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any."),
+    key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any.").reloads(),
 
     key!(admin.bind, Optional(IpAddress), "Address of `admin.port`. Not set: server.bind."),
     key!(admin.port, Optional(Number(0, 65_535)), "Port for health, metrics and the worker API. Not set: the clients' port serves them.").flag("metrics-port", "PORT").alias("METRICS_PORT"),
 
-    key!(tls.certificate, Optional(FilePath), "File with the certificate, and behind it those of its issuers (PEM). With it the clients' port speaks TLS only. The file is read again every few seconds."),
-    key!(tls.key, Optional(FilePath), "File with the certificate's key (PEM, without a password). The file is read again every few seconds."),
+    key!(tls.certificate, Optional(FilePath), "File with the certificate, and behind it those of its issuers (PEM). With it the clients' port speaks TLS only. The file is read again every few seconds.").reloads(),
+    key!(tls.key, Optional(FilePath), "File with the certificate's key (PEM, without a password). The file is read again every few seconds.").reloads(),
     key!(tls.admin, Switch, "Speak TLS on `admin.port` too."),
     key!(tls.handshakes_max, Number(64, 1_000_000), "TLS handshakes that may be under way at once on one port; beyond it the oldest is closed for a new one."),
 
@@ -306,15 +325,15 @@ const SHARED: &[Key] = &[
     key!(limits.max_fragments, Number(1, 131_072), "Most fragments of one message."),
     key!(limits.send_buffer_bytes, Bytes(1 << 10, 1 << 30), "Upper bound of data that waits for one client; beyond it the connection is closed with 1008."),
     key!(limits.send_buffers_total_bytes, Bytes(1 << 20, 1 << 40), "Upper bound of data that waits for all clients; beyond it the connection with most data is closed."),
-    key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit."),
-    key!(limits.message_burst, Number(1, 1_000_000), "Messages that may come at once."),
+    key!(limits.messages_per_second, Number(0, 1_000_000), "Messages per second and connection; 0: no limit.").reloads(),
+    key!(limits.message_burst, Number(1, 1_000_000), "Messages that may come at once.").reloads(),
     key!(limits.store_bytes, Bytes(1 << 20, 1 << 40), "Upper bound of the embedded store (without Redis)."),
     key!(limits.store_logs_share, Fraction, "Share of the embedded store for logs and token streams; the rest is for tokens."),
-    key!(limits.bytes_per_second, Bytes(0, 16 << 30), "Bytes per second and connection, as received, plus the growth of compressed messages; beyond it reading pauses. 0: no limit."),
-    key!(limits.bytes_burst, Bytes(0, 16 << 30), "Bytes that may come at once."),
+    key!(limits.bytes_per_second, Bytes(0, 16 << 30), "Bytes per second and connection, as received, plus the growth of compressed messages; beyond it reading pauses. 0: no limit.").reloads(),
+    key!(limits.bytes_burst, Bytes(0, 16 << 30), "Bytes that may come at once.").reloads(),
     key!(limits.connections_per_user, Number(0, 100_000_000), "Connections of one user of the event endpoint at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
     key!(limits.connections_per_session, Number(0, 100_000_000), "Connections of one session at one instance, WebSockets and event streams together; 429 beyond it. 0: no limit."),
-    key!(limits.resumes_per_second, Number(0, 1_000_000), "Resumes of one session, or of one user of the event endpoint, per second, and five times as many at once; 429 beyond it. 0: no limit."),
+    key!(limits.resumes_per_second, Number(0, 1_000_000), "Resumes of one session, or of one user of the event endpoint, per second, and five times as many at once; 429 beyond it. 0: no limit.").reloads(),
 
     key!(heartbeat.interval, Time(100, HOUR), "A ping is sent when nothing arrived for this long.").alias_ms("HEARTBEAT_INTERVAL"),
     Key {
@@ -322,6 +341,10 @@ const SHARED: &[Key] = &[
             let timeout = Time(100, DAY).read(raw);
             config.heartbeat.timeout_is_set |= timeout.is_some();
             timeout.map(|timeout| config.heartbeat.timeout = timeout).is_some()
+        },
+        is_same: |one, other| {
+            let value = |config: &Config| (config.heartbeat.timeout, config.heartbeat.timeout_is_set);
+            value(one) == value(other)
         },
         ..key!(heartbeat.timeout, Time(100, DAY), "A connection from which nothing arrived for this long is closed with 4002. While this is not set, it is 90 s for users' agents.").alias_ms("HEARTBEAT_TIMEOUT")
     },
@@ -333,16 +356,24 @@ const SHARED: &[Key] = &[
             config.rate_limit.max_requests_is_set |= attempts.is_some();
             attempts.map(|attempts| config.rate_limit.max_requests = attempts).is_some()
         },
-        ..key!(rate_limit.max_requests, Number(0, 100_000_000), "Attempts per address and window; 0: no limit. While this is not set, it is 60 for rooms, which count apart and by user where a token is valid. Behind a proxy set server.trusted_proxies too.").alias("RATE_LIMIT_MAX_REQUESTS")
+        is_same: |one, other| {
+            let value = |config: &Config| (config.rate_limit.max_requests, config.rate_limit.max_requests_is_set);
+            value(one) == value(other)
+        },
+        copy: |to, from| {
+            to.rate_limit.max_requests = from.rate_limit.max_requests;
+            to.rate_limit.max_requests_is_set = from.rate_limit.max_requests_is_set;
+        },
+        ..key!(rate_limit.max_requests, Number(0, 100_000_000), "Attempts per address and window; 0: no limit. While this is not set, it is 60 for rooms, which count apart and by user where a token is valid. Behind a proxy set server.trusted_proxies too.").alias("RATE_LIMIT_MAX_REQUESTS").reloads()
     },
-    key!(rate_limit.window_seconds => window, Seconds(1, 86_400), "Length of the window in seconds.").alias("RATE_LIMIT_WINDOW_SECONDS"),
+    key!(rate_limit.window_seconds => window, Seconds(1, 86_400), "Length of the window in seconds.").alias("RATE_LIMIT_WINDOW_SECONDS").reloads(),
 
     key!(compression.enabled, Switch, "Compress (permessage-deflate) where the client offers it."),
     key!(compression.threshold_bytes, Bytes(0, 16 << 20), "Messages shorter than this are sent as they are."),
     key!(compression.level, Number(1, 9), "Level from 1 (fast) to 9 (small)."),
     key!(compression.client_context_takeover, Switch, "Let clients keep their compression context between messages: costs up to 48 KB a connection."),
 
-    key!(log.level, rule::LEVEL, "Level of the log, or a filter.").flag("log-level", "LEVEL").alias("LOG_LEVEL"),
+    key!(log.level, rule::LEVEL, "Level of the log, or a filter.").flag("log-level", "LEVEL").alias("LOG_LEVEL").reloads(),
     key!(log.format, OneOf(&[("auto", LogFormat::Auto), ("json", LogFormat::Json), ("pretty", LogFormat::Pretty)]), "Format of the lines; auto: pretty on a terminal, else JSON.").flag("log-format", "FORMAT"),
     key!(log.summary_interval, Time(0, DAY), "Interval of the line that sums up connections and calls of agents; 0: there is none."),
 
@@ -355,9 +386,9 @@ const SHARED: &[Key] = &[
     key!(sse.retry, Time(0, HOUR), "Pause that clients are told before they reconnect; for each client a random time from half of this to one and a half of it."),
     key!(sse.compression, Switch, "Compress where the client accepts gzip."),
 
-    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that HS algorithms share with the issuer: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret(),
+    key!(jwt.secret_key, Optional(Secret(rule::JWT_SECRET)), "The secret that HS algorithms share with the issuer: at least 16 bytes, better 32 random ones; for HS384 at least 48 and for HS512 at least 64.").alias("SECRET_KEY").secret().reloads(),
     key!(jwt.algorithms, List(OneOf(rule::JWT_ALGORITHMS)), "Accepted algorithms. HS… need jwt.secret_key, all others jwt.public_key_file or jwt.jwks_url.").alias("ALGORITHM"),
-    key!(jwt.public_key_file, Optional(FilePath), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519."),
+    key!(jwt.public_key_file, Optional(FilePath), "The issuer's public key: PEM, RSA of 2048 bits or more, EC P-256 or P-384, or Ed25519.").reloads(),
     key!(jwt.jwks_url, Optional(rule::JWKS_URL), "URL of the issuer's public keys (JWKS)."),
     key!(jwt.jwks_refresh, Time(10_000, 7 * DAY), "Interval of fetching these keys. A token signed with an unknown key causes a fetch at once, every 10 seconds at most."),
     key!(jwt.jwks_timeout, Time(100, 60_000), "Time for one fetch. While the issuer cannot be reached, the known keys stay in use."),
@@ -369,8 +400,8 @@ const SHARED: &[Key] = &[
     key!(jwt.require_exp, Switch, "Refuse tokens that never expire."),
     key!(jwt.typ, Optional(rule::TYP), "Required type in the header (typ), such as \"at+jwt\"; compared without regard to case, with or without \"application/\". Not set: any type."),
 
-    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers every call with 401.").secret(),
-    key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret(),
+    key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers every call with 401.").secret().reloads(),
+    key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret().reloads(),
 ];
 
 /// Families of a later version.

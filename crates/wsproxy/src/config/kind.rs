@@ -38,6 +38,10 @@ pub(super) trait ValueKind<T> {
     fn read(&self, raw: &Raw) -> Option<T>;
     /// Writes a value as TOML, which [`ValueKind::read`] reads as the same value (except for secrets).
     fn write(&self, value: &T) -> String;
+    /// Returns whether two values are the same.
+    fn is_same(&self, one: &T, other: &T) -> bool {
+        self.write(one) == self.write(other)
+    }
     /// Returns the part of a value that is not allowed, and the reason; `None` if [`ValueKind::allowed`] suffices.
     fn explain(&self, _raw: &Raw) -> Option<String> {
         None
@@ -308,6 +312,9 @@ impl ValueKind<SecretString> for Secret {
     fn write(&self, value: &SecretString) -> String {
         quoted(if value.expose_secret().is_empty() { "" } else { "***" })
     }
+    fn is_same(&self, one: &SecretString, other: &SecretString) -> bool {
+        one.expose_secret() == other.expose_secret()
+    }
     fn explain(&self, raw: &Raw) -> Option<String> {
         self.0.explain(raw)
     }
@@ -328,6 +335,12 @@ impl<T, K: ValueKind<T>> ValueKind<Option<T>> for Optional<K> {
     }
     fn write(&self, value: &Option<T>) -> String {
         value.as_ref().map_or_else(|| quoted(""), |value| self.0.write(value))
+    }
+    fn is_same(&self, one: &Option<T>, other: &Option<T>) -> bool {
+        match (one, other) {
+            (Some(one), Some(other)) => self.0.is_same(one, other),
+            (one, other) => one.is_none() == other.is_none(),
+        }
     }
     fn explain(&self, raw: &Raw) -> Option<String> {
         self.0.explain(raw)
@@ -350,6 +363,10 @@ impl<T, K: ValueKind<T>> ValueKind<Vec<T>> for List<K> {
     fn write(&self, value: &Vec<T>) -> String {
         let values: Vec<_> = value.iter().map(|value| self.0.write(value)).collect();
         format!("[{}]", values.join(", "))
+    }
+    fn is_same(&self, one: &Vec<T>, other: &Vec<T>) -> bool {
+        let are_same = |(one, other)| self.0.is_same(one, other);
+        one.len() == other.len() && one.iter().zip(other).all(are_same)
     }
     fn explain(&self, raw: &Raw) -> Option<String> {
         let elements = elements(raw)?.into_iter().map(Raw::Text).enumerate();
@@ -497,5 +514,15 @@ mod tests {
         let kind = Secret(Text::new("", |text| Some(text.into())));
         let secret = kind.read(&text("hunter2")).unwrap();
         assert_eq!(kind.write(&secret), "\"***\"");
+    }
+
+    #[test]
+    fn secrets_that_are_written_alike_are_compared() {
+        let kind = || List(Optional(Secret(Text::new("", |text| Some(text.into())))));
+        let list =
+            |words: [&str; 2]| kind().read(&Raw::List(words.map(str::to_owned).into())).unwrap();
+        let same = |one: [&str; 2], other: [&str; 2]| kind().is_same(&list(one), &list(other));
+        assert!(same(["a", ""], ["a", ""]));
+        assert!(!same(["a", "b"], ["a", "c"]) && !same(["a", ""], ["a", "b"]));
     }
 }

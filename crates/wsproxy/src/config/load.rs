@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use toml::{
 
 use super::{
     Config,
-    check::{check, check_files},
+    check::{NO_FILE, check, check_files, not_files},
     environment::{Environment, PREFIX},
     keys::{self, Key, REMOVED, SECTIONS},
     kind::{Raw, quoted},
@@ -23,7 +23,7 @@ use super::{
 mod doubt;
 
 /// The sources of values; each later field wins over the earlier ones. Not `Debug`, since it holds secrets.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub struct ConfigSources {
     /// Default values of keys that are not set.
     pub defaults: Config,
@@ -36,6 +36,17 @@ pub struct ConfigSources {
     /// Whether files that an instance reads again while it runs, or only checks, stay closed: a command that needs none
     /// of them must not fail while one is replaced.
     pub skips_files: bool,
+    /// Whether an instance that runs reads its files again. A pipe is then a problem: it gives its bytes only once, and
+    /// a second read waits for ever.
+    pub reads_again: bool,
+}
+
+impl ConfigSources {
+    /// Returns the path of the file; `None` if no file is read.
+    #[must_use]
+    pub fn path(&self) -> Option<PathBuf> {
+        self.file.clone().or_else(|| self.environment.path(CONFIG_ENV))
+    }
 }
 
 /// A configuration without problems.
@@ -76,14 +87,14 @@ impl Origins {
 /// # Errors
 /// [`Problems`]: all problems of all sources.
 pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
-    let ConfigSources { defaults, file, environment, flags, skips_files } = sources;
-    let mut loader = Loader { config: defaults, skips_files, ..Loader::default() };
-    let file = file.or_else(|| environment.path(CONFIG_ENV));
+    let file = sources.path();
+    let ConfigSources { defaults, environment, flags, skips_files, reads_again, .. } = sources;
+    let mut loader = Loader { config: defaults, skips_files, reads_again, ..Loader::default() };
     if file.is_none() && environment.is_empty(CONFIG_ENV) {
         loader.warnings.push(format!("{CONFIG_ENV} is empty, so no file is read."));
     }
     if let Some(path) = file {
-        match std::fs::read_to_string(&path) {
+        match loader.read(&path) {
             Ok(text) => {
                 TomlFile { path: path.display().to_string(), text: &text }.load(&mut loader)
             }
@@ -127,6 +138,20 @@ pub fn load(sources: ConfigSources) -> Result<Loaded, Problems> {
     Ok(Loaded { config, ignored, warnings, origins: Origins(origins) })
 }
 
+/// Checks a configuration in which a reload has replaced some values, while the others stay as they were.
+///
+/// # Errors
+/// [`Problems`]: all broken rules.
+pub fn check_again(config: &Config) -> Result<(), Problems> {
+    let mut loader = Loader { config: config.clone(), reads_again: true, ..Loader::default() };
+    loader.check();
+    for problem in &mut loader.problems {
+        problem.origin = None;
+        problem.message += ", while the keys that need a restart keep their values";
+    }
+    if loader.problems.is_empty() { Ok(()) } else { Err(Problems(loader.problems)) }
+}
+
 #[derive(Default)]
 struct Loader {
     config: Config,
@@ -136,9 +161,17 @@ struct Loader {
     problems: Vec<Problem>,
     warnings: Vec<String>,
     skips_files: bool,
+    reads_again: bool,
 }
 
 impl Loader {
+    fn read(&self, path: &Path) -> std::io::Result<String> {
+        if self.reads_again && !std::fs::metadata(path)?.is_file() {
+            return Err(std::io::Error::other(NO_FILE));
+        }
+        std::fs::read_to_string(path)
+    }
+
     fn set(&mut self, key: &Key, raw: &Raw, shown: String, origin: ValueOrigin) {
         self.set_in_unit(key, raw, shown, origin, None);
     }
@@ -243,7 +276,7 @@ impl Loader {
         if self.skips_files && key.path() == API_KEYS {
             return;
         }
-        let message = match std::fs::read_to_string(&path) {
+        let message = match self.read(&path) {
             Ok(text) if text.trim().is_empty() => format!("the file {} is empty", path.display()),
             Ok(text) => {
                 if key.path() == API_KEYS {
@@ -264,9 +297,11 @@ impl Loader {
             server.drain_delay = Duration::ZERO;
         }
         let mut broken_rules = check(&self.config);
-        if !self.skips_files {
+        let pipes = if self.reads_again { not_files(&self.config) } else { Vec::new() };
+        if !self.skips_files && pipes.is_empty() {
             broken_rules.extend(check_files(&self.config));
         }
+        broken_rules.extend(pipes);
         if self.config.server.unix.is_some() {
             self.check_unix_only();
         }

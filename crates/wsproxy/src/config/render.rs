@@ -23,7 +23,8 @@ pub fn example() -> String {
         text += &format!("\n# {doc}\n[{section}]\n");
         for key in keys_of(section) {
             let value = key.write(&Config::default());
-            text += &format!("# {}\n# Must be {}.\n", key.doc, key.allowed());
+            let change = if key.reloads { "" } else { " A change needs a restart." };
+            text += &format!("# {}\n# Must be {}.{change}\n", key.doc, key.allowed());
             text += &format!("#{} = {value}\n", key.name);
         }
     }
@@ -82,13 +83,16 @@ pub fn markdown() -> String {
     let mut text = INTRODUCTION.replace("{CONFIG_ENV}", CONFIG_ENV).replace("{PREFIX}", PREFIX);
     for (section, doc) in SECTIONS {
         text += &format!("\n## `[{section}]`\n\n{doc}\n\n");
-        text += "| key | default | what | other names |\n|---|---|---|---|\n";
+        text += "| key | default | what | other names | a change needs |\n|---|---|---|---|---|\n";
         for key in keys_of(section) {
             let value = key.write(&Config::default());
             let (doc, allowed) = (cell(key.doc), cell(&key.allowed()));
             let names = other_names(key);
-            text +=
-                &format!("| `{}` | `{value}` | {doc} Must be {allowed}. | {names} |\n", key.name);
+            let needs = if key.reloads { "reload" } else { "restart" };
+            text += &format!(
+                "| `{}` | `{value}` | {doc} Must be {allowed}. | {names} | {needs} |\n",
+                key.name
+            );
         }
     }
     text += "\n## Short names of variables\n\n| variable | key |\n|---|---|\n";
@@ -149,6 +153,9 @@ The value of a key comes from the first of these that has it:
 - **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`, `api.key`, `traces.headers`) can come from a file: set the variable with `_FILE` at its end, such as
   `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown. A file that is empty, and a variable beside its own `_FILE`, are problems.
 - Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
+
+**A change needs** a reload or a restart: the last column says which. [Reload](../deploy/reload.md) says how. Flags and
+variables of a running process cannot change; the files that variables name are read again.
 
 | command | prints |
 |---|---|

@@ -11,10 +11,10 @@ use std::{
 };
 
 use hashbrown::HashMap;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tracing::warn;
 use wsproxy_conn::clock::Micros;
-use wsproxy_proto::rate::{Bucket, Rate};
+use wsproxy_proto::rate::{Bucket, Rate, shared::SharedRate};
 
 use crate::telemetry::{
     counter::Counter,
@@ -109,12 +109,33 @@ impl Drop for Seat {
 /// known addresses keep their buckets. A network's bucket allows more attempts than an address's.
 #[derive(Debug)]
 pub struct Attempts {
-    /// Rate of each level; `None`: no limit.
-    rates: Option<[Rate; LEVELS]>,
-    window: Duration,
+    /// Guards the limit, which a reload of the configuration replaces.
+    limit: RwLock<AttemptLimit>,
     known: Mutex<Known>,
     /// Attempts that were counted for a network, since too many addresses had buckets.
     pub coarse: Counter,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct AttemptLimit {
+    /// Rate of each level; `None`: no limit.
+    rates: Option<[Rate; LEVELS]>,
+    window: Duration,
+}
+
+impl AttemptLimit {
+    fn new(max_requests: u32, window: Duration) -> Self {
+        let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX / 1_000_000);
+        let rates = FACTORS.map(|factor| {
+            let events = max_requests.saturating_mul(factor);
+            Rate::new(events, window_ms, events)
+        });
+        let rates = match rates {
+            [Some(one), Some(network), Some(larger)] => Some([one, network, larger]),
+            _ => None,
+        };
+        Self { rates, window }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -132,21 +153,13 @@ impl Attempts {
     /// Allows `max_requests` per address in any `window`; 0: no limit.
     #[must_use]
     pub fn new(max_requests: u32, window: Duration) -> Self {
-        let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX / 1_000_000);
-        let rates = FACTORS.map(|factor| {
-            let events = max_requests.saturating_mul(factor);
-            Rate::new(events, window_ms, events)
-        });
-        let [Some(one), Some(network), Some(larger)] = rates else {
-            return Self {
-                rates: None,
-                window,
-                known: Mutex::default(),
-                coarse: Counter::default(),
-            };
-        };
-        let rates = Some([one, network, larger]);
-        Self { rates, window, known: Mutex::default(), coarse: Counter::default() }
+        let limit = RwLock::new(AttemptLimit::new(max_requests, window));
+        Self { limit, known: Mutex::default(), coarse: Counter::default() }
+    }
+
+    /// Allows `max_requests` per address in any `window` from now on; 0: no limit. Earlier attempts count on.
+    pub fn allow(&self, max_requests: u32, window: Duration) {
+        *self.limit.write() = AttemptLimit::new(max_requests, window);
     }
 
     /// Counts an attempt at `now_nanos` of a monotonic clock.
@@ -154,7 +167,7 @@ impl Attempts {
     /// # Errors
     /// Time until another attempt can succeed.
     pub fn take(&self, address: IpAddr, now_nanos: u64) -> Result<(), Duration> {
-        let Some(rates) = self.rates else { return Ok(()) };
+        let Some(rates) = self.limit.read().rates else { return Ok(()) };
         let mut known = self.known.lock();
         let (level, bucket) = known.bucket(address, now_nanos);
         let taken = bucket.take(rates[level.min(LEVELS - 1)], now_nanos);
@@ -171,8 +184,12 @@ impl Attempts {
         self.coarse.add(1);
         let warns = self.known.lock().is_time_to_warn(now_nanos);
         if warns {
-            warn!(addresses = ADDRESSES_MAX, window = ?self.window,
-                "Too many addresses try to connect: further ones are limited by network.");
+            let window = self.limit.read().window;
+            warn!(
+                addresses = ADDRESSES_MAX,
+                ?window,
+                "Too many addresses try to connect: further ones are limited by network."
+            );
         }
     }
 
@@ -250,8 +267,8 @@ fn prefix(address: IpAddr, (v4_bits, v6_bits): (u32, u32)) -> IpAddr {
 /// so that a client cannot choose a name that uses up another one's limit.
 #[derive(Debug)]
 pub struct Resumes {
-    /// `None`: no limit.
-    rate: Option<Rate>,
+    rate: SharedRate,
+    /// Guards the buckets; none until there is a limit.
     buckets: Mutex<Vec<Bucket>>,
     secret: RandomState,
 }
@@ -260,10 +277,19 @@ impl Resumes {
     /// Allows `per_second` of each name, and [`RESUMES_BURST_SECONDS`] times as many at once; 0: no limit.
     #[must_use]
     pub fn new(per_second: u32) -> Self {
+        let rate = None.into();
+        let resumes = Self { rate, buckets: Mutex::default(), secret: RandomState::new() };
+        resumes.allow(per_second);
+        resumes
+    }
+
+    /// Allows `per_second` of each name from now on; 0: no limit.
+    pub fn allow(&self, per_second: u32) {
         let rate = Rate::new(per_second, 1000, per_second.saturating_mul(RESUMES_BURST_SECONDS));
-        let places = if rate.is_some() { RESUMES_TABLE } else { 0 };
-        let buckets = Mutex::new(vec![Bucket::default(); places]);
-        Self { rate, buckets, secret: RandomState::new() }
+        if rate.is_some() {
+            self.buckets.lock().resize(RESUMES_TABLE, Bucket::default());
+        }
+        self.rate.store(rate);
     }
 
     /// Counts a resume of the session or user `name`.
@@ -271,7 +297,7 @@ impl Resumes {
     /// # Errors
     /// Time until another resume can succeed.
     pub fn take(&self, name: &str, now: Micros) -> Result<(), Duration> {
-        let Some(rate) = self.rate else { return Ok(()) };
+        let Some(rate) = self.rate.load() else { return Ok(()) };
         let place = self.secret.hash_one(name) % RESUMES_TABLE as u64;
         let mut buckets = self.buckets.lock();
         let taken = buckets[place as usize].take(rate, now.0.saturating_mul(1000));
@@ -328,6 +354,25 @@ mod tests {
         assert!((0..8).any(|n| resumes.take(&format!("user:{n}"), now).is_ok()));
         assert!(resumes.take("user:a", Micros(1_500_000)).is_ok());
         assert!((0..1000).all(|_| Resumes::new(0).take("user:a", now).is_ok()));
+    }
+
+    #[test]
+    fn limits_change_while_they_are_in_use() {
+        let (attempts, resumes) = (Attempts::new(0, Duration::from_secs(60)), Resumes::new(0));
+        let now = 1_000_000_000_000;
+        assert_eq!(passed(&attempts, "203.0.113.9", now), 200);
+        attempts.allow(2, Duration::from_secs(60));
+        assert_eq!(passed(&attempts, "203.0.113.9", now), 2);
+        // The debt of the slow limit is none of the fast one.
+        attempts.allow(200, Duration::from_secs(1));
+        assert!(passed(&attempts, "203.0.113.9", now) > 0);
+        attempts.allow(0, Duration::from_secs(1));
+        assert_eq!(passed(&attempts, "203.0.113.9", now), 200);
+        resumes.allow(1);
+        let now = Micros(1_000_000);
+        assert_eq!((0..10).filter(|_| resumes.take("user:a", now).is_ok()).count(), 5);
+        resumes.allow(0);
+        assert!(resumes.take("user:a", now).is_ok());
     }
 
     #[test]

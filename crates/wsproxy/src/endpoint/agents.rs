@@ -78,7 +78,7 @@ pub struct Agents {
     /// Tasks that end before the instance does.
     tasks: TaskTracker,
     /// Settings and counters that all connections share.
-    profile: Arc<Profile>,
+    pub(super) profile: Arc<Profile>,
     /// Connections of this instance, handshakes included.
     pub connections: Arc<Connections>,
     /// The places of all users.
@@ -161,7 +161,7 @@ impl Agents {
             tasks: core.tasks.clone(),
             profile: Arc::new(Profile {
                 // An agent answers as fast as it is called, so it is read more slowly rather than closed.
-                rate: None,
+                rate: None.into(),
                 message_bytes: MESSAGE_BYTES,
                 heartbeat: Heartbeat::Messages,
                 heartbeat_timeout: config.heartbeat.timeout_or(HEARTBEAT_TIMEOUT).into(),

@@ -25,7 +25,7 @@ use crate::{
 
 /// The echo family of an instance.
 pub struct Echo {
-    profile: Arc<Profile>,
+    pub(super) profile: Arc<Profile>,
 }
 
 impl Echo {

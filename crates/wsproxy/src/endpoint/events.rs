@@ -124,7 +124,8 @@ impl Events {
             })
         });
         if config.endpoints.events {
-            events.jwt = Some(JwtVerifier::new(&config.jwt, background, end.clone())?);
+            events.jwt =
+                Some(JwtVerifier::new(&config.jwt, &core.jwt_keys, background, end.clone())?);
             let settings = registry::RegistrySettings::new(config, &core.server_id, names);
             let hub = Arc::clone(&core.hub);
             events.registry = Some(Registry::start(settings, hub, &core.bus, core.lease()));

@@ -16,11 +16,11 @@ use wsproxy_proto::{
 
 use crate::{
     auth::jwt::JwtVerifier,
-    config::rooms::RoomsConfig,
+    config::{Config, rooms::RoomsConfig},
     core::{self, Core, acks::Patience},
     endpoint::rooms::{
         attempts::RoomAttempts, counters::RoomCounters, keeper::Keeper, leaving::Leaving,
-        proxies::ProxyWarning, rates::TotalRate, stats::Totals, table::Table, ticker::Ticker,
+        proxies::ProxyWarning, rates::RoomRates, stats::Totals, table::Table, ticker::Ticker,
     },
     http::rejection::Rejection,
     hub::Hub,
@@ -58,7 +58,7 @@ pub struct Rooms {
     hub: Arc<Hub>,
     /// Settings and counters that all connections share.
     profile: Arc<Profile>,
-    /// Verifier of tokens; `None` if rooms are not served, or no key is configured.
+    /// Verifier of tokens; `None` if rooms are not served.
     jwt: Option<JwtVerifier>,
     /// Seconds for which a token stays valid after its `exp`.
     leeway: u64,
@@ -77,7 +77,7 @@ pub struct Rooms {
     proxy_warning: ProxyWarning,
     /// Clients without a token are believed.
     is_development: bool,
-    total: TotalRate,
+    rates: RoomRates,
     /// Limits of reliable messages that wait.
     patience: Patience,
     keeper: Keeper,
@@ -124,8 +124,9 @@ impl Rooms {
     ) -> Result<Arc<Self>, String> {
         let config = &core.config;
         let is_served = config.endpoints.rooms;
-        let jwt = match is_served && config.jwt.has_key() {
-            true => Some(JwtVerifier::new(&config.jwt, background, end.clone())?),
+        // Without a key too: a reload of the configuration may bring one.
+        let jwt = match is_served {
+            true => Some(JwtVerifier::new(&config.jwt, &core.jwt_keys, background, end.clone())?),
             false => None,
         };
         let server = rand::random();
@@ -137,7 +138,7 @@ impl Rooms {
             hub: Arc::clone(&core.hub),
             profile: Arc::new(Profile {
                 // The family counts messages itself: above the rate positions wait, and the connection stays.
-                rate: None,
+                rate: None.into(),
                 // Positions are left out for a client that reads slowly, so that little waits for it.
                 low_water_bytes: LOW_WATER_BYTES.min(config.limits.send_buffer_bytes),
                 ..core::profile(config)
@@ -157,7 +158,7 @@ impl Rooms {
             attempts: RoomAttempts::new(&config.rate_limit, &core.attempts),
             proxy_warning: ProxyWarning::default(),
             is_development: development::is_on(config),
-            total: TotalRate::new(&config.rooms),
+            rates: RoomRates::new(&config.rooms),
             patience: reliable::patience(&config.rooms),
             keeper: Keeper::new(core, &table),
             registry,
@@ -179,6 +180,13 @@ impl Rooms {
             background.spawn(rejoin::run(Arc::clone(&rooms), end.clone()));
         }
         Ok(rooms)
+    }
+
+    /// Puts the values of another configuration into force that a reload replaces.
+    pub(super) fn reload(&self, config: &Config) {
+        self.profile.byte_rate.store(core::byte_rate(&config.limits));
+        self.rates.allow(&config.rooms);
+        self.attempts.allow(&config.rate_limit);
     }
 
     /// Runs all waiting leaves: after the grace, or at `deadline`. Connections must be gone by then.

@@ -83,7 +83,7 @@ impl Service for Routes {
         if !Families::serves(&self.core, family) {
             return Ok(self.refuse((Some(family), None), &not_served(family), &path, &caller));
         }
-        let grant = Grant::of(request.headers(), &self.core.config.server.allowed_origins);
+        let grant = Grant::of(request.headers(), &self.core.allowed_origins.rules());
         let is_events = event_stream::is_asked(&self.core, request.headers());
         let is_preflight = cors::is_preflight(request.method(), request.headers());
         if self.core.config.sse.enabled && is_preflight && grant.is_some() {

@@ -67,9 +67,9 @@ impl FromRequestParts<Arc<Core>> for Worker {
         let (method, path) = (&parts.method, parts.uri.path());
         let found = find_key(core, parts);
         let found = found.inspect_err(|rejection| log_refusal(core, parts, None, rejection))?;
-        let (entry, scope) = (found.entry(), scope_of(path));
+        let scope = scope_of(path);
         if found.scopes().has(scope) {
-            entry.accepted.add(1);
+            found.calls().accepted.add(1);
             debug!(key = %found, %method, path, "A worker called the API.");
             let name: Box<str> = found.to_string().into();
             let trace = parts.extensions.get::<Trace>().cloned().unwrap_or_default();
@@ -77,7 +77,7 @@ impl FromRequestParts<Arc<Core>> for Worker {
             trace.add("wsproxy.api_key", || Value::text(&name));
             return Ok(Self { scopes: found.scopes(), name, trace });
         }
-        entry.refused.add(1);
+        found.calls().refused.add(1);
         core.metrics.error("api_key");
         let rejection = missing_scope(scope);
         log_refusal(core, parts, Some(found), &rejection);
@@ -108,7 +108,7 @@ pub(crate) fn shows_key(core: &Core, parts: &Parts) -> bool {
         log_refusal(core, parts, None, rejection);
     }
     found.is_ok_and(|found| {
-        found.entry().accepted.add(1);
+        found.calls().accepted.add(1);
         true
     })
 }
@@ -126,9 +126,9 @@ pub(crate) fn shows_scope(core: &Core, parts: &Parts, scope: Scope) -> bool {
     };
     let has_scope = found.scopes().has(scope);
     if has_scope {
-        found.entry().accepted.add(1);
+        found.calls().accepted.add(1);
     } else {
-        found.entry().refused.add(1);
+        found.calls().refused.add(1);
         core.metrics.error("api_key");
         log_refusal(core, parts, Some(found), &missing_scope(scope));
     }
@@ -139,7 +139,7 @@ pub(crate) fn shows_scope(core: &Core, parts: &Parts, scope: Scope) -> bool {
 ///
 /// # Errors
 /// 401: no key, or a malformed one. 403: an unknown key.
-fn find_key<'a>(core: &'a Core, parts: &Parts) -> Result<Found<'a>, Rejection> {
+fn find_key(core: &Core, parts: &Parts) -> Result<Found, Rejection> {
     let shown = credentials::from_authorization(&parts.headers)?
         .ok_or_else(|| Rejection::missing_credentials("An API key is needed."))?;
     core.api_keys.find(shown.as_bytes()).ok_or_else(|| {
@@ -149,7 +149,7 @@ fn find_key<'a>(core: &'a Core, parts: &Parts) -> Result<Found<'a>, Rejection> {
 }
 
 /// Logs a refused call without the secret that the worker sent.
-fn log_refusal(core: &Core, parts: &Parts, found: Option<Found<'_>>, rejection: &Rejection) {
+fn log_refusal(core: &Core, parts: &Parts, found: Option<Found>, rejection: &Rejection) {
     let Some(left_out) = core.api_failures.pass() else { return };
     let address = handshake::address_of(core, &parts.headers, &parts.extensions).ok();
     warn!(
@@ -268,7 +268,8 @@ pub(crate) fn optional_json<T: DeserializeOwned + Default>(
 pub const OPENAPI: &str = include_str!("../../openapi.json");
 
 /// The routes that belong to no family: method, and path in OpenAPI's form.
-pub const ROUTES: &[(&str, &str)] = &[("get", "/api/v1/info"), ("get", "/api/v1/openapi.json")];
+pub const ROUTES: &[(&str, &str)] =
+    &[("get", "/api/v1/info"), ("get", "/api/v1/openapi.json"), ("post", "/api/v1/reload")];
 
 /// Upper bound of a logged path.
 const LOGGED_PATH_BYTES_MAX: usize = 256;
@@ -291,6 +292,7 @@ mod tests {
             ("/api/v1/events/batch", Scope::Events),
             ("/api/v1/rooms/r", Scope::Rooms),
             ("/api/v1/info", Scope::Admin),
+            ("/api/v1/reload", Scope::Admin),
             ("/api/v1/", Scope::Admin),
             ("/", Scope::Admin),
         ] {

@@ -402,5 +402,5 @@ fn check_common(core: &Core, request: &Request<Incoming>) -> Result<(), Rejectio
         // The gateway would read the body as frames, a proxy as a body: the two would see different requests.
         return Err(Rejection::bad_request("A request for a connection has no body."));
     }
-    origin::check(request.headers(), &core.config.server.allowed_origins)
+    origin::check(request.headers(), &core.allowed_origins.rules())
 }

@@ -108,6 +108,8 @@ table! {
     taken = CONFLICT, "taken";
     /// The request does not fit the stored state.
     conflict = CONFLICT, "conflict";
+    /// The configuration has problems, so nothing was reloaded.
+    configuration_invalid = CONFLICT, "configuration_invalid";
     /// A newer connection of the user took the place of this one while it was opening.
     replaced = CONFLICT, "replaced";
     /// The body is larger than the limit.
@@ -387,6 +389,7 @@ mod tests {
         "agent_offline",
         "busy",
         "cancelled",
+        "configuration_invalid",
         "duplicate",
         "outcome_unknown",
         "timeout",

@@ -6,7 +6,7 @@
 use std::{io::IsTerminal, sync::OnceLock};
 
 use anyhow::Context;
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt};
+use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt, reload};
 
 use crate::config::{LogConfig, LogFormat};
 
@@ -48,11 +48,24 @@ pub fn start(log: &LogConfig) -> anyhow::Result<LogGuard> {
     };
     let writer = writer::LogWriter::start(std::io::stderr()).context("cannot start a thread")?;
     let lines = layer::Lines::new(style, writer.clone());
+    let (filter, handle) = reload::Layer::new(filter);
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);
     tracing::subscriber::set_global_default(subscriber).context("logging was started before")?;
-    let _ = WRITER.set(writer);
+    let _ = (WRITER.set(writer), FILTER.set(handle));
     log_panics();
     Ok(LogGuard(()))
+}
+
+/// Replaces the level, or the filter. Nothing changes where logging was not started here.
+///
+/// # Errors
+/// The level cannot be parsed.
+pub fn set_level(level: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
+    match FILTER.get() {
+        Some(handle) => handle.reload(filter).map_err(|error| error.to_string()),
+        None => Ok(()),
+    }
 }
 
 /// Logs a panic as one line, written before the process can end because of it.
@@ -71,6 +84,9 @@ fn log_panics() {
 /// Target of the lines that follow one message through an instance, at the level `trace`. They tell the message's place
 /// and length, never its content.
 pub const MESSAGES: &str = "wsproxy::messages";
+
+/// The filter: one log per process.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
 /// The writer: one log per process.
 static WRITER: OnceLock<writer::LogWriter> = OnceLock::new();

@@ -16,16 +16,29 @@ use crate::tls::read_file;
 
 /// The pair of a certificate and its key that the listeners show, with the files that it comes from.
 pub struct TlsPair {
-    certificate: PathBuf,
-    key: PathBuf,
     /// Keys of session tickets, which outlive a replaced pair.
     tickets: Arc<dyn ProducesTickets>,
     /// Guards the pair in use.
     in_use: RwLock<InUse>,
-    /// Guards what the last look found, where it was another pair than the one in use.
-    found: Mutex<Option<Fingerprint>>,
-    /// Guards the present problem of the files.
-    trouble: Mutex<Option<Trouble>>,
+    /// Guards the files and what looks at them found. A look holds it to its end, so that a reload of the configuration
+    /// never meets half of one.
+    looks: Mutex<Looks>,
+}
+
+struct Looks {
+    certificate: PathBuf,
+    key: PathBuf,
+    /// Pair that the last look found, where it was another one than that in use.
+    found: Option<Fingerprint>,
+    /// Present problem of the files.
+    trouble: Option<Trouble>,
+}
+
+/// A pair that can be used, with its files.
+pub struct NewPair {
+    certificate: PathBuf,
+    key: PathBuf,
+    in_use: InUse,
 }
 
 struct InUse {
@@ -34,7 +47,7 @@ struct InUse {
 }
 
 /// Hashes of both files.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 struct Fingerprint([Vec<u8>; 2]);
 
 /// Result of a look at files that can be used.
@@ -61,7 +74,7 @@ struct Files {
 
 impl fmt::Debug for TlsPair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TlsPair").field("certificate", &self.certificate).finish_non_exhaustive()
+        f.debug_struct("TlsPair").finish_non_exhaustive()
     }
 }
 
@@ -72,13 +85,29 @@ impl TlsPair {
     /// A sentence for the operator: a file cannot be used, or the key is of another certificate.
     pub fn load(certificate: &Path, key: &Path) -> Result<Self, String> {
         let tickets = Ticketer::new().map_err(|error| format!("session tickets: {error}"))?;
-        let files = Files::read(certificate, key)?;
-        let config = files.config(Arc::clone(&tickets))?;
-        let in_use = InUse { config: Arc::new(config), fingerprint: files.fingerprint() };
-        let (certificate, key) = (certificate.to_owned(), key.to_owned());
-        let in_use = RwLock::new(in_use);
-        let (found, trouble) = (Mutex::default(), Mutex::default());
-        Ok(Self { certificate, key, tickets, in_use, found, trouble })
+        let NewPair { certificate, key, in_use } = NewPair::read(certificate, key, &tickets)?;
+        let looks = Mutex::new(Looks { certificate, key, found: None, trouble: None });
+        Ok(Self { tickets, in_use: RwLock::new(in_use), looks })
+    }
+
+    /// Reads a pair from its files, for [`Self::replace`]. Blocks.
+    ///
+    /// # Errors
+    /// See [`Self::load`].
+    pub fn read(&self, certificate: &Path, key: &Path) -> Result<NewPair, String> {
+        NewPair::read(certificate, key, &self.tickets)
+    }
+
+    /// Returns whether a pair is another one than that in use.
+    #[must_use]
+    pub fn differs(&self, pair: &NewPair) -> bool {
+        self.in_use.read().fingerprint != pair.in_use.fingerprint
+    }
+
+    /// Uses a pair, and looks at its files from now on.
+    pub fn replace(&self, NewPair { certificate, key, in_use }: NewPair) {
+        *self.looks.lock() = Looks { certificate, key, found: None, trouble: None };
+        *self.in_use.write() = in_use;
     }
 
     /// Returns the configuration for a new connection. Open connections keep the one that they began with.
@@ -92,41 +121,61 @@ impl TlsPair {
     ///
     /// A pair is used, and a problem told, at the second look that finds it, since files are not replaced at one moment.
     pub fn read_again(&self) -> bool {
-        match Files::read(&self.certificate, &self.key).and_then(|files| self.replace(&files)) {
+        let mut looks = self.looks.lock();
+        // A pipe gives its bytes once, and blocks for ever at the next read.
+        let is_pipe = |path: &PathBuf| path.metadata().is_ok_and(|found| !found.is_file());
+        if [&looks.certificate, &looks.key].into_iter().any(is_pipe) {
+            return false;
+        }
+        let files = Files::read(&looks.certificate, &looks.key);
+        match files.and_then(|files| self.look(&files, &mut looks)) {
             Ok(Look::First) => false,
             Ok(look) => {
-                let was_told = self.trouble.lock().take().is_some_and(|trouble| trouble.is_told);
+                let was_told = looks.trouble.take().is_some_and(|trouble| trouble.is_told);
                 if look == Look::Second || was_told {
-                    info!(certificate = %self.certificate.display(), "The TLS certificate and its key were read again.");
+                    info!(certificate = %looks.certificate.display(), "The TLS certificate and its key were read again.");
                 }
                 false
             }
-            Err(problem) => self.is_news(problem),
+            Err(problem) => looks.is_news(problem),
         }
     }
 
     /// Uses the pair in `files` where the look before found it too.
-    fn replace(&self, files: &Files) -> Result<Look, String> {
+    fn look(&self, files: &Files, looks: &mut Looks) -> Result<Look, String> {
         let fingerprint = files.fingerprint();
-        let mut found = self.found.lock();
-        let before = found.take();
+        let before = looks.found.take();
         if self.in_use.read().fingerprint == fingerprint {
             return Ok(Look::Same);
         }
         let config = Arc::new(files.config(Arc::clone(&self.tickets))?);
         if before.as_ref() != Some(&fingerprint) {
-            *found = Some(fingerprint);
+            looks.found = Some(fingerprint);
             return Ok(Look::First);
         }
         *self.in_use.write() = InUse { config, fingerprint };
         Ok(Look::Second)
     }
+}
 
+impl NewPair {
+    fn read(
+        certificate: &Path,
+        key: &Path,
+        tickets: &Arc<dyn ProducesTickets>,
+    ) -> Result<Self, String> {
+        let files = Files::read(certificate, key)?;
+        let config = files.config(Arc::clone(tickets))?;
+        let in_use = InUse { config: Arc::new(config), fingerprint: files.fingerprint() };
+        Ok(Self { certificate: certificate.to_owned(), key: key.to_owned(), in_use })
+    }
+}
+
+impl Looks {
     /// Remembers a problem, and logs it at its second look. Returns whether it was logged now.
-    fn is_news(&self, problem: String) -> bool {
-        let mut trouble = self.trouble.lock();
-        let Some(known) = trouble.as_mut().filter(|known| known.problem == problem) else {
-            *trouble = Some(Trouble { problem, is_told: false });
+    fn is_news(&mut self, problem: String) -> bool {
+        let Some(known) = self.trouble.as_mut().filter(|known| known.problem == problem) else {
+            self.trouble = Some(Trouble { problem, is_told: false });
             return false;
         };
         if std::mem::replace(&mut known.is_told, true) {
@@ -270,6 +319,31 @@ mod tests {
         assert!(!pair.read_again() && !is_first(), "nothing was added since");
         let used = pair.config();
         assert!(!pair.read_again() && Arc::ptr_eq(&used, &pair.config()));
+    }
+
+    #[test]
+    fn a_reloaded_pair_is_used_at_once_and_its_files_are_read_again() {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        let ((old, old_key), (new, new_key)) = (made("old.example"), made("new.example"));
+        folder.write(&old, &old_key);
+        let paths = |name: &str| {
+            (folder.path(&format!("{name}cert.pem")), folder.path(&format!("{name}key.pem")))
+        };
+        let (certificate, key) = paths("");
+        let pair = TlsPair::load(&certificate, &key).unwrap();
+        assert!(!pair.differs(&pair.read(&certificate, &key).unwrap()));
+        let (certificate, key) = paths("new-");
+        std::fs::write(&certificate, &new).unwrap();
+        assert!(pair.read(&certificate, &key).is_err(), "no key");
+        std::fs::write(&key, &new_key).unwrap();
+        let next = pair.read(&certificate, &key).unwrap();
+        assert!(pair.differs(&next));
+        pair.replace(next);
+        assert!(!pair.differs(&pair.read(&certificate, &key).unwrap()));
+        let used = pair.config();
+        folder.write(&new, &old_key);
+        assert!(!pair.read_again() && !pair.read_again(), "the earlier files do not matter");
+        assert!(Arc::ptr_eq(&used, &pair.config()));
     }
 
     #[test]

@@ -55,7 +55,7 @@ async fn a_key_without_scope_is_told_the_missing_one() {
         }
         let needed = match path.split('/').nth(3).unwrap() {
             "agents" if path.ends_with("/sessions/events") => "sessions",
-            "console" | "info" => "admin",
+            "console" | "info" | "reload" => "admin",
             family => family,
         };
         let ids = [

@@ -18,7 +18,10 @@ use serde_json::json;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy::{
-    auth::jwt::{Claims, JwtError, JwtVerifier},
+    auth::{
+        fixed_keys::{FixedKeys, KeyRing},
+        jwt::{Claims, JwtError, JwtVerifier},
+    },
     config,
 };
 
@@ -39,7 +42,8 @@ struct Gateway {
 impl Gateway {
     fn new(config: &config::JwtConfig) -> Self {
         let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
-        let verifier = JwtVerifier::new(config, &tasks, end.clone()).unwrap();
+        let keys = FixedKeys::new(KeyRing::read(config).unwrap());
+        let verifier = JwtVerifier::new(config, &keys, &tasks, end.clone()).unwrap();
         Self { verifier, tasks, end }
     }
 

@@ -20,9 +20,6 @@ use crate::support::{
     tls::{Files, Made, Tunnel},
 };
 
-const REQUEST: &[u8] = b"GET /agent/ws/s HTTP/1.1\r\nHost: x\r\n\r\n";
-const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
-
 async fn behind(trusted: &str, change: impl FnOnce(&mut wsproxy::config::Config)) -> TestInstance {
     let trusted = vec![trusted.parse().unwrap()];
     TestInstance::with(|config| {
@@ -263,3 +260,6 @@ async fn silent_proxies_do_not_hold_up_others() {
     let mut client = Client::connect(good, "/agent/ws/s", &bearer(&token)).await.unwrap();
     instance.assert_serves(&mut client, "s").await;
 }
+
+const REQUEST: &[u8] = b"GET /agent/ws/s HTTP/1.1\r\nHost: x\r\n\r\n";
+const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";

@@ -174,7 +174,7 @@ const FLOORS: &[&[&str]] = &[
     &["cli"],
     &["dev"],
     &["server"],
-    &["shutdown"],
+    &["shutdown", "reload"],
     &["endpoint"],
     &["http"],
     &["logic"],

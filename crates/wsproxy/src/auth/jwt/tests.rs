@@ -1,15 +1,21 @@
 //! Tests of verification with keys that never change: every algorithm, and every known trick.
 
-use std::io::Write;
+use std::{io::Write, path::Path};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use jsonwebtoken::{EncodingKey, Header};
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use rcgen::KeyPair;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
 use super::*;
-use crate::http::rejection::Rejection;
+use crate::{
+    auth::{
+        fixed_keys::{KeyRing, check_public_key},
+        key::JwtKey,
+    },
+    http::rejection::Rejection,
+};
 
 fn claims() -> Value {
     json!({"sub": "u-1", "exp": NOW + 60})
@@ -31,7 +37,8 @@ fn config(algorithms: &[Algorithm]) -> config::JwtConfig {
 }
 
 fn verifier(config: &config::JwtConfig) -> JwtVerifier {
-    JwtVerifier::new(config, &TaskTracker::new(), CancellationToken::new()).unwrap()
+    let keys = FixedKeys::new(KeyRing::read(config).unwrap());
+    JwtVerifier::new(config, &keys, &TaskTracker::new(), CancellationToken::new()).unwrap()
 }
 
 /// Creates a verifier with a public key.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use hashbrown::HashMap;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use wsproxy_conn::clock::Micros;
 use wsproxy_proto::names::Id;
 
@@ -27,8 +27,8 @@ use crate::{
 /// Users and addresses have a table each: addresses of a flood take no room from users.
 #[derive(Debug)]
 pub(super) struct RoomAttempts {
-    /// `None`: no limit.
-    limit: Option<Limit>,
+    /// Guards the limit, which a reload of the configuration replaces; `None`: no limit.
+    limit: RwLock<Option<Limit>>,
     users: Mutex<Table<u64>>,
     addresses: Mutex<Table<IpAddr>>,
     /// Users are known by a hash with this secret, so that no user can choose whom to share a window with.
@@ -51,14 +51,24 @@ impl RoomAttempts {
     #[must_use]
     pub(super) fn new(config: &RateLimit, shared: &Arc<Attempts>) -> Self {
         let (users, addresses) = (Mutex::default(), Mutex::default());
-        let (limit, shared) = (Limit::new(config), Arc::clone(shared));
+        let (limit, shared) = (RwLock::new(Limit::new(config)), Arc::clone(shared));
         Self { limit, users, addresses, secret: RandomState::new(), shared }
+    }
+
+    /// Reads the limit from another configuration. Earlier attempts count on, unless there is no limit any more.
+    pub(super) fn allow(&self, config: &RateLimit) {
+        let limit = Limit::new(config);
+        *self.limit.write() = limit;
+        if limit.is_none() {
+            *self.users.lock() = Table::default();
+            *self.addresses.lock() = Table::default();
+        }
     }
 
     /// Returns whether there is a limit.
     #[must_use]
-    pub(super) const fn is_on(&self) -> bool {
-        self.limit.is_some()
+    pub(super) fn is_on(&self) -> bool {
+        self.limit.read().is_some()
     }
 
     /// Checks whether an address may try again, before its token is looked at. Counts nothing.
@@ -66,7 +76,7 @@ impl RoomAttempts {
     /// # Errors
     /// 429: the address has used up its attempts.
     pub(super) fn check_address(&self, address: IpAddr, now: Micros) -> Result<(), Rejection> {
-        let Some(limit) = self.limit else { return Ok(()) };
+        let Some(limit) = *self.limit.read() else { return Ok(()) };
         let (wait, level) = self.addresses.lock().wait(networks(address), limit, now);
         let Some(wait) = wait else { return Ok(()) };
         if level != Some(0) {
@@ -80,7 +90,7 @@ impl RoomAttempts {
     /// # Errors
     /// 429: the user or the address has used up its attempts.
     pub(super) fn count(&self, subject: Subject<'_>, now: Micros) -> Result<(), Rejection> {
-        let Some(limit) = self.limit else { return Ok(()) };
+        let Some(limit) = *self.limit.read() else { return Ok(()) };
         let (counted, level) = match subject {
             Subject::User(user) => {
                 let hash = self.secret.hash_one(user.as_str());
@@ -303,6 +313,27 @@ mod tests {
         assert!(!off.is_on() && default.is_on());
         assert!((0..1000).all(|_| off.count(address("192.0.2.1"), at(0)).is_ok()));
         assert!(off.check_address("192.0.2.1".parse().unwrap(), at(0)).is_ok());
+    }
+
+    #[test]
+    fn a_changed_limit_holds_for_the_next_attempt() {
+        let attempts = attempts(3, 60);
+        let (user, now) = (address("192.0.2.1"), Micros(100 * SECOND));
+        let made = || (0..9).filter(|_| attempts.count(user, now).is_ok()).count();
+        assert_eq!(made(), 3);
+        let allow = |max_requests, is_set| {
+            attempts.allow(&RateLimit {
+                max_requests,
+                max_requests_is_set: is_set,
+                window: Duration::from_secs(60),
+            });
+        };
+        allow(5, true);
+        assert_eq!(made(), 2, "earlier attempts count");
+        allow(0, true);
+        assert!(!attempts.is_on() && attempts.addresses.lock().entries == 0);
+        allow(0, false);
+        assert!(attempts.is_on(), "the default of rooms");
     }
 
     #[test]

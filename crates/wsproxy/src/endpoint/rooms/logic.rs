@@ -65,7 +65,7 @@ impl RoomLogic {
         caller: Arc<Caller>,
         expires_at: Option<u64>,
     ) -> Self {
-        let rates = Rates::new(&membership.rooms.config);
+        let rates = Rates::new();
         Self {
             membership,
             link,
@@ -120,7 +120,7 @@ impl RoomLogic {
             return self.on_hello(&hello, actions);
         }
         let now = actions.now();
-        let passed = self.rates.take((&checked, envelope), &self.membership.rooms.total, now);
+        let passed = self.rates.take((&checked, envelope), &self.membership.rooms.rates, now);
         self.membership.rooms.counters.coalesced_rate.add(self.rates.take_coalesced());
         match passed {
             Passed::Now => self.say(&checked, envelope, actions),
@@ -181,7 +181,7 @@ impl RoomLogic {
     /// Counts a message that is no envelope. Returns whether it is within the rates; what is not has no answer.
     fn passes(&mut self, actions: MemberActions<'_>) -> bool {
         let rooms = &self.membership.rooms;
-        match self.rates.take_opaque(&rooms.total, actions.now()) {
+        match self.rates.take_opaque(&rooms.rates, actions.now()) {
             Passed::Now => return true,
             Passed::Flood => actions.disconnect(&Disconnect::RATE),
             Passed::Dropped(_) | Passed::Later => rooms.counters.rate_limited.add(1),
@@ -321,7 +321,7 @@ impl RoomLogic {
         if self.form.is_none() && now >= self.opened.after(HELLO_WAIT) {
             self.greet(Form::Binary, None, actions);
         }
-        while let Some(position) = self.rates.due(&self.membership.rooms.total, now) {
+        while let Some(position) = self.rates.due(&self.membership.rooms.rates, now) {
             if let Ok(checked) = check::check(&position, self.membership.client.as_str()) {
                 self.say(&checked, &position, actions);
             }

@@ -1,33 +1,57 @@
 //! The rate of one member's messages: above it the newest positions wait, and other messages are dropped.
 
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+};
 
 use parking_lot::Mutex;
 use wsproxy_conn::clock::Micros;
 use wsproxy_proto::{
-    rate::{Bucket, Rate},
+    rate::{Bucket, Rate, shared::SharedRate},
     rooms::check::{Body, Checked},
 };
 
 use crate::config::rooms::RoomsConfig;
 
-/// Rate of the messages of all rooms of an instance.
+/// Rates of the messages of all members of an instance, and of one member. A reload of the configuration replaces them.
 #[derive(Debug)]
-pub(super) struct TotalRate {
-    /// `None`: no limit.
-    rate: Option<Rate>,
+pub(super) struct RoomRates {
+    /// Messages per second of one member, as members are told; 0: no limit.
+    per_second: AtomicU32,
+    of_member: SharedRate,
+    of_all: SharedRate,
+    /// Guards the state of `of_all`.
     bucket: Mutex<Bucket>,
 }
 
-impl TotalRate {
-    /// Makes the rate of a configuration.
+impl RoomRates {
+    /// Makes the rates of a configuration.
     pub(super) fn new(config: &RoomsConfig) -> Self {
-        let rate = rate(config.messages_per_second_total);
-        Self { rate, bucket: Mutex::default() }
+        let rates = Self {
+            per_second: AtomicU32::new(0),
+            of_member: None.into(),
+            of_all: None.into(),
+            bucket: Mutex::default(),
+        };
+        rates.allow(config);
+        rates
+    }
+
+    /// Takes the rates from another configuration.
+    pub(super) fn allow(&self, config: &RoomsConfig) {
+        self.per_second.store(config.messages_per_second, Relaxed);
+        self.of_member.store(rate(config.messages_per_second));
+        self.of_all.store(rate(config.messages_per_second_total));
+    }
+
+    /// Returns the messages per second of one member; 0: no limit.
+    pub(super) fn per_second(&self) -> u32 {
+        self.per_second.load(Relaxed)
     }
 
     fn take(&self, now: Micros) -> Result<(), u64> {
-        let Some(rate) = self.rate else { return Ok(()) };
+        let Some(rate) = self.of_all.load() else { return Ok(()) };
         self.bucket.lock().take(rate, nanos(now))
     }
 }
@@ -48,8 +72,6 @@ pub(super) enum Passed {
 /// Rate of one member's messages.
 #[derive(Debug)]
 pub(super) struct Rates {
-    /// `None`: no limit.
-    rate: Option<Rate>,
     bucket: Bucket,
     /// The newest position of each entity that waits: entity and envelope.
     waiting: VecDeque<(Box<str>, Vec<u8>)>,
@@ -66,10 +88,9 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// Makes the rate of a configuration.
-    pub(super) fn new(config: &RoomsConfig) -> Self {
+    /// Makes the state of a member that has sent nothing.
+    pub(super) fn new() -> Self {
         Self {
-            rate: rate(config.messages_per_second),
             bucket: Bucket::default(),
             waiting: VecDeque::new(),
             coalesced: 0,
@@ -84,10 +105,10 @@ impl Rates {
     pub(super) fn take(
         &mut self,
         (checked, envelope): (&Checked<'_>, &[u8]),
-        total: &TotalRate,
+        limits: &RoomRates,
         now: Micros,
     ) -> Passed {
-        let Err(wait) = self.pass(total, now) else {
+        let Err(wait) = self.pass(limits, now) else {
             // A newer position makes a waiting one needless, and so does the end of its entity.
             if let Body::Position { entity, .. } | Body::Despawn { entity } = checked.body {
                 self.forget(entity);
@@ -107,28 +128,28 @@ impl Rates {
     }
 
     /// Counts a message that is no envelope.
-    pub(super) fn take_opaque(&mut self, total: &TotalRate, now: Micros) -> Passed {
-        match self.pass(total, now) {
+    pub(super) fn take_opaque(&mut self, limits: &RoomRates, now: Micros) -> Passed {
+        match self.pass(limits, now) {
             Ok(()) => Passed::Now,
             Err(_) if self.is_flood(now) => Passed::Flood,
             Err(wait) => self.drop(wait, now),
         }
     }
 
-    fn pass(&mut self, total: &TotalRate, now: Micros) -> Result<(), Micros> {
+    fn pass(&mut self, limits: &RoomRates, now: Micros) -> Result<(), Micros> {
         let wait = |nanos: u64| Micros(nanos.div_ceil(1000));
-        if let Some(rate) = self.rate {
+        if let Some(rate) = limits.of_member.load() {
             self.bucket.take(rate, nanos(now)).map_err(wait)?;
         }
-        total.take(now).map_err(wait)
+        limits.take(now).map_err(wait)
     }
 
     /// Returns a position that may be sent now.
-    pub(super) fn due(&mut self, total: &TotalRate, now: Micros) -> Option<Vec<u8>> {
+    pub(super) fn due(&mut self, limits: &RoomRates, now: Micros) -> Option<Vec<u8>> {
         if self.waiting.is_empty() || now < self.next {
             return None;
         }
-        if let Err(wait) = self.pass(total, now) {
+        if let Err(wait) = self.pass(limits, now) {
             self.next = now.after(wait);
             return None;
         }
@@ -230,52 +251,69 @@ mod tests {
         vec![0xA2, 1, 5, 10, 1, entity, 32, seq]
     }
 
-    fn take(rates: &mut Rates, envelope: &[u8], now: u64) -> Passed {
-        let total = TotalRate::new(&RoomsConfig::default());
-        rates.take((&check::check(envelope, "me").unwrap(), envelope), &total, Micros(now))
+    fn take(rates: &mut Rates, limits: &RoomRates, envelope: &[u8], now: u64) -> Passed {
+        rates.take((&check::check(envelope, "me").unwrap(), envelope), limits, Micros(now))
     }
 
-    fn rates(per_second: u32) -> Rates {
-        Rates::new(&RoomsConfig { messages_per_second: per_second, ..RoomsConfig::default() })
+    fn one_per_second() -> (Rates, RoomRates) {
+        let config = RoomsConfig { messages_per_second: 1, ..RoomsConfig::default() };
+        (Rates::new(), RoomRates::new(&config))
+    }
+
+    #[test]
+    fn a_changed_rate_holds_for_members_who_are_there() {
+        let (mut rates, limits) = one_per_second();
+        let now = 1_000_000_000;
+        let mut made = |limits: &RoomRates, now| {
+            let is_passed = |_: &u32| rates.take_opaque(limits, Micros(now)) == Passed::Now;
+            (0..9).filter(is_passed).count()
+        };
+        assert_eq!(made(&limits, now), 2);
+        let config =
+            |messages_per_second| RoomsConfig { messages_per_second, ..RoomsConfig::default() };
+        limits.allow(&config(100));
+        assert_eq!((made(&limits, now + 50_000), limits.per_second()), (5, 100));
+        limits.allow(&config(0));
+        assert_eq!(made(&limits, now + 50_000), 9);
     }
 
     #[test]
     fn newest_position_of_each_entity_waits_for_its_time() {
-        let (mut rates, total) = (rates(1), TotalRate::new(&RoomsConfig::default()));
+        let (mut rates, limits) = one_per_second();
         let now = 1_000_000_000;
-        assert_eq!(take(&mut rates, &position(b'a', 0), now), Passed::Now);
-        assert_eq!(take(&mut rates, &position(b'a', 1), now), Passed::Now);
+        assert_eq!(take(&mut rates, &limits, &position(b'a', 0), now), Passed::Now);
+        assert_eq!(take(&mut rates, &limits, &position(b'a', 1), now), Passed::Now);
         for seq in 2..9 {
-            assert_eq!(take(&mut rates, &position(b'a', seq), now), Passed::Later);
+            assert_eq!(take(&mut rates, &limits, &position(b'a', seq), now), Passed::Later);
         }
-        assert_eq!(take(&mut rates, &position(b'b', 0), now), Passed::Later);
+        assert_eq!(take(&mut rates, &limits, &position(b'b', 0), now), Passed::Later);
         assert_eq!((rates.take_coalesced(), rates.take_coalesced()), (6, 0));
-        assert_eq!(rates.due(&total, Micros(now)), None);
+        assert_eq!(rates.due(&limits, Micros(now)), None);
         let next = rates.next();
         assert_eq!(next, Micros(now + 1_000_000));
-        assert_eq!(rates.due(&total, next), Some(position(b'a', 8)));
-        assert_eq!(rates.due(&total, next), None);
+        assert_eq!(rates.due(&limits, next), Some(position(b'a', 8)));
+        assert_eq!(rates.due(&limits, next), None);
         let next = rates.next();
-        assert_eq!(rates.due(&total, next), Some(position(b'b', 0)));
+        assert_eq!(rates.due(&limits, next), Some(position(b'b', 0)));
         assert_eq!(rates.next(), Micros::NEVER);
     }
 
     #[test]
     fn despawn_ends_the_waiting_position_of_its_entity() {
-        let (mut rates, total) = (rates(1), TotalRate::new(&RoomsConfig::default()));
+        let (mut rates, limits) = one_per_second();
         let now = 1_000_000_000;
         for seq in 0..3 {
-            take(&mut rates, &position(b'a', seq), now);
+            take(&mut rates, &limits, &position(b'a', seq), now);
         }
         let despawn = [0x82, 2, 3, 10, 1, b'a'];
-        assert_eq!(take(&mut rates, &despawn, now + 1_000_000), Passed::Now);
-        assert_eq!(rates.due(&total, Micros(now + 9_000_000)), None);
+        assert_eq!(take(&mut rates, &limits, &despawn, now + 1_000_000), Passed::Now);
+        assert_eq!(rates.due(&limits, Micros(now + 9_000_000)), None);
         assert_eq!(rates.next(), Micros::NEVER);
     }
 
     #[test]
     fn positions_of_so_many_entities_wait() {
-        let mut rates = rates(1);
+        let mut rates = Rates::new();
         let names = u8::MIN..WAITING_MAX as u8;
         assert!(names.clone().all(|name| rates.keep(&name.to_string(), b"1")));
         assert!(!rates.keep("one too many", b"1"));
@@ -287,11 +325,10 @@ mod tests {
 
     #[test]
     fn client_above_its_rate_is_told_once_a_second_and_closed_after_ten() {
-        let mut rates = rates(1);
-        let total = TotalRate::new(&RoomsConfig::default());
+        let (mut rates, limits) = one_per_second();
         let mut told = 0;
         for tenth in 0..200_u64 {
-            match rates.take_opaque(&total, Micros(1_000_000_000 + tenth * 100_000)) {
+            match rates.take_opaque(&limits, Micros(1_000_000_000 + tenth * 100_000)) {
                 Passed::Dropped(Some(_)) => told += 1,
                 Passed::Flood => {
                     assert!((100..=125).contains(&tenth), "{tenth}");

@@ -166,7 +166,7 @@ pub(super) fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// Upper bound of the connections that wait in the kernel to be accepted.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// Upper bound of the sockets that are taken while a listener closes.
 const LAST_MAX: usize = 2 * BACKLOG as usize;

@@ -12,7 +12,10 @@ use bytes::Bytes;
 use wsproxy::{
     auth::session::{TokenScope, issue},
     bus::publish::{Keep, Publish},
-    config::Config,
+    config::{
+        Config,
+        load::{ConfigSources, load},
+    },
     core::Core,
     endpoint::Families,
     hub::{follower::FollowerQueue, sink::Sink, subscription::Subscription},
@@ -89,6 +92,16 @@ impl TestInstance {
     pub async fn start_unready(config: Config) -> Self {
         let instance = Instance::start(config, |_, _| axum::Router::new()).await.unwrap();
         Self { instance }
+    }
+
+    /// One whose configuration comes from sources, which a reload reads again.
+    pub async fn from_sources(sources: ConfigSources) -> Self {
+        let config = load(sources.clone()).unwrap().config;
+        let extra = |_: &Arc<Core>, _: &Arc<Families>| axum::Router::new();
+        let instance = Instance::start_from(config, Some(sources), extra).await.unwrap();
+        let instance = Self { instance };
+        instance.ready().await;
+        instance
     }
 
     /// One with the embedded bus and the configuration that `change` makes.

@@ -98,7 +98,7 @@ impl Room {
     fn limits(&self, membership: &Membership) -> Limits {
         let config = &membership.rooms.config;
         Limits {
-            messages_per_second: config.messages_per_second,
+            messages_per_second: membership.rooms.rates.per_second(),
             message_bytes_max: membership.rooms.message_bytes_max,
             entities_max: config.entities_max,
             entity_bytes_max: EntityLimits::default().entity_bytes_max as u32,

@@ -1,0 +1,109 @@
+//! The ports of the listeners: free, or held by a process that is named where the kernel tells it.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    net::{SocketAddr, TcpListener},
+};
+
+use super::Finding;
+use crate::config::Config;
+
+pub(super) fn examine(config: &Config) -> Vec<Finding> {
+    let server = &config.server;
+    let main = server.unix.is_none();
+    let main = main.then(|| ("server.port", SocketAddr::new(server.bind, server.port)));
+    let admin = config.admin.port.map(|port| {
+        ("admin.port", SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port))
+    });
+    [main, admin].into_iter().flatten().map(|(key, address)| judge(key, address)).collect()
+}
+
+fn judge(key: &'static str, address: SocketAddr) -> Finding {
+    let part = "port";
+    let what = format!("{key}: {address}");
+    let Err(error) = TcpListener::bind(address) else {
+        return Finding::ok(part, format!("{what} is free"));
+    };
+    match error.kind() {
+        ErrorKind::AddrInUse => match holder(address.port()) {
+            Some((pid, name)) if name == "wsproxy" => {
+                let what =
+                    format!("{what} is in use by wsproxy (process {pid}), a running instance");
+                Finding::ok(part, what)
+            }
+            Some((pid, name)) => {
+                let what = format!("{what} is in use by {name} (process {pid})");
+                Finding::error(part, what, "end that process, or choose another port")
+            }
+            None => {
+                let advice = format!(
+                    "see who holds it (as root: ss -ltnp 'sport = :{}'); a running instance does",
+                    address.port()
+                );
+                Finding::warning(part, format!("{what} is in use"), advice)
+            }
+        },
+        ErrorKind::PermissionDenied => {
+            let advice = "choose a port from 1024 on, or grant CAP_NET_BIND_SERVICE";
+            Finding::error(part, format!("{what}: {error}"), advice)
+        }
+        ErrorKind::AddrNotAvailable => {
+            let advice = "choose an address of this machine, or 0.0.0.0 or ::";
+            Finding::error(part, format!("{what} is no address of this machine"), advice)
+        }
+        _ => Finding::error(part, format!("{what}: {error}"), "choose another address or port"),
+    }
+}
+
+/// Returns the process that listens on a port, and its name; `None` where the kernel does not tell this user.
+fn holder(port: u16) -> Option<(u32, String)> {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
+    let tables = tables.into_iter().filter_map(|path| fs::read_to_string(path).ok());
+    let sockets: Vec<_> = tables.flat_map(|table| listening(&table, port)).collect();
+    let processes = fs::read_dir("/proc").ok()?;
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let pid = pids.filter(|pid: &u32| {
+        let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let mut links = files.filter_map(|file| fs::read_link(file.path()).ok());
+        links.any(|link| sockets.iter().any(|socket| link.as_os_str() == socket.as_str()))
+    });
+    let pid = pid.min()?;
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some((pid, name.trim().to_owned()))
+}
+
+/// Returns the listening sockets of a table of the kernel, as links of open files name them.
+fn listening(table: &str, port: u16) -> Vec<String> {
+    let rows = table.lines().skip(1).filter_map(|row| {
+        let mut fields = row.split_whitespace();
+        let (local, state) = (fields.nth(1)?, fields.nth(1)?);
+        let inode = fields.nth(5)?;
+        let is_it = local
+            .rsplit_once(':')
+            .is_some_and(|(_, hex)| u16::from_str_radix(hex, 16).is_ok_and(|found| found == port));
+        (is_it && state == LISTEN).then(|| format!("socket:[{inode}]"))
+    });
+    rows.collect()
+}
+
+/// State of a socket that listens, in tables of the kernel.
+const LISTEN: &str = "0A";
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Level, *};
+
+    #[test]
+    fn a_port_in_use_is_told_with_its_holder() {
+        let held = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = held.local_addr().unwrap();
+        let found = judge("server.port", address);
+        let own = std::process::id().to_string();
+        assert!(found.what.contains("is in use by") && found.what.contains(&own), "{}", found.what);
+        drop(held);
+        assert_eq!(judge("server.port", address).level, Level::Ok);
+        let foreign = judge("server.port", "192.0.2.1:8080".parse().unwrap());
+        assert_eq!(foreign.level, Level::Error);
+    }
+}

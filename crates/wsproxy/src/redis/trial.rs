@@ -1,0 +1,118 @@
+//! One connection to Redis for a command that examines it: asks, waits for each answer, and keeps nothing.
+
+use std::time::Duration;
+
+use crate::{
+    config,
+    redis::{
+        connect::Connector,
+        connection::RedisConnection,
+        fault::{Fault, tell},
+        resp::{self, RespValue},
+    },
+};
+
+/// The connection, made as those of an instance are.
+pub(crate) struct Trial {
+    connection: RedisConnection,
+    answer_max: Duration,
+}
+
+/// An answer of Redis.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum TrialAnswer {
+    /// A text.
+    Text(String),
+    /// Texts; parts of another kind are left out.
+    List(Vec<String>),
+    /// An error, without the arguments that it may quote.
+    Error(String),
+    /// Anything else.
+    Other,
+}
+
+/// The reason why there is no connection, or no answer, and the thing to do.
+#[derive(Debug, Clone)]
+pub(crate) struct TrialFault {
+    /// The reason, with the address and without secrets.
+    pub(crate) why: String,
+    /// The thing to do.
+    pub(crate) advice: &'static str,
+}
+
+impl Trial {
+    /// Connects as an instance does, in at most `time_max`. No answer is waited for longer.
+    ///
+    /// # Errors
+    /// The reason, and the thing to do.
+    pub(crate) async fn connect(
+        config: &config::RedisConfig,
+        time_max: Duration,
+    ) -> Result<Self, TrialFault> {
+        let answer_max = config.connect_timeout.min(time_max);
+        let config = config::RedisConfig { connect_timeout: answer_max, ..config.clone() };
+        let connector = Connector::of(&config)
+            .map_err(|why| TrialFault { why, advice: "correct redis.url or redis.ca_file" })?;
+        let connected = connector.connect("wsproxy-check").await;
+        let connection = connected.map_err(|fault| TrialFault {
+            why: format!("Redis at {} cannot be used: {fault}", connector.address()),
+            advice: advice(&fault),
+        })?;
+        Ok(Self { connection, answer_max })
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The connection was lost, or Redis does not answer in time.
+    pub(crate) async fn ask(&mut self, words: &[&str]) -> Result<TrialAnswer, TrialFault> {
+        let words: Vec<_> = words.iter().map(|word| word.as_bytes()).collect();
+        resp::words(&mut self.connection.output, &words);
+        let answer = tokio::time::timeout(self.answer_max, self.answer()).await;
+        answer.unwrap_or(Err(Fault::Silent)).map_err(|fault| TrialFault {
+            why: format!("Redis does not answer: {fault}"),
+            advice: advice(&fault),
+        })
+    }
+
+    async fn answer(&mut self) -> Result<TrialAnswer, Fault> {
+        loop {
+            if let Some(frame) = self.connection.input.next()? {
+                return Ok(TrialAnswer::of(&RespValue::parse(frame)?.0));
+            }
+            self.connection.drive().await?;
+        }
+    }
+}
+
+impl TrialAnswer {
+    fn of(value: &RespValue<'_>) -> Self {
+        match value {
+            RespValue::Error(error) => Self::Error(tell(error)),
+            RespValue::Array(parts) => {
+                let texts = parts.iter().filter_map(RespValue::text);
+                Self::List(texts.map(|text| String::from_utf8_lossy(text).into_owned()).collect())
+            }
+            value => match value.text() {
+                Some(text) => Self::Text(String::from_utf8_lossy(text).into_owned()),
+                None => Self::Other,
+            },
+        }
+    }
+}
+
+fn advice(fault: &Fault) -> &'static str {
+    match fault {
+        Fault::Login(_) => "correct user and password in redis.url, or the user's ACL",
+        Fault::Role(_) => "give the address of the master, or of a proxy that leads to it",
+        Fault::ConnectTimeout | Fault::Silent => {
+            "see whether the server hangs (redis-cli PING) and whether a firewall drops packets"
+        }
+        Fault::Io(_) | Fault::Closed => {
+            "see whether the server runs, and correct host, port and TLS (redis or rediss) in redis.url"
+        }
+        Fault::Broken(_) | Fault::Refused(_) | Fault::Probe => {
+            "see the log of the server; Redis 7 is what is tested"
+        }
+    }
+}

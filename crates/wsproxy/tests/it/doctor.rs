@@ -1,0 +1,201 @@
+//! `wsproxy config check --connect` against servers and a machine that are right, and wrong in several ways.
+
+use std::{
+    net::TcpListener,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::support::{
+    gateway::API_KEY,
+    redis_server::{Options, RedisServer},
+    tls::{Files, Made},
+};
+
+/// Findings of the command, and its exit code.
+struct Examined {
+    code: Option<i32>,
+    output: String,
+    findings: Vec<Value>,
+}
+
+fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wsproxy"));
+    command.args(["config", "check", "--connect"]).args(arguments).env_clear();
+    command.envs([
+        ("PORT", "0"),
+        ("WSPROXY_SERVER__BIND", "127.0.0.1"),
+        ("WSPROXY_SERVER__TRUSTED_PROXIES", "127.0.0.1"),
+        ("WSPROXY_API__KEYS", API_KEY),
+        ("SECRET_KEY", SECRET),
+        ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+        ("WSPROXY_ENDPOINTS__ROOMS", "true"),
+    ]);
+    command.envs(environment.iter().copied()).stdin(Stdio::null());
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(text).unwrap())
+}
+
+impl Examined {
+    fn with(environment: &[(&str, &str)]) -> Self {
+        let (code, output) = run(&["--json"], environment);
+        let answer: Value = serde_json::from_str(&output).unwrap_or_else(|_| panic!("{output}"));
+        assert_eq!(answer["valid"], true);
+        assert!(!output.contains(API_KEY) && !output.contains(SECRET), "{output}");
+        Self { code, findings: answer["findings"].as_array().unwrap().clone(), output }
+    }
+
+    fn of_redis(url: &str) -> Self {
+        Self::with(&[("REDIS_URL", url)])
+    }
+
+    /// Asserts that there is a finding with this level, whose text has all of `parts`, and that it says what to do.
+    #[track_caller]
+    fn has(&self, level: &str, part: &str, parts: &[&str]) {
+        let fits = |finding: &&Value| {
+            let text = finding["what"].as_str().unwrap();
+            finding["level"] == level
+                && finding["part"] == part
+                && parts.iter().all(|part| text.contains(part))
+        };
+        let found = self.findings.iter().find(fits);
+        let found = found.unwrap_or_else(|| panic!("{level} {part} {parts:?}:\n{}", self.output));
+        assert!(level == "ok" || found["do"].is_string(), "{found}");
+    }
+
+    fn errors(&self) -> usize {
+        self.findings.iter().filter(|finding| finding["level"] == "error").count()
+    }
+}
+
+#[test]
+fn a_good_redis_has_no_errors() {
+    let redis = RedisServer::start();
+    let examined = Examined::of_redis(&redis.url());
+    assert_eq!((examined.code, examined.errors()), (Some(0), 0), "{}", examined.output);
+    examined.has("ok", "redis", &["connected, version 7"]);
+    examined.has("ok", "redis", &["maxmemory-policy noeviction"]);
+    examined.has("ok", "redis", &["append-only file is off"]);
+    examined.has("ok", "redis", &["has all rights"]);
+    examined.has("ok", "clock", &["agrees"]);
+    examined.has("ok", "port", &["is free"]);
+    examined.has("ok", "tls", &["plain HTTP"]);
+    examined.has("ok", "trusted_proxies", &["1 networks"]);
+    assert!(examined.findings.iter().any(|finding| finding["part"] == "descriptors"));
+    assert!(examined.findings.iter().any(|finding| finding["part"] == "somaxconn"));
+    // The check leaves nothing behind.
+    assert_eq!(redis.call(&["DBSIZE"]), crate::support::redis_server::Answer::Integer(0));
+    let (code, text) = run(&[], &[("REDIS_URL", &redis.url())]);
+    assert_eq!(code, Some(0));
+    assert!(text.contains("ok       redis: connected, version 7"), "{text}");
+}
+
+#[test]
+fn a_wrong_password_is_told_without_it() {
+    let redis = RedisServer::start_with(Options {
+        password: Some("right-password".into()),
+        ..Options::default()
+    });
+    let url = redis.url().replace("right-password", "hunter2hunter2");
+    let examined = Examined::of_redis(&url);
+    examined.has("error", "redis", &["refused user or password"]);
+    assert_eq!((examined.code, examined.errors()), (Some(1), 1));
+    assert!(!examined.output.contains("hunter2"), "{}", examined.output);
+}
+
+#[test]
+fn missing_rights_are_named() {
+    let redis = RedisServer::start();
+    let user = ["ACL", "SETUSER", "app", "on", ">app-password-1", "resetchannels"];
+    let rules = ["~session:*", "&session:*", "&ws:*", "&room:*", "&wsproxy:probe:*", "+@all"];
+    let words: Vec<_> = user.iter().chain(&rules).chain(&["-xadd", "-info"]).copied().collect();
+    redis.call(&words);
+    let url = redis.url().replace("redis://", "redis://app:app-password-1@");
+    let variables = [("REDIS_URL", url.as_str()), ("WSPROXY_SESSIONS__HISTORY", "true")];
+    let examined = Examined::with(&variables);
+    assert_eq!(examined.code, Some(1));
+    examined.has("warning", "redis", &["may not ask INFO"]);
+    let log = "XADD {session:wsproxy-check:down}:log";
+    examined.has("error", "redis", &["may not", log, "PUBLISH agent:wsproxy-check:sessions"]);
+    let text = &examined.output;
+    assert!(!text.contains("SUBSCRIBE session:") && !text.contains("app-password"), "{text}");
+    redis.call(&["ACL", "SETUSER", "app", "~*", "&*", "+@all"]);
+    let examined = Examined::with(&variables);
+    assert_eq!(examined.errors(), 0, "{}", examined.output);
+    redis.call(&["ACL", "SETUSER", "app", "-multi"]);
+    Examined::with(&variables).has("warning", "redis", &["cannot be checked"]);
+}
+
+#[test]
+fn a_redis_that_evicts_or_is_full_is_an_error() {
+    let redis = RedisServer::start();
+    redis.call(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+    let examined = Examined::of_redis(&redis.url());
+    examined.has("error", "redis", &["allkeys-lru", "histories"]);
+    assert_eq!(examined.code, Some(1));
+    redis.call(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
+    redis.call(&["CONFIG", "SET", "maxmemory", "1"]);
+    let examined = Examined::of_redis(&redis.url());
+    examined.has("error", "redis", &["takes no writes"]);
+    examined.has("error", "redis", &["Redis refuses", "OOM"]);
+}
+
+#[test]
+fn a_frozen_or_absent_redis_ends_the_check_in_seconds() {
+    let mut redis = RedisServer::start();
+    redis.stop();
+    let began = Instant::now();
+    let examined = Examined::of_redis(&redis.url());
+    redis.cont();
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    examined.has("error", "redis", &["did not answer in time"]);
+    assert_eq!(examined.code, Some(1));
+    redis.kill();
+    let examined = Examined::of_redis(&redis.url());
+    examined.has("error", "redis", &["cannot be used"]);
+}
+
+#[test]
+fn a_database_that_is_away_and_a_held_port_are_told() {
+    let held = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = held.local_addr().unwrap().port().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("agents.db").display().to_string();
+    let agents = ("WSPROXY_ENDPOINTS__AGENTS", "true");
+    let examined = Examined::with(&[agents, ("PORT", &port), ("WSPROXY_DATABASE__PATH", &file)]);
+    examined.has("ok", "database", &["does not exist yet"]);
+    examined.has("ok", "redis", &["not configured"]);
+    let findings = examined.findings.iter().filter(|finding| finding["part"] == "port");
+    let told: Vec<_> = findings.map(|finding| finding["what"].as_str().unwrap()).collect();
+    assert!(told.len() == 1 && told[0].contains("is in use"), "{told:?}");
+    assert!(!std::path::Path::new(&file).exists(), "the check makes nothing");
+    let url = "postgres://u:hunter2hunter2@127.0.0.1:1/d";
+    let examined = Examined::with(&[agents, ("DATABASE_URL", url)]);
+    examined.has("error", "database", &["not available"]);
+    assert!(examined.code == Some(1) && !examined.output.contains("hunter2"));
+}
+
+#[test]
+fn a_certificate_is_told_with_its_end() {
+    let files = Files::new(&Made::new());
+    let certificate = files.certificate().display().to_string();
+    let key = files.key().display().to_string();
+    let variables = [
+        ("WSPROXY_TLS__CERTIFICATE", certificate.as_str()),
+        ("WSPROXY_TLS__KEY", key.as_str()),
+        ("WSPROXY_SERVER__TRUSTED_PROXIES", "0.0.0.0/0"),
+    ];
+    let examined = Examined::with(&variables);
+    examined.has("ok", "tls", &["it expires on"]);
+    examined.has("error", "trusted_proxies", &["0.0.0.0/0"]);
+    let (code, text) = run(&[], &[("LOG_LEVEL", "loud")]);
+    assert!(
+        code == Some(78) && text.contains("log.level"),
+        "an invalid file is checked no further"
+    );
+}
+
+const SECRET: &str = "secret-of-the-doctor-0123456789abcdef";
