@@ -9,6 +9,7 @@ pub mod disconnect;
 pub mod history;
 pub mod json;
 pub mod names;
+pub mod proxy_header;
 pub mod rate;
 pub mod rooms;
 pub mod trace_context;

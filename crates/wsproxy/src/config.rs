@@ -118,6 +118,8 @@ pub struct ServerConfig {
     pub header_bytes_max: usize,
     /// Proxies whose `X-Forwarded-For` or `Forwarded` is used as the client's address.
     pub trusted_proxies: Vec<TrustedProxy>,
+    /// These proxies begin each connection with a header of the PROXY protocol.
+    pub proxy_protocol: bool,
     /// Answer only requests whose host is this machine. No key sets this, only `wsproxy dev`.
     pub local_hosts_only: bool,
     /// The header of a trusted proxy that names the client.
@@ -444,6 +446,7 @@ impl Default for ServerConfig {
             header_timeout: Duration::from_secs(10),
             header_bytes_max: 16 * 1024,
             trusted_proxies: Vec::new(),
+            proxy_protocol: false,
             local_hosts_only: false,
             forwarded_header: ForwardedHeader::Auto,
             allowed_origins: Vec::new(),

@@ -42,6 +42,10 @@ pub async fn run(mut config: Config, tell: impl Fn(&str)) -> anyhow::Result<()> 
     if config.server.unix.take().is_some() {
         warn!("server.unix is ignored: a browser needs a port.");
     }
+    if config.server.proxy_protocol {
+        config.server.proxy_protocol = false;
+        warn!("server.proxy_protocol is ignored: a browser sends no PROXY header.");
+    }
     // No load balancer looks at this instance, and a person waits for its end.
     config.server.drain_delay = Duration::ZERO;
     // The page demonstrates that a lost connection loses no message.

@@ -138,9 +138,7 @@ impl Instance {
         let address = main.address()?;
         let admin_address = admin.as_ref().map_or(Ok(address), Listener::address)?;
 
-        let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
-        let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
-        let pair = pair.map(Arc::new);
+        let pair = load_pair(&config)?;
         let (background, background_end) = (TaskTracker::new(), CancellationToken::new());
         let descriptors = descriptors::take(config.limits.max_connections).context(Failure::Os)?;
         let core = compose(config, descriptors, &background, &background_end)?;
@@ -179,6 +177,7 @@ impl Instance {
             sockets,
             // A rule of the configuration: over a unix socket there is no TLS.
             tls: tls_of_clients.filter(|_| address.is_some()),
+            proxy_protocol: core.config.server.proxy_protocol,
             accepting: accepting.clone(),
             answering: answering.clone(),
         };
@@ -189,7 +188,9 @@ impl Instance {
             // Health and metrics answer as long as anything runs.
             let (accepting, answering) = (background_end.clone(), background_end.clone());
             let sockets = Sockets::new(descriptors.admin);
-            let listening = Listening { sockets, tls, accepting, answering };
+            // Monitoring and workers come without a balancer.
+            let proxy_protocol = false;
+            let listening = Listening { sockets, tls, proxy_protocol, accepting, answering };
             background.spawn(listener::run(admin, routes, listening));
         }
         if let Some(pair) = pair {
@@ -279,6 +280,12 @@ fn listen_for_admin(config: &Config) -> anyhow::Result<Option<Listener>> {
 
 fn open(place: &Place, shares: bool) -> anyhow::Result<Listener> {
     Listener::open(place, shares).with_context(|| format!("cannot listen on {place}"))
+}
+
+fn load_pair(config: &Config) -> anyhow::Result<Option<Arc<TlsPair>>> {
+    let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
+    let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
+    Ok(pair.map(Arc::new))
 }
 
 /// Runs the tasks that outlive the connections, until `end`.

@@ -11,6 +11,7 @@ use wsproxy_proto::agents::writer;
 use wsproxy_proto::history::{After, Envelope, Position};
 use wsproxy_proto::json::{members::Members, validate};
 use wsproxy_proto::names::Id;
+use wsproxy_proto::proxy_header::{HEADER_BYTES_MAX, Look, ProxyHeaderError, is_header, look};
 use wsproxy_proto::rooms::check::{self, Body, Checked, Kind, Refused};
 use wsproxy_proto::rooms::stamp;
 use wsproxy_proto::rooms::text::{to_binary, to_text};
@@ -298,6 +299,26 @@ pub(crate) fn room_text(data: &[u8]) {
     assert!(whole.payload.is_some());
     assert_ne!(check::read(&binary), Err(Refused::NoEnvelope));
     room_envelope(&binary);
+}
+
+/// Input: the first bytes of a connection. They are judged alike, however they come and whatever follows.
+pub(crate) fn proxy_header(data: &[u8]) {
+    match look(data) {
+        Ok(Look::Whole(_, length)) => {
+            assert!(length <= data.len() && length <= HEADER_BYTES_MAX);
+            assert_eq!(is_header(data), Some(true));
+            assert_eq!(look(&data[..length]), look(data));
+            (0..length).for_each(|end| assert_eq!(look(&data[..end]), Ok(Look::Partial)));
+        }
+        Ok(Look::Partial) => {
+            assert!(data.len() < HEADER_BYTES_MAX && is_header(data) != Some(false));
+        }
+        Err(ProxyHeaderError::Missing) => assert_eq!(is_header(data), Some(false)),
+        Err(error) => {
+            assert_eq!(is_header(data), Some(true));
+            assert_eq!(look(&[data, b"more"].concat()), Err(error));
+        }
+    }
 }
 
 /// Returns whether `text` is a JSON object with at most 128 levels, whose strings may have halves of surrogate pairs.

@@ -62,3 +62,8 @@ fn room_envelope_seeds() {
 fn room_text_seeds() {
     run("room_text", bodies::room_text);
 }
+
+#[test]
+fn proxy_header_seeds() {
+    run("proxy_header", bodies::proxy_header);
+}

@@ -15,7 +15,11 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::settings::{CliSettings, Reads};
 use crate::{
-    config::{Config, keys::Key},
+    config::{
+        Config,
+        keys::Key,
+        peer::{Peer, TrustedProxy},
+    },
     http::listener::open,
     tls,
 };
@@ -33,6 +37,8 @@ impl Reads for HealthKeys {
             "server.bind",
             "server.port",
             "server.unix",
+            "server.trusted_proxies",
+            "server.proxy_protocol",
             "admin.port",
             "tls.certificate",
             "tls.admin",
@@ -55,11 +61,14 @@ pub(super) struct HealthArgs {
 
 /// Returns success if the answer is a 200; else prints the reason to standard error and returns exit code 1.
 pub(super) fn run(args: HealthArgs) -> anyhow::Result<ExitCode> {
-    let url = match args.url {
-        Some(url) => url,
-        None => url_of(&args.settings.load()?.config),
+    let (url, senders) = match args.url {
+        Some(url) => (url, Vec::new()),
+        None => {
+            let config = args.settings.load()?.config;
+            (url_of(&config), senders_of(&config))
+        }
     };
-    match ask(&url).with_context(|| format!("{url} is not healthy")) {
+    match ask(&url, &senders).with_context(|| format!("{url} is not healthy")) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             super::complain(format!("wsproxy: {error:#}\n"));
@@ -87,12 +96,21 @@ pub(super) fn own_url(config: &Config) -> String {
     format!("{scheme}://{}", open::reachable(SocketAddr::new(ip, port)))
 }
 
-fn ask(url: &str) -> anyhow::Result<()> {
+/// Returns the peers of which the asked port expects a header of the PROXY protocol.
+fn senders_of(config: &Config) -> Vec<TrustedProxy> {
+    let is_expected = config.server.proxy_protocol && config.admin.port.is_none();
+    if is_expected { config.server.trusted_proxies.clone() } else { Vec::new() }
+}
+
+/// Asks `url`. If this machine's own address is among `senders`, a header of the PROXY protocol that names no client
+/// goes before.
+fn ask(url: &str, senders: &[TrustedProxy]) -> anyhow::Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     if let Some(rest) = url.strip_prefix(UNIX) {
         let (file, path) = rest.split_once(':').unwrap_or((rest, "/"));
-        let socket = connect_unix(file)?;
-        return exchange(&mut Bounded { socket, deadline }, &request(path, "localhost"));
+        let mut stream = Bounded { socket: connect_unix(file)?, deadline };
+        introduce(&mut stream, Peer::Unix, senders)?;
+        return exchange(&mut stream, &request(path, "localhost"));
     }
     let (rest, port) = match (url.strip_prefix("http://"), url.strip_prefix("https://")) {
         (Some(rest), _) => (rest, ":80"),
@@ -108,7 +126,9 @@ fn ask(url: &str) -> anyhow::Result<()> {
     let mut addresses = format!("{name}{port}").to_socket_addrs()?;
     let address = addresses.next().context("the host has no address")?;
     let socket = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    let own = Peer::of(socket.local_addr()?.ip());
     let mut stream = Bounded { socket: socket.into(), deadline };
+    introduce(&mut stream, own, senders)?;
     let request = request(path, host);
     if url.starts_with("http://") {
         return exchange(&mut stream, &request);
@@ -117,6 +137,10 @@ fn ask(url: &str) -> anyhow::Result<()> {
     let config = Arc::new(tls::trusting_client_config()?);
     let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())?;
     exchange(&mut Stream::new(&mut ClientConnection::new(config, name)?, &mut stream), &request)
+}
+
+fn introduce(stream: &mut Bounded, own: Peer, senders: &[TrustedProxy]) -> std::io::Result<()> {
+    if own.is_trusted(senders) { stream.write_all(b"PROXY UNKNOWN\r\n") } else { Ok(()) }
 }
 
 fn request(path: &str, host: &str) -> String {
@@ -215,13 +239,13 @@ mod tests {
 
     #[test]
     fn only_a_status_of_200_is_healthy() {
-        assert!(ask(&answer("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).is_ok());
-        let down = ask(&answer("HTTP/1.1 503 Service Unavailable\r\n\r\n")).unwrap_err();
+        assert!(ask(&answer("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"), &[]).is_ok());
+        let down = ask(&answer("HTTP/1.1 503 Service Unavailable\r\n\r\n"), &[]).unwrap_err();
         assert_eq!(down.to_string(), "status 503");
-        assert!(ask(&answer("SSH-2.0-OpenSSH_9.9\r\n")).is_err());
-        assert!(ask(&answer("")).is_err());
-        assert!(ask("ftp://localhost/").is_err());
-        assert!(ask("http://unix:/no/such.sock:/health").is_err());
+        assert!(ask(&answer("SSH-2.0-OpenSSH_9.9\r\n"), &[]).is_err());
+        assert!(ask(&answer(""), &[]).is_err());
+        assert!(ask("ftp://localhost/", &[]).is_err());
+        assert!(ask("http://unix:/no/such.sock:/health", &[]).is_err());
     }
 
     #[test]

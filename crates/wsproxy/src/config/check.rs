@@ -12,6 +12,7 @@ use super::{
     ApiConfig, Config, EndpointsConfig, JwtConfig, TlsConfig,
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
+    peer::TrustedProxy,
     rooms::Development,
     traces::TracesConfig,
 };
@@ -129,6 +130,13 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let has_port = server.unix.is_none() || *admin_too;
     let allowed = "empty, unless tls.admin is on: TLS ends at the proxy in front of";
     rule(!has_certificate || has_port, "tls.certificate", allowed, Some("server.unix"));
+
+    let is_of_place =
+        |proxy: &TrustedProxy| (*proxy == TrustedProxy::Unix) == server.unix.is_some();
+    let has_sender = server.trusted_proxies.iter().any(is_of_place);
+    let allowed = "false, unless its senders (\"unix:\" with server.unix, else networks) are in";
+    let (key, other) = ("server.proxy_protocol", Some("server.trusted_proxies"));
+    rule(!server.proxy_protocol || has_sender, key, allowed, other);
 
     let drain = server.drain_delay + server.drain_spread;
     let (key, allowed) = ("server.shutdown_timeout", "longer than server.drain_delay plus");

@@ -300,6 +300,7 @@ const SHARED: &[Key] = &[
     key!(server.header_timeout, Time(100, 300_000), "A client must have sent its request head within this time."),
     key!(server.header_bytes_max, Bytes(1 << 10, 1 << 20), "Largest request head."),
     key!(server.trusted_proxies, List(Proxy), "Proxies whose X-Forwarded-For or Forwarded is used as the client's address. \"unix:\" stands for all processes that may open server.unix."),
+    key!(server.proxy_protocol, Switch, "Trusted proxies begin each connection to the clients' port with a header of the PROXY protocol, version 1 or 2: the address in it counts as that of the socket. A trusted proxy without one is refused, and so is a header of any other peer. Not for admin.port."),
     key!(server.forwarded_header, OneOf(&[("auto", ForwardedHeader::Auto), ("x-forwarded-for", ForwardedHeader::XForwardedFor), ("forwarded", ForwardedHeader::Forwarded)]), "The header that these proxies write; the other one is ignored, since a client may have written it. auto: either; if both are present they must name the same client."),
     key!(server.allowed_origins, List(OriginKind), "Browser origins that may connect. Empty: any.").reloads(),
 

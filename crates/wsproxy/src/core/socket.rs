@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use rustls::ServerConfig;
 use tokio::sync::Notify;
 use wsproxy_conn::{Socket, socket::tls::TlsSocket};
+use wsproxy_proto::proxy_header::HEADER_BYTES_MAX;
 
 /// Socket that the HTTP connection shares with the answers to its requests.
 #[derive(Debug)]
@@ -64,6 +65,43 @@ impl SharedSocket {
         let mut byte = [0];
         let count = ready!(socket.poll_peek(cx, &mut byte))?;
         Poll::Ready(Ok(byte[..count].first().copied()))
+    }
+
+    /// Waits for bytes, and copies those that have come into the end of `buffer`. They stay in the socket.
+    ///
+    /// # Errors
+    /// The socket failed, was taken, is encrypted, or ended without a further byte.
+    pub fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut Vec<u8>) -> Poll<io::Result<usize>> {
+        let stream = self.stream.lock();
+        let Some(socket) = stream.as_ref().map(TokioIo::inner) else {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        match ready!(socket.poll_peek(cx, &mut bytes))? {
+            0 => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+            count => {
+                buffer.extend_from_slice(&bytes[..count]);
+                Poll::Ready(Ok(count))
+            }
+        }
+    }
+
+    /// Reads bytes that have come, and drops them.
+    ///
+    /// # Errors
+    /// The socket failed, was taken, or has fewer bytes.
+    pub fn skip(&self, count: usize) -> io::Result<()> {
+        let stream = self.stream.lock();
+        let Some(socket) = stream.as_ref().map(TokioIo::inner) else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let mut buffer = [0; HEADER_BYTES_MAX];
+        let buffer = buffer.get_mut(..count).ok_or(io::ErrorKind::InvalidInput)?;
+        // These bytes were there a moment ago, and only this task reads.
+        match socket.try_read(buffer)? {
+            read if read == count => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 
     /// Makes the socket encrypt. The handshake is still to come: see [`Self::poll_handshake`].

@@ -2,7 +2,8 @@
 
 use std::{
     convert::Infallible,
-    io::Write,
+    io::{self, Read, Write},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,6 +18,7 @@ use hyper_util::rt::TokioTimer;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use wsproxy_conn::Socket;
+use wsproxy_proto::proxy_header::HEADER_BYTES_MAX;
 
 use crate::{
     config::peer::Peer,
@@ -39,6 +41,7 @@ use crate::{
 };
 
 pub mod open;
+mod proxy_protocol;
 pub mod socket_file;
 pub mod tls;
 
@@ -57,13 +60,15 @@ pub trait Service: Clone + Send + 'static {
 }
 
 /// Parts of a listener beside its socket.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Listening {
     /// Bound of the accepted sockets, including those that have sent no request yet. Such silent sockets give way to
     /// new ones.
     pub sockets: Arc<Sockets>,
     /// Encryption; `None`: the listener speaks plain HTTP.
     pub tls: Option<Arc<TlsListener>>,
+    /// Whether trusted proxies begin each connection with a header of the PROXY protocol.
+    pub proxy_protocol: bool,
     /// Cancelled when no further socket is accepted.
     pub accepting: CancellationToken,
     /// Cancelled when no further request is answered on the sockets that there are.
@@ -106,52 +111,44 @@ pub async fn run(listener: Listener, service: impl Service, listening: Listening
 
 fn accept(socket: Socket, peer: Peer, service: &impl Service, listening: &Listening) {
     let core = service.core();
-    let Listening { sockets, tls, answering, .. } = listening;
+    let Listening { sockets, tls, .. } = listening;
     let Some((seat, gave_way)) = sockets.take() else {
         core.metrics.handshake(None, "full");
         handshake::tell_full(core);
         // A client that expects TLS could not read the answer.
         return if tls.is_none() {
-            refuse(socket)
+            answer_at_once(socket, FULL)
         };
     };
     // Hyper writes head and body at once, so Nagle's delay gains nothing. It waits without limit to write: a client that
     // never reads its answers would hold a seat for ever. WebSockets set their own options.
     let _ = socket.prepare(core.config.server.header_timeout);
     let (seat, shared) = (Arc::new(seat), SharedSocket::new(socket));
-    // A trusted proxy brings the sockets of many clients from one address, so it has no share of its own.
-    let is_proxy = peer.is_trusted(&core.config.server.trusted_proxies);
-    let address = (!is_proxy).then_some(peer.address());
-    let (silence, was_full) = sockets.watch(address, &shared);
+    let (silence, was_full) = sockets.watch(share_of(core, peer), &shared);
     if gave_way || was_full {
         core.metrics.error("silent_socket");
     }
-    let (service, stop, core) = (service.clone(), answering.clone(), Arc::clone(core));
-    let tasks = core.tasks.clone();
-    let accepted = AcceptedSocket { shared, seat, silence, peer };
-    let Some(tls) = tls else {
-        tasks.spawn(accepted.serve(service, core, Opened::Served, stop));
-        return;
-    };
-    let Some((place, gave_way)) = tls.place(address, &accepted.shared) else {
-        return core.metrics.tls_handshake("displaced");
-    };
-    if gave_way {
-        core.metrics.error("silent_socket");
+    let (service, core) = (service.clone(), Arc::clone(core));
+    let mut accepted = AcceptedSocket { shared, seat, silence, peer };
+    if !listening.proxy_protocol {
+        return accepted.open(service, core, listening);
     }
-    let tls = Arc::clone(tls);
+    let (listening, tasks) = (listening.clone(), core.tasks.clone());
     tasks.spawn(async move {
-        let opened = tokio::select! {
-            opened = tls.open(&core, &accepted.shared) => opened,
-            () = stop.cancelled() => None,
-        };
-        drop(place);
-        if let Some(opened) = opened {
-            // A task of its own, since this task's future would stay allocated.
-            let tasks = core.tasks.clone();
-            tasks.spawn(accepted.serve(service, core, opened, stop));
+        let AcceptedSocket { shared, peer, .. } = &accepted;
+        let read = proxy_protocol::read_peer(&core, shared, *peer, &listening.answering).await;
+        if let Some(peer) = read {
+            accepted.come_from(peer, &core, &listening.sockets);
+            accepted.open(service, core, &listening);
         }
     });
+}
+
+/// Returns the address whose share of silent sockets counts a socket. A trusted proxy brings the sockets of many clients
+/// from one address, so it has no share of its own.
+fn share_of(core: &Core, peer: Peer) -> Option<IpAddr> {
+    let is_proxy = peer.is_trusted(&core.config.server.trusted_proxies);
+    (!is_proxy).then_some(peer.address())
 }
 
 /// A socket that a listener accepted.
@@ -163,6 +160,47 @@ struct AcceptedSocket {
 }
 
 impl AcceptedSocket {
+    /// Notes the peer that a proxy speaks for.
+    fn come_from(&mut self, peer: Peer, core: &Core, sockets: &Arc<Sockets>) {
+        if self.peer == peer {
+            return;
+        }
+        let (silence, gave_way) = sockets.watch(share_of(core, peer), &self.shared);
+        (self.peer, self.silence) = (peer, silence);
+        if gave_way {
+            core.metrics.error("silent_socket");
+        }
+    }
+
+    /// Goes through the handshake of TLS where the listener encrypts, and then serves the client, on tasks of the
+    /// socket's own.
+    fn open(self, service: impl Service, core: Arc<Core>, listening: &Listening) {
+        let (stop, tasks) = (listening.answering.clone(), core.tasks.clone());
+        let Some(tls) = &listening.tls else {
+            tasks.spawn(self.serve(service, core, Opened::Served, stop));
+            return;
+        };
+        let Some((place, gave_way)) = tls.place(share_of(&core, self.peer), &self.shared) else {
+            return core.metrics.tls_handshake("displaced");
+        };
+        if gave_way {
+            core.metrics.error("silent_socket");
+        }
+        let tls = Arc::clone(tls);
+        tasks.spawn(async move {
+            let opened = tokio::select! {
+                opened = tls.open(&core, &self.shared) => opened,
+                () = stop.cancelled() => None,
+            };
+            drop(place);
+            if let Some(opened) = opened {
+                // A task of its own, since this task's future would stay allocated.
+                let tasks = core.tasks.clone();
+                tasks.spawn(self.serve(service, core, opened, stop));
+            }
+        });
+    }
+
     /// Answers the requests of the client until one of both sides ends the connection, or an answer takes the socket.
     async fn serve(
         self,
@@ -266,15 +304,32 @@ async fn answer(
     std::future::pending().await
 }
 
-/// Refuses a socket and closes it at once, so that it does not use up a descriptor which a seat needs. One write is
-/// enough: the send buffer of a new socket is empty.
-fn refuse(socket: Socket) {
+/// Writes an answer and closes the socket at once, so that it does not use up a descriptor which a seat needs. One write
+/// is enough: the send buffer of a new socket is empty.
+fn answer_at_once(socket: Socket, answer: &[u8]) {
+    fn exchange(mut stream: impl Read + Write, answer: &[u8]) -> io::Result<usize> {
+        // The kernel resets a socket that closes with unread bytes, and the client may then lose the answer.
+        let _ = stream.read(&mut [0; HEADER_BYTES_MAX]);
+        stream.write(answer)
+    }
     // The runtime does not know yet that the socket takes bytes, so it is written without the runtime.
     let _ = match socket {
-        Socket::Tcp(stream) => stream.into_std().and_then(|mut stream| stream.write(FULL)),
-        Socket::Unix(stream) => stream.into_std().and_then(|mut stream| stream.write(FULL)),
+        Socket::Tcp(stream) => stream.into_std().and_then(|stream| exchange(stream, answer)),
+        Socket::Unix(stream) => stream.into_std().and_then(|stream| exchange(stream, answer)),
         Socket::Tls(_) => Ok(0),
     };
+}
+
+/// Returns an answer to a connection that does not begin as it has to. `why` needs no escapes in JSON.
+fn bad_request(why: &str) -> String {
+    let body = format!(
+        "{{\"error\":{{\"code\":\"bad_request\",\"message\":\"Refused: {why}.\",\"retryable\":false}}}}"
+    );
+    let length = body.len();
+    format!(
+        "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-content-type-options: nosniff\r\n\
+         connection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
 }
 
 /// Pause after an error that lasts, such as a lack of descriptors.

@@ -36,7 +36,8 @@ pub struct Metrics {
     registry: Registry,
     handshakes: family::Family<HandshakeLabels, Counter>,
     disconnects: family::Family<DisconnectLabels, Counter>,
-    tls_handshakes: family::Family<TlsLabels, Counter>,
+    tls_handshakes: family::Family<OutcomeLabels, Counter>,
+    proxy_headers: family::Family<OutcomeLabels, Counter>,
     errors: family::Family<ErrorLabels, Counter>,
     connections: Arc<Connections>,
     sources: Sources,
@@ -83,7 +84,7 @@ struct DisconnectLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct TlsLabels {
+struct OutcomeLabels {
     outcome: &'static str,
 }
 
@@ -97,11 +98,12 @@ impl Metrics {
     #[must_use]
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("wsproxy");
-        let (handshakes, disconnects, tls_handshakes, errors) = Default::default();
+        let (handshakes, disconnects, tls_handshakes, proxy_headers, errors) = Default::default();
         let metrics = Self {
             handshakes,
             disconnects,
             tls_handshakes,
+            proxy_headers,
             errors,
             connections: Default::default(),
             sources: Sources::default(),
@@ -113,6 +115,8 @@ impl Metrics {
         registry.register("disconnects", help, metrics.disconnects.clone());
         let help = "TLS handshakes by outcome: full or resumed, or the reason of the failure";
         registry.register("tls_handshakes", help, metrics.tls_handshakes.clone());
+        let help = "Headers of the PROXY protocol by outcome: client or local, or the reason of the refusal";
+        registry.register("proxy_headers", help, metrics.proxy_headers.clone());
         let help = "Errors by kind: requests, credentials, messages, the bus";
         registry.register("errors", help, metrics.errors.clone());
         registry.register_collector(Box::new(metrics.sources.clone()));
@@ -133,7 +137,10 @@ impl Metrics {
             drop(self.errors.get_or_create(&ErrorLabels { kind }));
         }
         for outcome in TLS_OUTCOMES {
-            drop(self.tls_handshakes.get_or_create(&TlsLabels { outcome }));
+            drop(self.tls_handshakes.get_or_create(&OutcomeLabels { outcome }));
+        }
+        for outcome in PROXY_OUTCOMES {
+            drop(self.proxy_headers.get_or_create(&OutcomeLabels { outcome }));
         }
         let handshake = |endpoint, outcome| {
             drop(self.handshakes.get_or_create(&HandshakeLabels { endpoint, outcome }));
@@ -189,7 +196,16 @@ impl Metrics {
             TLS_OUTCOMES.contains(&outcome),
             "{outcome} has no series before its first event"
         );
-        self.tls_handshakes.get_or_create(&TlsLabels { outcome }).inc();
+        self.tls_handshakes.get_or_create(&OutcomeLabels { outcome }).inc();
+    }
+
+    /// Counts a socket of a listener with the PROXY protocol.
+    pub fn proxy_header(&self, outcome: &'static str) {
+        debug_assert!(
+            PROXY_OUTCOMES.contains(&outcome),
+            "{outcome} has no series before its first event"
+        );
+        self.proxy_headers.get_or_create(&OutcomeLabels { outcome }).inc();
     }
 
     /// Counts an error.
@@ -237,3 +253,18 @@ const ERRORS: [&str; 10] = [
 /// Every outcome of [`Metrics::tls_handshake`].
 const TLS_OUTCOMES: [&str; 7] =
     ["displaced", "full", "left", "not_tls", "refused", "resumed", "timeout"];
+
+/// Every outcome of [`Metrics::proxy_header`].
+const PROXY_OUTCOMES: [&str; 11] = [
+    "checksum",
+    "client",
+    "displaced",
+    "left",
+    "local",
+    "malformed",
+    "missing",
+    "none",
+    "timeout",
+    "too_long",
+    "untrusted",
+];

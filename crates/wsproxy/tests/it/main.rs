@@ -33,6 +33,7 @@ mod metrics;
 mod numbers;
 mod operator;
 mod presence;
+mod proxy_protocol;
 mod refusals;
 mod registry;
 mod reload;

@@ -11,6 +11,8 @@ mod doubts;
 use super::*;
 use crate::config::{NoReceiver, render};
 
+mod place;
+
 fn file(text: &str) -> NamedTempFile {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
@@ -217,6 +219,11 @@ fn every_rule_between_keys_is_checked() {
         ("[jwt]\nalgorithms = []", "jwt.algorithms"),
         ("[endpoints]\nevents = true", "endpoints.events"),
         ("[endpoints]\nsessions = false", "endpoints.sessions"),
+        ("[server]\nproxy_protocol = true", "server.proxy_protocol"),
+        (
+            "[server]\nproxy_protocol = true\nunix = '/a'\ntrusted_proxies = ['::1']",
+            "server.proxy_protocol",
+        ),
         ("[endpoints]\nevents = true\n[jwt]\nsecret_key = '0123456789abcde'", "jwt.secret_key"),
         ("[jwt]\nsecret_key = '0123456789abcdef'\nalgorithms = ['RS256']", "jwt.algorithms"),
         ("[jwt]\njwks_url = 'https://a/'", "jwt.algorithms"),
@@ -233,29 +240,6 @@ fn every_rule_between_keys_is_checked() {
     assert_eq!(about.unwrap().key, "tls.certificate");
     let beside = "[server]\nbind = '10.0.0.1'\n[admin]\nbind = '127.0.0.1'\nport = 8080";
     assert!(load_file(beside).is_ok());
-}
-
-#[test]
-fn a_unix_socket_excludes_an_address_that_is_set() {
-    let text = "[server]\nunix = '/run/a.sock'\nport = 80\nbind = '::'";
-    let problems = load_file(text).unwrap_err().0;
-    assert_eq!(problems.len(), 2, "{problems:?}");
-    let port = problems[0].to_string();
-    let expected = ":3: server.port = 80: must not be set beside server.unix = \"/run/a.sock\"";
-    assert!(port.contains(expected), "{port}");
-    assert!(problems[1].to_string().contains(":4: server.bind = \"::\": must not be"));
-    let env = load_env([("PORT", "80"), ("WSPROXY_SERVER__UNIX", "/run/a.sock")]);
-    assert!(problem(env).contains("PORT"));
-    let fine = load_file("[server]\nunix = '/run/a.sock'\n[admin]\nport = 8080").unwrap();
-    assert_eq!(fine.config.server.unix_mode, 0o660);
-}
-
-#[test]
-fn an_instance_that_shares_its_port_drains_at_once() {
-    let delay = |text| load_file(text).unwrap().config.server.drain_delay.as_secs();
-    assert_eq!(delay("[server]\nreuse_port = false"), 3);
-    assert_eq!(delay("[server]\nreuse_port = true"), 0);
-    assert_eq!(delay("[server]\nreuse_port = true\ndrain_delay = 3"), 3);
 }
 
 #[test]
