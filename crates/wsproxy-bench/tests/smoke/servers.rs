@@ -95,9 +95,10 @@ fn gateway() {
     }
     let sources =
         ConfigSources { environment: Environment::of_process(), ..ConfigSources::default() };
-    let loaded = load(sources).unwrap_or_else(|problems| panic!("{problems}"));
+    let loaded = load(sources.clone()).unwrap_or_else(|problems| panic!("{problems}"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(wsproxy::server::run(loaded.config)).unwrap();
+    let run = wsproxy::server::run(loaded.config, loaded.origins, sources);
+    runtime.block_on(run).unwrap();
 }
 
 fn is_ready(address: SocketAddr) -> bool {
