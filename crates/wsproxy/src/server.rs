@@ -165,12 +165,7 @@ impl Instance {
         }
         let rest = rest.fallback(routes::not_found);
         let (accepting, answering) = (CancellationToken::new(), CancellationToken::new());
-        let data_rest = match admin {
-            Some(_) => admin::probes(&core, Details::Never)
-                .merge(families.probes(Details::Never).with_state(Arc::clone(&core)))
-                .fallback(routes::not_found),
-            None => rest.clone(),
-        };
+        let data_rest = if admin.is_some() { probes_only(&core, &families) } else { rest.clone() };
         let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), true, data_rest);
         let (sockets, tls_of_clients) = (Arc::clone(&core.sockets), tls(&core, &pair));
         let listening = Listening {
@@ -297,6 +292,20 @@ fn run_background(core: &Arc<Core>, background: &TaskTracker, end: &Cancellation
     let lines_end = end.clone();
     background.spawn(async move { reports.sum_up(interval, lines_end).await });
     background.spawn(keep_time(Arc::clone(core), end.clone()));
+}
+
+/// Reads the certificate and key of the listeners, if any.
+fn load_pair(config: &Config) -> anyhow::Result<Option<Arc<TlsPair>>> {
+    let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
+    let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
+    Ok(pair.map(Arc::new))
+}
+
+/// The routes beside the endpoints on the clients' port, where the admin routes have a port of their own.
+fn probes_only(core: &Arc<Core>, families: &Families) -> Router {
+    admin::probes(core, Details::Never)
+        .merge(families.probes(Details::Never).with_state(Arc::clone(core)))
+        .fallback(routes::not_found)
 }
 
 /// Logs that the instance listens, and where.

@@ -97,7 +97,8 @@ fn gateway() {
         ConfigSources { environment: Environment::of_process(), ..ConfigSources::default() };
     let loaded = load(sources.clone()).unwrap_or_else(|problems| panic!("{problems}"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(wsproxy::server::run(loaded.config, loaded.origins, sources)).unwrap();
+    let run = wsproxy::server::run(loaded.config, loaded.origins, sources);
+    runtime.block_on(run).unwrap();
 }
 
 fn is_ready(address: SocketAddr) -> bool {

@@ -15,7 +15,7 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
 
 fn open_files(wanted: usize, (soft, hard): (Option<u64>, Option<u64>)) -> Finding {
     let part = "descriptors";
-    let told = |limit: Option<u64>| limit.map_or("unlimited".to_owned(), |n| n.to_string());
+    let told = |limit: Option<u64>| limit.map_or_else(|| "unlimited".to_owned(), |n| n.to_string());
     let limits = format!("open files: soft limit {}, hard limit {}", told(soft), told(hard));
     // An instance raises the soft limit to the hard one.
     let limit = hard.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX / 2);

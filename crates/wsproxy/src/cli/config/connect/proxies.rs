@@ -44,7 +44,7 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
             ),
             "name the proxies in server.trusted_proxies, or set [tls] where there is none",
         ),
-        (_, ..) => Finding::ok(part, format!("{count} networks of proxies are trusted")),
+        _ => Finding::ok(part, format!("{count} networks of proxies are trusted")),
     };
     vec![finding]
 }
