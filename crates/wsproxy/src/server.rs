@@ -163,12 +163,7 @@ impl Instance {
         }
         let rest = rest.fallback(routes::not_found);
         let (accepting, answering) = (CancellationToken::new(), CancellationToken::new());
-        let data_rest = match admin {
-            Some(_) => admin::probes(&core, Details::Never)
-                .merge(families.probes(Details::Never).with_state(Arc::clone(&core)))
-                .fallback(routes::not_found),
-            None => rest.clone(),
-        };
+        let data_rest = if admin.is_some() { probes(&core, &families) } else { rest.clone() };
         let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), true, data_rest);
         let (sockets, tls_of_clients) = (Arc::clone(&core.sockets), tls(&core, &pair));
         let listening = Listening {
@@ -284,6 +279,13 @@ fn load_pair(config: &Config) -> anyhow::Result<Option<Arc<TlsPair>>> {
     let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
     let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
     Ok(pair.map(Arc::new))
+}
+
+/// Returns the routes that stay on the clients' port beside a port for the admin routes.
+fn probes(core: &Arc<Core>, families: &Families) -> Router {
+    admin::probes(core, Details::Never)
+        .merge(families.probes(Details::Never).with_state(Arc::clone(core)))
+        .fallback(routes::not_found)
 }
 
 /// Runs the tasks that outlive the connections, until `end`.
