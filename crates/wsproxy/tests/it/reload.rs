@@ -184,6 +184,7 @@ async fn every_key_is_reloaded_or_needs_a_restart_as_marked() {
     let file = |name: &str| format!("\"{}\"", files.path().join(name).display());
     let mut base = Values::new();
     base.set("admin.port", "0");
+    base.set("server.trusted_proxies", "[\"192.0.2.0/24\"]");
     base.set("tls.certificate", &file("certificate.pem"));
     base.set("tls.key", &file("key.pem"));
     base.set("endpoints.events", "true");
