@@ -277,6 +277,7 @@ fn open(place: &Place, shares: bool) -> anyhow::Result<Listener> {
     Listener::open(place, shares).with_context(|| format!("cannot listen on {place}"))
 }
 
+/// Reads the certificate and key of the listeners, if any.
 fn load_pair(config: &Config) -> anyhow::Result<Option<Arc<TlsPair>>> {
     let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
     let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
@@ -292,13 +293,6 @@ fn run_background(core: &Arc<Core>, background: &TaskTracker, end: &Cancellation
     let lines_end = end.clone();
     background.spawn(async move { reports.sum_up(interval, lines_end).await });
     background.spawn(keep_time(Arc::clone(core), end.clone()));
-}
-
-/// Reads the certificate and key of the listeners, if any.
-fn load_pair(config: &Config) -> anyhow::Result<Option<Arc<TlsPair>>> {
-    let pair = config.tls.files().map(|(certificate, key)| TlsPair::load(certificate, key));
-    let pair = pair.transpose().map_err(anyhow::Error::msg).context(Failure::Config)?;
-    Ok(pair.map(Arc::new))
 }
 
 /// The routes beside the endpoints on the clients' port, where the admin routes have a port of their own.
