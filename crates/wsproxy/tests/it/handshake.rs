@@ -113,8 +113,9 @@ async fn oversized_and_invalid_heads_are_refused_and_counted() {
         assert_eq!(raw.response().await.status, 400, "{garbage:?}");
         raw.end().await;
     }
-    let counted = || instance.metric("wsproxy_errors_total{kind=\"bad_request\"}");
-    eventually("they are counted", || counted() == 6.0).await;
+    let counted = |kind| instance.metric(&format!("wsproxy_errors_total{{kind=\"{kind}\"}}"));
+    eventually("they are counted", || counted("bad_request") == 5.0).await;
+    eventually("TLS is counted apart", || counted("tls_to_plain") == 1.0).await;
     instance.assert_serves(&mut other, "other").await;
 }
 
