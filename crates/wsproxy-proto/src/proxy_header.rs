@@ -356,7 +356,8 @@ mod tests {
     fn a_checksum_is_checked_where_present() {
         let good = with_checksum(tcp4(&[0xea, 0, 1, 7]));
         assert_eq!(look(&good), client("192.0.2.1:12345", good.len()));
-        for at in 16..good.len() {
+        // The type of the checksum's field, the last of 7 bytes, makes another field of it.
+        for at in (16..good.len()).filter(|at| *at != good.len() - 7) {
             let mut bad = good.clone();
             bad[at] ^= 0x10;
             assert!(look(&bad).is_err(), "byte {at}");

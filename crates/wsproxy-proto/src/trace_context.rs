@@ -59,7 +59,7 @@ impl fmt::Display for TraceContext {
 pub fn read_state<'a>(values: impl Iterator<Item = &'a [u8]>) -> Option<String> {
     let mut state = String::new();
     for value in values {
-        let text = std::str::from_utf8(value).ok()?.trim();
+        let text = std::str::from_utf8(value).ok()?.trim_matches([' ', '\t']);
         let is_good = text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
         if !is_good || state.len() + text.len() >= STATE_BYTES_MAX {
             return None;
