@@ -2,6 +2,7 @@
 
 import json
 import os
+import ssl
 import subprocess
 import xml.etree.ElementTree as xml
 
@@ -46,7 +47,7 @@ def port(tmp_path, authority):
     env |= {"WSPROXY_TLS__CERTIFICATE": str(authority / "fullchain.pem"), "WSPROXY_TLS__KEY": str(authority / "privkey.pem")}
     command = [os.environ.get("WSPROXY_BIN", str(ROOT / "target/debug/wsproxy")), "serve"]
     gateway = Process("gateway", command, tmp_path, env, cwd=tmp_path)
-    verify = str(authority / "ca.pem")
+    verify = ssl.create_default_context(cafile=authority / "ca.pem")
     gateway.ready("gateway", lambda: httpx.get(f"https://localhost:{port}/ready", verify=verify).status_code == 200)
     yield port
     assert gateway.stop() == 0, gateway.output()

@@ -371,7 +371,7 @@ async def test_a_bad_collector_costs_bounded_memory_and_no_latency(start_traced,
     assert memory(traced) < before + 20
     assert metric(traced, "trace_spans_waiting") <= 20
     if fault != "slow":
-        assert "The collector does not take spans." in traced.process.output()
+        until("the log line", lambda: "The collector does not take spans." in traced.process.output())
     begun = time.monotonic()
     assert traced.process.stop() == 0
     # Three seconds for the last spans, and one to end.
