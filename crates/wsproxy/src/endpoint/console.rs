@@ -32,7 +32,8 @@ pub struct Console {
 }
 
 impl Console {
-    /// Starts taking samples, and listening to other instances where there is an admin port, on `background` until `end`.
+    /// Starts taking samples and listening to other instances, on `background` until `end`. Without an admin port there is
+    /// no page, and an instance does neither.
     #[must_use]
     pub fn start(
         core: &Arc<Core>,
@@ -40,14 +41,17 @@ impl Console {
         background: &TaskTracker,
         end: &CancellationToken,
     ) -> Arc<Self> {
-        let is_reachable = core.config.admin.port.is_some() && core.config.redis.url.is_some();
+        let has_page = core.config.admin.port.is_some();
+        let is_reachable = has_page && core.config.redis.url.is_some();
         let asker = is_reachable.then(Asker::new).map(Arc::new);
         let console = Arc::new(Self {
             families: Arc::clone(families),
             samples: Samples::default(),
             asker: asker.clone(),
         });
-        background.spawn(samples::run(Arc::clone(&console), Arc::clone(core), end.clone()));
+        if has_page {
+            background.spawn(samples::run(Arc::clone(&console), Arc::clone(core), end.clone()));
+        }
         if let Some(asker) = asker {
             let families = Arc::clone(families);
             background.spawn(ask::run(asker, Arc::clone(core), families, end.clone()));
