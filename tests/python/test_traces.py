@@ -395,7 +395,7 @@ def test_spans_come_again_after_an_outage(start_traced, collector):
     collector.root("GET /api/v1/info")
     until("the count", lambda: metric(gateway, "trace_spans_sent_total") == 1)
     assert "The collector takes spans again." in gateway.process.output()
-    # What a collector refuses is not sent again, and counted.
+    # Spans that a collector refuses are counted, and not sent again.
     collector.behave(status=400)
     api(gateway, "GET", "info")
     refused = 'trace_spans_dropped_total{reason="refused"}'

@@ -88,7 +88,7 @@ fn version_1(bytes: &[u8]) -> Result<Look, ProxyHeaderError> {
     let Some(line) = line.strip_prefix(PREFIX).and_then(|line| str::from_utf8(line).ok()) else {
         return malformed("the line is no text");
     };
-    // What follows UNKNOWN is to be ignored.
+    // The rest of the line behind UNKNOWN is to be ignored.
     if line == "UNKNOWN" || line.starts_with("UNKNOWN ") {
         return Ok(Look::Whole(ProxyHeader::Socket, end + 1));
     }

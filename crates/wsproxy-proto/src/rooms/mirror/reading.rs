@@ -303,7 +303,7 @@ impl Mirror {
                 continue;
             }
             if held.and_then(Entity::position).is_none() {
-                // What a connection here has ended may still be in Redis.
+                // Redis may still have an entity that a connection here has ended.
                 if held.is_none() && member.is_here() && !member.yields(id) {
                     continue;
                 }

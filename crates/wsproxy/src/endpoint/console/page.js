@@ -7,7 +7,7 @@ const byId = (id) => document.getElementById(id);
 
 let key = null;
 let overviewTimer = 0;
-// What is shown: samples column by column, and the last search.
+// Data on the page: samples column by column, and the last search.
 let samples = null;
 let looked = null;
 let uptime = 0;

@@ -157,7 +157,7 @@ async fn write(membership: &Membership) -> Result<Joined, StoreError> {
     let entities = membership.room.snapshots_of(membership);
     let joined = membership.join_again(&entities).await?;
     if matches!(joined, Joined::Held { .. }) {
-        // What the member has changed meanwhile may have been refused, since it was no member.
+        // Changes of the member meanwhile may have been refused, since it was no member.
         membership.room.joined_again(membership, &entities);
     }
     Ok(joined)

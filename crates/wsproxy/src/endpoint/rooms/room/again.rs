@@ -93,7 +93,7 @@ impl Room {
             let stamped = self.presence_of(member, &json);
             let keep = self.keep(member, RoomOp::Presence { json });
             let publish = &mut |publish| member.rooms.hub.publish(publish);
-            // What the bus does not take is owed again.
+            // Publishes that the bus does not take are owed again.
             drop(self.publish(&mut state, member, (stamped.into(), keep), publish));
         }
         self.release(state, clock::now());
@@ -121,7 +121,7 @@ impl Room {
         let is_end = matches!(op, RoomOp::Despawn { .. });
         let keep = self.keep(member, op);
         let publish = &mut |publish| member.rooms.hub.publish(publish);
-        // What the bus does not take is owed again.
+        // Publishes that the bus does not take are owed again.
         drop(self.publish(state, member, (payload, keep), publish));
         if let Some(position) = position.filter(|_| is_end) {
             // The entity is over, but the client has moved something of its name since. The end takes that position too.
