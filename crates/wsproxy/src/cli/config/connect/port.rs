@@ -1,25 +1,88 @@
-//! The ports of the listeners: free, or held by a process that is named where the kernel tells it.
+//! The ports and the unix socket of the listeners: free, held by an instance, or by a process that is named where the kernel
+//! tells it.
 
 use std::{
     fs,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::{SocketAddr, TcpListener},
+    os::unix::fs::FileTypeExt,
+    path::Path,
 };
 
-use super::Finding;
-use crate::config::Config;
+use super::{ANSWER_MAX, Finding};
+use crate::{
+    cli::http::{self, HttpPlace, Question},
+    config::Config,
+    tls,
+};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let server = &config.server;
-    let main = server.unix.is_none();
-    let main = main.then(|| ("server.port", SocketAddr::new(server.bind, server.port)));
+    let clients = HttpPlace::of_clients(config);
+    let main = match &server.unix {
+        Some(path) => judge_file(path, clients),
+        None => judge("server.port", SocketAddr::new(server.bind, server.port), clients),
+    };
     let admin = config.admin.port.map(|port| {
-        ("admin.port", SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port))
+        let address = SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port);
+        judge("admin.port", address, HttpPlace::own(config))
     });
-    [main, admin].into_iter().flatten().map(|(key, address)| judge(key, address)).collect()
+    [main].into_iter().chain(admin).collect()
 }
 
-fn judge(key: &'static str, address: SocketAddr) -> Finding {
+/// Asks a listener whether it is that of an instance.
+fn ask(place: HttpPlace) -> anyhow::Result<()> {
+    let question = Question { method: "GET", headers: "", time_max: ANSWER_MAX };
+    let trust = || Ok(tls::trusting_client_config()?);
+    let (_, body) = place.route("/ready").ask(&question, trust, http::read_answer)?;
+    let body: serde_json::Value = serde_json::from_slice(&body)?;
+    anyhow::ensure!(body["ready"].is_boolean(), "the answer is not that of an instance");
+    Ok(())
+}
+
+/// Judges the place of a unix socket.
+fn judge_file(path: &Path, place: HttpPlace) -> Finding {
+    let part = "port";
+    let what = format!("server.unix: {}", path.display());
+    let choose = "end that process, or choose another path";
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            match path.parent().is_none_or(Path::is_dir) {
+                true => Finding::ok(part, format!("{what} is free")),
+                false => Finding::error(
+                    part,
+                    format!("{what} lacks its folder"),
+                    "make the folder, as RuntimeDirectory= of systemd does",
+                ),
+            }
+        }
+        Err(error) => {
+            let advice = "run the check as the gateway's user, and let that user enter the folder";
+            Finding::error(part, format!("{what}: {error}"), advice)
+        }
+        Ok(found) if !found.file_type().is_socket() => Finding::error(
+            part,
+            format!("{what} is a file that is no socket, which is never replaced"),
+            "remove the file, or choose another path",
+        ),
+        Ok(_) => match ask(place) {
+            Ok(()) => Finding::ok(part, format!("{what} is in use by a running instance")),
+            Err(error) if kind_of(&error) == Some(ErrorKind::ConnectionRefused) => {
+                Finding::ok(part, format!("{what} was left by a dead process, and is replaced"))
+            }
+            Err(error) => {
+                let what = format!("{what} is in use, and not by an instance that answers");
+                Finding::error(part, format!("{what}: {error:#}"), choose)
+            }
+        },
+    }
+}
+
+fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
+    error.downcast_ref::<io::Error>().map(io::Error::kind)
+}
+
+fn judge(key: &'static str, address: SocketAddr, place: HttpPlace) -> Finding {
     let part = "port";
     let what = format!("{key}: {address}");
     let Err(error) = TcpListener::bind(address) else {
@@ -36,9 +99,12 @@ fn judge(key: &'static str, address: SocketAddr) -> Finding {
                 let what = format!("{what} is in use by {name} (process {pid})");
                 Finding::error(part, what, "end that process, or choose another port")
             }
+            None if ask(place).is_ok() => {
+                Finding::ok(part, format!("{what} is in use by a running instance"))
+            }
             None => {
                 let advice = format!(
-                    "see who holds it (as root: ss -ltnp 'sport = :{}'); a running instance does",
+                    "see who holds it (as root: ss -ltnp 'sport = :{}'): no instance answers there",
                     address.port()
                 );
                 Finding::warning(part, format!("{what} is in use"), advice)
@@ -98,12 +164,13 @@ mod tests {
     fn a_port_in_use_is_told_with_its_holder() {
         let held = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = held.local_addr().unwrap();
-        let found = judge("server.port", address);
+        let place = || HttpPlace::read(&format!("http://{address}")).unwrap();
+        let found = judge("server.port", address, place());
         let own = std::process::id().to_string();
         assert!(found.what.contains("is in use by") && found.what.contains(&own), "{}", found.what);
         drop(held);
-        assert_eq!(judge("server.port", address).level, Level::Ok);
-        let foreign = judge("server.port", "192.0.2.1:8080".parse().unwrap());
+        assert_eq!(judge("server.port", address, place()).level, Level::Ok);
+        let foreign = judge("server.port", "192.0.2.1:8080".parse().unwrap(), place());
         assert_eq!(foreign.level, Level::Error);
     }
 }
