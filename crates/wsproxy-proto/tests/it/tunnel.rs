@@ -1,4 +1,6 @@
 //! The tunnel from outside: its frames by the shared vectors, and two lanes that are driven against each other.
 
 mod frames;
+mod lanes;
+mod pair;
 mod vectors;
