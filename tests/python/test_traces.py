@@ -14,6 +14,7 @@ import time
 import httpx
 import pytest
 from conftest import ROOT, Process, free_port, until
+from samples import Certificate
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -423,7 +424,9 @@ def test_a_page_in_place_of_a_collector_takes_no_spans(start_traced, collector):
     until("the line", lambda: "the answer is a web page" in gateway.process.output())
 
 
-def test_an_encrypted_collector_needs_a_known_certificate(start_gateway, tmp_path, certificate):
+def test_an_encrypted_collector_needs_a_known_certificate(start_gateway, tmp_path):
+    # The gateway takes no certificate of an authority for that of a server.
+    certificate = Certificate(tmp_path, "basicConstraints=critical,CA:FALSE")
     collector = Collector(tmp_path, certificate)
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http, "OTEL_BSP_SCHEDULE_DELAY": "50", "WSPROXY_API__KEYS": KEY}
     try:
