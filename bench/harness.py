@@ -1,6 +1,7 @@
 """Starts and ends what a benchmark needs: a private Redis, the gateway, the peers, the load generator."""
 
 import contextlib
+import http.server
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -206,6 +208,81 @@ def tls(who: str, redis: int):
         child = stack.enter_context(process([program, "-p", folder, "-c", conf], stderr=subprocess.DEVNULL))
         wait_until("nginx", lambda: answers(f"https://127.0.0.1:{port}/ready"), child)
         yield [*Server("wsproxy", port, f"{child.pid},{one.pid}", redis).arguments, "--tls"]
+
+
+class Collector(http.server.BaseHTTPRequestHandler):
+    """Takes traces, and throws them away."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.server.taken.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-protobuf")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def collector():
+    """Gives the URL of a collector of traces, and the counts of the bytes that it takes."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Collector) as server:
+        server.taken = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", server.taken
+        finally:
+            server.shutdown()
+
+
+@contextlib.contextmanager
+def traced(who: str, redis: int):
+    """A gateway that records one request in a hundred, or the same without traces."""
+    with collector() as (url, taken):
+        traces = {"WSPROXY_TRACES__ENDPOINT": url, "WSPROXY_TRACES__SAMPLER": "traceidratio",
+                  "WSPROXY_TRACES__SAMPLER_ARG": "0.01"}
+        with gateway(redis, traces if who == "wsproxy" else None) as one:
+            yield one.arguments
+        # The last spans come at the end of the gateway.
+        if who == "wsproxy" and not taken:
+            raise RuntimeError("the collector has got no span")
+
+
+@contextlib.contextmanager
+def watched(who: str, redis: int):
+    """A gateway whose console is looked at, as by ten pages of which one looks for a client each second; or the same,
+    not looked at."""
+    port = free_port()
+    settings = {"METRICS_PORT": str(port), "WSPROXY_ADMIN__BIND": "127.0.0.1", "WSPROXY_API__KEYS": API_KEY}
+    with gateway(redis, settings) as one:
+        done, problems = threading.Event(), []
+
+        def look() -> None:
+            session = 0
+            while not done.wait(1):
+                session = (session + 7) % 10_000
+                for path in ("overview?after=0", f"find?kind=session&id=bench-{session}"):
+                    url = f"http://127.0.0.1:{port}/api/v1/console/{path}"
+                    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {API_KEY}"})
+                    try:
+                        urllib.request.urlopen(asked, timeout=5).read()
+                    except OSError as error:
+                        problems.append(str(error))
+
+        looking = threading.Thread(target=look)
+        if who == "wsproxy":
+            looking.start()
+        try:
+            yield one.arguments
+        finally:
+            done.set()
+            if looking.ident:
+                looking.join()
+        if problems:
+            raise RuntimeError(f"the console answers {problems[0]} and {len(problems) - 1} more")
 
 
 HISTORY = {"WSPROXY_SESSIONS__HISTORY": "true"}
@@ -421,6 +498,9 @@ def load(name: str, arguments: list, redis: int, settings: dict | None = None) -
         return agents(name, scenario)
     if scenario[0] == "tls":
         with tls(name, redis) as arguments:
+            return generate([*scenario[1:], *arguments])
+    if scenario[0] in ("traced", "watched"):
+        with {"traced": traced, "watched": watched}[scenario[0]](name, redis) as arguments:
             return generate([*scenario[1:], *arguments])
     setup = SETUPS.get(scenario[0])
     if setup:

@@ -113,6 +113,7 @@ def page(folder: Path) -> str:
         ("agents", lambda result: figures_table(result, "agents")),
         ("rooms", lambda result: figures_table(result, "rooms")),
         ("tls", lambda result: figures_table(result, "tls")),
+        ("operator", lambda result: figures_table(result, "operator")),
         ("peers", peers_table),
     )
     for name, shape in shapes:

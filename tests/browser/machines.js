@@ -11,6 +11,9 @@ import { promisify } from "node:util";
 export const root = fileURLToPath(new URL("../..", import.meta.url));
 export const binary = process.env.WSPROXY_BIN ?? join(root, "target/debug/wsproxy");
 
+// Ports that this process has given to parts, which may not listen yet.
+const given = new Set();
+
 export async function freePort() {
   // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile, and above 10080, which
   // browsers and fetch() refuse.
@@ -21,6 +24,8 @@ export async function freePort() {
     });
     if (port === 0) continue;
     await new Promise((resolve) => server.close(resolve));
+    if (given.has(port)) continue;
+    given.add(port);
     return port;
   }
 }

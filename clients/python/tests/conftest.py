@@ -27,16 +27,23 @@ API_KEY = "a-key-for-tests-0123456789abcdef"
 SECRET = "a-secret-for-tests-0123456789abcdef"
 
 
+# Ports that this process has given to parts, which may not listen yet.
+_given: set[int] = set()
+
+
 def free_port() -> int:
     # Below the range that the kernel hands out to clients, so that none of them takes it meanwhile.
     while True:
         port = random.randrange(10_000, 30_000)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.add(port)
+        return port
 
 
 def until(what: str, condition: Callable[[], Any], deadline: float = DEADLINE) -> Any:

@@ -1,5 +1,5 @@
-//! Protocol parts of wsproxy that need no IO: WebSocket, JSON, histories, names, users' agents, rooms, rate limits,
-//! endings, trace contexts.
+//! Protocol parts of wsproxy that need no IO: WebSocket, JSON, histories, names, users' agents, rooms, the tunnel,
+//! rate limits, endings, trace contexts.
 //!
 //! No code here opens a socket, reads a clock or knows tokio: bytes and time are arguments.
 
@@ -13,4 +13,5 @@ pub mod proxy_header;
 pub mod rate;
 pub mod rooms;
 pub mod trace_context;
+pub mod tunnel;
 pub mod ws;

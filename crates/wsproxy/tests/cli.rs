@@ -209,10 +209,15 @@ fn add_secrets_and_ports(all: &mut Configurations, file: impl Fn(&str) -> String
     }
 }
 
-/// Returns a port that was free a moment ago.
+/// Returns a port without a listener, below those that the kernel gives to outgoing connections and to other tests'
+/// listeners.
 fn free_port() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port().to_string()
+    loop {
+        let port: u16 = rand::random_range(15_000..32_000);
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port.to_string();
+        }
+    }
 }
 
 #[test]

@@ -28,17 +28,22 @@ export function binary(): string {
   throw new Error(`The gateway is missing: build it with "cargo build -p wsproxy", or name it in WSPROXY_BIN. Looked for: ${candidates.join(", ")}`);
 }
 
+// Ports that this process has given to parts, which may not listen yet.
+const given = new Set<number>();
+
 export async function freePort(): Promise<number> {
   // Below the range that the kernel hands out to clients, so that none of them takes it meanwhile, and above 10080, which
   // browsers and fetch() refuse.
   for (;;) {
     const port = 10_100 + Math.floor(Math.random() * 20_000);
+    if (given.has(port)) continue;
     const server = createServer();
     const isFree = await new Promise<boolean>((resolve) => {
       server.once("error", () => resolve(false)).listen(port, "127.0.0.1", () => resolve(true));
     });
     if (!isFree) continue;
     await new Promise((resolve) => server.close(resolve));
+    given.add(port);
     return port;
   }
 }

@@ -199,18 +199,27 @@ pub fn despawn(entity: &str, owner: &str) -> Bytes {
     envelope(Some(MessageType::EntityDespawn), owner, 0, payload)
 }
 
-/// Writes the spawn of an entity as its EntitySnapshot tells it. `None` if the bytes are no EntitySnapshot.
+/// Writes an entity as its EntitySnapshot tells it: its spawn, and behind it an update with the components that are no
+/// text, which a spawn cannot have. `None` if the bytes are no EntitySnapshot.
 #[must_use]
-pub fn spawn(snapshot: &[u8]) -> Option<Bytes> {
+pub fn spawn(snapshot: &[u8]) -> Option<impl Iterator<Item = Bytes> + use<>> {
     let snapshot = v1::EntitySnapshot::decode_from_slice(snapshot).ok()?;
+    let owner = snapshot.owner_id;
+    let (id, components) = (snapshot.id.clone(), snapshot.binary_components);
+    let update = (!components.is_empty()).then(|| {
+        let update = v1::EntityUpdate { entity_id: id, components };
+        let payload = Payload::EntityUpdate(Box::new(update));
+        envelope(Some(MessageType::EntityUpdate), &owner, 0, payload)
+    });
     let spawn = v1::EntitySpawn {
         entity_id: snapshot.id,
         template_id: snapshot.template_id,
-        owner_id: snapshot.owner_id.clone(),
+        owner_id: owner.clone(),
         components: snapshot.components,
     };
     let payload = Payload::EntitySpawn(Box::new(spawn));
-    Some(envelope(Some(MessageType::EntitySpawn), &snapshot.owner_id, 0, payload))
+    let spawn = envelope(Some(MessageType::EntitySpawn), &owner, 0, payload);
+    Some(std::iter::once(spawn).chain(update))
 }
 
 /// Writes the position of an entity of `sender`; `update` is its PositionUpdate.

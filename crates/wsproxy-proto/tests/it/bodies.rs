@@ -17,6 +17,7 @@ use wsproxy_proto::rooms::stamp;
 use wsproxy_proto::rooms::text::{to_binary, to_text};
 use wsproxy_proto::rooms::v1::Envelope as RoomEnvelope;
 use wsproxy_proto::rooms::v1::envelope::Payload;
+use wsproxy_proto::tunnel::frame::{Frame, Frames, StreamFrame};
 use wsproxy_proto::ws::client::{ClientRequest, Response, read_response};
 use wsproxy_proto::ws::deflate::{Deflater, Deflaters, Policy, negotiate};
 use wsproxy_proto::ws::frame::{Opcode, Role};
@@ -319,6 +320,22 @@ pub(crate) fn proxy_header(data: &[u8]) {
             assert_eq!(look(&[data, b"more"].concat()), Err(error));
         }
     }
+}
+
+/// Input: a message of a lane of the tunnel. Frames that were read are written with bytes that are read as the same.
+pub(crate) fn tunnel_frames(data: &[u8]) {
+    let Ok(frames) = Frames::new(data) else { return };
+    let frames: Vec<_> = frames.filter_map(Result::ok).collect();
+    let mut written = Vec::new();
+    for frame in &frames {
+        frame.encode(&mut written).unwrap();
+        if let Frame::Stream(_, StreamFrame::Open(open)) = frame {
+            assert!(open.headers.iter().all(|(name, _)| !name.is_empty()));
+        }
+    }
+    // Of frames with absent or unknown parts the written ones are larger.
+    let Ok(again) = Frames::new(&written) else { return };
+    assert!(again.map(Result::unwrap).eq(frames));
 }
 
 /// Returns whether `text` is a JSON object with at most 128 levels, whose strings may have halves of surrogate pairs.

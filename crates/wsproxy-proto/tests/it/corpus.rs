@@ -67,3 +67,8 @@ fn room_text_seeds() {
 fn proxy_header_seeds() {
     run("proxy_header", bodies::proxy_header);
 }
+
+#[test]
+fn tunnel_frames_seeds() {
+    run("tunnel_frames", bodies::tunnel_frames);
+}

@@ -1,4 +1,4 @@
-//! WebSocket, JSON, histories, users' agents, rooms and close codes from outside: rule by rule, at any split of the input, against other
+//! WebSocket, JSON, histories, users' agents, rooms, the tunnel and close codes from outside: rule by rule, at any split of the input, against other
 //! implementations and against the shared tables.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
@@ -16,3 +16,4 @@ mod rooms_state;
 mod rules;
 mod splits;
 mod support;
+mod tunnel;

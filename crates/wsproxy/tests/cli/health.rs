@@ -6,14 +6,11 @@ use std::{
     thread,
 };
 
-use super::{files, stderr, wsproxy};
+use super::{files, free_port, stderr, wsproxy};
 
 #[test]
 fn an_instance_that_is_not_there_is_not_healthy() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port().to_string();
-    drop(listener);
-    let output = wsproxy(&["health"], &[("PORT", &port)]);
+    let output = wsproxy(&["health"], &[("PORT", &free_port())]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("is not healthy"));
 }

@@ -2,7 +2,6 @@
 
 use std::{
     io::Write,
-    net::TcpListener,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,6 +28,7 @@ use crate::support::{
     binary::Binary,
     eventually,
     issuer::{Answer, Issuer, SigningKey, now},
+    redis_server::free_port,
     soon,
 };
 
@@ -162,8 +162,8 @@ async fn known_keys_stay_in_use_while_the_issuer_is_down() {
 
 #[tokio::test]
 async fn nothing_is_decided_before_the_issuer_was_reached() {
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let gateway = Gateway::new(&config(format!("http://{nobody}/jwks.json"), HOUR));
+    let absent = free_port();
+    let gateway = Gateway::new(&config(format!("http://127.0.0.1:{absent}/jwks.json"), HOUR));
     assert_eq!(gateway.verify(&SigningKey::new("a").token()).await, Err(JwtError::Unavailable));
 
     let key = SigningKey::new("a");

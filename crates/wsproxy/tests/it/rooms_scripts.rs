@@ -7,7 +7,7 @@ use wsproxy_proto::{
 
 use crate::support::{
     bus::TestBus,
-    redis_server::{Answer, Options, RedisServer},
+    redis_server::{Answer, Options, RedisServer, free_port},
 };
 
 /// A room on a server, and what a subscriber of its channel sees.
@@ -277,7 +277,10 @@ async fn fields_left_behind_are_removed_without_an_event() {
 
 #[test]
 fn scripts_of_rooms_run_in_a_cluster() {
-    let arguments = ["--cluster-enabled", "yes"].map(String::from).to_vec();
+    // Otherwise it listens on its port plus 10,000 too, which an outgoing connection may hold.
+    let cluster_port = free_port().to_string();
+    let arguments = ["--cluster-enabled", "yes", "--cluster-port", &cluster_port];
+    let arguments = arguments.map(String::from).to_vec();
     let server = RedisServer::start_with(Options { arguments, ..Options::default() });
     server.call(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
     for key in keys() {

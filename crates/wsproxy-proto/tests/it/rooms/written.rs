@@ -72,6 +72,31 @@ fn entity_has_its_spawn_its_updates_and_its_newest_place() {
 }
 
 #[test]
+fn entity_told_again_has_its_components_that_are_no_text() {
+    let spawn = payload(r#"{"entitySpawn":{"entityId":"box","templateId":"crate"}}"#);
+    let kept = snapshot::spawned(&spawn, "alice-1").unwrap();
+    assert_eq!(write::spawn(&kept).unwrap().count(), 1, "there is nothing to update");
+    let update =
+        payload(r#"{"entityUpdate":{"entityId":"box","components":{"a":"MQ==","b":"/w=="}}}"#);
+    let kept = snapshot::updated(&kept, &update).unwrap();
+    let told: Vec<Value> = write::spawn(&kept)
+        .unwrap()
+        .map(|message| {
+            assert_eq!(check::read(&message).unwrap().sender, "alice-1");
+            serde_json::from_str(&to_text(&message).unwrap()).unwrap()
+        })
+        .collect();
+    let spawn = json!({"entityId": "box", "templateId": "crate", "ownerId": "alice-1", "components": {"a": "1"}});
+    let update = json!({"entityId": "box", "components": {"b": "/w=="}});
+    let expected = [
+        json!({"type": "ENTITY_SPAWN", "sender": "alice-1", "entitySpawn": spawn}),
+        json!({"type": "ENTITY_UPDATE", "sender": "alice-1", "entityUpdate": update}),
+    ];
+    assert_eq!(told, expected);
+    assert!(write::spawn(b"\xff").is_none());
+}
+
+#[test]
 fn entity_that_nobody_spawned_has_its_place() {
     let place = payload(r#"{"positionUpdate":{"entityId":"avatar","rotation":{"w":1}}}"#);
     let entity = Entity { owner: "bob-1", id: "avatar", snapshot: None, position: Some(&place) };
@@ -101,7 +126,7 @@ fn events_errors_and_positions_are_valid_messages() {
             json!({"type": "ENTITY_DESPAWN", "sender": "bob-1", "entityDespawn": {"entityId": "box"}}),
         ),
         (
-            write::spawn(&snapshot).unwrap(),
+            write::spawn(&snapshot).unwrap().next().unwrap(),
             json!({"type": "ENTITY_SPAWN", "sender": "bob-1", "entitySpawn": {"entityId": "box", "ownerId": "bob-1"}}),
         ),
         (

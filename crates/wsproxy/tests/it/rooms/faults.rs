@@ -77,10 +77,14 @@ async fn a_member_that_was_taken_for_dead_comes_back_with_its_entities() {
     let mut far = RoomClient::join(&two, "far").await;
     assert_eq!(near.told().await, "join far");
     ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    // Bytes that are no text, which no spawn has.
+    let components = json!({ "b": "/w==" });
+    ann.send(json!({ "entityUpdate": { "entityId": "e", "components": components } })).await;
     ann.send(position("e", 5.0)).await;
     for member in [&mut near, &mut far] {
-        assert_eq!(member.told().await, "spawn e of ann");
-        assert_eq!(member.told().await, "move e of ann to 5");
+        for words in ["spawn e of ann", "update e of ann", "move e of ann to 5"] {
+            assert_eq!(member.told().await, words);
+        }
     }
     take_for_dead(&server, "ann");
     // The client answers the ping of its instance while it reads.
@@ -94,6 +98,8 @@ async fn a_member_that_was_taken_for_dead_comes_back_with_its_entities() {
         for words in expected {
             assert_eq!(member.told().await, words);
         }
+        let update = member.client.json().await;
+        assert_eq!(update["entityUpdate"]["components"], components);
         assert_eq!(member.told().await, "move e of ann to 5");
     }
     let late = RoomClient::join(&two, "late").await;

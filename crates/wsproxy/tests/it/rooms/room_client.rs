@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
 use wsproxy::config::rooms::Development;
 
 use crate::support::{
@@ -55,7 +56,7 @@ pub async fn binary_with(redis: &RedisServer, variables: &[(&str, &str)]) -> Bin
 /// A member.
 pub struct RoomClient {
     pub client: Client,
-    /// The ServerHello.
+    /// The ServerHello, with the state of all pages.
     pub hello: Value,
 }
 
@@ -83,10 +84,11 @@ impl RoomClient {
         hello: Value,
     ) -> Self {
         let path = format!("/ws/{room}?user_id={user}&client_id={client}");
-        Self::greeted(Client::connect(address, &path, &[]).await.unwrap(), hello).await
+        let client = Client::connect(address, &path, &[]).await.unwrap();
+        Self::greeted(client, hello).await.whole().await
     }
 
-    /// Joins over a connection that takes little before it is read.
+    /// Joins over a connection that takes little before it is read. The hello has the first page of the state.
     pub async fn join_narrow(instance: &TestInstance, client: &str, hello: Value) -> Self {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
@@ -99,11 +101,43 @@ impl RoomClient {
         Self::greeted(Client { stream, headers }, hello).await
     }
 
+    /// Sends the hello, and waits for the first page of its answer.
     async fn greeted(mut client: Client, hello: Value) -> Self {
         client.send(json!({ "clientHello": hello }).to_string()).await;
-        let hello = client.json().await["serverHello"].take();
-        assert!(hello.is_object(), "{hello}");
+        let hello = Self::page(&mut client).await;
         Self { client, hello }
+    }
+
+    /// Reads the further pages of the state.
+    async fn whole(mut self) -> Self {
+        let mut page = self.hello.clone();
+        while page["more"] == true {
+            page = Self::page(&mut self.client).await;
+            for list in ["players", "entities"] {
+                let further = page["initialState"][list].as_array().cloned().unwrap_or_default();
+                match &mut self.hello["initialState"][list] {
+                    Value::Array(all) => all.extend(further),
+                    none => *none = further.into(),
+                }
+            }
+        }
+        self
+    }
+
+    /// The next ServerHello in text. A client whose hello took more than a second was greeted in binary before: what came in
+    /// binary is not for this client.
+    async fn page(client: &mut Client) -> Value {
+        loop {
+            match client.next().await {
+                Message::Binary(_) | Message::Ping(_) => {}
+                Message::Text(text) => {
+                    let hello = serde_json::from_str::<Value>(&text).unwrap()["serverHello"].take();
+                    assert!(hello.is_object(), "{text}");
+                    return hello;
+                }
+                other => panic!("no ServerHello: {other:?}"),
+            }
+        }
     }
 
     /// Names of the members in the hello, sorted.

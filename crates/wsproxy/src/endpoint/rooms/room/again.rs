@@ -67,9 +67,9 @@ impl Room {
         let has_position = held.is_some_and(|held| held.position().is_some());
         if let Some(snapshot) = lost.snapshot().filter(|_| !has_snapshot)
             && state.mirror.spawn(Origin::Here, client, lost.id(), snapshot).is_ok()
-            && let Some(spawn) = write::spawn(snapshot)
+            && let Some(messages) = write::spawn(snapshot)
         {
-            self.tell_of(state, client, &spawn, now);
+            messages.for_each(|message| self.tell_of(state, client, &message, now));
         }
         if let Some(position) = lost.position().filter(|_| !has_position)
             && state.mirror.position(Origin::Here, client, lost.id(), position).is_ok()

@@ -153,7 +153,7 @@ impl Room {
 
     /// Takes all of an entity of a member at another instance. Most are known, and no client is told of these.
     fn on_entity(&self, state: &mut State, snapshot: &[u8], now: Micros) {
-        let (Some((owner, entity)), Some(spawn)) =
+        let (Some((owner, entity)), Some(messages)) =
             (snapshot::names(snapshot), write::spawn(snapshot))
         else {
             debug!(room = self.id.as_str(), "An entity of another instance is invalid.");
@@ -162,7 +162,9 @@ impl Room {
         let held = state.mirror.member(&owner).and_then(|member| member.entity(&entity));
         let is_known = held.and_then(|held| held.snapshot()) == Some(snapshot);
         if state.mirror.spawn(Origin::Channel, &owner, &entity, snapshot).is_ok() && !is_known {
-            self.fan_out(state, &mut Fanout::new(&spawn[..]), Audience::default(), now);
+            messages.for_each(|message| {
+                self.fan_out(state, &mut Fanout::new(&message[..]), Audience::default(), now);
+            });
         }
     }
 

@@ -130,10 +130,9 @@ impl Room {
             }
             Change::Spawned { client, entity } => {
                 let member = state.mirror.member(client);
-                let spawn = member.and_then(|member| member.entity(entity)?.snapshot());
-                if let Some(spawn) = spawn.and_then(write::spawn) {
-                    self.tell_of(state, client, &spawn, now);
-                }
+                let snapshot = member.and_then(|member| member.entity(entity)?.snapshot());
+                let messages = snapshot.and_then(write::spawn).into_iter().flatten();
+                messages.for_each(|message| self.tell_of(state, client, &message, now));
             }
             // Together, by the caller.
             Change::Moved { .. } => {}
