@@ -130,6 +130,18 @@ mod tests {
     }
 
     #[test]
+    fn a_new_stream_that_is_found_empty_becomes_an_old_one() {
+        let (mut schedule, mut list) = (Schedule::default(), List::None);
+        schedule.join(1, &mut list);
+        for expected in [List::Old, List::None] {
+            assert_eq!(schedule.first(), Some(1));
+            schedule.end_turn(&mut list, true);
+            assert_eq!(list, expected);
+        }
+        assert_eq!(schedule.first(), None);
+    }
+
+    #[test]
     fn a_stream_that_ended_has_no_turn() {
         let mut lane = Lane::default();
         [1, 3, 5].into_iter().for_each(|stream| lane.put(stream, 2));

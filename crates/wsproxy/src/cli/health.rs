@@ -1,6 +1,6 @@
 //! `wsproxy health`: asks a running instance over HTTP, for containers without curl.
 
-use std::{process::ExitCode, time::Duration};
+use std::{io::Read, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
 
@@ -67,11 +67,27 @@ fn ask(place: &HttpPlace) -> anyhow::Result<()> {
     let question = Question { method: "GET", headers: "", time_max: TIMEOUT };
     // The answer of this machine is wanted, whichever names its certificate has. The question tells no secret.
     let trust = || Ok(tls::trusting_client_config()?);
-    match place.ask(&question, trust, http::read_status)? {
+    place.ask(&question, trust, |stream| match http::read_status(stream)? {
         200..300 => Ok(()),
-        status => bail!("status {status}"),
-    }
+        status => match told(stream) {
+            Some(message) => bail!("status {status}: {message}"),
+            None => bail!("status {status}"),
+        },
+    })
 }
+
+/// Returns the message of a refusal, whose status has been read.
+fn told(stream: &mut dyn Read) -> Option<String> {
+    let mut rest = Vec::new();
+    // A connection that breaks, or a deadline, leaves what came before.
+    let _ = stream.take(REFUSAL_BYTES_MAX).read_to_end(&mut rest);
+    let body = rest.windows(4).position(|end| end == b"\r\n\r\n")?;
+    let body: serde_json::Value = serde_json::from_slice(&rest[body + 4..]).ok()?;
+    Some(body["error"]["message"].as_str()?.to_owned())
+}
+
+/// Upper bound of what is read of a refusal.
+const REFUSAL_BYTES_MAX: u64 = 16 * 1024;
 
 /// Below the usual time limits of container health checks.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -84,7 +100,7 @@ The configuration is read for the address only: use the file, variables or flags
 #[cfg(test)]
 mod tests {
     use std::{
-        io::{Read, Write},
+        io::Write,
         net::{Ipv4Addr, TcpListener},
     };
 
@@ -115,9 +131,27 @@ mod tests {
         assert!(asked(answer("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).is_ok());
         let down = asked(answer("HTTP/1.1 503 Service Unavailable\r\n\r\n")).unwrap_err();
         assert_eq!(down.to_string(), "status 503");
+        let refused = "HTTP/1.1 400 Bad Request\r\n\r\n{\"error\":{\"message\":\"Use https://.\"}}";
+        let refused = asked(answer(refused)).unwrap_err();
+        assert_eq!(refused.to_string(), "status 400: Use https://.");
         assert!(asked(answer("SSH-2.0-OpenSSH_9.9\r\n")).is_err());
         assert!(asked(answer("")).is_err());
         assert!(asked("ftp://localhost/").is_err());
         assert!(asked("http://unix:/no/such.sock:/health").is_err());
+    }
+
+    #[test]
+    fn a_port_without_tls_is_told() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let url = format!("https://{}/health", listener.local_addr().unwrap());
+        let instance = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
+            stream
+        });
+        let error = asked(&url).unwrap_err();
+        assert_eq!(error.to_string(), "the port speaks no TLS: ask with http://");
+        drop(instance.join());
     }
 }

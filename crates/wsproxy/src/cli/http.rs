@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rustls::{ClientConfig, ClientConnection, Stream};
 use rustls_pki_types::ServerName;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -144,9 +144,20 @@ impl HttpPlace {
         let mut connection =
             ClientConnection::new(Arc::new(trust()?), ServerName::try_from(name)?)?;
         let mut stream = Stream::new(&mut connection, &mut stream);
-        stream.write_all(request.as_bytes())?;
-        read(&mut stream)
+        let answer = stream.write_all(request.as_bytes()).map_err(anyhow::Error::from);
+        answer.and_then(|()| read(&mut stream)).map_err(|error| match speaks_no_tls(&error) {
+            true => anyhow!("the port speaks no TLS: ask with http://"),
+            false => error,
+        })
     }
+}
+
+/// Returns whether a handshake failed since the other side answered without TLS.
+fn speaks_no_tls(error: &anyhow::Error) -> bool {
+    let of_io = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    let of_tls = of_io.and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    let wrong = rustls::InvalidMessage::InvalidContentType;
+    of_tls.is_some_and(|error| *error == rustls::Error::InvalidMessage(wrong))
 }
 
 impl fmt::Display for HttpPlace {

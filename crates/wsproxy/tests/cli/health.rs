@@ -1,4 +1,4 @@
-//! `wsproxy health`.
+//! `wsproxy health`, and `wsproxy reload` as far as it needs no instance.
 
 use std::{
     io::{Read, Write},

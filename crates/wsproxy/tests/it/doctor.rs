@@ -90,7 +90,7 @@ fn a_good_redis_has_no_errors() {
     examined.has("ok", "clock", &["agrees"]);
     examined.has("ok", "port", &["is free"]);
     examined.has("ok", "tls", &["plain HTTP"]);
-    examined.has("ok", "trusted_proxies", &["1 networks"]);
+    examined.has("ok", "trusted_proxies", &["trusted: 127.0.0.1/32"]);
     assert!(examined.findings.iter().any(|finding| finding["part"] == "descriptors"));
     assert!(examined.findings.iter().any(|finding| finding["part"] == "somaxconn"));
     // The check leaves nothing behind.
@@ -198,21 +198,21 @@ async fn the_place_of_a_unix_socket_is_judged() {
         ("PORT", ""),
     ];
     let judged = || Examined::with(&place);
-    judged().has("ok", "port", &["is free"]);
+    judged().has("ok", "unix", &["is free"]);
     std::fs::write(&path, "data").unwrap();
-    judged().has("error", "port", &["no socket"]);
+    judged().has("error", "unix", &["no socket"]);
     std::fs::remove_file(&path).unwrap();
     let foreign = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let answering = std::thread::spawn(move || drop(foreign.accept()));
-    judged().has("error", "port", &["not by an instance"]);
+    judged().has("error", "unix", &["not by an instance"]);
     answering.join().unwrap();
-    judged().has("ok", "port", &["dead process"]);
+    judged().has("ok", "unix", &["dead process"]);
     let instance = Binary::start_on_socket(&place).await;
-    judged().has("ok", "port", &["running instance"]);
+    judged().has("ok", "unix", &["running instance"]);
     drop(instance);
     let lost = folder.path().join("lost/a.sock").display().to_string();
     let place = [&place[1..], &[("WSPROXY_SERVER__UNIX", lost.as_str())]].concat();
-    Examined::with(&place).has("error", "port", &["lacks its folder"]);
+    Examined::with(&place).has("error", "unix", &["no folder"]);
 }
 
 #[test]

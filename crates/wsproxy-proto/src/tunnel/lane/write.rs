@@ -7,14 +7,16 @@ use crate::tunnel::{
     sending::Next,
 };
 
-/// Room that is left in a batch. A batch takes one frame of any size, and others while they fit.
+/// Room that is left in a batch for the frames of streams. The first one always fits, so that neither control frames
+/// nor its own size can keep it back for ever.
 struct Room {
     start: usize,
+    streams_start: usize,
 }
 
 impl Room {
     const fn fits(&self, out: &[u8], bytes: usize) -> bool {
-        out.len() == self.start || out.len() - self.start + bytes <= BATCH_BYTES_MAX
+        out.len() == self.streams_start || out.len() - self.start + bytes <= BATCH_BYTES_MAX
     }
 }
 
@@ -35,18 +37,20 @@ impl Lane {
         !self.control.is_empty() || self.schedule.first().is_some()
     }
 
-    /// Appends the payload of one binary message to `out`: at most [`BATCH_BYTES_MAX`], or one head. Returns whether
-    /// there was anything to write.
+    /// Appends the payload of one binary message to `out`: at most [`BATCH_BYTES_MAX`], or control frames and one head
+    /// of more. Returns whether there was anything to write.
     pub fn write_batch(&mut self, now: u64, out: &mut Vec<u8>) -> bool {
-        let room = Room { start: out.len() };
+        let start = out.len();
         if let Some((code, drain_ms)) = self.control.write(now, out) {
             let go_away = GoAway { last_stream: self.last_opened, code, drain_ms };
             put(Frame::GoAway(go_away), out);
             self.went_away = true;
         }
-        while room.fits(out, RESET_BYTES_MAX) && self.control.write_refusal(out) {}
+        // Others wait for the next batch, behind which the streams have had a turn.
+        let is_room = |out: &[u8]| out.len() - start + RESET_BYTES_MAX <= CONTROL_BYTES_MAX;
+        while is_room(out) && self.control.write_refusal(out) {}
         while let Some(number) = self.control.first_due()
-            && room.fits(out, RESET_BYTES_MAX)
+            && is_room(out)
         {
             self.control.end_due();
             if let Some(stream) = self.streams.get_mut(&number) {
@@ -54,6 +58,7 @@ impl Lane {
                 self.settle(number);
             }
         }
+        let room = Room { start, streams_start: out.len() };
         while let Some(number) = self.schedule.first() {
             let Some(stream) = self.streams.get_mut(&number) else { break };
             let turn = write_turn(number, stream, &room, out);
@@ -72,7 +77,7 @@ impl Lane {
                 self.settle(number);
             }
         }
-        out.len() > room.start
+        out.len() > start
     }
 }
 
@@ -118,8 +123,11 @@ fn write_turn(number: u32, stream: &mut Stream, room: &Room, out: &mut Vec<u8>) 
     turn
 }
 
-/// Upper bound of a batch, in bytes. A head that is larger is a batch by itself.
+/// Upper bound of a batch, in bytes. Where a head does not fit in, it is the last frame behind control frames.
 pub const BATCH_BYTES_MAX: usize = 64 << 10;
+
+/// Upper bound of the control frames in a batch, in bytes.
+const CONTROL_BYTES_MAX: usize = 16 << 10;
 
 /// Upper bound of RESET with its header, and of CREDIT, in bytes.
 const RESET_BYTES_MAX: usize = HEADER_BYTES + 7 + crate::tunnel::frame::MESSAGE_BYTES_MAX + 12;

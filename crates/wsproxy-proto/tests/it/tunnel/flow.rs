@@ -2,10 +2,11 @@
 
 use bytes::Bytes;
 use wsproxy_proto::tunnel::{
-    frame::{DataFlag, Frame, HEADER_BYTES, Head, Open, StreamFrame},
+    code::Code,
+    frame::{DataFlag, Frame, HEADER_BYTES, Head, Open, PAYLOAD_BYTES_MAX, Reset, StreamFrame},
     headers::HeaderBlock,
     hello::Hello,
-    lane::{BATCH_BYTES_MAX, Lane, LaneConfig, Role},
+    lane::{BATCH_BYTES_MAX, Lane, LaneConfig, LaneError, Role, Taken},
     memory::MemoryLimits,
 };
 
@@ -28,7 +29,7 @@ fn control_and_small_answers_pass_bulk() {
     fill(&mut agent, 1);
     fill(&mut agent, 3);
     agent.data(3, &[0; 16 << 10], DataFlag::None).unwrap();
-    assert!(matches!(agent.lane.take(0, 3), wsproxy_proto::tunnel::lane::Taken::Bytes(_)));
+    assert!(matches!(agent.lane.take(0, 3), Taken::Bytes(_)));
     agent.say(Frame::Ping(1)).unwrap();
     let bulk = |number, flag| Said::Data(number, 16 << 10, flag);
     let batch = agent.heard();
@@ -71,9 +72,9 @@ fn bulk_streams_share_a_batch_by_turns() {
 }
 
 #[test]
-fn a_batch_is_bounded_and_a_large_head_is_one_by_itself() {
+fn a_batch_is_bounded_and_a_large_head_is_the_last_of_one() {
     let mut block = HeaderBlock::new();
-    block.push(b"a", &vec![b'v'; 65_520]).unwrap();
+    block.push(b"a", &vec![b'v'; 65_528]).unwrap();
     let mut lane = Lane::new(Role::Agent, LaneConfig::default(), memory(1 << 20), 0);
     let mut message = Vec::new();
     lane.write_batch(0, &mut message);
@@ -86,13 +87,44 @@ fn a_batch_is_bounded_and_a_large_head_is_one_by_itself() {
         agent.lane.send_head(number, &large).unwrap();
     }
     let mut out = b"before".to_vec();
-    for _ in 0..2 {
+    for number in 0..2 {
         out.truncate(6);
+        // Control frames cannot keep the head back.
+        agent.say(Frame::Ping(number)).unwrap();
         assert!(agent.lane.has_output() && agent.lane.write_batch(0, &mut out));
-        assert_eq!(out.len(), 6 + HEADER_BYTES + 3 + block.headers().as_bytes().len());
-        assert!(out.len() - 6 <= BATCH_BYTES_MAX + HEADER_BYTES && out.starts_with(b"before"));
+        let (pong, head) = (HEADER_BYTES + 12, HEADER_BYTES + PAYLOAD_BYTES_MAX);
+        assert_eq!(out.len(), 6 + pong + head);
+        assert!(head > BATCH_BYTES_MAX && out.starts_with(b"before"));
     }
     assert!(!agent.lane.write_batch(0, &mut out));
+}
+
+#[test]
+fn control_frames_leave_room_for_streams() {
+    let text = "x".repeat(512);
+    let mut agent = Tested::new(Role::Agent);
+    for number in (1..400).step_by(2) {
+        agent.say_of(number, StreamFrame::Open(request())).unwrap();
+        agent.lane.send_head(number, &head(200, false)).unwrap();
+    }
+    while !agent.heard().is_empty() {}
+    for number in (3..400).step_by(2) {
+        agent.lane.reset(number, &Reset { message: &text, ..Reset::new(Code::Cancelled) });
+    }
+    agent.lane.put(1, &mut Bytes::from_static(b"key")).unwrap();
+    let mut resets = 0;
+    for batch in 0.. {
+        let mut said = agent.heard();
+        let Some(last) = said.pop_if(|said| matches!(said, Said::Data(..))) else { break };
+        assert_eq!(last, Said::Data(1, 3, DataFlag::None));
+        assert!(said.len() <= 31, "batch {batch} has {} resets", said.len());
+        resets += said.len();
+        agent.lane.put(1, &mut Bytes::from_static(b"key")).unwrap();
+        if resets == 199 {
+            return assert_eq!(agent.lane.streams(), 1);
+        }
+    }
+    panic!("{resets} resets");
 }
 
 /// Answers of streams over a link that takes one round each way.
@@ -195,4 +227,27 @@ fn growth_of_a_stalled_reader_goes_to_others() {
     let more = link.pair.side(GATEWAY, 1).taken - taken;
     assert!(more > (512 << 10) + 28 * (32 << 10), "{more}");
     assert_eq!(link.growth(), budget);
+}
+
+#[test]
+fn a_sender_that_says_later_that_it_waits_gets_a_wider_window() {
+    let mut agent = Tested::new(Role::Agent);
+    agent.say_of(1, StreamFrame::Open(Open { end: false, ..request() })).unwrap();
+    for _ in 0..2 {
+        agent.data(1, &[0; 16 << 10], DataFlag::None).unwrap();
+    }
+    while let Taken::Bytes(chunk) = agent.lane.take(0, 1) {
+        assert_eq!(Bytes::from_owner(chunk), vec![0; 16 << 10]);
+    }
+    assert_eq!(agent.heard(), [Said::Credit(1, 32 << 10)]);
+    agent.data(1, b"", DataFlag::Blocked).unwrap();
+    assert_eq!(agent.heard(), [Said::Credit(1, 96 << 10)]);
+    assert_eq!(agent.data(1, b"", DataFlag::Blocked), Err(LaneError::FlowControl));
+}
+
+#[test]
+fn lanes_and_chunks_can_go_to_other_tasks() {
+    const fn is_sent<T: Send + Sync + 'static>() {}
+    is_sent::<Lane>();
+    is_sent::<Taken>();
 }

@@ -222,7 +222,7 @@ impl Pair {
         if is_something {
             let frames: Result<Vec<_>, _> = Frames::new(&message).unwrap().collect();
             let frames = frames.unwrap();
-            assert!(message.len() <= BATCH_BYTES_MAX || frames.len() == 1);
+            assert!(message.len() <= BATCH_BYTES_MAX);
             for frame in frames {
                 if let Frame::Stream(number, StreamFrame::Data(data)) = frame {
                     let wire = self.wires.entry((side, number)).or_default();

@@ -13,6 +13,7 @@ use super::{ANSWER_MAX, Finding};
 use crate::{
     cli::http::{self, HttpPlace, Question},
     config::Config,
+    http::listener::open::{self, Place},
     tls,
 };
 
@@ -20,7 +21,7 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let server = &config.server;
     let clients = HttpPlace::of_clients(config);
     let main = match &server.unix {
-        Some(path) => judge_file(path, clients),
+        Some(path) => judge_file(path, server.unix_mode, clients),
         None => judge("server.port", SocketAddr::new(server.bind, server.port), clients),
     };
     let admin = config.admin.port.map(|port| {
@@ -40,31 +41,27 @@ fn ask(place: HttpPlace) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Judges the place of a unix socket.
-fn judge_file(path: &Path, place: HttpPlace) -> Finding {
-    let part = "port";
+/// Judges the file of a unix socket, and the folder in which the gateway makes it.
+fn judge_file(path: &Path, mode: u32, place: HttpPlace) -> Finding {
+    let part = "unix";
     let what = format!("server.unix: {}", path.display());
-    let choose = "end that process, or choose another path";
+    let listening = Place::Unix(path.to_owned(), mode);
+    let advice = |kind| open::advice(&listening, kind).unwrap_or("choose another path");
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or_else(|| Path::new("."));
+    if !folder.is_dir() {
+        let what = format!("{what}: there is no folder {}", folder.display());
+        return Finding::error(part, what, advice(ErrorKind::NotFound));
+    }
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            match path.parent().is_none_or(Path::is_dir) {
-                true => Finding::ok(part, format!("{what} is free")),
-                false => Finding::error(
-                    part,
-                    format!("{what} lacks its folder"),
-                    "make the folder, as RuntimeDirectory= of systemd does",
-                ),
-            }
+            Finding::ok(part, format!("{what} is free; proxies open it by its mode {mode:04o}"))
         }
-        Err(error) => {
-            let advice = "run the check as the gateway's user, and let that user enter the folder";
-            Finding::error(part, format!("{what}: {error}"), advice)
+        Err(error) => Finding::error(part, format!("{what}: {error}"), advice(error.kind())),
+        Ok(found) if !found.file_type().is_socket() => {
+            let what = format!("{what}: there is a file that is no socket");
+            Finding::error(part, what, advice(ErrorKind::AlreadyExists))
         }
-        Ok(found) if !found.file_type().is_socket() => Finding::error(
-            part,
-            format!("{what} is a file that is no socket, which is never replaced"),
-            "remove the file, or choose another path",
-        ),
         Ok(_) => match ask(place) {
             Ok(()) => Finding::ok(part, format!("{what} is in use by a running instance")),
             Err(error) if kind_of(&error) == Some(ErrorKind::ConnectionRefused) => {
@@ -72,7 +69,8 @@ fn judge_file(path: &Path, place: HttpPlace) -> Finding {
             }
             Err(error) => {
                 let what = format!("{what} is in use, and not by an instance that answers");
-                Finding::error(part, format!("{what}: {error:#}"), choose)
+                let advice = "end that process, or choose another path";
+                Finding::error(part, format!("{what}: {error:#}"), advice)
             }
         },
     }
@@ -110,15 +108,11 @@ fn judge(key: &'static str, address: SocketAddr, place: HttpPlace) -> Finding {
                 Finding::warning(part, format!("{what} is in use"), advice)
             }
         },
-        ErrorKind::PermissionDenied => {
-            let advice = "choose a port from 1024 on, or grant CAP_NET_BIND_SERVICE";
+        kind => {
+            let advice = open::advice(&Place::Tcp(address), kind);
+            let advice = advice.unwrap_or("choose another address or port");
             Finding::error(part, format!("{what}: {error}"), advice)
         }
-        ErrorKind::AddrNotAvailable => {
-            let advice = "choose an address of this machine, or 0.0.0.0 or ::";
-            Finding::error(part, format!("{what} is no address of this machine"), advice)
-        }
-        _ => Finding::error(part, format!("{what}: {error}"), "choose another address or port"),
     }
 }
 
