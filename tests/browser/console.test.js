@@ -156,9 +156,18 @@ test("a user that was cut off is found with the reason", async () => {
   // A token of yesterday: refused before the connection.
   await (await client("u-old", -7200)).closed();
   await self.find("user", "u-old");
-  await self.says("found-sum", /The last attempt was refused .* ago: The token was wrong, expired/);
+  await self.says("found-sum", /The last attempt was refused .* ago: The token has expired\./);
   await self.says("found-past", /403 invalid_token[\s\S]*expired/);
   await self.says("latest", /u-old/);
+  // Further attempts are folded behind the newest.
+  for (let i = 0; i < 2; i += 1) await (await client("u-old", -7200)).closed();
+  await self.page.getByRole("button", { name: "Look again" }).click();
+  await self.says("found-past", /2 more for this reason since/);
+  assert.equal(await self.page.locator("#found-past .what:visible").count(), 1);
+  await self.page.locator("#found-past summary").click();
+  assert.equal(await self.page.locator("#found-past .what:visible").count(), 3);
+  // The overview comes every ten seconds.
+  await self.says("latest", /And 2 more for this reason since .*, of u-old\./);
   await self.done();
 });
 
@@ -196,7 +205,7 @@ test("hostile ids and texts stay texts", async () => {
   await self.says("found-past", /403 invalid_token/);
   // An answer with markup in every text, as a broken gateway or another program on Redis would give it.
   const evil = "<img src=x onerror=alert(1)><script>alert(2)</script>";
-  const row = { kind: "end", endpoint: evil, server_id: evil, at: new Date().toISOString(), connection_id: evil, duration_ms: 5, reason: evil, code: evil, by: evil, what: evil, advice: evil, messages_out: evil, user_id: evil, address: evil };
+  const row = { kind: "end", endpoint: evil, server_id: evil, at: new Date().toISOString(), connection_id: evil, duration_ms: 5, reason: evil, code: evil, by: evil, what: evil, advice: evil, messages_out: evil, user_id: evil, address: evil, more: { count: 2, since: evil, clients: [{ session_id: evil, user_id: null }] } };
   const answer = { kind: "user", id: "u", instances: [evil], notes: [evil], connections: [{ ...row, since: row.at, waiting_bytes: 1, waiting_bytes_max: 2 }], ends: [row], refusals: [{ ...row, kind: "refusal", status: evil, message: evil, error: evil }] };
   await self.page.route("**/api/v1/console/find?*", (route) => route.fulfill({ json: answer }));
   await self.find("user", "u");
@@ -260,8 +269,7 @@ test("the keyboard alone finds, sends and ends", async () => {
     }
     throw new Error(`${name} is not reached; ${await focused()} has the focus`);
   };
-  await keyboard.press("Tab");
-  await reach("key");
+  assert.equal(await focused(), "key");
   await keyboard.type(ADMIN);
   await keyboard.press("Enter");
   await self.says("status-text", /gw-1/);

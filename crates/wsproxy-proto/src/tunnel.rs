@@ -4,10 +4,17 @@
 //! `spec/tunnel/README.md` describes the bytes. Sections (§) beside the rules are those of that page.
 
 pub mod code;
+mod direction;
+pub mod event;
 mod fields;
 pub mod frame;
 pub mod headers;
 pub mod hello;
+pub mod lane;
+pub mod memory;
+mod receiving;
+mod schedule;
+mod sending;
 
 /// Token of `Sec-WebSocket-Protocol` that stands for this protocol (§1).
 pub const SUBPROTOCOL: &str = "wsproxy.tunnel.v1";

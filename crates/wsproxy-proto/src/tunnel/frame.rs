@@ -10,6 +10,8 @@ mod encode;
 pub use decode::{FrameError, Frames};
 pub use encode::EncodeError;
 
+pub(crate) use encode::data_header;
+
 /// One frame (§2): of the lane, or of a stream with its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Frame<'a> {
@@ -69,6 +71,11 @@ pub struct Open<'a> {
 }
 
 impl Open<'_> {
+    /// Bytes of the payload.
+    pub(crate) const fn payload_bytes(&self) -> usize {
+        OPEN_FIXED_BYTES + self.method.len() + self.path.len() + self.headers.as_bytes().len()
+    }
+
     fn is_valid(&self) -> bool {
         let (method, path) = (self.method, self.path);
         let is_method =
@@ -92,6 +99,11 @@ pub struct Head<'a> {
 }
 
 impl Head<'_> {
+    /// Bytes of the payload.
+    pub(crate) const fn payload_bytes(&self) -> usize {
+        HEAD_FIXED_BYTES + self.headers.as_bytes().len()
+    }
+
     /// A head with status 100 has another one behind it, and so no end.
     const fn is_valid(&self) -> bool {
         match self.status {
@@ -250,3 +262,9 @@ const OPEN_RETRIED: u8 = 8;
 const RESET_NOT_DISPATCHED: u8 = 1;
 const RESET_HEAD_SENT: u8 = 2;
 const RESET_STOP: u8 = 4;
+
+/// Bytes of OPEN's payload beside the method, the path and the headers.
+const OPEN_FIXED_BYTES: usize = 10;
+
+/// Bytes of HEAD's payload beside the headers.
+const HEAD_FIXED_BYTES: usize = 3;

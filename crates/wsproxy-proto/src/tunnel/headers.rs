@@ -1,5 +1,7 @@
 //! Blocks of headers, as they stand in OPEN, HEAD and TRAILERS; knows no header by its name.
 
+use bytes::Bytes;
+
 use crate::tunnel::fields::{self, Fields};
 
 /// Valid block of headers, borrowed (§4). Names are lower case; neither names nor values can break a head of HTTP/1.1.
@@ -30,6 +32,39 @@ impl<'a> Headers<'a> {
     pub fn iter(self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
         let mut fields = Fields(self.0);
         std::iter::from_fn(move || Some((fields.short()?, fields.long()?)))
+    }
+}
+
+/// Valid block of headers of its own. Names and values can be taken out without a copy.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SharedHeaders(Bytes);
+
+impl SharedHeaders {
+    /// Copies a block.
+    #[must_use]
+    pub fn new(headers: Headers<'_>) -> Self {
+        Self(Bytes::copy_from_slice(headers.0))
+    }
+
+    /// Takes the bytes of a block, which are valid.
+    pub(crate) const fn of_valid(block: Bytes) -> Self {
+        Self(block)
+    }
+
+    /// Returns the block.
+    #[must_use]
+    pub fn headers(&self) -> Headers<'_> {
+        Headers(&self.0)
+    }
+
+    pub(crate) fn into_bytes(self) -> Bytes {
+        self.0
+    }
+
+    /// Returns the names and values, in the order of the block. They share its memory.
+    pub fn iter(&self) -> impl Iterator<Item = (Bytes, Bytes)> {
+        let parts = self.headers().iter();
+        parts.map(|(name, value)| (self.0.slice_ref(name), self.0.slice_ref(value)))
     }
 }
 
@@ -106,6 +141,9 @@ mod tests {
         let read = Headers::parse(block.headers().as_bytes()).unwrap();
         let expected: [(&[u8], &[u8]); 2] = [(b"accept", b""), (b"x-a", b"\xff\t 1")];
         assert_eq!(read.iter().collect::<Vec<_>>(), expected);
+        let shared = SharedHeaders::new(read);
+        let expected = expected.map(|(name, value)| (name.into(), value.into()));
+        assert_eq!(shared.iter().collect::<Vec<(Bytes, Bytes)>>(), expected);
     }
 
     #[test]

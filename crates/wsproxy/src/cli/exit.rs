@@ -49,7 +49,13 @@ pub fn code(error: &anyhow::Error) -> u8 {
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     match io.map(std::io::Error::kind) {
         Some(ErrorKind::PermissionDenied) => NO_PERMISSION,
-        Some(ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => OS,
+        // A place to listen at: a port, or the file of a unix socket.
+        Some(
+            ErrorKind::AddrInUse
+            | ErrorKind::AddrNotAvailable
+            | ErrorKind::AlreadyExists
+            | ErrorKind::NotFound,
+        ) => OS,
         Some(ErrorKind::ConnectionRefused | ErrorKind::TimedOut | ErrorKind::HostUnreachable) => {
             UNAVAILABLE
         }
@@ -77,6 +83,8 @@ mod tests {
     fn codes_follow_the_cause_through_the_chain() {
         let io = |kind| anyhow::Error::from(std::io::Error::from(kind)).context("cannot listen");
         assert_eq!(code(&io(ErrorKind::AddrInUse)), 71);
+        assert_eq!(code(&io(ErrorKind::AlreadyExists)), 71);
+        assert_eq!(code(&io(ErrorKind::NotFound)), 71);
         assert_eq!(code(&io(ErrorKind::PermissionDenied)), 77);
         assert_eq!(code(&io(ErrorKind::ConnectionRefused)), 69);
         assert_eq!(code(&Problems(Vec::new()).into()), 78);

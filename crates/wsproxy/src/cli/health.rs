@@ -8,12 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rustls::{ClientConnection, Stream};
 use rustls_pki_types::ServerName;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::settings::{CliSettings, Reads};
+use super::{
+    http,
+    settings::{CliSettings, Reads},
+};
 use crate::{
     config::{
         Config,
@@ -96,6 +99,12 @@ pub(super) fn own_url(config: &Config) -> String {
     format!("{scheme}://{}", open::reachable(SocketAddr::new(ip, port)))
 }
 
+/// Returns the address that an instance with this configuration sees of a command on its machine.
+pub(super) fn own_peer(config: &Config) -> Peer {
+    let server = &config.server;
+    Peer::of(open::reachable(SocketAddr::new(server.bind, server.port)).ip())
+}
+
 /// Returns the peers of which the asked port expects a header of the PROXY protocol.
 fn senders_of(config: &Config) -> Vec<TrustedProxy> {
     let is_expected = config.server.proxy_protocol && config.admin.port.is_none();
@@ -136,7 +145,22 @@ fn ask(url: &str, senders: &[TrustedProxy]) -> anyhow::Result<()> {
     // The answer of this machine is wanted, whichever names its certificate has. The question tells no secret.
     let config = Arc::new(tls::trusting_client_config()?);
     let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())?;
-    exchange(&mut Stream::new(&mut ClientConnection::new(config, name)?, &mut stream), &request)
+    let mut connection = ClientConnection::new(config, name)?;
+    exchange(&mut Stream::new(&mut connection, &mut stream), &request).map_err(|error| {
+        if speaks_no_tls(&error) {
+            anyhow!("the port speaks no TLS: ask with http://")
+        } else {
+            error
+        }
+    })
+}
+
+/// Returns whether a handshake failed since the other side answered without TLS.
+fn speaks_no_tls(error: &anyhow::Error) -> bool {
+    let of_io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    let of_tls = of_io.and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    let wrong = rustls::InvalidMessage::InvalidContentType;
+    of_tls.is_some_and(|error| *error == rustls::Error::InvalidMessage(wrong))
 }
 
 fn introduce(stream: &mut Bounded, own: Peer, senders: &[TrustedProxy]) -> std::io::Result<()> {
@@ -157,20 +181,24 @@ fn connect_unix(file: &str) -> anyhow::Result<Socket> {
 /// Sends a request, and looks at the status of its answer.
 fn exchange(stream: &mut (impl Read + Write), request: &str) -> anyhow::Result<()> {
     stream.write_all(request.as_bytes())?;
-    // Only the status matters: "HTTP/1.1 200".
-    let mut head = [0; 12];
-    let mut filled = 0;
-    while filled < head.len() {
-        match stream.read(&mut head[filled..])? {
-            0 => bail!("the connection was closed without an answer"),
-            n => filled += n,
-        }
+    let status = http::read_status(stream)?;
+    if (200..300).contains(&status) {
+        return Ok(());
     }
-    match head.strip_prefix(b"HTTP/1.") {
-        Some([_, b' ', b'2', ..]) => Ok(()),
-        Some([_, b' ', status @ ..]) => bail!("status {}", String::from_utf8_lossy(status)),
-        _ => bail!("the answer is not HTTP"),
+    match told(stream) {
+        Some(message) => bail!("status {status}: {message}"),
+        None => bail!("status {status}"),
     }
+}
+
+/// Returns the message of a refusal, whose status has been read.
+fn told(stream: &mut impl Read) -> Option<String> {
+    let mut rest = Vec::new();
+    // A connection that breaks, or a deadline, leaves what came before.
+    let _ = stream.take(REFUSAL_BYTES_MAX).read_to_end(&mut rest);
+    let body = rest.windows(4).position(|end| end == b"\r\n\r\n")?;
+    let body: serde_json::Value = serde_json::from_slice(&rest[body + 4..]).ok()?;
+    Some(body["error"]["message"].as_str()?.to_owned())
 }
 
 /// A socket whose reads and writes end at a deadline.
@@ -207,6 +235,9 @@ impl Write for Bounded {
 /// Beginning of the URL of a unix socket, as nginx writes it. The path of the request follows behind a colon.
 const UNIX: &str = "http://unix:";
 
+/// Upper bound of what is read of a refusal.
+const REFUSAL_BYTES_MAX: u64 = 16 * 1024;
+
 /// Below the usual time limits of container health checks.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -242,10 +273,28 @@ mod tests {
         assert!(ask(&answer("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"), &[]).is_ok());
         let down = ask(&answer("HTTP/1.1 503 Service Unavailable\r\n\r\n"), &[]).unwrap_err();
         assert_eq!(down.to_string(), "status 503");
+        let refused = "HTTP/1.1 400 Bad Request\r\n\r\n{\"error\":{\"message\":\"Use https://.\"}}";
+        let refused = ask(&answer(refused), &[]).unwrap_err();
+        assert_eq!(refused.to_string(), "status 400: Use https://.");
         assert!(ask(&answer("SSH-2.0-OpenSSH_9.9\r\n"), &[]).is_err());
         assert!(ask(&answer(""), &[]).is_err());
         assert!(ask("ftp://localhost/", &[]).is_err());
         assert!(ask("http://unix:/no/such.sock:/health", &[]).is_err());
+    }
+
+    #[test]
+    fn a_port_without_tls_is_told() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let url = format!("https://{}/health", listener.local_addr().unwrap());
+        let instance = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
+            stream
+        });
+        let error = ask(&url, &[]).unwrap_err();
+        assert_eq!(error.to_string(), "the port speaks no TLS: ask with http://");
+        drop(instance.join());
     }
 
     #[test]

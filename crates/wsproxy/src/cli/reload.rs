@@ -58,6 +58,7 @@ pub(super) fn run(args: ReloadArgs) -> anyhow::Result<()> {
                 Some(key) => key,
                 None => admin_key(&config.api)?,
             };
+            check_place(&config)?;
             (health::own_url(&config), key, config.tls.certificate)
         }
     };
@@ -87,6 +88,22 @@ pub(super) fn run(args: ReloadArgs) -> anyhow::Result<()> {
         return Err(failure(status, &body));
     }
     if json { Ok(()) } else { super::print(&text(&body)) }
+}
+
+/// Refuses a configuration of whose instance no port can be asked: without `admin.port` the API is where clients come.
+fn check_place(config: &Config) -> anyhow::Result<()> {
+    let server = &config.server;
+    let why = if config.admin.port.is_some() {
+        return Ok(());
+    } else if server.unix.is_some() {
+        "the instance listens on a unix socket only"
+    } else if server.proxy_protocol && health::own_peer(config).is_trusted(&server.trusted_proxies)
+    {
+        "the clients' port wants a header of the PROXY protocol"
+    } else {
+        return Ok(());
+    };
+    Err(anyhow!("{why}: set admin.port, or send SIGHUP").context(Failure::Config))
 }
 
 /// Returns a key with the scope `admin`.

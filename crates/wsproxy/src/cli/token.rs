@@ -78,7 +78,10 @@ pub async fn save_token(
     scope: &TokenScope,
 ) -> anyhow::Result<String> {
     if config.redis.url.is_none() {
-        let problem = anyhow::anyhow!("tokens are stored in Redis, but redis.url is not set");
+        let problem = anyhow::anyhow!(
+            "tokens are stored in Redis, but redis.url is not set: set it (REDIS_URL), or ask the running instance with \
+             POST /api/v1/sessions/{{session_id}}/token"
+        );
         return Err(problem.context(Failure::Config));
     }
     // One attempt, so that the command fails at once: the bus of a gateway would try again for ever.

@@ -68,6 +68,15 @@ impl FromStr for TrustedProxy {
     }
 }
 
+impl fmt::Display for TrustedProxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(network) => network.fmt(f),
+            Self::Unix => f.write_str(UNIX),
+        }
+    }
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -90,10 +99,7 @@ impl ValueKind<TrustedProxy> for Proxy {
     }
 
     fn write(&self, value: &TrustedProxy) -> String {
-        match value {
-            TrustedProxy::Network(network) => quoted(&network.to_string()),
-            TrustedProxy::Unix => quoted(UNIX),
-        }
+        quoted(&value.to_string())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IoSlice},
+    mem::MaybeUninit,
     pin::Pin,
     sync::{
         Arc,
@@ -198,9 +199,10 @@ impl HttpSocket {
         cx: &mut Context<'_>,
         mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut bytes = [0; FIRST_BYTES_MAX];
+        // Not zeroed: that would cost more than the rest of the read.
+        let mut bytes = [MaybeUninit::uninit(); FIRST_BYTES_MAX];
         let room = buffer.remaining().min(FIRST_BYTES_MAX);
-        let mut first = hyper::rt::ReadBuf::new(&mut bytes[..room]);
+        let mut first = hyper::rt::ReadBuf::uninit(&mut bytes[..room]);
         ready!(self.with(|stream| stream.poll_read(cx, first.unfilled())))?;
         let first = first.filled();
         let is_greeting = first.starts_with(&[HANDSHAKE, 3]) || first == [HANDSHAKE];

@@ -8,6 +8,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use futures_util::FutureExt as _;
 use http::{HeaderMap, Request, Response};
 use hyper::body::{Body as _, Incoming};
 use tracing::warn;
@@ -307,19 +308,19 @@ struct ConnectionGuards {
 ///
 /// # Errors
 /// 503: the bus is away. 504: the bus is slow. Also the errors of `work`.
-pub async fn deadline<T>(
+pub fn deadline<T>(
     core: &Core,
     work: impl Future<Output = Result<T, Rejection>>,
-) -> Result<T, Rejection> {
-    let timeout = core.config.server.handshake_timeout;
-    match tokio::time::timeout(timeout, work).await {
+) -> impl Future<Output = Result<T, Rejection>> {
+    // The future of an async function would have room for `work` twice.
+    tokio::time::timeout(core.config.server.handshake_timeout, work).map(|done| match done {
         Ok(result) => result,
         // 504 would blame a slow bus, but the bus is known to be away.
         Err(_) if !core.bus.status().connected => {
             Err(Rejection::bus_unavailable("The bus cannot be reached."))
         }
         Err(_) => Err(Rejection::deadline("The bus did not answer in time.")),
-    }
+    })
 }
 
 /// Returns the client's address, behind trusted proxies.

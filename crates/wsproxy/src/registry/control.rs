@@ -36,6 +36,15 @@ pub enum Target {
 }
 
 impl Target {
+    /// Returns the user, the connection and the name of the token; one of them is given.
+    pub fn parts(&self) -> (Option<&str>, Option<Uuid>, Option<&str>) {
+        match self {
+            Self::User(user) => (Some(user.as_str()), None, None),
+            Self::Connection(connection) => (None, Some(*connection), None),
+            Self::Token(token) => (None, None, Some(token)),
+        }
+    }
+
     /// Returns the subject of a revocation; `None` for a single connection, which has nothing to revoke.
     fn revoked(&self) -> Option<Revoked<'_>> {
         match self {
@@ -202,24 +211,28 @@ impl Registry {
         if !disconnect::is_sendable(code) {
             return self.bad_command(&format!("{code} is no close code"));
         }
-        self.send_away(clients, why, code, order.reason.as_deref().unwrap_or(why.reason)).await;
+        let reason = order.reason.as_deref().unwrap_or(why.reason);
+        self.send_away(clients, (why, code, reason), Some(&order.target)).await;
     }
 
     /// Closes clients in turns: each costs a write to its socket, and other tasks run in between.
     async fn send_away(
         &self,
         clients: Vec<Client>,
-        why: &'static Disconnect,
-        code: u16,
-        reason: &str,
+        (why, code, reason): (&'static Disconnect, u16, &str),
+        target: Option<&Target>,
     ) {
         // A connection that is closing by itself can still be cut short.
         let count = clients.iter().filter(|client| !client.is_closing()).count();
         if count > 0 {
+            let (user_id, connection_id, jti) = target.map_or((None, None, None), Target::parts);
             info!(
                 connections = count,
+                user_id,
+                connection_id = connection_id.map(tracing::field::display),
+                jti,
                 code,
-                reason = why.label,
+                reason,
                 "Connections are closed by a command."
             );
             self.counters.disconnected.add(count as u64);
@@ -265,7 +278,7 @@ impl Registry {
 
     async fn send_away_revoked(&self, clients: Vec<Client>) {
         let why = &Disconnect::REVOKED;
-        self.send_away(clients, why, why.code, why.reason).await;
+        self.send_away(clients, (why, why.code, why.reason), None).await;
     }
 
     fn bad_command(&self, error: &str) {

@@ -183,6 +183,8 @@ impl Looks {
         }
         warn!(
             error = known.problem,
+            certificate = %self.certificate.display(),
+            key = %self.key.display(),
             "The files of the TLS certificate and its key cannot be used: the pair stays as it was."
         );
         true

@@ -159,9 +159,57 @@ async fn a_refused_client_is_found_with_the_reason(backend: Backend) {
     let of_user = find(&here, "user", "u-2").await;
     let refusal = &of_user["refusals"][0];
     assert_eq!((&refusal["status"], &refusal["error"]), (&403.into(), &"expired".into()));
+    assert_eq!(refusal["what"], "The token has expired.");
     let of_session = find(&here, "session", "s-9").await;
     assert_eq!(of_session["refusals"][0]["code"], "invalid_token");
+    let what = of_session["refusals"][0]["what"].as_str().unwrap();
+    assert!(what.starts_with("The gateway has no token of this session"), "{what}");
     assert!(!of_session.to_string().contains("secret-of-a-client"));
+}
+
+#[tokio::test]
+async fn refusals_of_one_reason_are_one_row_of_the_overview() {
+    let here = start(&Backend::Memory, "here").await;
+    for user in ["u-1", "u-2", "u-1", "u-3"] {
+        here.handshake(&format!("/ws?token={}", token(user, -3600)), &[]).await;
+    }
+    here.handshake("/agent/ws/s-1?token=wrong", &[]).await;
+    let latest = get(&here, "/api/v1/console/overview").await["latest"].clone();
+    let rows = latest.as_array().unwrap();
+    assert_eq!(rows.len(), 2, "{latest}");
+    assert_eq!((&rows[0]["session_id"], &rows[0]["more"]), (&"s-1".into(), &Value::Null));
+    assert_eq!((&rows[1]["user_id"], &rows[1]["more"]["count"]), (&"u-3".into(), &3.into()));
+    let clients = rows[1]["more"]["clients"].as_array().unwrap();
+    let users: Vec<_> = clients.iter().map(|client| client["user_id"].as_str().unwrap()).collect();
+    assert_eq!(users, ["u-1", "u-2"]);
+}
+
+#[tokio::test]
+async fn an_end_by_a_worker_is_logged_with_its_key() {
+    let keys = r#"[{"name":"chat","secret":"chat-key-0123456789","scopes":["events","sessions"]}]"#;
+    let binary = Binary::start(&[
+        ("SECRET_KEY", SECRET),
+        ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+        ("WSPROXY_API__KEY", keys),
+    ])
+    .await;
+    let path = format!("/ws?token={}", token("u-1", 3600));
+    let mut client = Client::connect(binary.address, &path, &[]).await.unwrap();
+    assert_eq!(client.json().await["type"], "connected");
+    let post = async |path: &str, body: &str| {
+        let key = [("authorization", "Bearer chat-key-0123456789")];
+        http::request(binary.address, "POST", path, &key, body.as_bytes()).await.status
+    };
+    let command = r#"{"user_id":"u-1","reason":"too loud"}"#;
+    assert_eq!(post("/api/v1/events/disconnect", command).await, 200);
+    assert_eq!(client.closed().await, (4004, "too loud".into()));
+    let line = binary.line("A worker ends connections.").await;
+    assert_eq!((&line["key"], &line["user_id"]), (&"chat".into(), &"u-1".into()));
+    let line = binary.line("Connections are closed by a command.").await;
+    assert_eq!((&line["user_id"], &line["reason"]), (&"u-1".into(), &"too loud".into()));
+    assert_eq!(post("/api/v1/sessions/s-1/close", "{}").await, 200);
+    let line = binary.line("A worker ends a session.").await;
+    assert_eq!((&line["key"], &line["session_id"]), (&"chat".into(), &"s-1".into()));
 }
 
 #[tokio::test]
@@ -196,7 +244,7 @@ async fn an_instance_that_does_not_answer_is_missed() {
         find(&here, "user", "u").await["instances"].as_array().unwrap().len() == 2
     })
     .await;
-    there.signal(Signal::STOP);
+    there.freeze().await;
     let found = find(&here, "user", "u").await;
     there.signal(Signal::CONT);
     assert!(found["notes"][0].as_str().unwrap().contains("did not answer"), "{found}");
@@ -286,7 +334,11 @@ async fn the_configuration_shows_origins_and_no_secret() {
     let mut binary = Binary::start(&[("SECRET_KEY", SECRET), ("METRICS_PORT", "0")]).await;
     let line = binary.line("Listening.").await;
     binary.address = line["admin_address"].as_str().unwrap().parse().unwrap();
-    let config = binary.api("GET", "/api/v1/console/config", "").await;
+    // An instance that has just begun to listen knows the values, and the origins a moment later.
+    let config = async || binary.api("GET", "/api/v1/console/config", "").await;
+    eventually_yes("origins are known", async || config().await.body.contains("METRICS_PORT"))
+        .await;
+    let config = config().await;
     let settings = config.json()["settings"].as_array().unwrap().clone();
     let of = |section: &str, name: &str| {
         let found = settings.iter().find(|one| one["section"] == section && one["name"] == name);

@@ -83,7 +83,7 @@ fn a_good_redis_has_no_errors() {
     examined.has("ok", "clock", &["agrees"]);
     examined.has("ok", "port", &["is free"]);
     examined.has("ok", "tls", &["plain HTTP"]);
-    examined.has("ok", "trusted_proxies", &["1 networks"]);
+    examined.has("ok", "trusted_proxies", &["trusted: 127.0.0.1/32"]);
     assert!(examined.findings.iter().any(|finding| finding["part"] == "descriptors"));
     assert!(examined.findings.iter().any(|finding| finding["part"] == "somaxconn"));
     // The check leaves nothing behind.

@@ -80,6 +80,14 @@ impl Frame<'_> {
     }
 }
 
+/// Appends the header of a DATA frame, whose `length` bytes the caller appends. They are at most 16 KiB.
+pub(crate) fn data_header(stream: u32, length: usize, flag: DataFlag, out: &mut Vec<u8>) {
+    let flags = StreamFrame::Data(Data { bytes: &[], flag }).flags();
+    out.extend_from_slice(&stream.to_be_bytes());
+    out.extend_from_slice(&[kind::DATA, flags]);
+    out.extend_from_slice(&(length as u16).to_be_bytes());
+}
+
 impl StreamFrame<'_> {
     const fn kind(&self) -> u8 {
         match self {

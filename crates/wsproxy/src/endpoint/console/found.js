@@ -57,25 +57,56 @@ export function past(row, find) {
   const isEnd = row.kind === "end";
   const facts = isEnd
     ? [pair("How", BY[row.by] ?? row.by), pair("Close code", `${row.code} (${row.reason})`), pair("Was open for", row.duration_ms === null ? "–" : duration(row.duration_ms)), pair("Messages to it", String(row.messages_out))]
-    : [pair("Answer", `${row.status} ${row.code}`), pair("Told", row.message)];
+    : [pair("Answer", `${row.status} ${row.code}`)];
+  if (!isEnd && row.message !== row.what) facts.push(pair("Told", row.message));
   if (row.error) facts.push(pair("Error", element("code", { textContent: row.error })));
   const made = element("li", {},
     element("p", { className: "when" }, `${isEnd ? "Ended" : "Refused"} at `, moment(row.at), `, ${row.endpoint}`),
     element("p", { className: "what", textContent: row.what }),
     element("p", { textContent: row.advice }),
-    element("dl", { className: "pairs" }, ...facts, ...ids(row, find)));
+    element("dl", { className: "pairs" }, ...facts, ...ids(row, find)),
+    row.more ? alike(row.more, find) : "");
   made.dataset.kind = row.kind;
   if (row.by) made.dataset.by = row.by;
   return made;
+}
+
+// The number of further ends or refusals of one reason, and some of their clients.
+function alike({ count, since, clients }, find) {
+  const links = clients.flatMap(({ session_id: session, user_id: user }, i) => {
+    const link = element("button", { type: "button", className: "link", textContent: session ?? user });
+    link.addEventListener("click", () => find(session ? "session" : "user", session ?? user));
+    return [i === 0 ? ", of " : ", ", link];
+  });
+  return element("p", { className: "more" }, `And ${count} more for this reason since `, moment(since), ...links, ".");
+}
+
+// Rows in their order. Those that follow each other for one reason are folded behind the newest of them.
+export function pasts(rows, find) {
+  const groups = [];
+  for (const row of rows) {
+    const last = groups.at(-1);
+    if (last && last[0].what === row.what && last[0].endpoint === row.endpoint) last.push(row);
+    else groups.push([row]);
+  }
+  const made = groups.map(([newest, ...others]) => {
+    const item = past(newest, find);
+    if (others.length > 0) {
+      const title = element("summary", {}, `${others.length} more for this reason since `, moment(others.at(-1).at));
+      item.append(element("details", {}, title, element("ol", { className: "past" }, ...others.map((row) => past(row, find)))));
+    }
+    return item;
+  });
+  return element("ol", { className: "past" }, ...made);
 }
 
 // The answer to "why is it not connected" in one sentence.
 export function sum({ connections: here, ends, refusals }) {
   const count = (n, one, many) => (n === 1 ? `one ${one}` : `${n} ${many}`);
   const latest = [...ends, ...refusals].sort((a, b) => (a.at < b.at ? 1 : -1))[0];
-  if (here.length > 0) return `Connected now: ${count(here.length, "connection", "connections")}. ${latest ? `Before, ${lower(latest)}` : ""}`.trim();
+  if (here.length > 0) return `Connected now: ${count(here.length, "connection", "connections")}.${latest ? ` ${latest.kind === "end" ? "Another connection" : "Another attempt"} ${told(latest)}` : ""}`;
   if (!latest) return "Not connected, and nothing is remembered of it: it never came, or longer ago than the instances remember. Is the id right?";
-  return `Not connected. ${latest.kind === "end" ? "The last connection" : "The last attempt"} ${latest.kind === "end" ? "ended" : "was refused"} ${duration(Date.now() - new Date(latest.at))} ago: ${latest.what}`;
+  return `Not connected. ${latest.kind === "end" ? "The last connection" : "The last attempt"} ${told(latest)}`;
 }
 
-const lower = (latest) => `${latest.kind === "end" ? "a connection ended" : "an attempt was refused"}: ${latest.what}`;
+const told = ({ kind, at, what }) => `${kind === "end" ? "ended" : "was refused"} ${duration(Date.now() - new Date(at))} ago: ${what}`;

@@ -1,7 +1,7 @@
 // The console: asks the API with the operator's key, which only this module's memory holds, and shows the answers.
 
 import { bytes, chart, element, milliseconds, number, rate } from "./chart.js";
-import { connections, duration, moment, past, sum } from "./found.js";
+import { connections, duration, moment, past, pasts, sum } from "./found.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -158,7 +158,7 @@ function show(answer) {
   const fine = grave.length === 0 ? "Nothing was lost and nothing failed in the last hour." : "";
   if (byId("fine").textContent !== fine) byId("fine").textContent = fine;
   replace(byId("troubles"), troubles.map(trouble));
-  replace(byId("latest"), latest.length > 0 ? latest.map((row) => past(row, find)) : [element("li", { className: "empty", textContent: "None yet." })]);
+  replace(byId("latest"), latest.length > 0 ? latest.map((row) => past(row, find)) : [element("li", { className: "empty", textContent: "No client was refused or cut off since the start." })]);
 }
 
 // Replaces the children, unless the keyboard is in them: a focus must not be lost every ten seconds.
@@ -217,7 +217,7 @@ function showFound(found) {
   byId("end-all").hidden = !canEnd || rows.length === 0;
   byId("send-open").hidden = !canEnd;
   const sections = [["Why it was disconnected, the newest first", found.ends], ["Refused attempts, the newest first", found.refusals]].filter(([, list]) => list.length > 0);
-  byId("found-past").replaceChildren(...sections.flatMap(([title, list]) => [element("h4", { textContent: title }), element("ol", { className: "past" }, ...list.map((row) => past(row, find)))]));
+  byId("found-past").replaceChildren(...sections.flatMap(([title, list]) => [element("h4", { textContent: title }), pasts(list, find)]));
 }
 
 // ---- actions ----

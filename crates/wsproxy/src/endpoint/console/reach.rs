@@ -131,15 +131,78 @@ pub(super) fn look(core: &Core, families: &Families, subject: &Subject) -> Value
     })
 }
 
-/// Returns the newest ends that were no polite closes, and the newest refusals, in the order of their times.
+/// Returns the newest ends that were no polite closes, and the newest refusals, in the order of their times. Those of one
+/// reason are one row, that of the newest, with the number and the clients of the others in `more`: a fault of the network
+/// ends thousands at once, and must not hide everything else.
 pub(super) fn latest(core: &Core, most: usize) -> Vec<Value> {
-    let ends = core.recent.ends(most, |end| !end.by_client && end.reason != "normal");
-    let ends = ends.iter().map(|end| (end.at, ended(core, end)));
-    let refusals = core.recent.refusals(most, |_| true);
-    let refusals = refusals.iter().map(|one| (one.at, refused(core, one)));
-    let mut all: Vec<_> = ends.chain(refusals).collect();
-    all.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-    all.into_iter().take(most).map(|(_, value)| value).collect()
+    let ends = core.recent.ends(LATEST_MAX, |end| !end.by_client && end.reason != "normal");
+    let refusals = core.recent.refusals(LATEST_MAX, |_| true);
+    let ends = ends.iter().map(Past::End);
+    let mut all: Vec<_> = ends.chain(refusals.iter().map(Past::Refusal)).collect();
+    all.sort_by_key(|one| std::cmp::Reverse(one.at()));
+    let mut groups: Vec<Vec<Past<'_>>> = Vec::new();
+    for one in all {
+        match groups.iter().position(|group| group[0].kind() == one.kind()) {
+            Some(at) => groups[at].push(one),
+            None if groups.len() < most => groups.push(vec![one]),
+            None => {}
+        }
+    }
+    groups.iter().map(|group| one_row(core, group)).collect()
+}
+
+/// An end or a refusal.
+enum Past<'a> {
+    End(&'a Ended),
+    Refusal(&'a Refused),
+}
+
+impl Past<'_> {
+    fn at(&self) -> u64 {
+        match self {
+            Self::End(end) => end.at,
+            Self::Refusal(one) => one.at,
+        }
+    }
+
+    fn ids(&self) -> &KeptIds {
+        match self {
+            Self::End(end) => &end.ids,
+            Self::Refusal(one) => &one.ids,
+        }
+    }
+
+    /// Returns the family and the reason. Two with the same are told in one row.
+    fn kind(&self) -> (Family, &str, &str) {
+        match self {
+            Self::End(end) => (end.family, "end", end.reason),
+            Self::Refusal(one) => (one.family, one.code, &one.message),
+        }
+    }
+}
+
+/// Returns the row of the newest of a group, with the others in `more`.
+fn one_row(core: &Core, group: &[Past<'_>]) -> Value {
+    let mut row = match &group[0] {
+        Past::End(end) => ended(core, end),
+        Past::Refusal(one) => refused(core, one),
+    };
+    let [_, others @ .., oldest] = group else { return row };
+    let mut clients: Vec<Value> = Vec::new();
+    for one in others.iter().chain([oldest]) {
+        let ids = one.ids();
+        let client = json!({
+            "session_id": ids.session_id,
+            "user_id": ids.user_id.as_ref().filter(|_| ids.session_id.is_none()),
+        });
+        let is_named = ids.session_id.is_some() || ids.user_id.is_some();
+        if is_named && clients.len() < CLIENTS_MAX && !clients.contains(&client) {
+            clients.push(client);
+        }
+    }
+    row["more"] =
+        json!({ "count": group.len() - 1, "since": rfc3339(oldest.at()), "clients": clients });
+    row
 }
 
 fn connections(core: &Core, families: &Families, subject: &Subject) -> Vec<Value> {
@@ -246,7 +309,13 @@ fn ended(core: &Core, end: &Ended) -> Value {
 }
 
 fn refused(core: &Core, one: &Refused) -> Value {
-    let Words { what, advice } = words::of_refusal(one.code);
+    let (what, advice) = match one.code {
+        "invalid_token" => words::of_token(&one.message, one.cause.as_deref()),
+        code => {
+            let Words { what, advice } = words::of_refusal(code);
+            (what.to_owned(), advice)
+        }
+    };
     let row = json!({
         "kind": "refusal",
         "server_id": &*core.server_id,
@@ -281,6 +350,12 @@ fn rfc3339(ms: u64) -> String {
 
 /// Upper bound of the rows of each kind from one instance.
 pub(super) const ROWS_MAX: usize = 100;
+
+/// Upper bound of the ends, and of the refusals, that the overview looks at.
+const LATEST_MAX: usize = 1_000;
+
+/// Upper bound of the clients that a row of several ends or refusals names.
+const CLIENTS_MAX: usize = 8;
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,7 @@
 //! Endings and refusals in the words of operators: what happened, and what to do.
 
+use crate::auth::{jwt::JwtError, session::WrongToken};
+
 /// Words about an ending or a refusal.
 pub(super) struct Words {
     /// Sentence about what happened.
@@ -15,11 +17,11 @@ pub(super) fn of_end(label: &str, by_client: bool) -> Words {
         ("normal", _) => ("The connection was closed as agreed.", NOTHING),
         ("gone", _) => (
             "The connection broke off: the network failed, or the client went away without a word.",
-            "Nothing, if it is one client. Many at once: the network, or a proxy that restarted or has a timeout.",
+            "One client: nothing is to be done. Many at once: look at the network, or for a proxy that restarted or has a timeout.",
         ),
         ("heartbeat_timeout", _) => (
             "The client was silent for too long, and was taken for dead.",
-            "The client's device slept, its network was gone, or it does not answer pings.",
+            "Does the client answer pings? If so, its device slept or its network was gone: nothing is to be done.",
         ),
         ("idle_timeout", _) => (
             "No message went either way for heartbeat.idle_timeout.",
@@ -49,7 +51,11 @@ pub(super) fn of_end(label: &str, by_client: bool) -> Words {
             "The client sent what WebSocket or the endpoint does not allow.",
             "Correct the client, or look for a proxy that changes its bytes.",
         ),
-        ("backend", _) => ("A worker or an operator ended it.", "Look for the call in the log."),
+        ("backend", _) => (
+            "A worker or an operator ended it.",
+            "The log has the call with the name of its key: look for “ends”, or “sent members out”. Without such a line \
+             the command came over Redis.",
+        ),
         ("replaced", _) => (
             "A newer connection took its place.",
             "Nothing, unless it repeats: then two clients have one name.",
@@ -73,6 +79,32 @@ pub(super) fn of_end(label: &str, by_client: bool) -> Words {
     Words { what, advice }
 }
 
+/// Returns the words for a refused token: the reason as the client was told it, or as only the log has it.
+pub(super) fn of_token(message: &str, cause: Option<&str>) -> (String, &'static str) {
+    let because =
+        |wrong: WrongToken| cause.is_some_and(|cause| cause.starts_with(&wrong.to_string()));
+    let what = if because(WrongToken::Missing) {
+        "The gateway has no token of this session: it was used, it expired, or it was stored elsewhere."
+    } else if because(WrongToken::Another) {
+        "The gateway has another token of this session: a newer one took the place of the client's."
+    } else if because(WrongToken::Agent) {
+        "The token is bound to another agent id than the one in the path."
+    } else if because(WrongToken::Malformed) {
+        "The stored token has a binding to an agent id that cannot be read."
+    } else {
+        message
+    };
+    let is_of_key = message == JwtError::Signature.to_string()
+        || message == JwtError::UnknownKey.to_string()
+        || message == JwtError::Algorithm.to_string();
+    let advice = if is_of_key {
+        "The key of the token's issuer is another one than the gateway's: compare it with [jwt]."
+    } else {
+        NEW_TOKEN
+    };
+    (what.to_owned(), advice)
+}
+
 /// Returns the words for a code of the table of refusals.
 pub(super) fn of_refusal(code: &str) -> Words {
     let (what, advice) = match code {
@@ -80,10 +112,7 @@ pub(super) fn of_refusal(code: &str) -> Words {
         "malformed_credentials" => {
             ("The client's token cannot be read.", "Correct the client, or what issues its tokens.")
         }
-        "invalid_token" => (
-            "The token was wrong, expired, used or revoked. The error says which, where the gateway knows.",
-            "Let the client get a new token. All clients at once: a wrong key, prefix or Redis.",
-        ),
+        "invalid_token" => ("The token does not open this path.", NEW_TOKEN),
         "invalid_credentials" => (
             "The user is unknown, or the secret is wrong, expired or revoked.",
             "Issue a new secret with wsproxy agents.",
@@ -101,7 +130,7 @@ pub(super) fn of_refusal(code: &str) -> Words {
         ),
         "too_many_connections" => (
             "The user or session has as many connections as it may.",
-            "End old ones, or raise the limit in [limits].",
+            "End old ones, or raise limits.connections_per_user; for a session, connections_per_session.",
         ),
         "full" | "too_many_handshakes" | "room_full" => {
             ("There was no room.", "Start another instance, or raise the limit.")
@@ -133,6 +162,9 @@ pub(super) fn of_refusal(code: &str) -> Words {
     Words { what, advice }
 }
 
+const NEW_TOKEN: &str =
+    "Let the client get a new token. All clients at once: a wrong key, prefix or Redis.";
+
 const NOTHING: &str = "Nothing is to be done.";
 
 const NOT_DONE: &str = "not_done";
@@ -143,6 +175,19 @@ mod tests {
 
     use super::*;
     use crate::http::rejection::OF_HANDSHAKES;
+
+    #[test]
+    fn a_refused_token_is_told_with_its_reason() {
+        let vague = "The token is wrong, expired, used or for another path.";
+        let what = |cause: &str| of_token(vague, Some(cause)).0;
+        assert!(
+            what("no token is stored (key session:s-1:auth, bus memory)").contains("it was used")
+        );
+        assert!(what("another token is stored (key session:s-1:auth)").contains("newer"));
+        let (expired, advice) = of_token("The token has expired.", Some("expired"));
+        assert_eq!((expired.as_str(), advice), ("The token has expired.", NEW_TOKEN));
+        assert!(of_token("The signature of the token is wrong.", None).1.contains("[jwt]"));
+    }
 
     #[test]
     fn every_ending_and_refusal_has_words() {

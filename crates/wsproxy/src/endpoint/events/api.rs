@@ -15,6 +15,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json, value::RawValue};
 use tokio::sync::oneshot;
+use tracing::info;
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
@@ -282,7 +283,7 @@ struct DisconnectRequest {
 }
 
 async fn disconnect(
-    _worker: Worker,
+    worker: Worker,
     State(core): State<Arc<Core>>,
     Extension(events): Extension<Arc<Events>>,
     body: Result<Bytes, BytesRejection>,
@@ -301,6 +302,16 @@ async fn disconnect(
     };
     check_close(code, reason.as_deref())?;
     let revoke = revoke_seconds.map(|seconds| revocation(&core, &target, seconds)).transpose()?;
+    let (user_id, connection_id, jti) = target.parts();
+    info!(
+        key = &*worker.name,
+        user_id,
+        connection_id = connection_id.map(tracing::field::display),
+        jti,
+        reason,
+        revoke_seconds,
+        "A worker ends connections."
+    );
     let told = end((&events, &core), target, reason.as_deref(), revoke, code).await?;
     Ok(Json(json!({ "instances": told })).into_response())
 }

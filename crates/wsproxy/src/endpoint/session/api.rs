@@ -15,6 +15,7 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{json, value::RawValue};
+use tracing::info;
 use uuid::Uuid;
 use wsproxy_proto::names::Id;
 
@@ -268,6 +269,13 @@ async fn close_session(
 ) -> Result<Response, Rejection> {
     let request: CloseRequest = optional_json(body)?;
     check_close(request.code, request.reason.as_deref())?;
+    info!(
+        key = &*worker.name,
+        session_id = session.as_str(),
+        connection_id = request.connection_id.map(tracing::field::display),
+        reason = request.reason,
+        "A worker ends a session."
+    );
     let command = json!({
         "op": "close",
         "code": request.code,

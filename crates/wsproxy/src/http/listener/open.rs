@@ -1,7 +1,8 @@
 //! Open listeners: on an address, or on a unix socket. Knows no requests.
 
 use std::{
-    fmt, io,
+    fmt,
+    io::{self, ErrorKind},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
 };
@@ -45,15 +46,21 @@ impl Listener {
     /// socket over.
     ///
     /// # Errors
-    /// Another process listens there, the address does not belong to this machine, or the file cannot be made.
+    /// Another process listens there, the address does not belong to this machine, or the file cannot be made. The error
+    /// says what to do.
     pub fn open(place: &Place, shares: bool) -> io::Result<Self> {
-        Ok(Self(match place {
-            Place::Tcp(address) => Kind::Tcp(bind(*address, shares)?),
+        let opened = match place {
+            Place::Tcp(address) => bind(*address, shares).map(Kind::Tcp),
             Place::Unix(path, mode) => {
-                let (listener, file) = SocketFile::listen(path, *mode, BACKLOG, shares)?;
-                Kind::Unix(UnixListener::from_std(listener)?, file)
+                SocketFile::listen(path, *mode, BACKLOG, shares).and_then(|(listener, file)| {
+                    Ok(Kind::Unix(UnixListener::from_std(listener)?, file))
+                })
             }
-        }))
+        };
+        opened.map(Self).map_err(|error| match advice(place, error.kind()) {
+            Some(advice) => io::Error::new(error.kind(), format!("{error}. Do: {advice}")),
+            None => error,
+        })
     }
 
     /// Returns the address with the port that was free; `None` for a unix socket.
@@ -124,7 +131,7 @@ fn empty(
     for _ in 0..LAST_MAX {
         match next() {
             Ok((socket, peer)) => take(socket, peer),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => return Err(error),
         }
@@ -143,6 +150,26 @@ fn bind(address: SocketAddr, shares: bool) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
+/// Returns the thing to do where a listener cannot be opened; `None` where only the error tells it.
+#[must_use]
+pub fn advice(place: &Place, kind: ErrorKind) -> Option<&'static str> {
+    use ErrorKind::{AddrInUse, AddrNotAvailable, AlreadyExists, NotFound, PermissionDenied};
+    Some(match (place, kind) {
+        (Place::Tcp(_), AddrInUse) => {
+            "end the process that listens there, which wsproxy config check --connect names, or choose another port. An \
+             instance that was told to end listens until server.drain_delay is over"
+        }
+        (Place::Tcp(_), AddrNotAvailable) => "choose an address of this machine, or 0.0.0.0 or ::",
+        (Place::Tcp(_), PermissionDenied) => {
+            "choose a port from 1024 on, or grant CAP_NET_BIND_SERVICE"
+        }
+        (Place::Unix(..), AlreadyExists) => "remove that file, or choose another path",
+        (Place::Unix(..), NotFound) => "make the folder, or set RuntimeDirectory= in the unit",
+        (Place::Unix(..), PermissionDenied) => "let the gateway's user write into the folder",
+        _ => return None,
+    })
+}
+
 /// Returns the address at which this machine reaches a listener; the loopback for one on all addresses.
 #[must_use]
 pub fn reachable(mut address: SocketAddr) -> SocketAddr {
@@ -158,10 +185,10 @@ pub fn reachable(mut address: SocketAddr) -> SocketAddr {
 pub(super) fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::ConnectionAborted
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::ConnectionRefused
-            | io::ErrorKind::Interrupted
+        ErrorKind::ConnectionAborted
+            | ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionRefused
+            | ErrorKind::Interrupted
     )
 }
 
@@ -184,11 +211,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_error_of_opening_says_what_to_do() {
+        let held = Listener::open(&Place::Tcp("127.0.0.1:0".parse().unwrap()), false).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        for (place, kind, advice) in [
+            (Place::Tcp(held.address().unwrap().unwrap()), ErrorKind::AddrInUse, "--connect"),
+            (Place::Tcp("192.0.2.1:1".parse().unwrap()), ErrorKind::AddrNotAvailable, "0.0.0.0"),
+            (Place::Unix(file, 0o660), ErrorKind::AlreadyExists, "remove that file"),
+            (
+                Place::Unix(folder.path().join("no/a"), 0o660),
+                ErrorKind::NotFound,
+                "make the folder",
+            ),
+        ] {
+            let error = Listener::open(&place, false).unwrap_err();
+            assert_eq!(error.kind(), kind);
+            let text = error.to_string();
+            assert!(text.contains(". Do: ") && text.contains(advice), "{text}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_port_is_shared_only_by_those_who_say_so() {
         let open = |address, shares| Listener::open(&Place::Tcp(address), shares);
         let first = open("127.0.0.1:0".parse().unwrap(), true).unwrap();
         let address = first.address().unwrap().unwrap();
-        assert_eq!(open(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(open(address, false).unwrap_err().kind(), ErrorKind::AddrInUse);
         let second = open(address, true).unwrap();
         drop(first);
         let _client = TcpStream::connect(address).await.unwrap();

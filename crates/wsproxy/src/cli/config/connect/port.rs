@@ -1,13 +1,18 @@
-//! The ports of the listeners: free, or held by a process that is named where the kernel tells it.
+//! The ports and the unix socket of the listeners: free, or held by a process that is named where the kernel tells it.
 
 use std::{
     fs,
     io::ErrorKind,
     net::{SocketAddr, TcpListener},
+    os::unix::{fs::FileTypeExt, net::UnixStream},
+    path::Path,
 };
 
 use super::Finding;
-use crate::config::Config;
+use crate::{
+    config::Config,
+    http::listener::open::{self, Place},
+};
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let server = &config.server;
@@ -16,7 +21,34 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let admin = config.admin.port.map(|port| {
         ("admin.port", SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port))
     });
-    [main, admin].into_iter().flatten().map(|(key, address)| judge(key, address)).collect()
+    let ports = [main, admin].into_iter().flatten().map(|(key, address)| judge(key, address));
+    let file = server.unix.as_deref().map(|path| judge_file(path, server.unix_mode));
+    file.into_iter().chain(ports).collect()
+}
+
+/// Judges the file of a unix socket, and the folder in which the gateway makes it.
+fn judge_file(path: &Path, mode: u32) -> Finding {
+    let part = "unix";
+    let what = format!("server.unix: {}", path.display());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or_else(|| Path::new("."));
+    let place = Place::Unix(path.to_owned(), mode);
+    let advice = |kind| open::advice(&place, kind).unwrap_or("choose another path");
+    if !folder.is_dir() {
+        let what = format!("{what}: there is no folder {}", folder.display());
+        return Finding::error(part, what, advice(ErrorKind::NotFound));
+    }
+    let found = fs::symlink_metadata(path).ok();
+    match found.map(|found| found.file_type().is_socket()) {
+        Some(false) => {
+            let what = format!("{what}: there is a file that is no socket");
+            Finding::error(part, what, advice(ErrorKind::AlreadyExists))
+        }
+        Some(true) if UnixStream::connect(path).is_ok() => {
+            Finding::ok(part, format!("{what} is in use: a running instance, or another process"))
+        }
+        _ => Finding::ok(part, format!("{what} is free; proxies open it by its mode {mode:04o}")),
+    }
 }
 
 fn judge(key: &'static str, address: SocketAddr) -> Finding {
@@ -44,15 +76,11 @@ fn judge(key: &'static str, address: SocketAddr) -> Finding {
                 Finding::warning(part, format!("{what} is in use"), advice)
             }
         },
-        ErrorKind::PermissionDenied => {
-            let advice = "choose a port from 1024 on, or grant CAP_NET_BIND_SERVICE";
+        kind => {
+            let advice = open::advice(&Place::Tcp(address), kind);
+            let advice = advice.unwrap_or("choose another address or port");
             Finding::error(part, format!("{what}: {error}"), advice)
         }
-        ErrorKind::AddrNotAvailable => {
-            let advice = "choose an address of this machine, or 0.0.0.0 or ::";
-            Finding::error(part, format!("{what} is no address of this machine"), advice)
-        }
-        _ => Finding::error(part, format!("{what}: {error}"), "choose another address or port"),
     }
 }
 
@@ -105,5 +133,18 @@ mod tests {
         assert_eq!(judge("server.port", address).level, Level::Ok);
         let foreign = judge("server.port", "192.0.2.1:8080".parse().unwrap());
         assert_eq!(foreign.level, Level::Error);
+    }
+    #[test]
+    fn the_file_of_a_unix_socket_is_judged_with_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let level = |name: &str| judge_file(&folder.path().join(name), 0o660).level;
+        assert_eq!(level("a.sock"), Level::Ok);
+        assert_eq!(level("no/a.sock"), Level::Error);
+        fs::write(folder.path().join("file"), "").unwrap();
+        assert_eq!(level("file"), Level::Error);
+        let path = folder.path().join("held.sock");
+        let _held = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let found = judge_file(&path, 0o660);
+        assert!(found.level == Level::Ok && found.what.contains("is in use"), "{}", found.what);
     }
 }

@@ -44,7 +44,10 @@ pub(super) fn examine(config: &Config) -> Vec<Finding> {
             ),
             "name the proxies in server.trusted_proxies, or set [tls] where there is none",
         ),
-        _ => Finding::ok(part, format!("{count} networks of proxies are trusted")),
+        _ => {
+            let trusted = server.trusted_proxies.iter().map(ToString::to_string);
+            Finding::ok(part, format!("trusted: {}", trusted.collect::<Vec<_>>().join(", ")))
+        }
     };
     vec![finding]
 }
