@@ -268,18 +268,24 @@ impl Room {
         let now = clock::now();
         let mut state = self.state.lock();
         let record = record::line(join.connection, join.user, join.json);
-        let before = before.map(|before| before.to_string());
-        let mut changes = Vec::new();
         let client = join.client.as_str();
+        let before = before.map(|before| before.to_string());
+        let is_passed_on =
+            before.as_ref().is_some_and(|before| *before != join.connection.to_string());
+        let mut changes = Vec::new();
         let is_joined =
             state.mirror.join_here(client, &record, version, before.as_deref(), &mut changes);
-        if let Some(before) = before.filter(|before| *before != join.connection.to_string()) {
+        if let Some(before) = before.filter(|_| is_passed_on) {
             self.end_replaced(&state, &before, now);
         }
         if !is_joined {
             debug!(room = self.id.as_str(), client, "A join was overtaken by newer news.");
         }
         self.tell_changes(&mut state, changes, now);
+        if is_joined && is_passed_on {
+            // The connection that had the place may have lost it before its last positions were written.
+            state.share_positions_of(client);
+        }
         self.release(state, now);
         is_joined
     }
@@ -434,8 +440,7 @@ impl Room {
         let now = clock::now();
         let mut state = self.state.lock();
         state.mirror.want_reading(now.0);
-        state.positions.owe_all();
-        state.positions.rewrite_all();
+        state.share_positions();
         self.release(state, now);
     }
 
