@@ -290,6 +290,9 @@ impl Mirror {
             }
             _ => {}
         }
+        if std::mem::take(&mut self.replica.state.has_aged) {
+            self.reader.want_positions(now);
+        }
     }
 
     fn replaced(

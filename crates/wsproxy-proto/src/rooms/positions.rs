@@ -105,26 +105,34 @@ impl Positions {
     /// Takes the newest position of an entity. Returns whether it replaces one that was still waiting. Afterwards
     /// [`Self::due`] may be earlier.
     pub fn put(&mut self, client: &str, entity: &str, position: &[u8]) -> bool {
-        let index = self.find(client, entity).unwrap_or_else(|| self.insert(client, entity));
+        let index = self.keep(client, entity, position);
         let Some(entry) = &mut self.entries[index as usize] else { return false };
-        entry.position.clear();
-        entry.position.extend_from_slice(position);
-        let is_replaced = entry.is_waiting;
-        if !entry.is_waiting {
-            entry.is_waiting = true;
+        let is_replaced = std::mem::replace(&mut entry.is_waiting, true);
+        if !is_replaced {
             self.waiting.push(index);
         }
+        is_replaced
+    }
+
+    /// Takes a position that the members here have, and other instances and Redis may lack.
+    pub fn put_for_others(&mut self, client: &str, entity: &str, position: &[u8]) {
+        self.keep(client, entity, position);
+    }
+
+    fn keep(&mut self, client: &str, entity: &str, position: &[u8]) -> u32 {
+        let index = self.find(client, entity).unwrap_or_else(|| self.insert(client, entity));
+        let Some(entry) = &mut self.entries[index as usize] else { return index };
+        entry.position.clear();
+        entry.position.extend_from_slice(position);
         if self.rules.is_shared {
-            if !entry.is_unpublished {
-                entry.is_unpublished = true;
+            if !std::mem::replace(&mut entry.is_unpublished, true) {
                 self.unpublished.push(index);
             }
-            if !entry.is_unwritten {
-                entry.is_unwritten = true;
+            if !std::mem::replace(&mut entry.is_unwritten, true) {
                 self.unwritten.push(index);
             }
         }
-        is_replaced
+        index
     }
 
     /// Forgets an entity that was despawned.
@@ -490,6 +498,18 @@ mod tests {
         assert_eq!(positions.writes_due(), None);
         positions.rewrite_all();
         assert_eq!(tell(positions.take_writes(START + 2 * SECOND)).len(), 2);
+    }
+
+    #[test]
+    fn positions_for_others_are_no_news_here() {
+        let mut positions = positions(TICK);
+        positions.put_for_others("a", "e", b"1");
+        assert_eq!(take(&mut positions, START), (vec![], vec!["a e 1".into()]));
+        assert_eq!(tell(positions.take_writes(START)), ["a e 1"]);
+        positions.put("a", "e", b"2");
+        positions.put_for_others("a", "e", b"2");
+        let both = vec!["a e 2".to_owned()];
+        assert_eq!(take(&mut positions, START + TICK), (both.clone(), both));
     }
 
     #[test]

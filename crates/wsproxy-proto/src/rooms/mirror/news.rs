@@ -61,8 +61,9 @@ impl Replica {
                 self.state.spawn(&client, &entity, &snapshot, limits)?;
             }
             Op::Despawn { client, entity } => drop(self.state.despawn(&client, &entity)),
+            // The member was not known, nor whether the place had passed to another instance: positions are read again.
             Op::Position { client, entity, position } => {
-                self.state.place(&client, &entity, &position, limits)?.is_live = true;
+                self.state.place(&client, &entity, &position, limits)?;
             }
             Op::Join { .. }
             | Op::Leave { .. }

@@ -1,6 +1,6 @@
 //! Readings of a room: when one is due, the news that come meanwhile, and the differences that it shows.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, num::NonZeroU64};
 
 use bytes::Bytes;
 
@@ -132,6 +132,13 @@ impl Reader {
     pub(super) fn want_anew(&mut self, at: u64) {
         self.is_missing_news = true;
         self.wanted = Some(self.wanted.map_or(at, |wanted| wanted.min(at)));
+    }
+
+    /// Wants a reading of positions, unless one is wanted or the first reading of all is to come.
+    pub(super) fn want_positions(&mut self, now: u64) {
+        if self.is_complete {
+            self.positions_at.get_or_insert(now + POSITIONS_AGAIN);
+        }
     }
 
     /// Makes a reading that is under way void.
@@ -489,7 +496,8 @@ impl Mirror {
         for client in missing {
             let Some(member) = self.replica.state.member_mut(&client) else { continue };
             let stays_until = began.and_then(|began| {
-                let until = *member.missing_since.get_or_insert(began) + MISSING_MAX;
+                let since = NonZeroU64::new(began).unwrap_or(NonZeroU64::MIN);
+                let until = member.missing_since.get_or_insert(since).get() + MISSING_MAX;
                 // No client was told of a member that the first reading lacks.
                 let stays = self.reader.is_complete && !member.is_leaving && began < until;
                 stays.then_some(until)

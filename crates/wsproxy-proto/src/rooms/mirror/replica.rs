@@ -1,5 +1,7 @@
 //! Rules by which joins, leaves and replacements change the members of a room. Knows no readings.
 
+use std::num::NonZeroU64;
+
 use crate::rooms::{
     mirror::{
         Change, Limits, Merge, Refused,
@@ -80,7 +82,7 @@ impl Replica {
             if counted == Counted::Next || is_passing {
                 let member = self.put(client, record);
                 (member.joined, member.told) = (version, version);
-                member.missing_since = is_passing.then_some(0);
+                member.missing_since = is_passing.then_some(NonZeroU64::MIN);
                 changes.push(joined(client, record));
             }
             return counted;

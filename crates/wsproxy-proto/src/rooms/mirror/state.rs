@@ -1,7 +1,7 @@
 //! Members of a room with their entities and positions, and the bytes that these take. Knows neither versions nor
 //! readings.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, num::NonZeroU64};
 
 use crate::rooms::{
     mirror::{Limits, Refused},
@@ -19,6 +19,8 @@ pub(super) struct State {
     /// Number of members whose connection is of this instance.
     here: usize,
     bytes: usize,
+    /// The place of a member has passed to another instance, so that positions of it may be such that no store has.
+    pub(super) has_aged: bool,
     /// Frames about the members for newcomers, by client id; empty where there is nothing. Few rooms need it, so it is not in
     /// the members.
     shown: HashMap<Box<str>, Box<[u8]>>,
@@ -29,8 +31,8 @@ pub(super) struct State {
 #[derive(Debug)]
 pub struct Member {
     record: Box<str>,
-    /// Sorted by id.
-    entities: Vec<Entity>,
+    /// Sorted by id. Most members have one or none, for whom a vector would have room for four.
+    entities: Box<[Entity]>,
     is_here: bool,
     /// Presence version at which the member is known to have been there. An earlier leave is of an earlier life.
     pub(super) joined: u64,
@@ -41,8 +43,8 @@ pub struct Member {
     pub(super) own_seen: u64,
     /// Highest number of a connection of this instance of which the channel told that it takes the place.
     pub(super) own_heard: u64,
-    /// Time of the first reading that lacked the member.
-    pub(super) missing_since: Option<u64>,
+    /// Time of the first reading that lacked the member; 1: a time long ago.
+    pub(super) missing_since: Option<NonZeroU64>,
     /// The channel told of the record's connection as a replacement, so a later join on it tells more.
     pub(super) is_replaced: bool,
     /// A connection here has lost the place since the latest reading began. That reading may lack what it changed
@@ -84,7 +86,7 @@ impl Member {
     fn new(record: &str) -> Self {
         Self {
             record: record.into(),
-            entities: Vec::new(),
+            entities: Box::default(),
             is_here: false,
             joined: 0,
             told: 0,
@@ -124,7 +126,7 @@ impl Member {
 
     /// Returns the entities, and the positions without an entity, and forgets the rest.
     pub(super) fn into_entities(self) -> Vec<Entity> {
-        self.entities
+        self.entities.into_vec()
     }
 
     /// Returns the entities, and the positions without an entity, by id.
@@ -140,6 +142,21 @@ impl Member {
 
     fn place(&self, id: &str) -> Result<usize, usize> {
         self.entities.binary_search_by(|entity| (*entity.id).cmp(id))
+    }
+
+    fn insert(&mut self, index: usize, entity: Entity) {
+        let mut entities = std::mem::take(&mut self.entities).into_vec();
+        entities.reserve_exact(1);
+        entities.insert(index, entity);
+        self.entities = entities.into();
+    }
+
+    fn take(&mut self, id: &str) -> Option<Entity> {
+        let index = self.place(id).ok()?;
+        let mut entities = std::mem::take(&mut self.entities).into_vec();
+        let taken = entities.remove(index);
+        self.entities = entities.into();
+        Some(taken)
     }
 
     /// Notes that the connection here has changed an entity, so that older news of it are overtaken.
@@ -329,6 +346,12 @@ impl State {
         let (bytes, here) = (&mut self.bytes, &mut self.here);
         let member = self.members.get_mut(client).expect("it was inserted");
         if *member.record != *record {
+            let old = member.record().connection();
+            if own.is_none() && old.map(|old| old.server) != server_of(record) {
+                // The instance that had the place may have told of positions that were not written any more.
+                member.age_positions();
+                self.has_aged = true;
+            }
             *bytes = *bytes + record.len() - member.record.len();
             member.record = record.into();
         }
@@ -352,7 +375,7 @@ impl State {
         self.bytes -= member.bytes(&client);
         self.hide(&client);
         self.here -= usize::from(member.is_here);
-        for entity in &member.entities {
+        for entity in member.entities() {
             self.bytes -= entity.bytes();
             self.entities -= 1;
             if entity.snapshot.is_some() {
@@ -415,8 +438,7 @@ impl State {
 
     /// Removes an entity with its position. Returns the entity.
     pub(super) fn despawn(&mut self, client: &str, id: &str) -> Option<Entity> {
-        let member = self.members.get_mut(client)?;
-        let entity = member.entities.remove(member.place(id).ok()?);
+        let entity = self.members.get_mut(client)?.take(id)?;
         self.bytes -= entity.bytes();
         self.entities -= 1;
         if entity.snapshot.is_some() {
@@ -466,9 +488,13 @@ impl State {
         }
         self.bytes += entity.bytes();
         self.entities += 1;
-        member.entities.insert(index, entity);
+        member.insert(index, entity);
         Ok(index)
     }
+}
+
+fn server_of(record: &str) -> Option<u64> {
+    Some(Record::parse(record)?.connection()?.server)
 }
 
 fn forget(spawned: &mut HashMap<Box<str>, u32>, id: &str) {
@@ -479,6 +505,9 @@ fn forget(spawned: &mut HashMap<Box<str>, u32>, id: &str) {
         }
     }
 }
+
+// Every connection of a room has one.
+const _: () = assert!(size_of::<Member>() <= 88);
 
 /// Room that a member takes besides its client id and its record, in bytes.
 const MEMBER_BYTES: usize = 128;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use wsproxy_proto::rooms::{
     mirror::{Change, Entity, Limits, Member, Merge, Mirror, Origin, Outcome, Read, Ticket},
-    wire::{self, Connection, Frame, Kind, Record},
+    wire::{Connection, Frame, Kind, Record},
 };
 
 use crate::rooms_state::redis::{Joined, Reader, Redis, entity_message, state_message};
@@ -50,7 +50,7 @@ enum Answer {
 #[derive(Debug)]
 enum Command {
     State { client: String, entity: String, snapshot: Option<Bytes>, message: Bytes, joined: u64 },
-    Position { field: String, position: Bytes, message: Bytes },
+    Position { client: String, entity: String, position: Bytes, message: Bytes },
 }
 
 impl Instance {
@@ -120,6 +120,12 @@ impl Instance {
                 let key = (client.to_owned(), lost.id().to_owned());
                 self.view.write(key, Some(snapshot.to_vec()));
             }
+            let held = mirror.member(client).and_then(|member| member.entity(lost.id()));
+            if held.is_none_or(|held| held.position().is_none())
+                && let Some(position) = lost.position()
+            {
+                _ = mirror.position(Origin::Here, client, lost.id(), position);
+            }
         }
         written.iter().for_each(|(entity, _)| mirror.confirm(client, entity));
         let present = self.snapshots_of(client);
@@ -127,6 +133,20 @@ impl Instance {
         let newer = present.iter().filter(|entity| !written.contains(entity));
         for (entity, _) in newer.chain(written.iter().filter(is_gone)) {
             self.change_again(client, entity);
+        }
+        self.move_again(client);
+    }
+
+    /// Does what `State::put_positions_of` does.
+    fn move_again(&mut self, client: &str) {
+        let member = self.mirror.as_ref().and_then(|mirror| mirror.member(client));
+        let Some(member) = member.filter(|member| member.is_here()) else { return };
+        let connection = member.record().connection().unwrap();
+        for entity in member.entities() {
+            let Some(position) = entity.position().map(Bytes::copy_from_slice) else { continue };
+            let message = state_message(connection, 'p', client, entity.id(), &position);
+            let (client, entity) = (client.to_owned(), entity.id().to_owned());
+            self.pipeline.push_back(Command::Position { client, entity, position, message });
         }
     }
 
@@ -140,6 +160,11 @@ impl Instance {
 
     pub(crate) fn run_leave(&mut self, redis: &mut Redis) -> bool {
         let Some((client, connection)) = self.leaves.pop_front() else { return false };
+        // A position that came behind a leave, a join elsewhere and a join here would stay at others: nothing ends it.
+        let is_moved = |command: &Command| matches!(command, Command::Position { client: of, .. } if *of == client);
+        while self.pipeline.iter().any(is_moved) {
+            self.run_command(redis);
+        }
         redis.leave(&client, &connection.to_string());
         self.forget_room(redis);
         true
@@ -175,9 +200,13 @@ impl Instance {
             'd' => mirror.despawn(Origin::Here, &client, &entity).map(|()| None),
             _ => {
                 if mirror.position(Origin::Here, &client, &entity, data).is_ok() {
-                    let field = wire::field(&client, &entity);
                     let position = Bytes::copy_from_slice(data);
-                    self.pipeline.push_back(Command::Position { field, position, message });
+                    self.pipeline.push_back(Command::Position {
+                        client,
+                        entity,
+                        position,
+                        message,
+                    });
                 }
                 return;
             }
@@ -208,8 +237,9 @@ impl Instance {
                     self.change_again(&client, &entity);
                 }
             }
-            Command::Position { field, position, message } => {
-                redis.positions.insert(field, position);
+            Command::Position { client, entity, position, message } => {
+                let frame = Frame::parse(&message).unwrap().unwrap();
+                redis.position((&client, &entity), &frame.from.to_string(), position);
                 redis.publish(&message);
             }
         }
@@ -230,7 +260,8 @@ impl Instance {
         };
         let position = position.filter(|_| snapshot.is_none()).map(|position| {
             let message = state_message(connection, 'p', client, entity, &position);
-            Command::Position { field: wire::field(client, entity), position, message }
+            let (client, entity) = (client.to_owned(), entity.to_owned());
+            Command::Position { client, entity, position, message }
         });
         mirror.confirm(client, entity);
         let (client, entity) = (client.to_owned(), entity.to_owned());
@@ -267,7 +298,13 @@ impl Instance {
                     "d" if mirror.despawn(channel, client, entity).is_ok() => {
                         self.view.write(key, None);
                     }
-                    "p" => _ = mirror.position(channel, client, entity, data),
+                    // Of a member that is elsewhere by now the instance tells what is old.
+                    "p" if mirror.member(client).is_none_or(|member| {
+                        member.record().connection().unwrap().server == frame.from.server
+                    }) =>
+                    {
+                        _ = mirror.position(channel, client, entity, data);
+                    }
                     _ => {}
                 }
             }
@@ -313,6 +350,9 @@ impl Instance {
                 let is_again = written.is_some();
                 let is_held = self.finish_join(&client, &record, is_again, &joined, &mut changes);
                 self.tell(std::mem::take(&mut changes));
+                if is_held && matches!(joined, Joined::Member { before: Some(_), .. }) {
+                    self.move_again(&client);
+                }
                 if let Some(written) = written.filter(|_| is_held) {
                     self.joined_again(&client, &written);
                 }
@@ -397,7 +437,15 @@ impl Instance {
             self.view.begin(mirror);
             return;
         }
+        let left: Vec<_> = changes
+            .iter()
+            .filter_map(|change| match change {
+                Change::Left { client, .. } => Some(client.clone()),
+                _ => None,
+            })
+            .collect();
         changes.into_iter().for_each(|change| self.view.see(change, mirror));
+        left.iter().for_each(|client| self.move_again(client));
     }
 
     /// Loses the link of subscriptions, with all messages that are on their way.
@@ -413,6 +461,8 @@ impl Instance {
         if let Some(mirror) = &mut self.mirror {
             mirror.want_reading(redis.now);
         }
+        let clients: Vec<String> = self.here.keys().cloned().collect();
+        clients.iter().for_each(|client| self.move_again(client));
     }
 
     pub(crate) fn link(&mut self, redis: &mut Redis) {

@@ -1,4 +1,4 @@
-//! Model of the three scripts of rooms, of the hashes behind them and of the channel, with the truth about members.
+//! Model of the four scripts of rooms, of the hashes behind them and of the channel, with the truth about members.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -133,6 +133,14 @@ impl Redis {
         }
         self.publish(message);
         true
+    }
+
+    /// Does what `room_positions.lua` does for one position: it is written where the connection still holds its place.
+    pub(crate) fn position(&mut self, (client, entity): (&str, &str), from: &str, position: Bytes) {
+        let held = self.members.get(client).map(|record| Record::parse(record).unwrap().connection);
+        if held == Some(from) {
+            self.positions.insert(wire::field(client, entity), position);
+        }
     }
 
     pub(crate) fn publish(&mut self, message: &Bytes) {

@@ -268,18 +268,24 @@ impl Room {
         let now = clock::now();
         let mut state = self.state.lock();
         let record = record::line(join.connection, join.user, join.json);
-        let before = before.map(|before| before.to_string());
-        let mut changes = Vec::new();
         let client = join.client.as_str();
+        let before = before.map(|before| before.to_string());
+        let is_passed_on =
+            before.as_ref().is_some_and(|before| *before != join.connection.to_string());
+        let mut changes = Vec::new();
         let is_joined =
             state.mirror.join_here(client, &record, version, before.as_deref(), &mut changes);
-        if let Some(before) = before.filter(|before| *before != join.connection.to_string()) {
+        if let Some(before) = before.filter(|_| is_passed_on) {
             self.end_replaced(&state, &before, now);
         }
         if !is_joined {
             debug!(room = self.id.as_str(), client, "A join was overtaken by newer news.");
         }
         self.tell_changes(&mut state, changes, now);
+        if is_joined && is_passed_on {
+            // The connection that had the place may have lost it before its last positions were written.
+            state.share_positions_of(client);
+        }
         self.release(state, now);
         is_joined
     }
@@ -341,21 +347,23 @@ impl Room {
         Some(Arc::clone(&member.link))
     }
 
-    /// Returns the members of this instance with their connections.
-    pub(super) fn here(&self) -> Vec<Here> {
-        let members: Vec<_> = {
-            let state = self.state.lock();
-            let of = |member: &MemberHere| {
-                Some((member.membership.upgrade()?, Arc::clone(&member.link)))
-            };
-            state.members.iter().filter_map(of).collect()
-        };
+    /// Returns at most `most` members of this instance that `is_wanted` chooses, with their connections.
+    pub(super) fn here(&self, most: usize, is_wanted: impl Fn(&Id) -> bool) -> Vec<Here> {
+        let members = self.memberships_with_links();
         // Behind the lock, since a membership may have got its last owner here.
         let of = |(membership, link): (Arc<Membership>, Arc<Link>)| {
             let (user, client) = (membership.user.clone(), membership.client.clone());
             Here { room: self.id.clone(), user, client, link }
         };
-        members.into_iter().map(of).collect()
+        let wanted = members.into_iter().filter(|(membership, _)| is_wanted(&membership.user));
+        wanted.take(most).map(of).collect()
+    }
+
+    fn memberships_with_links(&self) -> Vec<(Arc<Membership>, Arc<Link>)> {
+        let state = self.state.lock();
+        let of =
+            |member: &MemberHere| Some((member.membership.upgrade()?, Arc::clone(&member.link)));
+        state.members.iter().filter_map(of).collect()
     }
 
     /// Returns the memberships of this instance.
@@ -432,8 +440,7 @@ impl Room {
         let now = clock::now();
         let mut state = self.state.lock();
         state.mirror.want_reading(now.0);
-        state.positions.owe_all();
-        state.positions.rewrite_all();
+        state.share_positions();
         self.release(state, now);
     }
 

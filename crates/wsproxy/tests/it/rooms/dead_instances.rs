@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::{
     rooms::{
         hostile::assert_alternate,
-        room_client::{RoomClient, binary},
+        room_client::{RoomClient, binary, binary_with},
     },
     support::{binary::Binary, eventually_yes, redis_server::RedisServer},
 };
@@ -90,7 +90,10 @@ async fn a_thousand_members_of_a_frozen_instance_are_where_they_last_joined() {
 /// An instance with so many members stands still for 22 s, and half of them come back elsewhere.
 async fn freeze(count: usize) {
     let redis = RedisServer::start();
-    let (frozen, one, two) = tokio::join!(binary(&redis), binary(&redis), binary(&redis));
+    // Clients that the test does not read answer no ping, and a thousand take a while to join.
+    let patient = [("HEARTBEAT_TIMEOUT", "1h")];
+    let start = || binary_with(&redis, &patient);
+    let (frozen, one, two) = tokio::join!(start(), start(), start());
     let (mut first, mut second) = (join(&one, "first").await, join(&two, "second").await);
     assert_eq!(first.told().await, "join second");
     let names: Vec<_> = (0..count).map(|number| format!("c{number:04}")).collect();

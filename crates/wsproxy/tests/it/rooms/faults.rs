@@ -337,6 +337,43 @@ async fn changes_that_were_lost_on_their_way_are_told_again() {
     assert_eq!(near.told().await, "join late");
 }
 
+/// The end of an entity is refused, and its client moves something of the same name before that end is told.
+#[tokio::test]
+async fn a_position_behind_an_end_that_was_refused_stays() {
+    let server = RedisServer::start();
+    let (one, two) = (start(server.url()).await, start(server.url()).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut near = RoomClient::join(&one, "near").await;
+    let mut far = RoomClient::join(&two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    ann.send(json!({ "entitySpawn": { "entityId": "e", "templateId": "t" } })).await;
+    for member in [&mut near, &mut far] {
+        assert_eq!(member.told().await, "spawn e of ann");
+    }
+    refuse_writes(&server, true);
+    ann.send(json!({ "entityDespawn": { "entityId": "e" } })).await;
+    ann.send(position("e", 7.0)).await;
+    for words in ["despawn e of ann", "move e of ann to 7"] {
+        assert_eq!(near.told().await, words);
+    }
+    assert_eq!(far.told().await, "move e of ann to 7");
+    refuse_writes(&server, false);
+    // Positions are published again with what is owed.
+    let again = far.told_until("despawn e of ann").await;
+    assert!(again.iter().all(|words| words == "move e of ann to 7"), "{again:?}");
+    assert_eq!(far.told().await, "move e of ann to 7");
+    let is_written = || server.call(&["HEXISTS", "{room:lobby}:positions", "ann e"]).integer() == 1;
+    eventually("the position is written again", is_written).await;
+    for at in [&two, &start(server.url()).await] {
+        let late = RoomClient::join(at, "late").await;
+        let entities = late.hello["initialState"]["entities"].as_array().unwrap();
+        assert_eq!(entities.len(), 1, "{entities:?}");
+        assert_eq!((&entities[0]["id"], &entities[0]["position"]["x"]), (&json!("e"), &json!(7.0)));
+        assert_eq!(entities[0].get("templateId"), None);
+        late.client.close().await;
+    }
+}
+
 #[tokio::test]
 async fn a_change_that_was_refused_is_told_once_its_client_is_back() {
     let server = RedisServer::start();

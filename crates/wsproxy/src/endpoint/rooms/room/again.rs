@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use wsproxy_conn::clock::{self, Micros};
 use wsproxy_proto::rooms::{
-    mirror::{Entity, Origin},
+    mirror::{Entity, Member, Origin},
     wire, write,
 };
 
@@ -125,7 +125,7 @@ impl Room {
         drop(self.publish(state, member, (payload, keep), publish));
         if let Some(position) = position.filter(|_| is_end) {
             // The entity is over, but the client has moved something of its name since. The end takes that position too.
-            state.positions.put(client, entity, &position);
+            state.positions.put_for_others(client, entity, &position);
         }
     }
 
@@ -155,14 +155,36 @@ impl State {
         snapshots.collect()
     }
 
-    /// Has the positions of a member here published and written again.
+    /// Has the positions of a member here sent to all, and written again.
     pub(super) fn put_positions_of(&mut self, client: &str) {
         let Self { mirror, positions, .. } = self;
-        let member = mirror.member(client).filter(|member| member.is_here());
-        for entity in member.into_iter().flat_map(|member| member.entities()) {
-            if let Some(position) = entity.position() {
-                positions.put(client, entity.id(), position);
+        for (entity, position) in positions_of(mirror.member(client)) {
+            positions.put(client, entity, position);
+        }
+    }
+
+    /// Has the positions of a member here published and written again, which the others here have.
+    pub(super) fn share_positions_of(&mut self, client: &str) {
+        let Self { mirror, positions, .. } = self;
+        for (entity, position) in positions_of(mirror.member(client)) {
+            positions.put_for_others(client, entity, position);
+        }
+    }
+
+    /// Has the positions of all members here published and written again.
+    pub(super) fn share_positions(&mut self) {
+        let Self { mirror, positions, .. } = self;
+        for (client, member) in mirror.members() {
+            for (entity, position) in positions_of(Some(member)) {
+                positions.put_for_others(client, entity, position);
             }
         }
     }
+}
+
+/// Returns the entities of a member here that have a position.
+fn positions_of(member: Option<&Member>) -> impl Iterator<Item = (&str, &[u8])> {
+    let member = member.filter(|member| member.is_here());
+    let entities = member.into_iter().flat_map(|member| member.entities());
+    entities.filter_map(|entity| Some((entity.id(), entity.position()?)))
 }
