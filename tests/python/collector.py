@@ -1,11 +1,12 @@
 """A collector of OTLP over HTTP for the tests: decodes requests with opentelemetry-proto and writes a line of JSON for each span.
 
-    collector.py PORT FILE
+    collector.py PORT FILE [CERTIFICATE KEY]
 
-`PUT /behaviour` with {"status", "retry_after", "delay", "rejected"} changes the answers to further requests.
+`PUT /behaviour` with {"status", "retry_after", "delay", "rejected", "page"} changes the answers to further requests.
 """
 
 import json
+import ssl
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         status = behaviour.get("status", 200)
         if status >= 300:
             return self.answer(status, b"", {"Retry-After": behaviour["retry_after"]} if "retry_after" in behaviour else {})
+        if behaviour.get("page"):
+            return self.answer(200, b"<!doctype html><title>Sign in</title>", {"Content-Type": "text/html; charset=utf-8"})
         assert self.headers["Content-Type"] == "application/x-protobuf", self.headers["Content-Type"]
         with open(self.server.file, "a") as file:
             for span in spans_of(body):
@@ -92,4 +95,9 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
     server.behaviour, server.requests, server.file = {}, 0, sys.argv[2]
+    if len(sys.argv) > 3:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*sys.argv[3:])
+        # A client that refuses the certificate ends its own connection, in its own thread.
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     server.serve_forever()

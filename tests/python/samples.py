@@ -23,10 +23,11 @@ def program(name):
 class Certificate:
     """A certificate for localhost that vouches for itself, as files of every form that a program wants."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *extensions):
         self.cert, self.key, self.both = (folder / name for name in ["fullchain.pem", "privkey.pem", "wsproxy.pem"])
         command = [program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
         command += ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        command += [word for extension in extensions for word in ("-addext", extension)]
         subprocess.run([*command, "-keyout", self.key, "-out", self.cert], check=True, capture_output=True)
         self.both.write_text(self.cert.read_text() + self.key.read_text())
         self.context = ssl.create_default_context(cafile=self.cert)

@@ -14,6 +14,7 @@ import time
 import httpx
 import pytest
 from conftest import ROOT, Process, free_port, until
+from samples import Certificate
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -27,18 +28,23 @@ SERVER, INTERNAL, CLIENT, PRODUCER = 2, 1, 3, 4
 
 
 class Collector:
-    def __init__(self, folder):
+    def __init__(self, folder, certificate=None):
         self.port, self.file = free_port(), folder / "spans.jsonl"
-        self.http = f"http://127.0.0.1:{self.port}"
+        self.http = f"{'https' if certificate else 'http'}://localhost:{self.port}"
+        self.verify = certificate.context if certificate else True
         command = [sys.executable, str(HERE / "collector.py"), str(self.port), str(self.file)]
+        command += [str(certificate.cert), str(certificate.key)] if certificate else []
         self.process = Process("collector", command, folder)
-        self.process.ready("collector", lambda: httpx.get(self.http).status_code == 200)
+        self.process.ready("collector", lambda: self.ask("GET").status_code == 200)
+
+    def ask(self, method, **options):
+        return httpx.request(method, self.http, verify=self.verify, **options)
 
     def behave(self, **behaviour):
-        httpx.put(self.http, json=behaviour)
+        self.ask("PUT", json=behaviour)
 
     def requests(self):
-        return int(httpx.get(self.http).text)
+        return int(self.ask("GET").text)
 
     def spans(self):
         if not self.file.exists():
@@ -407,6 +413,42 @@ def test_spans_come_again_after_an_outage(start_traced, collector):
     requests = collector.requests()
     gateway.process.stop()
     assert collector.requests() == requests
+
+
+def test_a_page_in_place_of_a_collector_takes_no_spans(start_traced, collector):
+    gateway = start_traced()
+    collector.behave(page=True)
+    api(gateway, "GET", "info")
+    until("the refusal", lambda: metric(gateway, 'trace_spans_dropped_total{reason="refused"}') == 1)
+    assert metric(gateway, "trace_spans_sent_total") == 0
+    until("the line", lambda: "the answer is a web page" in gateway.process.output())
+
+
+def test_an_encrypted_collector_needs_a_known_certificate(start_gateway, tmp_path):
+    # The gateway takes no certificate of an authority for that of a server.
+    certificate = Certificate(tmp_path, "basicConstraints=critical,CA:FALSE")
+    collector = Collector(tmp_path, certificate)
+    settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http, "OTEL_BSP_SCHEDULE_DELAY": "50", "WSPROXY_API__KEYS": KEY}
+    try:
+        trusting = start_gateway(**settings, OTEL_EXPORTER_OTLP_CERTIFICATE=str(certificate.cert))
+        api(trusting, "GET", "info")
+        root, _ = collector.root("GET /api/v1/info")
+        assert root["path"] == "/v1/traces"
+        until("the count", lambda: metric(trusting, "trace_spans_sent_total") == 1)
+        # Without the file its certificate is unknown, and no span leaves.
+        distrusting = start_gateway(**settings, OTEL_BSP_EXPORT_TIMEOUT="1000")
+        api(distrusting, "GET", "info")
+        until("the drop", lambda: metric(distrusting, 'trace_spans_dropped_total{reason="unsent"}') == 1)
+        assert "The collector does not take spans." in distrusting.process.output()
+        assert len(collector.spans()) == 1
+        # A listener that never answers the handshake.
+        collector.freeze()
+        api(trusting, "GET", "info")
+        begun = time.monotonic()
+        assert trusting.process.stop() == 0
+        assert time.monotonic() - begun < 10
+    finally:
+        collector.stop()
 
 
 @pytest.mark.asyncio

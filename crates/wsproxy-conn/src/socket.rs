@@ -17,8 +17,10 @@ use tokio::{
 };
 
 pub mod tls;
+pub mod unix;
 
 use tls::TlsSocket;
+use unix::UnixSocket;
 
 /// Stream socket that its own task reads and that any task writes, without `&mut`.
 #[derive(Debug)]
@@ -26,7 +28,7 @@ pub enum Socket {
     /// TCP, to a client, a proxy or a server.
     Tcp(TcpStream),
     /// A unix socket, to a proxy on the same machine. Boxed, so that TCP sockets are smaller.
-    Unix(Box<UnixStream>),
+    Unix(Box<UnixSocket>),
     /// TLS over TCP. Boxed for the same reason.
     Tls(Box<TlsSocket>),
 }
@@ -45,7 +47,7 @@ impl From<TcpStream> for Socket {
 
 impl From<UnixStream> for Socket {
     fn from(stream: UnixStream) -> Self {
-        Self::Unix(Box::new(stream))
+        Self::Unix(Box::new(UnixSocket::new(stream)))
     }
 }
 
@@ -59,8 +61,9 @@ impl Socket {
             Self::Tcp(stream) => {
                 read_some(buffer, stream.into(), |read| stream.try_io(Interest::READABLE, read))
             }
-            Self::Unix(stream) => {
-                let socket = SockRef::from(&**stream);
+            Self::Unix(socket) => {
+                let stream = &socket.stream;
+                let socket = SockRef::from(stream);
                 read_some(buffer, socket, |read| stream.try_io(Interest::READABLE, read))
             }
             Self::Tls(socket) => socket.try_read(buffer),
@@ -78,7 +81,8 @@ impl Socket {
                 Self::Tcp(stream) => {
                     stream.try_io(Interest::READABLE, || peek(stream.as_fd(), buffer))
                 }
-                Self::Unix(stream) => {
+                Self::Unix(socket) => {
+                    let stream = &socket.stream;
                     stream.try_io(Interest::READABLE, || peek(stream.as_fd(), buffer))
                 }
                 Self::Tls(_) => Err(io::ErrorKind::Unsupported.into()),
@@ -105,7 +109,7 @@ impl Socket {
     pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.try_write(bytes),
-            Self::Unix(stream) => stream.try_write(bytes),
+            Self::Unix(socket) => socket.try_write_vectored(&[IoSlice::new(bytes)]),
             Self::Tls(socket) => socket.try_write_vectored(&[IoSlice::new(bytes)]),
         }
     }
@@ -117,7 +121,7 @@ impl Socket {
     pub fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.try_write_vectored(slices),
-            Self::Unix(stream) => stream.try_write_vectored(slices),
+            Self::Unix(socket) => socket.try_write_vectored(slices),
             Self::Tls(socket) => socket.try_write_vectored(slices),
         }
     }
@@ -129,7 +133,7 @@ impl Socket {
     pub fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => stream.poll_read_ready(cx),
-            Self::Unix(stream) => stream.poll_read_ready(cx),
+            Self::Unix(socket) => socket.stream.poll_read_ready(cx),
             Self::Tls(socket) => socket.poll_read_ready(cx),
         }
     }
@@ -137,11 +141,12 @@ impl Socket {
     /// Returns whether a write is worth trying. Registers the waker of the task where it is not.
     ///
     /// # Errors
-    /// The runtime is shutting down.
+    /// The runtime is shutting down. [`io::ErrorKind::TimedOut`]: the peer at a unix socket has taken nothing for the time
+    /// of [`Self::set_unacknowledged_max`].
     pub fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => stream.poll_write_ready(cx),
-            Self::Unix(stream) => stream.poll_write_ready(cx),
+            Self::Unix(socket) => socket.poll_write_ready(cx),
             Self::Tls(socket) => socket.stream.poll_write_ready(cx),
         }
     }
@@ -201,6 +206,9 @@ impl Socket {
     /// # Errors
     /// The kernel refused the option.
     pub fn set_unacknowledged_max(&self, unacknowledged_max: Duration) -> io::Result<()> {
+        if let Self::Unix(socket) = self {
+            socket.set_unacknowledged_max(unacknowledged_max);
+        }
         #[cfg(target_os = "linux")]
         if let Some(stream) = self.tcp() {
             SockRef::from(stream).set_tcp_user_timeout(Some(unacknowledged_max))?;
@@ -219,7 +227,7 @@ impl Socket {
     fn with_ref<T>(&self, f: impl FnOnce(SockRef<'_>) -> T) -> T {
         match self {
             Self::Tcp(stream) => f(SockRef::from(stream)),
-            Self::Unix(stream) => f(SockRef::from(&**stream)),
+            Self::Unix(socket) => f(SockRef::from(&socket.stream)),
             Self::Tls(socket) => f(SockRef::from(&socket.stream)),
         }
     }
@@ -234,7 +242,7 @@ impl AsyncRead for Socket {
     ) -> Poll<io::Result<()>> {
         let socket = match self.get_mut() {
             Self::Tcp(stream) => return Pin::new(stream).poll_read(cx, buffer),
-            Self::Unix(stream) => return Pin::new(&mut **stream).poll_read(cx, buffer),
+            Self::Unix(socket) => return Pin::new(&mut socket.stream).poll_read(cx, buffer),
             Self::Tls(socket) => socket,
         };
         loop {
@@ -259,7 +267,7 @@ impl AsyncWrite for Socket {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Unix(stream) => Pin::new(&mut **stream).poll_write(cx, bytes),
+            Self::Unix(socket) => socket.poll_write_vectored(cx, &[IoSlice::new(bytes)]),
             Self::Tls(socket) => socket.poll_write_vectored(cx, &[IoSlice::new(bytes)]),
         }
     }
@@ -271,7 +279,7 @@ impl AsyncWrite for Socket {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Self::Unix(stream) => Pin::new(&mut **stream).poll_write_vectored(cx, slices),
+            Self::Unix(socket) => socket.poll_write_vectored(cx, slices),
             Self::Tls(socket) => socket.poll_write_vectored(cx, slices),
         }
     }
@@ -288,7 +296,7 @@ impl AsyncWrite for Socket {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(&mut **stream).poll_shutdown(cx),
+            Self::Unix(socket) => Pin::new(&mut socket.stream).poll_shutdown(cx),
             tls @ Self::Tls(_) => tls.poll_finish_writing(cx).map(Ok),
         }
     }

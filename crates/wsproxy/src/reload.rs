@@ -163,8 +163,13 @@ impl Reloader {
         let config = merged(in_force, &read);
         load::check_again(&config)?;
         let next = self.parts(config, origins).map_err(|message| one_problem("", message))?;
+        std::thread::sleep(SETTLE);
         if let Some(path) = path {
             check_settled(&path, before)?;
+        }
+        // The issuers of a certificate come last: without them, a chain that is being written looks whole.
+        if next.pair.as_ref().is_some_and(|pair| !pair.has_settled()) {
+            return Err(one_problem("tls.certificate", CHANGING.to_owned()));
         }
         let changes = self.changes(in_force, &read, &next);
         Ok((Reloaded { changes, warnings }, next))
@@ -266,13 +271,14 @@ struct Next {
 
 /// Checks that the file did not change while it was read: a part of it may be valid, and would reset all other keys.
 fn check_settled(path: &Path, before: Option<Option<Vec<u8>>>) -> Result<(), Problems> {
-    std::thread::sleep(SETTLE);
     let is_settled = match (before, contents(path)) {
         (Some(Some(before)), Some(after)) => before == after,
         _ => false,
     };
-    let message = "has changed while it was read: reload again once it is written".to_owned();
-    if is_settled { Ok(()) } else { Err(one_problem(&path.display().to_string(), message)) }
+    match is_settled {
+        true => Ok(()),
+        false => Err(one_problem(&path.display().to_string(), CHANGING.to_owned())),
+    }
 }
 
 fn contents(path: &Path) -> Option<Vec<u8>> {
@@ -303,7 +309,10 @@ fn now() -> i64 {
 /// Upper bound of the time that one answer waits for earlier reloads, and again for the files.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
-/// Time for which the file must stay as it was read.
+/// Problem of a file that is being written.
+const CHANGING: &str = "has changed while it was read: reload again once it is written";
+
+/// Time for which the files must stay as they were read.
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// Problems of one reload that are logged, each on a line.

@@ -12,8 +12,7 @@ use serde_json::Value;
 
 use super::{
     exit::Failure,
-    health,
-    http::{self, HttpPlace},
+    http::{self, HttpPlace, Question},
     settings::{CliSettings, Everything},
 };
 use crate::{
@@ -29,7 +28,8 @@ use crate::{
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLE)]
 pub(super) struct ReloadArgs {
-    /// URL of the instance, such as http://127.0.0.1:9090. Default: the configured port on this machine.
+    /// URL of the instance, such as http://127.0.0.1:9090, or http://unix:/file.sock over a unix socket. Default: the
+    /// configured port or unix socket on this machine.
     #[arg(long, value_name = "URL", requires = "key_file")]
     url: Option<String>,
     /// File with an API key of the scope admin. Default: the first such key of the configuration.
@@ -50,19 +50,18 @@ pub(super) fn run(args: ReloadArgs) -> anyhow::Result<()> {
         keys.map_err(|problem| anyhow!("the key {problem}").context(Failure::Data))
     });
     let key = key.transpose()?.and_then(|keys| keys.into_iter().next());
-    let (url, key, certificate) = match (url, key) {
-        (Some(url), Some(key)) => (url, key, None),
+    let (place, key, certificate) = match (url, key) {
+        (Some(url), Some(key)) => (HttpPlace::read(&url).context(Failure::Data)?, key, None),
         (_, key) => {
             let config: Config = settings.load()?.config;
             let key = match key {
                 Some(key) => key,
                 None => admin_key(&config.api)?,
             };
-            check_place(&config)?;
-            (health::own_url(&config), key, config.tls.certificate)
+            (HttpPlace::own(&config), key, config.tls.certificate)
         }
     };
-    let url = format!("{}/api/v1/reload", url.trim_end_matches('/'));
+    let place = place.route("/api/v1/reload");
     let trust = || {
         // An own certificate names hosts, and not the address of this machine: the certificate itself is compared.
         let config = match &certificate {
@@ -71,15 +70,11 @@ pub(super) fn run(args: ReloadArgs) -> anyhow::Result<()> {
         };
         config.map_err(anyhow::Error::msg)
     };
-    let place = HttpPlace::read(&url).context(Failure::Data)?;
-    let HttpPlace { host, path, .. } = &place;
-    let request = format!(
-        "POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {}\r\nContent-Length: 0\r\n\
-         Connection: close\r\n\r\n",
-        key.expose_secret()
-    );
-    let answer = place.exchange(&request, trust, TIME_MAX, http::read_answer);
-    let (status, body) = answer.with_context(|| format!("{url} does not answer"))?;
+    let key = key.expose_secret();
+    let headers = &format!("Authorization: Bearer {key}\r\nContent-Length: 0\r\n");
+    let question = Question { method: "POST", headers, time_max: TIME_MAX };
+    let answer = place.ask(&question, trust, http::read_answer);
+    let (status, body) = answer.with_context(|| format!("{place} does not answer"))?;
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     if json {
         super::print(&format!("{body:#}\n"))?;
@@ -88,22 +83,6 @@ pub(super) fn run(args: ReloadArgs) -> anyhow::Result<()> {
         return Err(failure(status, &body));
     }
     if json { Ok(()) } else { super::print(&text(&body)) }
-}
-
-/// Refuses a configuration of whose instance no port can be asked: without `admin.port` the API is where clients come.
-fn check_place(config: &Config) -> anyhow::Result<()> {
-    let server = &config.server;
-    let why = if config.admin.port.is_some() {
-        return Ok(());
-    } else if server.unix.is_some() {
-        "the instance listens on a unix socket only"
-    } else if server.proxy_protocol && health::own_peer(config).is_trusted(&server.trusted_proxies)
-    {
-        "the clients' port wants a header of the PROXY protocol"
-    } else {
-        return Ok(());
-    };
-    Err(anyhow!("{why}: set admin.port, or send SIGHUP").context(Failure::Config))
 }
 
 /// Returns a key with the scope `admin`.

@@ -154,6 +154,16 @@ impl EventStreamOutbox {
         self.state.lock().closed
     }
 
+    /// Returns the end that waits to be taken, if any.
+    #[must_use]
+    pub fn ending(&self) -> Option<EventStreamEnding> {
+        let state = self.state.lock();
+        state.entries.iter().rev().find_map(|entry| match entry {
+            EventStreamEntry::End(ending) => Some(ending.clone()),
+            _ => None,
+        })
+    }
+
     /// Queues a message. `since` is the time at which it was read from the bus, or [`Micros::UNTIMED`].
     pub fn push(&self, message: Bytes, since: Micros) {
         self.queue(EventStreamEntry::Message(message, since));

@@ -78,3 +78,38 @@ impl Drop for Registered {
         drop(removed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use wsproxy_conn::clock::Micros;
+
+    use super::*;
+
+    #[test]
+    fn the_stream_with_the_most_stalled_bytes_is_cut_off() {
+        let (runtime, streams) =
+            (Runtime::new(1 << 20, Micros(0)), Arc::new(OpenStreams::default()));
+        let open = |stalled| {
+            let outbox = EventStreamOutbox::new(Uuid::now_v7(), 1000, Arc::clone(&runtime), None);
+            outbox.set_stalled(stalled);
+            (streams.add(&outbox), outbox)
+        };
+        let [worst, other, healthy] = [700_000, 500_000, 0].map(open);
+        let is_cut = |(_, outbox): &(Registered, Arc<EventStreamOutbox>)| {
+            outbox.wait_aborted().now_or_never().is_some()
+        };
+        streams.cut_off(&runtime);
+        assert_eq!([&worst, &other, &healthy].map(is_cut), [true, false, false]);
+        assert!(worst.1.is_closed() && !other.1.is_closed());
+        assert_eq!(runtime.budget.used(), 500_000, "these bytes end no other stream");
+        streams.cut_off(&runtime);
+        assert_eq!([&worst, &other, &healthy].map(is_cut), [false; 3]);
+        // All of them, where no stream alone is enough.
+        for (_, outbox) in [&worst, &other, &healthy] {
+            outbox.set_stalled(1 << 20);
+        }
+        streams.cut_off(&runtime);
+        assert_eq!([&worst, &other, &healthy].map(is_cut).iter().filter(|is| **is).count(), 2);
+    }
+}

@@ -204,17 +204,18 @@ impl Rooms {
         self.table.get(room).is_some_and(|room| room.cut(client))
     }
 
-    /// Returns the members of a room at this instance.
+    /// Returns at most `most` members of a room at this instance.
     #[must_use]
-    pub fn here(&self, room: &Id) -> Vec<Here> {
-        self.table.get(room).map(|room| room.here()).unwrap_or_default()
+    pub fn here(&self, room: &Id, most: usize) -> Vec<Here> {
+        self.table.get(room).map(|room| room.here(most, |_| true)).unwrap_or_default()
     }
 
-    /// Returns the memberships of a user at this instance.
+    /// Returns at most `most` memberships of a user at this instance.
     #[must_use]
-    pub fn here_of(&self, user: &Id) -> Vec<Here> {
+    pub fn here_of(&self, user: &Id, most: usize) -> Vec<Here> {
         let all = self.table.all();
-        all.iter().flat_map(|room| room.here()).filter(|member| member.user == *user).collect()
+        let of_user = all.iter().flat_map(|room| room.here(most, |member| member == user));
+        of_user.take(most).collect()
     }
 
     /// Counts reliable messages that are given up.

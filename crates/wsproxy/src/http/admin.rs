@@ -87,16 +87,22 @@ fn health(
         body["server_id"] = (*core.server_id).into();
         body["version"] = env!("CARGO_PKG_VERSION").into();
         body["uptime_seconds"] = core.uptime().as_secs().into();
-        body["bus"] = json!({
-            "kind": core.bus.kind(),
-            "connected": status.connected,
-            "subscribed": status.subscribed,
-            "channels": status.channels,
-            "writable": status.refusal.is_none(),
-            "error": status.last_error.as_deref().or_else(|| status.refusal.map(NotDone::reason)),
-        });
+        body["bus"] = bus_members(&core);
     }
     (if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body))
+}
+
+/// Returns the state of the bus for operators.
+pub(super) fn bus_members(core: &Core) -> Value {
+    let status = core.bus.status();
+    json!({
+        "kind": core.bus.kind(),
+        "connected": status.connected,
+        "subscribed": status.subscribed,
+        "channels": status.channels,
+        "writable": status.refusal.is_none(),
+        "error": status.last_error.as_deref().or_else(|| status.refusal.map(NotDone::reason)),
+    })
 }
 
 /// Returns whether the bus is connected, subscribed and accepts writes.

@@ -24,6 +24,7 @@ use crate::{
     config::api_key::{Scope, Scopes},
     core::Core,
     http::{
+        admin,
         handshake::{self, credentials},
         rejection::Rejection,
     },
@@ -216,18 +217,18 @@ impl IntoResponse for Rejection {
 }
 
 async fn info(_worker: Worker, State(core): State<Arc<Core>>) -> Json<serde_json::Value> {
-    let status = core.bus.status();
-    Json(json!({
+    Json(about(&core))
+}
+
+/// Returns what an operator is told of the instance as a whole.
+pub(crate) fn about(core: &Core) -> serde_json::Value {
+    json!({
         "server_id": &*core.server_id,
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": core.uptime().as_secs(),
         "connections": { "active": core.seats.taken(), "max": core.seats.max() },
-        "bus": {
-            "kind": core.bus.kind(),
-            "connected": status.connected,
-            "channels": status.channels,
-        },
-    }))
+        "bus": admin::bus_members(core),
+    })
 }
 
 async fn openapi() -> ([(header::HeaderName, &'static str); 1], &'static str) {

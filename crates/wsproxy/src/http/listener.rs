@@ -315,7 +315,9 @@ fn answer_at_once(socket: Socket, answer: &[u8]) {
     // The runtime does not know yet that the socket takes bytes, so it is written without the runtime.
     let _ = match socket {
         Socket::Tcp(stream) => stream.into_std().and_then(|stream| exchange(stream, answer)),
-        Socket::Unix(stream) => stream.into_std().and_then(|stream| exchange(stream, answer)),
+        Socket::Unix(socket) => {
+            socket.into_inner().into_std().and_then(|stream| exchange(stream, answer))
+        }
         Socket::Tls(_) => Ok(0),
     };
 }

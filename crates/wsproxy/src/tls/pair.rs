@@ -169,6 +169,13 @@ impl NewPair {
         let in_use = InUse { config: Arc::new(config), fingerprint: files.fingerprint() };
         Ok(Self { certificate: certificate.to_owned(), key: key.to_owned(), in_use })
     }
+
+    /// Returns whether the files still hold this pair. Blocks.
+    #[must_use]
+    pub fn has_settled(&self) -> bool {
+        let files = Files::read(&self.certificate, &self.key);
+        files.is_ok_and(|files| files.fingerprint() == self.in_use.fingerprint)
+    }
 }
 
 impl Looks {

@@ -51,6 +51,8 @@ pub(super) struct Exporter {
 enum ExportError {
     #[error(transparent)]
     Outbound(#[from] OutboundError),
+    #[error("the answer is a web page, not that of a collector: see the URL")]
+    Page,
     #[error("status {status}")]
     Status { status: StatusCode, retry_after: Option<Duration> },
 }
@@ -61,13 +63,14 @@ impl ExportError {
         match self {
             // An answer that is too large belongs to no collector.
             Self::Outbound(error) => !matches!(error, OutboundError::TooLarge(_)),
+            Self::Page => false,
             Self::Status { status, .. } => matches!(status.as_u16(), 429 | 502 | 503 | 504),
         }
     }
 
     const fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Outbound(_) => None,
+            Self::Outbound(_) | Self::Page => None,
             Self::Status { retry_after, .. } => *retry_after,
         }
     }
@@ -206,6 +209,11 @@ impl Exporter {
         if !status.is_success() {
             let retry_after = retry_after(answer.headers());
             return Err(ExportError::Status { status, retry_after });
+        }
+        // A server of pages, or the login in front of a collector, answers 200 as well.
+        let kind = answer.headers().get(header::CONTENT_TYPE);
+        if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/html")) {
+            return Err(ExportError::Page);
         }
         Ok(otlp::read_answer(&outbound::read(answer, ANSWER_BYTES_MAX).await?))
     }

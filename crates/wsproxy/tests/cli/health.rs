@@ -43,18 +43,3 @@ fn health_opens_no_file_that_may_be_replaced() {
     }
     instance.join().unwrap();
 }
-
-#[test]
-fn reload_says_why_it_can_ask_no_port() {
-    let key = ("WSPROXY_API__KEYS", "a-key-of-reload-0123456789");
-    let trusted = ("WSPROXY_SERVER__TRUSTED_PROXIES", "127.0.0.1");
-    for (env, why) in [
-        (vec![key, ("WSPROXY_SERVER__UNIX", "/no/such.sock")], "listens on a unix socket only"),
-        (vec![key, trusted, ("WSPROXY_SERVER__PROXY_PROTOCOL", "true")], "the PROXY protocol"),
-    ] {
-        let output = wsproxy(&["reload"], &env);
-        let text = stderr(&output);
-        assert_eq!(output.status.code(), Some(78), "{text}");
-        assert!(text.contains(why) && text.contains("set admin.port, or send SIGHUP"), "{text}");
-    }
-}

@@ -6,6 +6,7 @@ use jsonwebtoken::{EncodingKey, Header};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use wsproxy::config::Config;
+use wsproxy_proto::names::Id;
 
 use crate::support::{
     binary::Binary,
@@ -165,6 +166,29 @@ async fn a_refused_client_is_found_with_the_reason(backend: Backend) {
     let what = of_session["refusals"][0]["what"].as_str().unwrap();
     assert!(what.starts_with("The gateway has no token of this session"), "{what}");
     assert!(!of_session.to_string().contains("secret-of-a-client"));
+}
+
+#[tokio::test]
+async fn a_large_room_is_shown_in_part() {
+    let mut config = config(&Backend::Memory, "here");
+    (config.rate_limit.max_requests, config.rate_limit.max_requests_is_set) = (0, true);
+    let here = TestInstance::start(config).await;
+    let mut clients = Vec::new();
+    for n in 0..103 {
+        let path = format!("/ws/lobby?token={}&client_id=c-{n}", token("u-1", 3600));
+        let mut client = Client::connect(here.address(), &path, &[]).await.unwrap();
+        client.send(r#"{"clientHello":{}}"#).await;
+        clients.push(client);
+    }
+    for (kind, id) in [("room", "lobby"), ("user", "u-1")] {
+        let found = find(&here, kind, id).await;
+        assert_eq!(found["connections"].as_array().unwrap().len(), 100, "{kind}");
+        assert!(found["notes"][0].as_str().unwrap().contains("more than 100"), "{found}");
+    }
+    // Members that are not shown cost nothing: a room may have 100,000.
+    let (room, user) = (Id::parse("lobby").unwrap(), Id::parse("u-1").unwrap());
+    let rooms = &here.families().rooms;
+    assert_eq!((rooms.here(&room, 2).len(), rooms.here_of(&user, 2).len()), (2, 2));
 }
 
 #[tokio::test]

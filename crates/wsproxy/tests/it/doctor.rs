@@ -9,6 +9,7 @@ use std::{
 use serde_json::Value;
 
 use crate::support::{
+    binary::Binary,
     gateway::API_KEY,
     redis_server::{Options, RedisServer},
     tls::{Files, Made},
@@ -33,7 +34,13 @@ fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String
         ("WSPROXY_ENDPOINTS__EVENTS", "true"),
         ("WSPROXY_ENDPOINTS__ROOMS", "true"),
     ]);
-    command.envs(environment.iter().copied()).stdin(Stdio::null());
+    for (name, value) in environment {
+        match *value {
+            "" => command.env_remove(name),
+            value => command.env(name, value),
+        };
+    }
+    command.stdin(Stdio::null());
     let output = command.output().unwrap();
     let text = [output.stdout, output.stderr].concat();
     (output.status.code(), String::from_utf8(text).unwrap())
@@ -176,6 +183,36 @@ fn a_database_that_is_away_and_a_held_port_are_told() {
     let examined = Examined::with(&[agents, ("DATABASE_URL", url)]);
     examined.has("error", "database", &["not available"]);
     assert!(examined.code == Some(1) && !examined.output.contains("hunter2"));
+}
+
+#[tokio::test]
+async fn the_place_of_a_unix_socket_is_judged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.sock");
+    let text = path.display().to_string();
+    let place = [
+        ("WSPROXY_SERVER__UNIX", text.as_str()),
+        ("WSPROXY_SERVER__TRUSTED_PROXIES", "unix:"),
+        ("WSPROXY_SERVER__PROXY_PROTOCOL", "true"),
+        ("WSPROXY_SERVER__BIND", ""),
+        ("PORT", ""),
+    ];
+    let judged = || Examined::with(&place);
+    judged().has("ok", "unix", &["is free"]);
+    std::fs::write(&path, "data").unwrap();
+    judged().has("error", "unix", &["no socket"]);
+    std::fs::remove_file(&path).unwrap();
+    let foreign = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let answering = std::thread::spawn(move || drop(foreign.accept()));
+    judged().has("error", "unix", &["not by an instance"]);
+    answering.join().unwrap();
+    judged().has("ok", "unix", &["dead process"]);
+    let instance = Binary::start_on_socket(&place).await;
+    judged().has("ok", "unix", &["running instance"]);
+    drop(instance);
+    let lost = folder.path().join("lost/a.sock").display().to_string();
+    let place = [&place[1..], &[("WSPROXY_SERVER__UNIX", lost.as_str())]].concat();
+    Examined::with(&place).has("error", "unix", &["no folder"]);
 }
 
 #[test]

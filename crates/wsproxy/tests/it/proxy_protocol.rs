@@ -11,11 +11,12 @@ use tokio::{
 };
 
 use crate::support::{
+    binary::Binary,
     client::Client,
     eventually,
     gateway::{TestInstance, bearer},
     http,
-    raw::{Raw, UPGRADE},
+    raw::{Raw, UPGRADE, frame},
     soon,
     tls::{Files, Made, Tunnel},
 };
@@ -219,6 +220,69 @@ async fn the_header_comes_before_tls() {
     assert_eq!(http::handshake(tunnel.address, "/agent/ws/s", &[]).await.status, 429);
     assert_eq!(headers(&instance, "client"), 3.0);
     client.close().await;
+}
+
+/// Everything that a client writes until it hears from the server.
+fn encrypted(connection: &mut rustls::ClientConnection) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while connection.wants_write() {
+        connection.write_tls(&mut bytes).unwrap();
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn header_tls_and_messages_come_in_two_packets() {
+    let made = Made::new();
+    let files = Files::new(&made);
+    let instance = behind("127.0.0.1", |config| files.put_into(config)).await;
+    let token = instance.token("s").await;
+    let mut worker = instance.follow("session:s:up").await;
+    let mut tls =
+        rustls::ClientConnection::new(made.trust(), "localhost".try_into().unwrap()).unwrap();
+    let mut raw = Raw::connect(instance.address()).await;
+    raw.write(&[line("192.0.2.1"), encrypted(&mut tls)].concat()).await;
+    while tls.is_handshaking() {
+        assert!(raw.read().await > 0);
+        tls.read_tls(&mut &*raw.take()).unwrap();
+        tls.process_new_packets().unwrap();
+    }
+    let head =
+        format!("GET /agent/ws/s HTTP/1.1\r\n{UPGRADE}Authorization: Bearer {token}\r\n\r\n");
+    let said = [head.as_bytes(), &frame(0x81, b"{\"n\":1}"), &frame(0x81, b"{\"n\":2}")].concat();
+    std::io::Write::write_all(&mut tls.writer(), &said).unwrap();
+    raw.write(&encrypted(&mut tls)).await;
+    assert_eq!([worker.next().await, worker.next().await], ["{\"n\":1}", "{\"n\":2}"]);
+    assert_eq!(headers(&instance, "client"), 1.0);
+}
+
+#[tokio::test]
+async fn clients_that_stay_undecided_cost_no_cpu() {
+    let binary = Binary::start(&[
+        ("WSPROXY_SERVER__PROXY_PROTOCOL", "true"),
+        ("WSPROXY_SERVER__TRUSTED_PROXIES", "192.0.2.0/24"),
+        ("WSPROXY_SERVER__HEADER_TIMEOUT", "6s"),
+        ("WSPROXY_LIMITS__MAX_CONNECTIONS", "6000"),
+        ("LOG_LEVEL", "info"),
+    ])
+    .await;
+    let mut clients = Vec::new();
+    for _ in 0..1200 {
+        let mut raw = Raw::connect(binary.address).await;
+        // The beginning of a header, and of `POST`.
+        raw.write(b"P").await;
+        clients.push(raw);
+    }
+    // The port answers when it has accepted those before.
+    binary.metric("wsproxy_reload_done_timestamp_seconds").await;
+    let before = binary.cpu_time();
+    for client in &mut clients {
+        client.end().await;
+    }
+    let used = binary.cpu_time() - before;
+    let left = "wsproxy_proxy_headers_total{outcome=\"left\"}";
+    assert_eq!(binary.metric(left).await, 1200.0);
+    assert!(used < Duration::from_millis(500), "{used:?}");
 }
 
 #[tokio::test]

@@ -185,6 +185,21 @@ async fn a_stopped_reader_is_cut_by_the_stream_timeout() {
 }
 
 #[tokio::test]
+async fn a_stalled_event_above_the_budget_is_cut_off() {
+    let instance = TestInstance::with(|config| {
+        config.limits.send_buffers_total_bytes = 3 << 20;
+    })
+    .await;
+    let path = format!("/agent/ws/s?token={}", instance.token("s").await);
+    let raw = Raw::narrow(instance.address()).await;
+    let _events = Events::open_on(raw, &path, &[]).await.unwrap();
+    // The socket takes a part of it, so it goes with its connection only.
+    instance.publish("session:s:down", "x".repeat(8 << 20));
+    instance.wait_ended("sessions", "slow_consumer").await;
+    instance.wait_empty().await;
+}
+
+#[tokio::test]
 async fn where_too_much_waits_the_worst_stream_goes() {
     let instance = TestInstance::with(|config| {
         config.limits.send_buffers_total_bytes = 3 << 20;

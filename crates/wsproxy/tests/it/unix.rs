@@ -2,16 +2,18 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     net::SocketAddr,
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::{
-    io::copy_bidirectional,
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, UnixStream},
 };
 use wsproxy::{config::Config, server::Instance};
@@ -133,6 +135,35 @@ async fn a_second_process_on_a_unix_socket_does_not_start() {
     assert!(format!("{error:#}").contains("no socket"), "{error:#}");
     assert_eq!(fs::read(&place.path).unwrap(), b"data");
     drop(place.folder);
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_read_is_given_up() {
+    let place = OnSocket::new();
+    let mut config = place.config();
+    config.server.header_timeout = Duration::from_millis(500);
+    config.heartbeat.timeout = Duration::from_millis(500);
+    let instance = TestInstance::start(config).await;
+    // Answers: more than the socket takes.
+    let socket = UnixStream::connect(&place.path).await.unwrap();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(200);
+    eventually("its socket is closed", || {
+        let written = socket.try_write(&request);
+        written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe)
+    })
+    .await;
+    // An event stream.
+    let mut socket = UnixStream::connect(&place.path).await.unwrap();
+    let path = format!("/agent/ws/s?token={}", instance.token("s").await);
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut status = [0; 15];
+    socket.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 200 OK");
+    for _ in 0..40 {
+        instance.publish("session:s:down", "x".repeat(16 * 1024));
+    }
+    instance.wait_empty().await;
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ use crate::{
     http::{
         answer_time::AnswerTime,
         api::{
-            Worker, check_close,
+            self, Worker, check_close,
             publishing::{self, Outgoing},
             raw, read,
         },
@@ -71,28 +71,19 @@ async fn overview(
 ) -> Result<Response, Rejection> {
     let Query(OverviewQuery { after }) =
         query.map_err(|error| Rejection::bad_request(error.body_text()))?;
-    let status = core.bus.status();
-    Ok(fresh(json!({
-        "key": &*worker.name,
-        "now": time::since_epoch().as_secs(),
-        "server_id": &*core.server_id,
-        "version": env!("CARGO_PKG_VERSION"),
-        "uptime_seconds": core.uptime().as_secs(),
-        "connections": { "active": core.seats.taken(), "max": core.seats.max() },
-        "bus": {
-            "kind": core.bus.kind(),
-            "connected": status.connected,
-            "subscribed": status.subscribed,
-            "writable": status.refusal.is_none(),
-            "channels": status.channels,
-            "error": status.last_error,
-        },
-        "draining": core.is_draining(),
-        "interval_seconds": samples::EVERY.as_secs(),
-        "samples": console.samples.columns(after),
-        "troubles": troubles::all(&core, &console.samples),
-        "latest": reach::latest(&core, LATEST),
-    })))
+    let mut overview = api::about(&core);
+    for (name, value) in [
+        ("key", json!(&*worker.name)),
+        ("now", time::since_epoch().as_secs().into()),
+        ("draining", core.is_draining().into()),
+        ("interval_seconds", samples::EVERY.as_secs().into()),
+        ("samples", console.samples.columns(after)),
+        ("troubles", json!(troubles::all(&core, &console.samples))),
+        ("latest", reach::latest(&core, LATEST).into()),
+    ] {
+        overview[name] = value;
+    }
+    Ok(fresh(overview))
 }
 
 #[derive(Debug, Deserialize)]

@@ -210,15 +210,16 @@ fn connections(core: &Core, families: &Families, subject: &Subject) -> Vec<Value
         Subject::Session(id) => {
             let ids = || KeptIds { session_id: Some(id.as_str().into()), ..KeptIds::default() };
             let clients = core.hub.clients_of(&core.names.session_control(id));
-            clients.iter().map(|one| connected(core, Family::Sessions, one, ids())).collect()
+            let clients = clients.iter().take(LOOKED_AT_MAX);
+            clients.map(|one| connected(core, Family::Sessions, one, ids())).collect()
         }
         Subject::User(id) => {
             let mut all = of_user(core, families, id);
-            all.extend(in_rooms(core, families.rooms.here_of(id)));
+            all.extend(in_rooms(core, families.rooms.here_of(id, LOOKED_AT_MAX)));
             all.extend(of_agent(core, families, id));
             all
         }
-        Subject::Room(id) => in_rooms(core, families.rooms.here(id)),
+        Subject::Room(id) => in_rooms(core, families.rooms.here(id, LOOKED_AT_MAX)),
         Subject::Agent(id) => of_agent(core, families, id),
         Subject::Connection(id) => {
             let links = core.runtime.links().into_iter().map(Client::WebSocket);
@@ -236,13 +237,14 @@ fn of_user(core: &Core, families: &Families, user: &Id) -> Vec<Value> {
         let ids = KeptIds { user_id: Some(user.as_str().into()), address, ..KeptIds::default() };
         connected(core, Family::Events, &client, ids)
     };
-    here.unwrap_or_default().into_iter().map(of).collect()
+    here.unwrap_or_default().into_iter().take(LOOKED_AT_MAX).map(of).collect()
 }
 
 fn of_agent(core: &Core, families: &Families, user: &Id) -> Vec<Value> {
     let inboxes = families.agents.connections.of(user);
     let clients = inboxes.iter().filter_map(|inbox| inbox.client());
     let ids = || KeptIds { user_id: Some(user.as_str().into()), ..KeptIds::default() };
+    let clients = clients.take(LOOKED_AT_MAX);
     clients.map(|client| connected(core, Family::Agents, &client, ids())).collect()
 }
 
@@ -350,6 +352,10 @@ fn rfc3339(ms: u64) -> String {
 
 /// Upper bound of the rows of each kind from one instance.
 pub(super) const ROWS_MAX: usize = 100;
+
+/// Upper bound of the connections that become rows: one more than are shown tells that there are more. A room may have
+/// 100,000 members, whose rows would hold up the connections of this thread.
+const LOOKED_AT_MAX: usize = ROWS_MAX + 1;
 
 /// Upper bound of the ends, and of the refusals, that the overview looks at.
 const LATEST_MAX: usize = 1_000;

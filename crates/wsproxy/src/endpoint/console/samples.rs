@@ -98,10 +98,14 @@ impl Samples {
         series.samples.push_back(sample);
     }
 
-    /// Returns the samples behind `after`, in seconds since 1970, column by column.
+    /// Returns the samples behind that of the time `after`, in seconds since 1970, column by column.
     pub(super) fn columns(&self, after: u64) -> Value {
         let series = self.0.lock();
-        let samples: Vec<_> = series.samples.iter().filter(|sample| sample.at > after).collect();
+        // By its place, since the clock may have been set back since then: later samples then have earlier times.
+        let known = series.samples.iter().rposition(|sample| sample.at == after);
+        let behind = series.samples.iter().skip(known.map_or(0, |place| place + 1));
+        let samples: Vec<_> =
+            behind.filter(|sample| known.is_some() || sample.at > after).collect();
         let column =
             |of: fn(&Sample) -> Value| samples.iter().map(|one| of(one)).collect::<Value>();
         let families = Family::ALL.iter().map(|family| {
@@ -280,6 +284,25 @@ mod tests {
         assert!((97.0..=99.0).contains(&slow), "{slow}");
         assert_eq!(samples.troubles().iter().map(|(count, _)| count).sum::<u64>(), 2);
         assert_eq!(samples.columns(u64::MAX)["at"], json!([]));
+    }
+
+    #[test]
+    fn samples_go_on_when_the_clock_is_set_back() {
+        let samples = Samples::default();
+        let mut now = Instant::now();
+        for n in 0..4 {
+            samples.take(&page(n * 10, 0, 0, 0), true, now);
+            now += EVERY;
+        }
+        for (sample, at) in samples.0.lock().samples.iter_mut().zip([9000, 9010, 5000, 5010]) {
+            sample.at = at;
+        }
+        assert_eq!(samples.columns(9010)["at"], json!([5000, 5010]));
+        assert_eq!(samples.columns(5000)["at"], json!([5010]));
+        assert_eq!(samples.columns(5010)["at"], json!([]));
+        assert_eq!(samples.columns(0)["at"], json!([9000, 9010, 5000, 5010]));
+        // A sample that is no longer kept.
+        assert_eq!(samples.columns(8000)["at"], json!([9000, 9010]));
     }
 
     #[test]

@@ -347,21 +347,23 @@ impl Room {
         Some(Arc::clone(&member.link))
     }
 
-    /// Returns the members of this instance with their connections.
-    pub(super) fn here(&self) -> Vec<Here> {
-        let members: Vec<_> = {
-            let state = self.state.lock();
-            let of = |member: &MemberHere| {
-                Some((member.membership.upgrade()?, Arc::clone(&member.link)))
-            };
-            state.members.iter().filter_map(of).collect()
-        };
+    /// Returns at most `most` members of this instance that `is_wanted` chooses, with their connections.
+    pub(super) fn here(&self, most: usize, is_wanted: impl Fn(&Id) -> bool) -> Vec<Here> {
+        let members = self.memberships_with_links();
         // Behind the lock, since a membership may have got its last owner here.
         let of = |(membership, link): (Arc<Membership>, Arc<Link>)| {
             let (user, client) = (membership.user.clone(), membership.client.clone());
             Here { room: self.id.clone(), user, client, link }
         };
-        members.into_iter().map(of).collect()
+        let wanted = members.into_iter().filter(|(membership, _)| is_wanted(&membership.user));
+        wanted.take(most).map(of).collect()
+    }
+
+    fn memberships_with_links(&self) -> Vec<(Arc<Membership>, Arc<Link>)> {
+        let state = self.state.lock();
+        let of =
+            |member: &MemberHere| Some((member.membership.upgrade()?, Arc::clone(&member.link)));
+        state.members.iter().filter_map(of).collect()
     }
 
     /// Returns the memberships of this instance.

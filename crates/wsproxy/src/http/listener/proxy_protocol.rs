@@ -105,15 +105,18 @@ async fn header(socket: &SharedSocket, peer: Peer) -> Result<(&'static str, Peer
 
 /// Waits until the first bytes of a peer show that they are no header. They stay in the socket.
 async fn no_header(socket: &SharedSocket, peer: Peer) -> Result<(&'static str, Peer), Fault> {
+    let mut pause = LOOK_AGAIN;
     loop {
         let mut bytes = Vec::new();
         poll_fn(|cx| socket.poll_peek(cx, &mut bytes)).await.map_err(Fault::Gone)?;
         match is_header(&bytes) {
             Some(true) => return Err(Fault::Untrusted),
             Some(false) => return Ok(("none", peer)),
-            // A few bytes that could begin both. The socket stays readable, so it cannot tell of further ones.
-            None => tokio::time::sleep(LOOK_AGAIN).await,
+            // A few bytes that could begin both. The socket stays readable, so it cannot tell of further ones. Each pause
+            // is twice as long, so that thousands of such clients that wait cost no CPU.
+            None => tokio::time::sleep(pause).await,
         }
+        pause *= 2;
     }
 }
 
@@ -129,5 +132,5 @@ const fn label(error: ProxyHeaderError) -> &'static str {
 const NOT_TRUSTED: &str =
     "there is a PROXY header, and its sender is not among the trusted proxies of this port";
 
-/// Pause between two looks at the first few bytes of a peer.
+/// First pause between two looks at the first few bytes of a peer.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);

@@ -55,8 +55,15 @@ impl SocketFile {
                 }
                 true => {
                     // Renamed onto the old file in one step, so that at every moment clients find one of both.
-                    let beside = format!("{}.{}", path.display(), process::id());
-                    successor = Some(PathBuf::from(beside));
+                    let beside = PathBuf::from(format!("{}.{}", path.display(), process::id()));
+                    // A process that was killed before the rename left its file. In containers every process has the
+                    // same id, so that each later one would find the name taken.
+                    if fs::symlink_metadata(&beside)
+                        .is_ok_and(|found| found.file_type().is_socket())
+                    {
+                        fs::remove_file(&beside)?;
+                    }
+                    successor = Some(beside);
                 }
             },
         }
@@ -208,6 +215,17 @@ mod tests {
         assert!(path.exists());
         drop(new_file);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_a_killed_successor_left_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.sock");
+        let left = folder.path().join(format!("a.sock.{}", process::id()));
+        drop(UnixListener::bind(&left).unwrap());
+        let (_old, _old_file) = listen(&path).unwrap();
+        let (_new, new_file) = SocketFile::listen(&path, 0o600, 8, true).unwrap();
+        assert!(new_file.is_own() && !left.exists());
     }
 
     #[test]

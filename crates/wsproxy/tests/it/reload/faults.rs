@@ -14,7 +14,12 @@ use serde_json::Value;
 use wsproxy::config::load::ConfigSources;
 
 use super::{Reloading, Values, names};
-use crate::support::{gateway::TestInstance, http::Response, soon};
+use crate::support::{
+    gateway::TestInstance,
+    http::Response,
+    soon,
+    tls::{Files, Made},
+};
 
 /// Asserts that nothing was reloaded; answers the problems as text.
 #[track_caller]
@@ -94,6 +99,41 @@ async fn a_file_that_is_being_written_is_not_used() {
     writer.join().unwrap();
     refused(&answer);
     assert_eq!(names(&running.to(&Values::new()).await, "changed"), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_chain_that_is_being_written_is_not_used() {
+    let (made, issuer) = (Made::new(), Made::new());
+    let files = Files::new(&made);
+    let mut values = Values::new();
+    values.set("admin.port", "0");
+    values.set("tls.certificate", &format!("\"{}\"", files.certificate().display()));
+    values.set("tls.key", &format!("\"{}\"", files.key().display()));
+    let running = Reloading::start(&values).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, path) = (Arc::clone(&stop), files.certificate());
+    let writer = std::thread::spawn(move || {
+        // Each of them is a good pair with the key.
+        let chains =
+            [made.certificate.clone(), format!("{}{}", made.certificate, issuer.certificate)];
+        for chain in chains.iter().cycle().take_while(|_| !stopped.load(Relaxed)) {
+            let new = path.with_extension("new");
+            fs::write(&new, chain).unwrap();
+            fs::rename(new, &path).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let end = Instant::now() + Duration::from_secs(20);
+    let answer = loop {
+        let answer = running.reload().await;
+        if answer.status != 200 || Instant::now() > end {
+            break answer;
+        }
+    };
+    stop.store(true, Relaxed);
+    writer.join().unwrap();
+    assert!(refused(&answer).contains("tls.certificate"), "{answer:?}");
+    running.to(&values).await;
 }
 
 #[tokio::test]

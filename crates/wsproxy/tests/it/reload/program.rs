@@ -131,4 +131,49 @@ async fn the_command_prints_the_answer() {
     assert!(code == Some(69) && err.contains("does not answer"), "{code:?} {err}");
 }
 
+#[tokio::test]
+async fn the_command_reaches_a_unix_socket_and_writes_a_proxy_header() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("wsproxy.sock").display().to_string();
+    let unix = format!("unix = \"{socket}\"\ntrusted_proxies = [\"unix:\"]");
+    let port = "bind = \"127.0.0.1\"\ntrusted_proxies = [\"127.0.0.1\"]";
+    for place in [&unix, port] {
+        let server = |port: &str| {
+            format!(
+                "[api]\nkeys = [\"{API_KEY}\"]\n[server]\nproxy_protocol = true\n{place}\n{port}"
+            )
+        };
+        let file = File::new(&server(""));
+        let variables = [
+            ("WSPROXY_CONFIG", &*file.path()),
+            ("WSPROXY_SERVER__BIND", ""),
+            ("WSPROXY_API__KEYS", ""),
+            ("LOG_LEVEL", ""),
+            ("PORT", if place == port { "0" } else { "" }),
+        ];
+        let binary = match place == port {
+            true => Binary::start(&variables).await,
+            false => Binary::start_on_socket(&variables).await,
+        };
+        let port = format!("port = {}\n", binary.address.port());
+        let own = File::new(&server(if place.contains("unix:") { "" } else { &port }));
+        file.write(&format!("{}[log]\nlevel = \"debug\"\n", server("")));
+        let output = command(&["--config", &own.path()]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && text.contains("log.level"), "{text}");
+        let health = Command::new(env!("CARGO_BIN_EXE_wsproxy"))
+            .args(["health", "--config", &own.path()])
+            .env_clear()
+            .status();
+        assert!(health.unwrap().success());
+    }
+    // By URL, of a socket that is gone.
+    let key = File::new(API_KEY);
+    let url = format!("http://unix:{socket}");
+    let output = command(&["--url", &url, "--key-file", &key.path()]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains(&format!("{url}:/api/v1/reload does not answer")), "{text}");
+    assert_eq!(output.status.code(), Some(69));
+}
+
 const RELOADED: &str = "The configuration was reloaded.";

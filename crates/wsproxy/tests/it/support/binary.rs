@@ -118,9 +118,35 @@ impl Binary {
         self.child.id()
     }
 
+    /// The CPU time that it has used.
+    pub fn cpu_time(&self) -> std::time::Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // Behind the name in parentheses: the state, then user and system time as the 12th and 13th field.
+        let fields = stat.rsplit_once(") ").unwrap().1.split(' ').skip(11).take(2);
+        let ticks: u64 = fields.map(|field| field.parse::<u64>().unwrap()).sum();
+        // A tick of these files is always 10 ms.
+        std::time::Duration::from_millis(ticks * 10)
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_raw(self.child.id().cast_signed()).unwrap(), signal).unwrap();
+        // One thread takes the signal, and the others go on until then.
+        while signal == Signal::STOP && !self.has_stopped() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
+    /// Whether every thread of it is stopped.
+    fn has_stopped(&self) -> bool {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let mut states = threads.map(|thread| {
+            let stat = std::fs::read_to_string(thread.unwrap().path().join("stat"));
+            stat.is_ok_and(|stat| {
+                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+            })
+        });
+        states.all(|is_stopped| is_stopped)
     }
 
     /// Freezes it until SIGCONT. A signal takes effect some time after it was sent: waits until every thread has stopped.

@@ -1,57 +1,86 @@
-//! The ports and the unix socket of the listeners: free, or held by a process that is named where the kernel tells it.
+//! The ports and the unix socket of the listeners: free, held by an instance, or by a process that is named where the kernel
+//! tells it.
 
 use std::{
     fs,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::{SocketAddr, TcpListener},
-    os::unix::{fs::FileTypeExt, net::UnixStream},
+    os::unix::fs::FileTypeExt,
     path::Path,
 };
 
-use super::Finding;
+use super::{ANSWER_MAX, Finding};
 use crate::{
+    cli::http::{self, HttpPlace, Question},
     config::Config,
     http::listener::open::{self, Place},
+    tls,
 };
 
 pub(super) fn examine(config: &Config) -> Vec<Finding> {
     let server = &config.server;
-    let main = server.unix.is_none();
-    let main = main.then(|| ("server.port", SocketAddr::new(server.bind, server.port)));
+    let clients = HttpPlace::of_clients(config);
+    let main = match &server.unix {
+        Some(path) => judge_file(path, server.unix_mode, clients),
+        None => judge("server.port", SocketAddr::new(server.bind, server.port), clients),
+    };
     let admin = config.admin.port.map(|port| {
-        ("admin.port", SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port))
+        let address = SocketAddr::new(config.admin.bind.unwrap_or(server.bind), port);
+        judge("admin.port", address, HttpPlace::own(config))
     });
-    let ports = [main, admin].into_iter().flatten().map(|(key, address)| judge(key, address));
-    let file = server.unix.as_deref().map(|path| judge_file(path, server.unix_mode));
-    file.into_iter().chain(ports).collect()
+    [main].into_iter().chain(admin).collect()
+}
+
+/// Asks a listener whether it is that of an instance.
+fn ask(place: HttpPlace) -> anyhow::Result<()> {
+    let question = Question { method: "GET", headers: "", time_max: ANSWER_MAX };
+    let trust = || Ok(tls::trusting_client_config()?);
+    let (_, body) = place.route("/ready").ask(&question, trust, http::read_answer)?;
+    let body: serde_json::Value = serde_json::from_slice(&body)?;
+    anyhow::ensure!(body["ready"].is_boolean(), "the answer is not that of an instance");
+    Ok(())
 }
 
 /// Judges the file of a unix socket, and the folder in which the gateway makes it.
-fn judge_file(path: &Path, mode: u32) -> Finding {
+fn judge_file(path: &Path, mode: u32, place: HttpPlace) -> Finding {
     let part = "unix";
     let what = format!("server.unix: {}", path.display());
+    let listening = Place::Unix(path.to_owned(), mode);
+    let advice = |kind| open::advice(&listening, kind).unwrap_or("choose another path");
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or_else(|| Path::new("."));
-    let place = Place::Unix(path.to_owned(), mode);
-    let advice = |kind| open::advice(&place, kind).unwrap_or("choose another path");
     if !folder.is_dir() {
         let what = format!("{what}: there is no folder {}", folder.display());
         return Finding::error(part, what, advice(ErrorKind::NotFound));
     }
-    let found = fs::symlink_metadata(path).ok();
-    match found.map(|found| found.file_type().is_socket()) {
-        Some(false) => {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Finding::ok(part, format!("{what} is free; proxies open it by its mode {mode:04o}"))
+        }
+        Err(error) => Finding::error(part, format!("{what}: {error}"), advice(error.kind())),
+        Ok(found) if !found.file_type().is_socket() => {
             let what = format!("{what}: there is a file that is no socket");
             Finding::error(part, what, advice(ErrorKind::AlreadyExists))
         }
-        Some(true) if UnixStream::connect(path).is_ok() => {
-            Finding::ok(part, format!("{what} is in use: a running instance, or another process"))
-        }
-        _ => Finding::ok(part, format!("{what} is free; proxies open it by its mode {mode:04o}")),
+        Ok(_) => match ask(place) {
+            Ok(()) => Finding::ok(part, format!("{what} is in use by a running instance")),
+            Err(error) if kind_of(&error) == Some(ErrorKind::ConnectionRefused) => {
+                Finding::ok(part, format!("{what} was left by a dead process, and is replaced"))
+            }
+            Err(error) => {
+                let what = format!("{what} is in use, and not by an instance that answers");
+                let advice = "end that process, or choose another path";
+                Finding::error(part, format!("{what}: {error:#}"), advice)
+            }
+        },
     }
 }
 
-fn judge(key: &'static str, address: SocketAddr) -> Finding {
+fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
+    error.downcast_ref::<io::Error>().map(io::Error::kind)
+}
+
+fn judge(key: &'static str, address: SocketAddr, place: HttpPlace) -> Finding {
     let part = "port";
     let what = format!("{key}: {address}");
     let Err(error) = TcpListener::bind(address) else {
@@ -68,9 +97,12 @@ fn judge(key: &'static str, address: SocketAddr) -> Finding {
                 let what = format!("{what} is in use by {name} (process {pid})");
                 Finding::error(part, what, "end that process, or choose another port")
             }
+            None if ask(place).is_ok() => {
+                Finding::ok(part, format!("{what} is in use by a running instance"))
+            }
             None => {
                 let advice = format!(
-                    "see who holds it (as root: ss -ltnp 'sport = :{}'); a running instance does",
+                    "see who holds it (as root: ss -ltnp 'sport = :{}'): no instance answers there",
                     address.port()
                 );
                 Finding::warning(part, format!("{what} is in use"), advice)
@@ -126,25 +158,13 @@ mod tests {
     fn a_port_in_use_is_told_with_its_holder() {
         let held = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = held.local_addr().unwrap();
-        let found = judge("server.port", address);
+        let place = || HttpPlace::read(&format!("http://{address}")).unwrap();
+        let found = judge("server.port", address, place());
         let own = std::process::id().to_string();
         assert!(found.what.contains("is in use by") && found.what.contains(&own), "{}", found.what);
         drop(held);
-        assert_eq!(judge("server.port", address).level, Level::Ok);
-        let foreign = judge("server.port", "192.0.2.1:8080".parse().unwrap());
+        assert_eq!(judge("server.port", address, place()).level, Level::Ok);
+        let foreign = judge("server.port", "192.0.2.1:8080".parse().unwrap(), place());
         assert_eq!(foreign.level, Level::Error);
-    }
-    #[test]
-    fn the_file_of_a_unix_socket_is_judged_with_its_folder() {
-        let folder = tempfile::tempdir().unwrap();
-        let level = |name: &str| judge_file(&folder.path().join(name), 0o660).level;
-        assert_eq!(level("a.sock"), Level::Ok);
-        assert_eq!(level("no/a.sock"), Level::Error);
-        fs::write(folder.path().join("file"), "").unwrap();
-        assert_eq!(level("file"), Level::Error);
-        let path = folder.path().join("held.sock");
-        let _held = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let found = judge_file(&path, 0o660);
-        assert!(found.level == Level::Ok && found.what.contains("is in use"), "{}", found.what);
     }
 }

@@ -294,7 +294,11 @@ impl<L: Logic> Drop for EventStream<L> {
         let end = match &self.phase {
             Phase::Over(end) => *end,
             Phase::Closing(close) => gone(close.why, close.code),
-            Phase::New | Phase::Open => gone(&Disconnect::GONE, Disconnect::GONE.code),
+            // A socket that takes nothing takes no `close` event either: then the gateway has ended the stream all the same.
+            Phase::New | Phase::Open => match self.outbox.ending() {
+                Some(close) => gone(close.why, close.code),
+                None => gone(&Disconnect::GONE, Disconnect::GONE.code),
+            },
         };
         let discarded = self.outbox.discarded() + self.writing.messages;
         self.profile.stats.messages_discarded.fetch_add(discarded, Relaxed);
