@@ -319,6 +319,9 @@ fn goaway_ends_the_streams_that_were_not_accepted() {
     agent.say_of(5, StreamFrame::Open(Open { end: false, ..request() })).unwrap();
     agent.data(5, b"crossed", DataFlag::End).unwrap();
     assert_eq!((agent.events(), agent.heard(), agent.lane.streams()), (vec![], vec![], 2));
+    agent.lane.go_away(Code::Restarting);
+    let said = agent.heard();
+    assert!(matches!(&said[..], [Said::Other(text)] if text.contains("last_stream: 3")));
 }
 
 #[test]
