@@ -185,6 +185,7 @@ test("one message is sent, and connections are ended, with the name of the key i
   await self.says("done", /Sent: one receiver/);
   await until("it is heard", async () => (await one.heard()).some(({ type, data }) => type === "notice" && data.text === "<b>hello</b>"));
   await self.page.getByRole("button", { name: "End its connections …" }).click();
+  assert.match(await self.page.locator("#confirm-text").innerText(), /user u-end to the event endpoint.*rooms and agent stay/);
   await self.page.getByLabel("Reason for the client").fill("please leave");
   await self.page.getByRole("button", { name: "End", exact: true }).click();
   assert.deepEqual(await one.closed(), { code: 4004, reason: "please leave" });

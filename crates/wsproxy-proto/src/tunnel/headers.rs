@@ -9,6 +9,9 @@ use crate::tunnel::fields::{self, Fields};
 pub struct Headers<'a>(&'a [u8]);
 
 impl<'a> Headers<'a> {
+    /// Block without a header.
+    pub const EMPTY: Self = Self(&[]);
+
     /// Checks the bytes of a block. `None`: they are no valid block.
     #[must_use]
     pub fn parse(block: &'a [u8]) -> Option<Self> {

@@ -65,8 +65,8 @@ pub struct Lane {
     events: VecDeque<Event>,
     /// Whether this side or the peer sent GOAWAY.
     is_draining: bool,
-    /// Whether GOAWAY of this side was written.
-    went_away: bool,
+    /// Last stream of the first GOAWAY that this side wrote.
+    went_away: Option<u32>,
     is_over: bool,
     began_at: u64,
     heard_at: u64,
@@ -193,7 +193,7 @@ impl Lane {
             control,
             events: VecDeque::new(),
             is_draining: false,
-            went_away: false,
+            went_away: None,
             is_over: false,
             began_at: now,
             heard_at: now,

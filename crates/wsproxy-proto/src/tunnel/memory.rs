@@ -79,7 +79,7 @@ impl Memory {
         }
         used.streams += 1;
         drop(used);
-        Some(Share { memory: Arc::clone(self), growth: 0, is_parked: false })
+        Some(Share { memory: Arc::clone(self), has_place: true, growth: 0, is_parked: false })
     }
 
     /// Memory of a stream that never grew: received bytes and bytes to send.
@@ -107,6 +107,7 @@ impl Memory {
 #[derive(Debug)]
 pub(crate) struct Share {
     memory: Arc<Memory>,
+    has_place: bool,
     growth: u64,
     is_parked: bool,
 }
@@ -151,6 +152,14 @@ impl Share {
         is_room
     }
 
+    /// Returns the growth and the place: the stream holds no more bytes.
+    pub(crate) fn release(&mut self) {
+        self.shrink(0);
+        if std::mem::take(&mut self.has_place) {
+            self.memory.used().streams -= 1;
+        }
+    }
+
     /// Returns all that the share has beyond `bytes`, besides the place.
     pub(crate) fn shrink(&mut self, bytes: u64) {
         let freed = self.growth.saturating_sub(bytes);
@@ -170,8 +179,7 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.shrink(0);
-        self.memory.used().streams -= 1;
+        self.release();
     }
 }
 

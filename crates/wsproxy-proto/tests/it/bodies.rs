@@ -1,5 +1,7 @@
 //! Bodies of the fuzz targets. Plain tests run them with the committed seeds.
 
+use std::collections::HashSet;
+
 use buffa::Message as _;
 use http::header::{HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_EXTENSIONS};
 use http::uri::PathAndQuery;
@@ -17,7 +19,13 @@ use wsproxy_proto::rooms::stamp;
 use wsproxy_proto::rooms::text::{to_binary, to_text};
 use wsproxy_proto::rooms::v1::Envelope as RoomEnvelope;
 use wsproxy_proto::rooms::v1::envelope::Payload;
-use wsproxy_proto::tunnel::frame::{Frame, Frames, StreamFrame};
+use wsproxy_proto::tunnel;
+use wsproxy_proto::tunnel::code::Code;
+use wsproxy_proto::tunnel::event::Event;
+use wsproxy_proto::tunnel::frame::{Frame, Frames, Head, Open, Reset, Source, StreamFrame};
+use wsproxy_proto::tunnel::headers::Headers;
+use wsproxy_proto::tunnel::lane::{Lane, LaneConfig};
+use wsproxy_proto::tunnel::memory::{Memory, MemoryLimits};
 use wsproxy_proto::ws::client::{ClientRequest, Response, read_response};
 use wsproxy_proto::ws::deflate::{Deflater, Deflaters, Policy, negotiate};
 use wsproxy_proto::ws::frame::{Opcode, Role};
@@ -338,6 +346,73 @@ pub(crate) fn tunnel_frames(data: &[u8]) {
     assert!(again.map(Result::unwrap).eq(frames));
 }
 
+/// Input: the role, and steps of four numbers each: a frame of the peer with some of the bytes behind it, or a call.
+/// Whatever the peer says, a stream ends once, and the lane holds no more than it may.
+pub(crate) fn tunnel_lane(data: &[u8]) {
+    let [role, steps @ ..] = data else { return };
+    let role = if role & 1 == 0 { tunnel::lane::Role::Gateway } else { tunnel::lane::Role::Agent };
+    let limits = MemoryLimits { window: 1000, window_max: 16_000, ..MemoryLimits::default() };
+    let config = LaneConfig { streams_max: 4, head_bytes_max: 200, ..LaneConfig::default() };
+    let mut lane = Lane::new(role, config, Memory::new(limits), 0);
+    let (mut now, mut steps, mut out) = (0, steps, Vec::new());
+    let (mut begun, mut ended) = (HashSet::new(), HashSet::new());
+    // HELLO with one version.
+    let _ = lane.receive(0, b"\0\0\0\0\x01\0\0\x05\x01\0\x02\x01\x01");
+    while let [kind, stream, flags, length, rest @ ..] = steps {
+        let number = u32::from(*stream % 32);
+        now += u64::from(*flags) * 1000;
+        let (bytes, rest) = rest.split_at(rest.len().min((*length).into()));
+        steps = rest;
+        if *kind < 128 {
+            let mut frame = number.to_be_bytes().to_vec();
+            frame.extend([*kind, *flags, 0, bytes.len() as u8]);
+            frame.extend(bytes);
+            let _ = lane.receive(now, &frame);
+        } else {
+            call(&mut lane, now, *kind, number, bytes);
+            out.clear();
+            if *kind & 1 == 0 && lane.write_batch(now, &mut out) {
+                assert!(Frames::new(&out).unwrap().all(|frame| frame.is_ok()));
+            }
+        }
+        while let Some(event) = lane.poll() {
+            match event {
+                Event::Opened(number, _) => assert!(begun.insert(number)),
+                Event::Ended(number, _) => assert!(ended.insert(number)),
+                _ => {}
+            }
+        }
+        assert!(role == tunnel::lane::Role::Gateway || ended.is_subset(&begun));
+        assert!(lane.streams() <= if role == tunnel::lane::Role::Gateway { 1024 } else { 4 });
+        assert!(lane.buffered_bytes() <= lane.streams() * (64 << 10));
+    }
+}
+
+fn call(lane: &mut Lane, now: u64, kind: u8, number: u32, bytes: &[u8]) {
+    let headers = Headers::default();
+    let end = bytes.len().is_multiple_of(2);
+    match kind >> 1 & 15 {
+        0 => {
+            let open = Open { end, upgrade: kind > 191, ..OPEN };
+            let _ = lane.open(now, &open);
+        }
+        1 => {
+            let status = [200, 100, 101][bytes.len() % 3];
+            let head = Head { end, status, source: Source::Agent, headers };
+            let _ = lane.send_head(number, &head);
+        }
+        2..=4 => drop(lane.put(number, &mut bytes.repeat(50).into())),
+        5 => drop(lane.finish(number)),
+        6 => drop(lane.finish_with_trailers(number, headers)),
+        7..=9 => drop(lane.take(now, number)),
+        10 => lane.stop(number),
+        11 => lane.reset(number, &Reset::new(Code::Cancelled)),
+        12 => drop(lane.tick(now)),
+        13 => lane.go_away(Code::Restarting),
+        _ => {}
+    }
+}
+
 /// Returns whether `text` is a JSON object with at most 128 levels, whose strings may have halves of surrogate pairs.
 fn is_json_object(text: &[u8]) -> bool {
     Members::of(text, 128).is_ok_and(|mut members| members.all(|member| member.is_ok()))
@@ -349,3 +424,16 @@ fn contains(whole: &[u8], part: &[u8]) -> bool {
 }
 
 const LIMITS: Limits = Limits { message_bytes_max: 2000, fragments_max: 6 };
+
+/// Request of which some fields are set.
+const OPEN: Open<'static> = Open {
+    end: false,
+    upgrade: false,
+    long: false,
+    expect: false,
+    retried: false,
+    head_ms: 0,
+    method: b"GET",
+    path: b"/",
+    headers: Headers::EMPTY,
+};

@@ -72,3 +72,8 @@ fn proxy_header_seeds() {
 fn tunnel_frames_seeds() {
     run("tunnel_frames", bodies::tunnel_frames);
 }
+
+#[test]
+fn tunnel_lane_seeds() {
+    run("tunnel_lane", bodies::tunnel_lane);
+}

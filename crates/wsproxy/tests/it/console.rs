@@ -237,6 +237,17 @@ async fn an_end_by_a_worker_is_logged_with_its_key() {
 }
 
 #[tokio::test]
+async fn a_call_for_events_that_are_off_ends_nothing() {
+    let binary = Binary::start(&[]).await;
+    let refused = binary.api("POST", "/api/v1/events/disconnect", r#"{"user_id":"u-1"}"#).await;
+    refused.assert_refused(404, "not_found");
+    assert!(refused.body.contains("endpoints.events is off"), "{}", refused.body);
+    assert_eq!(binary.api("POST", "/api/v1/sessions/s-1/close", "{}").await.status, 200);
+    binary.line("A worker ends a session.").await;
+    assert!(binary.lines("A worker ends connections.").is_empty(), "{}", binary.log());
+}
+
+#[tokio::test]
 async fn another_instance_tells_what_it_knows() {
     let backend = Backend::redis();
     let (here, there) = (start(&backend, "here").await, start(&backend, "there").await);

@@ -120,7 +120,7 @@ impl Lane {
             return Err(LaneError::Order("OPEN of an agent, or of a number that does not rise"));
         }
         self.last_opened = number;
-        if self.went_away {
+        if self.went_away.is_some() {
             // The gateway knows from GOAWAY that the stream was not dispatched.
             return Ok(());
         }

@@ -142,6 +142,8 @@ impl Stream {
         self.head = Vec::new();
         self.sending.close();
         self.abandon();
+        // A new stream can take the place before RESET is written.
+        self.share.release();
     }
 
     /// The consumer wants no more.

@@ -42,9 +42,9 @@ impl Lane {
     pub fn write_batch(&mut self, now: u64, out: &mut Vec<u8>) -> bool {
         let start = out.len();
         if let Some((code, drain_ms)) = self.control.write(now, out) {
-            let go_away = GoAway { last_stream: self.last_opened, code, drain_ms };
-            put(Frame::GoAway(go_away), out);
-            self.went_away = true;
+            // Streams that were opened behind the first GOAWAY were dropped.
+            let last_stream = *self.went_away.get_or_insert(self.last_opened);
+            put(Frame::GoAway(GoAway { last_stream, code, drain_ms }), out);
         }
         // Others wait for the next batch, behind which the streams have had a turn.
         let is_room = |out: &[u8]| out.len() - start + RESET_BYTES_MAX <= CONTROL_BYTES_MAX;

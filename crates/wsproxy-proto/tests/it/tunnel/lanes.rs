@@ -11,10 +11,22 @@ use wsproxy_proto::tunnel::{
     memory::MemoryLimits,
 };
 
+use crate::bodies;
+
 use super::pair::{AGENT, GATEWAY, Pair};
 
 /// One step, by numbers: its kind, the side, the stream, and an amount.
 type Step = (u8, usize, usize, usize);
+
+proptest! {
+    #[test]
+    fn a_hostile_peer_breaks_no_promise(
+        role in any::<bool>(),
+        steps in vec(hostile_step(), 1..60),
+    ) {
+        bodies::tunnel_lane(&[&[role.into()], &steps.concat()[..]].concat());
+    }
+}
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
@@ -44,6 +56,25 @@ proptest! {
         complete(&mut pair, window as usize, stalled);
         check_ends(&mut pair, is_lost, stalled);
     }
+}
+
+/// A step of `bodies::tunnel_lane`, with numbers that are often good.
+fn hostile_step() -> impl Strategy<Value = Vec<u8>> {
+    let open = b"\0\0\0\0\0\0\0\x03GET\0\x01/";
+    let payload = prop_oneof![
+        Just(open.to_vec()),
+        Just(b"\0\xc8\0".to_vec()),
+        Just(b"\0\0\x01\0".to_vec()),
+        Just(b"\0\0\x04\0\0\0\0".to_vec()),
+        Just(b"\0\x01\0\0\0\0\0".to_vec()),
+        vec(any::<u8>(), 0..200),
+    ];
+    let kind = prop_oneof![4 => 1u8..13, 6 => 128u8..=255];
+    (kind, 0u8..16, prop_oneof![Just(0u8), 0u8..4, any::<u8>()], payload).prop_map(
+        |(kind, stream, flags, payload)| {
+            [&[kind, stream, flags, payload.len() as u8], &payload[..]].concat()
+        },
+    )
 }
 
 fn run(pair: &mut Pair, (kind, side, stream, amount): Step) {

@@ -133,8 +133,9 @@ fn a_full_process_takes_no_stream() {
     agent.data(1, b"1", DataFlag::None).unwrap();
     assert_eq!(agent.lane.slowest(), Some((1, 0)));
     agent.lane.reset(1, &Reset::new(Code::SlowReader));
-    assert_eq!(agent.heard(), [Said::Reset(1, "slow_reader", false, false, false)]);
     agent.say_of(5, StreamFrame::Open(request())).unwrap();
+    assert!(matches!(agent.events()[..], [.., Event::Opened(5, _)]));
+    assert_eq!(agent.heard(), [Said::Reset(1, "slow_reader", false, false, false)]);
 
     let mut gateway = Tested::with(Role::Gateway, LaneConfig::default(), limits);
     assert_eq!(gateway.lane.open(0, &request()), Ok(1));
@@ -318,6 +319,9 @@ fn goaway_ends_the_streams_that_were_not_accepted() {
     agent.say_of(5, StreamFrame::Open(Open { end: false, ..request() })).unwrap();
     agent.data(5, b"crossed", DataFlag::End).unwrap();
     assert_eq!((agent.events(), agent.heard(), agent.lane.streams()), (vec![], vec![], 2));
+    agent.lane.go_away(Code::Restarting);
+    let said = agent.heard();
+    assert!(matches!(&said[..], [Said::Other(text)] if text.contains("last_stream: 3")));
 }
 
 #[test]

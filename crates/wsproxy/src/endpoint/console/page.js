@@ -214,7 +214,9 @@ function showFound(found) {
   const end = (row) => confirmEnd(row);
   const rows = found.connections.map((row) => connections([row], { find, end: canEnd && single(row) ? end : null }).firstChild);
   byId("found-connections").replaceChildren(rows.length > 0 ? element("ul", { className: "rows" }, ...rows) : "");
-  byId("end-all").hidden = !canEnd || rows.length === 0;
+  // A user's memberships and agent are ended by the room and by the agent.
+  const isEndable = (row) => kind !== "user" || row.endpoint === "events";
+  byId("end-all").hidden = !canEnd || !found.connections.some(isEndable);
   byId("send-open").hidden = !canEnd;
   const sections = [["Why it was disconnected, the newest first", found.ends], ["Refused attempts, the newest first", found.refusals]].filter(([, list]) => list.length > 0);
   byId("found-past").replaceChildren(...sections.flatMap(([title, list]) => [element("h4", { textContent: title }), pasts(list, find)]));
@@ -231,7 +233,9 @@ function confirmEnd(row) {
   else if (row) ending.connection_id = row.connection_id;
   const what = row ? `the connection ${row.client_id ?? row.connection_id} of ${kind} ${id}` : `all connections of ${kind} ${id}`;
   byId("confirm-title").textContent = "End connections";
-  byId("confirm-text").textContent = `This ends ${what}, on all instances. A client that has a good token can come back.`;
+  const stays = !row && kind === "user" ? " to the event endpoint" : "";
+  const others = stays && " The user's rooms and agent stay: find the room or the agent to end those.";
+  byId("confirm-text").textContent = `This ends ${what}${stays}, on all instances.${others} A client that has a good token can come back.`;
   byId("reason").value = "";
   byId("confirm").showModal();
 }

@@ -302,6 +302,7 @@ async fn disconnect(
     };
     check_close(code, reason.as_deref())?;
     let revoke = revoke_seconds.map(|seconds| revocation(&core, &target, seconds)).transpose()?;
+    registry_of(&events, &core)?;
     let (user_id, connection_id, jti) = target.parts();
     info!(
         key = &*worker.name,

@@ -214,6 +214,6 @@ pub(super) fn registry_of<'e>(
         if let Some(left_out) = core.lines.pass("events are off") {
             info!(left_out, "A call of the API needs events, which this instance does not serve.");
         }
-        Rejection::not_found("The event endpoint is not switched on.")
+        Rejection::not_found("This instance serves no events: endpoints.events is off.")
     })
 }
