@@ -279,7 +279,7 @@ async fn an_instance_that_does_not_answer_is_missed() {
         find(&here, "user", "u").await["instances"].as_array().unwrap().len() == 2
     })
     .await;
-    there.freeze().await;
+    there.signal(Signal::STOP);
     let found = find(&here, "user", "u").await;
     there.signal(Signal::CONT);
     assert!(found["notes"][0].as_str().unwrap().contains("did not answer"), "{found}");

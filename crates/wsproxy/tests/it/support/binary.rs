@@ -149,19 +149,6 @@ impl Binary {
         states.all(|is_stopped| is_stopped)
     }
 
-    /// Freezes it until SIGCONT. A signal takes effect some time after it was sent: waits until every thread has stopped.
-    pub async fn freeze(&self) {
-        self.signal(Signal::STOP);
-        let tasks = format!("/proc/{}/task", self.child.id());
-        eventually("every thread has stopped", || {
-            std::fs::read_dir(&tasks).unwrap().flatten().all(|task| {
-                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-                stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
-            })
-        })
-        .await;
-    }
-
     /// Waits for its end; the log is complete then.
     pub async fn exited(&mut self) -> ExitStatus {
         let mut status = None;
