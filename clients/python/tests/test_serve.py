@@ -370,10 +370,13 @@ async def test_what_is_open_is_read_again_where_announcements_were_missed(
 
 @pytest.mark.asyncio
 async def test_a_worker_that_may_not_read_what_is_open_serves_what_is_announced(
-    redis_worker: Worker, keeping: Gateway, redis: RedisServer, caplog: pytest.LogCaptureFixture
+    keeping: Gateway, redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    redis.client.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"], commands=["-hscan"])
-    async with redis_worker.serve("demo", Echo("a")), client(redis_worker, keeping) as connection:
+    # A user of the worker's own: the gateway reads hashes too.
+    rights = {"categories": ["+@all"], "commands": ["-hscan"], "keys": ["*"], "channels": ["*"]}
+    redis.client.acl_setuser("worker", enabled=True, nopass=True, **rights)
+    url = redis.url.replace("redis://", "redis://worker:any@")
+    async with Worker.redis(url) as worker, worker.serve("demo", Echo("a")), client(worker, keeping) as connection:
         await connection.send(1)
         assert (await answer(connection))["echo"] == 1
     assert [each for each in caplog.messages if "that the log no longer has are not found" in each]
