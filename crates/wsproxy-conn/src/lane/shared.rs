@@ -372,10 +372,25 @@ fn keep(kept: &mut Option<Waker>, cx: &Context<'_>) {
 
 #[cfg(test)]
 mod tests {
+    use wsproxy_proto::tunnel::memory::MemoryLimits;
+
     use super::*;
 
     #[test]
     fn a_stream_takes_little_beside_the_core() {
         assert!(size_of::<Slot>() <= 128, "{}", size_of::<Slot>());
+    }
+
+    #[test]
+    fn a_stream_without_handles_takes_nothing() {
+        let memory = Memory::new(MemoryLimits::default());
+        let shared = Shared::new(Role::Gateway, LaneConfig::default(), memory);
+        shared.call(|state, _| {
+            state.hold(1);
+            state.release_writer(1);
+            assert_eq!(state.slots.len(), 1);
+            state.release_reader(1);
+            assert_eq!(state.slots.len(), 0);
+        });
     }
 }

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::{io::AsyncWriteExt, time::sleep};
+use socket2::SockRef;
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::sleep};
 use wsproxy_conn::{
     clock,
     lane::{LaneEnd, LaneSettings, Received, WriteError},
@@ -20,7 +21,7 @@ use wsproxy_proto::{
 };
 
 use super::{
-    pair::{Pair, head, read_all, request, short, within},
+    pair::{Pair, head, read_all, request, short, tcp, within},
     peer::{Peer, hello, masked, message},
 };
 use crate::support::until;
@@ -51,6 +52,40 @@ async fn messages_that_the_protocol_forbids_close_with_1002() {
         let (code, reason, end) = peer.ends_closed().await;
         assert_eq!((code, &*reason), (1002, "protocol"), "{what}: {end:?}");
     }
+}
+
+#[tokio::test]
+async fn a_lanes_socket_keeps_little_unsent() {
+    let (ours, theirs) = tcp().await;
+    let [ours, theirs] = [ours, theirs].map(|stream| {
+        let stream = stream.into_std().unwrap();
+        let same = stream.try_clone().unwrap();
+        (TcpStream::from_std(stream).unwrap(), same)
+    });
+    let settings = LaneSettings::default();
+    let pair = Pair::over(ours.0.into(), theirs.0.into(), &settings).await;
+    for socket in [ours.1, theirs.1] {
+        let socket = SockRef::from(&socket);
+        assert!(socket.tcp_nodelay().unwrap());
+        assert_eq!(socket.tcp_notsent_lowat().unwrap(), 128 << 10);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(settings.write_timeout));
+    }
+    drop(pair);
+}
+
+#[tokio::test]
+async fn a_message_that_is_still_coming_is_no_silence() {
+    let settings = short(Duration::from_millis(50), Duration::from_millis(300));
+    let mut peer = Peer::ready(&settings).await;
+    let start = clock::now();
+    for byte in masked(Opcode::Binary, &[0; 100]) {
+        peer.socket.write_all(&[byte]).await.unwrap();
+        sleep(Duration::from_millis(10)).await;
+        if clock::now().since(start) > Duration::from_millis(600).into() {
+            break;
+        }
+    }
+    assert_eq!(peer.lane.status().end, None);
 }
 
 #[tokio::test]
