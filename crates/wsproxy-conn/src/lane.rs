@@ -7,6 +7,55 @@
 //! - [`StreamAcceptor`] gives the streams that the gateway opened (agent).
 //! - [`StreamReader`] and [`StreamWriter`] are the two directions of one stream. Each belongs to one task at a time.
 //!
+//! ```
+//! use wsproxy_conn::lane::{self, LaneSettings, Received};
+//! use wsproxy_proto::tunnel::{
+//!     frame::{Head, Open, Source},
+//!     headers::Headers,
+//!     memory::{Memory, MemoryLimits},
+//! };
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (settings, limits) = (LaneSettings::default(), MemoryLimits::default());
+//! let (ours, theirs) = tokio::net::UnixStream::pair()?;
+//!
+//! let (driver, _agent, mut acceptor) =
+//!     lane::agent(theirs.into(), &[], settings.clone(), Memory::new(limits))?;
+//! tokio::spawn(driver);
+//! tokio::spawn(async move {
+//!     while let Some(mut stream) = acceptor.accept().await {
+//!         let (source, headers) = (Source::Agent, Headers::EMPTY);
+//!         stream.answer.send_head(&Head { end: false, status: 200, source, headers })?;
+//!         stream.answer.write(stream.request.path).await?;
+//!         stream.answer.finish()?;
+//!     }
+//!     Ok::<_, lane::WriteError>(())
+//! });
+//!
+//! let (driver, gateway) = lane::gateway(ours.into(), &[], settings, Memory::new(limits))?;
+//! tokio::spawn(driver);
+//! gateway.ready().await?;
+//! let open = Open {
+//!     end: true,
+//!     upgrade: false,
+//!     long: false,
+//!     expect: false,
+//!     retried: false,
+//!     head_ms: 0,
+//!     method: b"GET",
+//!     path: b"/hello",
+//!     headers: Headers::EMPTY,
+//! };
+//! let mut stream = gateway.open(&open)?;
+//! let head = stream.answer.head().await.expect("the stream is whole");
+//! assert_eq!(head.status, 200);
+//! assert_eq!(stream.answer.read().await, Ok(Received::Data("/hello".into())));
+//! assert_eq!(stream.answer.read().await, Ok(Received::End));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! The rules of streams, credit and turns are those of [`wsproxy_proto::tunnel::lane`]. Here are only the lock around
 //! them, the wakers of the tasks, and the socket.
 

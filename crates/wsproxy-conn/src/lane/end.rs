@@ -8,31 +8,43 @@ use wsproxy_proto::{
 };
 
 /// Reason why a lane ended. [`LaneDriver`](super::LaneDriver) decides it, once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LaneEnd {
     /// This side sent GOAWAY with this code. All streams ended, or the time to drain was over.
+    #[error("this side drained the lane: {}", .0.label())]
     Drained(Code),
     /// The peer sent GOAWAY with this code, and later closed the connection.
+    #[error("the peer drained the lane: {}", .0.label())]
     GoneAway(Code),
     /// The peer sent a close frame with this code and no GOAWAY; 1005: a close frame without a code.
+    #[error("the peer closed the lane with {0}")]
     Closed(u16),
     /// The peer broke a rule of the tunnel.
+    #[error("the peer broke the protocol: {0}")]
     Broken(LaneError),
     /// The peer sent a text message.
+    #[error("the peer sent a text message")]
     Text,
     /// The peer broke a rule of WebSocket, or sent a message above the bound.
+    #[error("the peer broke a rule of WebSocket")]
     WebSocket,
     /// The peer's HELLO did not come in time.
+    #[error("no HELLO came in time")]
     HelloTimeout,
     /// Nothing came from the peer for too long.
+    #[error("nothing was heard for too long")]
     Silent,
     /// The peer took none of the written bytes for too long.
+    #[error("the peer took nothing for too long")]
     Stalled,
     /// The peer ended its connection without a close frame.
+    #[error("the peer left")]
     Left,
     /// The socket failed.
+    #[error("the socket failed: {0}")]
     Failed(io::ErrorKind),
     /// The driver was dropped.
+    #[error("the driver was dropped")]
     Dropped,
 }
 

@@ -130,6 +130,12 @@ impl LaneHandle {
         }
     }
 
+    /// Returns the streams of the lane, as [`LaneNumbers::streams`] says: for the choice among lanes.
+    #[must_use]
+    pub fn streams(&self) -> usize {
+        self.shared().streams()
+    }
+
     /// Returns the numbers of the lane. Looks at every stream.
     #[must_use]
     pub fn numbers(&self) -> LaneNumbers {

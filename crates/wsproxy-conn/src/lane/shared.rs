@@ -163,6 +163,10 @@ impl Shared {
         }
     }
 
+    pub(super) fn streams(&self) -> usize {
+        self.state.lock().core.streams()
+    }
+
     pub(super) fn numbers(&self) -> LaneNumbers {
         let state = self.state.lock();
         LaneNumbers {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tokio::task::JoinSet;
 use wsproxy_conn::{
     clock::Micros,
-    lane::{AcceptedStream, LaneEnd, OpenedStream, Received},
+    lane::{AcceptedStream, LaneEnd, LaneSettings, OpenedStream, Received},
 };
 use wsproxy_proto::tunnel::code::Code;
 
@@ -34,6 +34,34 @@ async fn a_thousand_streams_are_open_at_once() {
     }
     answers.join_all().await;
     pair.is_empty().await;
+}
+
+/// Prints what an idle stream costs in user space, without its tasks.
+#[tokio::test]
+#[ignore = "a measurement, alone in its process"]
+async fn idle_streams_cost_little() {
+    const COUNT: usize = 4000;
+    let mut settings = LaneSettings::default();
+    settings.protocol.streams_max = 2 * COUNT as u32;
+    let mut pair = Pair::with(&settings).await;
+    let mut streams = Vec::with_capacity(2 * COUNT);
+    let mut before = 0;
+    for round in 0..2 * COUNT {
+        if round == COUNT {
+            before = resident_bytes();
+        }
+        let (mut opened, mut accepted) = pair.stream(true).await;
+        accepted.answer.send_head(&head(200, false)).unwrap();
+        assert_eq!(within(opened.answer.head()).await.unwrap().status, 200);
+        streams.push((opened, accepted));
+    }
+    let each = (resident_bytes() - before) / COUNT;
+    println!("{each} bytes for each, with its other end");
+}
+
+fn resident_bytes() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
 /// Does some of what a stream's tasks do, and drops the handles in the middle.

@@ -73,7 +73,7 @@ impl Pair {
 
     /// Waits until neither side knows a stream.
     pub(crate) async fn is_empty(&self) {
-        let streams = || [&self.gateway, &self.agent].map(|lane| lane.numbers().streams);
+        let streams = || [&self.gateway, &self.agent].map(LaneHandle::streams);
         until("no stream is left", || streams() == [0, 0]).await;
         for memory in &self.memories {
             assert_eq!((memory.streams(), memory.growth_bytes()), (0, 0));

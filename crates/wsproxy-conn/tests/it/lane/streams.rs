@@ -120,6 +120,39 @@ async fn a_head_with_status_100_comes_before_the_final_one() {
 }
 
 #[tokio::test]
+async fn an_answer_without_a_body_leaves_the_upload_alone() {
+    let mut pair = Pair::new().await;
+    let (OpenedStream { mut request, mut answer }, accepted) = pair.stream(false).await;
+    let AcceptedStream { mut body, answer: mut writer, .. } = accepted;
+    writer.send_head(&head(200, true)).unwrap();
+    drop(writer);
+    assert_eq!(within(answer.head()).await.unwrap().status, 200);
+    drop(answer);
+    let long = Random(1).body(200_000);
+    let sent = long.clone();
+    let uploading = async {
+        write_all(&mut request, sent, &mut Random(2)).await.unwrap();
+        request.finish().unwrap();
+        within(request.ended()).await
+    };
+    let (end, read) = tokio::join!(uploading, read_all(&mut body));
+    assert_eq!(end, End::Complete);
+    assert!(read.unwrap().0 == long);
+    drop((request, body));
+    pair.is_empty().await;
+}
+
+#[tokio::test]
+async fn the_body_of_a_head_that_was_not_looked_at_is_empty() {
+    let mut pair = Pair::new().await;
+    let (mut opened, mut accepted) = pair.stream(true).await;
+    let reading = tokio::spawn(async move { opened.answer.read().await });
+    accepted.answer.send_head(&head(204, true)).unwrap();
+    assert_eq!(within(reading).await.unwrap(), Ok(Received::End));
+    pair.is_empty().await;
+}
+
+#[tokio::test]
 async fn calls_out_of_order_change_nothing() {
     let mut pair = Pair::new().await;
     let (mut opened, mut accepted) = pair.stream(true).await;
