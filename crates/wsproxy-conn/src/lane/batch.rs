@@ -54,7 +54,6 @@ impl Batch {
         if self.buffer.capacity() == 0 {
             self.buffer = WRITE_BUFFER.take();
         }
-        self.buffer.clear();
         self.buffer.resize(HEADER_BYTES_MAX, 0);
         self.at = HEADER_BYTES_MAX;
         if !write(&mut self.buffer) {

@@ -87,7 +87,8 @@ impl LaneDriver {
         role: lane::Role,
         settings: &LaneSettings,
     ) -> io::Result<Self> {
-        socket.prepare(settings.write_timeout)?;
+        // The kernel's own bound comes behind that of the lane.
+        socket.prepare(settings.write_timeout.saturating_mul(2))?;
         socket.set_unsent_max(UNSENT_BYTES_MAX)?;
         let role = match role {
             lane::Role::Gateway => Role::Server,
@@ -234,9 +235,7 @@ impl LaneDriver {
 
     /// Handles a failure of the socket.
     fn on_failed(&mut self, kind: io::ErrorKind, now: Micros) {
-        // The kernel counts the time for which the peer takes nothing as well.
-        let is_timeout = kind == io::ErrorKind::TimedOut;
-        self.on_left(if is_timeout { LaneEnd::Stalled } else { LaneEnd::Failed(kind) }, now);
+        self.on_left(LaneEnd::Failed(kind), now);
     }
 
     /// Handles the end of the peer's stream.
@@ -275,10 +274,7 @@ impl LaneDriver {
                         Poll::Ready(Err(error)) => {
                             self.on_failed(error.kind(), now);
                         }
-                        Poll::Pending => {
-                            self.shared.call(|state, _| state.park(cx, false));
-                            return false;
-                        }
+                        Poll::Pending => return false,
                     }
                 }
                 Err(error) => self.on_failed(error.kind(), now),
@@ -310,9 +306,8 @@ impl LaneDriver {
             shared.call(|state, _| {
                 let is_something = state.core.write_batch(now.0, out);
                 if !is_something {
-                    let is_idle = state.core.streams() == 0;
-                    drained = state.drain.filter(|drain| is_idle || now >= drain.until);
-                    state.park(cx, true);
+                    drained = state.drain.filter(|_| state.core.streams() == 0);
+                    state.park(cx);
                 }
                 is_something
             })

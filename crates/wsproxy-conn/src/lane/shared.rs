@@ -50,9 +50,8 @@ pub(super) struct State {
     pub(super) status: LaneStatus,
     has_news: bool,
     pub(super) drain: Option<Drain>,
+    /// Driver that waits for something to write.
     driver: Option<Waker>,
-    /// Whether the driver waits for something to write.
-    is_writer_idle: bool,
 }
 
 /// End of a lane that this side wants.
@@ -102,7 +101,6 @@ impl Shared {
                 has_news: false,
                 drain: None,
                 driver: None,
-                is_writer_idle: false,
             }),
             news: Notify::new(),
             bytes_received: AtomicU64::new(0),
@@ -203,12 +201,9 @@ impl State {
             if self.status.end.is_some() {
                 woken.others.extend(self.acceptor.take());
             }
-            // The driver looks at the drain.
-            woken.driver = self.driver.take();
         }
-        if self.is_writer_idle && self.core.has_output() {
-            self.is_writer_idle = false;
-            woken.driver = woken.driver.take().or_else(|| self.driver.take());
+        if self.core.has_output() {
+            woken.driver = self.driver.take();
         }
     }
 
@@ -338,10 +333,9 @@ impl State {
         }
     }
 
-    /// Notes that the driver waits, perhaps for something to write.
-    pub(super) fn park(&mut self, cx: &Context<'_>, is_writer_idle: bool) {
+    /// Notes that the driver waits for something to write.
+    pub(super) fn park(&mut self, cx: &Context<'_>) {
         keep(&mut self.driver, cx);
-        self.is_writer_idle = is_writer_idle;
     }
 }
 
@@ -376,13 +370,48 @@ fn keep(kept: &mut Option<Waker>, cx: &Context<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use wsproxy_proto::tunnel::memory::MemoryLimits;
+    use wsproxy_proto::tunnel::{
+        frame::{Frame, Frames, Open, StreamFrame},
+        headers::Headers,
+        hello::Hello,
+        memory::MemoryLimits,
+    };
 
     use super::*;
 
     #[test]
     fn a_stream_takes_little_beside_the_core() {
         assert!(size_of::<Slot>() <= 128, "{}", size_of::<Slot>());
+    }
+
+    #[test]
+    fn streams_that_come_behind_the_last_accept_are_refused() {
+        let (memory, config) = (Memory::new(MemoryLimits::default()), LaneConfig::default());
+        let shared = Shared::new(Role::Agent, config, memory);
+        let open = Open {
+            end: true,
+            upgrade: false,
+            long: false,
+            expect: false,
+            retried: false,
+            head_ms: 0,
+            method: b"GET",
+            path: b"/",
+            headers: Headers::EMPTY,
+        };
+        let mut message = Vec::new();
+        Frame::Hello(Hello::default()).encode(&mut message).unwrap();
+        Frame::Stream(1, StreamFrame::Open(open)).encode(&mut message).unwrap();
+        shared.call(|state, _| state.stop_accepting());
+        shared.call(|state, now| state.core.receive(now.0, &message).unwrap());
+        let mut answer = Vec::new();
+        shared.call(|state, now| state.core.write_batch(now.0, &mut answer));
+        let refused = Frames::new(&answer).unwrap().any(|frame| match frame.unwrap() {
+            Frame::Stream(1, StreamFrame::Reset(reset)) => reset.not_dispatched,
+            _ => false,
+        });
+        assert!(refused);
+        assert_eq!(shared.streams(), 0);
     }
 
     #[test]

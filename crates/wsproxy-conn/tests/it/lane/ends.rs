@@ -6,12 +6,13 @@ use bytes::Bytes;
 use socket2::SockRef;
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::sleep};
 use wsproxy_conn::{
-    clock,
+    clock::{self, Micros},
     lane::{LaneEnd, LaneSettings, Received, WriteError},
 };
 use wsproxy_proto::{
     tunnel::{
         MESSAGE_BYTES_MAX, WINDOW_MAX,
+        code::Code,
         event::End,
         frame::{Data, DataFlag, Frame, StreamFrame},
         hello::Hello,
@@ -24,7 +25,7 @@ use super::{
     pair::{Pair, head, read_all, request, short, tcp, within},
     peer::{Peer, hello, masked, message},
 };
-use crate::support::until;
+use crate::support::{settle, until};
 
 #[tokio::test]
 async fn messages_that_the_protocol_forbids_close_with_1002() {
@@ -68,7 +69,7 @@ async fn a_lanes_socket_keeps_little_unsent() {
         let socket = SockRef::from(&socket);
         assert!(socket.tcp_nodelay().unwrap());
         assert_eq!(socket.tcp_notsent_lowat().unwrap(), 128 << 10);
-        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(settings.write_timeout));
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(2 * settings.write_timeout));
     }
     drop(pair);
 }
@@ -177,6 +178,59 @@ async fn a_write_without_progress_ends_the_lane() {
     .await;
     assert_eq!(error, WriteError::Ended(End::LaneLost { not_dispatched: false }));
     assert_eq!(within(peer.task).await.unwrap(), LaneEnd::Stalled);
+}
+
+#[tokio::test]
+async fn a_drain_ends_in_time_though_nothing_can_be_written() {
+    let mut settings =
+        LaneSettings { close_timeout: Duration::from_millis(100), ..LaneSettings::default() };
+    settings.protocol.ping = 40_000;
+    let wide = Frame::Hello(Hello { window: WINDOW_MAX, ..Hello::default() });
+    let peer = Peer::new(&settings, &masked(Opcode::Binary, &message(&wide))).await;
+    let mut opened = peer.lane.open(&request(false)).unwrap();
+    let writing = tokio::spawn(async move {
+        while opened.request.write(vec![7; 1 << 20].into()).await.is_ok() {}
+        opened.request.ended().await
+    });
+    let mut sent = 0;
+    // The socket takes no more.
+    while sent == 0 || sent < peer.lane.numbers().bytes_sent {
+        sent = peer.lane.numbers().bytes_sent;
+        settle().await;
+    }
+    peer.lane.drain(Code::Restarting, Micros(50_000));
+    assert_eq!(within(writing).await.unwrap(), End::LaneLost { not_dispatched: false });
+    // The close frame cannot be written either.
+    assert_eq!(within(peer.task).await.unwrap(), LaneEnd::Drained(Code::Restarting));
+}
+
+#[tokio::test]
+async fn a_close_frame_is_not_overtaken_by_a_reset_of_the_socket() {
+    let mut peer = Peer::ready(&LaneSettings::default()).await;
+    let late = masked(Opcode::Binary, &vec![0; 50_000]);
+    let bytes = [&masked(Opcode::Text, b"{}")[..], &late, &late, &late, &late, &late].concat();
+    peer.socket.write_all(&bytes).await.unwrap();
+    assert_eq!(within(peer.lane.ended()).await, LaneEnd::Text);
+    peer.socket.write_all(&late).await.unwrap();
+    assert_eq!(peer.ends_closed().await, (1002, "protocol".into(), LaneEnd::Text));
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_close_is_left() {
+    let settings =
+        LaneSettings { close_timeout: Duration::from_millis(100), ..LaneSettings::default() };
+    let mut peer = Peer::ready(&settings).await;
+    peer.says(Opcode::Text, b"{}").await;
+    assert_eq!(within(peer.task).await.unwrap(), LaneEnd::Text);
+}
+
+#[tokio::test]
+async fn an_acceptor_that_waits_learns_of_the_end() {
+    let mut pair = Pair::new().await;
+    let waiting = tokio::spawn(async move { pair.acceptor.accept().await.is_none() });
+    until("the acceptor waits", || pair.agent.status().peer.is_some()).await;
+    pair.tasks[0].abort();
+    assert!(within(waiting).await.unwrap());
 }
 
 #[tokio::test]

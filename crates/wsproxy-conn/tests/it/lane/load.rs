@@ -154,3 +154,27 @@ async fn handles_dropped_at_any_time_leave_nothing() {
     assert_eq!(pair.ends().await, expected);
     pair.is_empty().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lane_that_is_cut_under_load_ends_every_task() {
+    for round in 0..4 {
+        let mut pair = Pair::new().await;
+        let mut tasks = JoinSet::new();
+        for seed in 0..100 {
+            let stream = pair.open(seed % 2 == 0);
+            tasks.spawn(ask(stream, Random(1 + seed)));
+        }
+        for seed in 0..(10 * round) {
+            let stream = pair.accept().await;
+            tasks.spawn(answer(stream, Random(1000 + seed)));
+        }
+        // The gateway's side, or the agent's.
+        pair.tasks[round as usize % 2].abort();
+        while let Some(stream) = within(pair.acceptor.accept()).await {
+            tasks.spawn(answer(stream, Random(2000)));
+        }
+        within(tasks.join_all()).await;
+        within(pair.gateway.ended()).await;
+        pair.is_empty().await;
+    }
+}
