@@ -285,10 +285,6 @@ impl LaneDriver {
 
     /// Makes the next frame. Returns whether there is one; else the task is woken when there is.
     fn fill(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
-        if let Some(payload) = self.pong.take() {
-            self.batch.fill_control(Opcode::Pong, &payload);
-            return true;
-        }
         if let Phase::Closing(closing) = &mut self.phase {
             if let Some((code, reason)) = closing.frame.take() {
                 let payload = close_payload(code, reason);
@@ -299,6 +295,10 @@ impl LaneDriver {
             // overtake our close frame.
             closing.is_over |= self.socket.poll_finish_writing(cx).is_ready() && self.has_left;
             return false;
+        }
+        if let Some(payload) = self.pong.take() {
+            self.batch.fill_control(Opcode::Pong, &payload);
+            return true;
         }
         let Self { shared, batch, .. } = self;
         let mut drained = None;

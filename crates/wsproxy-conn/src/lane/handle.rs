@@ -7,6 +7,7 @@ use std::{
 };
 
 use wsproxy_proto::tunnel::{
+    STREAM_MAX,
     code::Code,
     event::{Peer, Request},
     frame::{GoAway, Health, Open, Reset},
@@ -67,7 +68,7 @@ impl LaneHandle {
         Self { owner: Arc::new(Owner { shared, role }) }
     }
 
-    /// Opens a stream of a gateway.
+    /// Opens a stream of a gateway. The stream with the last number drains the lane.
     ///
     /// # Errors
     /// [`OpenError`]; nothing was sent.
@@ -78,6 +79,9 @@ impl LaneHandle {
             state.hold(number);
             Ok(number)
         })?;
+        if number == STREAM_MAX {
+            shared.drain(Code::Restarting, DRAIN);
+        }
         Ok(OpenedStream {
             request: StreamWriter::new(Arc::clone(shared), number, open.end),
             answer: StreamReader::new(Arc::clone(shared), number, IfDropped::Reset, false),
@@ -219,5 +223,5 @@ impl Drop for StreamAcceptor {
     }
 }
 
-/// Time that streams get which outlive the handles of their lane.
+/// Time that streams get which outlive the handles of their lane, or its numbers.
 const DRAIN: Micros = Micros(20_000_000);

@@ -202,7 +202,8 @@ impl State {
                 woken.others.extend(self.acceptor.take());
             }
         }
-        if self.core.has_output() {
+        let is_drained = self.drain.is_some() && self.core.streams() == 0;
+        if is_drained || self.core.has_output() {
             woken.driver = self.driver.take();
         }
     }

@@ -128,7 +128,7 @@ async fn health_of_an_agent_reaches_the_gateway() {
 }
 
 #[tokio::test]
-async fn the_last_stream_number_ends_the_lane_after_its_stream() {
+async fn the_last_stream_number_drains_the_lane() {
     let mut settings = LaneSettings::default();
     settings.protocol.first_stream = (1 << 31) - 1;
     let mut pair = Pair::with(&settings).await;
@@ -139,6 +139,8 @@ async fn the_last_stream_number_ends_the_lane_after_its_stream() {
     accepted.answer.send_head(&head(204, true)).unwrap();
     assert_eq!(within(opened.answer.head()).await.unwrap().status, 204);
     drop((opened, accepted));
+    let expected = [LaneEnd::Drained(Code::Restarting), LaneEnd::GoneAway(Code::Restarting)];
+    assert_eq!(pair.ends().await, expected);
     pair.is_empty().await;
 }
 

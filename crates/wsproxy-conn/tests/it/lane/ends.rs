@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use socket2::SockRef;
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::sleep};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::sleep,
+};
 use wsproxy_conn::{
     clock::{self, Micros},
     lane::{LaneEnd, LaneSettings, Received, WriteError},
@@ -181,6 +185,25 @@ async fn a_write_without_progress_ends_the_lane() {
 }
 
 #[tokio::test]
+async fn a_slow_write_with_progress_goes_on() {
+    let write_timeout = Duration::from_millis(300);
+    let settings = LaneSettings { write_timeout, ..LaneSettings::default() };
+    let wide = Frame::Hello(Hello { window: WINDOW_MAX, ..Hello::default() });
+    let mut peer = Peer::new(&settings, &masked(Opcode::Binary, &message(&wide))).await;
+    let mut opened = peer.lane.open(&request(false)).unwrap();
+    let writing = tokio::spawn(async move {
+        while opened.request.write(vec![7; 1 << 20].into()).await.is_ok() {}
+    });
+    let (start, mut buffer) = (clock::now(), vec![0; 256 << 10]);
+    while clock::now().since(start) < (3 * write_timeout).into() {
+        assert!(within(peer.socket.read(&mut buffer)).await.unwrap() > 0);
+        sleep(Duration::from_millis(3)).await;
+    }
+    assert_eq!(peer.lane.status().end, None);
+    assert!(!writing.is_finished());
+}
+
+#[tokio::test]
 async fn a_drain_ends_in_time_though_nothing_can_be_written() {
     let mut settings =
         LaneSettings { close_timeout: Duration::from_millis(100), ..LaneSettings::default() };
@@ -208,7 +231,9 @@ async fn a_drain_ends_in_time_though_nothing_can_be_written() {
 async fn a_close_frame_is_not_overtaken_by_a_reset_of_the_socket() {
     let mut peer = Peer::ready(&LaneSettings::default()).await;
     let late = masked(Opcode::Binary, &vec![0; 50_000]);
-    let bytes = [&masked(Opcode::Text, b"{}")[..], &late, &late, &late, &late, &late].concat();
+    // A ping behind the end is not answered.
+    let ping = masked(Opcode::Ping, b"");
+    let bytes = [&masked(Opcode::Text, b"{}")[..], &ping, &late, &late, &late, &late].concat();
     peer.socket.write_all(&bytes).await.unwrap();
     assert_eq!(within(peer.lane.ended()).await, LaneEnd::Text);
     peer.socket.write_all(&late).await.unwrap();
