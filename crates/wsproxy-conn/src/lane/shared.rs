@@ -151,8 +151,8 @@ impl Shared {
     /// Waits for a status with another version.
     pub(super) async fn changed(&self, seen: u64) -> LaneStatus {
         loop {
-            let mut news = std::pin::pin!(self.news.notified());
-            news.as_mut().enable();
+            // Made before the look at the status, so that no news in between are lost.
+            let news = self.news.notified();
             let status = self.status();
             if status.version != seen {
                 return status;

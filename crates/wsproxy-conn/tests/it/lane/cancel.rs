@@ -159,8 +159,11 @@ async fn an_early_answer_stops_the_upload_and_is_whole() {
     accepted.answer.send_head(&head(413, false)).unwrap();
     accepted.answer.put(Bytes::from_static(b"too large")).unwrap();
     accepted.answer.finish().unwrap();
-    let uploading =
-        tokio::spawn(async move { opened.request.write(vec![7; 300_000].into()).await });
+    let uploading = tokio::spawn(async move {
+        let written = opened.request.write(vec![7; 300_000].into()).await;
+        assert_eq!(opened.request.put(Bytes::from_static(b"x")), written);
+        written
+    });
     read_some(&mut accepted.body, 10_000).await;
     drop(accepted.body);
     assert_eq!(within(uploading).await.unwrap(), Err(WriteError::Stopped));

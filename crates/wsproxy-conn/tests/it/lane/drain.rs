@@ -44,6 +44,8 @@ async fn a_drain_ends_in_time_with_its_streams() {
     let mut pair = Pair::with(&settings).await;
     let (mut opened, mut accepted) = pair.stream(true).await;
     pair.gateway.drain(Code::Superseded, Micros(50_000));
+    // A later wish does not give the streams more time.
+    pair.gateway.drain(Code::Superseded, MINUTE);
     let lost = End::LaneLost { not_dispatched: false };
     assert_eq!(within(opened.answer.head()).await, Err(lost.clone()));
     assert_eq!(within(accepted.answer.ended()).await, lost);

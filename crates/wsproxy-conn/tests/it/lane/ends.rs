@@ -29,7 +29,7 @@ use super::{
     pair::{Pair, head, read_all, request, short, tcp, within},
     peer::{Peer, hello, masked, message},
 };
-use crate::support::{settle, until};
+use crate::support::{PATIENCE, settle, until};
 
 #[tokio::test]
 async fn messages_that_the_protocol_forbids_close_with_1002() {
@@ -185,6 +185,19 @@ async fn a_write_without_progress_ends_the_lane() {
 }
 
 #[tokio::test]
+async fn a_process_that_pauses_again_and_again_finds_a_silent_peer() {
+    let silence_max = Duration::from_millis(100);
+    let peer = Peer::ready(&short(Duration::from_millis(40), silence_max)).await;
+    let start = clock::now();
+    while peer.lane.status().end.is_none() {
+        assert!(clock::now().since(start) < PATIENCE.into(), "the lane does not end");
+        std::thread::sleep(silence_max / 2);
+        settle().await;
+    }
+    assert_eq!(within(peer.task).await.unwrap(), LaneEnd::Silent);
+}
+
+#[tokio::test]
 async fn a_slow_write_with_progress_goes_on() {
     let write_timeout = Duration::from_millis(300);
     let settings = LaneSettings { write_timeout, ..LaneSettings::default() };
@@ -260,12 +273,16 @@ async fn an_acceptor_that_waits_learns_of_the_end() {
 
 #[tokio::test]
 async fn websocket_pings_are_answered_and_a_close_frame_is_echoed() {
-    let mut peer = Peer::ready(&LaneSettings::default()).await;
+    let settings = LaneSettings { close_timeout: 2 * PATIENCE, ..LaneSettings::default() };
+    let mut peer = Peer::ready(&settings).await;
     peer.says(Opcode::Pong, b"").await;
     peer.says(Opcode::Ping, b"payload").await;
     assert_eq!(peer.hears_control().await, (Opcode::Pong, b"payload".to_vec()));
-    peer.says(Opcode::Close, &1001_u16.to_be_bytes()).await;
-    assert_eq!(peer.ends_closed().await, (1001, String::new(), LaneEnd::Closed(1001)));
+    let code = 1001_u16.to_be_bytes();
+    peer.says(Opcode::Close, &code).await;
+    assert_eq!(peer.hears_control().await, (Opcode::Close, code.to_vec()));
+    // The peer's socket is still open.
+    assert_eq!(within(peer.task).await.unwrap(), LaneEnd::Closed(1001));
 }
 
 #[tokio::test]
@@ -311,6 +328,9 @@ async fn a_lost_socket_ends_each_stream_and_tells_which_were_dispatched() {
     assert_eq!(within(accepted.answer.gone()).await, WriteError::Ended(lost(false)));
     assert_eq!(answered.body.read().await, Ok(Received::End));
     assert!(within(pair.acceptor.accept()).await.is_none());
+    let version = pair.agent.status().version;
+    pair.agent.drain(Code::Restarting, Micros(0));
+    assert_eq!(pair.agent.status().version, version);
     assert_eq!(pair.gateway.status().end, Some(LaneEnd::Dropped));
     assert!(pair.gateway.open(&request(true)).is_err());
     drop((dispatched, complete, unsent, accepted, answered));

@@ -158,6 +158,7 @@ async fn calls_out_of_order_change_nothing() {
     let (mut opened, mut accepted) = pair.stream(true).await;
     assert_eq!(accepted.body.read().await, Ok(Received::End));
     assert_eq!(opened.request.finish(), Err(WriteError::Order));
+    assert_eq!(accepted.answer.ready().await, Ok(()));
     assert_eq!(accepted.answer.put(Bytes::from_static(b"x")), Err(WriteError::Order));
     assert_eq!(opened.request.send_head(&head(200, false)), Err(WriteError::Order));
     accepted.answer.send_head(&head(200, false)).unwrap();
