@@ -7,6 +7,7 @@ pub mod budget;
 pub mod clock;
 pub mod dial;
 pub mod driver;
+pub mod lane;
 pub mod link;
 pub mod outbox;
 pub mod outgoing;

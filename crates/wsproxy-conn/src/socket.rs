@@ -16,6 +16,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
+mod options;
 pub mod tls;
 pub mod unix;
 

@@ -9,6 +9,7 @@ mod deadlines;
 mod dial;
 mod heartbeat;
 mod keyed;
+mod lane;
 mod memory;
 mod pressure;
 mod pushes;
