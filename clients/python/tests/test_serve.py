@@ -329,6 +329,8 @@ async def test_a_worker_that_starts_finds_sessions_whose_opening_the_log_no_long
         for number in range(4):
             async with client(worker, gateway, f"s-{number}"):
                 pass
+        # The log is written behind the connections, and has no session at first.
+        await eventually("the last end is in the log", lambda: ends(redis.texts(log), "s-3"))
         await eventually("it is trimmed", lambda: "s-long" not in "".join(redis.texts(log)))
         await eventually(
             "others have ended", lambda: redis.client.hlen(f"{name}ws:server:{server(redis)}:sessions") == 1
@@ -337,6 +339,11 @@ async def test_a_worker_that_starts_finds_sessions_whose_opening_the_log_no_long
             await connection.send(1)
             assert await answer(connection) == {"by": "late", "echo": 1}
             assert list(serving.sessions) == ["s-long"]
+
+
+def ends(texts: list[str], session: str) -> bool:
+    entries = map(json.loads, texts)
+    return any(entry.get("event") == "closed" and entry["session_id"] == session for entry in entries)
 
 
 def server(redis: RedisServer) -> str:
