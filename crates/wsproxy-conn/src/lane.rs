@@ -36,17 +36,7 @@
 //! let (driver, gateway) = lane::gateway(ours.into(), &[], settings, Memory::new(limits))?;
 //! tokio::spawn(driver);
 //! gateway.ready().await?;
-//! let open = Open {
-//!     end: true,
-//!     upgrade: false,
-//!     long: false,
-//!     expect: false,
-//!     retried: false,
-//!     head_ms: 0,
-//!     method: b"GET",
-//!     path: b"/hello",
-//!     headers: Headers::EMPTY,
-//! };
+//! let open = Open { end: true, ..Open::new(b"GET", b"/hello") };
 //! let mut stream = gateway.open(&open)?;
 //! let head = stream.answer.head().await.expect("the stream is whole");
 //! assert_eq!(head.status, 200);

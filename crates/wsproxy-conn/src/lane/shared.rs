@@ -373,7 +373,6 @@ fn keep(kept: &mut Option<Waker>, cx: &Context<'_>) {
 mod tests {
     use wsproxy_proto::tunnel::{
         frame::{Frame, Frames, Open, StreamFrame},
-        headers::Headers,
         hello::Hello,
         memory::MemoryLimits,
     };
@@ -389,17 +388,7 @@ mod tests {
     fn streams_that_come_behind_the_last_accept_are_refused() {
         let (memory, config) = (Memory::new(MemoryLimits::default()), LaneConfig::default());
         let shared = Shared::new(Role::Agent, config, memory);
-        let open = Open {
-            end: true,
-            upgrade: false,
-            long: false,
-            expect: false,
-            retried: false,
-            head_ms: 0,
-            method: b"GET",
-            path: b"/",
-            headers: Headers::EMPTY,
-        };
+        let open = Open { end: true, ..Open::new(b"GET", b"/") };
         let mut message = Vec::new();
         Frame::Hello(Hello::default()).encode(&mut message).unwrap();
         Frame::Stream(1, StreamFrame::Open(open)).encode(&mut message).unwrap();

@@ -70,7 +70,23 @@ pub struct Open<'a> {
     pub headers: Headers<'a>,
 }
 
-impl Open<'_> {
+impl<'a> Open<'a> {
+    /// Returns a request whose body follows, without options, headers or a limit of time.
+    #[must_use]
+    pub const fn new(method: &'a [u8], path: &'a [u8]) -> Self {
+        Self {
+            end: false,
+            upgrade: false,
+            long: false,
+            expect: false,
+            retried: false,
+            head_ms: 0,
+            method,
+            path,
+            headers: Headers::EMPTY,
+        }
+    }
+
     /// Bytes of the payload.
     pub(crate) const fn payload_bytes(&self) -> usize {
         OPEN_FIXED_BYTES + self.method.len() + self.path.len() + self.headers.as_bytes().len()

@@ -426,14 +426,4 @@ fn contains(whole: &[u8], part: &[u8]) -> bool {
 const LIMITS: Limits = Limits { message_bytes_max: 2000, fragments_max: 6 };
 
 /// Request of which some fields are set.
-const OPEN: Open<'static> = Open {
-    end: false,
-    upgrade: false,
-    long: false,
-    expect: false,
-    retried: false,
-    head_ms: 0,
-    method: b"GET",
-    path: b"/",
-    headers: Headers::EMPTY,
-};
+const OPEN: Open<'static> = Open::new(b"GET", b"/");

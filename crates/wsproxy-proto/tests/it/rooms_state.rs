@@ -224,7 +224,7 @@ impl World {
                     entities.map(|(id, bytes)| (id, bytes.clone())).collect();
                 assert_eq!(entities, expected.collect(), "of {}", instance.server);
             }
-            // What others tell of a member is in Redis, or goes.
+            // News of others about a member are in Redis, or go.
             for (client, member) in instance.mirror.iter().flat_map(Mirror::members) {
                 for entity in member.entities().filter(|_| !member.is_here()) {
                     let field = wire::field(client, entity.id());

@@ -113,17 +113,7 @@ pub(crate) fn short(ping: Duration, silence_max: Duration) -> LaneSettings {
 }
 
 pub(crate) fn request(end: bool) -> Open<'static> {
-    Open {
-        end,
-        upgrade: false,
-        long: false,
-        expect: false,
-        retried: false,
-        head_ms: 0,
-        method: b"POST",
-        path: b"/path?query",
-        headers: Headers::default(),
-    }
+    Open { end, ..Open::new(b"POST", b"/path?query") }
 }
 
 pub(crate) fn head(status: u16, end: bool) -> Head<'static> {

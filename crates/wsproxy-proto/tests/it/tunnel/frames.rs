@@ -49,17 +49,7 @@ fn a_frame_that_is_too_large_or_invalid_is_not_written() {
     let mut block = HeaderBlock::new();
     block.push(b"a", &[b'v'; 65_000]).unwrap();
     let path = vec![b'/'; 600];
-    let open = Open {
-        end: true,
-        upgrade: false,
-        long: false,
-        expect: false,
-        retried: false,
-        head_ms: 0,
-        method: b"GET",
-        path: &path,
-        headers: block.headers(),
-    };
+    let open = Open { end: true, headers: block.headers(), ..Open::new(b"GET", &path) };
     let longer = vec![b'/'; 70_000];
     let data = Data { bytes: b"", flag: DataFlag::None };
     let mut out = b"before".to_vec();

@@ -308,17 +308,7 @@ impl Pair {
 }
 
 pub(crate) fn request() -> Open<'static> {
-    Open {
-        end: true,
-        upgrade: false,
-        long: false,
-        expect: false,
-        retried: false,
-        head_ms: 0,
-        method: b"GET",
-        path: b"/",
-        headers: Headers::default(),
-    }
+    Open { end: true, ..Open::new(b"GET", b"/") }
 }
 
 /// Bytes that a side puts on a stream. No two places near each other look the same.
