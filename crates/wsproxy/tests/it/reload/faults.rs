@@ -33,6 +33,29 @@ fn refused(response: &Response) -> String {
     problems.iter().map(text).collect::<Vec<_>>().join("\n")
 }
 
+/// Reloads until it is refused, while a thread writes again and again; answers the last answer.
+async fn reload_while(running: &Reloading, mut write: impl FnMut() + Send + 'static) -> Response {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let writer = std::thread::spawn(move || {
+        while !stopped.load(Relaxed) {
+            write();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    // The writer may pause for longer than the reload watches the file.
+    let end = Instant::now() + Duration::from_secs(20);
+    let answer = loop {
+        let answer = running.reload().await;
+        if answer.status != 200 || Instant::now() > end {
+            break answer;
+        }
+    };
+    stop.store(true, Relaxed);
+    writer.join().unwrap();
+    answer
+}
+
 #[tokio::test]
 async fn an_invalid_file_changes_nothing_and_all_problems_are_told() {
     let running = Reloading::start(&Values::new()).await;
@@ -77,26 +100,12 @@ async fn a_file_that_vanished_or_is_half_written_changes_nothing() {
 async fn a_file_that_is_being_written_is_not_used() {
     let running = Reloading::start(&Values::new()).await;
     let (text, file) = (Values::new().text(), running.file());
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = Arc::clone(&stop);
-    let writer = std::thread::spawn(move || {
-        let mut rounds = 0;
-        while !stopped.load(Relaxed) {
-            rounds += 1;
-            fs::write(&file, format!("{text}# {rounds}\n")).unwrap();
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    });
-    // The writer may pause for longer than the reload watches the file.
-    let end = Instant::now() + Duration::from_secs(20);
-    let answer = loop {
-        let answer = running.reload().await;
-        if answer.status != 200 || Instant::now() > end {
-            break answer;
-        }
-    };
-    stop.store(true, Relaxed);
-    writer.join().unwrap();
+    let mut rounds = 0;
+    let answer = reload_while(&running, move || {
+        rounds += 1;
+        fs::write(&file, format!("{text}# {rounds}\n")).unwrap();
+    })
+    .await;
     refused(&answer);
     assert_eq!(names(&running.to(&Values::new()).await, "changed"), [""; 0]);
 }
@@ -110,28 +119,17 @@ async fn a_chain_that_is_being_written_is_not_used() {
     values.set("tls.certificate", &format!("\"{}\"", files.certificate().display()));
     values.set("tls.key", &format!("\"{}\"", files.key().display()));
     let running = Reloading::start(&values).await;
-    let stop = Arc::new(AtomicBool::new(false));
-    let (stopped, path) = (Arc::clone(&stop), files.certificate());
-    let writer = std::thread::spawn(move || {
+    let path = files.certificate();
+    let mut is_whole = true;
+    let answer = reload_while(&running, move || {
         // Each of them is a good pair with the key.
-        let chains =
-            [made.certificate.clone(), format!("{}{}", made.certificate, issuer.certificate)];
-        for chain in chains.iter().cycle().take_while(|_| !stopped.load(Relaxed)) {
-            let new = path.with_extension("new");
-            fs::write(&new, chain).unwrap();
-            fs::rename(new, &path).unwrap();
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    });
-    let end = Instant::now() + Duration::from_secs(20);
-    let answer = loop {
-        let answer = running.reload().await;
-        if answer.status != 200 || Instant::now() > end {
-            break answer;
-        }
-    };
-    stop.store(true, Relaxed);
-    writer.join().unwrap();
+        is_whole = !is_whole;
+        let further = if is_whole { issuer.certificate.as_str() } else { "" };
+        let new = path.with_extension("new");
+        fs::write(&new, format!("{}{further}", made.certificate)).unwrap();
+        fs::rename(new, &path).unwrap();
+    })
+    .await;
     assert!(refused(&answer).contains("tls.certificate"), "{answer:?}");
     running.to(&values).await;
 }
