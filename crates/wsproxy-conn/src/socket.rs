@@ -308,6 +308,20 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
+/// Calls `write` until it has an outcome; waits with `poll_ready` where the kernel takes nothing.
+#[inline]
+fn poll_write(
+    write: impl Fn() -> io::Result<usize>,
+    mut poll_ready: impl FnMut() -> Poll<io::Result<()>>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        match write() {
+            Err(error) if is_passing(&error) => ready!(poll_ready())?,
+            result => return Poll::Ready(result),
+        }
+    }
+}
+
 /// Copies the bytes that have come to a socket.
 fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     let (count, _) = rustix::net::recv(socket, buffer, RecvFlags::PEEK)?;
