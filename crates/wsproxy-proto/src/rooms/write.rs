@@ -284,19 +284,41 @@ pub fn connections(numbers: impl IntoIterator<Item = u64>) -> Vec<u8> {
     field
 }
 
-/// Takes a batch that an instance has published apart: the batch for clients, and its entries, each with the number of its
-/// connection. `None` if it is no such batch, or does not name the connections of its entries.
-#[must_use]
-pub fn published_batch(body: &[u8]) -> Option<(&[u8], Vec<(u64, &str, &[u8])>)> {
-    let mut fields = Fields::of(body);
-    let Ok(Some((102, Value::Bytes(_)))) = fields.next() else { return None };
-    let batch = &body[..body.len() - fields.rest().len()];
-    let Ok(Some((CONNECTIONS, Value::Bytes(numbers)))) = fields.next() else { return None };
-    let (mut numbers, mut entries) = (Fields::of(numbers), Vec::new());
-    for (sender, update) in batch_entries(batch) {
-        entries.push((numbers.next_packed().ok()??, sender, update));
+/// Batch of positions that an instance has published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedBatch<'a> {
+    /// The batch for clients.
+    pub envelope: &'a [u8],
+    /// Entries of the batch.
+    pub entries: Vec<PublishedEntry<'a>>,
+}
+
+/// Entry of a [`PublishedBatch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedEntry<'a> {
+    /// Number of the connection that has told the position.
+    pub connection: u64,
+    /// Client id of its member.
+    pub sender: &'a str,
+    /// The PositionUpdate.
+    pub update: &'a [u8],
+}
+
+impl<'a> PublishedBatch<'a> {
+    /// Takes a batch of an instance apart. `None` if it is none, or does not name the connections of its entries.
+    #[must_use]
+    pub fn parse(body: &'a [u8]) -> Option<Self> {
+        let mut fields = Fields::of(body);
+        let Ok(Some((102, Value::Bytes(_)))) = fields.next() else { return None };
+        let envelope = &body[..body.len() - fields.rest().len()];
+        let Ok(Some((CONNECTIONS, Value::Bytes(numbers)))) = fields.next() else { return None };
+        let (mut numbers, mut entries) = (Fields::of(numbers), Vec::new());
+        for (sender, update) in batch_entries(envelope) {
+            let connection = numbers.next_packed().ok()??;
+            entries.push(PublishedEntry { connection, sender, update });
+        }
+        numbers.rest().is_empty().then_some(Self { envelope, entries })
     }
-    numbers.rest().is_empty().then_some((batch, entries))
 }
 
 /// All values of a field of bytes.

@@ -1,5 +1,5 @@
-//! What newcomers are told of members and entities, kept encoded while these do not change. Knows no encoding: functions make
-//! the bytes.
+//! Bytes that newcomers get of members and entities, kept while these do not change. Knows no encoding: functions
+//! make the bytes.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use crate::rooms::{
     wire::Record,
 };
 
-/// Encoding of what newcomers are told of members. Of entities the mirror keeps the text alone: their bytes are at hand.
+/// Encoding of members for newcomers. Of entities the mirror keeps the text alone: their bytes are at hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
     /// Protobuf.
@@ -17,12 +17,19 @@ pub enum Encoding {
     Text,
 }
 
-/// What newcomers are told. Its bytes count in [`Mirror::bytes`].
+/// Bytes for newcomers. They count in [`Mirror::bytes`].
 #[derive(Debug, Default)]
 pub(super) struct Shown {
-    /// By client id, then by [`Encoding`]; empty where nothing can be told.
-    members: HashMap<Box<str>, [Option<Box<[u8]>>; 2]>,
+    /// By client id.
+    members: HashMap<Box<str>, ShownMember>,
     bytes: usize,
+}
+
+/// Bytes of a member, where they were made; empty where nothing can be told.
+#[derive(Debug, Default)]
+struct ShownMember {
+    binary: Option<Box<[u8]>>,
+    text: Option<Box<[u8]>>,
 }
 
 impl Mirror {
@@ -55,9 +62,7 @@ impl Mirror {
     /// Returns the bytes that [`Self::show`] has made of the members as they are, in no order.
     pub fn shown(&self, encoding: Encoding) -> impl Iterator<Item = &[u8]> {
         let members = self.replica.state.shown.members.values();
-        members
-            .filter_map(move |shown| shown[encoding as usize].as_deref())
-            .filter(|shown| !shown.is_empty())
+        members.filter_map(move |shown| shown.of(encoding)).filter(|shown| !shown.is_empty())
     }
 
     /// Returns the texts that [`Self::show_entities`] has made of the entities as they are, in no order.
@@ -85,22 +90,24 @@ impl Shown {
     fn show(&mut self, client: &str, encoding: Encoding, make: impl FnOnce() -> Option<Vec<u8>>) {
         if !self.members.contains_key(client) {
             self.bytes += client.len();
-            self.members.insert(client.into(), [None, None]);
+            self.members.insert(client.into(), ShownMember::default());
         }
         let Some(shown) = self.members.get_mut(client) else { return };
-        let shown = &mut shown[encoding as usize];
-        if shown.is_none() {
+        if shown.of(encoding).is_none() {
             let made = make().unwrap_or_default();
             self.bytes += made.len();
-            *shown = Some(made.into());
+            match encoding {
+                Encoding::Binary => shown.binary = Some(made.into()),
+                Encoding::Text => shown.text = Some(made.into()),
+            }
         }
     }
 
     /// Forgets what newcomers are told of a member.
     pub(super) fn hide(&mut self, client: &str) {
         if let Some((client, shown)) = self.members.remove_entry(client) {
-            let bytes: usize = shown.iter().flatten().map(|shown| shown.len()).sum();
-            self.bytes -= client.len() + bytes;
+            let shown = [shown.binary, shown.text].into_iter().flatten();
+            self.bytes -= client.len() + shown.map(|shown| shown.len()).sum::<usize>();
         }
     }
 
@@ -108,6 +115,15 @@ impl Shown {
     pub(super) fn hide_entity(&mut self, entity: &mut Entity) {
         if let Some(text) = entity.shown.take() {
             self.bytes -= text.len();
+        }
+    }
+}
+
+impl ShownMember {
+    fn of(&self, encoding: Encoding) -> Option<&[u8]> {
+        match encoding {
+            Encoding::Binary => self.binary.as_deref(),
+            Encoding::Text => self.text.as_deref(),
         }
     }
 }

@@ -21,7 +21,7 @@ pub(super) struct State {
     bytes: usize,
     /// The place of a member has passed to another instance, so that positions of it may be such that no store has.
     pub(super) has_aged: bool,
-    /// What newcomers are told. Few rooms need it, so that of members is not in the members.
+    /// Bytes for newcomers. Few rooms need them, so that those of members are not in the members.
     pub(super) shown: Shown,
 }
 

@@ -7,7 +7,9 @@ use wsproxy_proto::rooms::text::{to_binary, to_text};
 use wsproxy_proto::rooms::v1::{
     EntitySnapshot, Limits, PlayerSnapshot, PresenceData, ServerHello, WorldState,
 };
-use wsproxy_proto::rooms::write::{self, Entity, PageLimits, Welcome};
+use wsproxy_proto::rooms::write::{
+    self, Entity, PageLimits, PublishedBatch, PublishedEntry, Welcome,
+};
 use wsproxy_proto::rooms::{hello_text, snapshot, v1};
 
 #[test]
@@ -223,12 +225,18 @@ fn published_batch_names_connections_that_clients_do_not_see() {
         // A worker that listens reads it as any batch.
         assert_eq!(check::read(&body).map(|checked| checked.kind), Ok(Kind::Batch));
         assert_eq!(write::batch_entries(&body).collect::<Vec<_>>(), entries);
-        let expected =
-            numbers.iter().zip(entries).map(|(number, (a, update))| (*number, a, update));
-        let expected: Vec<_> = expected.collect();
-        assert_eq!(write::published_batch(&body), Some((&batch[..], expected)));
+        let entry = |(connection, (sender, update)): (&u64, (&'static str, _))| PublishedEntry {
+            connection: *connection,
+            sender,
+            update,
+        };
+        let entries = numbers.iter().zip(entries).map(entry).collect();
+        assert_eq!(
+            PublishedBatch::parse(&body),
+            Some(PublishedBatch { envelope: &batch, entries })
+        );
         for wrong in [&body[..body.len() - 1], &batch, &[&body[..], b"\x08\x01"].concat()] {
-            let read = write::published_batch(wrong).map(|(batch, _)| batch);
+            let read = PublishedBatch::parse(wrong).map(|batch| batch.envelope);
             // Fields behind the numbers are of a later version.
             let is_whole = wrong.len() > body.len() || (numbers.is_empty() && wrong == body);
             assert_eq!(read, is_whole.then_some(&batch[..]));
@@ -237,7 +245,7 @@ fn published_batch_names_connections_that_clients_do_not_see() {
     let one = write::position_batch([("a", &update[..])], 1);
     for numbers in [&[][..], &[1, 2]] {
         let body = [&one[..], &write::connections(numbers.iter().copied())].concat();
-        assert_eq!(write::published_batch(&body), None);
+        assert_eq!(PublishedBatch::parse(&body), None);
     }
 }
 

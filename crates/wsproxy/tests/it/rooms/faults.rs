@@ -328,6 +328,27 @@ async fn changes_that_were_lost_on_their_way_are_told_again() {
     assert_eq!(near.told().await, "join late");
 }
 
+/// Redis has lost the members, and another client has taken the only place before the member joins again.
+#[tokio::test]
+async fn a_member_that_finds_its_room_full_after_an_outage_is_closed() {
+    let server = RedisServer::start();
+    let start = async || {
+        let mut config = crate::support::gateway::config(Some(&server.url()));
+        config.endpoints.rooms = true;
+        config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+        config.rate_limit.max_requests_is_set = true;
+        config.rooms.members_max = 1;
+        TestInstance::start(config).await
+    };
+    let (one, two) = (start().await, start().await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    server.call(&["FLUSHALL"]);
+    let bob = RoomClient::join(&two, "bob").await;
+    assert_eq!(bob.members(), ["bob"]);
+    assert_eq!(ann.ended().await, 1013);
+    assert_eq!(members(&server), ["bob"]);
+}
+
 /// The end of an entity is refused, and its client moves something of the same name before that end is told.
 #[tokio::test]
 async fn a_position_behind_an_end_that_was_refused_stays() {

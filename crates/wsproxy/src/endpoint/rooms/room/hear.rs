@@ -8,7 +8,7 @@ use wsproxy_proto::{
         mirror::Origin,
         snapshot, stamp, text,
         wire::{Connection, Form as WireForm, Frame, Kind as FrameKind, WireError},
-        write,
+        write::{self, PublishedBatch, PublishedEntry},
     },
     ws::frame::Kind,
 };
@@ -71,7 +71,7 @@ impl Room {
                 };
                 self.fan_out(state, &mut Fanout::opaque(kind, payload), Audience::default(), now);
             }
-            FrameKind::Batch(body) => match write::published_batch(body) {
+            FrameKind::Batch(body) => match PublishedBatch::parse(body) {
                 Some(batch) => self.on_batch(state, batch, frame.from.server, now),
                 None => self.on_unreadable(rooms, &WireError::BadBody),
             },
@@ -101,22 +101,21 @@ impl Room {
     fn on_batch(
         &self,
         state: &mut State,
-        (envelope, mut entries): (&[u8], Vec<(u64, &str, &[u8])>),
+        PublishedBatch { envelope, mut entries }: PublishedBatch<'_>,
         server: u64,
         now: Micros,
     ) {
         let count = entries.len();
-        entries.retain(|(number, client, update)| {
-            let from = Connection { server, number: *number };
+        entries.retain(|PublishedEntry { connection, sender, update }| {
+            let from = Connection { server, number: *connection };
             // A position of a member that is not known yet waits for the reading.
             check::entity_of(update)
-                .is_some_and(|entity| state.mirror.hear_position(from, client, entity, update))
+                .is_some_and(|entity| state.mirror.hear_position(from, sender, entity, update))
         });
         if entries.len() == count {
             return self.pass_batch(state, envelope, now);
         }
-        let kept: Vec<_> =
-            entries.into_iter().map(|(_, client, update)| (client, update)).collect();
+        let kept: Vec<_> = entries.iter().map(|entry| (entry.sender, entry.update)).collect();
         if !kept.is_empty() {
             let timestamp_ms = time::since_epoch().as_millis() as i64;
             let envelope = write::position_batch(kept, timestamp_ms);
