@@ -20,6 +20,7 @@ pub mod rooms;
 mod rule;
 pub mod sessions;
 pub mod traces;
+pub mod tunnel_agent;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -37,6 +38,7 @@ use self::{
     rooms::RoomsConfig,
     sessions::SessionsConfig,
     traces::TracesConfig,
+    tunnel_agent::TunnelAgentConfig,
 };
 
 /// The configuration of an instance, with a field for each section of the file.
@@ -72,6 +74,8 @@ pub struct Config {
     pub rooms: RoomsConfig,
     /// `[agents]`
     pub agents: AgentsConfig,
+    /// `[tunnel_agent]`
+    pub tunnel_agent: TunnelAgentConfig,
     /// `[database]`
     pub database: DatabaseConfig,
     /// `[audit]`
