@@ -5,7 +5,7 @@ use crate::names::{Id, Names};
 impl Names {
     /// Hash of a cluster's lanes, by the id of the cluster agent.
     #[must_use]
-    pub fn tunnel(&self, cluster: &Id) -> String {
+    pub fn tunnel_lanes(&self, cluster: &Id) -> String {
         format!("{}tunnel:{cluster}", self.prefix)
     }
 
@@ -17,7 +17,7 @@ impl Names {
 
     /// Channel that announces connected, draining and lost lanes.
     #[must_use]
-    pub fn tunnels_events(&self) -> String {
+    pub fn tunnel_events(&self) -> String {
         format!("{}tunnels:events", self.prefix)
     }
 
@@ -48,10 +48,10 @@ mod tests {
     #[test]
     fn names_are_those_of_the_contract() {
         let (names, id) = (Names::new("eu"), |text| Id::parse(text).unwrap());
-        assert_eq!(Names::new("").tunnel(&id("c1")), "tunnel:c1");
-        assert_eq!(names.tunnel(&id("c1")), "eu:tunnel:c1");
+        assert_eq!(Names::new("").tunnel_lanes(&id("c1")), "tunnel:c1");
+        assert_eq!(names.tunnel_lanes(&id("c1")), "eu:tunnel:c1");
         assert_eq!(names.tunnel_auth(&id("c1")), "eu:tunnel:c1:auth");
-        assert_eq!(names.tunnels_events(), "eu:tunnels:events");
+        assert_eq!(names.tunnel_events(), "eu:tunnels:events");
         assert_eq!(names.server_tunnels("i"), "eu:ws:server:i:tunnels");
         let field = Names::tunnel_lane(&id("c1"), &id("node-1"));
         assert_eq!(field, "c1/node-1");

@@ -14,7 +14,7 @@ use super::{
     },
     origin::OriginKind,
     peer::Proxy,
-    rooms, rule, sessions, traces,
+    rooms, rule, sessions, traces, tunnel,
 };
 
 /// A key of the file.
@@ -190,25 +190,6 @@ macro_rules! key {
 
 pub(super) use key;
 
-/// An endpoint family that this version does not have: configurations may already switch it off.
-const fn absent(name: &'static str) -> Key {
-    Key {
-        section: "endpoints",
-        name,
-        doc: "Not in this version.",
-        alias: None,
-        flag: None,
-        secret: false,
-        reloads: false,
-        allowed: || "false, since this endpoint is not in this version".into(),
-        explain: |_| None,
-        read: |_, raw| Switch.read(raw) == Some(false),
-        write: |_| "false".into(),
-        is_same: |_, _| true,
-        copy: |_, _| {},
-    }
-}
-
 /// Returns the allowed values of a kind. The field selects the [`ValueKind`] where one type implements several.
 pub(super) fn allowed<T, K: ValueKind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
     kind.allowed()
@@ -246,6 +227,10 @@ pub static SECTIONS: &[(&str, &str)] = &[
     ("rooms", "Rooms, /ws/{room_id}: members who see each other come, go, move and speak."),
     ("agents", "Users' agents: one connection for each user, and calls of tools on it."),
     (
+        "tunnel",
+        "The tunnel: private HTTP services, reached over connections that cluster agents beside them open.",
+    ),
+    (
         "database",
         "The SQL database with credentials of agents and the audit log. Opened only where agents are served.",
     ),
@@ -277,10 +262,10 @@ static TABLE: &[&[Key]] = &[
     events::KEYS,
     rooms::KEYS,
     agents::KEYS,
+    tunnel::KEYS,
     database::KEYS,
     traces::KEYS,
     echo::KEYS,
-    ABSENT,
 ];
 
 /// Keys that belong to no single endpoint family.
@@ -403,9 +388,6 @@ const SHARED: &[Key] = &[
     key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers every call with 401.").secret().reloads(),
     key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret().reloads(),
 ];
-
-/// Families of a later version.
-const ABSENT: &[Key] = &[absent("tunnel")];
 
 pub(super) const HOUR: u64 = 3_600_000;
 pub(super) const DAY: u64 = 24 * HOUR;

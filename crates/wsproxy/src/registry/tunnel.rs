@@ -374,7 +374,7 @@ impl LaneRegistry {
             Ok(payload) => payload.into(),
             Err(error) => return debug!(%error, "A lane cannot be announced."),
         };
-        let channel = self.names.tunnels_events().into();
+        let channel = self.names.tunnel_events().into();
         let publish = Publish { channel, payload, keep: Keep::Nothing, receipt: None };
         if let Err(error) = self.hub.publish(publish) {
             debug!(%error, "A lane was not announced.");

@@ -272,7 +272,11 @@ async fn lanes_of_other_instances_are_followed_without_asking_redis() {
     eventually("the drain is known", || lanes.borrow()[1].record.draining).await;
     drop(b);
     one.wait_elsewhere(&[("a", "s2", 1)]).await;
-    assert_eq!(one.lanes.counters.readings.value(), 1);
+    for _ in 0..1000 {
+        one.elsewhere().await;
+    }
+    // At the first request, and once or twice since announcements may have been missed at the start.
+    assert!(one.lanes.counters.readings.value() <= 3);
     // Its own lanes are no lanes elsewhere.
     two.wait_elsewhere(&[]).await;
     // A stale table is put right.

@@ -107,7 +107,8 @@ async fn only_the_lane_itself_leaves() {
     assert_eq!(cluster.release("s1", "b", "2"), 1);
     assert_eq!((cluster.release("s1", "b", "2"), cluster.entry()), (0, Value::Null));
     let told = cluster.published(2).await;
-    assert_eq!(told[1], json!({"event":"lost","registration":registration}));
+    let lost = json!({"event":"lost","boot_id":"b","number":2,"registration":registration});
+    assert_eq!(told[1], lost);
     // An instance that has no lane of the agent removes whatever has its name.
     cluster.register("s1", "b", 2, "");
     assert_eq!((cluster.release("s2", "", ""), cluster.release("s1", "", "")), (0, 1));

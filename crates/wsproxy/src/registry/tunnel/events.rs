@@ -33,7 +33,7 @@ pub(super) async fn run(registry: Arc<LaneRegistry>) {
 /// Follows the announcements until messages may have been missed.
 async fn follow(registry: &LaneRegistry, keys: &LaneKeys) {
     let queue = FollowerQueue::new(QUEUE_BYTES);
-    let channel = registry.names.tunnels_events().into();
+    let channel = registry.names.tunnel_events().into();
     let sinks = [(channel, Sink::Follower(Arc::clone(&queue)))];
     let _subscription = match registry.hub.subscribe(sinks).await {
         Ok(subscription) => subscription,

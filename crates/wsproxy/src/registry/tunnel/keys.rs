@@ -65,7 +65,7 @@ impl LaneKeys {
     /// Renews the time to live of clusters' lanes. Returns those of which Redis has nothing.
     pub(super) async fn keep(&self, clusters: Vec<Id>) -> Result<Vec<Id>, StoreError> {
         let kept = clusters.into_iter().map(async |cluster| {
-            let key = self.names.tunnel(&cluster);
+            let key = self.names.tunnel_lanes(&cluster);
             let reply = self.commands.call(&["PEXPIRE", &key, &self.ttl]).await?;
             Ok((integer(&reply)? == 0).then_some(cluster))
         });
@@ -123,7 +123,7 @@ impl LaneKeys {
         };
         [
             "1".into(),
-            self.names.tunnel(&opening.cluster).into(),
+            self.names.tunnel_lanes(&opening.cluster).into(),
             opening.agent.to_string().into(),
             opening.boot_id.to_string().into(),
             opening.number.to_string().into(),
@@ -132,7 +132,7 @@ impl LaneKeys {
             without_end(&Announcement { event, lane }).into(),
             self.ttl.clone().into(),
             AGENTS_MAX.to_string().into(),
-            self.names.tunnels_events().into(),
+            self.names.tunnel_events().into(),
         ]
     }
 
@@ -174,13 +174,13 @@ impl LaneKeys {
         });
         Some([
             "1".into(),
-            self.names.tunnel(&cluster).into(),
+            self.names.tunnel_lanes(&cluster).into(),
             agent.to_string().into(),
             server.to_owned().into(),
             identity.boot_id.to_owned().into(),
             identity.number.to_owned().into(),
             without_end(&told).into(),
-            self.names.tunnels_events().into(),
+            self.names.tunnel_events().into(),
         ])
     }
 
@@ -212,7 +212,7 @@ impl LaneKeys {
         &self,
         cluster: &Id,
     ) -> Result<(Vec<Field>, Vec<Box<str>>), StoreError> {
-        let key = self.names.tunnel(cluster);
+        let key = self.names.tunnel_lanes(cluster);
         let words = ["HGETALL", &key];
         let (fields, living) = tokio::try_join!(self.commands.call(&words), self.living())?;
         let Reply::Array(fields) = fields else { return Err(odd_reply()) };
