@@ -291,12 +291,17 @@ impl LaneRegistry {
         self.table.known(cluster, Instant::now())
     }
 
-    /// Reads the lanes of a cluster again, since an instance did not have the lane that the table names.
+    /// Reads the lanes of a cluster again, since an instance did not have the lane `absent` that the table names.
     ///
     /// # Errors
-    /// Redis did not answer; the table stays as it was.
-    pub async fn read_again(&self, cluster: &Id) -> Result<Arc<[RemoteLane]>, StoreError> {
+    /// Redis did not answer; the table stays as it was, without that lane.
+    pub async fn read_again(
+        &self,
+        cluster: &Id,
+        absent: &RemoteLane,
+    ) -> Result<Arc<[RemoteLane]>, StoreError> {
         let found = self.table.ask(cluster, Instant::now());
+        found.heard(LaneEvent::Lost, &absent.agent, &absent.record);
         if let LaneBackend::Redis(keys) = &self.backend {
             self.read_cluster(keys, cluster, &found, found.fresh_reading()).await?;
         }

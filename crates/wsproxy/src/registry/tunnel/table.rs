@@ -32,7 +32,7 @@ pub(super) struct KnownCluster {
 
 struct ClusterState {
     /// Lanes by agent. At most [`AGENTS_MAX`].
-    entries: BTreeMap<Box<str>, LaneRecord>,
+    entries: BTreeMap<Box<str>, RemoteLane>,
     /// Set once the cluster was read.
     is_read: bool,
     /// Readings that have begun, and the last one that has ended.
@@ -204,11 +204,9 @@ impl KnownCluster {
     }
 
     fn publish(&self, state: &ClusterState) {
-        let elsewhere = state.entries.iter().filter(|(_, lane)| *lane.server_id != *self.server_id);
-        let lane = |(agent, record): (&Box<str>, &LaneRecord)| {
-            Some(RemoteLane { agent: Id::parse(agent).ok()?, record: record.clone() })
-        };
-        let lanes: Arc<[RemoteLane]> = elsewhere.filter_map(lane).collect();
+        let is_elsewhere = |lane: &&RemoteLane| *lane.record.server_id != *self.server_id;
+        let lanes: Arc<[RemoteLane]> =
+            state.entries.values().filter(is_elsewhere).cloned().collect();
         self.lanes.send_if_modified(|before| {
             let is_new = *before != lanes;
             *before = lanes;
@@ -223,7 +221,7 @@ impl ClusterState {
             LaneEvent::Connected | LaneEvent::Draining => self.put(agent, record),
             LaneEvent::Lost => {
                 let held = self.entries.get(agent.as_str());
-                if held.is_some_and(|held| held.registration <= record.registration) {
+                if held.is_some_and(|held| held.record.registration <= record.registration) {
                     self.entries.remove(agent.as_str());
                 }
             }
@@ -233,9 +231,10 @@ impl ClusterState {
     /// Enters a lane, unless a newer one is known.
     fn put(&mut self, agent: &Id, record: LaneRecord) {
         let held = self.entries.get(agent.as_str());
-        let is_newer = held.is_none_or(|held| held.registration <= record.registration);
+        let is_newer = held.is_none_or(|held| held.record.registration <= record.registration);
         if is_newer && (held.is_some() || self.entries.len() < AGENTS_MAX) {
-            self.entries.insert(agent.as_str().into(), record);
+            let lane = RemoteLane { agent: agent.clone(), record };
+            self.entries.insert(agent.as_str().into(), lane);
         }
     }
 }

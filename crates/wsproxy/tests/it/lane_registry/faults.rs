@@ -75,10 +75,8 @@ async fn a_lane_of_an_instance_without_a_lease_does_not_count() {
     let record = r#"{"server_id":"gone","boot_id":"b","number":1,"registration":5}"#;
     redis.call(&["HSET", "tunnel:c1", "a", record]);
     // An instance judges others once it has held its lease for the length of one.
-    eventually_yes("the lane is ignored", async || {
-        node.lanes.read_again(&id("c1")).await.unwrap().is_empty()
-    })
-    .await;
+    node.wait_elsewhere(&[("a", "gone", 1)]).await;
+    node.wait_elsewhere(&[]).await;
     node.close().await;
 }
 
