@@ -16,6 +16,10 @@ use crate::{
     telemetry::scrape::{Scrape, Source},
 };
 
+pub mod headers;
+pub mod path;
+pub mod refusal;
+
 /// The tunnel of an instance.
 #[derive(Debug)]
 pub struct Tunnel {
