@@ -155,3 +155,40 @@ const PATH: Text =
 const HEALTH_PATH: Text = Text::new("a path such as /healthz, or empty", |text| {
     (text.is_empty() || text.starts_with('/')).then(|| text.to_owned())
 });
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::Args;
+
+    use super::*;
+
+    #[test]
+    fn keys_are_the_flags_of_the_agents_own_program() {
+        let program = Settings::augment_args(clap::Command::new("wsproxy-agent"));
+        let of_program: BTreeSet<_> = program
+            .get_arguments()
+            .map(|flag| {
+                let text = |value: Option<&clap::builder::StyledStr>| {
+                    value.map(ToString::to_string).unwrap_or_default()
+                };
+                let env = flag.get_env().map(|name| name.to_string_lossy().into_owned());
+                let long = flag.get_long().unwrap_or_default().to_owned();
+                let value = flag.get_value_names().map(|names| names[0].to_string());
+                (long, value.unwrap_or_default(), env.unwrap_or_default(), text(flag.get_help()))
+            })
+            .collect();
+        let of_table: BTreeSet<_> = KEYS
+            .iter()
+            .filter_map(|key| {
+                let flag = key.flag?;
+                let help = key.doc.trim_end_matches('.').to_owned();
+                Some((flag.name.to_owned(), flag.value.to_owned(), key.env(), help))
+            })
+            .collect();
+        assert_eq!(of_program, of_table);
+        let without_flag = KEYS.iter().filter(|key| key.flag.is_none());
+        assert!(without_flag.clone().count() == 2 && without_flag.clone().all(|key| key.secret));
+    }
+}
