@@ -8,6 +8,7 @@ pub mod events;
 pub mod instance;
 pub mod rooms;
 pub mod session;
+pub mod tunnel;
 
 /// Spells channels and keys, each behind the prefix that an operator chose, so that several deployments can share one
 /// Redis.

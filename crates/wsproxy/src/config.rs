@@ -6,6 +6,7 @@ pub mod change;
 mod check;
 pub mod database;
 pub mod echo;
+pub mod endpoints;
 pub mod environment;
 pub mod events;
 pub mod host;
@@ -19,7 +20,10 @@ pub mod render;
 pub mod rooms;
 mod rule;
 pub mod sessions;
+mod tables;
 pub mod traces;
+pub mod tunnel;
+pub mod tunnel_agent;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -30,6 +34,7 @@ use self::{
     agents::AgentsConfig,
     api_key::ApiKey,
     database::{AuditConfig, DatabaseConfig},
+    endpoints::EndpointsConfig,
     events::EventsConfig,
     kind::{List, Raw, ValueKind},
     origin::OriginRule,
@@ -37,6 +42,8 @@ use self::{
     rooms::RoomsConfig,
     sessions::SessionsConfig,
     traces::TracesConfig,
+    tunnel::TunnelConfig,
+    tunnel_agent::TunnelAgentConfig,
 };
 
 /// The configuration of an instance, with a field for each section of the file.
@@ -72,6 +79,10 @@ pub struct Config {
     pub rooms: RoomsConfig,
     /// `[agents]`
     pub agents: AgentsConfig,
+    /// `[tunnel]`
+    pub tunnel: TunnelConfig,
+    /// `[tunnel_agent]`
+    pub tunnel_agent: TunnelAgentConfig,
     /// `[database]`
     pub database: DatabaseConfig,
     /// `[audit]`
@@ -278,21 +289,6 @@ pub enum LogFormat {
     Json,
     /// Shorter lines for people.
     Pretty,
-}
-
-/// `[endpoints]`: the endpoint families that are served.
-#[derive(Debug, Clone)]
-pub struct EndpointsConfig {
-    /// `/{agent_id}/ws/{session_id}`
-    pub sessions: bool,
-    /// `/ws`
-    pub events: bool,
-    /// `/ws/{room_id}`
-    pub rooms: bool,
-    /// Users' agents, at `agents.path`.
-    pub agents: bool,
-    /// `/echo`: answers every message with itself; for conformance suites.
-    pub echo: bool,
 }
 
 /// The place of positions in messages of the history.
@@ -541,12 +537,6 @@ impl Default for LogConfig {
             format: LogFormat::Auto,
             summary_interval: Duration::from_secs(60),
         }
-    }
-}
-
-impl Default for EndpointsConfig {
-    fn default() -> Self {
-        Self { sessions: true, events: false, rooms: false, agents: false, echo: false }
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
         events::Events,
         rooms::{NO_ROOMS, Rooms},
         session::Sessions,
+        tunnel::Tunnel,
     },
     http::{Body, admin::Details, api, rejection::Rejection},
     telemetry::{
@@ -39,6 +40,7 @@ pub mod events;
 pub mod rooms;
 pub mod routes;
 pub mod session;
+pub mod tunnel;
 
 /// The endpoint families of an instance, including those that are switched off. The routes of such a family answer 404,
 /// its metrics are zero, and workers can still prepare sessions that another instance serves.
@@ -51,6 +53,8 @@ pub struct Families {
     pub rooms: Arc<Rooms>,
     /// Users' agents
     pub agents: Arc<Agents>,
+    /// `/clusters/{cluster_id}/…`
+    pub tunnel: Arc<Tunnel>,
     /// `/echo`
     pub echo: Arc<Echo>,
 }
@@ -66,6 +70,8 @@ pub enum Endpoint<'p> {
     Room(&'p str),
     /// An upgrade at `agents.path`
     Agents,
+    /// `/clusters/{cluster_id}/connect`
+    Lane(&'p str),
     /// `/echo`
     Echo,
 }
@@ -85,6 +91,7 @@ impl Families {
             sessions: Sessions::start(core, background, end),
             rooms: Rooms::start(core, background, end)?,
             agents: Agents::start(core, background, end)?,
+            tunnel: Tunnel::start(core, background, end),
             echo: Echo::start(core),
         }))
     }
@@ -106,6 +113,7 @@ impl Families {
             Family::Events => endpoints.events,
             Family::Rooms => endpoints.rooms,
             Family::Agents => endpoints.agents,
+            Family::Tunnel => endpoints.tunnel,
             Family::Echo => endpoints.echo,
         }
     }
@@ -121,6 +129,11 @@ impl Families {
         request: Request<Incoming>,
     ) -> Result<Response<Body>, Rejection> {
         match endpoint {
+            // The first segment of the tunnel's paths.
+            Endpoint::Session(CLUSTERS, _) if core.config.endpoints.tunnel => {
+                let message = "\"clusters\" is no agent id where endpoints.tunnel is on.";
+                Err(Rejection::bad_id(message))
+            }
             Endpoint::Session(agent, session) => {
                 session::entrance::open(&self.sessions, core, request, (agent, session)).await
             }
@@ -128,6 +141,7 @@ impl Families {
             Endpoint::Room(room) => rooms::entrance::open(&self.rooms, core, request, room).await,
             // A database's futures are large, and no other handshake is to carry them.
             Endpoint::Agents => Box::pin(agents::entrance::open(&self.agents, core, request)).await,
+            Endpoint::Lane(_) => Err(Rejection::not_found("Nothing is served at this path.")),
             Endpoint::Echo => self.echo.open(core, request),
         }
     }
@@ -149,7 +163,7 @@ impl Families {
     /// Puts the values of another configuration into force that a reload replaces: the rates of connections.
     pub fn reload(&self, config: &Config) {
         let limits = &config.limits;
-        let Self { sessions, events, rooms, agents, echo } = self;
+        let Self { sessions, events, rooms, agents, tunnel, echo } = self;
         for profile in [&sessions.profile, &events.profile, &echo.profile] {
             profile.rate.store(core::message_rate(limits));
             profile.byte_rate.store(core::byte_rate(limits));
@@ -157,6 +171,7 @@ impl Families {
         // Agents' messages count by their bytes alone.
         agents.profile.byte_rate.store(core::byte_rate(limits));
         rooms.reload(config);
+        tunnel.reload(config);
     }
 
     /// Begins no further work on connections, which are about to be closed.
@@ -187,7 +202,8 @@ impl Families {
     pub async fn close(&self, deadline: Instant) {
         self.sessions.close().await;
         self.events.close().await;
-        tokio::join!(self.rooms.close(deadline), Box::pin(self.agents.close()));
+        let tunnel = self.tunnel.close(deadline);
+        tokio::join!(self.rooms.close(deadline), Box::pin(self.agents.close()), tunnel);
     }
 }
 
@@ -204,6 +220,7 @@ impl Source for Families {
         self.events.collect(scrape);
         self.rooms.collect(scrape);
         self.agents.collect(scrape);
+        self.tunnel.collect(scrape);
         self.echo.collect(scrape);
     }
 }
@@ -219,6 +236,7 @@ impl<'p> Endpoint<'p> {
         }
         let mut segments = path.strip_prefix('/')?.split('/');
         match (segments.next()?, segments.next(), segments.next(), segments.next()) {
+            (CLUSTERS, Some(cluster), Some("connect"), None) => Some(Self::Lane(cluster)),
             ("ws", None, None, None) => Some(Self::Events),
             ("echo", None, None, None) => Some(Self::Echo),
             // Some names are those of probes. A client that opens a WebSocket there is told that they are no rooms.
@@ -242,10 +260,14 @@ impl<'p> Endpoint<'p> {
             Self::Events => Family::Events,
             Self::Room(_) => Family::Rooms,
             Self::Agents => Family::Agents,
+            Self::Lane(_) => Family::Tunnel,
             Self::Echo => Family::Echo,
         }
     }
 }
+
+/// First segment of the tunnel's paths.
+pub const CLUSTERS: &str = "clusters";
 
 #[cfg(test)]
 mod tests {

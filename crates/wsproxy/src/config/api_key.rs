@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::Value;
 
 use super::{
     kind::{Raw, ValueKind, quoted},
-    problem::nearest,
     rule::API_KEY,
+    tables::{Table, check_fields, field, tables},
 };
 
 /// A key of the worker API.
@@ -129,44 +128,10 @@ impl ValueKind<Vec<ApiKey>> for ApiKeyTables {
     }
 }
 
-type Table = Vec<(String, Raw)>;
-
-fn tables(raw: &Raw) -> Option<Vec<Table>> {
-    match raw {
-        Raw::Tables(tables) => Some(tables.clone()),
-        Raw::List(values) => values.is_empty().then(Vec::new),
-        Raw::Text(text) if text.trim().is_empty() => Some(Vec::new()),
-        Raw::Text(text) => match serde_json::from_str(text).ok()? {
-            Value::Array(values) => values.into_iter().map(object).collect(),
-            _ => None,
-        },
-        Raw::Nested => None,
-    }
-}
-
-fn object(value: Value) -> Option<Table> {
-    let Value::Object(fields) = value else { return None };
-    Some(fields.into_iter().map(|(name, value)| (name, raw(value))).collect())
-}
-
-fn raw(value: Value) -> Raw {
-    match value {
-        Value::String(text) => Raw::Text(text),
-        Value::Array(values) => {
-            let texts = values.into_iter().map(|value| value.as_str().map(str::to_owned));
-            texts.collect::<Option<_>>().map_or(Raw::Nested, Raw::List)
-        }
-        _ => Raw::Nested,
-    }
-}
-
 /// Reads the key in a table; the error never quotes a secret.
 fn key(table: &Table) -> Result<ApiKey, String> {
-    if let Some((unknown, _)) = table.iter().find(|(name, _)| !FIELDS.contains(&name.as_str())) {
-        let near = nearest(unknown, FIELDS).map(|near| format!("; did you mean {near}?"));
-        return Err(format!("a field is unknown{}", near.unwrap_or_default()));
-    }
-    let field = |wanted: &str| table.iter().find(|(name, _)| name == wanted).map(|(_, raw)| raw);
+    check_fields(table, &FIELDS)?;
+    let field = |wanted: &str| field(table, wanted);
     let text = |wanted| field(wanted).and_then(Raw::text);
     let is_name = |name: &&str| {
         (1..=64).contains(&name.len())

@@ -2,19 +2,21 @@
 //!
 //! An instance reads files and URLs with the same functions, so that `config check` refuses what `serve` refuses.
 
-use std::{collections::HashSet, path::Path};
+use std::{collections::HashSet, net::IpAddr, path::Path};
 
 use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::ExposeSecret;
 use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
 use super::{
-    ApiConfig, Config, EndpointsConfig, JwtConfig, TlsConfig,
+    ApiConfig, Config, JwtConfig, TlsConfig,
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
+    endpoints::EndpointsConfig,
     peer::TrustedProxy,
     rooms::Development,
     traces::TracesConfig,
+    tunnel::ClientAuth,
 };
 use crate::{
     auth::{api_keys, fixed_keys},
@@ -33,6 +35,9 @@ pub(super) struct BrokenRule {
 /// Returns every rule between values that `config` breaks.
 pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
     let mut broken = rules(config);
+    if config.endpoints.tunnel {
+        broken.extend(tunnel_rules(config));
+    }
     let url = config.redis.url.as_ref();
     let url = url.map(|url| RedisAddress::parse(url.expose_secret()).map(drop));
     broken.extend(tried("redis.url", url.transpose().map(drop).map_err(str::to_owned)));
@@ -44,12 +49,13 @@ pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
 
 /// Opens the files that `config` names, and returns every rule that they break.
 pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
-    let Config { redis, jwt, traces, .. } = config;
+    let Config { redis, jwt, traces, tunnel, .. } = config;
     let mut broken = Vec::new();
     for (key, file) in [
         ("redis.ca_file", &redis.ca_file),
         ("jwt.ca_file", &jwt.ca_file),
         ("traces.ca_file", &traces.ca_file),
+        ("tunnel.peer_ca_file", &tunnel.peer_ca_file),
     ] {
         broken.extend(tried(key, file.as_deref().map_or(Ok(()), tls::check_ca_file)));
     }
@@ -64,7 +70,7 @@ pub(super) fn check_files(config: &Config) -> Vec<BrokenRule> {
 
 /// Returns every file that `config` names and that cannot be read a second time.
 pub(super) fn not_files(config: &Config) -> Vec<BrokenRule> {
-    let Config { redis, jwt, tls, api, traces, .. } = config;
+    let Config { redis, jwt, tls, api, traces, tunnel, .. } = config;
     let of_keys = api.key.iter().filter_map(|key| match &key.secret {
         KeySecret::File(path) => Some(("api.key", path)),
         KeySecret::Text(_) => None,
@@ -73,6 +79,7 @@ pub(super) fn not_files(config: &Config) -> Vec<BrokenRule> {
         ("redis.ca_file", &redis.ca_file),
         ("jwt.ca_file", &jwt.ca_file),
         ("traces.ca_file", &traces.ca_file),
+        ("tunnel.peer_ca_file", &tunnel.peer_ca_file),
         ("jwt.public_key_file", &jwt.public_key_file),
         ("tls.certificate", &tls.certificate),
         ("tls.key", &tls.key),
@@ -160,9 +167,9 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let allowed =
         "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
     rule(!config.endpoints.events || verifies, "endpoints.events", allowed, None);
-    let EndpointsConfig { sessions, events, rooms, agents, echo } = config.endpoints;
+    let EndpointsConfig { events, rooms, tunnel, .. } = config.endpoints;
     let allowed = "true, unless another endpoint is: nothing would be served";
-    rule(sessions || events || rooms || agents || echo, "endpoints.sessions", allowed, None);
+    rule(config.endpoints.is_any(), "endpoints.sessions", allowed, None);
     let development = config.rooms.development;
     let allowed = "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url, or \
                    rooms.development is on";
@@ -178,8 +185,59 @@ fn rules(config: &Config) -> Vec<BrokenRule> {
     let AgentsConfig { call_timeout, call_timeout_max, .. } = config.agents;
     let (key, other) = ("agents.call_timeout", Some("agents.call_timeout_max"));
     rule(call_timeout <= call_timeout_max, key, "at most", other);
-    check_jwt(&config.jwt, events || (rooms && verifies), rule);
+    let of_tunnel = tunnel && config.tunnel.verifies_jwt();
+    check_jwt(&config.jwt, events || (rooms && verifies) || of_tunnel, rule);
     broken
+}
+
+/// Checks the rules of the tunnel.
+fn tunnel_rules(config: &Config) -> Vec<BrokenRule> {
+    let mut broken = Vec::new();
+    let mut rule = |holds: bool, key, allowed, other| {
+        if !holds {
+            broken.push(BrokenRule { key, other, message: format!("must be {allowed}") });
+        }
+    };
+    let tunnel = &config.tunnel;
+    let is_local = config.server.unix.is_some() || config.server.bind.to_canonical().is_loopback();
+    let allowed = "\"token\" or \"jwt\", unless only this machine can connect: \"none\" needs a loopback address in";
+    let is_open = tunnel.client_auth == ClientAuth::None;
+    rule(!is_open || is_local, "tunnel.client_auth", allowed, Some("server.bind"));
+    let verifies = config.jwt.has_key();
+    let of_clients = tunnel.client_auth == ClientAuth::Jwt;
+    let allowed =
+        "another one, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
+    rule(!of_clients || verifies, "tunnel.client_auth", allowed, None);
+    let allowed =
+        "false, unless there is a jwt.secret_key, a jwt.public_key_file or a jwt.jwks_url";
+    rule(!tunnel.agent_jwt || verifies, "tunnel.agent_jwt", allowed, None);
+    let (key, other) = ("tunnel.window_max", Some("tunnel.window"));
+    rule(tunnel.window <= tunnel.window_max, key, "at least", other);
+    let (key, other) = ("tunnel.ping_timeout", Some("tunnel.ping"));
+    rule(tunnel.ping < tunnel.ping_timeout, key, "longer than", other);
+    if let Some(bind) = tunnel.peer_bind {
+        let other = Some("tunnel.peer_bind");
+        rule(tunnel.peer_secret.is_some(), "tunnel.peer_secret", "set together with", other);
+        let is_named = !bind.ip().is_unspecified() || tunnel.peer_url.is_some();
+        let allowed = "set, since other instances cannot use all addresses of";
+        rule(is_named, "tunnel.peer_url", allowed, other);
+        let has_tls = config.tls.files().is_some();
+        let allowed = "false, unless there is a";
+        rule(!tunnel.peer_tls || has_tls, "tunnel.peer_tls", allowed, Some("tls.certificate"));
+        let is_safe = tunnel.peer_tls || tunnel.peer_allow_insecure || is_private(bind.ip());
+        let allowed = "a loopback or private address, unless there is tunnel.peer_tls, or \
+                       tunnel.peer_allow_insecure is on";
+        rule(is_safe, "tunnel.peer_bind", allowed, None);
+    }
+    broken
+}
+
+/// Returns whether an address is one of this machine or of a private network (RFC 1918, RFC 4193).
+fn is_private(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.is_loopback() || address.is_private(),
+        IpAddr::V6(address) => address.is_loopback() || address.is_unique_local(),
+    }
 }
 
 /// Checks that every algorithm has a key of its kind, and every public key an algorithm. A secret without an

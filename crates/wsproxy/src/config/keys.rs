@@ -14,7 +14,7 @@ use super::{
     },
     origin::OriginKind,
     peer::Proxy,
-    rooms, rule, sessions, traces,
+    rooms, rule, sessions, traces, tunnel, tunnel_agent,
 };
 
 /// A key of the file.
@@ -71,6 +71,11 @@ pub fn all() -> impl Iterator<Item = &'static Key> {
     TABLE.iter().copied().flatten()
 }
 
+/// Returns whether a variable is that of a key. Of a secret whose file has a key of its own, that key has the variable.
+pub(super) fn is_env(name: &str) -> bool {
+    all().any(|key| key.env() == name)
+}
+
 impl Alias {
     /// Returns the variables, those that win first.
     pub(super) fn names(self) -> impl Iterator<Item = &'static str> {
@@ -89,6 +94,12 @@ impl Key {
     #[must_use]
     pub fn env(&self) -> String {
         format!("{PREFIX}{}__{}", self.section, self.name).to_ascii_uppercase()
+    }
+
+    /// The environment variable that names a file with the value of a secret.
+    #[must_use]
+    pub fn file_env(&self) -> String {
+        format!("{}_FILE", self.env())
     }
 
     /// Completes the sentence "must be …".
@@ -190,25 +201,6 @@ macro_rules! key {
 
 pub(super) use key;
 
-/// An endpoint family that this version does not have: configurations may already switch it off.
-const fn absent(name: &'static str) -> Key {
-    Key {
-        section: "endpoints",
-        name,
-        doc: "Not in this version.",
-        alias: None,
-        flag: None,
-        secret: false,
-        reloads: false,
-        allowed: || "false, since this endpoint is not in this version".into(),
-        explain: |_| None,
-        read: |_, raw| Switch.read(raw) == Some(false),
-        write: |_| "false".into(),
-        is_same: |_, _| true,
-        copy: |_, _| {},
-    }
-}
-
 /// Returns the allowed values of a kind. The field selects the [`ValueKind`] where one type implements several.
 pub(super) fn allowed<T, K: ValueKind<T>>(kind: &K, _: fn(&Config) -> &T) -> String {
     kind.allowed()
@@ -246,6 +238,14 @@ pub static SECTIONS: &[(&str, &str)] = &[
     ("rooms", "Rooms, /ws/{room_id}: members who see each other come, go, move and speak."),
     ("agents", "Users' agents: one connection for each user, and calls of tools on it."),
     (
+        "tunnel",
+        "The tunnel: private HTTP services, reached over connections that cluster agents beside them open.",
+    ),
+    (
+        "tunnel_agent",
+        "The cluster agent, `wsproxy agent`: the gateway that it dials, and the service that answers. A gateway reads none of these keys.",
+    ),
+    (
         "database",
         "The SQL database with credentials of agents and the audit log. Opened only where agents are served.",
     ),
@@ -277,10 +277,11 @@ static TABLE: &[&[Key]] = &[
     events::KEYS,
     rooms::KEYS,
     agents::KEYS,
+    tunnel::KEYS,
     database::KEYS,
     traces::KEYS,
+    tunnel_agent::KEYS,
     echo::KEYS,
-    ABSENT,
 ];
 
 /// Keys that belong to no single endpoint family.
@@ -403,9 +404,6 @@ const SHARED: &[Key] = &[
     key!(api.keys, List(Secret(rule::API_KEY)), "Bearer keys with all scopes. Without any key the API answers every call with 401.").secret().reloads(),
     key!(api.key, ApiKeyTables, "Bearer keys with a name, which logs and metrics show, and scopes: [[api.key]] in the file. A secret_file is read again every few seconds.").secret().reloads(),
 ];
-
-/// Families of a later version.
-const ABSENT: &[Key] = &[absent("tunnel")];
 
 pub(super) const HOUR: u64 = 3_600_000;
 pub(super) const DAY: u64 = 24 * HOUR;

@@ -232,6 +232,17 @@ pub(super) const JWKS_URL: Text = Text {
     explain: |text| check_jwks_url(text).err().map(str::to_owned),
 };
 
+/// The URL of an instance's listener for other instances.
+pub(super) const PEER_URL: Text = Text {
+    allowed: "an http:// or https:// URL of a host and a port, without a path",
+    read: |text| {
+        let url = text.parse::<Uri>().ok().filter(|_| check_jwks_url(text).is_ok())?;
+        let is_bare = matches!(url.path(), "" | "/") && url.query().is_none();
+        is_bare.then(|| text.trim_end_matches('/').to_owned())
+    },
+    explain: |text| check_jwks_url(text).err().map(str::to_owned),
+};
+
 /// A claim's name or value.
 pub(super) const CLAIM: Text = Text::new("1 to 512 characters", |text| {
     (1..=512).contains(&text.len()).then(|| text.to_owned())

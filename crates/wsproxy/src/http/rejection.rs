@@ -286,7 +286,7 @@ impl Rejection {
 }
 
 /// Rounds a wait up to whole seconds: an earlier retry would fail.
-fn retry_seconds(wait: Duration) -> u64 {
+pub(crate) fn retry_seconds(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
 

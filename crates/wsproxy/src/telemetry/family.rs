@@ -11,14 +11,16 @@ pub enum Family {
     Rooms,
     /// Users' agents.
     Agents,
+    /// Lanes of cluster agents, and requests over them.
+    Tunnel,
     /// `/echo`
     Echo,
 }
 
 impl Family {
     /// All families, in the order of their numbers.
-    pub const ALL: [Self; 5] =
-        [Self::Sessions, Self::Events, Self::Rooms, Self::Agents, Self::Echo];
+    pub const ALL: [Self; 6] =
+        [Self::Sessions, Self::Events, Self::Rooms, Self::Agents, Self::Tunnel, Self::Echo];
 
     /// Returns the value of the label `endpoint`.
     #[must_use]
@@ -28,6 +30,7 @@ impl Family {
             Self::Events => "events",
             Self::Rooms => "rooms",
             Self::Agents => "agents",
+            Self::Tunnel => "tunnel",
             Self::Echo => "echo",
         }
     }

@@ -30,6 +30,7 @@ pub(super) fn handshake<B>(
             Endpoint::Room(_) => Value::Word("/ws/{room_id}"),
             // The path is a setting, and has no variable part.
             Endpoint::Agents => Value::text(path),
+            Endpoint::Lane(_) => Value::Word("/clusters/{cluster_id}/connect"),
             Endpoint::Echo => Value::Word("/echo"),
         };
         describe(trace, name_of(target.family()).into(), Some(route), request, caller);
@@ -98,6 +99,7 @@ const fn name_of(family: Family) -> &'static str {
         Family::Events => "handshake events",
         Family::Rooms => "handshake rooms",
         Family::Agents => "handshake agents",
+        Family::Tunnel => "handshake tunnel",
         Family::Echo => "handshake echo",
     }
 }

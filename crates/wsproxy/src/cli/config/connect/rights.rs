@@ -5,7 +5,7 @@ use wsproxy_proto::names::{Id, Names};
 
 use super::Finding;
 use crate::{
-    config::{Config, EndpointsConfig, NoReceiver},
+    config::{Config, NoReceiver, endpoints::EndpointsConfig},
     redis::trial::{Trial, TrialAnswer, TrialFault},
 };
 
