@@ -16,9 +16,16 @@ use crate::{
     telemetry::scrape::{Scrape, Source},
 };
 
+pub mod access;
+pub mod breaker;
+pub mod cache;
+pub mod counters;
 pub mod headers;
 pub mod path;
+pub mod patterns;
+pub mod rate;
 pub mod refusal;
+pub mod waiting;
 
 /// The tunnel of an instance.
 #[derive(Debug)]
