@@ -40,6 +40,7 @@ mod redis;
 pub(crate) mod revocation;
 pub mod rooms;
 pub mod sessions;
+pub mod tunnel;
 pub(crate) mod writer;
 
 /// The connections of this instance, and access to those of all others; see [`Self::join`].

@@ -76,6 +76,18 @@ pub(crate) static ROOM_POSITIONS: Script =
         sha(&ROOM_POSITIONS)
     });
 
+/// Script that enters the lane of a cluster agent, or changes its entry.
+pub(crate) static TUNNEL_REGISTER: Script =
+    Script::new(include_str!("../../../../spec/scripts/tunnel_register.lua"), || {
+        sha(&TUNNEL_REGISTER)
+    });
+
+/// Script that removes the lane of a cluster agent.
+pub(crate) static TUNNEL_RELEASE: Script =
+    Script::new(include_str!("../../../../spec/scripts/tunnel_release.lua"), || {
+        sha(&TUNNEL_RELEASE)
+    });
+
 #[cfg(test)]
 mod tests {
     use super::*;

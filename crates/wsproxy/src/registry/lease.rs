@@ -34,6 +34,7 @@ use crate::{
         members::RegistryMembers,
         rooms::leftovers::RoomLeftovers,
         sessions::Leftovers,
+        tunnel::leftovers::LaneLeftovers,
     },
     store::command::StoreError,
     telemetry::counter::Counter,
@@ -140,6 +141,8 @@ pub struct LeaseCounters {
     pub agents_reaped: Counter,
     /// Members of lost instances that this one took out of their rooms.
     pub room_members_reaped: Counter,
+    /// Lanes of lost instances that this one removed.
+    pub lanes_reaped: Counter,
 }
 
 /// The latest renewal, for the parts of an instance that keep state in Redis under the lease.
@@ -232,6 +235,7 @@ impl Lease {
                 let told = agent_ends.clone();
                 leased.push(Box::new(AgentLeftovers::new(commands.clone(), &settings, told)));
                 leased.push(Box::new(RoomLeftovers::new(commands.clone(), &settings)));
+                leased.push(Box::new(LaneLeftovers::new(commands.clone(), &settings)));
                 Some(LeaseKeys::new(commands, &settings))
             }
         };
@@ -353,7 +357,7 @@ impl Lease {
 
     /// Returns whether this instance may remove others: it has held its own lease for the length of one. After an
     /// outage of Redis all leases have run out, and the first instance that is back must not remove all others.
-    fn may_judge(&self) -> bool {
+    pub(super) fn may_judge(&self) -> bool {
         let (now, lease) = (Instant::now(), self.settings.timing.lease);
         self.held.lock().is_some_and(|held| now < held.until && now >= held.since + lease)
     }

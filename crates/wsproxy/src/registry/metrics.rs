@@ -11,6 +11,7 @@ use crate::{
         lease::{Lease, LeaseCounters},
         rooms::RoomRegistry,
         sessions::{SessionLog, SessionLogCounters},
+        tunnel::{LaneCounters, LaneRegistry},
         writer::WriterCounters,
     },
     telemetry::scrape::{Scrape, Section, Source},
@@ -110,6 +111,43 @@ pub(crate) fn collect_rooms(counters: &WriterCounters, scrape: &mut Scrape) {
     }
 }
 
+impl Source for LaneRegistry {
+    fn collect(&self, scrape: &mut Scrape) {
+        collect_lanes(&self.counters, self.superseded(), scrape);
+    }
+}
+
+/// Adds the numbers of the registry of lanes. An instance without one shows zeros.
+pub(crate) fn collect_lanes(counters: &LaneCounters, superseded: u64, scrape: &mut Scrape) {
+    scrape.section(Section::Registry);
+    for (name, help, value) in [
+        (
+            "lane_registry_written",
+            "Changes of lanes written to the registry",
+            counters.writer.written.value(),
+        ),
+        (
+            "lane_registry_failures",
+            "Commands of the registry of lanes that Redis refused or did not answer",
+            counters.writer.failures.value(),
+        ),
+        (
+            "lane_registry_rewrites",
+            "Times that all lanes were written again since Redis had lost them",
+            counters.writer.rewrites.value(),
+        ),
+        ("lane_registry_readings", "Readings of the lanes of a cluster", counters.readings.value()),
+        (
+            "lane_registry_unreadable",
+            "Entries and announcements of lanes that could not be read",
+            counters.unreadable.value(),
+        ),
+        ("lanes_superseded", "Lanes that gave way to a newer lane of their agent id", superseded),
+    ] {
+        scrape.counter(name, help, value);
+    }
+}
+
 impl Source for Lease {
     fn collect(&self, scrape: &mut Scrape) {
         self.counters.collect(scrape);
@@ -149,6 +187,11 @@ impl Source for LeaseCounters {
                 "registry_room_members_reaped",
                 "Members of lost instances that this one took out of their rooms",
                 &self.room_members_reaped,
+            ),
+            (
+                "registry_lanes_reaped",
+                "Lanes of lost instances that this one removed",
+                &self.lanes_reaped,
             ),
         ] {
             scrape.counter(name, help, counter.value());

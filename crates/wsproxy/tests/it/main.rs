@@ -25,6 +25,8 @@ mod history_store;
 mod hosts;
 mod http_api;
 mod jwt;
+mod lane_registry;
+mod lane_scripts;
 mod limits;
 mod links;
 mod logs;

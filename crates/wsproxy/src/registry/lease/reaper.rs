@@ -69,8 +69,8 @@ async fn reap_server(lease: &Lease, keys: &LeaseKeys, server: &str) -> Result<bo
     let counters = &lease.counters;
     let counts = || {
         let LeaseCounters { connections_reaped, sessions_reaped, agents_reaped, .. } = counters;
-        let LeaseCounters { room_members_reaped, .. } = counters;
-        [connections_reaped, sessions_reaped, agents_reaped, room_members_reaped]
+        let LeaseCounters { room_members_reaped, lanes_reaped, .. } = counters;
+        [connections_reaped, sessions_reaped, agents_reaped, room_members_reaped, lanes_reaped]
             .map(Counter::value)
     };
     let before = counts();
@@ -83,9 +83,12 @@ async fn reap_server(lease: &Lease, keys: &LeaseKeys, server: &str) -> Result<bo
     if keys.remove_dead(server).await? == Removal::Removed {
         counters.servers_reaped.add(1);
         let counts = counts();
-        let [connections, sessions, agents, room_members] =
+        let [connections, sessions, agents, room_members, lanes] =
             std::array::from_fn(|kind| counts[kind] - before[kind]);
-        info!(server, connections, sessions, agents, room_members, "A lost instance was removed.");
+        info!(
+            server,
+            connections, sessions, agents, room_members, lanes, "A lost instance was removed."
+        );
     }
     Ok(true)
 }
