@@ -21,15 +21,22 @@ use crate::{
     telemetry::scrape::{Scrape, Source},
 };
 
+pub mod access;
+pub mod breaker;
+pub mod cache;
 pub mod clients;
 pub mod connect;
+pub mod counters;
 pub mod deadlines;
 pub mod exchange;
 pub mod headers;
 pub mod lanes;
 pub mod path;
+pub mod patterns;
 pub mod proxy;
+pub mod rate;
 pub mod refusal;
+pub mod waiting;
 
 /// The tunnel of an instance.
 pub struct Tunnel {
