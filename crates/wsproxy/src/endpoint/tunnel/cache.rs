@@ -116,7 +116,7 @@ impl Cache {
             let name = pair.split('=').next();
             matches!(name, Some("watch" | "follow"))
         });
-        let is_partial = PARTIAL.iter().any(|name| asked.headers.contains_key(name));
+        let is_partial = PARTIAL.iter().any(|name| asked.headers.contains_key(*name));
         if lasts || is_partial || asked.passes_credentials || asked.is_more {
             return None;
         }
@@ -222,7 +222,9 @@ impl Collector {
 fn may_be_kept(headers: &HeaderMap) -> bool {
     let members = |name| {
         let values = headers.get_all(name).into_iter();
-        values.flat_map(|value| value.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)
+        values
+            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+            .map(<[u8]>::trim_ascii)
     };
     let mut controls = members(header::CACHE_CONTROL);
     let mut varies = members(header::VARY).filter(|name| !name.is_empty());
@@ -237,8 +239,7 @@ const PARTIAL: [&str; 6] =
     ["range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"];
 
 /// Headers by which an answer may vary: those of the key, and those that no request has.
-const SELECTED: [&[u8]; 5] =
-    [b"accept", b"accept-encoding", b"host", b"authorization", b"cookie"];
+const SELECTED: [&[u8]; 5] = [b"accept", b"accept-encoding", b"host", b"authorization", b"cookie"];
 
 /// Upper bound of one answer's body.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
@@ -367,11 +368,16 @@ mod tests {
         assert!(keep(&cache, &key, b"body", &headers, NOW));
         let later = NOW.after(Micros(1_999_999));
         let found = cache.find(&key, later).unwrap();
-        assert_eq!((&found.body[..], found.age(later), &found.headers), (&b"body"[..], 1, &headers));
+        assert_eq!(
+            (&found.body[..], found.age(later), &found.headers),
+            (&b"body"[..], 1, &headers)
+        );
         assert!(cache.find(&key, NOW.after(Micros(2_000_000))).is_none());
         assert_eq!((cache.kept.lock().bytes, cache.kept.lock().order.len()), (0, 0));
         // A newer answer takes the place of an older one.
-        assert!(keep(&cache, &key, b"one", &headers, NOW) && keep(&cache, &key, b"two", &headers, NOW));
+        assert!(
+            keep(&cache, &key, b"one", &headers, NOW) && keep(&cache, &key, b"two", &headers, NOW)
+        );
         assert_eq!(cache.find(&key, NOW).unwrap().body, "two");
         assert_eq!(cache.kept.lock().order.len(), 1);
     }

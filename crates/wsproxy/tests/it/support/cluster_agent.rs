@@ -1,6 +1,6 @@
 //! A cluster agent without an upstream: tests answer the requests of its lane.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use wsproxy::config::{
@@ -29,6 +29,7 @@ pub const CLIENT: &str = "token-of-clients";
 pub fn config(redis: Option<&str>) -> Config {
     let mut config = gateway::config(redis);
     config.endpoints.tunnel = true;
+    config.tunnel.drain = Duration::from_millis(100);
     config.tunnel.agents = vec![agent_token("c1", AGENT), agent_token("c2", "other-token")];
     let clusters = ["c1", "d*"].map(|text| ClusterPattern::parse(text).unwrap()).into();
     config.tunnel.clients = vec![ClientToken { token: hash(CLIENT), clusters }];
