@@ -33,25 +33,14 @@ class ApiServer:
 class Tunnel:
     """A gateway, over TLS where there is a certificate, and an agent of the cluster `c1`."""
 
-    def __init__(self, folder, redis_url, upstream, certificate, *, config="", agent=()):
-        file = folder / "tunnel.toml"
-        tls = f'[tls]\ncertificate = "{certificate.cert}"\nkey = "{certificate.key}"' if certificate else ""
-        file.write_text(
-            f"""
-[endpoints]
-tunnel = true
-{tls}
-[tunnel]
-agents = [{{ cluster = "c1", token_sha256 = "{digest(AGENT)}" }}]
-{config or f'clients = [{{ token_sha256 = "{digest(CLIENT)}", clusters = ["c1"] }}]'}
-"""
-        )
+    def __init__(self, folder, redis_url, upstream, certificate, *, config="", agent=(), port=None, dial=None):
         self.folder, self.certificate = folder, certificate
-        self.gateway = TunnelGateway(folder, redis_url, file, certificate)
+        self.gateway = TunnelGateway(folder, redis_url, self.write("tunnel", config), certificate, port)
         self.url = f"{self.gateway.http}{PROXY}"
         (folder / "agent-token").write_text(AGENT)
         (folder / "upstream-token").write_text(UPSTREAM)
-        command = [self.gateway.command[0], "agent", "--gateway", self.gateway.ws, "--cluster", "c1", "--upstream", upstream]
+        gateway = f"ws://127.0.0.1:{dial}" if dial else self.gateway.ws
+        command = [self.gateway.command[0], "agent", "--gateway", gateway, "--cluster", "c1", "--upstream", upstream]
         command += ["--token-file", str(folder / "agent-token")]
         command += ["--ca-file", str(certificate.cert)] if certificate else []
         if upstream.startswith("https"):
@@ -61,6 +50,18 @@ agents = [{{ cluster = "c1", token_sha256 = "{digest(AGENT)}" }}]
         headers = {"Authorization": f"Bearer {CLIENT}"}
         ready = lambda: httpx.get(f"{self.url}/healthz", verify=self.gateway.verify, headers=headers).status_code < 500
         self.agent.ready("the agent's lane", ready)
+
+    def write(self, name, config):
+        """Writes the configuration of an instance, and returns its path."""
+        lines = ["[endpoints]", "tunnel = true", "[tunnel]", config]
+        lines.append(f'agents = [{{ cluster = "c1", token_sha256 = "{digest(AGENT)}" }}]')
+        if "client_auth" not in config:
+            lines.append(f'clients = [{{ token_sha256 = "{digest(CLIENT)}", clusters = ["c1"] }}]')
+        if self.certificate:
+            lines += ["[tls]", f'certificate = "{self.certificate.cert}"', f'key = "{self.certificate.key}"']
+        path = self.folder / f"{name}.toml"
+        path.write_text("\n".join(lines))
+        return path
 
     def stop(self):
         self.agent.stop()
@@ -85,9 +86,9 @@ agents = [{{ cluster = "c1", token_sha256 = "{digest(AGENT)}" }}]
 class TunnelGateway(Gateway):
     """An instance with the configuration of a file."""
 
-    def __init__(self, folder, redis_url, file, certificate):
+    def __init__(self, folder, redis_url, file, certificate, port=None):
         self.verify = certificate.context if certificate else True
-        super().__init__(folder, redis_url, WSPROXY_CONFIG=str(file))
+        super().__init__(folder, redis_url, port=port, WSPROXY_CONFIG=str(file))
         if certificate:
             self.http, self.ws = self.http.replace("http:", "https:"), self.ws.replace("ws:", "wss:")
 
