@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import httpx
-from conftest import ROOT, Gateway, Process, free_port, until
+from conftest import ROOT, Gateway, Process, free_port
 
 HERE = ROOT / "tests/python"
 CLIENT, AGENT, UPSTREAM = "client-token-for-tests", "agent-token-for-tests", "upstream-token-for-tests"
