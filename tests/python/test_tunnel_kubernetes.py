@@ -10,11 +10,14 @@ from conftest import free_port, until
 from kubernetes import client as kubernetes
 from kubernetes import watch
 from kubernetes.stream import stream
+from samples import Certificate
 from tunnel import CLIENT, ApiServer, Kubectl, Tunnel, debian_kubectl, pypi_kubectl
 
 
 @pytest.fixture
-def cluster(tmp_path, redis, certificate):
+def cluster(tmp_path, redis):
+    # The agent is strict: a certificate that may sign others is none of a server.
+    certificate = Certificate(tmp_path, "basicConstraints=critical,CA:FALSE")
     server = ApiServer(tmp_path, certificate)
     tunnel = Tunnel(tmp_path, redis.url, server.url, certificate)
     yield tunnel

@@ -90,10 +90,11 @@ class Pods:
             raise Refused(404, "NotFound", f'pods "{name}" not found')
         return self.by_name[name]
 
-    def all(self) -> dict:
+    def all(self, name: str | None) -> dict:
+        items = [pod for pod in self.by_name.values() if name in (None, pod["metadata"]["name"])]
         return {
             "kind": "PodList", "apiVersion": "v1",
-            "metadata": {"resourceVersion": str(self.version)}, "items": list(self.by_name.values()),
+            "metadata": {"resourceVersion": str(self.version)}, "items": items,
         }  # fmt: skip
 
     async def watch(self, since: int, name: str | None) -> AsyncIterator[dict]:
@@ -256,13 +257,12 @@ class Server:
         body = await exchange.body()
         if exchange.method == "POST":
             return await exchange.answer(201, await self.pods.create(json.loads(body)))
+        name = (exchange.asked("fieldSelector") or "").removeprefix("metadata.name=") or None
         if exchange.asked("watch") in ("true", "1"):
-            return await self.watch(exchange)
-        await exchange.answer(200, self.pods.all())
+            return await self.watch(exchange, name)
+        await exchange.answer(200, self.pods.all(name))
 
-    async def watch(self, exchange: Exchange) -> None:
-        field = exchange.asked("fieldSelector") or ""
-        name = field.removeprefix("metadata.name=") or None
+    async def watch(self, exchange: Exchange, name: str | None) -> None:
         since = int(exchange.asked("resourceVersion") or 0)
 
         async def lines() -> AsyncIterator[bytes]:
