@@ -1,5 +1,6 @@
 """An answer that breaks in the middle never ends well for a client: whatever broke, however the body is framed, at each hop."""
 
+import contextlib
 import http.client
 import signal
 import socket
@@ -87,14 +88,16 @@ class Relay:
         try:
             while data := source.recv(65536):
                 target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass
+            target.close()
 
     def cut(self):
         """Ends all connections, and takes no other."""
         self.listener.close()
         for end in self.sockets:
-            end.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 class Reader:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, Process, until
@@ -26,8 +27,8 @@ def suite():
 
 
 def outcomes(suite, folder, url):
-    """Runs the suite against a server, and returns how each of its tests ended."""
-    report = folder / "report.xml"
+    """Runs the suite against a server, and returns how each of its tests ended, and what it printed."""
+    report = folder / f"report-{len(url)}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "through_tunnel", "-p", "no:cacheprovider", "-p", "no:asyncio"]
     command += [f"--junitxml={report}", "--timeout=60", "-k", " and ".join(f"not {name.rpartition(':')[2]}" for name in ELSEWHERE)]
     env = {"URL": url, "PYTHONPATH": f"{HERE}:{suite}/src", "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -44,8 +45,9 @@ def test_the_suite_of_requests_passes_as_it_does_directly(suite, tmp_path, redis
     settings = 'client_auth = "none"\npass_authorization = true\npass_cookies = true'
     tunnel = Tunnel(tmp_path, redis.url, url, None, config=settings)
     try:
-        directly, _ = outcomes(suite, tmp_path, url)
-        through, output = outcomes(suite, tmp_path, tunnel.url)
+        with ThreadPoolExecutor() as pool:
+            runs = [pool.submit(outcomes, suite, tmp_path, server_url) for server_url in (url, tunnel.url)]
+            (directly, _), (through, output) = [run.result() for run in runs]
     finally:
         tunnel.stop()
         server.stop()

@@ -53,7 +53,7 @@ class Tunnel:
 
     def write(self, name, config):
         """Writes the configuration of an instance, and returns its path."""
-        lines = ["[endpoints]", "tunnel = true", "[tunnel]", config]
+        lines = ["[server]", 'bind = "127.0.0.1"', "[endpoints]", "tunnel = true", "[tunnel]", config]
         lines.append(f'agents = [{{ cluster = "c1", token_sha256 = "{digest(AGENT)}" }}]')
         if "client_auth" not in config:
             lines.append(f'clients = [{{ token_sha256 = "{digest(CLIENT)}", clusters = ["c1"] }}]')
