@@ -41,11 +41,11 @@ async fn headers_that_a_gateway_takes_away_are_refused() {
     }
     let headers = block(&[("content-length", "4")]);
     assert_eq!(
-        code(&mut bench.open(&Open { end: true, ..post("/", &headers) })).await.0,
+        code(&mut bench.open(&Open { end: true, ..post("/", &headers) })).await,
         Code::Protocol
     );
     assert_eq!(
-        code(&mut bench.open(&Open { end: true, ..Open::new(b"CONNECT", b"/") })).await.0,
+        code(&mut bench.open(&Open { end: true, ..Open::new(b"CONNECT", b"/") })).await,
         Code::Protocol
     );
 }
