@@ -141,6 +141,9 @@ struct MemberHere {
     is_unflushed: bool,
 }
 
+// Every member here has one.
+const _: () = assert!(size_of::<MemberHere>() <= 64);
+
 impl Room {
     /// Makes a room, which gets no messages before [`Self::open`].
     pub(super) fn new(
