@@ -141,9 +141,6 @@ struct MemberHere {
     is_unflushed: bool,
 }
 
-// Every member here has one.
-const _: () = assert!(size_of::<MemberHere>() <= 64);
-
 impl Room {
     /// Makes a room, which gets no messages before [`Self::open`].
     pub(super) fn new(
@@ -517,3 +514,6 @@ impl Drop for Room {
 
 /// Functions for the mirror, which knows no message.
 const MERGE: Merge = Merge { entity: snapshot::updated, presence: record::with_presence };
+
+// Every member here has one.
+const _: () = assert!(size_of::<MemberHere>() <= 64);
