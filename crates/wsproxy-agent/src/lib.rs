@@ -9,11 +9,13 @@
 mod access;
 pub mod agent;
 mod answer;
+mod compression;
 pub mod config;
 mod credential;
 mod dialling;
 mod failure;
 mod health;
+mod metrics;
 mod paths;
 pub mod pauses;
 mod request;

@@ -6,11 +6,13 @@
 mod answers;
 mod bodies;
 mod cancel;
+mod compression;
 mod failures;
 mod gateway;
 mod health;
 mod lanes;
 mod links;
+mod metrics;
 mod program;
 mod retries;
 mod rules;

@@ -7,7 +7,7 @@ use wsproxy_agent::settings::Settings;
 
 use crate::config::{
     keys::{Key, key},
-    kind::{FilePath, List, Optional, Secret, Switch, Text, Time},
+    kind::{FilePath, List, Number, Optional, Secret, Switch, Text, Time},
     rule,
 };
 
@@ -50,6 +50,10 @@ pub struct TunnelAgentConfig {
     pub health_path: String,
     /// Interval of the probes.
     pub health_interval: Duration,
+    /// Compresses answers on their way to the gateway.
+    pub compress: bool,
+    /// Port for metrics; `None`: there is none.
+    pub metrics_port: Option<u16>,
     /// Time for requests in flight when the agent stops.
     pub drain: Duration,
 }
@@ -76,6 +80,8 @@ impl Default for TunnelAgentConfig {
             deny_paths: Vec::new(),
             health_path,
             health_interval,
+            compress: false,
+            metrics_port: None,
             drain,
         }
     }
@@ -108,6 +114,8 @@ impl TunnelAgentConfig {
             deny_paths: own.deny_paths,
             health_path: own.health_path,
             health_interval: own.health_interval,
+            compress: own.compress,
+            metrics_port: own.metrics_port,
             drain: own.drain,
         }
     }
@@ -138,6 +146,8 @@ pub const KEYS: &[Key] = &[
     key!(tunnel_agent.deny_paths, List(PATH), "Path prefixes that are not served, even if they are allowed.").flag("deny-paths", "PATHS"),
     key!(tunnel_agent.health_path, HEALTH_PATH, "Path that is asked to see whether the upstream is healthy: any status below 500 is. Empty: only a connection is opened.").flag("health-path", "PATH"),
     key!(tunnel_agent.health_interval, Time(100, 3_600_000), "Interval of these probes.").flag("health-interval", "TIME"),
+    key!(tunnel_agent.compress, Switch, "Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.").flag("compress", "BOOL"),
+    key!(tunnel_agent.metrics_port, Optional(Number(1, 65_535)), "Port for metrics, on all addresses and without credentials. Default: none.").flag("metrics-port", "PORT"),
     key!(tunnel_agent.drain, Time(0, 3_600_000), "Time that requests in flight get when the agent stops.").flag("drain", "TIME"),
 ];
 
