@@ -15,21 +15,36 @@ use crate::{
     config::{Config, tunnel::TunnelConfig},
     core::Core,
     endpoint::tunnel::{
+        breaker::{Breakers, Rules},
+        cache::Cache,
         clients::Credentials,
+        counters::TunnelCounters,
         lanes::{Lanes, Limits},
+        patterns::Pattern,
+        rate::Rates,
+        waiting::Room,
     },
     telemetry::scrape::{Scrape, Source},
 };
 
+pub mod access;
+pub mod breaker;
+pub mod cache;
 pub mod clients;
 pub mod connect;
+pub mod counters;
 pub mod deadlines;
 pub mod exchange;
+mod gauges;
 pub mod headers;
 pub mod lanes;
 pub mod path;
+pub mod patterns;
 pub mod proxy;
+pub mod rate;
 pub mod refusal;
+mod search;
+pub mod waiting;
 
 /// The tunnel of an instance.
 pub struct Tunnel {
@@ -38,6 +53,14 @@ pub struct Tunnel {
     credentials: Credentials,
     /// Lanes of this instance.
     lanes: Arc<Lanes>,
+    /// Requests that wait for a lane.
+    room: Arc<Room>,
+    breakers: Arc<Breakers>,
+    rates: Rates,
+    cache: Arc<Cache>,
+    /// Patterns of paths that the configuration names.
+    patterns: Vec<Pattern>,
+    counters: Arc<TunnelCounters>,
     /// Memory that all lanes share.
     memory: Arc<Memory>,
     /// Settings of each lane.
@@ -70,10 +93,23 @@ impl Tunnel {
             cluster: config.cluster_streams_max as usize,
             reconnect_grace: config.reconnect_grace,
         };
+        let room = Room::new(waiting::Limits {
+            cluster_max: config.cluster_waiting_max,
+            max: config.waiting_max,
+            wait: config.wait,
+        });
+        let (lanes, waiting) = (Lanes::new(of_lanes), Arc::clone(&room));
+        lanes.tell(move |cluster| waiting.changed(cluster));
         Ok(Arc::new(Self {
             config: config.clone(),
             credentials: Credentials::new(config, jwt),
-            lanes: Lanes::new(of_lanes),
+            lanes,
+            room,
+            breakers: Breakers::new(Rules::new(config)),
+            rates: Rates::new(config.requests_per_second),
+            cache: Cache::new(&config.cache),
+            patterns: config.patterns.iter().map(|rule| Pattern::new(&rule.pattern)).collect(),
+            counters: Arc::default(),
             memory: Memory::new(limits),
             lane: lane_settings(config, &core.server_id),
         }))
@@ -92,7 +128,10 @@ impl Tunnel {
 }
 
 impl Source for Tunnel {
-    fn collect(&self, _scrape: &mut Scrape) {}
+    fn collect(&self, scrape: &mut Scrape) {
+        self.counters.collect(scrape);
+        gauges::collect(self, scrape);
+    }
 }
 
 fn lane_settings(config: &TunnelConfig, server_id: &str) -> LaneSettings {

@@ -89,7 +89,9 @@ async fn run(
                 // The drain may have listed the lanes before this one was added.
                 handle.drain(Code::Restarting, Micros(0));
             }
-            watch(tunnel, &cluster, &handle).await
+            let end = watch(tunnel, &cluster, &handle).await;
+            tunnel.counters.lane_lost(end.label(), admission.lane.since.elapsed());
+            end
         }
     };
     core.metrics.ended(Family::Tunnel, end.label());
@@ -105,11 +107,24 @@ async fn run(
 /// Tells requests that wait of each change of a lane. Returns its end.
 async fn watch(tunnel: &Tunnel, cluster: &Id, handle: &LaneHandle) -> LaneEnd {
     let mut status = handle.status();
+    let mut pings = tokio::time::interval(tunnel.config.ping);
     loop {
         if let Some(end) = status.end {
             return end;
         }
-        status = handle.changed(status.version).await;
+        status = tokio::select! {
+            status = handle.changed(status.version) => status,
+            _ = pings.tick() => {
+                status = handle.status();
+                if let Some(time) = status.round_trip {
+                    tunnel.counters.round_trip(time.into());
+                }
+                continue;
+            }
+        };
+        if let Some(health) = &status.health {
+            tunnel.breakers.health(cluster, health.upstream_ok);
+        }
         tunnel.lanes.changed(cluster);
     }
 }
