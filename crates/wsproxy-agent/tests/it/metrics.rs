@@ -17,6 +17,11 @@ async fn ask(port: u16, path: &str) -> String {
     answer
 }
 
+/// Returns the page of an agent's metrics.
+pub(crate) async fn page(port: u16) -> String {
+    ask(port, "/metrics").await
+}
+
 #[tokio::test]
 async fn requests_and_lanes_are_counted() {
     let port = listen().await.local_addr().unwrap().port();
@@ -31,16 +36,16 @@ async fn requests_and_lanes_are_counted() {
     head(&mut stream).await;
     read_all(&mut stream).await.unwrap();
     assert_eq!(code(&mut bench.get("/denied")).await, Code::BadPath);
-    let page = async {
+    let whole = async {
         loop {
-            let page = ask(port, "/metrics").await;
+            let page = page(port).await;
             // The counters come a moment after the ends of the streams.
             if page.contains("\nwsproxy_agent_streams 0\n") {
                 return page;
             }
         }
     };
-    let page = within(page).await;
+    let page = within(whole).await;
     for line in [
         "wsproxy_agent_requests_total{code=\"4xx\"} 1",
         "wsproxy_agent_requests_total{code=\"bad_path\"} 1",
