@@ -116,7 +116,7 @@ impl Cache {
             let name = pair.split('=').next();
             matches!(name, Some("watch" | "follow"))
         });
-        let is_partial = PARTIAL.iter().any(|name| asked.headers.contains_key(name));
+        let is_partial = PARTIAL.iter().any(|name| asked.headers.contains_key(*name));
         if lasts || is_partial || asked.passes_credentials || asked.is_more {
             return None;
         }
@@ -222,7 +222,9 @@ impl Collector {
 fn may_be_kept(headers: &HeaderMap) -> bool {
     let members = |name| {
         let values = headers.get_all(name).into_iter();
-        values.flat_map(|value| value.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)
+        values
+            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+            .map(<[u8]>::trim_ascii)
     };
     let mut controls = members(header::CACHE_CONTROL);
     let mut varies = members(header::VARY).filter(|name| !name.is_empty());
@@ -237,8 +239,7 @@ const PARTIAL: [&str; 6] =
     ["range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"];
 
 /// Headers by which an answer may vary: those of the key, and those that no request has.
-const SELECTED: [&[u8]; 5] =
-    [b"accept", b"accept-encoding", b"host", b"authorization", b"cookie"];
+const SELECTED: [&[u8]; 5] = [b"accept", b"accept-encoding", b"host", b"authorization", b"cookie"];
 
 /// Upper bound of one answer's body.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
@@ -341,7 +342,6 @@ mod tests {
     fn requests_that_may_differ_have_different_keys() {
         let cache = cache();
         let target = "/api/v1/pods";
-        let other = Id::parse("c2").unwrap();
         let lines = |lines: &[_]| key_of(&cache, target, lines, |_| {}).unwrap().0;
         let keys = [
             key(&cache, target),
@@ -350,7 +350,7 @@ mod tests {
             lines(&[("accept", "a"), ("accept", "b")]),
             lines(&[("accept-encoding", "a")]),
             lines(&[("host", "a")]),
-            key_of(&cache, target, &[], |asked| asked.cluster = &other).unwrap().0,
+            Key { cluster: Id::parse("c2").unwrap(), ..key(&cache, target) },
             key_of(&cache, target, &[], |asked| asked.credential = TokenHash([2; 32])).unwrap().0,
         ];
         for (at, one) in keys.iter().enumerate() {
@@ -367,11 +367,17 @@ mod tests {
         assert!(keep(&cache, &key, b"body", &headers, NOW));
         let later = NOW.after(Micros(1_999_999));
         let found = cache.find(&key, later).unwrap();
-        assert_eq!((&found.body[..], found.age(later), &found.headers), (&b"body"[..], 1, &headers));
+        assert_eq!(
+            (&found.body[..], found.age(later), &found.headers),
+            (&b"body"[..], 1, &headers)
+        );
         assert!(cache.find(&key, NOW.after(Micros(2_000_000))).is_none());
-        assert_eq!((cache.kept.lock().bytes, cache.kept.lock().order.len()), (0, 0));
+        let left = |kept: &Kept| (kept.bytes, kept.order.len());
+        assert_eq!(left(&cache.kept.lock()), (0, 0));
         // A newer answer takes the place of an older one.
-        assert!(keep(&cache, &key, b"one", &headers, NOW) && keep(&cache, &key, b"two", &headers, NOW));
+        assert!(
+            keep(&cache, &key, b"one", &headers, NOW) && keep(&cache, &key, b"two", &headers, NOW)
+        );
         assert_eq!(cache.find(&key, NOW).unwrap().body, "two");
         assert_eq!(cache.kept.lock().order.len(), 1);
     }

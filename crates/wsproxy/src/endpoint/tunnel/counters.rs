@@ -154,8 +154,11 @@ impl TunnelCounters {
         let retries = retries.map(|(reason, n)| ([("reason", reason)], n.value()));
         let help = "Requests that were sent again";
         scrape.counters("tunnel_retries", help, retries);
-        let results =
-            [("hit", &self.cache_hits), ("miss", &self.cache_misses), ("stored", &self.cache_stored)];
+        let results = [
+            ("hit", &self.cache_hits),
+            ("miss", &self.cache_misses),
+            ("stored", &self.cache_stored),
+        ];
         let results = results.map(|(result, n)| ([("result", result)], n.value()));
         let help = "Requests for which the cache was asked, and answers that were kept";
         scrape.counters("tunnel_cache", help, results);
@@ -191,7 +194,8 @@ impl TunnelCounters {
                 ([("cluster", *cluster), ("pattern", *pattern), ("code", code)], n.value())
             })
         });
-        let help = "Proxied requests; code: class of the upstream's status, or the code of the error";
+        let help =
+            "Proxied requests; code: class of the upstream's status, or the code of the error";
         scrape.counters("tunnel_requests", help, merged(counts));
         let help = "Time until the head of the upstream's answer";
         for ((cluster, pattern), pair) in pairs {
@@ -225,11 +229,11 @@ impl Requests {
 
     /// Adds a pair where there is room.
     fn add(&mut self, cluster: &str, pattern: &str) -> (Arc<Pair>, Arc<Histogram<12, 2>>) {
-        let cluster = match self.clusters.len() < CLUSTERS_MAX || self.clusters.contains_key(cluster)
-        {
-            true => cluster,
-            false => OTHER,
-        };
+        let cluster =
+            match self.clusters.len() < CLUSTERS_MAX || self.clusters.contains_key(cluster) {
+                true => cluster,
+                false => OTHER,
+            };
         let is_known = self.clusters.get(cluster).is_some_and(|all| all.contains_key(pattern));
         let pair = if is_known || (self.pairs < PAIRS_MAX && (cluster, pattern) != (OTHER, OTHER)) {
             self.pairs += usize::from(!is_known);
