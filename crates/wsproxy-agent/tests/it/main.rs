@@ -6,6 +6,7 @@
 mod answers;
 mod bodies;
 mod cancel;
+mod compression;
 mod failures;
 mod gateway;
 mod health;

@@ -50,6 +50,8 @@ pub struct TunnelAgentConfig {
     pub health_path: String,
     /// Interval of the probes.
     pub health_interval: Duration,
+    /// Compresses answers on their way to the gateway.
+    pub compress: bool,
     /// Time for requests in flight when the agent stops.
     pub drain: Duration,
 }
@@ -76,6 +78,7 @@ impl Default for TunnelAgentConfig {
             deny_paths: Vec::new(),
             health_path,
             health_interval,
+            compress: false,
             drain,
         }
     }
@@ -108,6 +111,7 @@ impl TunnelAgentConfig {
             deny_paths: own.deny_paths,
             health_path: own.health_path,
             health_interval: own.health_interval,
+            compress: own.compress,
             drain: own.drain,
         }
     }
@@ -138,6 +142,7 @@ pub const KEYS: &[Key] = &[
     key!(tunnel_agent.deny_paths, List(PATH), "Path prefixes that are not served, even if they are allowed.").flag("deny-paths", "PATHS"),
     key!(tunnel_agent.health_path, HEALTH_PATH, "Path that is asked to see whether the upstream is healthy: any status below 500 is. Empty: only a connection is opened.").flag("health-path", "PATH"),
     key!(tunnel_agent.health_interval, Time(100, 3_600_000), "Interval of these probes.").flag("health-interval", "TIME"),
+    key!(tunnel_agent.compress, Switch, "Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.").flag("compress", "BOOL"),
     key!(tunnel_agent.drain, Time(0, 3_600_000), "Time that requests in flight get when the agent stops.").flag("drain", "TIME"),
 ];
 
