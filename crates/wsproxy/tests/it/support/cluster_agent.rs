@@ -19,12 +19,6 @@ use wsproxy_proto::{
 
 use super::{gateway, http::Response, raw::Raw, raw::UPGRADE};
 
-/// Token of the cluster `c1`'s agents in [`config`].
-pub const AGENT: &str = "token-of-agents";
-
-/// Token of clients in [`config`], which opens the cluster `c1` and those that begin with `d`.
-pub const CLIENT: &str = "token-of-clients";
-
 /// A configuration with the tunnel.
 pub fn config(redis: Option<&str>) -> Config {
     let mut config = gateway::config(redis);
@@ -54,7 +48,7 @@ pub struct ClusterAgent {
     accepting: tokio::task::JoinHandle<()>,
 }
 
-/// Who connects.
+/// Names of an agent that connects.
 #[derive(Debug, Clone, Copy)]
 pub struct Name<'a> {
     /// Cluster.
@@ -180,3 +174,9 @@ pub fn head(method: &str, path: &str, headers: &str) -> String {
          Authorization: Bearer {CLIENT}\r\n{headers}\r\n"
     )
 }
+
+/// Token of the cluster `c1`'s agents in [`config`].
+pub const AGENT: &str = "token-of-agents";
+
+/// Token of clients in [`config`], which opens the cluster `c1` and those that begin with `d`.
+pub const CLIENT: &str = "token-of-clients";
