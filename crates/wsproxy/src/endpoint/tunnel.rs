@@ -28,6 +28,7 @@ use crate::{
 };
 
 pub mod access;
+pub mod api;
 pub mod breaker;
 pub mod cache;
 pub mod clients;
