@@ -4,6 +4,7 @@ use std::{io::Write, process::ExitCode, sync::mpsc, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
+mod agent;
 mod agents;
 mod config;
 mod dev;
@@ -41,6 +42,9 @@ enum Command {
     Token(token::TokenArgs),
     /// Sign a JSON Web Token with jwt.secret_key, to try out events (/ws) and rooms (/ws/ROOM).
     Jwt(jwt::JwtArgs),
+    /// Run a cluster agent: serve what clients ask of a gateway from a private HTTP service beside the agent.
+    #[command(after_help = agent::EXAMPLE)]
+    Agent(settings::CliSettings<agent::AgentKeys>),
     /// Credentials of users' agents: add, list, show, rotate, revoke, remove, adopt.
     #[command(subcommand, after_help = agents::DATABASE)]
     Agents(agents::AgentsCommand),
@@ -107,6 +111,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config(command) => return config::run(command),
         Command::Token(args) => token::run(args)?,
         Command::Jwt(args) => jwt::run(args)?,
+        Command::Agent(settings) => agent::run(settings)?,
         Command::Agents(command) => agents::run(command)?,
         Command::Migrate(args) => migrate::run(args)?,
         Command::Health(args) => return health::run(args),

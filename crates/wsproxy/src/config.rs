@@ -23,6 +23,7 @@ pub mod sessions;
 mod tables;
 pub mod traces;
 pub mod tunnel;
+pub mod tunnel_agent;
 
 use std::{net::IpAddr, time::Duration};
 
@@ -42,6 +43,7 @@ use self::{
     sessions::SessionsConfig,
     traces::TracesConfig,
     tunnel::TunnelConfig,
+    tunnel_agent::TunnelAgentConfig,
 };
 
 /// The configuration of an instance, with a field for each section of the file.
@@ -79,6 +81,8 @@ pub struct Config {
     pub agents: AgentsConfig,
     /// `[tunnel]`
     pub tunnel: TunnelConfig,
+    /// `[tunnel_agent]`
+    pub tunnel_agent: TunnelAgentConfig,
     /// `[database]`
     pub database: DatabaseConfig,
     /// `[audit]`

@@ -138,7 +138,8 @@ impl Shared {
             let until = now.after(within);
             let until = state.drain.map_or(until, |drain| drain.until.min(until));
             state.drain = Some(Drain { code, until });
-            state.core.go_away(code);
+            let drain_ms = u32::try_from(until.since(now).0 / 1000).unwrap_or(u32::MAX);
+            state.core.go_away(code, drain_ms);
             state.status.is_draining = true;
             state.has_news = true;
         });

@@ -234,10 +234,11 @@ impl Lane {
         Ok(())
     }
 
-    /// Queues GOAWAY: this side takes or opens no further streams. Open streams go on.
-    pub fn go_away(&mut self, code: Code) {
+    /// Queues GOAWAY: this side takes or opens no further streams. Open streams go on, and the peer is told that they get
+    /// `drain_ms` milliseconds.
+    pub fn go_away(&mut self, code: Code, drain_ms: u32) {
         self.is_draining = true;
-        self.control.go_away(code, self.config.drain_ms);
+        self.control.go_away(code, drain_ms);
     }
 
     /// Queues HEALTH of an agent. It replaces one that waits still.

@@ -408,7 +408,7 @@ fn call(lane: &mut Lane, now: u64, kind: u8, number: u32, bytes: &[u8]) {
         10 => lane.stop(number),
         11 => lane.reset(number, &Reset::new(Code::Cancelled)),
         12 => drop(lane.tick(now)),
-        13 => lane.go_away(Code::Restarting),
+        13 => lane.go_away(Code::Restarting, 20_000),
         _ => {}
     }
 }

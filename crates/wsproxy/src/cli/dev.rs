@@ -20,7 +20,7 @@ pub(super) struct DevKeys;
 impl Reads for DevKeys {
     /// Leaves out `[admin]`: everything is on one port, so that the page reaches it.
     fn reads(key: &Key) -> bool {
-        key.section != "admin"
+        !matches!(key.section, "admin" | "tunnel_agent")
     }
 
     fn defaults() -> Config {

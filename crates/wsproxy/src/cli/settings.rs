@@ -26,12 +26,12 @@ pub(super) trait Reads {
     }
 }
 
-/// All keys: the commands that run a gateway, or are about the configuration itself.
+/// All keys but those of a cluster agent: the commands that run a gateway, or are about the configuration itself.
 pub(super) struct Everything;
 
 impl Reads for Everything {
-    fn reads(_key: &Key) -> bool {
-        true
+    fn reads(key: &Key) -> bool {
+        key.section != "tunnel_agent"
     }
 }
 

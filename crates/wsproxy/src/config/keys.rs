@@ -14,7 +14,7 @@ use super::{
     },
     origin::OriginKind,
     peer::Proxy,
-    rooms, rule, sessions, traces, tunnel,
+    rooms, rule, sessions, traces, tunnel, tunnel_agent,
 };
 
 /// A key of the file.
@@ -71,6 +71,11 @@ pub fn all() -> impl Iterator<Item = &'static Key> {
     TABLE.iter().copied().flatten()
 }
 
+/// Returns whether a variable is that of a key. Of a secret whose file has a key of its own, that key has the variable.
+pub(super) fn is_env(name: &str) -> bool {
+    all().any(|key| key.env() == name)
+}
+
 impl Alias {
     /// Returns the variables, those that win first.
     pub(super) fn names(self) -> impl Iterator<Item = &'static str> {
@@ -89,6 +94,12 @@ impl Key {
     #[must_use]
     pub fn env(&self) -> String {
         format!("{PREFIX}{}__{}", self.section, self.name).to_ascii_uppercase()
+    }
+
+    /// The environment variable that names a file with the value of a secret.
+    #[must_use]
+    pub fn file_env(&self) -> String {
+        format!("{}_FILE", self.env())
     }
 
     /// Completes the sentence "must be …".
@@ -231,6 +242,10 @@ pub static SECTIONS: &[(&str, &str)] = &[
         "The tunnel: private HTTP services, reached over connections that cluster agents beside them open.",
     ),
     (
+        "tunnel_agent",
+        "The cluster agent, `wsproxy agent`: the gateway that it dials, and the service that answers. A gateway reads none of these keys.",
+    ),
+    (
         "database",
         "The SQL database with credentials of agents and the audit log. Opened only where agents are served.",
     ),
@@ -265,6 +280,7 @@ static TABLE: &[&[Key]] = &[
     tunnel::KEYS,
     database::KEYS,
     traces::KEYS,
+    tunnel_agent::KEYS,
     echo::KEYS,
 ];
 

@@ -220,7 +220,7 @@ impl Loader {
         self.config.database.state_directory = state;
         for key in keys::all() {
             known.insert(key.env());
-            known.extend(key.secret.then(|| format!("{}_FILE", key.env())));
+            known.extend(key.secret.then(|| key.file_env()));
             self.variable(key, environment);
         }
         for given in environment.ours().filter(|name| !known.contains(*name)) {
@@ -249,7 +249,7 @@ impl Loader {
         for (name, unit, skip_empty) in std::iter::once(own).chain(aliases) {
             let set = environment.value(&name).filter(|v| !(skip_empty && *v == Ok("")));
             let file = format!("{name}_FILE");
-            let path = environment.path(&file).filter(|_| key.secret);
+            let path = environment.path(&file).filter(|_| key.secret && !keys::is_env(&file));
             if let (Some(_), Some(_)) = (&set, &path) {
                 let message = format!("cannot be set together with {name}: remove one of them");
                 self.bad.insert(key.path());

@@ -160,8 +160,9 @@ fn names(code: &str, at: usize) -> Vec<(usize, &str)> {
 const ROOT: &str = "crates/wsproxy/src/";
 
 /// The crates, each with those of the others that it may depend on.
-const CRATES: [(&str, &[&str]); 4] = [
-    ("wsproxy", &["wsproxy-conn", "wsproxy-proto"]),
+const CRATES: [(&str, &[&str]); 5] = [
+    ("wsproxy", &["wsproxy-agent", "wsproxy-conn", "wsproxy-proto"]),
+    ("wsproxy-agent", &["wsproxy-conn", "wsproxy-proto"]),
     ("wsproxy-bench", &["wsproxy-proto"]),
     ("wsproxy-conn", &["wsproxy-proto"]),
     ("wsproxy-proto", &[]),

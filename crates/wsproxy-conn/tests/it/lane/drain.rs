@@ -8,7 +8,7 @@ use wsproxy_conn::{
 use wsproxy_proto::tunnel::{
     code::Code,
     event::End,
-    frame::{Health, Open},
+    frame::{GoAway, Health, Open},
     lane::OpenError,
 };
 
@@ -25,7 +25,8 @@ async fn a_gateway_drains_after_its_streams() {
     pair.gateway.drain(Code::Restarting, MINUTE);
     assert_eq!(pair.gateway.open(&request(true)).unwrap_err(), OpenError::Draining);
     let go_away = within(pair.agent.going_away()).await.unwrap();
-    assert_eq!((go_away.code, go_away.last_stream), (Code::Restarting, 1));
+    let expected = GoAway { last_stream: 1, code: Code::Restarting, drain_ms: 60_000 };
+    assert_eq!(go_away, expected);
     accepted.answer.send_head(&head(200, false)).unwrap();
     accepted.answer.put(Bytes::from_static(b"late")).unwrap();
     accepted.answer.finish().unwrap();

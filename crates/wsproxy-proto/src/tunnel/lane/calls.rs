@@ -117,7 +117,7 @@ impl Lane {
         self.streams.insert(number, stream);
         self.last_opened = number;
         if number == STREAM_MAX {
-            self.go_away(Code::Restarting);
+            self.go_away(Code::Restarting, self.config.drain_ms);
         }
         Ok(number)
     }

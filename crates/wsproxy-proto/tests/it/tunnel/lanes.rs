@@ -100,7 +100,7 @@ fn run(pair: &mut Pair, (kind, side, stream, amount): Step) {
             return pair.take_events(side);
         }
         10 if amount < 2_000 => {
-            pair.lanes[side].go_away(Code::Restarting);
+            pair.lanes[side].go_away(Code::Restarting, 20_000);
             return pair.take_events(side);
         }
         _ => {}

@@ -310,7 +310,7 @@ fn goaway_ends_the_streams_that_were_not_accepted() {
 
     let mut agent = Tested::new(Role::Agent);
     agent.say_of(1, StreamFrame::Open(request())).unwrap();
-    agent.lane.go_away(Code::Superseded);
+    agent.lane.go_away(Code::Superseded, 5);
     // GOAWAY is not written yet.
     agent.say_of(3, StreamFrame::Open(request())).unwrap();
     assert_eq!(agent.events().len(), 2);
@@ -319,7 +319,7 @@ fn goaway_ends_the_streams_that_were_not_accepted() {
     agent.say_of(5, StreamFrame::Open(Open { end: false, ..request() })).unwrap();
     agent.data(5, b"crossed", DataFlag::End).unwrap();
     assert_eq!((agent.events(), agent.heard(), agent.lane.streams()), (vec![], vec![], 2));
-    agent.lane.go_away(Code::Restarting);
+    agent.lane.go_away(Code::Restarting, 5);
     let said = agent.heard();
     assert!(matches!(&said[..], [Said::Other(text)] if text.contains("last_stream: 3")));
 }

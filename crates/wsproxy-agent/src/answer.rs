@@ -1,0 +1,120 @@
+//! Head of an answer for the lane; knows no connection.
+
+use http::{
+    HeaderMap, HeaderName, Response, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, TE, TRANSFER_ENCODING, UPGRADE},
+};
+use wsproxy_proto::tunnel::{
+    code::Code,
+    headers::{HeaderBlock, HeaderError},
+};
+
+use crate::failure::Failure;
+
+/// Returns the headers of an answer without those of the upstream's connection.
+///
+/// # Errors
+/// [`Code::HeadTooLarge`]; [`Code::UpstreamProtocol`]: the answer's body is coded in a way that the agent cannot read.
+pub(crate) fn header_block<B>(response: &Response<B>) -> Result<HeaderBlock, Failure> {
+    let headers = response.headers();
+    let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let is_coded = headers.contains_key(TRANSFER_ENCODING);
+    if headers.get_all(TRANSFER_ENCODING).iter().any(|value| !is_chunked(value.as_bytes())) {
+        let message = "the answer has a transfer coding that was not asked for";
+        return Err(Failure::new(Code::UpstreamProtocol, message));
+    }
+    let named = named_by_connection(headers);
+    let mut block = HeaderBlock::new();
+    for (name, value) in headers {
+        // A length beside chunks says something else than the chunks do (RFC 9112, section 6.3).
+        let is_dropped = is_of_connection(name, is_upgrade)
+            || (is_coded && name == CONTENT_LENGTH)
+            || (named.contains(name) && !(is_upgrade && name == UPGRADE));
+        if !is_dropped {
+            push(&mut block, name, value.as_bytes())?;
+        }
+    }
+    Ok(block)
+}
+
+/// Returns trailers for the lane.
+///
+/// # Errors
+/// [`Code::HeadTooLarge`].
+pub(crate) fn trailer_block(trailers: &HeaderMap) -> Result<HeaderBlock, Failure> {
+    let mut block = HeaderBlock::new();
+    for (name, value) in trailers {
+        push(&mut block, name, value.as_bytes())?;
+    }
+    Ok(block)
+}
+
+fn push(block: &mut HeaderBlock, name: &HeaderName, value: &[u8]) -> Result<(), Failure> {
+    block.push(name.as_str().as_bytes(), value).map_err(|error| match error {
+        HeaderError::TooLarge => too_large(),
+        HeaderError::Invalid => {
+            Failure::new(Code::UpstreamProtocol, "the answer has an invalid header")
+        }
+    })
+}
+
+/// Returns the failure of an answer whose head is larger than the gateway takes.
+pub(crate) fn too_large() -> Failure {
+    Failure::new(Code::HeadTooLarge, "the head of the answer is too large")
+}
+
+fn is_chunked(value: &[u8]) -> bool {
+    value.trim_ascii().eq_ignore_ascii_case(b"chunked")
+}
+
+fn is_of_connection(name: &HeaderName, is_upgrade: bool) -> bool {
+    *name == CONNECTION
+        || *name == TRANSFER_ENCODING
+        || *name == TE
+        || (*name == UPGRADE && !is_upgrade)
+        || name == "keep-alive"
+        || name == "proxy-connection"
+}
+
+/// Returns the headers that `Connection` names.
+fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let names = values.flat_map(|value| value.split(','));
+    names.filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(response: &Response<()>) -> Vec<String> {
+        let block = header_block(response).unwrap();
+        let names = block.headers().iter().map(|(name, _)| String::from_utf8_lossy(name).into());
+        names.collect()
+    }
+
+    #[test]
+    fn headers_of_the_connection_stay_with_it() {
+        let response = Response::builder()
+            .header("connection", "close, X-Hop")
+            .header("x-hop", "1")
+            .header("keep-alive", "timeout=5")
+            .header("transfer-encoding", "Chunked")
+            .header("content-length", "5")
+            .header("trailer", "x-sum")
+            .header("content-type", "text/plain");
+        assert_eq!(names(&response.body(()).unwrap()), ["trailer", "content-type"]);
+        let upgraded = Response::builder()
+            .status(101)
+            .header("connection", "Upgrade")
+            .header("upgrade", "SPDY/3.1");
+        assert_eq!(names(&upgraded.body(()).unwrap()), ["upgrade"]);
+    }
+
+    #[test]
+    fn a_coding_other_than_chunked_is_no_answer() {
+        let response = Response::builder().header("transfer-encoding", "gzip, chunked");
+        let failure = header_block(&response.body(()).unwrap()).unwrap_err();
+        assert_eq!(failure.code(), Code::UpstreamProtocol);
+    }
+}
