@@ -173,6 +173,7 @@ impl Instance {
             // A rule of the configuration: over a unix socket there is no TLS.
             tls: tls_of_clients.filter(|_| address.is_some()),
             proxy_protocol: core.config.server.proxy_protocol,
+            header_timeout: core.config.server.header_timeout,
             accepting: accepting.clone(),
             answering: answering.clone(),
         };
@@ -185,7 +186,9 @@ impl Instance {
             let sockets = Sockets::new(descriptors.admin);
             // Monitoring and workers come without a balancer.
             let proxy_protocol = false;
-            let listening = Listening { sockets, tls, proxy_protocol, accepting, answering };
+            let header_timeout = core.config.server.header_timeout;
+            let listening =
+                Listening { sockets, tls, proxy_protocol, header_timeout, accepting, answering };
             background.spawn(listener::run(admin, routes, listening));
         }
         if let Some(pair) = pair {
