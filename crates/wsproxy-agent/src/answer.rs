@@ -25,7 +25,17 @@ pub(crate) fn header_block<B>(response: &Response<B>) -> Result<HeaderBlock, Fai
     }
     let named = named_by_connection(headers);
     let mut block = HeaderBlock::new();
+    let mut has_length = false;
     for (name, value) in headers {
+        if name == CONTENT_LENGTH {
+            // The HTTP library has compared the lengths, and takes a list of equal ones for one of them.
+            if !value.as_bytes().iter().all(u8::is_ascii_digit) {
+                return Err(Failure::new(Code::UpstreamProtocol, "the answer has several lengths"));
+            }
+            if std::mem::replace(&mut has_length, true) {
+                continue;
+            }
+        }
         // A length beside chunks says something else than the chunks do (RFC 9112, section 6.3).
         let is_dropped = is_of_connection(name, is_upgrade)
             || (is_coded && name == CONTENT_LENGTH)
@@ -104,6 +114,8 @@ mod tests {
             .header("trailer", "x-sum")
             .header("content-type", "text/plain");
         assert_eq!(names(&response.body(()).unwrap()), ["trailer", "content-type"]);
+        let twice = Response::builder().header("content-length", "5").header("content-length", "5");
+        assert_eq!(names(&twice.body(()).unwrap()), ["content-length"]);
         let upgraded = Response::builder()
             .status(101)
             .header("connection", "Upgrade")
@@ -112,9 +124,11 @@ mod tests {
     }
 
     #[test]
-    fn a_coding_other_than_chunked_is_no_answer() {
-        let response = Response::builder().header("transfer-encoding", "gzip, chunked");
-        let failure = header_block(&response.body(()).unwrap()).unwrap_err();
-        assert_eq!(failure.code(), Code::UpstreamProtocol);
+    fn codings_and_lists_of_lengths_are_no_answer() {
+        for (name, value) in [("transfer-encoding", "gzip, chunked"), ("content-length", "5, 5")] {
+            let response = Response::builder().header(name, value);
+            let failure = header_block(&response.body(()).unwrap()).unwrap_err();
+            assert_eq!(failure.code(), Code::UpstreamProtocol);
+        }
     }
 }

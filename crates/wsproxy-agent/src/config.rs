@@ -61,6 +61,8 @@ pub struct Service {
     pub paths: Paths,
     /// Whether the upstream sees the `Host` of the client in place of its own.
     pub preserve_host: bool,
+    /// Whether answers are compressed on their way to the gateway.
+    pub compresses: bool,
     /// The upstream's own `Host`.
     pub host: HeaderValue,
 }

@@ -9,6 +9,7 @@
 mod access;
 pub mod agent;
 mod answer;
+mod compression;
 pub mod config;
 mod credential;
 mod dialling;

@@ -10,7 +10,7 @@ use http::{
 use tokio::sync::Notify;
 use wsproxy_proto::tunnel::{code::Code, event};
 
-use crate::{config::Service, failure::Failure, upstream::body::RequestBody};
+use crate::{compression, config::Service, failure::Failure, upstream::body::RequestBody};
 
 /// Head of a request that the agent sends to its upstream, without the agent's credential.
 #[derive(Debug, Clone)]
@@ -22,6 +22,8 @@ pub(crate) struct RequestHead {
     pub(crate) is_safe: bool,
     /// Length of the body, where it is told.
     pub(crate) length: Option<u64>,
+    /// Whether the client takes an answer that the agent compressed.
+    pub(crate) takes_gzip: bool,
 }
 
 impl RequestHead {
@@ -56,7 +58,10 @@ impl RequestHead {
             return Err(broken("the length is that of a body, and there is none"));
         }
         let is_safe = [Method::GET, Method::HEAD, Method::OPTIONS].contains(&method);
-        let mut head = Self { method, uri, headers, is_safe, length };
+        let may_compress = service.compresses && !request.long && !request.upgrade;
+        let takes_gzip =
+            may_compress && method != Method::HEAD && compression::accepts_gzip(&headers);
+        let mut head = Self { method, uri, headers, is_safe, length, takes_gzip };
         head.complete(is_bodyless, request.upgrade, service);
         Ok(head)
     }
@@ -65,7 +70,14 @@ impl RequestHead {
     pub(crate) fn of_probe(path: PathAndQuery, service: &Service) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert(HOST, service.host.clone());
-        Self { method: Method::GET, uri: path.into(), headers, is_safe: true, length: None }
+        Self {
+            method: Method::GET,
+            uri: path.into(),
+            headers,
+            is_safe: true,
+            length: None,
+            takes_gzip: false,
+        }
     }
 
     /// Returns the request with a body. The credential comes last, so that no other header takes its place.

@@ -10,7 +10,7 @@ use std::{
 
 use http::StatusCode;
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use hyper::body::{Frame, Incoming};
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 use wsproxy_conn::lane::{AcceptedStream, StreamAcceptor, StreamReader, StreamWriter, WriteError};
@@ -24,6 +24,7 @@ use wsproxy_proto::tunnel::{
 use crate::{
     access::Record,
     answer,
+    compression::Compressor,
     config::Service,
     failure::Failure,
     request::RequestHead,
@@ -99,8 +100,10 @@ impl Server {
             let message = "the upstream switched protocols without being asked";
             return Err(Failure::new(Code::UpstreamProtocol, message));
         }
-        let block = answer::header_block(&exchange.response)?;
         let end = !is_upgraded && hyper::body::Body::is_end_stream(exchange.response.body());
+        let takes_gzip = head.takes_gzip && !end;
+        let compressor = Compressor::of(&mut exchange.response, takes_gzip);
+        let block = answer::header_block(&exchange.response)?;
         let status = exchange.response.status().as_u16();
         let head = Head { end, status, source: Source::Upstream, headers: block.headers() };
         answer.send_head(&head).map_err(unwritten)?;
@@ -115,7 +118,10 @@ impl Server {
         // Of a request for an upgrade that is refused, the client's bytes are of no use.
         drop(raw);
         let Exchange { mut response, connection } = exchange;
-        let sent = if end { Ok(()) } else { pass_body(response.body_mut(), answer, record).await };
+        let sent = match end {
+            true => Ok(()),
+            false => pass_body(response.body_mut(), compressor, answer, record).await,
+        };
         note_up(record, &progress);
         sent?;
         // An upstream that answered before it read the body gets no more of it.
@@ -169,6 +175,7 @@ impl Server {
 /// Passes the body of an answer on, each piece as it comes.
 async fn pass_body(
     body: &mut Incoming,
+    mut compressor: Option<Compressor>,
     answer: &mut StreamWriter,
     record: &Record,
 ) -> Result<(), Failure> {
@@ -178,18 +185,28 @@ async fn pass_body(
             _ = answer.gone() => return Err(Failure::Gone),
             frame = body.frame() => frame,
         };
-        let Some(frame) = frame else { return answer.finish().map_err(unwritten) };
-        match frame.map_err(|error| failed(&error, false))?.into_data() {
-            Ok(bytes) => {
+        let frame = frame.transpose().map_err(|error| failed(&error, false))?;
+        let trailers = match frame.map(Frame::into_data) {
+            Some(Ok(bytes)) => {
+                let bytes = match &mut compressor {
+                    Some(compressor) => compressor.piece(&bytes),
+                    None => bytes,
+                };
                 record.add_down(bytes.len());
                 answer.write(bytes).await.map_err(unwritten)?;
+                continue;
             }
-            Err(frame) => {
-                let trailers = frame.into_trailers().unwrap_or_default();
-                let block = answer::trailer_block(&trailers)?;
-                return answer.finish_with_trailers(block.headers()).map_err(unwritten);
-            }
+            Some(Err(frame)) => frame.into_trailers().ok(),
+            None => None,
+        };
+        if let Some(compressor) = compressor {
+            let last = compressor.finish();
+            record.add_down(last.len());
+            answer.write(last).await.map_err(unwritten)?;
         }
+        let Some(trailers) = trailers else { return answer.finish().map_err(unwritten) };
+        let block = answer::trailer_block(&trailers)?;
+        return answer.finish_with_trailers(block.headers()).map_err(unwritten);
     }
 }
 

@@ -93,6 +93,9 @@ pub struct Settings {
     /// Interval of these probes.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, env = "WSPROXY_TUNNEL_AGENT__HEALTH_INTERVAL")]
     pub health_interval: Duration,
+    /// Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.
+    #[arg(long, value_name = "BOOL", default_value_t, action = ArgAction::Set, env = "WSPROXY_TUNNEL_AGENT__COMPRESS")]
+    pub compress: bool,
     /// Time that requests in flight get when the agent stops.
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration, env = "WSPROXY_TUNNEL_AGENT__DRAIN")]
     pub drain: Duration,
@@ -119,6 +122,7 @@ impl Default for Settings {
             deny_paths: Vec::new(),
             health_path: "/healthz".into(),
             health_interval: Duration::from_secs(10),
+            compress: false,
             drain: Duration::from_secs(20),
         }
     }
@@ -152,7 +156,13 @@ impl Settings {
         Ok(AgentConfig {
             gateway: self.gateway(&cluster)?,
             agent_id,
-            service: Service { cluster, paths, preserve_host: self.preserve_host, host },
+            service: Service {
+                cluster,
+                paths,
+                preserve_host: self.preserve_host,
+                compresses: self.compress,
+                host,
+            },
             upstream,
             health: Some(self.health()?),
             drain: self.drain,

@@ -19,6 +19,7 @@ use tokio::{
 mod options;
 pub mod tls;
 pub mod unix;
+pub mod watch;
 
 use tls::TlsSocket;
 use unix::UnixSocket;
@@ -306,6 +307,20 @@ impl AsyncWrite for Socket {
 /// Returns whether an error only says that the call is to be repeated.
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// Calls `write` until it has an outcome; waits with `poll_ready` where the kernel takes nothing.
+#[inline]
+fn poll_write(
+    write: impl Fn() -> io::Result<usize>,
+    mut poll_ready: impl FnMut() -> Poll<io::Result<()>>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        match write() {
+            Err(error) if is_passing(&error) => ready!(poll_ready())?,
+            result => return Poll::Ready(result),
+        }
+    }
 }
 
 /// Copies the bytes that have come to a socket.

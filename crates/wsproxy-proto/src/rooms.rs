@@ -8,6 +8,7 @@
 
 pub mod check;
 mod fields;
+pub mod hello_text;
 pub mod mirror;
 pub mod positions;
 mod schema;

@@ -436,7 +436,7 @@ impl Default for ServerConfig {
             server_id: None,
             threads: 0,
             shutdown_timeout: Duration::from_secs(30),
-            drain_delay: Duration::from_secs(3),
+            drain_delay: Duration::from_secs(5),
             drain_spread: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             header_timeout: Duration::from_secs(10),

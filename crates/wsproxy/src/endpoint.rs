@@ -91,7 +91,7 @@ impl Families {
             sessions: Sessions::start(core, background, end),
             rooms: Rooms::start(core, background, end)?,
             agents: Agents::start(core, background, end)?,
-            tunnel: Tunnel::start(core, background, end),
+            tunnel: Tunnel::start(core, background, end)?,
             echo: Echo::start(core),
         }))
     }
@@ -141,7 +141,10 @@ impl Families {
             Endpoint::Room(room) => rooms::entrance::open(&self.rooms, core, request, room).await,
             // A database's futures are large, and no other handshake is to carry them.
             Endpoint::Agents => Box::pin(agents::entrance::open(&self.agents, core, request)).await,
-            Endpoint::Lane(_) => Err(Rejection::not_found("Nothing is served at this path.")),
+            // The store may be asked, and its futures are large.
+            Endpoint::Lane(cluster) => {
+                Box::pin(tunnel::connect::open(&self.tunnel, core, request, cluster)).await
+            }
             Endpoint::Echo => self.echo.open(core, request),
         }
     }
@@ -174,9 +177,10 @@ impl Families {
         tunnel.reload(config);
     }
 
-    /// Begins no further work on connections, which are about to be closed.
-    pub fn stop_calls(&self) {
+    /// Begins no further work on connections, which are about to be closed, until `deadline` at the latest.
+    pub fn stop_calls(&self, deadline: Instant) {
         self.agents.stop_calls();
+        self.tunnel.drain(deadline);
     }
 
     /// Returns the connections with work in flight, which are closed last.
@@ -202,8 +206,7 @@ impl Families {
     pub async fn close(&self, deadline: Instant) {
         self.sessions.close().await;
         self.events.close().await;
-        let tunnel = self.tunnel.close(deadline);
-        tokio::join!(self.rooms.close(deadline), Box::pin(self.agents.close()), tunnel);
+        tokio::join!(self.rooms.close(deadline), Box::pin(self.agents.close()));
     }
 }
 

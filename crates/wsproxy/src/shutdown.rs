@@ -120,7 +120,7 @@ impl Shutdown {
         // Clients that the listener took at its end are served as those before them.
         let _ = timeout(NEWCOMERS_MAX, self.answer_newcomers()).await;
         self.core.closing.store(true, Relaxed);
-        self.families.stop_calls();
+        self.families.stop_calls(deadline);
         self.answering.cancel();
         self.core.followers_end.cancel();
         self.disconnect_all(deadline).await;

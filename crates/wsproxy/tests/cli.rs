@@ -15,6 +15,8 @@ use wsproxy::config::{
     render,
 };
 
+#[path = "cli/agent.rs"]
+mod agent;
 #[path = "cli/health.rs"]
 mod health;
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 use wsproxy_proto::tunnel::code::Code;
@@ -25,7 +25,11 @@ pub(super) async fn open(config: &UpstreamConfig) -> Result<UpstreamSocket, Fail
     })?;
     // Options that a kernel refuses cost speed or memory, and no correctness.
     let _ = stream.set_nodelay(true);
-    let _ = SockRef::from(&stream).set_recv_buffer_size(RECEIVE_BYTES);
+    let socket = SockRef::from(&stream);
+    let _ = socket.set_recv_buffer_size(RECEIVE_BYTES);
+    // An idle watch of a host that vanished would stay for ever.
+    let _ =
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(ALIVE).with_interval(ALIVE / 4));
     let Some(tls) = &config.tls else { return Ok(UpstreamSocket::Plain(stream)) };
     let connector = TlsConnector::from(Arc::clone(&tls.client));
     let handshake = connector.connect(tls.name.clone(), stream);
@@ -40,6 +44,9 @@ pub(super) async fn open(config: &UpstreamConfig) -> Result<UpstreamSocket, Fail
 
 /// Time for TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Time without a byte after which the kernel asks whether the upstream's host is there.
+const ALIVE: Duration = Duration::from_secs(60);
 
 /// Upper bound of the bytes of an answer that wait in the kernel for a reader that stalls.
 const RECEIVE_BYTES: usize = 128 << 10;

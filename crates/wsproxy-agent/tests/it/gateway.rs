@@ -3,12 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use http::HeaderMap;
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     task::JoinHandle,
 };
-use wsproxy_conn::lane::{self, LaneEnd, LaneHandle, LaneSettings};
+use wsproxy_conn::{
+    Socket,
+    lane::{self, LaneEnd, LaneHandle, LaneSettings},
+    socket::tls::TlsSocket,
+};
 use wsproxy_proto::{
     tunnel::memory::{Memory, MemoryLimits},
     ws::handshake::read_upgrade,
@@ -19,12 +24,13 @@ use crate::support::{listen, within};
 /// Listener of a gateway.
 pub(crate) struct Gateway {
     listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
     pub(crate) port: u16,
 }
 
 /// Handshake that waits for its answer.
 pub(crate) struct Handshake {
-    socket: TcpStream,
+    socket: Socket,
     pub(crate) request_line: String,
     pub(crate) headers: HeaderMap,
 }
@@ -39,12 +45,20 @@ impl Gateway {
     pub(crate) async fn new() -> Self {
         let listener = listen().await;
         let port = listener.local_addr().unwrap().port();
-        Self { listener, port }
+        Self { listener, tls: None, port }
+    }
+
+    pub(crate) async fn with_tls(tls: Arc<ServerConfig>) -> Self {
+        Self { tls: Some(tls), ..Self::new().await }
     }
 
     /// Waits for the next handshake.
     pub(crate) async fn handshake(&self) -> Handshake {
-        let (mut socket, _) = within(self.listener.accept()).await.unwrap();
+        let (socket, _) = within(self.listener.accept()).await.unwrap();
+        let mut socket: Socket = match self.tls.clone() {
+            Some(tls) => within(TlsSocket::server(socket, tls)).await.unwrap().into(),
+            None => socket.into(),
+        };
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             head.push(within(socket.read_u8()).await.unwrap());
@@ -74,7 +88,7 @@ impl Handshake {
         );
         self.socket.write_all(answer.as_bytes()).await.unwrap();
         let memory: Arc<Memory> = Memory::new(MemoryLimits::default());
-        let (driver, handle) = lane::gateway(self.socket.into(), &[], settings, memory).unwrap();
+        let (driver, handle) = lane::gateway(self.socket, &[], settings, memory).unwrap();
         let task = tokio::spawn(driver);
         within(handle.ready()).await.unwrap();
         GatewayLane { handle, task }

@@ -6,13 +6,16 @@
 mod answers;
 mod bodies;
 mod cancel;
+mod compression;
 mod failures;
 mod gateway;
 mod health;
 mod lanes;
 mod links;
+mod program;
 mod retries;
 mod rules;
 mod support;
+mod tls;
 mod upgrades;
 mod upstream;

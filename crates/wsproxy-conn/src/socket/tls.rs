@@ -14,7 +14,10 @@ use rustls::{
 };
 use tokio::net::TcpStream;
 
-use crate::{outbox::SLICES_MAX, socket::is_passing};
+use crate::{
+    outbox::SLICES_MAX,
+    socket::{is_passing, poll_write},
+};
 
 /// Encrypted socket that its own task reads and that any task writes, without `&mut`.
 ///
@@ -172,12 +175,7 @@ impl TlsSocket {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            match self.try_write_vectored(slices) {
-                Err(error) if is_passing(&error) => ready!(self.stream.poll_write_ready(cx))?,
-                result => return Poll::Ready(result),
-            }
-        }
+        poll_write(|| self.try_write_vectored(slices), || self.stream.poll_write_ready(cx))
     }
 
     pub(super) fn held_bytes(&self) -> usize {

@@ -13,7 +13,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::socket::is_passing;
+use crate::socket::poll_write;
 
 /// Unix socket that its own task reads and that any task writes, without `&mut`.
 #[derive(Debug)]
@@ -76,12 +76,7 @@ impl UnixSocket {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            match self.try_write_vectored(slices) {
-                Err(error) if is_passing(&error) => ready!(self.poll_write_ready(cx))?,
-                result => return Poll::Ready(result),
-            }
-        }
+        poll_write(|| self.try_write_vectored(slices), || self.poll_write_ready(cx))
     }
 }
 

@@ -31,6 +31,11 @@ impl<'a> Fields<'a> {
         Self { rest: message, groups: 0, overlong: false }
     }
 
+    /// Bytes behind the last field that was read.
+    pub(super) const fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
     /// Number and value of the next field; `None` at the end.
     #[inline]
     pub(super) fn next(&mut self) -> Result<Option<(u32, Value<'a>)>, Malformed> {

@@ -7,11 +7,13 @@
 mod news;
 mod reading;
 mod replica;
+mod shown;
 mod state;
 
 pub use reading::{
     Due, LOG_BYTES_MAX, MISSING_MAX, Outcome, POSITIONS_AGAIN, Read, Reading, Ticket,
 };
+pub use shown::Encoding;
 pub use state::{Entity, Member};
 
 use crate::rooms::{
@@ -20,7 +22,7 @@ use crate::rooms::{
         reading::Reader,
         replica::{Counted, Replica},
     },
-    wire::{Kind, Record},
+    wire::{Connection, Kind},
 };
 
 /// Bounds of the state of one room.
@@ -207,12 +209,11 @@ impl Mirror {
         self.replica.state.entities()
     }
 
-    /// Returns the bytes that the state takes, with what newcomers are told of members and the news that wait for a
-    /// reading.
+    /// Returns the bytes that the state takes, with what is kept for newcomers and the news that wait for a reading.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let state = &self.replica.state;
-        state.bytes() + state.shown_bytes() + self.reader.bytes()
+        state.bytes() + state.shown.bytes() + self.reader.bytes()
     }
 
     /// Returns the presence version up to which the set of members is complete.
@@ -224,22 +225,6 @@ impl Mirror {
     /// Returns the members with their client ids, in no order.
     pub fn members(&self) -> impl ExactSizeIterator<Item = (&str, &Member)> {
         self.replica.state.members()
-    }
-
-    /// Makes the bytes that newcomers get of the members: [`Self::shown`]. `make` makes them of the client id and the
-    /// record, once for each record, since there may be many newcomers to many members.
-    pub fn show(&mut self, make: impl Fn(&str, &Record<'_>) -> Option<Vec<u8>>) {
-        self.replica.state.show(make);
-    }
-
-    /// Returns the bytes that [`Self::show`] has made of the members as they are, in no order.
-    pub fn shown(&self) -> impl Iterator<Item = &[u8]> {
-        self.replica.state.shown()
-    }
-
-    /// Forgets what [`Self::show`] has made.
-    pub fn hide(&mut self) {
-        self.replica.state.hide_all();
     }
 
     /// Returns a member.
@@ -479,28 +464,49 @@ impl Mirror {
         Ok(())
     }
 
-    /// Writes the newest position of an entity, spawned or not.
+    /// Writes the newest position of an entity of a member here, spawned or not.
     ///
     /// # Errors
-    /// All of [`Refused`] but [`Refused::Unknown`]. A position that is not kept may still be sent to the others.
-    pub fn position(
+    /// All of [`Refused`] but [`Refused::Unknown`] and [`Refused::Overtaken`]. A position that is not kept may still be
+    /// sent to the others.
+    pub fn position(&mut self, client: &str, entity: &str, position: &[u8]) -> Result<(), Refused> {
+        self.admit(Origin::Here, client, entity)?;
+        self.replica.state.place(client, entity, position, &self.limits)?.is_live = true;
+        Ok(())
+    }
+
+    /// Takes the position of an entity that the connection `from` at another instance has published. Returns whether
+    /// clients may be told of it: not where another connection has the member's place. A position has no part in the
+    /// order of the changes that the store makes, so that its membership may have ended before it was published.
+    #[must_use]
+    pub fn hear_position(
         &mut self,
-        origin: Origin,
+        from: Connection,
         client: &str,
         entity: &str,
         position: &[u8],
-    ) -> Result<(), Refused> {
-        if origin == Origin::Channel && self.replica.state.member(client).is_none() {
+    ) -> bool {
+        let Some(member) = self.replica.state.member(client) else {
+            // A reading that is under way may know the member.
             self.reader.log(|| Op::Position {
+                from,
                 client: client.into(),
                 entity: entity.into(),
                 position: position.into(),
             });
+            return true;
+        };
+        if member.record().connection() != Some(from) {
+            return false;
         }
-        self.admit(origin, client, entity)?;
-        let limits = self.limits_of(origin);
-        self.replica.state.place(client, entity, position, &limits)?.is_live = true;
-        Ok(())
+        // What the mirror does not take is still for clients.
+        if self.admit(Origin::Channel, client, entity).is_ok()
+            && let Ok(placed) =
+                self.replica.state.place(client, entity, position, &self.limits.doubled())
+        {
+            placed.is_live = true;
+        }
+        true
     }
 
     /// Returns whether other instances may lack an entity of a member here, since a change of it was refused, or no

@@ -48,6 +48,7 @@ pub struct Positions {
 #[derive(Debug)]
 struct Entry {
     client: Arc<str>,
+    connection: u64,
     entity: Box<str>,
     position: Vec<u8>,
     is_waiting: bool,
@@ -60,6 +61,8 @@ struct Entry {
 pub struct Position<'a> {
     /// Client id of the owner.
     pub client: &'a str,
+    /// Number of the connection here that told it.
+    pub connection: u64,
     /// Entity id.
     pub entity: &'a str,
     /// Bytes, as they were put.
@@ -102,10 +105,10 @@ impl Positions {
         }
     }
 
-    /// Takes the newest position of an entity. Returns whether it replaces one that was still waiting. Afterwards
-    /// [`Self::due`] may be earlier.
-    pub fn put(&mut self, client: &str, entity: &str, position: &[u8]) -> bool {
-        let index = self.keep(client, entity, position);
+    /// Takes the newest position of an entity, as the connection with this number here tells it. Returns whether it
+    /// replaces one that was still waiting. Afterwards [`Self::due`] may be earlier.
+    pub fn put(&mut self, owner: (&str, u64), entity: &str, position: &[u8]) -> bool {
+        let index = self.keep(owner, entity, position);
         let Some(entry) = &mut self.entries[index as usize] else { return false };
         let is_replaced = std::mem::replace(&mut entry.is_waiting, true);
         if !is_replaced {
@@ -115,13 +118,14 @@ impl Positions {
     }
 
     /// Takes a position that the members here have, and other instances and Redis may lack.
-    pub fn put_for_others(&mut self, client: &str, entity: &str, position: &[u8]) {
-        self.keep(client, entity, position);
+    pub fn put_for_others(&mut self, owner: (&str, u64), entity: &str, position: &[u8]) {
+        self.keep(owner, entity, position);
     }
 
-    fn keep(&mut self, client: &str, entity: &str, position: &[u8]) -> u32 {
+    fn keep(&mut self, (client, connection): (&str, u64), entity: &str, position: &[u8]) -> u32 {
         let index = self.find(client, entity).unwrap_or_else(|| self.insert(client, entity));
         let Some(entry) = &mut self.entries[index as usize] else { return index };
+        entry.connection = connection;
         entry.position.clear();
         entry.position.extend_from_slice(position);
         if self.rules.is_shared {
@@ -303,9 +307,10 @@ impl Positions {
     }
 
     fn at(&self, index: u32) -> Position<'_> {
-        let none = Position { client: "", entity: "", position: &[] };
+        let none = Position { client: "", connection: 0, entity: "", position: &[] };
         self.entries[index as usize].as_ref().map_or(none, |entry| Position {
             client: &entry.client,
+            connection: entry.connection,
             entity: &entry.entity,
             position: &entry.position,
         })
@@ -323,6 +328,7 @@ impl Positions {
         };
         let entry = Some(Entry {
             client: Arc::clone(&client),
+            connection: 0,
             entity: entity.into(),
             position: Vec::new(),
             is_waiting: false,
@@ -421,13 +427,13 @@ mod tests {
     #[test]
     fn first_position_after_a_quiet_tick_leaves_at_once() {
         let mut positions = positions(TICK);
-        assert!(!positions.put("a", "e", b"1"));
+        assert!(!positions.put(("a", 1), "e", b"1"));
         assert_eq!(positions.due(), Some(0));
         assert!(positions.take(START).is_same());
         assert_eq!(positions.due(), None);
-        assert!(!positions.put("a", "e", b"2"));
-        assert!(positions.put("a", "e", b"3"), "a position is coalesced");
-        assert!(!positions.put("b", "e", b"4"));
+        assert!(!positions.put(("a", 1), "e", b"2"));
+        assert!(positions.put(("a", 1), "e", b"3"), "a position is coalesced");
+        assert!(!positions.put(("b", 1), "e", b"4"));
         assert_eq!(positions.due(), Some(START + TICK));
         assert_eq!(take(&mut positions, START + TICK - 1), (vec![], vec![]));
         let both = vec!["a e 3".to_owned(), "b e 4".to_owned()];
@@ -439,7 +445,7 @@ mod tests {
     fn without_a_tick_each_position_leaves_at_once() {
         let mut positions = positions(0);
         for now in [START, START] {
-            positions.put("a", "e", b"1");
+            positions.put(("a", 1), "e", b"1");
             assert!(positions.due().unwrap() <= now);
             assert_eq!(take(&mut positions, now).0, ["a e 1"]);
         }
@@ -451,7 +457,7 @@ mod tests {
         let mut published = Vec::new();
         for tick in 0..40 {
             let now = START + tick * TICK;
-            positions.put("a", "e", tick.to_string().as_bytes());
+            positions.put(("a", 1), "e", tick.to_string().as_bytes());
             let (local, shared) = take(&mut positions, now);
             assert_eq!(local, [format!("a e {tick}")]);
             published.extend(shared);
@@ -472,15 +478,15 @@ mod tests {
         ];
         for begin in begins {
             let mut positions = alone();
-            positions.put("a", "e", b"1");
-            positions.put("b", "e", b"2");
+            positions.put(("a", 1), "e", b"1");
+            positions.put(("b", 1), "e", b"2");
             take(&mut positions, START);
-            positions.put("b", "e", b"3");
+            positions.put(("b", 1), "e", b"3");
             begin(&mut positions);
             assert_eq!(positions.due(), Some(0));
             let all = vec!["a e 1".to_owned(), "b e 3".to_owned()];
             assert_eq!(take(&mut positions, START + 1), (vec!["b e 3".into()], all));
-            positions.put("a", "e", b"4");
+            positions.put(("a", 1), "e", b"4");
             assert!(positions.take(START + 1 + TICK).is_same());
         }
     }
@@ -488,10 +494,10 @@ mod tests {
     #[test]
     fn positions_are_written_once_per_second() {
         let mut positions = positions(TICK);
-        positions.put("a", "e", b"1");
-        positions.put("b", "e", b"1");
+        positions.put(("a", 1), "e", b"1");
+        positions.put(("b", 1), "e", b"1");
         assert_eq!(tell(positions.take_writes(START)), ["a e 1", "b e 1"]);
-        positions.put("b", "e", b"2");
+        positions.put(("b", 1), "e", b"2");
         assert_eq!(positions.writes_due(), Some(START + SECOND));
         assert_eq!(tell(positions.take_writes(START + SECOND - 1)).len(), 0);
         assert_eq!(tell(positions.take_writes(START + SECOND)), ["b e 2"]);
@@ -503,11 +509,11 @@ mod tests {
     #[test]
     fn positions_for_others_are_no_news_here() {
         let mut positions = positions(TICK);
-        positions.put_for_others("a", "e", b"1");
+        positions.put_for_others(("a", 1), "e", b"1");
         assert_eq!(take(&mut positions, START), (vec![], vec!["a e 1".into()]));
         assert_eq!(tell(positions.take_writes(START)), ["a e 1"]);
-        positions.put("a", "e", b"2");
-        positions.put_for_others("a", "e", b"2");
+        positions.put(("a", 1), "e", b"2");
+        positions.put_for_others(("a", 1), "e", b"2");
         let both = vec!["a e 2".to_owned()];
         assert_eq!(take(&mut positions, START + TICK), (both.clone(), both));
     }
@@ -515,9 +521,9 @@ mod tests {
     #[test]
     fn positions_of_a_local_room_are_written_less_often() {
         let mut positions = alone();
-        positions.put("a", "e", b"1");
+        positions.put(("a", 1), "e", b"1");
         assert_eq!(tell(positions.take_writes(START)).len(), 1);
-        positions.put("a", "e", b"2");
+        positions.put(("a", 1), "e", b"2");
         assert_eq!(positions.writes_due(), Some(START + LOCAL_WRITES));
         positions.set_local(false);
         assert_eq!(positions.writes_due(), Some(START + SECOND));
@@ -527,14 +533,14 @@ mod tests {
     fn positions_of_a_member_that_goes_are_written_at_once() {
         let mut positions = alone();
         for (client, entity) in [("a", "e"), ("a", "f"), ("b", "e")] {
-            positions.put(client, entity, b"1");
+            positions.put((client, 1), entity, b"1");
         }
         assert_eq!(tell(positions.take_writes_of("a")), ["a e 1", "a f 1"]);
         for client in ["a", "c"] {
             assert_eq!(positions.take_writes_of(client).len(), 0);
         }
         assert_eq!(tell(positions.take_writes(START)), ["b e 1"]);
-        positions.put("a", "f", b"2");
+        positions.put(("a", 1), "f", b"2");
         assert_eq!(tell(positions.take_writes_of("a")), ["a f 2"]);
         assert_eq!(positions.writes_due(), None);
     }
@@ -543,15 +549,15 @@ mod tests {
     fn forgotten_entity_goes_nowhere() {
         let mut positions = positions(TICK);
         for entity in ["e", "f"] {
-            positions.put("a", entity, b"1");
-            positions.put("b", entity, b"1");
+            positions.put(("a", 1), entity, b"1");
+            positions.put(("b", 1), entity, b"1");
         }
         positions.forget_entity("b", "e");
         positions.forget_member("a");
         assert_eq!(positions.len(), 1);
         assert_eq!(take(&mut positions, START), (vec!["b f 1".into()], vec!["b f 1".into()]));
         assert_eq!(tell(positions.take_writes(START)), ["b f 1"]);
-        positions.put("c", "e", b"2");
+        positions.put(("c", 1), "e", b"2");
         positions.forget_member("b");
         assert_eq!(
             (take(&mut positions, START + TICK).0, positions.len()),
@@ -567,7 +573,7 @@ mod tests {
     fn embedded_room_publishes_and_writes_nothing() {
         let mut positions =
             Positions::new(Rules { tick: TICK, spares_local: false, is_shared: false });
-        positions.put("a", "e", b"1");
+        positions.put(("a", 1), "e", b"1");
         assert_eq!(take(&mut positions, START), (vec!["a e 1".into()], vec![]));
         assert_eq!((positions.due(), positions.writes_due()), (None, None));
     }

@@ -6211,4 +6211,4 @@ pub mod __buffa {
 }
 #[doc(inline)]
 pub use self::__buffa::register_types;
-// SHA-1 of rooms.proto: fab0eeb00dc03e1c838d8738c496d1c83e9b6ff6
+// SHA-1 of rooms.proto: bf7a2ad6fdda20933491d2e9ec02e17587c624be

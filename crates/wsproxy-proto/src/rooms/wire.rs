@@ -108,7 +108,7 @@ pub enum Kind<'a> {
         /// Envelope, or opaque bytes.
         payload: &'a [u8],
     },
-    /// `B`: positions of a tick, as an envelope with a batch.
+    /// `B`: positions of a tick, as an envelope with a batch, and the connections of its entries.
     Batch(&'a [u8]),
     /// `E`: all of an entity again, as its EntitySnapshot. Instances that know it so tell no client.
     Entity(&'a [u8]),
@@ -265,9 +265,10 @@ pub fn write_message_head(from: Connection, form: Form, out: &mut BytesMut) {
     write_head(b'M', from, form, out);
 }
 
-/// Appends the head of positions (`B`). An envelope with a batch follows.
-pub fn write_batch_head(from: Connection, out: &mut BytesMut) {
-    write_head(b'B', from, Form::Envelope, out);
+/// Encodes positions of a tick (`B`): an envelope with a batch, and behind it the field with the connections of its entries.
+#[must_use]
+pub fn batch(from: Connection, envelope: &[u8], connections: &[u8]) -> Bytes {
+    whole(b'B', from, Form::Envelope, &[envelope, connections])
 }
 
 /// Encodes an entity that is told again (`E`), as the script that joins does.
@@ -380,10 +381,7 @@ mod tests {
             let payload: &[u8] = b"\x08\x01";
             assert_eq!(kind(&message(FROM, form, payload)), Kind::Message { form, payload });
         }
-        let mut batch = BytesMut::new();
-        write_batch_head(FROM, &mut batch);
-        batch.put_slice(b"positions");
-        assert_eq!(kind(&batch), Kind::Batch(b"positions"));
+        assert_eq!(kind(&batch(FROM, b"posi", b"tions")), Kind::Batch(b"positions"));
         assert_eq!(kind(&entity(FROM, b"snapshot")), Kind::Entity(b"snapshot"));
         let join = join(FROM, 7, "phone", RECORD);
         assert_eq!(kind(&join), Kind::Join { version: 7, client: "phone", record: RECORD });

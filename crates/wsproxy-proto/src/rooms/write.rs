@@ -90,7 +90,7 @@ impl Pages {
     }
 }
 
-fn entity_snapshot(entity: &Entity<'_>, out: &mut Vec<u8>) {
+pub(super) fn entity_snapshot(entity: &Entity<'_>, out: &mut Vec<u8>) {
     match entity.snapshot {
         Some(snapshot) => out.extend_from_slice(snapshot),
         None => bytes_field(1, entity.id.as_bytes(), out),
@@ -128,23 +128,33 @@ pub struct Welcome<'a> {
     pub limits: &'a Limits,
 }
 
+impl Welcome<'_> {
+    /// Returns the ServerHello without the state, and whether `more` pages follow.
+    pub(super) fn server_hello(&self, more: bool) -> v1::ServerHello {
+        let features = [("batch", self.batch), ("acks", self.acks)];
+        v1::ServerHello {
+            server_version: self.server_version.to_owned(),
+            assigned_client_id: self.client.to_owned(),
+            room_id: self.room.to_owned(),
+            version: self.version,
+            features: features
+                .iter()
+                .filter(|(_, on)| *on)
+                .map(|(name, _)| (*name).into())
+                .collect(),
+            connection_id: self.connection.to_owned(),
+            presence_version: self.presence_version,
+            limits: MessageField::some(self.limits.clone()),
+            more,
+            ..v1::ServerHello::default()
+        }
+    }
+}
+
 /// Writes the ServerHello with one page of the state, and says whether `more` pages follow.
 #[must_use]
 pub fn server_hello(welcome: &Welcome<'_>, page: &[u8], more: bool) -> Vec<u8> {
-    let features = [("batch", welcome.batch), ("acks", welcome.acks)];
-    let mut hello = v1::ServerHello {
-        server_version: welcome.server_version.to_owned(),
-        assigned_client_id: welcome.client.to_owned(),
-        room_id: welcome.room.to_owned(),
-        version: welcome.version,
-        features: features.iter().filter(|(_, on)| *on).map(|(name, _)| (*name).into()).collect(),
-        connection_id: welcome.connection.to_owned(),
-        presence_version: welcome.presence_version,
-        limits: MessageField::some(welcome.limits.clone()),
-        more,
-        ..v1::ServerHello::default()
-    }
-    .encode_to_vec();
+    let mut hello = welcome.server_hello(more).encode_to_vec();
     length_field(4, page.len(), &mut hello);
     let bytes = hello.len() + page.len();
     let mut envelope = Vec::with_capacity(field_bytes(11, bytes) + 2);
@@ -264,6 +274,53 @@ pub fn batch_entries(envelope: &[u8]) -> impl Iterator<Item = (&str, &[u8])> {
     })
 }
 
+/// Writes the field that follows a batch of [`position_batch`] between instances: the numbers of the connections that have
+/// told its positions, in their order. For clients and workers the field is unknown.
+#[must_use]
+pub fn connections(numbers: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    let (mut packed, mut field) = (Vec::new(), Vec::new());
+    numbers.into_iter().for_each(|number| varint(number, &mut packed));
+    bytes_field(CONNECTIONS, &packed, &mut field);
+    field
+}
+
+/// Batch of positions that an instance has published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedBatch<'a> {
+    /// The batch for clients.
+    pub envelope: &'a [u8],
+    /// Entries of the batch.
+    pub entries: Vec<PublishedEntry<'a>>,
+}
+
+/// Entry of a [`PublishedBatch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PublishedEntry<'a> {
+    /// Number of the connection that has told the position.
+    pub connection: u64,
+    /// Client id of its member.
+    pub sender: &'a str,
+    /// The PositionUpdate.
+    pub update: &'a [u8],
+}
+
+impl<'a> PublishedBatch<'a> {
+    /// Takes a batch of an instance apart. `None` if it is none, or does not name the connections of its entries.
+    #[must_use]
+    pub fn parse(body: &'a [u8]) -> Option<Self> {
+        let mut fields = Fields::of(body);
+        let Ok(Some((102, Value::Bytes(_)))) = fields.next() else { return None };
+        let envelope = &body[..body.len() - fields.rest().len()];
+        let Ok(Some((CONNECTIONS, Value::Bytes(numbers)))) = fields.next() else { return None };
+        let (mut numbers, mut entries) = (Fields::of(numbers), Vec::new());
+        for (sender, update) in batch_entries(envelope) {
+            let connection = numbers.next_packed().ok()??;
+            entries.push(PublishedEntry { connection, sender, update });
+        }
+        numbers.rest().is_empty().then_some(Self { envelope, entries })
+    }
+}
+
 /// All values of a field of bytes.
 fn payload(message: &[u8], field: u32) -> impl Iterator<Item = &[u8]> {
     let mut fields = Fields::of(message);
@@ -310,3 +367,6 @@ fn field_bytes(field: u32, length: usize) -> usize {
 fn varint_bytes(value: u64) -> usize {
     (64 - (value | 1).leading_zeros() as usize).div_ceil(7)
 }
+
+/// Field of an envelope between instances alone: numbers of the connections behind a batch.
+const CONNECTIONS: u32 = 106;

@@ -18,6 +18,10 @@ pub struct Claims {
     pub expires_at: Option<u64>,
     /// Rooms that the token opens (`rooms`). Other endpoints do not read it.
     pub rooms: RoomsClaim,
+    /// Cluster whose agent the token names (`cluster`). Only the tunnel reads it.
+    pub cluster: Option<String>,
+    /// Clusters that the token opens (`clusters`). Only the tunnel reads them.
+    pub clusters: Vec<String>,
     /// Name that others see (`name`), at most [`DISPLAY_NAME_BYTES_MAX`] bytes without control characters.
     pub display_name: Option<String>,
 }
@@ -110,6 +114,8 @@ impl Rules {
             issued_at,
             expires_at,
             rooms: RoomsClaim::read(claims),
+            cluster: claims.get("cluster").and_then(Value::as_str).map(ToOwned::to_owned),
+            clusters: texts(claims.get("clusters")),
             display_name: display_name(claims),
         })
     }
@@ -137,6 +143,13 @@ impl Rules {
             _ => Err(JwtError::User),
         }
     }
+}
+
+/// Reads a list of texts; another value is none.
+fn texts(claim: Option<&Value>) -> Vec<String> {
+    let list = claim.and_then(Value::as_array);
+    let text = |one: &Value| one.as_str().map(ToOwned::to_owned);
+    list.and_then(|list| list.iter().map(text).collect()).unwrap_or_default()
 }
 
 /// Reads a time in unix seconds, which may have a fraction.

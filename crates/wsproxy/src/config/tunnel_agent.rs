@@ -50,6 +50,8 @@ pub struct TunnelAgentConfig {
     pub health_path: String,
     /// Interval of the probes.
     pub health_interval: Duration,
+    /// Compresses answers on their way to the gateway.
+    pub compress: bool,
     /// Time for requests in flight when the agent stops.
     pub drain: Duration,
 }
@@ -76,6 +78,7 @@ impl Default for TunnelAgentConfig {
             deny_paths: Vec::new(),
             health_path,
             health_interval,
+            compress: false,
             drain,
         }
     }
@@ -108,6 +111,7 @@ impl TunnelAgentConfig {
             deny_paths: own.deny_paths,
             health_path: own.health_path,
             health_interval: own.health_interval,
+            compress: own.compress,
             drain: own.drain,
         }
     }
@@ -138,6 +142,7 @@ pub const KEYS: &[Key] = &[
     key!(tunnel_agent.deny_paths, List(PATH), "Path prefixes that are not served, even if they are allowed.").flag("deny-paths", "PATHS"),
     key!(tunnel_agent.health_path, HEALTH_PATH, "Path that is asked to see whether the upstream is healthy: any status below 500 is. Empty: only a connection is opened.").flag("health-path", "PATH"),
     key!(tunnel_agent.health_interval, Time(100, 3_600_000), "Interval of these probes.").flag("health-interval", "TIME"),
+    key!(tunnel_agent.compress, Switch, "Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.").flag("compress", "BOOL"),
     key!(tunnel_agent.drain, Time(0, 3_600_000), "Time that requests in flight get when the agent stops.").flag("drain", "TIME"),
 ];
 
@@ -155,3 +160,40 @@ const PATH: Text =
 const HEALTH_PATH: Text = Text::new("a path such as /healthz, or empty", |text| {
     (text.is_empty() || text.starts_with('/')).then(|| text.to_owned())
 });
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::Args;
+
+    use super::*;
+
+    #[test]
+    fn keys_are_the_flags_of_the_agents_own_program() {
+        let program = Settings::augment_args(clap::Command::new("wsproxy-agent"));
+        let of_program: BTreeSet<_> = program
+            .get_arguments()
+            .map(|flag| {
+                let text = |value: Option<&clap::builder::StyledStr>| {
+                    value.map(ToString::to_string).unwrap_or_default()
+                };
+                let env = flag.get_env().map(|name| name.to_string_lossy().into_owned());
+                let long = flag.get_long().unwrap_or_default().to_owned();
+                let value = flag.get_value_names().map(|names| names[0].to_string());
+                (long, value.unwrap_or_default(), env.unwrap_or_default(), text(flag.get_help()))
+            })
+            .collect();
+        let of_table: BTreeSet<_> = KEYS
+            .iter()
+            .filter_map(|key| {
+                let flag = key.flag?;
+                let help = key.doc.trim_end_matches('.').to_owned();
+                Some((flag.name.to_owned(), flag.value.to_owned(), key.env(), help))
+            })
+            .collect();
+        assert_eq!(of_program, of_table);
+        let without_flag = KEYS.iter().filter(|key| key.flag.is_none());
+        assert!(without_flag.clone().count() == 2 && without_flag.clone().all(|key| key.secret));
+    }
+}

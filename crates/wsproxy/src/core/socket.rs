@@ -17,7 +17,10 @@ use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use rustls::ServerConfig;
 use tokio::sync::Notify;
-use wsproxy_conn::{Socket, socket::tls::TlsSocket};
+use wsproxy_conn::{
+    Socket,
+    socket::{tls::TlsSocket, watch::PeerWatch},
+};
 use wsproxy_proto::proxy_header::HEADER_BYTES_MAX;
 
 /// Socket that the HTTP connection shares with the answers to its requests.
@@ -51,6 +54,28 @@ impl SharedSocket {
         if let Some(stream) = &*self.stream.lock() {
             // An error means that the client left, which the next write finds too.
             let _ = stream.inner().set_unacknowledged_max(unacknowledged_max);
+        }
+    }
+
+    /// Prepares the socket for an answer whose pieces go on as they come: little waits in the kernel, and a client that
+    /// reads nothing may take its time. An error means that the client left.
+    pub fn prepare_stream(&self, unsent_max: u32, unacknowledged_max: Duration) {
+        if let Some(stream) = &*self.stream.lock() {
+            let _ = stream.inner().set_unsent_max(unsent_max);
+            let _ = stream.inner().set_unacknowledged_max(unacknowledged_max);
+        }
+    }
+
+    /// Watches whether the client leaves. `None`: the socket was taken, or there is no descriptor for the watch.
+    pub fn watch_peer(&self) -> Option<PeerWatch> {
+        let stream = self.stream.lock();
+        stream.as_ref().and_then(|stream| stream.inner().watch_peer().ok())
+    }
+
+    /// Makes the end of the connection a reset.
+    pub fn reset_at_end(&self) {
+        if let Some(stream) = &*self.stream.lock() {
+            let _ = stream.inner().reset_at_end();
         }
     }
 

@@ -15,7 +15,7 @@ use crate::{
         caller::Caller,
         recent::{Refusal, Who},
     },
-    endpoint::{Endpoint, Families},
+    endpoint::{Endpoint, Families, tunnel::proxy},
     http::{
         Body,
         answer_time::AnswerTime,
@@ -75,6 +75,9 @@ impl Service for Routes {
                     rejection.response()
                 }
             });
+        }
+        if self.data_plane && proxy::is_proxied(&self.core, request.uri()) {
+            return Ok(Box::pin(proxy::serve(&self.families.tunnel, &self.core, request)).await);
         }
         let Some(target) = target else {
             return self.serve_rest(request.map(Body::new), &path, &caller).await;

@@ -11,54 +11,84 @@ use wsproxy_proto::tunnel::{
 };
 
 use crate::{
+    auth::jwt::JwtVerifier,
     config::{Config, tunnel::TunnelConfig},
     core::Core,
+    endpoint::tunnel::{
+        clients::Credentials,
+        lanes::{Lanes, Limits},
+    },
     telemetry::scrape::{Scrape, Source},
 };
 
+pub mod clients;
+pub mod connect;
+pub mod deadlines;
+pub mod exchange;
 pub mod headers;
+pub mod lanes;
 pub mod path;
+pub mod proxy;
 pub mod refusal;
 
 /// The tunnel of an instance.
-#[derive(Debug)]
 pub struct Tunnel {
-    /// Whether this instance serves the tunnel.
-    pub is_served: bool,
+    /// Section `[tunnel]` of the configuration.
+    config: TunnelConfig,
+    credentials: Credentials,
+    /// Lanes of this instance.
+    lanes: Arc<Lanes>,
     /// Memory that all lanes share.
-    pub memory: Arc<Memory>,
+    memory: Arc<Memory>,
     /// Settings of each lane.
-    pub lane: LaneSettings,
+    lane: LaneSettings,
 }
 
 impl Tunnel {
     /// Starts the tunnel. Its tasks run on `background` until `end`.
+    ///
+    /// # Errors
+    /// A sentence for the operator: a file of `[jwt]` cannot be used.
     pub(super) fn start(
         core: &Arc<Core>,
-        _background: &TaskTracker,
-        _end: &CancellationToken,
-    ) -> Arc<Self> {
-        let config = &core.config.tunnel;
+        background: &TaskTracker,
+        end: &CancellationToken,
+    ) -> Result<Arc<Self>, String> {
+        let Config { tunnel: config, jwt, endpoints, .. } = &core.config;
+        let verifies = endpoints.tunnel && config.verifies_jwt();
+        let jwt = verifies
+            .then(|| JwtVerifier::new(jwt, &core.jwt_keys, background, end.clone()))
+            .transpose()?;
         let limits = MemoryLimits {
             bytes_max: config.memory as u64,
             growth_bytes_max: config.growth as u64,
             window: u32::try_from(config.window).unwrap_or(u32::MAX),
             window_max: u32::try_from(config.window_max).unwrap_or(u32::MAX),
         };
-        Arc::new(Self {
-            is_served: core.config.endpoints.tunnel,
+        let of_lanes = Limits {
+            lane: config.streams_max as usize,
+            cluster: config.cluster_streams_max as usize,
+            reconnect_grace: config.reconnect_grace,
+        };
+        Ok(Arc::new(Self {
+            config: config.clone(),
+            credentials: Credentials::new(config, jwt),
+            lanes: Lanes::new(of_lanes),
             memory: Memory::new(limits),
             lane: lane_settings(config, &core.server_id),
-        })
+        }))
     }
 
     /// Puts the values of another configuration into force that a reload replaces: the tokens.
-    #[expect(clippy::unused_self, reason = "lanes and clients have no table yet")]
-    pub(super) const fn reload(&self, _config: &Config) {}
+    pub(super) fn reload(&self, config: &Config) {
+        self.credentials.reload(&config.tunnel);
+    }
 
     /// Drains all lanes, until `deadline` at the latest.
-    #[expect(clippy::unused_async, reason = "there are no lanes yet")]
-    pub(super) async fn close(&self, _deadline: Instant) {}
+    pub(super) fn drain(&self, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.lanes.drain(self.config.drain.min(left).into());
+    }
 }
 
 impl Source for Tunnel {

@@ -40,12 +40,13 @@ use crate::{
 };
 
 pub mod address;
+pub mod bare;
 mod connection;
 pub mod credentials;
 pub mod event_stream;
 pub mod origin;
 pub mod resume;
-mod websocket;
+pub(crate) mod websocket;
 
 /// A handshake whose credentials are not checked yet. It has no seat among the connections, so that clients without
 /// valid credentials cannot keep others out.

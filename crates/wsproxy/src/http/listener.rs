@@ -77,6 +77,30 @@ pub struct Listening {
     pub answering: CancellationToken,
 }
 
+/// A request whose answer may take long. Its socket is not silent until the answer is over.
+#[derive(Clone)]
+pub struct Answering {
+    core: Arc<Core>,
+    shared: Arc<SharedSocket>,
+    silence: Arc<Silence>,
+}
+
+impl Answering {
+    /// Notes that the answer is over: the socket waits for a further request, and may give way to another one.
+    pub fn is_over(&self) {
+        self.shared.answered();
+        if self.silence.begin() {
+            self.core.metrics.error("silent_socket");
+        }
+    }
+
+    /// Returns the socket.
+    #[must_use]
+    pub const fn socket(&self) -> &Arc<SharedSocket> {
+        &self.shared
+    }
+}
+
 /// Accepts sockets until the end of `accepting`, and then those that wait in the kernel.
 pub async fn run(listener: Listener, service: impl Service, listening: Listening) {
     let mut warned = None;
@@ -222,13 +246,17 @@ impl AcceptedSocket {
             .max_buf_size(server.header_bytes_max.max(8192))
             .max_headers(128)
             .half_close(false);
-        let asked = Arc::clone(&shared);
+        let (asked, owner) = (Arc::clone(&shared), Arc::clone(&core));
         let answering = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(RemotePeer(peer));
             // A WebSocket takes the seat along and keeps it.
             request.extensions_mut().insert(Arc::clone(&seat));
-            request.extensions_mut().insert(Arc::clone(&asked));
-            answer(service.clone(), request, opened, Arc::clone(&asked), Arc::clone(&silence))
+            let (core, shared, silence) =
+                (Arc::clone(&owner), Arc::clone(&asked), Arc::clone(&silence));
+            request.extensions_mut().insert(Arc::clone(&shared));
+            let answering = Answering { core, shared, silence };
+            request.extensions_mut().insert(answering.clone());
+            answer(service.clone(), request, opened, answering)
         });
         let socket = HttpSocket(Arc::clone(&shared));
         let connection = builder.serve_connection(socket, answering).with_upgrades();
@@ -268,9 +296,9 @@ async fn answer(
     service: impl Service,
     request: Request<Incoming>,
     opened: Opened,
-    shared: Arc<SharedSocket>,
-    silence: Arc<Silence>,
+    answering: Answering,
 ) -> Result<Response<Body>, Infallible> {
+    let Answering { core, shared, silence } = &answering;
     if !silence.end() {
         // The socket has just been closed to make room for another one.
         return std::future::pending().await;
@@ -282,7 +310,6 @@ async fn answer(
         return Ok(response);
     }
     let version = request.version();
-    let core = Arc::clone(service.core());
     let mut response = service.serve(request).await?;
     silence.answered();
     // Browsers must not guess a content type.
@@ -294,10 +321,7 @@ async fn answer(
         let is_over = response.status() != StatusCode::SWITCHING_PROTOCOLS
             && response.body().size_hint().exact().is_some();
         if is_over {
-            shared.answered();
-            if silence.begin() {
-                core.metrics.error("silent_socket");
-            }
+            answering.is_over();
         }
         return Ok(response);
     };

@@ -58,5 +58,6 @@ mod support;
 mod tls;
 mod token_streams;
 mod tokens;
+mod tunnel;
 mod two_instances;
 mod unix;

@@ -1,5 +1,6 @@
 //! Rooms with real clients, over one instance and over several on one Redis.
 
+mod bounds;
 mod clocks;
 mod crowds;
 mod dead_instances;
@@ -11,3 +12,4 @@ mod messages;
 mod revoked;
 pub(crate) mod room_client;
 mod stale;
+mod tokens;

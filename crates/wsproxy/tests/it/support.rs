@@ -7,6 +7,7 @@ pub mod binary;
 pub mod bus;
 pub mod client;
 pub mod clock;
+pub mod cluster_agent;
 pub mod fault_proxy;
 pub mod gateway;
 pub mod http;

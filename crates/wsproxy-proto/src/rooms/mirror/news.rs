@@ -1,8 +1,11 @@
 //! News of a room that come while a reading is under way, and are applied behind it.
 
-use crate::rooms::mirror::{
-    Limits, Merge, Refused,
-    replica::{Counted, Replica},
+use crate::rooms::{
+    mirror::{
+        Limits, Merge, Refused,
+        replica::{Counted, Replica},
+    },
+    wire::Connection,
 };
 
 /// News that came while a reading was under way, to be applied behind it.
@@ -16,7 +19,7 @@ pub(super) enum Op {
     Spawn { client: Box<str>, entity: Box<str>, snapshot: Box<[u8]> },
     Update { client: Box<str>, entity: Box<str>, update: Box<[u8]> },
     Despawn { client: Box<str>, entity: Box<str> },
-    Position { client: Box<str>, entity: Box<str>, position: Box<[u8]> },
+    Position { from: Connection, client: Box<str>, entity: Box<str>, position: Box<[u8]> },
 }
 
 impl Replica {
@@ -61,9 +64,12 @@ impl Replica {
                 self.state.spawn(&client, &entity, &snapshot, limits)?;
             }
             Op::Despawn { client, entity } => drop(self.state.despawn(&client, &entity)),
-            // The member was not known, nor whether the place had passed to another instance: positions are read again.
-            Op::Position { client, entity, position } => {
-                self.state.place(&client, &entity, &position, limits)?;
+            // The reading may be newer: positions are read again.
+            Op::Position { from, client, entity, position } => {
+                let member = self.state.member(&client).ok_or(Refused::NotMember)?;
+                if member.record().connection() == Some(from) {
+                    self.state.place(&client, &entity, &position, limits)?;
+                }
             }
             Op::Join { .. }
             | Op::Leave { .. }
@@ -89,7 +95,7 @@ impl Op {
             Self::Despawn { client, entity } => client.len() + entity.len(),
             Self::Spawn { client, entity, snapshot: data }
             | Self::Update { client, entity, update: data }
-            | Self::Position { client, entity, position: data } => {
+            | Self::Position { client, entity, position: data, .. } => {
                 client.len() + entity.len() + data.len()
             }
         };

@@ -4,14 +4,14 @@
 use std::{collections::HashMap, num::NonZeroU64};
 
 use crate::rooms::{
-    mirror::{Limits, Refused},
+    mirror::{Limits, Refused, shown::Shown},
     wire::Record,
 };
 
 /// Members and entities of a room.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    members: HashMap<Box<str>, Member>,
+    pub(super) members: HashMap<Box<str>, Member>,
     /// Number of members that have spawned an entity with this id.
     spawned: HashMap<Box<str>, u32>,
     /// Number of entities of all members, and of positions without an entity.
@@ -21,10 +21,8 @@ pub(super) struct State {
     bytes: usize,
     /// The place of a member has passed to another instance, so that positions of it may be such that no store has.
     pub(super) has_aged: bool,
-    /// Frames about the members for newcomers, by client id; empty where there is nothing. Few rooms need it, so it is not in
-    /// the members.
-    shown: HashMap<Box<str>, Box<[u8]>>,
-    shown_bytes: usize,
+    /// Bytes for newcomers. Few rooms need them, so that those of members are not in the members.
+    pub(super) shown: Shown,
 }
 
 /// Member of a room.
@@ -32,7 +30,7 @@ pub(super) struct State {
 pub struct Member {
     record: Box<str>,
     /// Sorted by id. Most members have one or none, for whom a vector would have room for four.
-    entities: Box<[Entity]>,
+    pub(super) entities: Box<[Entity]>,
     is_here: bool,
     /// Presence version at which the member is known to have been there. An earlier leave is of an earlier life.
     pub(super) joined: u64,
@@ -80,6 +78,8 @@ pub struct Entity {
     position: Vec<u8>,
     /// The position came from its owner, so no reading is newer.
     pub(super) is_live: bool,
+    /// Text that newcomers get, where it was made of the entity as it is.
+    pub(super) shown: Option<Box<[u8]>>,
 }
 
 impl Member {
@@ -240,7 +240,7 @@ impl Arrival {
 
 impl Entity {
     fn new(id: &str) -> Self {
-        Self { id: id.into(), snapshot: None, position: Vec::new(), is_live: false }
+        Self { id: id.into(), snapshot: None, position: Vec::new(), is_live: false, shown: None }
     }
 
     /// Returns the id.
@@ -299,38 +299,6 @@ impl State {
         self.bytes
     }
 
-    pub(super) const fn shown_bytes(&self) -> usize {
-        self.shown_bytes
-    }
-
-    /// Makes of each record that is new what newcomers are told of its member.
-    pub(super) fn show(&mut self, make: impl Fn(&str, &Record<'_>) -> Option<Vec<u8>>) {
-        for (client, member) in &self.members {
-            if !self.shown.contains_key(client) {
-                let shown = make(client, &member.record()).unwrap_or_default();
-                self.shown_bytes += client.len() + shown.len();
-                self.shown.insert(client.clone(), shown.into());
-            }
-        }
-    }
-
-    /// Returns what newcomers are told of the members, where it was made.
-    pub(super) fn shown(&self) -> impl Iterator<Item = &[u8]> {
-        self.shown.values().map(|shown| &**shown).filter(|shown| !shown.is_empty())
-    }
-
-    /// Forgets what newcomers are told of a member.
-    fn hide(&mut self, client: &str) {
-        if let Some((client, shown)) = self.shown.remove_entry(client) {
-            self.shown_bytes -= client.len() + shown.len();
-        }
-    }
-
-    /// Forgets what newcomers are told of all members.
-    pub(super) fn hide_all(&mut self) {
-        (self.shown, self.shown_bytes) = (HashMap::new(), 0);
-    }
-
     /// Writes the record of a member, present or not. Returns the member.
     pub(super) fn put(&mut self, client: &str, record: &str, server: u64) -> &mut Member {
         let own = Record::parse(record).and_then(|record| record.connection());
@@ -341,7 +309,7 @@ impl State {
             self.members.insert(client.into(), member);
         }
         if self.members.get(client).is_some_and(|member| *member.record != *record) {
-            self.hide(client);
+            self.shown.hide(client);
         }
         let (bytes, here) = (&mut self.bytes, &mut self.here);
         let member = self.members.get_mut(client).expect("it was inserted");
@@ -371,11 +339,12 @@ impl State {
 
     /// Removes a member with its entities. Returns the member.
     pub(super) fn remove(&mut self, client: &str) -> Option<Member> {
-        let (client, member) = self.members.remove_entry(client)?;
+        let (client, mut member) = self.members.remove_entry(client)?;
         self.bytes -= member.bytes(&client);
-        self.hide(&client);
+        self.shown.hide(&client);
         self.here -= usize::from(member.is_here);
-        for entity in member.entities() {
+        for entity in &mut member.entities {
+            self.shown.hide_entity(entity);
             self.bytes -= entity.bytes();
             self.entities -= 1;
             if entity.snapshot.is_some() {
@@ -405,6 +374,7 @@ impl State {
         let index = self.reserve(client, id, snapshot.len(), limits, Entity::snapshot_bytes)?;
         let member = self.members.get_mut(client).ok_or(Refused::NotMember)?;
         let entity = &mut member.entities[index];
+        self.shown.hide_entity(entity);
         self.bytes -= entity.bytes();
         if entity.snapshot.is_none() {
             *self.spawned.entry(id.into()).or_default() += 1;
@@ -429,6 +399,7 @@ impl State {
             self.reserve(client, id, position.len(), limits, |entity| entity.position.len())?;
         let member = self.members.get_mut(client).ok_or(Refused::NotMember)?;
         let entity = &mut member.entities[index];
+        self.shown.hide_entity(entity);
         self.bytes = self.bytes + position.len() - entity.position.len();
         // In place: a position comes twenty times in a second.
         entity.position.clear();
@@ -438,7 +409,8 @@ impl State {
 
     /// Removes an entity with its position. Returns the entity.
     pub(super) fn despawn(&mut self, client: &str, id: &str) -> Option<Entity> {
-        let entity = self.members.get_mut(client)?.take(id)?;
+        let mut entity = self.members.get_mut(client)?.take(id)?;
+        self.shown.hide_entity(&mut entity);
         self.bytes -= entity.bytes();
         self.entities -= 1;
         if entity.snapshot.is_some() {

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::*;
+use crate::rooms::wire::Record;
 
 /// Returns the record of a member whose connection is of a server.
 fn record(server: u64, number: u64) -> String {
@@ -34,6 +35,12 @@ fn mirror(version: u64, members: &[&str]) -> Mirror {
     assert_eq!(mirror.due(), Some(Due { at: 0, read: Read::Room }));
     assert_eq!(read(&mut mirror, &reading(version, members), 0), []);
     mirror
+}
+
+/// Hears a position of a member, from the connection that has its place.
+fn hear(mirror: &mut Mirror, client: &str, entity: &str, position: &[u8]) -> bool {
+    let from = mirror.member(client).and_then(|member| member.record().connection()).unwrap();
+    mirror.hear_position(from, client, entity, position)
 }
 
 fn apply(mirror: &mut Mirror, kind: Kind<'_>) -> Vec<Change> {
@@ -101,7 +108,7 @@ fn entities_go_with_their_member() {
     let mut mirror = mirror(10, &["a", "b"]);
     let channel = Origin::Channel;
     mirror.spawn(channel, "a", "e", b"s").unwrap();
-    mirror.position(channel, "a", "f", b"p").unwrap();
+    assert!(hear(&mut mirror, "a", "f", b"p"));
     assert!(mirror.is_foreign("b", "e") && !mirror.is_foreign("a", "e"));
     assert!(!mirror.is_foreign("b", "f"), "a position owns no entity");
     assert_eq!(mirror.update(channel, "a", "e", b"u"), Ok(&b"su"[..]));
@@ -119,8 +126,8 @@ fn limits_bound_what_members_here_add() {
     let here = Origin::Here;
     assert_eq!(mirror.spawn(here, "a", "e", &[0; 11]), Err(Refused::TooLarge));
     mirror.spawn(here, "a", "e", b"s").unwrap();
-    mirror.position(here, "a", "f", b"p").unwrap();
-    assert_eq!(mirror.position(here, "a", "g", b"p"), Err(Refused::MemberFull));
+    mirror.position("a", "f", b"p").unwrap();
+    assert_eq!(mirror.position("a", "g", b"p"), Err(Refused::MemberFull));
     assert_eq!(mirror.spawn(here, "b", "e", b"s"), Err(Refused::Foreign));
     mirror.spawn(here, "b", "g", b"s").unwrap();
     assert_eq!(mirror.spawn(here, "b", "h", b"s"), Err(Refused::StateFull));
@@ -154,7 +161,7 @@ fn presence_data_have_the_limits_of_an_entity() {
 #[test]
 fn reading_overtakes_no_live_position() {
     let mut mirror = mirror(10, &["a"]);
-    mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
+    assert!(hear(&mut mirror, "a", "e", b"live"));
     let mut changes = Vec::new();
     mirror.begin_positions();
     mirror.apply_positions(
@@ -181,10 +188,30 @@ fn reading_overtakes_no_live_position() {
 }
 
 #[test]
+fn position_of_another_connection_than_the_members_is_old() {
+    let mut mirror = mirror(10, &["a"]);
+    let connection = |number| Connection { server: 2, number };
+    let entities = |mirror: &Mirror| mirror.member("a").unwrap().entities().len();
+    assert!(!mirror.hear_position(connection(2), "a", "e", b"p"));
+    assert!(!mirror.hear_position(Connection { server: 3, number: 1 }, "a", "e", b"p"));
+    assert_eq!(entities(&mirror), 0);
+    assert!(mirror.hear_position(connection(1), "a", "e", b"p"));
+    assert_eq!(entities(&mirror), 1);
+    // Of members that only a reading knows those of their connections are kept.
+    let ticket = mirror.begin_reading(1);
+    for number in [1, 2] {
+        assert!(mirror.hear_position(connection(number), "b", &number.to_string(), b"p"));
+    }
+    mirror.apply_reading(ticket, &reading(11, &["a", "b"]), 2, &mut Vec::new());
+    let ids: Vec<_> = mirror.member("b").unwrap().entities().map(Entity::id).collect();
+    assert_eq!(ids, ["1"]);
+}
+
+#[test]
 fn reading_of_positions_brings_no_ended_entity_back() {
     let mut mirror = mirror(10, &["a"]);
     mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
-    mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
+    assert!(hear(&mut mirror, "a", "e", b"live"));
     let old = pairs(&[("a e", "old")]);
     let mut changes = Vec::new();
     mirror.begin_positions();
@@ -208,7 +235,7 @@ fn reading_of_positions_brings_no_old_position_to_a_new_entity() {
     let old = pairs(&[("a e", "old")]);
     let mut changes = Vec::new();
     mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
-    mirror.position(Origin::Channel, "a", "e", b"live").unwrap();
+    assert!(hear(&mut mirror, "a", "e", b"live"));
     mirror.begin_positions();
     mirror.despawn(Origin::Channel, "a", "e").unwrap();
     mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
@@ -228,7 +255,7 @@ fn reading_of_positions_brings_no_old_position_to_a_new_entity() {
 fn position_without_an_entity_goes_where_redis_lacks_it() {
     let mut mirror = mirror(10, &["a"]);
     for entity in ["e", "f"] {
-        mirror.position(Origin::Channel, "a", entity, b"p").unwrap();
+        assert!(hear(&mut mirror, "a", entity, b"p"));
     }
     mirror.spawn(Origin::Channel, "a", "g", b"s").unwrap();
     // Those that were heard are newer than any reading.
@@ -237,7 +264,7 @@ fn position_without_an_entity_goes_where_redis_lacks_it() {
     mirror.apply_positions(&[], 0, &mut changes);
     assert_eq!((&changes[..], mirror.entities()), (&[][..], 3));
     mirror.lose_link();
-    mirror.position(Origin::Channel, "a", "f", b"p").unwrap();
+    assert!(hear(&mut mirror, "a", "f", b"p"));
     mirror.begin_positions();
     mirror.apply_positions(&[], 0, &mut changes);
     assert_eq!(changes, [Change::Despawned { client: "a".into(), entity: "e".into() }]);
@@ -250,7 +277,7 @@ fn reading_of_positions_brings_no_entity_back_that_ended_here() {
     let mut changes = Vec::new();
     assert!(mirror.join_here("me", &record(SERVER, 1), 11, None, &mut changes));
     mirror.spawn(Origin::Here, "me", "e", b"s").unwrap();
-    mirror.position(Origin::Here, "me", "e", b"live").unwrap();
+    mirror.position("me", "e", b"live").unwrap();
     mirror.despawn(Origin::Here, "me", "e").unwrap();
     let own = record(SERVER, 1);
     apply(&mut mirror, Kind::Join { version: 11, client: "me", record: &own });
@@ -343,32 +370,70 @@ fn fields_of_no_member_are_reported() {
 
 #[test]
 fn newcomers_are_told_of_a_record_that_was_shown_once() {
-    let mut mirror = mirror(10, &["a", "b"]);
+    for encoding in [Encoding::Binary, Encoding::Text] {
+        let mut mirror = mirror(10, &["a", "b"]);
+        let bytes = mirror.bytes();
+        let made = std::cell::RefCell::new(Vec::new());
+        let make = |client: &str, record: &Record<'_>| {
+            made.borrow_mut().push(client.to_owned());
+            (client != "b").then(|| record.json.into())
+        };
+        mirror.show(encoding, make);
+        mirror.show(encoding, make);
+        made.borrow_mut().sort();
+        assert_eq!(made.take(), ["a", "b"]);
+        let shown =
+            |mirror: &Mirror| mirror.shown(encoding).map(<[u8]>::to_vec).collect::<Vec<_>>();
+        assert_eq!(shown(&mirror), [b"{}"], "nothing can be told of b");
+        assert_eq!(mirror.bytes(), bytes + 4);
+        // Another record is shown again, and a member that is gone takes nothing.
+        mirror.presence(Origin::Channel, "a", b"new").unwrap();
+        assert_eq!(shown(&mirror).len(), 0);
+        mirror.show(encoding, make);
+        assert_eq!((made.take(), shown(&mirror).len()), (vec!["a".to_owned()], 1));
+        let bytes = mirror.bytes();
+        mirror.hide();
+        assert!(mirror.bytes() < bytes);
+        mirror.show(encoding, make);
+        assert_eq!((made.take().len(), mirror.bytes()), (2, bytes));
+        apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
+        apply(&mut mirror, Kind::Leave { version: 12, client: "b" });
+        assert_eq!(mirror.bytes(), 0);
+    }
+}
+
+#[test]
+fn newcomers_are_told_of_an_entity_that_was_shown_once() {
+    let mut mirror = mirror(10, &["a"]);
+    mirror.spawn(Origin::Channel, "a", "e", b"s").unwrap();
+    assert!(hear(&mut mirror, "a", "f", b"p"));
     let bytes = mirror.bytes();
-    let made = std::cell::RefCell::new(Vec::new());
-    let make = |client: &str, record: &Record<'_>| {
-        made.borrow_mut().push(client.to_owned());
-        (client != "b").then(|| record.json.into())
+    let made = std::cell::Cell::new(0);
+    let make = |client: &str, entity: &Entity| {
+        made.set(made.get() + 1);
+        Some([client, entity.id()].concat().into_bytes())
     };
-    mirror.show(make);
-    mirror.show(make);
-    made.borrow_mut().sort();
-    assert_eq!(made.take(), ["a", "b"]);
-    let shown = |mirror: &Mirror| mirror.shown().map(<[u8]>::to_vec).collect::<Vec<_>>();
-    assert_eq!(shown(&mirror), [b"{}"], "nothing can be told of b");
-    assert_eq!(mirror.bytes(), bytes + 4);
-    // Another record is shown again, and a member that is gone takes nothing.
-    mirror.presence(Origin::Channel, "a", b"new").unwrap();
-    assert_eq!(shown(&mirror).len(), 0);
-    mirror.show(make);
-    assert_eq!((made.take(), shown(&mirror).len()), (vec!["a".to_owned()], 1));
-    let bytes = mirror.bytes();
+    // Returns the texts made, and those shown.
+    let show = |mirror: &mut Mirror| {
+        mirror.show_entities(make);
+        (made.take(), mirror.shown_entities().count())
+    };
+    assert_eq!(show(&mut mirror), (2, 2));
+    assert_eq!((show(&mut mirror), mirror.bytes()), ((0, 2), bytes + 4));
+    // Each change makes a text void.
+    assert!(hear(&mut mirror, "a", "f", b"q"));
+    assert_eq!(
+        (mirror.shown_entities().collect::<Vec<_>>(), mirror.bytes()),
+        (vec![&b"ae"[..]], bytes + 2)
+    );
+    mirror.spawn(Origin::Channel, "a", "e", b"t").unwrap();
+    assert_eq!((mirror.shown_entities().count(), mirror.bytes()), (0, bytes));
+    assert_eq!(show(&mut mirror), (2, 2));
     mirror.hide();
-    assert!(mirror.bytes() < bytes);
-    mirror.show(make);
-    assert_eq!((made.take().len(), mirror.bytes()), (2, bytes));
+    assert_eq!((show(&mut mirror), mirror.bytes()), ((2, 2), bytes + 4));
+    mirror.despawn(Origin::Channel, "a", "e").unwrap();
+    assert_eq!(show(&mut mirror), (0, 1));
     apply(&mut mirror, Kind::Leave { version: 11, client: "a" });
-    apply(&mut mirror, Kind::Leave { version: 12, client: "b" });
     assert_eq!(mirror.bytes(), 0);
 }
 

@@ -7,8 +7,10 @@ use wsproxy_proto::rooms::text::{to_binary, to_text};
 use wsproxy_proto::rooms::v1::{
     EntitySnapshot, Limits, PlayerSnapshot, PresenceData, ServerHello, WorldState,
 };
-use wsproxy_proto::rooms::write::{self, Entity, PageLimits, Welcome};
-use wsproxy_proto::rooms::{snapshot, v1};
+use wsproxy_proto::rooms::write::{
+    self, Entity, PageLimits, PublishedBatch, PublishedEntry, Welcome,
+};
+use wsproxy_proto::rooms::{hello_text, snapshot, v1};
 
 #[test]
 fn state_comes_in_pages_with_everything_once() {
@@ -164,6 +166,89 @@ fn batches_of_any_size_are_read_again() {
     assert_eq!(write::batch_entries(b"\xb2\x06\x05\x0a\xff").count(), 0);
 }
 
+#[test]
+fn state_as_text_is_that_of_protobuf() {
+    let players: Vec<Vec<u8>> =
+        (0..5).map(|n| player(&format!("p{n}\" {{")).encode_to_vec()).collect();
+    let players: Vec<&[u8]> = players.iter().map(Vec::as_slice).collect();
+    let spawn = payload(r#"{"entitySpawn":{"entityId":"box","components":{"a":"1"}}}"#);
+    let update = payload(r#"{"entityUpdate":{"entityId":"box","components":{"b":"/w=="}}}"#);
+    let place = payload(r#"{"positionUpdate":{"entityId":"box","position":{"x":1.5}}}"#);
+    let snapshot = snapshot::spawned(&spawn, "bob-1").unwrap();
+    let snapshot = snapshot::updated(&snapshot, &update).unwrap();
+    let entities = [
+        Entity { owner: "bob-1", id: "box", snapshot: Some(&snapshot), position: Some(&place) },
+        Entity { owner: "eve", id: "hand", snapshot: None, position: Some(&place) },
+    ];
+    let limits = Limits { members_max: 1000, ..Limits::default() };
+    let welcome = welcome(&limits);
+    let texts: Vec<Vec<u8>> = players.iter().map(|one| hello_text::player(one).unwrap()).collect();
+    let placed: Vec<Vec<u8>> =
+        entities.iter().map(|one| hello_text::entity(one).unwrap()).collect();
+    for (players_some, entities_some) in [(5, 2), (0, 2), (3, 0), (0, 0)] {
+        for items_max in [1, 3, 4, 1000] {
+            let page_limits = PageLimits { items_max, bytes_max: 1 << 20 };
+            let (some, placed_some) = (&players[..players_some], &entities[..entities_some]);
+            let pages = write::state_pages(
+                some.iter().copied(),
+                placed_some.iter().copied(),
+                300,
+                page_limits,
+            );
+            let last = pages.len() - 1;
+            let expected: Vec<Value> = pages
+                .iter()
+                .enumerate()
+                .map(|(at, page)| write::server_hello(&welcome, page, at < last))
+                .map(|hello| serde_json::from_str(&to_text(&hello).unwrap()).unwrap())
+                .collect();
+            let texts = texts[..players_some].iter().map(Vec::as_slice);
+            let placed = placed[..entities_some].iter().map(Vec::as_slice);
+            let hellos = hello_text::server_hellos(&welcome, texts, placed, 300, page_limits);
+            let hellos: Vec<Value> =
+                hellos.iter().map(|hello| serde_json::from_slice(hello).unwrap()).collect();
+            assert_eq!(hellos, expected);
+        }
+    }
+    let small = PageLimits { items_max: 1000, bytes_max: texts[0].len() + 1 };
+    let hellos = hello_text::server_hellos(&welcome, texts.iter().map(Vec::as_slice), [], 0, small);
+    assert_eq!(hellos.len(), 5, "pages are bounded by their bytes too");
+}
+
+#[test]
+fn published_batch_names_connections_that_clients_do_not_see() {
+    let update = v1::PositionUpdate { entity_id: "e".into(), ..Default::default() }.encode_to_vec();
+    for numbers in [vec![], vec![1, 127, 128, u64::MAX]] {
+        let entries = vec![("a", &update[..]); numbers.len()];
+        let batch = write::position_batch(entries.iter().copied(), 1);
+        let body = [&batch[..], &write::connections(numbers.iter().copied())].concat();
+        // A worker that listens reads it as any batch.
+        assert_eq!(check::read(&body).map(|checked| checked.kind), Ok(Kind::Batch));
+        assert_eq!(write::batch_entries(&body).collect::<Vec<_>>(), entries);
+        let entry = |(connection, (sender, update)): (&u64, (&'static str, _))| PublishedEntry {
+            connection: *connection,
+            sender,
+            update,
+        };
+        let entries = numbers.iter().zip(entries).map(entry).collect();
+        assert_eq!(
+            PublishedBatch::parse(&body),
+            Some(PublishedBatch { envelope: &batch, entries })
+        );
+        for wrong in [&body[..body.len() - 1], &batch, &[&body[..], b"\x08\x01"].concat()] {
+            let read = PublishedBatch::parse(wrong).map(|batch| batch.envelope);
+            // Fields behind the numbers are of a later version.
+            let is_whole = wrong.len() > body.len() || (numbers.is_empty() && wrong == body);
+            assert_eq!(read, is_whole.then_some(&batch[..]));
+        }
+    }
+    let one = write::position_batch([("a", &update[..])], 1);
+    for numbers in [&[][..], &[1, 2]] {
+        let body = [&one[..], &write::connections(numbers.iter().copied())].concat();
+        assert_eq!(PublishedBatch::parse(&body), None);
+    }
+}
+
 fn world(entity: Entity<'_>) -> WorldState {
     let pages = write::state_pages([], [entity], 0, PageLimits::DEFAULT);
     WorldState::decode_from_slice(&pages[0]).unwrap()
@@ -171,17 +256,7 @@ fn world(entity: Entity<'_>) -> WorldState {
 
 fn server_hello(page: &[u8], more: bool) -> ServerHello {
     let limits = Limits { members_max: 1000, ..Limits::default() };
-    let welcome = Welcome {
-        server_version: "0.1.0",
-        client: "alice-1",
-        room: "lobby",
-        version: 1,
-        batch: true,
-        acks: false,
-        connection: "c-1",
-        presence_version: 7,
-        limits: &limits,
-    };
+    let welcome = welcome(&limits);
     let envelope = write::server_hello(&welcome, page, more);
     assert_eq!(check::read(&envelope).map(|checked| checked.kind), Ok(Kind::ServerHello));
     let envelope = v1::Envelope::decode_from_slice(&envelope).unwrap();
@@ -190,6 +265,20 @@ fn server_hello(page: &[u8], more: bool) -> ServerHello {
     };
     assert_eq!((hello.features.len(), hello.limits.members_max), (1, 1000));
     *hello
+}
+
+fn welcome(limits: &Limits) -> Welcome<'_> {
+    Welcome {
+        server_version: "0.1.0",
+        client: "alice-1",
+        room: "lobby",
+        version: 1,
+        batch: true,
+        acks: false,
+        connection: "c-1",
+        presence_version: 7,
+        limits,
+    }
 }
 
 fn player(client: &str) -> PlayerSnapshot {

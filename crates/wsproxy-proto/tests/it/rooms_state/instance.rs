@@ -124,7 +124,7 @@ impl Instance {
             if held.is_none_or(|held| held.position().is_none())
                 && let Some(position) = lost.position()
             {
-                _ = mirror.position(Origin::Here, client, lost.id(), position);
+                _ = mirror.position(client, lost.id(), position);
             }
         }
         written.iter().for_each(|(entity, _)| mirror.confirm(client, entity));
@@ -199,7 +199,7 @@ impl Instance {
             'u' => mirror.update(Origin::Here, &client, &entity, data).map(|s| Some(s.to_vec())),
             'd' => mirror.despawn(Origin::Here, &client, &entity).map(|()| None),
             _ => {
-                if mirror.position(Origin::Here, &client, &entity, data).is_ok() {
+                if mirror.position(&client, &entity, data).is_ok() {
                     let position = Bytes::copy_from_slice(data);
                     self.pipeline.push_back(Command::Position {
                         client,
@@ -298,13 +298,7 @@ impl Instance {
                     "d" if mirror.despawn(channel, client, entity).is_ok() => {
                         self.view.write(key, None);
                     }
-                    // Of a member that is elsewhere by now the instance tells what is old.
-                    "p" if mirror.member(client).is_none_or(|member| {
-                        member.record().connection().unwrap().server == frame.from.server
-                    }) =>
-                    {
-                        _ = mirror.position(channel, client, entity, data);
-                    }
+                    "p" => _ = mirror.hear_position(frame.from, client, entity, data),
                     _ => {}
                 }
             }

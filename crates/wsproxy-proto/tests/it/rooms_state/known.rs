@@ -176,3 +176,15 @@ fn join_here_between_a_reading_and_its_leave() {
         Open(2,0),Open(0,1),Open(2,0),Close(0,0),Open(2,0),Open(2,2),Begin(2),Answer(2,0),Open(2,0),Deliver(2,1),Answer(2,0),Open(2,1),Answer(2,0),Answer(2,0),Kill(1),Deliver(2,2),Answer(2,0),Reap,Open(3,0),Open(0,0),Answer(2,0),Begin(2),Open(3,2),Answer(2,0),Open(1,2),Open(1,0),Kill(0),
     ]);
 }
+
+/// A position and the end of its entity are under way while the member moves away and comes back. The position is published
+/// all the same, and its end is refused.
+#[test]
+#[rustfmt::skip]
+fn position_of_a_connection_whose_member_comes_back() {
+    play_calm(&[
+        Open(0, 0), Open(0, 0), Open(0, 2), Begin(2), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Answer(2, 0), Answer(2, 0), Change(0, 'p', 1, 0), Open(0, 0), Open(0, 2), Open(1, 0),
+        Change(0, 'd', 1, 0), RunCommand(2),
+    ]);
+}

@@ -18,15 +18,31 @@ pub(super) enum Form {
 impl Form {
     /// Returns the frame of an envelope for one member alone; `None` if the envelope has no such form.
     pub(super) fn frame(self, envelope: Vec<u8>, link: &Link) -> Option<Bytes> {
-        let mut outgoing = self.outgoing(envelope.into())?;
-        Some(outgoing.frame(link.window_bits(), link.profile()))
+        Some(self.frame_of(self.message(envelope.into())?, link))
+    }
+
+    /// Returns the frame of a message that is in this form already.
+    pub(super) fn frame_of(self, message: Cow<'_, [u8]>, link: &Link) -> Bytes {
+        Outgoing::new(self.kind(), message).frame(link.window_bits(), link.profile())
+    }
+
+    /// Returns the message of an envelope; `None` if the envelope has no such form.
+    pub(super) fn message(self, envelope: Cow<'_, [u8]>) -> Option<Cow<'_, [u8]>> {
+        match self {
+            Self::Binary => Some(envelope),
+            Self::Text => Some(text::to_text(&envelope)?.into_bytes().into()),
+        }
+    }
+
+    const fn kind(self) -> Kind {
+        match self {
+            Self::Binary => Kind::Binary,
+            Self::Text => Kind::Text,
+        }
     }
 
     fn outgoing(self, envelope: Cow<'_, [u8]>) -> Option<Outgoing<'_>> {
-        Some(match self {
-            Self::Binary => Outgoing::new(Kind::Binary, envelope),
-            Self::Text => Outgoing::new(Kind::Text, text::to_text(&envelope)?.into_bytes()),
-        })
+        Some(Outgoing::new(self.kind(), self.message(envelope)?))
     }
 }
 

@@ -269,6 +269,8 @@ mod tests {
             issued_at: None,
             expires_at: Some(1_900_000_000),
             rooms: RoomsClaim::All,
+            cluster: None,
+            clusters: Vec::new(),
             display_name: None,
         }
     }
@@ -290,6 +292,8 @@ mod tests {
         let expected = Identity {
             user: Id::parse("ann").unwrap(),
             client: Id::parse("c-1").unwrap(),
+            cluster: None,
+            clusters: Vec::new(),
             display_name: None,
             is_name_of_token: false,
             expires_at: Some(1_900_000_000),

@@ -228,7 +228,13 @@ impl Room {
         link: &Arc<Link>,
         (membership, ending): (&Weak<Membership>, &Arc<Ending>),
     ) {
-        self.state.lock().members.push(MemberHere {
+        let mut state = self.state.lock();
+        let members = &mut state.members;
+        if members.len() == members.capacity() {
+            // Most rooms are small, and a vector that doubles has room for six more at ten.
+            members.reserve_exact((members.len() / 4).max(2));
+        }
+        members.push(MemberHere {
             number,
             client: client.clone(),
             link: Arc::clone(link),

@@ -127,7 +127,7 @@ impl WebSocketAnswer {
     }
 }
 
-fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
+pub(super) fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
     match HeaderValue::from_str(value) {
         Ok(value) => drop(headers.insert(name, value)),
         Err(error) => warn!(%error, "A response header is malformed."),
@@ -135,7 +135,7 @@ fn insert(headers: &mut HeaderMap, name: header::HeaderName, value: &str) {
 }
 
 /// Takes the raw socket from hyper, with the bytes that hyper has read beyond the request's head.
-async fn take_socket(on_upgrade: OnUpgrade, id: Uuid) -> Option<(Socket, Bytes)> {
+pub(crate) async fn take_socket(on_upgrade: OnUpgrade, id: Uuid) -> Option<(Socket, Bytes)> {
     let upgraded = match on_upgrade.await {
         Ok(upgraded) => upgraded,
         Err(error) => {

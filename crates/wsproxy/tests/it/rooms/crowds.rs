@@ -253,5 +253,5 @@ const SEND_BUFFER: usize = 128 * 1024;
 const OWNERS: usize = 8;
 const ENTITIES: usize = 100;
 
-/// Pages of at most 1 MiB.
-const PAGES: usize = 3;
+/// Pages of at most 1 MiB of JSON.
+const PAGES: usize = 6;

@@ -47,10 +47,7 @@ async fn an_emptied_redis_costs_nobody_their_place() {
 async fn an_entity_that_an_emptied_redis_refused_is_told_to_others() {
     let server = RedisServer::start();
     let (one, two) = (start(server.url()).await, start(server.url()).await);
-    let mut ann = RoomClient::join(&one, "ann").await;
-    let mut near = RoomClient::join(&one, "near").await;
-    let mut far = RoomClient::join(&two, "far").await;
-    assert_eq!(near.told().await, "join far");
+    let [mut ann, mut near, mut far] = three_members(&one, &two).await;
     ann.send(json!({ "entitySpawn": { "entityId": "known" } })).await;
     for member in [&mut near, &mut far] {
         assert_eq!(member.told().await, "spawn known of ann");
@@ -72,10 +69,7 @@ async fn an_entity_that_an_emptied_redis_refused_is_told_to_others() {
 async fn a_member_that_was_taken_for_dead_comes_back_with_its_entities() {
     let server = RedisServer::start();
     let (one, two) = (start(server.url()).await, start(server.url()).await);
-    let mut ann = RoomClient::join(&one, "ann").await;
-    let mut near = RoomClient::join(&one, "near").await;
-    let mut far = RoomClient::join(&two, "far").await;
-    assert_eq!(near.told().await, "join far");
+    let [mut ann, mut near, mut far] = three_members(&one, &two).await;
     ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
     // Bytes that are no text, which no spawn has.
     let components = json!({ "b": "/w==" });
@@ -299,10 +293,7 @@ async fn changes_that_were_lost_on_their_way_are_told_again() {
     let proxy = FaultProxy::start(server.port()).await;
     let one = start(server.url_on(proxy.port())).await;
     let two = start(server.url()).await;
-    let mut ann = RoomClient::join(&one, "ann").await;
-    let mut near = RoomClient::join(&one, "near").await;
-    let mut far = RoomClient::join(&two, "far").await;
-    assert_eq!(near.told().await, "join far");
+    let [mut ann, mut near, mut far] = three_members(&one, &two).await;
     ann.send(json!({ "entitySpawn": { "entityId": "gone" } })).await;
     for member in [&mut near, &mut far] {
         assert_eq!(member.told().await, "spawn gone of ann");
@@ -337,15 +328,33 @@ async fn changes_that_were_lost_on_their_way_are_told_again() {
     assert_eq!(near.told().await, "join late");
 }
 
+/// Redis has lost the members, and another client has taken the only place before the member joins again.
+#[tokio::test]
+async fn a_member_that_finds_its_room_full_after_an_outage_is_closed() {
+    let server = RedisServer::start();
+    let start = async || {
+        let mut config = crate::support::gateway::config(Some(&server.url()));
+        config.endpoints.rooms = true;
+        config.rooms.development = wsproxy::config::rooms::Development::Loopback;
+        config.rate_limit.max_requests_is_set = true;
+        config.rooms.members_max = 1;
+        TestInstance::start(config).await
+    };
+    let (one, two) = (start().await, start().await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    server.call(&["FLUSHALL"]);
+    let bob = RoomClient::join(&two, "bob").await;
+    assert_eq!(bob.members(), ["bob"]);
+    assert_eq!(ann.ended().await, 1013);
+    assert_eq!(members(&server), ["bob"]);
+}
+
 /// The end of an entity is refused, and its client moves something of the same name before that end is told.
 #[tokio::test]
 async fn a_position_behind_an_end_that_was_refused_stays() {
     let server = RedisServer::start();
     let (one, two) = (start(server.url()).await, start(server.url()).await);
-    let mut ann = RoomClient::join(&one, "ann").await;
-    let mut near = RoomClient::join(&one, "near").await;
-    let mut far = RoomClient::join(&two, "far").await;
-    assert_eq!(near.told().await, "join far");
+    let [mut ann, mut near, mut far] = three_members(&one, &two).await;
     ann.send(json!({ "entitySpawn": { "entityId": "e", "templateId": "t" } })).await;
     for member in [&mut near, &mut far] {
         assert_eq!(member.told().await, "spawn e of ann");
@@ -379,10 +388,7 @@ async fn a_change_that_was_refused_is_told_once_its_client_is_back() {
     let server = RedisServer::start();
     let one = start(server.url()).await;
     let two = start(server.url()).await;
-    let mut ann = RoomClient::join(&one, "ann").await;
-    let mut near = RoomClient::join(&one, "near").await;
-    let mut far = RoomClient::join(&two, "far").await;
-    assert_eq!(near.told().await, "join far");
+    let [mut ann, mut near, mut far] = three_members(&one, &two).await;
     refuse_writes(&server, true);
     ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
     assert_eq!(near.told().await, "spawn e of ann");
@@ -400,10 +406,7 @@ async fn changes_that_were_refused_are_told_again_although_there_were_too_many()
     let server = RedisServer::start();
     let one = start(server.url()).await;
     let two = start(server.url()).await;
-    let mut ann = RoomClient::join(&one, "ann").await;
-    let mut near = RoomClient::join(&one, "near").await;
-    let mut far = RoomClient::join(&two, "far").await;
-    assert_eq!(near.told().await, "join far");
+    let [mut ann, mut near, mut far] = three_members(&one, &two).await;
     // Each takes about 130 bytes.
     let names: Vec<String> = (0..1500).map(|number| format!("{number:060}")).collect();
     let last = names.last().unwrap();
@@ -428,6 +431,15 @@ async fn changes_that_were_refused_are_told_again_although_there_were_too_many()
     assert_eq!(told.into_iter().collect::<Vec<_>>(), names);
     let late = RoomClient::join(&two, "late").await;
     assert_eq!(late.hello["initialState"]["entities"].as_array().map_or(0, Vec::len), 0);
+}
+
+/// Joins a member and one that is near, and one at another instance. Both others have heard of all joins.
+async fn three_members(one: &TestInstance, two: &TestInstance) -> [RoomClient; 3] {
+    let ann = RoomClient::join(one, "ann").await;
+    let mut near = RoomClient::join(one, "near").await;
+    let far = RoomClient::join(two, "far").await;
+    assert_eq!(near.told().await, "join far");
+    [ann, near, far]
 }
 
 fn refuse_writes(server: &RedisServer, is_refused: bool) {

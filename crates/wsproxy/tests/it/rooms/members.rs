@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use http::StatusCode;
 use serde_json::{Value, json};
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::{
+    Message,
+    protocol::{CloseFrame, frame::coding::CloseCode},
+};
 use wsproxy_proto::rooms::text;
 
 use crate::{
@@ -128,6 +131,96 @@ async fn a_name_of_the_hello_is_seen_by_late_joiners() {
     assert_eq!(ann.hello["limits"]["membersMax"], 1000);
     assert_eq!(ann.hello["limits"]["tickMs"], 50);
     assert_eq!(ann.hello["limits"]["entityBytesMax"], 4096);
+}
+
+#[tokio::test]
+async fn a_leave_waits_for_the_grace_unless_the_client_says_goodbye() {
+    let instance = instance_with(&Backend::Memory, |config| {
+        config.rooms.leave_grace = Duration::from_secs(60);
+    })
+    .await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    let mut bob = RoomClient::join(&instance, "bob").await;
+    assert_eq!(ann.told().await, "join bob");
+    let goodbye = CloseFrame { code: CloseCode::Away, reason: "".into() };
+    bob.client.send_message(Message::Close(Some(goodbye))).await;
+    assert_eq!(ann.told().await, "leave bob");
+    let cat = RoomClient::join(&instance, "cat").await;
+    assert_eq!(ann.told().await, "join cat");
+    drop(cat);
+    let waiting = || instance.metric("wsproxy_room_leaves_waiting");
+    eventually("the leave waits", || waiting() == 1.0).await;
+    let dan = RoomClient::join(&instance, "dan").await;
+    assert_eq!(dan.members(), ["ann", "cat", "dan"]);
+    assert_eq!(ann.told().await, "join dan");
+}
+
+#[tokio::test]
+async fn a_newcomer_gets_the_state_first_and_each_change_once() {
+    let instance = instance(&Backend::Memory).await;
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    let path = "/ws/lobby?user_id=bob&client_id=bob";
+    let mut bob = Client::connect(instance.address(), path, &[]).await.unwrap();
+    assert_eq!(ann.told().await, "join bob");
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    ann.say("early").await;
+    // It says nothing, and is greeted after a second.
+    let hello = read_binary(&mut bob).await["serverHello"].take();
+    assert!(hello.is_object());
+    ann.send(json!({ "entitySpawn": { "entityId": "f" } })).await;
+    ann.say("late").await;
+    let entities = hello["initialState"]["entities"].as_array().cloned().unwrap_or_default();
+    let mut seen: Vec<String> = entities
+        .iter()
+        .map(|one| format!("spawn {} of ann", one["id"].as_str().unwrap()))
+        .collect();
+    while seen.last().is_none_or(|last| last != "ann: late") {
+        seen.push(words(&read_binary(&mut bob).await));
+    }
+    // A machine that is busy may greet it before ann spoke.
+    seen.retain(|words| words != "ann: early");
+    assert_eq!(seen, ["spawn e of ann", "spawn f of ann", "ann: late"]);
+}
+
+#[tokio::test]
+async fn a_whisper_reaches_one_client_only() {
+    let backend = Backend::redis();
+    let (one, two) = (instance(&backend).await, instance(&backend).await);
+    let mut ann = RoomClient::join(&one, "ann").await;
+    let mut bob = RoomClient::join(&two, "bob").await;
+    let mut cat = RoomClient::join(&two, "cat").await;
+    for name in ["bob", "cat"] {
+        assert_eq!(ann.told().await, format!("join {name}"));
+    }
+    assert_eq!(bob.told().await, "join cat");
+    ann.send(json!({ "to": "bob", "chatMessage": { "message": "for bob" } })).await;
+    ann.say("for all").await;
+    assert_eq!(bob.told().await, "ann: for bob");
+    for member in [&mut bob, &mut cat] {
+        assert_eq!(member.told().await, "ann: for all");
+    }
+}
+
+#[tokio::test]
+async fn the_keys_of_an_empty_room_expire() {
+    let backend = Backend::redis();
+    let instance = instance_with(&backend, |config| {
+        config.rooms.empty_ttl = Duration::from_secs(50);
+    })
+    .await;
+    let Backend::Redis(server) = &backend else { unreachable!() };
+    let ttl = || server.call(&["PTTL", "{room:lobby}:meta"]).integer();
+    let mut ann = RoomClient::join(&instance, "ann").await;
+    ann.send(json!({ "entitySpawn": { "entityId": "e" } })).await;
+    let exists = |key: &str| server.call(&["EXISTS", &format!("{{room:lobby}}:{key}")]).integer();
+    eventually("the entity is kept", || exists("entities") == 1).await;
+    assert!(ttl() > 3_000_000, "an hour for a room with members");
+    ann.client.close().await;
+    eventually("the room is empty", || (1..=50_000).contains(&ttl())).await;
+    assert_eq!((exists("members"), exists("entities"), exists("positions")), (0, 0, 0));
+    // The next join keeps the room again.
+    let _bob = RoomClient::join(&instance, "bob").await;
+    assert!(ttl() > 3_000_000);
 }
 
 #[tokio::test]

@@ -175,6 +175,17 @@ impl RoomClient {
         }
     }
 
+    /// Reads all messages up to the close frame. Returns its code.
+    pub async fn ended(&mut self) -> u16 {
+        loop {
+            match self.client.next().await {
+                Message::Close(Some(frame)) => return frame.code.into(),
+                Message::Close(None) => panic!("a close frame without a code"),
+                _ => {}
+            }
+        }
+    }
+
     /// Says something that all others hear.
     pub async fn say(&mut self, text: &str) {
         self.send(json!({ "chatMessage": { "message": text } })).await;

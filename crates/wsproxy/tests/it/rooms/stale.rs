@@ -203,7 +203,8 @@ async fn a_woken_instance_does_not_move_members_that_are_elsewhere() {
         let update = format!(r"\10\1{entity}\18\5\13\0\0\64\64");
         format!(r"\10\17\10\3{client}\18\10{update}")
     };
-    let batch = format!(r"\178\6\38{}{}", entry("ann", "e"), entry("zoe", "f"));
+    // The numbers of their connections follow.
+    let batch = format!(r"\178\6\38{}{}\210\6\2\1\1", entry("ann", "e"), entry("zoe", "f"));
     let script = format!(
         r"return redis.call('PUBLISH','room:lobby','\255R\1B'..string.rep('\9',17)..'{batch}')"
     );

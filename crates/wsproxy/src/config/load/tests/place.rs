@@ -20,7 +20,7 @@ fn a_unix_socket_excludes_an_address_that_is_set() {
 #[test]
 fn an_instance_that_shares_its_port_drains_at_once() {
     let delay = |text| load_file(text).unwrap().config.server.drain_delay.as_secs();
-    assert_eq!(delay("[server]\nreuse_port = false"), 3);
+    assert_eq!(delay("[server]\nreuse_port = false"), 5);
     assert_eq!(delay("[server]\nreuse_port = true"), 0);
     assert_eq!(delay("[server]\nreuse_port = true\ndrain_delay = 3"), 3);
 }

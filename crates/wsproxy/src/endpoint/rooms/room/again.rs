@@ -45,7 +45,8 @@ impl Room {
         let (client, now) = (member.client.as_str(), clock::now());
         let mut state = self.state.lock();
         let lost = state.lost.remove(&member.connection.number).unwrap_or_default();
-        lost.iter().for_each(|entity| self.restore(&mut state, client, entity, now));
+        let owner = (client, member.connection.number);
+        lost.iter().for_each(|entity| self.restore(&mut state, owner, entity, now));
         for (entity, _) in written {
             state.mirror.confirm(client, entity);
         }
@@ -60,7 +61,13 @@ impl Room {
     }
 
     /// Brings an entity of a member here back, and tells the others here, whom the leave has told of its end.
-    fn restore(&self, state: &mut State, client: &str, lost: &Entity, now: Micros) {
+    fn restore(
+        &self,
+        state: &mut State,
+        (client, number): (&str, u64),
+        lost: &Entity,
+        now: Micros,
+    ) {
         let held = state.mirror.member(client).and_then(|member| member.entity(lost.id()));
         // The client may have changed it since.
         let has_snapshot = held.is_some_and(|held| held.snapshot().is_some());
@@ -72,9 +79,9 @@ impl Room {
             messages.for_each(|message| self.tell_of(state, client, &message, now));
         }
         if let Some(position) = lost.position().filter(|_| !has_position)
-            && state.mirror.position(Origin::Here, client, lost.id(), position).is_ok()
+            && state.mirror.position(client, lost.id(), position).is_ok()
         {
-            state.positions.put(client, lost.id(), position);
+            state.positions.put((client, number), lost.id(), position);
         }
     }
 
@@ -125,7 +132,8 @@ impl Room {
         drop(self.publish(state, member, (payload, keep), publish));
         if let Some(position) = position.filter(|_| is_end) {
             // The entity is over, but the client has moved something of its name since. The end takes that position too.
-            state.positions.put_for_others(client, entity, &position);
+            let owner = (client, member.connection.number);
+            state.positions.put_for_others(owner, entity, &position);
         }
     }
 
@@ -158,16 +166,18 @@ impl State {
     /// Has the positions of a member here sent to all, and written again.
     pub(super) fn put_positions_of(&mut self, client: &str) {
         let Self { mirror, positions, .. } = self;
-        for (entity, position) in positions_of(mirror.member(client)) {
-            positions.put(client, entity, position);
+        let Some((number, placed)) = positions_of(mirror.member(client)) else { return };
+        for (entity, position) in placed {
+            positions.put((client, number), entity, position);
         }
     }
 
     /// Has the positions of a member here published and written again, which the others here have.
     pub(super) fn share_positions_of(&mut self, client: &str) {
         let Self { mirror, positions, .. } = self;
-        for (entity, position) in positions_of(mirror.member(client)) {
-            positions.put_for_others(client, entity, position);
+        let Some((number, placed)) = positions_of(mirror.member(client)) else { return };
+        for (entity, position) in placed {
+            positions.put_for_others((client, number), entity, position);
         }
     }
 
@@ -175,16 +185,18 @@ impl State {
     pub(super) fn share_positions(&mut self) {
         let Self { mirror, positions, .. } = self;
         for (client, member) in mirror.members() {
-            for (entity, position) in positions_of(Some(member)) {
-                positions.put_for_others(client, entity, position);
+            let Some((number, placed)) = positions_of(Some(member)) else { continue };
+            for (entity, position) in placed {
+                positions.put_for_others((client, number), entity, position);
             }
         }
     }
 }
 
-/// Returns the entities of a member here that have a position.
-fn positions_of(member: Option<&Member>) -> impl Iterator<Item = (&str, &[u8])> {
-    let member = member.filter(|member| member.is_here());
-    let entities = member.into_iter().flat_map(|member| member.entities());
-    entities.filter_map(|entity| Some((entity.id(), entity.position()?)))
+/// Returns the entities of a member here that have a position, and the number of its connection.
+fn positions_of(member: Option<&Member>) -> Option<(u64, impl Iterator<Item = (&str, &[u8])>)> {
+    let member = member.filter(|member| member.is_here())?;
+    let number = member.record().connection()?.number;
+    let placed = member.entities().filter_map(|entity| Some((entity.id(), entity.position()?)));
+    Some((number, placed))
 }

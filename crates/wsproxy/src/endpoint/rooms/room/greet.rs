@@ -1,14 +1,16 @@
 //! ServerHello: the state of the room for a member that begins to listen.
 
+use bytes::Bytes;
 use wsproxy_conn::{
     clock::{self, Micros},
     link::Queued,
 };
 use wsproxy_proto::rooms::{
     check::{Hello, Kind},
-    mirror::Limits as EntityLimits,
+    hello_text,
+    mirror::{Encoding, Entity, Limits as EntityLimits, Mirror},
     v1::Limits,
-    write::{self, Entity, PageLimits, Welcome},
+    write::{self, PageLimits, Welcome},
 };
 
 use crate::{
@@ -30,32 +32,10 @@ impl Room {
         hello: Option<&Hello<'_>>,
         now: Micros,
     ) {
-        let mut state = self.state.lock();
-        let begin = clock::now();
-        let is_large = state.mirror.len() > FEW_MEMBERS;
-        match is_large {
-            true => state.mirror.show(record::shown),
-            false => state.mirror.hide(),
-        }
-        let mirror = &state.mirror;
-        let few = mirror.members().filter(|_| !is_large);
-        let few = few.filter_map(|(client, member)| record::shown(client, &member.record()));
-        let few: Vec<Vec<u8>> = few.collect();
-        let players = few.iter().map(|player| &player[..]).chain(mirror.shown());
-        let entities = mirror.members().flat_map(|(owner, member)| {
-            member.entities().map(move |entity| Entity {
-                owner,
-                id: entity.id(),
-                snapshot: entity.snapshot(),
-                position: entity.position(),
-            })
-        });
-        let timestamp_ms = time::since_epoch().as_millis() as i64;
-        let pages = write::state_pages(players, entities, timestamp_ms, PageLimits::DEFAULT);
         let limits = self.limits(membership);
         let connection = membership.connection.to_string();
         let features = |feature: fn(&Hello<'_>) -> bool| hello.is_some_and(feature);
-        let welcome = Welcome {
+        let mut welcome = Welcome {
             server_version: concat!("wsproxy/", env!("CARGO_PKG_VERSION")),
             client: membership.client.as_str(),
             room: self.id.as_str(),
@@ -63,14 +43,13 @@ impl Room {
             batch: features(|hello| hello.batch),
             acks: features(|hello| hello.acks),
             connection: &connection,
-            presence_version: mirror.version(),
+            presence_version: 0,
             limits: &limits,
         };
-        let hellos: Vec<_> = pages
-            .iter()
-            .enumerate()
-            .map(|(at, page)| write::server_hello(&welcome, page, at + 1 < pages.len()))
-            .collect();
+        let mut state = self.state.lock();
+        let begin = clock::now();
+        welcome.presence_version = state.mirror.version();
+        let hellos = hellos(&mut state.mirror, &welcome, form);
         let Some(member) = state.member_mut(membership.connection.number) else {
             return self.release(state, now);
         };
@@ -82,7 +61,7 @@ impl Room {
         let bytes = hellos.iter().map(Vec::len).sum();
         self.count_sent(&membership.rooms, Some(Kind::ServerHello), hellos.len(), bytes);
         for hello in hellos {
-            let Some(frame) = form.frame(hello, &link) else { continue };
+            let frame = form.frame_of(hello.into(), &link);
             is_dirty |= link.push_state(frame) == Queued::Flush;
         }
         if is_dirty {
@@ -108,8 +87,49 @@ impl Room {
     }
 }
 
-/// Members whose records are encoded for each newcomer. Those of larger rooms are kept encoded, which takes memory.
-const FEW_MEMBERS: usize = 64;
+/// Returns the ServerHellos of a newcomer, in its form, with the state of the room.
+fn hellos(mirror: &mut Mirror, welcome: &Welcome<'_>, form: Form) -> Vec<Vec<u8>> {
+    let timestamp_ms = time::since_epoch().as_millis() as i64;
+    let are_many = mirror.len() > FEW;
+    let is_large = are_many || mirror.entities() > FEW;
+    if !is_large {
+        mirror.hide();
+    }
+    if is_large && form == Form::Text {
+        mirror.show(Encoding::Text, |client, record| {
+            hello_text::player(&record::shown(client, record)?)
+        });
+        mirror.show_entities(|owner, entity| hello_text::entity(&entity_of(owner, entity)));
+        let (players, entities) = (mirror.shown(Encoding::Text), mirror.shown_entities());
+        let limits = PageLimits::DEFAULT;
+        return hello_text::server_hellos(welcome, players, entities, timestamp_ms, limits);
+    }
+    if are_many {
+        mirror.show(Encoding::Binary, record::shown);
+    }
+    let few = mirror.members().filter(|_| !are_many);
+    let few = few.filter_map(|(client, member)| record::shown(client, &member.record()));
+    let few: Vec<Vec<u8>> = few.collect();
+    let shown = mirror.shown(Encoding::Binary).filter(|_| are_many);
+    let players = few.iter().map(|player| &player[..]).chain(shown);
+    let entities = mirror
+        .members()
+        .flat_map(|(owner, member)| member.entities().map(move |entity| entity_of(owner, entity)));
+    let pages = write::state_pages(players, entities, timestamp_ms, PageLimits::DEFAULT);
+    let hello = |(at, page): (usize, &Bytes)| {
+        let hello = write::server_hello(welcome, page, at + 1 < pages.len());
+        Some(form.message(hello.into())?.into_owned())
+    };
+    pages.iter().enumerate().filter_map(hello).collect()
+}
+
+fn entity_of<'a>(owner: &'a str, entity: &'a Entity) -> write::Entity<'a> {
+    let (id, snapshot, position) = (entity.id(), entity.snapshot(), entity.position());
+    write::Entity { owner, id, snapshot, position }
+}
+
+/// Members, and entities, that are encoded for each newcomer. Those of larger rooms are kept encoded, which takes memory.
+const FEW: usize = 64;
 
 /// Version of the messages that this gateway speaks.
 const VERSION: u32 = 1;

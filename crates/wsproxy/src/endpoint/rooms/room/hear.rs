@@ -7,8 +7,8 @@ use wsproxy_proto::{
         check::{self, Body, Event as PresenceKind},
         mirror::Origin,
         snapshot, stamp, text,
-        wire::{Form as WireForm, Frame, Kind as FrameKind},
-        write,
+        wire::{Connection, Form as WireForm, Frame, Kind as FrameKind, WireError},
+        write::{self, PublishedBatch, PublishedEntry},
     },
     ws::frame::Kind,
 };
@@ -32,12 +32,7 @@ impl Inbox for Room {
         match Frame::parse(payload) {
             Ok(Some(frame)) => self.on_frame(&rooms, &mut state, &frame, now),
             Ok(None) => self.on_worker(&rooms, &mut state, payload, now),
-            Err(error) => {
-                rooms.counters.bad_frames.add(1);
-                if let Some(left_out) = rooms.counters.bad_frame_lines.pass() {
-                    warn!(room = self.id.as_str(), %error, left_out, "A message between instances cannot be read.");
-                }
-            }
+            Err(error) => self.on_unreadable(&rooms, &error),
         }
         self.settle(&mut state);
     }
@@ -76,9 +71,10 @@ impl Room {
                 };
                 self.fan_out(state, &mut Fanout::opaque(kind, payload), Audience::default(), now);
             }
-            FrameKind::Batch(envelope) => {
-                self.on_batch(state, envelope, frame.from.server, now);
-            }
+            FrameKind::Batch(body) => match PublishedBatch::parse(body) {
+                Some(batch) => self.on_batch(state, batch, frame.from.server, now),
+                None => self.on_unreadable(rooms, &WireError::BadBody),
+            },
             FrameKind::Entity(snapshot) => self.on_entity(state, snapshot, now),
             FrameKind::Join { .. } | FrameKind::Leave { .. } | FrameKind::Replaced { .. } => {
                 let mut changes = Vec::new();
@@ -93,28 +89,35 @@ impl Room {
         }
     }
 
-    /// Takes positions of members at the instance `server`. An instance that was frozen does not know yet which of its
-    /// members are elsewhere by now: what it tells of these is old.
-    fn on_batch(&self, state: &mut State, envelope: &[u8], server: u64, now: Micros) {
-        let mut is_whole = true;
-        let mut kept = Vec::new();
-        for (client, update) in write::batch_entries(envelope) {
-            let connection = state.mirror.member(client).and_then(|of| of.record().connection());
-            if connection.is_some_and(|connection| connection.server != server) {
-                is_whole = false;
-                continue;
-            }
-            kept.push((client, update));
-            if let Some(entity) = check::entity_of(update) {
-                // A position of a member that is not known yet waits for the reading.
-                let _ = state.mirror.position(Origin::Channel, client, entity, update);
-            }
+    fn on_unreadable(&self, rooms: &Rooms, error: &WireError) {
+        rooms.counters.bad_frames.add(1);
+        if let Some(left_out) = rooms.counters.bad_frame_lines.pass() {
+            warn!(room = self.id.as_str(), %error, left_out, "A message between instances cannot be read.");
         }
-        if is_whole {
+    }
+
+    /// Takes positions of members at the instance `server`. An instance may have told them of members that are elsewhere by
+    /// now, or have another connection: what is of these is old.
+    fn on_batch(
+        &self,
+        state: &mut State,
+        PublishedBatch { envelope, mut entries }: PublishedBatch<'_>,
+        server: u64,
+        now: Micros,
+    ) {
+        let count = entries.len();
+        entries.retain(|PublishedEntry { connection, sender, update }| {
+            let from = Connection { server, number: *connection };
+            // A position of a member that is not known yet waits for the reading.
+            check::entity_of(update)
+                .is_some_and(|entity| state.mirror.hear_position(from, sender, entity, update))
+        });
+        if entries.len() == count {
             return self.pass_batch(state, envelope, now);
         }
-        let timestamp_ms = time::since_epoch().as_millis() as i64;
+        let kept: Vec<_> = entries.iter().map(|entry| (entry.sender, entry.update)).collect();
         if !kept.is_empty() {
+            let timestamp_ms = time::since_epoch().as_millis() as i64;
             let envelope = write::position_batch(kept, timestamp_ms);
             self.pass_batch(state, &envelope, now);
         }

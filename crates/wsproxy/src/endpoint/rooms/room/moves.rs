@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use bytes::{BufMut, BytesMut};
 use wsproxy_conn::{
     clock::{self, Micros},
     link::Queued,
 };
 use wsproxy_proto::rooms::{
     check::Kind,
-    mirror::Origin,
     positions::Position,
     wire::{self, Connection},
     write,
@@ -20,6 +18,7 @@ use crate::{
     endpoint::rooms::{
         Rooms,
         fanout::Fanout,
+        member::Membership,
         room::{MemberHere, NotSaid, Room, State, owed::OWE_AFTER},
     },
     telemetry::time,
@@ -30,13 +29,14 @@ impl Room {
     pub(super) fn moved(
         &self,
         state: &mut State,
-        client: &str,
-        entity: &str,
-        update: &[u8],
+        member: &Membership,
+        (entity, update): (&str, &[u8]),
         now: Micros,
     ) -> Result<(), NotSaid> {
-        state.mirror.position(Origin::Here, client, entity, update)?;
-        let is_replaced = state.positions.put(client, entity, update);
+        let client = member.client.as_str();
+        state.mirror.position(client, entity, update)?;
+        let owner = (client, member.connection.number);
+        let is_replaced = state.positions.put(owner, entity, update);
         if is_replaced && let Some(rooms) = self.rooms.upgrade() {
             rooms.counters.coalesced_tick.add(1);
         }
@@ -132,17 +132,16 @@ impl Room {
                     write::position_batch(entries.collect::<Vec<_>>(), timestamp_ms)
                 }
             };
-            let mut payload = BytesMut::with_capacity(wire::HEAD_BYTES + whole.len());
             let from = Connection { server: self.server, number: 0 };
-            wire::write_batch_head(from, &mut payload);
-            payload.put_slice(&whole);
+            let numbers = batch.published().map(|position| position.connection);
+            let payload = wire::batch(from, &whole, &write::connections(numbers));
             match is_alone {
                 true => rooms.counters.published_local.add(1),
                 false => rooms.counters.published_shared.add(1),
             }
             let publish = Publish {
                 channel: Arc::clone(&self.channel),
-                payload: payload.freeze(),
+                payload,
                 keep: Keep::Nothing,
                 receipt: self.me.upgrade().map(|room| room as Arc<dyn Receipt>),
             };

@@ -97,7 +97,7 @@ impl Room {
         let mut doubted = None;
         let op = match checked.body {
             Body::Position { entity, update } => {
-                let moved = self.moved(&mut state, client, entity, update, now);
+                let moved = self.moved(&mut state, member, (entity, update), now);
                 self.release(state, now);
                 return moved;
             }

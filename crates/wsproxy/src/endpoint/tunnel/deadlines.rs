@@ -1,0 +1,105 @@
+//! Deadlines of a proxied request: for the head of its answer, and for bodies that stand still. Knows no streams.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use wsproxy_conn::clock;
+
+use crate::config::tunnel::TunnelConfig;
+
+/// Deadlines of a request. A watch, an event stream and an upgraded connection have none of them.
+#[derive(Debug, Clone)]
+pub struct Deadlines {
+    /// Time of the agent's deadline for the head.
+    head: Option<Instant>,
+    /// Time that the gateway waits longer.
+    margin: Duration,
+    /// Longest time without a byte of a body.
+    pub idle: Option<Duration>,
+}
+
+impl Deadlines {
+    /// Returns the deadlines of a request that has just come.
+    #[must_use]
+    pub fn new(config: &TunnelConfig, may_last: bool) -> Self {
+        Self {
+            head: (!may_last).then(|| Instant::now() + config.head_timeout),
+            margin: config.head_margin,
+            idle: (!may_last).then_some(config.idle_timeout),
+        }
+    }
+
+    /// Returns the time that the agent has left for the head, in milliseconds; 0: no limit.
+    #[must_use]
+    pub fn head_ms(&self) -> u32 {
+        let left = self.head.map(|at| at.saturating_duration_since(Instant::now()).as_millis());
+        left.map_or(0, |left| u32::try_from(left).unwrap_or(u32::MAX).max(1))
+    }
+
+    /// Waits until the agent should have told the reason why there is no head.
+    pub async fn head_is_late(&self) {
+        match self.head {
+            Some(at) => sleep_until(at + self.margin).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Time of the last byte of a request's bodies, which the tasks of both directions note.
+#[derive(Debug, Clone)]
+pub struct Progress(Arc<AtomicU64>);
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self(Arc::new(AtomicU64::new(clock::now().0)))
+    }
+}
+
+impl Progress {
+    /// Notes that bytes passed.
+    pub fn note(&self) {
+        self.0.store(clock::now().0, Relaxed);
+    }
+
+    /// Returns the time since the last byte.
+    fn still_for(&self) -> Duration {
+        Duration::from_micros(clock::now().0.saturating_sub(self.0.load(Relaxed)))
+    }
+}
+
+/// Timer of bodies that stand still.
+#[derive(Debug)]
+pub struct Idle {
+    progress: Progress,
+    max: Duration,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Idle {
+    /// Starts the timer.
+    #[must_use]
+    pub fn new(progress: &Progress, max: Duration) -> Self {
+        Self { progress: progress.clone(), max, timer: Box::pin(sleep(max)) }
+    }
+
+    /// Waits until no byte passed for too long.
+    pub fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            let still_for = self.progress.still_for();
+            if still_for >= self.max {
+                return Poll::Ready(());
+            }
+            // Set again only here, so that a byte costs no work on the timer.
+            self.timer.as_mut().reset(Instant::now() + (self.max - still_for));
+        }
+    }
+}

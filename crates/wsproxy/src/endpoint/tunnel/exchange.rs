@@ -1,0 +1,438 @@
+//! One request on a lane and its answer: opened, perhaps again on another lane, until there is a head. Knows no rules for
+//! headers and paths.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderValue, Method, Response, StatusCode, Version, header};
+use hyper::upgrade::OnUpgrade;
+use tokio::time::sleep;
+use tokio_util::task::AbortOnDropHandle;
+use wsproxy_conn::{
+    lane::{OpenedStream, StreamReader, StreamWriter},
+    socket::watch::{Leaving, PeerWatch},
+};
+use wsproxy_proto::{
+    names::Id,
+    tunnel::{
+        code::Code as ResetCode,
+        event::{Answer, End},
+        frame::{Open, Reset, Source as FrameSource},
+        headers::HeaderBlock,
+        lane::OpenError,
+    },
+};
+
+use crate::{
+    core::{Core, admission::Seat},
+    endpoint::tunnel::{
+        Tunnel,
+        deadlines::{Deadlines, Progress},
+        exchange::{
+            download::AnswerBody,
+            retries::Retries,
+            upload::{Upload, Uploaded},
+        },
+        headers::answer::{self, Source},
+        lanes::{Lane, Place},
+        proxy,
+        refusal::{Code, Refusal},
+    },
+    http::{Body, listener::Answering},
+};
+
+mod download;
+mod ends;
+mod retries;
+mod switch;
+pub mod upload;
+
+/// A request that has passed its checks.
+pub struct Ask {
+    /// Cluster.
+    pub cluster: Id,
+    /// Method.
+    pub method: Method,
+    /// Path with its query.
+    pub target: String,
+    /// Headers for the upstream.
+    pub block: HeaderBlock,
+    /// Protocols of an upgrade.
+    pub upgrade: Option<HeaderValue>,
+    /// The answer may last.
+    pub is_long: bool,
+    /// The client waits for `100`.
+    pub expects: bool,
+    /// The client takes trailers.
+    pub accepts_trailers: bool,
+    /// Deadlines.
+    pub deadlines: Deadlines,
+    /// Host that the client named.
+    pub host: Option<Box<str>>,
+    /// Path below which the upstream is found.
+    pub prefix: String,
+}
+
+/// Connection of the client.
+pub struct Client {
+    /// The request at the listener, with its socket.
+    pub answering: Option<Answering>,
+    /// Seat of the socket, which an upgraded connection keeps.
+    pub seat: Option<Arc<Seat>>,
+    /// Version of HTTP.
+    pub version: Version,
+    /// Socket after an upgrade.
+    pub on_upgrade: OnUpgrade,
+}
+
+/// Task that uploads the body of a request.
+type Uploading = AbortOnDropHandle<(Upload, Uploaded)>;
+
+/// A stream with its head.
+struct Answered {
+    head: Answer,
+    answer: StreamReader,
+    /// Body of the request, while it is not uploaded whole; of an upgrade, the way to the upstream.
+    uploading: Option<Uploading>,
+    request: Option<StreamWriter>,
+    progress: Progress,
+    place: Arc<Place>,
+}
+
+/// An attempt without a head.
+struct Failed {
+    refusal: Refusal,
+    end: Option<End>,
+    lane: Arc<Lane>,
+    /// Body that may be uploaded again; `None`: there is none, or a part of it is gone.
+    upload: Option<Upload>,
+}
+
+/// Sends a request, and returns the answer once its head is there.
+///
+/// # Errors
+/// [`Refusal`]
+pub async fn run(
+    tunnel: &Arc<Tunnel>,
+    core: &Arc<Core>,
+    ask: Ask,
+    mut upload: Option<Upload>,
+    client: Client,
+) -> Result<Response<Body>, Refusal> {
+    if let Some(answering) = &client.answering {
+        // A client that reads nothing may do so for as long as a body may stand still.
+        let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
+        answering.socket().prepare_stream(UNSENT_BYTES_MAX, still_max);
+    }
+    let (mut tried, mut retries) = (Vec::new(), Retries::default());
+    loop {
+        let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
+        let place = tokio::select! {
+            place = proxy::find_lane(tunnel, core, &ask, &tried) => place?,
+            () = watch.left() => return Err(Refusal::new(Code::Cancelled)),
+        };
+        let had_body = upload.is_some();
+        let attempt = Attempt { tunnel, core, ask: &ask, retried: retries.are_marked() };
+        match attempt.run(place, upload.take(), watch).await {
+            Ok(answered) => return respond(core, &ask, answered, client),
+            Err(failed) => {
+                let is_whole = !had_body || failed.upload.is_some();
+                let end = failed.end.as_ref().filter(|_| is_whole);
+                if !end.is_some_and(|end| retries.allow(end, &ask.method, had_body)) {
+                    return Err(failed.refusal);
+                }
+                upload = failed.upload;
+                tried.push(failed.lane);
+            }
+        }
+    }
+}
+
+/// Watch of a client whose connection is not read now.
+struct Watch(Option<PeerWatch>);
+
+impl Watch {
+    /// Watches a client whose request has a body, or may have bytes behind it. Of others, the library for HTTP reads the
+    /// end of the connection.
+    fn of(client: &Client, is_needed: bool) -> Self {
+        let answering = client.answering.as_ref().filter(|_| is_needed);
+        Self(answering.and_then(|answering| answering.socket().watch_peer()))
+    }
+
+    async fn left(&self) {
+        match &self.0 {
+            Some(watch) => watch.left(Leaving::Ends).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// One attempt on one lane.
+struct Attempt<'a> {
+    tunnel: &'a Arc<Tunnel>,
+    core: &'a Arc<Core>,
+    ask: &'a Ask,
+    /// An earlier attempt may have reached the upstream.
+    retried: bool,
+}
+
+impl Attempt<'_> {
+    async fn run(
+        &self,
+        place: Place,
+        upload: Option<Upload>,
+        watch: Watch,
+    ) -> Result<Answered, Failed> {
+        let lane = Arc::clone(&place.lane);
+        let failed =
+            |refusal, end, upload| Failed { refusal, end, lane: Arc::clone(&lane), upload };
+        let OpenedStream { request, mut answer } = match self.open(&place, upload.is_some()) {
+            Ok(stream) => stream,
+            Err((refusal, end)) => return Err(failed(refusal, end, upload)),
+        };
+        let mut sides = Sides {
+            core: self.core,
+            upload,
+            request: Some(request),
+            uploading: None,
+            uploaded: None,
+            watch: Some(watch),
+            progress: Progress::default(),
+            place: Arc::new(place),
+        };
+        match self.head(&mut answer, &mut sides).await {
+            Ok(head) => Ok(Answered {
+                head,
+                answer,
+                uploading: sides.uploading,
+                request: sides.request,
+                progress: sides.progress,
+                place: sides.place,
+            }),
+            Err(Fault::Ended(end)) => {
+                let refusal = ends::refusal(&end, self.core.is_closing());
+                let upload = sides.take_back().await;
+                Err(failed(refusal, Some(end), upload))
+            }
+            // Dropping the reader resets the stream, as does that of a body that is not whole.
+            Err(Fault::Refused(refusal)) => Err(failed(refusal, None, None)),
+        }
+    }
+
+    /// Opens the stream. Where the process is full, a reader that stood still for long has to leave.
+    fn open(&self, place: &Place, has_body: bool) -> Result<OpenedStream, (Refusal, Option<End>)> {
+        let ask = self.ask;
+        let open = Open {
+            end: !has_body && ask.upgrade.is_none(),
+            upgrade: ask.upgrade.is_some(),
+            long: ask.is_long,
+            expect: ask.expects,
+            retried: self.retried,
+            head_ms: ask.deadlines.head_ms(),
+            method: ask.method.as_str().as_bytes(),
+            path: ask.target.as_bytes(),
+            headers: ask.block.headers(),
+        };
+        let gone = || Some(End::LaneLost { not_dispatched: true });
+        let Some(handle) = place.lane.handle() else {
+            return Err((Refusal::new(Code::LaneLost).undispatched(), gone()));
+        };
+        let mut opened = handle.open(&open);
+        if matches!(opened, Err(OpenError::Overloaded)) && self.tunnel.lanes.end_slowest() {
+            opened = handle.open(&open);
+        }
+        opened.map_err(|error| match error {
+            OpenError::Overloaded => (Refusal::new(Code::Overloaded), None),
+            OpenError::Full => (Refusal::new(Code::Overloaded), gone()),
+            OpenError::NotReady | OpenError::Draining => (Refusal::new(Code::Restarting), gone()),
+            OpenError::HeadTooLarge => (Refusal::new(Code::HeadTooLarge), None),
+            OpenError::Invalid => (Refusal::new(Code::BadHeader), None),
+        })
+    }
+
+    /// Waits for the final head, and uploads the body meanwhile.
+    async fn head(
+        &self,
+        answer: &mut StreamReader,
+        sides: &mut Sides<'_>,
+    ) -> Result<Answer, Fault> {
+        // A client that waits for `100` gets it when its body is read for the first time.
+        if !self.ask.expects {
+            sides.begin_upload();
+        }
+        let begin_anyway = sleep(CONTINUE_AFTER);
+        let is_late = self.ask.deadlines.head_is_late();
+        let (mut begin_anyway, mut is_late) =
+            (std::pin::pin!(begin_anyway), std::pin::pin!(is_late));
+        loop {
+            tokio::select! {
+                biased;
+                head = answer.head() => match head {
+                    Ok(head) if head.status == 100 => sides.begin_upload(),
+                    Ok(head) => return Ok(head),
+                    Err(end) => {
+                        // An upload that has reset the stream tells why.
+                        if matches!(end, End::ResetHere(_)) && sides.uploading.is_some() {
+                            let uploaded = upload_end(&mut sides.uploading).await;
+                            sides.on_uploaded(uploaded)?;
+                        }
+                        return Err(Fault::Ended(end));
+                    }
+                },
+                uploaded = upload_end(&mut sides.uploading) => sides.on_uploaded(uploaded)?,
+                () = left(sides.watch.as_ref()) => return Err(Refusal::new(Code::Cancelled).into()),
+                () = &mut begin_anyway, if sides.may_begin() => sides.begin_upload(),
+                () = &mut is_late => return Err(Refusal::new(Code::GatewayTimeout).into()),
+            }
+        }
+    }
+}
+
+/// Reason why there is no head.
+enum Fault {
+    Ended(End),
+    Refused(Refusal),
+}
+
+impl From<Refusal> for Fault {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// State of the client's direction while the head is awaited.
+struct Sides<'a> {
+    core: &'a Arc<Core>,
+    /// Body whose upload has not begun, or has ended early.
+    upload: Option<Upload>,
+    request: Option<StreamWriter>,
+    uploading: Option<Uploading>,
+    uploaded: Option<Uploaded>,
+    watch: Option<Watch>,
+    progress: Progress,
+    place: Arc<Place>,
+}
+
+impl Sides<'_> {
+    const fn may_begin(&self) -> bool {
+        self.upload.is_some() && self.uploading.is_none() && self.uploaded.is_none()
+    }
+
+    /// Begins to upload the body, if there is one and its upload has not begun.
+    fn begin_upload(&mut self) {
+        if !self.may_begin() {
+            return;
+        }
+        if let Some((upload, request)) = self.upload.take().zip(self.request.take()) {
+            let watch = self.watch.take().unwrap_or(Watch(None));
+            let (progress, place) = (self.progress.clone(), Arc::clone(&self.place));
+            let task = self.core.tasks.spawn(async move {
+                // The stream counts until both of its directions have ended.
+                let _place = place;
+                upload.run(request, &progress, async move { watch.left().await }).await
+            });
+            self.uploading = Some(AbortOnDropHandle::new(task));
+        }
+    }
+
+    fn on_uploaded(&mut self, ended: Option<(Upload, Uploaded)>) -> Result<(), Fault> {
+        self.uploading = None;
+        let Some((upload, uploaded)) = ended else {
+            return Err(Refusal::new(Code::Cancelled).into());
+        };
+        (self.upload, self.uploaded) = (Some(upload), Some(uploaded));
+        match uploaded {
+            Uploaded::Whole | Uploaded::Stopped | Uploaded::StreamEnded => Ok(()),
+            Uploaded::TooLarge => Err(Refusal::new(Code::BodyTooLarge).into()),
+            Uploaded::ClientLeft => Err(Refusal::new(Code::Cancelled).into()),
+        }
+    }
+
+    /// Returns the body of a stream that has ended, if it can be uploaded again from its beginning.
+    async fn take_back(mut self) -> Option<Upload> {
+        if let Some(uploading) = self.uploading.take()
+            && let Ok((upload, _)) = uploading.await
+        {
+            self.upload = Some(upload);
+        }
+        self.upload.filter(Upload::is_whole)
+    }
+}
+
+/// Waits for the end of an upload; for ever where none runs.
+async fn upload_end(uploading: &mut Option<Uploading>) -> Option<(Upload, Uploaded)> {
+    match uploading {
+        Some(uploading) => uploading.await.ok(),
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until a client leaves that is not read now.
+async fn left(watch: Option<&Watch>) {
+    match watch {
+        Some(watch) => watch.left().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Makes the answer to the client.
+fn respond(
+    core: &Arc<Core>,
+    ask: &Ask,
+    mut answered: Answered,
+    client: Client,
+) -> Result<Response<Body>, Refusal> {
+    let head = &answered.head;
+    let malformed = || Refusal::new(Code::UpstreamProtocol);
+    let status = StatusCode::from_u16(head.status).map_err(|_| malformed())?;
+    let source = match head.source {
+        FrameSource::Upstream => Source::Upstream,
+        FrameSource::Agent => Source::Agent,
+    };
+    let asked = answer::Asked {
+        prefix: &ask.prefix,
+        host: ask.host.as_deref(),
+        upgrade: ask.upgrade.as_ref(),
+        accepts_trailers: ask.accepts_trailers,
+    };
+    let headers = answer::map(status, &head.headers, source, &asked)?;
+    let is_bodyless = ask.method == Method::HEAD
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    let length = headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes);
+    if head.end && !is_bodyless && length.is_some_and(|length| length != b"0") {
+        return Err(malformed());
+    }
+    let body = if status == StatusCode::SWITCHING_PROTOCOLS {
+        let request = answered.request.take().ok_or_else(malformed)?;
+        let Answered { answer, place, .. } = answered;
+        core.tasks.spawn(switch::run(client, request, answer, place));
+        Body::empty()
+    } else if head.end {
+        // The upstream may still read the body of the request.
+        drop(answered.uploading.map(AbortOnDropHandle::detach));
+        Body::empty()
+    } else {
+        if let Some(mut request) = answered.request.take_if(|_| ask.upgrade.is_some()) {
+            let _ = request.finish();
+        }
+        let left = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
+        Body::new(AnswerBody::new(core, answered, ask, &client, left))
+    };
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    Ok(response)
+}
+
+/// Resets a stream, since its client cannot be served any more.
+fn cancel(answer: StreamReader) {
+    answer.reset(&Reset::new(ResetCode::Cancelled));
+}
+
+/// Time after which a body is read though the upstream has not said `100`.
+const CONTINUE_AFTER: Duration = Duration::from_secs(1);
+
+/// Upper bound of the bytes of an answer that wait in the kernel for their first transmission.
+const UNSENT_BYTES_MAX: u32 = 64 << 10;
+
+/// Longest time for which the client of an answer that may last reads nothing: until the kernel gives its connection up.
+const STILL_MAX: Duration = Duration::from_secs(7 * 24 * 3600);

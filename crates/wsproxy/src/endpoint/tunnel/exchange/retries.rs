@@ -1,0 +1,65 @@
+//! Rule for sending a request again on another lane. Knows no lanes.
+
+use http::Method;
+use wsproxy_proto::tunnel::event::End;
+
+/// Retries of one request.
+#[derive(Debug, Default)]
+pub(super) struct Retries {
+    undispatched: u32,
+    lost: u32,
+}
+
+impl Retries {
+    /// Returns whether a request whose stream ended without a head may be sent again, and counts that. `has_body`: the
+    /// request has one, all of which is still there.
+    pub(super) fn allow(&mut self, end: &End, method: &Method, has_body: bool) -> bool {
+        if end.is_not_dispatched() {
+            self.undispatched += 1;
+            return self.undispatched <= UNDISPATCHED_MAX;
+        }
+        let is_lost = matches!(end, End::LaneLost { .. });
+        let changes_nothing = matches!(*method, Method::GET | Method::HEAD) && !has_body;
+        if !is_lost || !changes_nothing || self.lost > 0 {
+            return false;
+        }
+        self.lost += 1;
+        true
+    }
+
+    /// Returns whether the upstream may have seen the request before.
+    pub(super) const fn are_marked(&self) -> bool {
+        self.lost > 0
+    }
+}
+
+/// Most retries of a request that reached no upstream.
+const UNDISPATCHED_MAX: u32 = 2;
+
+#[cfg(test)]
+mod tests {
+    use wsproxy_proto::tunnel::code::Code;
+
+    use super::*;
+
+    #[test]
+    fn a_request_that_reached_no_upstream_is_sent_twice_more() {
+        for end in [End::GoneAway(Code::Restarting), End::LaneLost { not_dispatched: true }] {
+            let mut retries = Retries::default();
+            let allowed: Vec<_> =
+                (0..3).map(|_| retries.allow(&end, &Method::POST, true)).collect();
+            assert_eq!((allowed, retries.are_marked()), (vec![true, true, false], false));
+        }
+    }
+
+    #[test]
+    fn a_lost_lane_is_tried_again_for_reading_only() {
+        let end = End::LaneLost { not_dispatched: false };
+        let mut retries = Retries::default();
+        assert!(!retries.allow(&end, &Method::POST, false));
+        assert!(!retries.allow(&end, &Method::GET, true));
+        assert!(retries.allow(&end, &Method::GET, false) && retries.are_marked());
+        assert!(!retries.allow(&end, &Method::GET, false));
+        assert!(!Retries::default().allow(&End::ResetHere(Code::Cancelled), &Method::GET, false));
+    }
+}

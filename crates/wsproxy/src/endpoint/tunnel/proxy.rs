@@ -1,0 +1,253 @@
+//! One proxied request, in the order of its checks: credential, form, path, headers, limits, a lane, the exchange.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
+
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header, request::Parts};
+use hyper::{
+    body::{Body as _, Incoming},
+    upgrade::OnUpgrade,
+};
+use tracing::{debug, info};
+
+use crate::{
+    config::{peer::Peer, tunnel::ClientAuth},
+    core::Core,
+    endpoint::tunnel::{
+        Tunnel,
+        deadlines::Deadlines,
+        exchange::{self, Ask, Client, upload::Upload},
+        headers::{
+            marks::Marks,
+            request::{self, Rules, Sender},
+            trailers, upgrade,
+        },
+        lanes::{NoLane, Place},
+        path,
+        refusal::{self, Code, Refusal, Refused},
+    },
+    http::{
+        Body,
+        handshake::{self, address::RemotePeer, origin},
+    },
+};
+
+/// Returns whether a request is for the service behind a cluster's agent.
+#[must_use]
+pub fn is_proxied(core: &Core, uri: &Uri) -> bool {
+    let target = uri.path_and_query();
+    core.config.endpoints.tunnel
+        && target.is_some_and(|target| path::split(target.as_str()).is_some())
+}
+
+/// Answers a proxied request.
+pub async fn serve(
+    tunnel: &Arc<Tunnel>,
+    core: &Arc<Core>,
+    mut request: Request<Incoming>,
+) -> Response<Body> {
+    let on_upgrade = hyper::upgrade::on(&mut request);
+    let (parts, body) = request.into_parts();
+    let target = parts.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
+    let (cluster, behind) = path::split(&target).unwrap_or_default();
+    let marks = Marks::new(&parts.headers, None);
+    let has_body = !body.is_end_stream();
+    let method = parts.method.clone();
+    // The library for HTTP hides a length beside the chunks. A proxy in front that reads the length would send the next
+    // request in another place.
+    let is_chunked = parts.headers.contains_key(header::TRANSFER_ENCODING);
+    let wants_status = refusal::wants_status(behind, &parts.headers);
+    let asked = Asked { cluster, behind, marks: &marks, on_upgrade };
+    let refusal = match answer(tunnel, core, parts, body, asked).await {
+        Ok(mut response) => {
+            if is_chunked {
+                close(&mut response);
+            }
+            return response;
+        }
+        Err(refusal) => refusal,
+    };
+    let (path, trace_id) = (path::without_query(behind), marks.trace_id());
+    log_refusal(core, &refusal, cluster, &trace_id);
+    let (method, trace_id) = (&method, &*trace_id);
+    let mut response = refusal.response(&Refused { method, cluster, path, trace_id, wants_status });
+    if has_body {
+        // The body may not have been read, so that the client must not send its next request on this connection.
+        close(&mut response);
+    }
+    response
+}
+
+/// Makes an answer the last one on its connection.
+fn close(response: &mut Response<Body>) {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+}
+
+/// Parts of a request that were read before its checks.
+struct Asked<'a> {
+    /// Id of the cluster, as the path has it.
+    cluster: &'a str,
+    /// Path behind `/proxy`.
+    behind: &'a str,
+    marks: &'a Marks,
+    on_upgrade: OnUpgrade,
+}
+
+async fn answer(
+    tunnel: &Arc<Tunnel>,
+    core: &Arc<Core>,
+    parts: Parts,
+    body: Incoming,
+    asked: Asked<'_>,
+) -> Result<Response<Body>, Refusal> {
+    let cluster = crate::http::path::parse_id("cluster_id", asked.cluster).ok();
+    let credential = tunnel.credentials.check_client(&parts.headers, cluster.as_ref()).await?;
+    let Some(cluster) = cluster else { return Err(Refusal::new(Code::ClusterUnknown)) };
+    if tunnel.config.client_auth == ClientAuth::None {
+        check_origin(core, &parts.headers)?;
+    }
+    if core.is_closing() {
+        return Err(Refusal::new(Code::Restarting));
+    }
+    if matches!(parts.method, Method::CONNECT | Method::TRACE) {
+        return Err(Refusal::new(Code::MethodNotAllowed));
+    }
+    let upgrade = upgrade::asked(parts.version, &parts.headers)?;
+    let target = path::target(asked.behind);
+    let target = target.map_err(|bad| Refusal::because(Code::BadPath, bad.to_string()))?;
+    let via = request::via_name(&core.config.redis.channel_prefix, &cluster);
+    let rules = Rules {
+        cluster: &cluster,
+        via: &via,
+        passes_authorization: tunnel.config.pass_authorization && !credential.in_authorization,
+        passes_cookies: tunnel.config.pass_cookies,
+    };
+    let block =
+        request::block(&parts, upgrade.as_ref(), &rules, &sender(core, &parts), asked.marks)?;
+    let is_long = is_long(&target, &parts.headers);
+    let has_body = !body.is_end_stream();
+    let upload = has_body.then(|| Upload::new(body, &parts.headers, tunnel.config.body_max));
+    let upload = upload.transpose()?;
+    let prefix = request::prefix(&cluster);
+    let ask = Ask {
+        is_long,
+        expects: has_body && expects(&parts.headers),
+        accepts_trailers: trailers::are_accepted(&parts.headers),
+        deadlines: Deadlines::new(&tunnel.config, is_long || upgrade.is_some()),
+        host: parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(Into::into),
+        method: parts.method,
+        target: target.into_owned(),
+        block,
+        upgrade,
+        prefix,
+        cluster,
+    };
+    let client = Client {
+        answering: parts.extensions.get().cloned(),
+        seat: parts.extensions.get().cloned(),
+        version: parts.version,
+        on_upgrade: asked.on_upgrade,
+    };
+    drop(parts.headers);
+    exchange::run(tunnel, core, ask, upload, client).await
+}
+
+/// Finds a lane for a request.
+pub(super) async fn find_lane(
+    tunnel: &Arc<Tunnel>,
+    core: &Core,
+    ask: &Ask,
+    tried: &[Arc<crate::endpoint::tunnel::lanes::Lane>],
+) -> Result<Place, Refusal> {
+    let may_last = ask.is_long || ask.upgrade.is_some();
+    match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
+        Ok(place) => Ok(place),
+        Err(NoLane::Full) => Err(Refusal::new(Code::Overloaded)),
+        Err(_) if !tunnel.credentials.may_exist(core, &ask.cluster).await => {
+            Err(Refusal::new(Code::ClusterUnknown))
+        }
+        Err(NoLane::Reconnecting) => Err(Refusal::new(Code::ClusterReconnecting)),
+        Err(NoLane::Offline) => Err(Refusal::new(Code::ClusterOffline)),
+    }
+}
+
+/// Refuses pages of origins that are not named, where no credential protects a cluster.
+fn check_origin(core: &Core, headers: &HeaderMap) -> Result<(), Refusal> {
+    let rules = core.allowed_origins.rules();
+    let is_page = headers.contains_key(header::ORIGIN);
+    if is_page && (rules.is_empty() || origin::check(headers, &rules).is_err()) {
+        return Err(Refusal::because(Code::Forbidden, "Pages of this origin are not allowed."));
+    }
+    Ok(())
+}
+
+fn sender(core: &Core, parts: &Parts) -> Sender {
+    let server = &core.config.server;
+    let peer = parts.extensions.get::<RemotePeer>().map(|peer| peer.0);
+    let address = peer.map_or(UNKNOWN, Peer::address);
+    let client = handshake::address_of(core, &parts.headers, &parts.extensions);
+    Sender {
+        peer: address,
+        client: client.unwrap_or(address),
+        is_trusted: peer.is_some_and(|peer| peer.is_trusted(&server.trusted_proxies)),
+        written: server.forwarded_header,
+        is_tls: core.config.tls.files().is_some(),
+    }
+}
+
+/// Returns whether a request is one whose answer may last: a watch, a log that is followed, an event stream.
+fn is_long(target: &str, headers: &HeaderMap) -> bool {
+    let (_, query) = target.split_once('?').unwrap_or_default();
+    let lasts = |pair| matches!(pair, "watch=true" | "watch=1" | "follow=true" | "follow=1");
+    let takes_events = |value: &HeaderValue| {
+        let text = String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase();
+        text.contains("text/event-stream")
+    };
+    query.split('&').any(lasts) || headers.get_all(header::ACCEPT).iter().any(takes_events)
+}
+
+fn expects(headers: &HeaderMap) -> bool {
+    let expect = headers.get(header::EXPECT);
+    expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+fn log_refusal(core: &Core, refusal: &Refusal, cluster: &str, trace_id: &str) {
+    let code = refusal.code.label();
+    let cluster = &cluster[..cluster.floor_char_boundary(LOGGED_BYTES_MAX)];
+    let cause = refusal.cause.as_deref();
+    // A code is logged once a second, and otherwise at debug.
+    match core.lines.pass(code) {
+        Some(left_out) => {
+            info!(cluster, code, trace_id, error = cause, left_out, "Proxied request refused.");
+        }
+        None => debug!(cluster, code, trace_id, error = cause, "Proxied request refused."),
+    }
+}
+
+/// Address of a client whose listener knows none.
+const UNKNOWN: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
+/// Upper bound of a cluster's name in a log line.
+const LOGGED_BYTES_MAX: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn watches_and_event_streams_are_long() {
+        let accept = |value: &'static str| {
+            HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static(value))])
+        };
+        let none = HeaderMap::new();
+        for target in ["/a?watch=true", "/a?x=1&watch=1", "/log?follow=true&tail=3"] {
+            assert!(is_long(target, &none), "{target}");
+        }
+        for target in ["/a", "/watch=true", "/a?watch=false", "/a?xwatch=true", "/a?watch"] {
+            assert!(!is_long(target, &none), "{target}");
+        }
+        assert!(is_long("/", &accept("Text/Event-Stream")) && !is_long("/", &accept("*/*")));
+    }
+}

@@ -1,0 +1,6 @@
+//! The tunnel: lanes of cluster agents, and requests over them, with an agent of the tests.
+
+mod bodies;
+mod lanes;
+mod requests;
+mod upgrades;
