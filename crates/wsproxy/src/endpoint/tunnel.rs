@@ -5,9 +5,12 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_conn::lane::LaneSettings;
-use wsproxy_proto::tunnel::{
-    lane::LaneConfig,
-    memory::{Memory, MemoryLimits},
+use wsproxy_proto::{
+    names::Id,
+    tunnel::{
+        lane::LaneConfig,
+        memory::{Memory, MemoryLimits},
+    },
 };
 
 use crate::{
@@ -17,6 +20,12 @@ use crate::{
     endpoint::tunnel::{
         clients::Credentials,
         lanes::{Lanes, Limits},
+        peers::{PeerCounters, Peers},
+    },
+    http::listener::tls::TlsListener,
+    registry::{
+        metrics::collect_lanes,
+        tunnel::{LaneCounters, LaneRegistry},
     },
     telemetry::scrape::{Scrape, Source},
 };
@@ -28,6 +37,7 @@ pub mod exchange;
 pub mod headers;
 pub mod lanes;
 pub mod path;
+pub mod peers;
 pub mod proxy;
 pub mod refusal;
 
@@ -38,6 +48,8 @@ pub struct Tunnel {
     credentials: Credentials,
     /// Lanes of this instance.
     lanes: Arc<Lanes>,
+    /// Lanes of other instances; `None`: the tunnel is not served.
+    peers: Option<Arc<Peers>>,
     /// Memory that all lanes share.
     memory: Arc<Memory>,
     /// Settings of each lane.
@@ -70,10 +82,19 @@ impl Tunnel {
             cluster: config.cluster_streams_max as usize,
             reconnect_grace: config.reconnect_grace,
         };
+        let lanes = Lanes::new(of_lanes);
+        let peers = endpoints.tunnel.then(|| {
+            let url = peers::url(config);
+            let registry = LaneRegistry::start(core.lease(), &core.hub, &core.bus, url);
+            let told = Arc::clone(&lanes);
+            registry.tell(move |cluster| told.changed(cluster));
+            Peers::new(config, registry, background)
+        });
         Ok(Arc::new(Self {
+            peers: peers.transpose()?,
             config: config.clone(),
             credentials: Credentials::new(config, jwt),
-            lanes: Lanes::new(of_lanes),
+            lanes,
             memory: Memory::new(limits),
             lane: lane_settings(config, &core.server_id),
         }))
@@ -84,15 +105,54 @@ impl Tunnel {
         self.credentials.reload(&config.tunnel);
     }
 
+    /// Opens the listener for other instances, where the configuration has one.
+    ///
+    /// # Errors
+    /// Another process listens there, or the address does not belong to this machine.
+    pub(super) fn listen(
+        self: &Arc<Self>,
+        core: &Arc<Core>,
+        tls: Option<Arc<TlsListener>>,
+        sockets_max: usize,
+    ) -> std::io::Result<()> {
+        match &self.peers {
+            Some(peers) => peers::listen(peers, self, core, tls, sockets_max),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns whether a lane of a cluster at another instance is expected.
+    fn expects(&self, cluster: &Id) -> bool {
+        let grace = self.config.reconnect_grace;
+        self.peers.as_ref().is_some_and(|peers| peers.expects(cluster, grace))
+    }
+
+    /// Removes the lanes of this instance from the registry. They must have ended by then.
+    pub(super) async fn close(&self) {
+        if let Some(peers) = &self.peers {
+            peers.registry.close().await;
+        }
+    }
+
     /// Drains all lanes, until `deadline` at the latest.
     pub(super) fn drain(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         self.lanes.drain(self.config.drain.min(left).into());
+        if let Some(peers) = &self.peers {
+            peers.close();
+        }
     }
 }
 
 impl Source for Tunnel {
-    fn collect(&self, _scrape: &mut Scrape) {}
+    fn collect(&self, scrape: &mut Scrape) {
+        if let Some(peers) = &self.peers {
+            peers.collect(scrape);
+        } else {
+            collect_lanes(&LaneCounters::default(), 0, scrape);
+            peers::collect(&PeerCounters::default(), scrape);
+        }
+    }
 }
 
 fn lane_settings(config: &TunnelConfig, server_id: &str) -> LaneSettings {

@@ -34,6 +34,7 @@ use crate::{
         },
         headers::answer::{self, Source},
         lanes::{Lane, Place},
+        peers::forward::{Arrivals, Forwarded, forward},
         proxy,
         refusal::{Code, Refusal},
     },
@@ -70,6 +71,8 @@ pub struct Ask {
     pub host: Option<Box<str>>,
     /// Path below which the upstream is found.
     pub prefix: String,
+    /// Another instance brought the request, which goes to no further one.
+    pub is_of_peer: bool,
 }
 
 /// Connection of the client.
@@ -116,7 +119,7 @@ pub async fn run(
     core: &Arc<Core>,
     ask: Ask,
     mut upload: Option<Upload>,
-    client: Client,
+    mut client: Client,
 ) -> Result<Response<Body>, Refusal> {
     if let Some(answering) = &client.answering {
         // A client that reads nothing may do so for as long as a body may stand still.
@@ -125,9 +128,22 @@ pub async fn run(
     }
     let (mut tried, mut retries) = (Vec::new(), Retries::default());
     loop {
+        // Lanes here come first, since they cost no second hop.
+        let mut arrivals = Arrivals::default();
+        if let Some(peers) = tunnel.peers.as_ref().filter(|_| !ask.is_of_peer)
+            && !tunnel.lanes.has_open(&ask.cluster, &tried)
+        {
+            match forward(peers, core, &ask, upload, client).await {
+                Forwarded::Done(answer) => return answer,
+                Forwarded::Nowhere(whole, same, next) => {
+                    (upload, client, arrivals) = (whole, same, next);
+                }
+            }
+        }
         let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
         let place = tokio::select! {
             place = proxy::find_lane(tunnel, core, &ask, &tried) => place?,
+            () = arrivals.next() => continue,
             () = watch.left() => return Err(Refusal::new(Code::Cancelled)),
         };
         let had_body = upload.is_some();

@@ -142,6 +142,7 @@ async fn answer(
         block,
         upgrade,
         prefix,
+        is_of_peer: false,
         cluster,
     };
     let client = Client {
@@ -165,6 +166,9 @@ pub(super) async fn find_lane(
     match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
         Ok(place) => Ok(place),
         Err(NoLane::Full) => Err(Refusal::new(Code::Overloaded)),
+        // That instance looks for another one.
+        Err(_) if ask.is_of_peer => Err(Refusal::new(Code::NoLane)),
+        Err(_) if tunnel.expects(&ask.cluster) => Err(Refusal::new(Code::ClusterReconnecting)),
         Err(_) if !tunnel.credentials.may_exist(core, &ask.cluster).await => {
             Err(Refusal::new(Code::ClusterUnknown))
         }
@@ -198,7 +202,7 @@ fn sender(core: &Core, parts: &Parts) -> Sender {
 }
 
 /// Returns whether a request is one whose answer may last: a watch, a log that is followed, an event stream.
-fn is_long(target: &str, headers: &HeaderMap) -> bool {
+pub(super) fn is_long(target: &str, headers: &HeaderMap) -> bool {
     let (_, query) = target.split_once('?').unwrap_or_default();
     let lasts = |pair| matches!(pair, "watch=true" | "watch=1" | "follow=true" | "follow=1");
     let takes_events = |value: &HeaderValue| {
