@@ -34,9 +34,9 @@ class Redis:
 class Gateway:
     """One instance of the gateway in front of a Redis."""
 
-    def __init__(self, folder, redis_url, **settings):
+    def __init__(self, folder, redis_url, *, port=None, **settings):
         binary = os.environ.get("WSPROXY_BIN", str(ROOT / "target/debug/wsproxy"))
-        self.port = free_port()
+        self.port = port or free_port()
         self.http, self.ws = f"http://127.0.0.1:{self.port}", f"ws://127.0.0.1:{self.port}"
         env = {"REDIS_URL": redis_url, "WSPROXY_LOG__FORMAT": "json"}
         if "WSPROXY_SERVER__UNIX" not in settings:

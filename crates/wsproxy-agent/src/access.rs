@@ -9,6 +9,8 @@ use wsproxy_proto::{
     tunnel::{code::Code, event::Request},
 };
 
+use crate::metrics::Counters;
+
 /// Facts of one stream, for its line.
 #[derive(Debug)]
 pub(crate) struct Record {
@@ -57,6 +59,13 @@ impl Record {
     /// Returns whether the final head was sent.
     pub(crate) const fn has_head(&self) -> bool {
         self.head.is_some()
+    }
+
+    /// Counts the stream.
+    pub(crate) fn count(&self, counters: &Counters, code: Option<Code>) {
+        counters.ended(self.head.map(|(status, _)| status), code);
+        counters.bytes_up.fetch_add(self.up.load(Relaxed), Relaxed);
+        counters.bytes_down.fetch_add(self.down.load(Relaxed), Relaxed);
     }
 
     /// Writes the line. `code` is that of a stream that is not complete.

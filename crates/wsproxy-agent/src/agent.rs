@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    sync::{Arc, atomic::AtomicU32},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -23,6 +26,7 @@ use crate::{
     config::AgentConfig,
     dialling::{NoLane, dial},
     health::{self, Probed},
+    metrics::{self, Counters},
     serve::Server,
     upstream::Upstream,
 };
@@ -36,20 +40,23 @@ pub async fn run(config: AgentConfig, stop: CancellationToken) {
         upstream: Upstream::new(config.upstream.clone(), tasks.clone()),
         tasks: tasks.clone(),
         streams: AtomicU32::new(0),
+        counters: Counters::default(),
     });
     let memory = Memory::new(config.memory);
     let boot = Uuid::new_v4();
-    let (drain, health) = (config.drain, config.health.clone());
+    let (drain, health, metrics_port) = (config.drain, config.health.clone(), config.metrics_port);
     let (news, probed) = watch::channel(None);
     let leaving = None;
     let mut keeper =
         Keeper { config, server, memory, boot, probed, dialled: 0, attempt: 0, leaving };
     let ticking = keep_upstream(Arc::clone(&keeper.server));
+    let serving = metrics::serve_if(metrics_port, Arc::clone(&keeper.server));
     let probing = health::probe_if(health, Arc::clone(&keeper.server), news);
     let lane = tokio::select! {
         lane = keeper.keep(&stop) => lane,
         never = ticking => match never {},
         never = probing => match never {},
+        never = serving => match never {},
     };
     let lanes: Vec<_> = lane.into_iter().chain(keeper.leaving.take()).collect();
     for lane in &lanes {
@@ -169,6 +176,7 @@ impl Keeper {
         let driver = AbortOnDropHandle::new(self.server.tasks.spawn(driver));
         self.server.tasks.spawn(Arc::clone(&self.server).serve(acceptor));
         let peer = handle.ready().await.map_err(|end| NoLane::Failed(end.to_string()))?;
+        self.server.counters.lanes.fetch_add(1, Relaxed);
         tracing::info!(
             gateway = &*peer.instance,
             version = &*peer.build,
@@ -211,6 +219,7 @@ impl Keeper {
 
     /// Returns the wait after a dial that failed.
     fn after_refusal(&mut self, error: &NoLane) -> Duration {
+        self.server.counters.refusals.fetch_add(1, Relaxed);
         let mut pause = self.next_pause();
         if error.is_refused_for_long() {
             pause = pause.max(self.config.pauses.refused);

@@ -23,6 +23,8 @@ pub struct AgentConfig {
     pub upstream: UpstreamConfig,
     /// Probes of the upstream; `None`: there are none, and the gateway is told nothing.
     pub health: Option<HealthConfig>,
+    /// Port for metrics; `None`: there is none.
+    pub metrics_port: Option<u16>,
     /// Time that streams get which are in flight when the agent stops.
     pub drain: Duration,
     /// Waits between two lanes.

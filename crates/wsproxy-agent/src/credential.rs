@@ -106,8 +106,7 @@ impl Credential {
             return Ok(None);
         }
         let value = self.state().value.clone();
-        let missing =
-            || Failure::undispatched(Code::UpstreamConnect, "the upstream's token is missing");
+        let missing = || Failure::new(Code::UpstreamConnect, "the upstream's token is missing");
         value.map(Some).ok_or_else(missing)
     }
 

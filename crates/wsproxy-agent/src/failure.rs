@@ -11,8 +11,6 @@ pub(crate) enum Failure {
     Reset {
         /// Reason.
         code: Code,
-        /// Whether not one byte of the request reached the upstream.
-        not_dispatched: bool,
         /// Sentence for the logs of both sides, without a value of the client.
         message: String,
     },
@@ -28,14 +26,9 @@ impl std::fmt::Display for Failure {
 }
 
 impl Failure {
-    /// Returns a failure of a request of which the upstream may have seen a part.
+    /// Returns a failure with its reason.
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
-        Self::Reset { code, not_dispatched: false, message: message.into() }
-    }
-
-    /// Returns a failure of a request of which the upstream has seen nothing.
-    pub(crate) fn undispatched(code: Code, message: impl Into<String>) -> Self {
-        Self::Reset { code, not_dispatched: true, message: message.into() }
+        Self::Reset { code, message: message.into() }
     }
 
     /// Returns the code for logs.
@@ -46,16 +39,14 @@ impl Failure {
         }
     }
 
-    /// Returns the frame that tells the gateway; `None` where the stream has ended.
+    /// Returns the frame that tells the gateway; `None` where the stream has ended. NOT_DISPATCHED is never set: a gateway
+    /// sends such a request again at once, which is of no use while the upstream cannot be reached.
     pub(crate) fn reset(&self, head_sent: bool) -> Option<Reset<'_>> {
         match self {
             Self::Gone => None,
-            Self::Reset { code, not_dispatched, message } => Some(Reset {
-                not_dispatched: *not_dispatched && !head_sent,
-                head_sent,
-                message,
-                ..Reset::new(*code)
-            }),
+            Self::Reset { code, message } => {
+                Some(Reset { head_sent, message, ..Reset::new(*code) })
+            }
         }
     }
 }

@@ -80,6 +80,7 @@ async fn probe(
             } else if is_news {
                 tracing::warn!(problem = probed.text, "The upstream is not healthy.");
             }
+            server.counters.upstream_is_ok.store(probed.is_ok.into(), Relaxed);
             *last = Some(probed);
             is_news
         });

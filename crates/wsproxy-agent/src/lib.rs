@@ -15,6 +15,7 @@ mod credential;
 mod dialling;
 mod failure;
 mod health;
+mod metrics;
 mod paths;
 pub mod pauses;
 mod request;

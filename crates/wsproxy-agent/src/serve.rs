@@ -27,6 +27,7 @@ use crate::{
     compression::Compressor,
     config::Service,
     failure::Failure,
+    metrics::Counters,
     request::RequestHead,
     upgraded,
     upstream::{
@@ -44,6 +45,7 @@ pub(crate) struct Server {
     pub(crate) tasks: TaskTracker,
     /// Streams in flight.
     pub(crate) streams: AtomicU32,
+    pub(crate) counters: Counters,
 }
 
 impl Server {
@@ -56,7 +58,7 @@ impl Server {
     }
 
     async fn serve_stream(&self, stream: AcceptedStream) {
-        let _counted = Counted::new(&self.streams);
+        let counted = Counted::new(&self.streams);
         let AcceptedStream { request, body, mut answer } = stream;
         let number = answer.number();
         let mut record = Record::new(&request);
@@ -73,6 +75,8 @@ impl Server {
             }
         };
         record.write(&self.service.cluster, number, code);
+        record.count(&self.counters, code);
+        drop(counted);
         if let Some(connection) = connection {
             self.upstream.keep(connection).await;
         }
@@ -110,7 +114,7 @@ impl Server {
         record.answered(status);
         if is_upgraded {
             let upgraded = hyper::upgrade::on(&mut exchange.response).await;
-            let upgraded = upgraded.map_err(|error| failed(&error, false))?;
+            let upgraded = upgraded.map_err(|error| failed(&error))?;
             let up = raw.ok_or_else(|| Failure::new(Code::Protocol, "OPEN ended an upgrade"))?;
             upgraded::carry(upgraded, up, answer, record).await?;
             return Ok(None);
@@ -185,7 +189,7 @@ async fn pass_body(
             _ = answer.gone() => return Err(Failure::Gone),
             frame = body.frame() => frame,
         };
-        let frame = frame.transpose().map_err(|error| failed(&error, false))?;
+        let frame = frame.transpose().map_err(|error| failed(&error))?;
         let trailers = match frame.map(Frame::into_data) {
             Some(Ok(bytes)) => {
                 let bytes = match &mut compressor {

@@ -96,6 +96,9 @@ pub struct Settings {
     /// Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.
     #[arg(long, value_name = "BOOL", default_value_t, action = ArgAction::Set, env = "WSPROXY_TUNNEL_AGENT__COMPRESS")]
     pub compress: bool,
+    /// Port for metrics, on all addresses and without credentials. Default: none.
+    #[arg(long, value_name = "PORT", env = "WSPROXY_TUNNEL_AGENT__METRICS_PORT")]
+    pub metrics_port: Option<u16>,
     /// Time that requests in flight get when the agent stops.
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration, env = "WSPROXY_TUNNEL_AGENT__DRAIN")]
     pub drain: Duration,
@@ -123,6 +126,7 @@ impl Default for Settings {
             health_path: "/healthz".into(),
             health_interval: Duration::from_secs(10),
             compress: false,
+            metrics_port: None,
             drain: Duration::from_secs(20),
         }
     }
@@ -165,6 +169,7 @@ impl Settings {
             },
             upstream,
             health: Some(self.health()?),
+            metrics_port: self.metrics_port,
             drain: self.drain,
             pauses: Pauses::default(),
             lane: LaneSettings {

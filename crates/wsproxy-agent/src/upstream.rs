@@ -104,7 +104,7 @@ impl Upstream {
                 );
                 continue;
             }
-            return Err(failed(error.error(), written == 0 && !body.is_taken()));
+            return Err(failed(error.error()));
         }
     }
 
@@ -162,7 +162,7 @@ impl Upstream {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(BUFFER_BYTES);
         let (sender, connection) =
-            builder.handshake(TokioIo::new(wire)).await.map_err(|error| failed(&error, true))?;
+            builder.handshake(TokioIo::new(wire)).await.map_err(|error| failed(&error))?;
         let task = self.tasks.spawn(async move {
             // A failure is told to the request, or makes an idle connection unusable.
             let _ = connection.with_upgrades().await;
@@ -176,7 +176,7 @@ impl Upstream {
 }
 
 /// Returns the failure of a request, or of the body of its answer.
-pub(crate) fn failed(error: &hyper::Error, not_dispatched: bool) -> Failure {
+pub(crate) fn failed(error: &hyper::Error) -> Failure {
     let code = match error {
         error if error.is_parse_too_large() => Code::HeadTooLarge,
         error if error.is_parse() => Code::UpstreamProtocol,
@@ -184,8 +184,7 @@ pub(crate) fn failed(error: &hyper::Error, not_dispatched: bool) -> Failure {
         error if error.is_user() => Code::Cancelled,
         _ => Code::UpstreamReset,
     };
-    let message = chain(error);
-    Failure::Reset { code, not_dispatched, message }
+    Failure::new(code, chain(error))
 }
 
 /// Returns an error with its causes.

@@ -2,6 +2,7 @@
 
 pub mod counter;
 pub mod family;
+pub mod histogram;
 pub mod log;
 pub mod metrics;
 pub mod report;

@@ -15,13 +15,13 @@ use crate::{config::UpstreamConfig, failure::Failure};
 /// # Errors
 /// [`Code::UpstreamConnect`], [`Code::UpstreamTls`]; no byte of a request was sent.
 pub(super) async fn open(config: &UpstreamConfig) -> Result<UpstreamSocket, Failure> {
-    let late = |code| Failure::undispatched(code, "the upstream was not connected in time");
+    let late = |code| Failure::new(code, "the upstream was not connected in time");
     let started = tokio::time::Instant::now();
     let connect = TcpStream::connect((&*config.host, config.port));
     let stream = timeout(CONNECT_TIMEOUT, connect).await;
     let stream = stream.map_err(|_| late(Code::UpstreamConnect))?.map_err(|error| {
         let message = format!("the upstream cannot be connected: {error}");
-        Failure::undispatched(Code::UpstreamConnect, message)
+        Failure::new(Code::UpstreamConnect, message)
     })?;
     // Options that a kernel refuses cost speed or memory, and no correctness.
     let _ = stream.set_nodelay(true);
@@ -37,7 +37,7 @@ pub(super) async fn open(config: &UpstreamConfig) -> Result<UpstreamSocket, Fail
     let stream = timeout(left, handshake).await.map_err(|_| late(Code::UpstreamTls))?;
     let stream = stream.map_err(|error| {
         let message = format!("TLS to the upstream failed: {error}");
-        Failure::undispatched(Code::UpstreamTls, message)
+        Failure::new(Code::UpstreamTls, message)
     })?;
     Ok(UpstreamSocket::Tls(Box::new(stream)))
 }

@@ -1,9 +1,14 @@
 //! Requests that are given up: the upstream's connection is closed.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use wsproxy_proto::tunnel::{code::Code, frame::Open};
 
-use crate::support::{Bench, block, code, head, post, until, within};
+use crate::{
+    metrics::page,
+    support::{Bench, block, code, head, listen, post, until, within},
+};
 
 #[tokio::test]
 async fn a_client_that_leaves_closes_the_upstream() {
@@ -39,7 +44,7 @@ async fn a_client_that_stalls_and_leaves_closes_the_upstream() {
     head(&mut stalled).await;
     let piece = vec![0; 1 << 20];
     let write = tokio::io::AsyncWriteExt::write_all(&mut upstream.socket, &piece);
-    let _ = tokio::time::timeout(std::time::Duration::from_millis(200), write).await;
+    let _ = tokio::time::timeout(Duration::from_millis(200), write).await;
     drop(stalled);
     upstream.is_closed().await;
 }
@@ -50,7 +55,7 @@ async fn a_head_that_comes_too_late_is_a_timeout() {
     let open = Open { end: true, head_ms: 50, ..Open::new(b"GET", b"/") };
     let mut stream = bench.open(&open);
     let (_, mut upstream) = bench.upstream.request().await;
-    assert_eq!(code(&mut stream).await, (Code::UpstreamTimeout, false));
+    assert_eq!(code(&mut stream).await, Code::UpstreamTimeout);
     upstream.is_closed().await;
 }
 
@@ -64,4 +69,60 @@ async fn a_lane_that_is_lost_closes_all_upstreams() {
         upstream.is_closed().await;
     }
     drop(streams);
+}
+
+#[tokio::test]
+async fn streams_that_end_anyhow_leave_nothing() {
+    let port = listen().await.local_addr().unwrap().port();
+    let bench = Bench::with(|settings| settings.metrics_port = Some(port)).await;
+    let Bench { lane, upstream, agent: _agent, .. } = bench;
+    tokio::spawn(async move {
+        for number in 0_u32.. {
+            let mut request = upstream.accept().await;
+            tokio::spawn(async move {
+                // Connections that wait, break in the head, break in the body, and go on.
+                loop {
+                    request.head().await;
+                    match number % 4 {
+                        0 => std::future::pending().await,
+                        1 => break,
+                        2 => {
+                            request.write("HTTP/1.1 200 x\r\nContent-Length: 9\r\n\r\npart").await;
+                            break;
+                        }
+                        _ => request.write("HTTP/1.1 200 x\r\nContent-Length: 2\r\n\r\nok").await,
+                    }
+                }
+            });
+        }
+    });
+    let headers = block(&[("content-length", "40000")]);
+    let clients: Vec<_> = (0..400_u64)
+        .map(|number| {
+            let (handle, headers) = (lane.handle.clone(), headers.clone());
+            tokio::spawn(async move {
+                let mut stream = match number % 2 {
+                    0 => handle.open(&post("/", &headers)).unwrap(),
+                    _ => handle.open(&Open { end: true, ..Open::new(b"GET", b"/") }).unwrap(),
+                };
+                let used = async {
+                    let _ = stream.request.write(Bytes::from(vec![0; 40_000])).await;
+                    let _ = stream.answer.head().await;
+                    let _ = stream.answer.read().await;
+                };
+                let _ = tokio::time::timeout(Duration::from_millis(number % 40), used).await;
+            })
+        })
+        .collect();
+    for client in clients {
+        client.await.unwrap();
+    }
+    until("no stream is left at the gateway", || lane.handle.streams() == 0).await;
+    let left = async {
+        while !page(port).await.contains("\nwsproxy_agent_streams 0\n") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    within(left).await;
+    assert!(lane.handle.status().end.is_none());
 }

@@ -12,6 +12,7 @@ mod gateway;
 mod health;
 mod lanes;
 mod links;
+mod metrics;
 mod program;
 mod retries;
 mod rules;

@@ -146,10 +146,9 @@ pub(crate) async fn reset(stream: &mut OpenedStream) -> ResetByPeer {
     }
 }
 
-/// Waits for the reset of a stream, and returns its code and whether the request was not dispatched.
-pub(crate) async fn code(stream: &mut OpenedStream) -> (Code, bool) {
-    let reset = reset(stream).await;
-    (reset.code, reset.not_dispatched)
+/// Waits for the reset of a stream, and returns its code.
+pub(crate) async fn code(stream: &mut OpenedStream) -> Code {
+    reset(stream).await.code
 }
 
 /// Waits, but not for ever.

@@ -7,7 +7,7 @@ use wsproxy_agent::settings::Settings;
 
 use crate::config::{
     keys::{Key, key},
-    kind::{FilePath, List, Optional, Secret, Switch, Text, Time},
+    kind::{FilePath, List, Number, Optional, Secret, Switch, Text, Time},
     rule,
 };
 
@@ -52,6 +52,8 @@ pub struct TunnelAgentConfig {
     pub health_interval: Duration,
     /// Compresses answers on their way to the gateway.
     pub compress: bool,
+    /// Port for metrics; `None`: there is none.
+    pub metrics_port: Option<u16>,
     /// Time for requests in flight when the agent stops.
     pub drain: Duration,
 }
@@ -79,6 +81,7 @@ impl Default for TunnelAgentConfig {
             health_path,
             health_interval,
             compress: false,
+            metrics_port: None,
             drain,
         }
     }
@@ -112,6 +115,7 @@ impl TunnelAgentConfig {
             health_path: own.health_path,
             health_interval: own.health_interval,
             compress: own.compress,
+            metrics_port: own.metrics_port,
             drain: own.drain,
         }
     }
@@ -143,6 +147,7 @@ pub const KEYS: &[Key] = &[
     key!(tunnel_agent.health_path, HEALTH_PATH, "Path that is asked to see whether the upstream is healthy: any status below 500 is. Empty: only a connection is opened.").flag("health-path", "PATH"),
     key!(tunnel_agent.health_interval, Time(100, 3_600_000), "Interval of these probes.").flag("health-interval", "TIME"),
     key!(tunnel_agent.compress, Switch, "Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.").flag("compress", "BOOL"),
+    key!(tunnel_agent.metrics_port, Optional(Number(1, 65_535)), "Port for metrics, on all addresses and without credentials. Default: none.").flag("metrics-port", "PORT"),
     key!(tunnel_agent.drain, Time(0, 3_600_000), "Time that requests in flight get when the agent stops.").flag("drain", "TIME"),
 ];
 

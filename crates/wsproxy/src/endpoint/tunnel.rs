@@ -18,9 +18,15 @@ use crate::{
     config::{Config, tunnel::TunnelConfig},
     core::Core,
     endpoint::tunnel::{
+        breaker::{Breakers, Rules},
+        cache::Cache,
         clients::Credentials,
+        counters::TunnelCounters,
         lanes::{Lanes, Limits},
+        patterns::Pattern,
         peers::{PeerCounters, Peers},
+        rate::Rates,
+        waiting::Room,
     },
     http::listener::tls::TlsListener,
     registry::{
@@ -30,16 +36,25 @@ use crate::{
     telemetry::scrape::{Scrape, Source},
 };
 
+pub mod access;
+pub mod breaker;
+pub mod cache;
 pub mod clients;
 pub mod connect;
+pub mod counters;
 pub mod deadlines;
 pub mod exchange;
+mod gauges;
 pub mod headers;
 pub mod lanes;
 pub mod path;
+pub mod patterns;
 pub mod peers;
 pub mod proxy;
+pub mod rate;
 pub mod refusal;
+mod search;
+pub mod waiting;
 
 /// The tunnel of an instance.
 pub struct Tunnel {
@@ -50,6 +65,14 @@ pub struct Tunnel {
     lanes: Arc<Lanes>,
     /// Lanes of other instances; `None`: the tunnel is not served.
     peers: Option<Arc<Peers>>,
+    /// Requests that wait for a lane.
+    room: Arc<Room>,
+    breakers: Arc<Breakers>,
+    rates: Rates,
+    cache: Arc<Cache>,
+    /// Patterns of paths that the configuration names.
+    patterns: Vec<Pattern>,
+    counters: Arc<TunnelCounters>,
     /// Memory that all lanes share.
     memory: Arc<Memory>,
     /// Settings of each lane.
@@ -82,7 +105,13 @@ impl Tunnel {
             cluster: config.cluster_streams_max as usize,
             reconnect_grace: config.reconnect_grace,
         };
-        let lanes = Lanes::new(of_lanes);
+        let room = Room::new(waiting::Limits {
+            cluster_max: config.cluster_waiting_max,
+            max: config.waiting_max,
+            wait: config.wait,
+        });
+        let (lanes, waiting) = (Lanes::new(of_lanes), Arc::clone(&room));
+        lanes.tell(move |cluster| waiting.changed(cluster));
         let peers = endpoints.tunnel.then(|| {
             let url = peers::url(config);
             let registry = LaneRegistry::start(core.lease(), &core.hub, &core.bus, url);
@@ -95,6 +124,12 @@ impl Tunnel {
             config: config.clone(),
             credentials: Credentials::new(config, jwt),
             lanes,
+            room,
+            breakers: Breakers::new(Rules::new(config)),
+            rates: Rates::new(config.requests_per_second),
+            cache: Cache::new(&config.cache),
+            patterns: config.patterns.iter().map(|rule| Pattern::new(&rule.pattern)).collect(),
+            counters: Arc::default(),
             memory: Memory::new(limits),
             lane: lane_settings(config, &core.server_id),
         }))
@@ -146,6 +181,8 @@ impl Tunnel {
 
 impl Source for Tunnel {
     fn collect(&self, scrape: &mut Scrape) {
+        self.counters.collect(scrape);
+        gauges::collect(self, scrape);
         if let Some(peers) = &self.peers {
             peers.collect(scrape);
         } else {

@@ -2,5 +2,6 @@
 
 mod bodies;
 mod lanes;
+mod limits;
 mod requests;
 mod upgrades;

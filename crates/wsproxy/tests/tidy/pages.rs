@@ -55,8 +55,8 @@ pub(crate) fn map(tree: &Tree) -> Vec<Finding> {
 pub(crate) fn names(tree: &Tree) -> Vec<Finding> {
     let keys: HashSet<_> = keys::all().map(|key| key.path()).collect();
     let variables: HashSet<_> = keys::all().map(|key| key.env()).collect();
-    let metrics: HashSet<_> =
-        spans(tree.text(METRICS)).into_iter().map(|(_, span)| span.to_owned()).collect();
+    let metrics = METRICS.iter().flat_map(|page| spans(tree.text(page)));
+    let metrics: HashSet<_> = metrics.map(|(_, span)| span.to_owned()).collect();
     let mut found = Vec::new();
     // The list of changes names what is gone, and the clients' pages have names of their own.
     let is_read = |page: &&Text| page.path != "CHANGELOG.md" && !page.path.starts_with("clients/");
@@ -181,7 +181,8 @@ fn is_name(c: char) -> bool {
 }
 
 const ARCHITECTURE: &str = "docs/architecture.md";
-const METRICS: &str = "docs/reference/metrics.md";
+/// Pages with the metrics of the gateway, and of the cluster agent.
+const METRICS: [&str; 2] = ["docs/reference/metrics.md", "docs/reference/tunnel-agent.md"];
 
 /// Files that the page need not name: a crate's root, and tests beside the code.
 const UNNAMED: [&str; 3] = ["lib", "main", "tests"];
@@ -223,7 +224,7 @@ mod tests {
                     `wsproxy_a_total` `wsproxy_a_total{b=\"c\"}` `config.rs` `wsproxy_a_total_sum`\n";
         let bad = "`limits.none`\n`WSPROXY_SERVER__NONE`\n`rate(wsproxy_none_total)`\n";
         let metrics = "| `wsproxy_a_total` | counter |\n";
-        let tree = Tree::of(&[(METRICS, metrics), ("README.md", good), ("docs/a.md", bad)]);
+        let tree = Tree::of(&[(METRICS[0], metrics), ("README.md", good), ("docs/a.md", bad)]);
         let lines = names(&tree).into_iter().map(|found| (found.path, found.line));
         let lines: Vec<_> = lines.collect();
         assert_eq!(lines, [1, 2, 3].map(|line| ("docs/a.md".to_owned(), line)));

@@ -6,11 +6,12 @@ use wsproxy_proto::rooms::check::Kind;
 use crate::{
     endpoint::rooms::{
         Rooms,
-        counters::{Histogram, JoinResult, RoomCounters},
+        counters::{JoinResult, RoomCounters},
     },
     registry::{metrics::collect_rooms, writer::WriterCounters},
     telemetry::{
         family::Family,
+        histogram::Histogram,
         metrics::{connections, messages},
         scrape::{Scrape, Section, Source},
     },

@@ -92,10 +92,14 @@ async fn run(
                 // The drain may have listed the lanes before this one was added.
                 handle.drain(Code::Restarting, Micros(0));
             }
-            tokio::select! {
+            let end = tokio::select! {
                 end = watch(tunnel, &cluster, &handle, entry.as_ref()) => end,
-                () = give_way(&handle, entry.as_ref()) => handle.ended().await,
-            }
+                () = give_way(&handle, entry.as_ref()) => {
+                    watch(tunnel, &cluster, &handle, entry.as_ref()).await
+                }
+            };
+            tunnel.counters.lane_lost(end.label(), admission.lane.since.elapsed());
+            end
         }
     };
     core.metrics.ended(Family::Tunnel, end.label());
@@ -116,6 +120,7 @@ async fn watch(
     entry: Option<&LaneEntry>,
 ) -> LaneEnd {
     let mut status = handle.status();
+    let mut pings = tokio::time::interval(tunnel.config.ping);
     loop {
         if let Some(end) = status.end {
             return end;
@@ -123,7 +128,19 @@ async fn watch(
         if let Some(entry) = entry.filter(|_| status.is_draining || status.go_away.is_some()) {
             entry.drain();
         }
-        status = handle.changed(status.version).await;
+        status = tokio::select! {
+            status = handle.changed(status.version) => status,
+            _ = pings.tick() => {
+                status = handle.status();
+                if let Some(time) = status.round_trip {
+                    tunnel.counters.round_trip(time.into());
+                }
+                continue;
+            }
+        };
+        if let Some(health) = &status.health {
+            tunnel.breakers.health(cluster, health.upstream_ok);
+        }
         tunnel.lanes.changed(cluster);
     }
 }

@@ -47,6 +47,12 @@ impl Deadlines {
         Self { head: head_ms.map_or(own.head, left), ..own }
     }
 
+    /// Returns the time of the agent's deadline for the head.
+    #[must_use]
+    pub const fn head(&self) -> Option<Instant> {
+        self.head
+    }
+
     /// Returns the time that the agent has left for the head, in milliseconds; 0: no limit.
     #[must_use]
     pub fn head_ms(&self) -> u32 {

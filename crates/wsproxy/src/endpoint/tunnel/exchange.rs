@@ -1,13 +1,17 @@
 //! One request on a lane and its answer: opened, perhaps again on another lane, until there is a head. Knows no rules for
 //! headers and paths.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http::{HeaderValue, Method, Response, StatusCode, Version, header};
 use hyper::upgrade::OnUpgrade;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 use wsproxy_conn::{
+    clock,
     lane::{OpenedStream, StreamReader, StreamWriter},
     socket::watch::{Leaving, PeerWatch},
 };
@@ -26,17 +30,20 @@ use crate::{
     core::{Core, admission::Seat},
     endpoint::tunnel::{
         Tunnel,
+        access::Access,
+        breaker::{Outcome, Pass},
+        cache,
         deadlines::{Deadlines, Progress},
         exchange::{
             download::AnswerBody,
-            retries::Retries,
+            retries::{Retries, Retry},
             upload::{Upload, Uploaded},
         },
         headers::answer::{self, Source},
         lanes::{Lane, Place},
-        peers::forward::{Arrivals, Forwarded, forward},
-        proxy,
+        peers::forward::{self, Arrivals, Forwarded},
         refusal::{Code, Refusal},
+        search,
     },
     http::{Body, listener::Answering},
 };
@@ -73,6 +80,10 @@ pub struct Ask {
     pub prefix: String,
     /// Another instance brought the request, which goes to no further one.
     pub is_of_peer: bool,
+    /// Line and numbers of the request.
+    pub access: Arc<Access>,
+    /// Key under which the answer is kept, and for how long.
+    pub keep: Option<(cache::Key, Duration)>,
 }
 
 /// Connection of the client.
@@ -110,6 +121,18 @@ struct Failed {
     upload: Option<Upload>,
 }
 
+impl Failed {
+    /// Returns what the failure tells of the upstream.
+    fn outcome(&self) -> Outcome {
+        let is_of_upstream =
+            matches!(self.refusal.code, Code::UpstreamConnect | Code::UpstreamTimeout);
+        match is_of_upstream || !self.lane.is_healthy() {
+            true => Outcome::Failed,
+            false => Outcome::Unclear,
+        }
+    }
+}
+
 /// Sends a request, and returns the answer once its head is there.
 ///
 /// # Errors
@@ -120,6 +143,7 @@ pub async fn run(
     ask: Ask,
     mut upload: Option<Upload>,
     mut client: Client,
+    pass: Pass,
 ) -> Result<Response<Body>, Refusal> {
     if let Some(answering) = &client.answering {
         // A client that reads nothing may do so for as long as a body may stand still.
@@ -133,28 +157,49 @@ pub async fn run(
         if let Some(peers) = tunnel.peers.as_ref().filter(|_| !ask.is_of_peer)
             && !tunnel.lanes.has_open(&ask.cluster, &tried)
         {
-            match forward(peers, core, &ask, upload, client).await {
-                Forwarded::Done(answer) => return answer,
+            match forward::forward(peers, core, &ask, upload, client).await {
+                Forwarded::Done(answer) => {
+                    pass.report(forward::outcome(&answer), clock::now(), rand::random());
+                    return answer;
+                }
                 Forwarded::Nowhere(whole, same, next) => {
                     (upload, client, arrivals) = (whole, same, next);
                 }
             }
         }
         let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
+        let began = Instant::now();
         let place = tokio::select! {
-            place = proxy::find_lane(tunnel, core, &ask, &tried) => place?,
-            () = arrivals.next() => continue,
+            place = search::find(tunnel, core, &ask, &tried) => place,
+            () = arrivals.next() => {
+                ask.access.waited(began.elapsed());
+                continue;
+            }
             () = watch.left() => return Err(Refusal::new(Code::Cancelled)),
         };
+        ask.access.waited(began.elapsed());
+        let place = place?;
         let had_body = upload.is_some();
         let attempt = Attempt { tunnel, core, ask: &ask, retried: retries.are_marked() };
         match attempt.run(place, upload.take(), watch).await {
-            Ok(answered) => return respond(core, &ask, answered, client),
+            Ok(answered) => {
+                pass.report(Outcome::Answered, clock::now(), rand::random());
+                return respond((tunnel, core), ask, answered, client);
+            }
             Err(failed) => {
                 let is_whole = !had_body || failed.upload.is_some();
                 let end = failed.end.as_ref().filter(|_| is_whole);
-                if !end.is_some_and(|end| retries.allow(end, &ask.method, had_body)) {
-                    return Err(failed.refusal);
+                if let Some(End::Reset(reset)) = &failed.end {
+                    tunnel.counters.reset(reset.code);
+                }
+                let retry = end.and_then(|end| retries.allow(end, &ask.method, had_body));
+                match retry {
+                    Some(Retry::Undispatched) => tunnel.counters.retries_undispatched.add(1),
+                    Some(Retry::LaneLost) => tunnel.counters.retries_lost.add(1),
+                    None => {
+                        pass.report(failed.outcome(), clock::now(), rand::random());
+                        return Err(failed.refusal);
+                    }
                 }
                 upload = failed.upload;
                 tried.push(failed.lane);
@@ -213,6 +258,7 @@ impl Attempt<'_> {
             uploaded: None,
             watch: Some(watch),
             progress: Progress::default(),
+            access: Arc::clone(&self.ask.access),
             place: Arc::new(place),
         };
         match self.head(&mut answer, &mut sides).await {
@@ -325,6 +371,7 @@ struct Sides<'a> {
     uploaded: Option<Uploaded>,
     watch: Option<Watch>,
     progress: Progress,
+    access: Arc<Access>,
     place: Arc<Place>,
 }
 
@@ -341,10 +388,11 @@ impl Sides<'_> {
         if let Some((upload, request)) = self.upload.take().zip(self.request.take()) {
             let watch = self.watch.take().unwrap_or(Watch(None));
             let (progress, place) = (self.progress.clone(), Arc::clone(&self.place));
+            let access = Arc::clone(&self.access);
             let task = self.core.tasks.spawn(async move {
                 // The stream counts until both of its directions have ended.
                 let _place = place;
-                upload.run(request, &progress, async move { watch.left().await }).await
+                upload.run(request, (&progress, &access), async move { watch.left().await }).await
             });
             self.uploading = Some(AbortOnDropHandle::new(task));
         }
@@ -392,8 +440,8 @@ async fn left(watch: Option<&Watch>) {
 
 /// Makes the answer to the client.
 fn respond(
-    core: &Arc<Core>,
-    ask: &Ask,
+    (tunnel, core): (&Arc<Tunnel>, &Arc<Core>),
+    ask: Ask,
     mut answered: Answered,
     client: Client,
 ) -> Result<Response<Body>, Refusal> {
@@ -413,6 +461,7 @@ fn respond(
     let headers = answer::map(status, &head.headers, source, &asked)?;
     let is_bodyless = ask.method == Method::HEAD
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    ask.access.answered(status, source);
     let length = headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes);
     if head.end && !is_bodyless && length.is_some_and(|length| length != b"0") {
         return Err(malformed());
@@ -420,18 +469,23 @@ fn respond(
     let body = if status == StatusCode::SWITCHING_PROTOCOLS {
         let request = answered.request.take().ok_or_else(malformed)?;
         let Answered { answer, place, .. } = answered;
-        core.tasks.spawn(switch::run(client, request, answer, place));
+        core.tasks.spawn(switch::run(client, request, answer, place, ask.access));
         Body::empty()
     } else if head.end {
         // The upstream may still read the body of the request.
         drop(answered.uploading.map(AbortOnDropHandle::detach));
+        ask.access.complete();
         Body::empty()
     } else {
         if let Some(mut request) = answered.request.take_if(|_| ask.upgrade.is_some()) {
             let _ = request.finish();
         }
         let left = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
-        Body::new(AnswerBody::new(core, answered, ask, &client, left))
+        let collector = ask
+            .keep
+            .clone()
+            .and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, &headers));
+        Body::new(AnswerBody::new((tunnel, core), answered, &ask, &client, (left, collector)))
     };
     let mut response = Response::new(body);
     *response.status_mut() = status;

@@ -103,8 +103,8 @@ pub struct Place {
 /// Reason why there is no lane for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoLane {
-    /// A lane is expected: the last one was lost a moment ago, or the instance is young.
-    Reconnecting,
+    /// A lane is expected, perhaps until a time: the last one was lost a moment ago, or the instance is young.
+    Reconnecting(Option<tokio::time::Instant>),
     /// None is connected.
     Offline,
     /// All lanes, or the cluster, have as many streams as they may.
@@ -276,6 +276,7 @@ impl Lanes {
             if let Some(handle) = lane.handle.get() {
                 handle.drain(Code::Restarting, within);
             }
+            self.changed(&lane.name.cluster);
         }
     }
 
@@ -288,13 +289,16 @@ impl Lanes {
 
     /// Returns the reason for which a cluster has no lane.
     fn absence(&self, cluster: Option<&Cluster>) -> NoLane {
-        let grace = self.limits.reconnect_grace;
-        let lost = cluster.and_then(|cluster| cluster.lost);
+        let lost = cluster.and_then(|cluster| cluster.lost).map_or(self.started, |(at, _)| at);
+        let until = lost.max(self.started) + self.limits.reconnect_grace;
+        // A lane in its handshake, or one that drains, is no reason to give up.
         let is_opening = cluster.is_some_and(|cluster| !cluster.lanes.is_empty());
-        let is_recent = lost.is_some_and(|(at, _)| at.elapsed() < grace);
-        match is_opening || is_recent || self.started.elapsed() < grace {
-            true => NoLane::Reconnecting,
-            false => NoLane::Offline,
+        if Instant::now() < until {
+            NoLane::Reconnecting((!is_opening).then(|| until.into()))
+        } else if is_opening {
+            NoLane::Reconnecting(None)
+        } else {
+            NoLane::Offline
         }
     }
 
@@ -360,6 +364,13 @@ impl Lane {
     #[must_use]
     pub fn handle(&self) -> Option<&LaneHandle> {
         self.handle.get()
+    }
+
+    /// Returns whether the agent says nothing else of its upstream than that it is well.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        let health = self.handle.get().and_then(|handle| handle.status().health);
+        health.is_none_or(|health| health.upstream_ok)
     }
 
     /// Returns the state of a lane that takes streams.
@@ -454,7 +465,7 @@ mod tests {
         let cluster = Id::parse("c1").unwrap();
         assert_eq!(lanes.choose(&cluster, false, &[]).err(), Some(NoLane::Offline));
         let admission = lanes.admit(name("a", 1, 1)).unwrap();
-        assert_eq!(lanes.choose(&cluster, false, &[]).err(), Some(NoLane::Reconnecting));
+        assert_eq!(lanes.choose(&cluster, false, &[]).err(), Some(NoLane::Reconnecting(None)));
         assert_eq!(lanes.clusters().len(), 1);
         drop(admission);
         assert!(lanes.clusters().is_empty());

@@ -5,27 +5,34 @@ use std::{
     sync::Arc,
 };
 
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header, request::Parts};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header, request::Parts,
+};
 use hyper::{
     body::{Body as _, Incoming},
     upgrade::OnUpgrade,
 };
 use tracing::{debug, info};
+use wsproxy_conn::clock;
+use wsproxy_proto::names::Id;
 
 use crate::{
     config::{peer::Peer, tunnel::ClientAuth},
     core::Core,
     endpoint::tunnel::{
         Tunnel,
+        access::Access,
+        cache,
+        clients::Credential,
         deadlines::Deadlines,
         exchange::{self, Ask, Client, upload::Upload},
         headers::{
+            answer::Source,
             marks::Marks,
             request::{self, Rules, Sender},
             trailers, upgrade,
         },
-        lanes::{NoLane, Place},
-        path,
+        path, patterns,
         refusal::{self, Code, Refusal, Refused},
     },
     http::{
@@ -95,6 +102,13 @@ struct Asked<'a> {
     on_upgrade: OnUpgrade,
 }
 
+/// A request whose credential opens its cluster.
+struct Opened {
+    cluster: Id,
+    credential: Credential,
+    access: Arc<Access>,
+}
+
 async fn answer(
     tunnel: &Arc<Tunnel>,
     core: &Arc<Core>,
@@ -108,6 +122,24 @@ async fn answer(
     if tunnel.config.client_auth == ClientAuth::None {
         check_origin(core, &parts.headers)?;
     }
+    let pattern = patterns::of(path::without_query(asked.behind), &tunnel.patterns);
+    let (counters, method) = (&tunnel.counters, &parts.method);
+    let access = Access::begin(counters, cluster.as_str(), &pattern, method, asked.marks);
+    let opened = Opened { cluster, credential, access: Arc::clone(&access) };
+    let answered = answer_opened(tunnel, core, (parts, body), asked, opened).await;
+    if let Err(refusal) = &answered {
+        access.refused(refusal.code);
+    }
+    answered
+}
+
+async fn answer_opened(
+    tunnel: &Arc<Tunnel>,
+    core: &Arc<Core>,
+    (parts, body): (Parts, Incoming),
+    asked: Asked<'_>,
+    opened: Opened,
+) -> Result<Response<Body>, Refusal> {
     if core.is_closing() {
         return Err(Refusal::new(Code::Restarting));
     }
@@ -117,6 +149,7 @@ async fn answer(
     let upgrade = upgrade::asked(parts.version, &parts.headers)?;
     let target = path::target(asked.behind);
     let target = target.map_err(|bad| Refusal::because(Code::BadPath, bad.to_string()))?;
+    let Opened { cluster, credential, access } = opened;
     let via = request::via_name(&core.config.redis.channel_prefix, &cluster);
     let rules = Rules {
         cluster: &cluster,
@@ -126,11 +159,27 @@ async fn answer(
     };
     let block =
         request::block(&parts, upgrade.as_ref(), &rules, &sender(core, &parts), asked.marks)?;
-    let is_long = is_long(&target, &parts.headers);
     let has_body = !body.is_end_stream();
     let upload = has_body.then(|| Upload::new(body, &parts.headers, tunnel.config.body_max));
     let upload = upload.transpose()?;
-    let prefix = request::prefix(&cluster);
+    let now = clock::now();
+    let rated = tunnel.rates.take(credential.hash, &cluster, now);
+    rated.map_err(|wait| Refusal::new(Code::RateLimited).after(wait))?;
+    let pass = tunnel.breakers.admit(&cluster, now);
+    let pass = pass.map_err(|wait| Refusal::new(Code::CircuitOpen).after(wait))?;
+    let keep = tunnel.cache.key(&cache::Asked {
+        cluster: &cluster,
+        credential: credential.hash,
+        method: &parts.method,
+        target: &target,
+        headers: &parts.headers,
+        passes_credentials: passes_credentials(&rules, &parts.headers),
+        is_more: has_body || upgrade.is_some(),
+    });
+    if let Some(response) = keep.as_ref().and_then(|(key, _)| cached(tunnel, key, &access)) {
+        return Ok(response);
+    }
+    let is_long = is_long(&target, &parts.headers);
     let ask = Ask {
         is_long,
         expects: has_body && expects(&parts.headers),
@@ -141,9 +190,11 @@ async fn answer(
         target: target.into_owned(),
         block,
         upgrade,
-        prefix,
+        prefix: request::prefix(&cluster),
         is_of_peer: false,
         cluster,
+        access,
+        keep,
     };
     let client = Client {
         answering: parts.extensions.get().cloned(),
@@ -152,29 +203,32 @@ async fn answer(
         on_upgrade: asked.on_upgrade,
     };
     drop(parts.headers);
-    exchange::run(tunnel, core, ask, upload, client).await
+    exchange::run(tunnel, core, ask, upload, client, pass).await
 }
 
-/// Finds a lane for a request.
-pub(super) async fn find_lane(
-    tunnel: &Arc<Tunnel>,
-    core: &Core,
-    ask: &Ask,
-    tried: &[Arc<crate::endpoint::tunnel::lanes::Lane>],
-) -> Result<Place, Refusal> {
-    let may_last = ask.is_long || ask.upgrade.is_some();
-    match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
-        Ok(place) => Ok(place),
-        Err(NoLane::Full) => Err(Refusal::new(Code::Overloaded)),
-        // That instance looks for another one.
-        Err(_) if ask.is_of_peer => Err(Refusal::new(Code::NoLane)),
-        Err(_) if tunnel.expects(&ask.cluster) => Err(Refusal::new(Code::ClusterReconnecting)),
-        Err(_) if !tunnel.credentials.may_exist(core, &ask.cluster).await => {
-            Err(Refusal::new(Code::ClusterUnknown))
-        }
-        Err(NoLane::Reconnecting) => Err(Refusal::new(Code::ClusterReconnecting)),
-        Err(NoLane::Offline) => Err(Refusal::new(Code::ClusterOffline)),
-    }
+/// Returns whether a credential of the client goes to the upstream, so that the answer is for that client alone.
+fn passes_credentials(rules: &Rules<'_>, headers: &HeaderMap) -> bool {
+    (rules.passes_authorization && headers.contains_key(header::AUTHORIZATION))
+        || (rules.passes_cookies && headers.contains_key(header::COOKIE))
+}
+
+/// Returns the answer that is kept for a key.
+fn cached(tunnel: &Tunnel, key: &cache::Key, access: &Access) -> Option<Response<Body>> {
+    let now = clock::now();
+    let Some(found) = tunnel.cache.find(key, now) else {
+        tunnel.counters.cache_misses.add(1);
+        return None;
+    };
+    tunnel.counters.cache_hits.add(1);
+    let mut response = Response::new(Body::from(found.body.clone()));
+    let headers = response.headers_mut();
+    headers.clone_from(&found.headers);
+    headers.insert(header::AGE, found.age(now).into());
+    headers.insert(refusal::SOURCE, HeaderValue::from_static(Source::Cache.label()));
+    access.answered(StatusCode::OK, Source::Cache);
+    access.sent(found.body.len());
+    access.complete();
+    Some(response)
 }
 
 /// Refuses pages of origins that are not named, where no credential protects a cluster.

@@ -1,6 +1,6 @@
 //! A cluster agent without an upstream: tests answer the requests of its lane.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use wsproxy::config::{
@@ -19,16 +19,11 @@ use wsproxy_proto::{
 
 use super::{gateway, http::Response, raw::Raw, raw::UPGRADE};
 
-/// Token of the cluster `c1`'s agents in [`config`].
-pub const AGENT: &str = "token-of-agents";
-
-/// Token of clients in [`config`], which opens the cluster `c1` and those that begin with `d`.
-pub const CLIENT: &str = "token-of-clients";
-
 /// A configuration with the tunnel.
 pub fn config(redis: Option<&str>) -> Config {
     let mut config = gateway::config(redis);
     config.endpoints.tunnel = true;
+    config.tunnel.drain = Duration::from_millis(100);
     config.tunnel.agents = vec![agent_token("c1", AGENT), agent_token("c2", "other-token")];
     let clusters = ["c1", "d*"].map(|text| ClusterPattern::parse(text).unwrap()).into();
     config.tunnel.clients = vec![ClientToken { token: hash(CLIENT), clusters }];
@@ -53,7 +48,7 @@ pub struct ClusterAgent {
     accepting: tokio::task::JoinHandle<()>,
 }
 
-/// Who connects.
+/// Names of an agent that connects.
 #[derive(Debug, Clone, Copy)]
 pub struct Name<'a> {
     /// Cluster.
@@ -179,3 +174,9 @@ pub fn head(method: &str, path: &str, headers: &str) -> String {
          Authorization: Bearer {CLIENT}\r\n{headers}\r\n"
     )
 }
+
+/// Token of the cluster `c1`'s agents in [`config`].
+pub const AGENT: &str = "token-of-agents";
+
+/// Token of clients in [`config`], which opens the cluster `c1` and those that begin with `d`.
+pub const CLIENT: &str = "token-of-clients";

@@ -13,8 +13,6 @@ use crate::support::{
     soon,
 };
 
-const UPGRADE: &str = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n";
-
 /// Greets, sends all back, and says goodbye behind the client's end.
 async fn switched(mut stream: AcceptedStream) {
     assert!(stream.request.upgrade);
@@ -101,3 +99,5 @@ async fn a_failed_side_of_an_upgrade_ends_the_other() {
     eventually("nothing is left", || agent.lane.streams() == 0).await;
     gateway.drain().await;
 }
+
+const UPGRADE: &str = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n";

@@ -12,12 +12,19 @@ use http::Version;
 use hyper::body::{Body, Frame};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
-use wsproxy_conn::lane::{Received, StreamReader};
+use wsproxy_conn::{
+    clock,
+    lane::{Received, StreamReader},
+};
+use wsproxy_proto::tunnel::event::End;
 
 use super::{Answered, Ask, Client, Uploading, cancel, ends};
 use crate::{
     core::Core,
     endpoint::tunnel::{
+        Tunnel,
+        access::Access,
+        cache::Collector,
         deadlines::{Idle, Progress},
         headers::trailers,
         lanes::Place,
@@ -28,7 +35,11 @@ use crate::{
 
 /// Body of an answer. Dropping it before its end resets the stream.
 pub(super) struct AnswerBody {
+    tunnel: Arc<Tunnel>,
     core: Arc<Core>,
+    access: Arc<Access>,
+    /// Copy of an answer that may be kept.
+    collector: Option<Collector>,
     /// Bytes that are still to come, where the head says so.
     left: Option<u64>,
     /// The stream, until its end.
@@ -47,15 +58,18 @@ pub(super) struct AnswerBody {
 impl AnswerBody {
     /// Makes the body of an answer. `left`: its length, where the head says so.
     pub(super) fn new(
-        core: &Arc<Core>,
+        (tunnel, core): (&Arc<Tunnel>, &Arc<Core>),
         answered: Answered,
         ask: &Ask,
         client: &Client,
-        left: Option<u64>,
+        (left, collector): (Option<u64>, Option<Collector>),
     ) -> Self {
         let Answered { answer, uploading, progress, place, .. } = answered;
         Self {
+            tunnel: Arc::clone(tunnel),
             core: Arc::clone(core),
+            access: Arc::clone(&ask.access),
+            collector,
             left,
             answer: Some(answer),
             uploading,
@@ -70,6 +84,8 @@ impl AnswerBody {
 
     /// Ends the body: the library for HTTP closes the connection at an error, and the client misses bytes.
     fn break_off(&mut self, refusal: Refusal) -> Poll<Option<Result<Frame<Bytes>, Refusal>>> {
+        self.access.failed(refusal.code);
+        self.collector = None;
         if let Some(answering) = self.answering.take().filter(|_| self.closes_at_end) {
             answering.socket().reset_at_end();
         }
@@ -98,6 +114,10 @@ impl AnswerBody {
     }
 
     fn complete(&mut self) {
+        self.access.complete();
+        if self.collector.take().is_some_and(|collector| collector.finish(clock::now())) {
+            self.tunnel.counters.cache_stored.add(1);
+        }
         // The upstream may still read the body of the request.
         drop(self.uploading.take().map(AbortOnDropHandle::detach));
         if let Some(answering) = self.answering.take() {
@@ -129,6 +149,10 @@ impl Body for AnswerBody {
         match answer.poll_read(cx) {
             Poll::Ready(Ok(Received::Data(bytes))) => {
                 this.progress.note();
+                this.access.sent(bytes.len());
+                if let Some(collector) = &mut this.collector {
+                    collector.push(&bytes);
+                }
                 this.left = this.left.map(|left| left.saturating_sub(bytes.len() as u64));
                 if this.left == Some(0) {
                     // The library for HTTP does not ask for what comes behind.
@@ -137,6 +161,8 @@ impl Body for AnswerBody {
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
             Poll::Ready(Ok(Received::Trailers(block))) => {
+                // Trailers are not kept.
+                this.collector = None;
                 this.complete();
                 let block = this.accepts_trailers.then(|| trailers::of_answer(block.headers()));
                 Poll::Ready(block.map(|block| Ok(Frame::trailers(block))))
@@ -145,7 +171,12 @@ impl Body for AnswerBody {
                 this.complete();
                 Poll::Ready(None)
             }
-            Poll::Ready(Err(end)) => this.break_off(ends::refusal(&end, false)),
+            Poll::Ready(Err(end)) => {
+                if let End::Reset(reset) = &end {
+                    this.tunnel.counters.reset(reset.code);
+                }
+                this.break_off(ends::refusal(&end, this.core.is_closing()))
+            }
             Poll::Pending => {
                 let is_over = this.idle.as_mut().is_some_and(|idle| idle.poll_over(cx).is_ready());
                 if !is_over {

@@ -10,21 +10,30 @@ pub(super) struct Retries {
     lost: u32,
 }
 
+/// Reason why a request is sent again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Retry {
+    /// It reached no upstream.
+    Undispatched,
+    /// Its lane was lost, and it changes nothing.
+    LaneLost,
+}
+
 impl Retries {
-    /// Returns whether a request whose stream ended without a head may be sent again, and counts that. `has_body`: the
-    /// request has one, all of which is still there.
-    pub(super) fn allow(&mut self, end: &End, method: &Method, has_body: bool) -> bool {
+    /// Returns why a request whose stream ended without a head may be sent again, and counts that; `None`: it may not.
+    /// `has_body`: the request has one, all of which is still there.
+    pub(super) fn allow(&mut self, end: &End, method: &Method, has_body: bool) -> Option<Retry> {
         if end.is_not_dispatched() {
             self.undispatched += 1;
-            return self.undispatched <= UNDISPATCHED_MAX;
+            return (self.undispatched <= UNDISPATCHED_MAX).then_some(Retry::Undispatched);
         }
         let is_lost = matches!(end, End::LaneLost { .. });
         let changes_nothing = matches!(*method, Method::GET | Method::HEAD) && !has_body;
         if !is_lost || !changes_nothing || self.lost > 0 {
-            return false;
+            return None;
         }
         self.lost += 1;
-        true
+        Some(Retry::LaneLost)
     }
 
     /// Returns whether the upstream may have seen the request before.
@@ -47,7 +56,7 @@ mod tests {
         for end in [End::GoneAway(Code::Restarting), End::LaneLost { not_dispatched: true }] {
             let mut retries = Retries::default();
             let allowed: Vec<_> =
-                (0..3).map(|_| retries.allow(&end, &Method::POST, true)).collect();
+                (0..3).map(|_| retries.allow(&end, &Method::POST, true).is_some()).collect();
             assert_eq!((allowed, retries.are_marked()), (vec![true, true, false], false));
         }
     }
@@ -56,10 +65,11 @@ mod tests {
     fn a_lost_lane_is_tried_again_for_reading_only() {
         let end = End::LaneLost { not_dispatched: false };
         let mut retries = Retries::default();
-        assert!(!retries.allow(&end, &Method::POST, false));
-        assert!(!retries.allow(&end, &Method::GET, true));
-        assert!(retries.allow(&end, &Method::GET, false) && retries.are_marked());
-        assert!(!retries.allow(&end, &Method::GET, false));
-        assert!(!Retries::default().allow(&End::ResetHere(Code::Cancelled), &Method::GET, false));
+        assert!(retries.allow(&end, &Method::POST, false).is_none());
+        assert!(retries.allow(&end, &Method::GET, true).is_none());
+        assert!(retries.allow(&end, &Method::GET, false).is_some() && retries.are_marked());
+        assert!(retries.allow(&end, &Method::GET, false).is_none());
+        let reset = End::ResetHere(Code::Cancelled);
+        assert!(Retries::default().allow(&reset, &Method::GET, false).is_none());
     }
 }

@@ -13,7 +13,10 @@ use wsproxy_conn::{
 };
 
 use super::Client;
-use crate::{endpoint::tunnel::lanes::Place, http::handshake::websocket};
+use crate::{
+    endpoint::tunnel::{access::Access, lanes::Place},
+    http::handshake::websocket,
+};
 
 /// Passes bytes on once the client's connection is free, until both directions have ended or one has failed.
 pub(super) async fn run(
@@ -21,6 +24,7 @@ pub(super) async fn run(
     request: StreamWriter,
     answer: StreamReader,
     place: Arc<Place>,
+    access: Arc<Access>,
 ) {
     let Client { on_upgrade, seat, .. } = client;
     // Dropping the stream's ends resets it.
@@ -36,14 +40,20 @@ pub(super) async fn run(
     };
     let (reader, writer) = tokio::io::split(socket);
     let both = async {
-        tokio::try_join!(up(reader, BytesMut::from(&early[..]), request), down(answer, writer))
+        let up = up(reader, BytesMut::from(&early[..]), request, &access);
+        tokio::try_join!(up, down(answer, writer, &access))
     };
     let result = tokio::select! {
         result = both => result.map(|((), writer)| Some(writer)),
         () = left => Ok(None),
     };
     match result {
-        Ok(writer) => drop(writer),
+        Ok(writer) => {
+            if writer.is_some() {
+                access.complete();
+            }
+            drop(writer);
+        }
         Err(error) => {
             // No peer may take a part for the whole.
             let _ = watch.as_ref().map(PeerWatch::reset_at_end);
@@ -58,10 +68,12 @@ async fn up(
     mut reader: ReadHalf<Socket>,
     mut buffer: BytesMut,
     mut request: StreamWriter,
+    access: &Access,
 ) -> io::Result<()> {
     loop {
         if !buffer.is_empty() {
             let piece = buffer.split().freeze();
+            access.received(piece.len());
             if request.write(piece).await.is_err() {
                 // The upstream takes no more; its own direction goes on, or has failed.
                 return Ok(());
@@ -83,10 +95,14 @@ async fn up(
 async fn down(
     mut answer: StreamReader,
     mut writer: WriteHalf<Socket>,
+    access: &Access,
 ) -> io::Result<WriteHalf<Socket>> {
     loop {
         match answer.read().await {
-            Ok(Received::Data(bytes)) => writer.write_all(&bytes).await?,
+            Ok(Received::Data(bytes)) => {
+                writer.write_all(&bytes).await?;
+                access.sent(bytes.len());
+            }
             Ok(Received::Trailers(_) | Received::End) => {
                 writer.shutdown().await?;
                 return Ok(writer);

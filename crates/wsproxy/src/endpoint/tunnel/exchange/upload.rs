@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use http::HeaderMap;
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Frame, Incoming};
@@ -14,6 +14,7 @@ use wsproxy_conn::lane::{StreamWriter, WriteError};
 use wsproxy_proto::tunnel::{code::Code as ResetCode, frame::Reset, headers::HeaderBlock};
 
 use crate::endpoint::tunnel::{
+    access::Access,
     deadlines::Progress,
     headers::trailers,
     refusal::{Code, Refusal},
@@ -104,11 +105,11 @@ impl Upload {
     pub(super) async fn run(
         mut self,
         mut stream: StreamWriter,
-        progress: &Progress,
+        (progress, access): (&Progress, &Access),
         left: impl Future<Output = ()>,
     ) -> (Self, Uploaded) {
         let ended = {
-            let put = self.put(&mut stream, progress);
+            let put = self.put(&mut stream, (progress, access));
             tokio::select! {
                 biased;
                 put = put => put,
@@ -125,7 +126,7 @@ impl Upload {
     async fn put(
         &mut self,
         stream: &mut StreamWriter,
-        progress: &Progress,
+        (progress, access): (&Progress, &Access),
     ) -> Result<(), Uploaded> {
         for piece in self.kept.clone().unwrap_or_default() {
             stream.write(piece).await.map_err(ended)?;
@@ -142,11 +143,12 @@ impl Upload {
             progress.note();
             match frame.into_data() {
                 Ok(piece) => {
-                    self.read += piece.remaining() as u64;
+                    self.read += piece.len() as u64;
                     if self.read > self.max {
                         return Err(Uploaded::TooLarge);
                     }
                     self.keep(&piece);
+                    access.received(piece.len());
                     stream.write(piece).await.map_err(ended)?;
                     progress.note();
                 }

@@ -13,6 +13,7 @@ use hyper::body::{Body, Frame, Incoming};
 use super::body::Held;
 use crate::{
     endpoint::tunnel::{
+        access::Access,
         deadlines::{Idle, Progress},
         exchange::{Ask, Client},
         refusal::{Code, Refusal},
@@ -23,6 +24,7 @@ use crate::{
 /// Body of an answer. Dropping it closes the connection to the other instance.
 pub(super) struct PeerAnswer {
     body: Option<Incoming>,
+    access: Arc<Access>,
     progress: Progress,
     idle: Option<Idle>,
     /// Body of the request, while the other instance has not asked for it.
@@ -37,6 +39,7 @@ impl PeerAnswer {
         let progress = Progress::default();
         Self {
             body: Some(body),
+            access: Arc::clone(&ask.access),
             // The other instance has the same limit, and says more.
             idle: ask.deadlines.idle.map(|max| Idle::new(&progress, max + super::forward::LATER)),
             progress,
@@ -58,6 +61,7 @@ impl PeerAnswer {
     }
 
     fn break_off(&mut self, refusal: Refusal) -> Poll<Option<Result<Frame<Bytes>, Refusal>>> {
+        self.access.failed(refusal.code);
         if let Some(answering) = self.answering.take().filter(|_| self.closes_at_end) {
             answering.socket().reset_at_end();
         }
@@ -79,13 +83,16 @@ impl Body for PeerAnswer {
         match Pin::new(body).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 this.progress.note();
+                this.access.sent(frame.data_ref().map_or(0, Bytes::len));
                 if this.is_end_stream() {
                     // The library for HTTP does not ask for what comes behind.
+                    this.access.complete();
                     this.finish();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(None) => {
+                this.access.complete();
                 this.finish();
                 Poll::Ready(None)
             }

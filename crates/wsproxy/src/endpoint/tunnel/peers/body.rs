@@ -11,7 +11,10 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 
-use crate::endpoint::tunnel::exchange::upload::{Upload, Uploaded};
+use crate::endpoint::tunnel::{
+    access::Access,
+    exchange::upload::{Upload, Uploaded},
+};
 
 /// Body of a request. The HTTP library has one end; [`Held`] is the other.
 pub(super) struct HeldBody(Option<Arc<Held>>);
@@ -29,6 +32,8 @@ struct State {
     /// Failure of the body.
     failed: Option<Uploaded>,
     waker: Option<Waker>,
+    /// Line of the request.
+    access: Option<Arc<Access>>,
 }
 
 /// The body ends before its end.
@@ -38,8 +43,9 @@ pub(super) struct Broken;
 
 impl Held {
     /// Holds a body.
-    pub(super) fn new(upload: Upload) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State { upload: Some(upload), ..State::default() })))
+    pub(super) fn new(upload: Upload, access: &Arc<Access>) -> Arc<Self> {
+        let (upload, access) = (Some(upload), Some(Arc::clone(access)));
+        Arc::new(Self(Mutex::new(State { upload, access, ..State::default() })))
     }
 
     /// Lets the body go.
@@ -91,7 +97,7 @@ impl Body for HeldBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let Some(held) = &self.0 else { return Poll::Ready(None) };
         let mut state = held.0.lock();
-        let State { upload, is_wanted, failed, waker } = &mut *state;
+        let State { upload, is_wanted, failed, waker, access } = &mut *state;
         let Some(upload) = upload else { return Poll::Ready(Some(Err(Broken))) };
         if !*is_wanted {
             *waker = Some(cx.waker().clone());
@@ -100,7 +106,12 @@ impl Body for HeldBody {
         match upload.poll_next(cx) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(None) => Poll::Ready(None),
-            Poll::Ready(Some(Ok(frame))) => Poll::Ready(Some(Ok(frame))),
+            Poll::Ready(Some(Ok(frame))) => {
+                if let (Some(access), Some(piece)) = (access, frame.data_ref()) {
+                    access.received(piece.len());
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
             Poll::Ready(Some(Err(why))) => {
                 *failed = Some(why);
                 Poll::Ready(Some(Err(Broken)))

@@ -19,11 +19,13 @@ use super::{
 use crate::{
     core::Core,
     endpoint::tunnel::{
+        breaker::Outcome,
         exchange::{
             Ask, Client,
             upload::{Upload, Uploaded},
         },
-        refusal::{Code, ERROR, Refusal},
+        headers::answer::Source,
+        refusal::{Code, ERROR, Refusal, SOURCE},
     },
     http::Body,
     registry::tunnel::RemoteLane,
@@ -77,7 +79,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
     while let Some(lane) = peers.choose(&lanes, &tried).cloned()
         && tried.len() < ATTEMPTS_MAX
     {
-        let held = upload.take().map(Held::new);
+        let held = upload.take().map(|upload| Held::new(upload, &ask.access));
         let attempt = Attempt { link: &link, ask, client: &client, held: held.as_ref() };
         let missed = match attempt.run(&lane).await {
             Ok(answer) => {
@@ -231,6 +233,7 @@ fn respond(
     held: Option<Arc<Held>>,
 ) -> Result<Response<Body>, Refusal> {
     let status = answer.status();
+    ask.access.answered(status, source_of(&answer));
     let is_switch = status == StatusCode::SWITCHING_PROTOCOLS;
     let mut headers = HeaderMap::with_capacity(answer.headers().len());
     for (name, value) in answer.headers() {
@@ -244,12 +247,13 @@ fn respond(
             return Err(Refusal::new(Code::UpstreamProtocol));
         }
         let on_upgrade = hyper::upgrade::on(answer);
-        core.tasks.spawn(switch::run(client, on_upgrade));
+        core.tasks.spawn(switch::run(client, on_upgrade, Arc::clone(&ask.access)));
         Body::empty()
     } else if answer.body().is_end_stream() {
         if let Some(held) = held {
             drop(held.take_back());
         }
+        ask.access.complete();
         Body::empty()
     } else {
         Body::new(PeerAnswer::new(answer.into_body(), ask, &client, held))
@@ -258,6 +262,25 @@ fn respond(
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     Ok(response)
+}
+
+/// Returns the party that answered at the other instance.
+fn source_of(answer: &Response<Incoming>) -> Source {
+    match answer.headers().get(SOURCE).map(HeaderValue::as_bytes) {
+        Some(b"upstream") => Source::Upstream,
+        Some(b"agent") => Source::Agent,
+        _ => Source::Gateway,
+    }
+}
+
+/// Returns what an answer of another instance tells of the upstream.
+pub(in crate::endpoint::tunnel) fn outcome(answer: &Result<Response<Body>, Refusal>) -> Outcome {
+    let Ok(answer) = answer else { return Outcome::Unclear };
+    match answer.headers().get(ERROR).map(HeaderValue::as_bytes) {
+        None => Outcome::Answered,
+        Some(b"upstream_connect" | b"upstream_timeout") => Outcome::Failed,
+        Some(_) => Outcome::Unclear,
+    }
 }
 
 /// Time that an instance waits longer than the one that it asks.

@@ -7,6 +7,7 @@ use hyper::body::{Body as _, Incoming};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::{Instant, sleep};
 use tracing::warn;
+use wsproxy_conn::clock;
 use wsproxy_proto::{names::Id, tunnel::headers::HeaderBlock};
 
 use super::{EXPECT, HEAD_MS, PATH, Peers, SECRET};
@@ -15,10 +16,11 @@ use crate::{
     core::Core,
     endpoint::tunnel::{
         Tunnel,
+        access::Access,
         deadlines::Deadlines,
         exchange::{self, Ask, Client, upload::Upload},
         headers::{marks::Marks, request, trailers, upgrade},
-        path, proxy,
+        path, patterns, proxy,
         refusal::{self, Code, Refusal, Refused},
     },
     http::{Body, listener::Service, rejection::Rejection},
@@ -96,15 +98,21 @@ async fn answer(
     let marks = Marks::new(request.headers(), None);
     let wants_status = refusal::wants_status(target, request.headers());
     let method = request.method().clone();
+    let pattern = patterns::of(path::without_query(target), &tunnel.patterns);
+    let access = Access::begin(&tunnel.counters, cluster.as_str(), &pattern, &method, &marks);
     wait_for_lane(tunnel, &cluster).await;
-    let answered = match ask(tunnel, request, cluster.clone(), target) {
-        Ok((ask, upload, client)) => exchange::run(tunnel, core, ask, upload, client).await,
+    let answered = match ask(tunnel, request, cluster.clone(), target, &access) {
+        Ok((ask, upload, client)) => match tunnel.breakers.admit(&cluster, clock::now()) {
+            Ok(pass) => exchange::run(tunnel, core, ask, upload, client, pass).await,
+            Err(wait) => Err(Refusal::new(Code::CircuitOpen).after(wait)),
+        },
         Err(refusal) => Err(refusal),
     };
     let refusal = match answered {
         Ok(response) => return response,
         Err(refusal) => refusal,
     };
+    access.refused(refusal.code);
     let (cluster, path, trace_id) =
         (cluster.as_str(), path::without_query(target), &*marks.trace_id());
     let method = &method;
@@ -132,6 +140,7 @@ fn ask(
     mut request: Request<Incoming>,
     cluster: Id,
     target: &str,
+    access: &Arc<Access>,
 ) -> Result<(Ask, Option<Upload>, Client), Refusal> {
     let on_upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
@@ -154,6 +163,8 @@ fn ask(
         upgrade,
         prefix: request::prefix(&cluster),
         is_of_peer: true,
+        access: Arc::clone(access),
+        keep: None,
         cluster,
     };
     let client = Client {

@@ -1,7 +1,7 @@
 //! An upgraded connection through another instance: raw bytes in both directions until both have ended. Knows no protocol
 //! behind the upgrade.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_rustls::MaybeHttpsStream;
@@ -14,10 +14,13 @@ use tokio::{
 use tracing::debug;
 use uuid::Uuid;
 
-use crate::{endpoint::tunnel::exchange::Client, http::handshake::websocket};
+use crate::{
+    endpoint::tunnel::{access::Access, exchange::Client, refusal::Code},
+    http::handshake::websocket,
+};
 
 /// Passes bytes on once both connections are free, until both directions have ended or one has failed.
-pub(super) async fn run(client: Client, on_upgrade: OnUpgrade) {
+pub(super) async fn run(client: Client, on_upgrade: OnUpgrade, access: Arc<Access>) {
     let Client { on_upgrade: of_client, seat, .. } = client;
     let (socket, peer) =
         tokio::join!(websocket::take_socket(of_client, Uuid::now_v7()), on_upgrade,);
@@ -29,7 +32,14 @@ pub(super) async fn run(client: Client, on_upgrade: OnUpgrade) {
         socket.write_all(&answered).await?;
         copy_bidirectional_with_sizes(&mut socket, &mut peer, COPIED_BYTES, COPIED_BYTES).await
     };
-    if let Err(error) = both.await {
+    let passed = both.await;
+    if let Ok((up, down)) = &passed {
+        access.received(*up as usize + early.len());
+        access.sent(*down as usize + answered.len());
+        access.complete();
+    }
+    if let Err(error) = passed {
+        access.failed(Code::LaneLost);
         // No side may take a part for the whole, nor a failure for an end.
         let _ = watch.as_ref().map(|watch| watch.reset_at_end());
         if let Some(stream) = tcp(peer.inner()) {

@@ -1,0 +1,423 @@
+//! Answers that are kept for a short time, where an operator has named the pattern of their path. Knows neither lanes nor
+//! bodies that flow; the caller brings the time.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use hashbrown::HashMap;
+use http::{HeaderMap, Method, StatusCode, header};
+use parking_lot::Mutex;
+use wsproxy_conn::clock::Micros;
+use wsproxy_proto::names::Id;
+
+use crate::{
+    config::tunnel::rows::{CacheRule, TokenHash},
+    endpoint::tunnel::{path, patterns::Pattern},
+};
+
+/// The cache of an instance.
+///
+/// Bound: [`ANSWER_BYTES_MAX`] for each answer and [`BYTES_MAX`] for all, with their heads. The oldest leave.
+#[derive(Debug, Default)]
+pub struct Cache {
+    rules: Vec<(Pattern, Micros)>,
+    /// Guards the answers; held for a few steps.
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    answers: HashMap<Key, (u64, Arc<Answer>)>,
+    /// Keys in the order in which their answers came.
+    order: BTreeMap<u64, Key>,
+    last: u64,
+    bytes: usize,
+}
+
+/// Request whose answer may be kept. Two requests with one key get one answer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    cluster: Id,
+    credential: TokenHash,
+    /// Path and query.
+    target: Box<str>,
+    /// `Accept`, `Accept-Encoding` and `Host`.
+    selectors: Box<[u8]>,
+}
+
+/// Answer that is kept.
+#[derive(Debug)]
+pub struct Answer {
+    /// Headers for the client.
+    pub headers: HeaderMap,
+    /// Body.
+    pub body: Bytes,
+    at: Micros,
+    until: Micros,
+    bytes: usize,
+}
+
+impl Answer {
+    /// Returns the value of `Age`, in seconds.
+    #[must_use]
+    pub const fn age(&self, now: Micros) -> u64 {
+        now.since(self.at).0 / 1_000_000
+    }
+}
+
+/// Body that is collected while it passes. It is kept when it is complete and small enough.
+#[derive(Debug)]
+pub struct Collector {
+    cache: Arc<Cache>,
+    key: Key,
+    headers: HeaderMap,
+    ttl: Micros,
+    /// `None`: the body is too large.
+    body: Option<Vec<u8>>,
+}
+
+/// Request for which the cache may be asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Cluster.
+    pub cluster: &'a Id,
+    /// Hash of the client's credential.
+    pub credential: TokenHash,
+    /// Method.
+    pub method: &'a Method,
+    /// Path and query.
+    pub target: &'a str,
+    /// Headers of the client.
+    pub headers: &'a HeaderMap,
+    /// `Authorization` or `Cookie` goes to the upstream.
+    pub passes_credentials: bool,
+    /// There is a body, or an upgrade is asked for.
+    pub is_more: bool,
+}
+
+impl Cache {
+    /// Makes an empty cache with these rules. Without a rule nothing is kept.
+    #[must_use]
+    pub fn new(rules: &[CacheRule]) -> Arc<Self> {
+        let rule = |rule: &CacheRule| (Pattern::new(&rule.pattern), rule.ttl.min(TTL_MAX).into());
+        Arc::new(Self { rules: rules.iter().map(rule).collect(), kept: Mutex::default() })
+    }
+
+    /// Returns the key of a request whose answer may be kept, and for how long.
+    #[must_use]
+    pub fn key(&self, asked: &Asked<'_>) -> Option<(Key, Duration)> {
+        if self.rules.is_empty() || asked.method != Method::GET {
+            return None;
+        }
+        let path = path::without_query(asked.target);
+        let (_, ttl) = self.rules.iter().find(|(pattern, _)| pattern.fits(path))?;
+        let (_, query) = asked.target.split_once('?').unwrap_or_default();
+        let lasts = query.split('&').any(|pair| {
+            let name = pair.split('=').next();
+            matches!(name, Some("watch" | "follow"))
+        });
+        let is_partial = PARTIAL.iter().any(|name| asked.headers.contains_key(*name));
+        if lasts || is_partial || asked.passes_credentials || asked.is_more {
+            return None;
+        }
+        let mut selectors = Vec::new();
+        for name in [header::ACCEPT, header::ACCEPT_ENCODING, header::HOST] {
+            for value in asked.headers.get_all(name) {
+                selectors.extend_from_slice(value.as_bytes());
+                selectors.push(b',');
+            }
+            selectors.push(b'\n');
+        }
+        let cluster = asked.cluster.clone();
+        let (target, selectors) = (asked.target.into(), selectors.into());
+        let key = Key { cluster, credential: asked.credential, target, selectors };
+        Some((key, (*ttl).into()))
+    }
+
+    /// Returns the answer of a key that is still fresh.
+    #[must_use]
+    pub fn find(&self, key: &Key, now: Micros) -> Option<Arc<Answer>> {
+        let mut kept = self.kept.lock();
+        let (number, answer) = kept.answers.get(key)?;
+        if now < answer.until {
+            return Some(Arc::clone(answer));
+        }
+        let number = *number;
+        kept.remove(number);
+        None
+    }
+
+    /// Begins to collect an answer; `None` where it may not be kept.
+    #[must_use]
+    pub fn collect(
+        self: &Arc<Self>,
+        key: Key,
+        ttl: Duration,
+        status: StatusCode,
+        headers: &HeaderMap,
+    ) -> Option<Collector> {
+        if status != StatusCode::OK || !may_be_kept(headers) {
+            return None;
+        }
+        let (cache, headers) = (Arc::clone(self), headers.clone());
+        Some(Collector { cache, key, headers, ttl: ttl.into(), body: Some(Vec::new()) })
+    }
+
+    fn put(&self, key: Key, answer: Answer) {
+        let mut kept = self.kept.lock();
+        if let Some((number, _)) = kept.answers.get(&key) {
+            let number = *number;
+            kept.remove(number);
+        }
+        kept.bytes += answer.bytes;
+        kept.last += 1;
+        let number = kept.last;
+        kept.order.insert(number, key.clone());
+        kept.answers.insert(key, (number, Arc::new(answer)));
+        while kept.bytes > BYTES_MAX {
+            let Some((&oldest, _)) = kept.order.first_key_value() else { break };
+            kept.remove(oldest);
+        }
+    }
+}
+
+impl Kept {
+    fn remove(&mut self, number: u64) {
+        let Some(key) = self.order.remove(&number) else { return };
+        if let Some((_, answer)) = self.answers.remove(&key) {
+            self.bytes -= answer.bytes;
+        }
+    }
+}
+
+impl Collector {
+    /// Takes a piece of the body.
+    pub fn push(&mut self, piece: &[u8]) {
+        let is_small =
+            self.body.as_ref().is_some_and(|body| body.len() + piece.len() <= ANSWER_BYTES_MAX);
+        match &mut self.body {
+            Some(body) if is_small => body.extend_from_slice(piece),
+            body => *body = None,
+        }
+    }
+
+    /// Keeps the answer, whose body is complete and has no trailers. Returns whether it is kept.
+    pub fn finish(self, now: Micros) -> bool {
+        let Self { cache, key, headers, ttl, body } = self;
+        let Some(body) = body.map(Bytes::from) else { return false };
+        let lengths = headers.iter().map(|(name, value)| name.as_str().len() + value.len());
+        let of_key = key.target.len() + key.selectors.len();
+        let bytes = body.len() + lengths.sum::<usize>() + 2 * of_key + ENTRY_BYTES;
+        let told = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+        let is_whole = told.is_none_or(|told| told.parse() == Ok(body.len()));
+        if is_whole {
+            cache.put(key, Answer { headers, body, at: now, until: now.after(ttl), bytes });
+        }
+        is_whole
+    }
+}
+
+/// Returns whether the upstream allows an answer to be kept. The operator's word is above `no-cache`, `private` and
+/// `max-age`, but not above `no-store`, and a cookie is for one client.
+fn may_be_kept(headers: &HeaderMap) -> bool {
+    let members = |name| {
+        let values = headers.get_all(name).into_iter();
+        values
+            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+            .map(<[u8]>::trim_ascii)
+    };
+    let mut controls = members(header::CACHE_CONTROL);
+    let mut varies = members(header::VARY).filter(|name| !name.is_empty());
+    let has_other = ["set-cookie", "trailer", "content-range"];
+    !controls.any(|control| control.eq_ignore_ascii_case(b"no-store"))
+        && varies.all(|name| SELECTED.iter().any(|known| name.eq_ignore_ascii_case(known)))
+        && !has_other.iter().any(|name| headers.contains_key(*name))
+}
+
+/// Headers of a request that ask for a part of an answer, or for none.
+const PARTIAL: [&str; 6] =
+    ["range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"];
+
+/// Headers by which an answer may vary: those of the key, and those that no request has.
+const SELECTED: [&[u8]; 5] = [b"accept", b"accept-encoding", b"host", b"authorization", b"cookie"];
+
+/// Upper bound of one answer's body.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+
+/// Upper bound of all answers.
+const BYTES_MAX: usize = 64 << 20;
+
+/// Memory of an entry without its texts, about.
+const ENTRY_BYTES: usize = 512;
+
+/// Longest time for which an answer is kept.
+const TTL_MAX: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    const NOW: Micros = Micros(1_000_000_000);
+
+    fn cache() -> Arc<Cache> {
+        let rule = |pattern: &str, seconds| CacheRule {
+            pattern: pattern.into(),
+            ttl: Duration::from_secs(seconds),
+        };
+        Cache::new(&[rule("/api/v1/pods", 2), rule("/slow/{}", 600)])
+    }
+
+    fn map(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
+        headers
+    }
+
+    /// Changes to a request that may be kept.
+    fn key_of(
+        cache: &Cache,
+        target: &str,
+        lines: &[(&'static str, &'static str)],
+        change: impl FnOnce(&mut Asked<'_>),
+    ) -> Option<(Key, Duration)> {
+        let (cluster, headers) = (Id::parse("c1").unwrap(), map(lines));
+        let mut asked = Asked {
+            cluster: &cluster,
+            credential: TokenHash([1; 32]),
+            method: &Method::GET,
+            target,
+            headers: &headers,
+            passes_credentials: false,
+            is_more: false,
+        };
+        change(&mut asked);
+        cache.key(&asked)
+    }
+
+    fn key(cache: &Cache, target: &str) -> Key {
+        key_of(cache, target, &[], |_| {}).unwrap().0
+    }
+
+    fn keep(cache: &Arc<Cache>, key: &Key, body: &[u8], headers: &HeaderMap, now: Micros) -> bool {
+        let ttl = Duration::from_secs(2);
+        let collector = cache.collect(key.clone(), ttl, StatusCode::OK, headers);
+        collector.is_some_and(|mut collector| {
+            body.chunks(1000).for_each(|piece| collector.push(piece));
+            collector.finish(now)
+        })
+    }
+
+    #[test]
+    fn only_plain_reading_of_named_paths_has_a_key() {
+        let cache = cache();
+        let has = |target: &str| key_of(&cache, target, &[], |_| {}).is_some();
+        assert!(has("/api/v1/pods") && has("/api/v1/pods?limit=5&x=watch") && has("/slow/a"));
+        for target in [
+            "/api/v1/pods?watch=true",
+            "/api/v1/pods?a=b&watch=1",
+            "/api/v1/pods?follow",
+            "/api/v1/pods/",
+            "/api/v1/pods/a",
+            "/slow/",
+            "/",
+        ] {
+            assert!(!has(target), "{target}");
+        }
+        let target = "/api/v1/pods";
+        for line in [("range", "bytes=0-1"), ("if-none-match", "a"), ("if-range", "a")] {
+            assert!(key_of(&cache, target, &[line], |_| {}).is_none(), "{line:?}");
+        }
+        assert!(key_of(&cache, target, &[], |asked| asked.method = &Method::HEAD).is_none());
+        assert!(key_of(&cache, target, &[], |asked| asked.passes_credentials = true).is_none());
+        assert!(key_of(&cache, target, &[], |asked| asked.is_more = true).is_none());
+        assert!(key_of(&Cache::default(), target, &[], |_| {}).is_none());
+        assert_eq!(key_of(&cache, "/slow/a", &[], |_| {}).unwrap().1, TTL_MAX);
+    }
+
+    #[test]
+    fn requests_that_may_differ_have_different_keys() {
+        let cache = cache();
+        let target = "/api/v1/pods";
+        let other = Id::parse("c2").unwrap();
+        let lines = |lines: &[_]| key_of(&cache, target, lines, |_| {}).unwrap().0;
+        let keys = [
+            key(&cache, target),
+            key(&cache, "/api/v1/pods?a"),
+            lines(&[("accept", "a")]),
+            lines(&[("accept", "a"), ("accept", "b")]),
+            lines(&[("accept-encoding", "a")]),
+            lines(&[("host", "a")]),
+            key_of(&cache, target, &[], |asked| asked.cluster = &other).unwrap().0,
+            key_of(&cache, target, &[], |asked| asked.credential = TokenHash([2; 32])).unwrap().0,
+        ];
+        for (at, one) in keys.iter().enumerate() {
+            assert!(keys[at + 1..].iter().all(|other| one != other), "{one:?}");
+        }
+        assert_eq!(lines(&[("user-agent", "a")]), keys[0]);
+    }
+
+    #[test]
+    fn an_answer_is_kept_for_its_time() {
+        let (cache, headers) = (cache(), map(&[("cache-control", "no-cache, private, max-age=0")]));
+        let key = key(&cache, "/api/v1/pods");
+        assert!(cache.find(&key, NOW).is_none());
+        assert!(keep(&cache, &key, b"body", &headers, NOW));
+        let later = NOW.after(Micros(1_999_999));
+        let found = cache.find(&key, later).unwrap();
+        assert_eq!(
+            (&found.body[..], found.age(later), &found.headers),
+            (&b"body"[..], 1, &headers)
+        );
+        assert!(cache.find(&key, NOW.after(Micros(2_000_000))).is_none());
+        assert_eq!((cache.kept.lock().bytes, cache.kept.lock().order.len()), (0, 0));
+        // A newer answer takes the place of an older one.
+        assert!(
+            keep(&cache, &key, b"one", &headers, NOW) && keep(&cache, &key, b"two", &headers, NOW)
+        );
+        assert_eq!(cache.find(&key, NOW).unwrap().body, "two");
+        assert_eq!(cache.kept.lock().order.len(), 1);
+    }
+
+    #[test]
+    fn answers_that_are_for_one_client_are_not_kept() {
+        let cache = cache();
+        let key = key(&cache, "/api/v1/pods");
+        for line in [
+            ("cache-control", "no-store"),
+            ("cache-control", "private, No-Store"),
+            ("vary", "*"),
+            ("vary", "accept, *"),
+            ("vary", "accept-language"),
+            ("set-cookie", "a=b"),
+            ("trailer", "x-sum"),
+            ("content-length", "5"),
+        ] {
+            assert!(!keep(&cache, &key, b"body", &map(&[line]), NOW), "{line:?}");
+        }
+        let good = map(&[("vary", "Accept-Encoding, accept"), ("content-length", "4")]);
+        assert!(keep(&cache, &key, b"body", &good, NOW));
+        for status in [204, 206, 304, 404, 500] {
+            let status = StatusCode::from_u16(status).unwrap();
+            assert!(cache.collect(key.clone(), TTL_MAX, status, &good).is_none());
+        }
+    }
+
+    #[test]
+    fn the_cache_is_bounded_and_the_oldest_leave() {
+        let (cache, headers) = (cache(), HeaderMap::new());
+        let large = key(&cache, "/slow/large");
+        assert!(!keep(&cache, &large, &vec![0; ANSWER_BYTES_MAX + 1], &headers, NOW));
+        let body = vec![0; ANSWER_BYTES_MAX];
+        for n in 0..70 {
+            assert!(keep(&cache, &key(&cache, &format!("/slow/{n}")), &body, &headers, NOW));
+        }
+        assert!(cache.kept.lock().bytes <= BYTES_MAX);
+        let found = |n: usize| cache.find(&key(&cache, &format!("/slow/{n}")), NOW).is_some();
+        assert!(!found(0) && !found(6) && found(7) && found(69));
+        assert_eq!(cache.kept.lock().answers.len(), 63);
+    }
+}

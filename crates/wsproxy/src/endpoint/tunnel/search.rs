@@ -1,0 +1,54 @@
+//! The search for a lane: at once, or in the waiting room, in the order in which requests came. Knows no streams.
+
+use std::sync::Arc;
+
+use crate::{
+    core::Core,
+    endpoint::tunnel::{
+        Tunnel,
+        exchange::Ask,
+        lanes::{Lane, NoLane, Place},
+        refusal::{Code, Refusal},
+        waiting::Look,
+    },
+};
+
+/// Finds a lane for a request, and a place on it. `tried` are lanes that come last.
+///
+/// # Errors
+/// `cluster_unknown`, `cluster_offline`, `cluster_reconnecting`, `overloaded`, `restarting`, `no_lane`
+pub(super) async fn find(
+    tunnel: &Arc<Tunnel>,
+    core: &Core,
+    ask: &Ask,
+    tried: &[Arc<Lane>],
+) -> Result<Place, Refusal> {
+    let is_seen = tunnel.lanes.of(&ask.cluster).is_some() || tunnel.expects(&ask.cluster);
+    if ask.is_of_peer && tunnel.lanes.of(&ask.cluster).is_none() {
+        return Err(Refusal::new(Code::NoLane));
+    }
+    if !is_seen && !tunnel.credentials.may_exist(core, &ask.cluster).await {
+        return Err(Refusal::new(Code::ClusterUnknown));
+    }
+    let may_last = ask.is_long || ask.upgrade.is_some();
+    let look = || {
+        if core.is_closing() {
+            return Look::Leave(Code::Restarting);
+        }
+        match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
+            Ok(place) => Look::Found(place),
+            Err(NoLane::Full) => Look::Wait(Code::Overloaded, None),
+            // The instance that brought the request looks for another one.
+            Err(_) if ask.is_of_peer => Look::Leave(Code::NoLane),
+            Err(NoLane::Reconnecting(until)) => Look::Wait(Code::ClusterReconnecting, until),
+            // An agent of another instance may come back, here or there.
+            Err(NoLane::Offline) if tunnel.expects(&ask.cluster) => {
+                Look::Wait(Code::ClusterReconnecting, None)
+            }
+            Err(NoLane::Offline) => Look::Leave(Code::ClusterOffline),
+        }
+    };
+    let (queue, until) = ((&ask.cluster, may_last), ask.deadlines.head());
+    let found = tunnel.room.find(queue, until, Code::Overloaded, look).await;
+    found.map_err(Refusal::new)
+}
