@@ -79,7 +79,9 @@ async fn requests_pass_while_redis_is_away() {
 #[tokio::test]
 async fn an_agent_of_a_killed_instance_is_found_at_its_next_one() {
     let redis = RedisServer::start();
-    let one = TestInstance::start(peered(&redis, "s1")).await;
+    let mut of_one = peered(&redis, "s1");
+    of_one.tunnel.wait = Duration::from_millis(200);
+    let one = TestInstance::start(of_one).await;
     let three = TestInstance::start(peered(&redis, "s3")).await;
     let of_killed = peered(&redis, "killed");
     let start = async move || {

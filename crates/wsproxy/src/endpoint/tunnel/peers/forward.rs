@@ -82,10 +82,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
         let held = upload.take().map(|upload| Held::new(upload, &ask.access));
         let attempt = Attempt { link: &link, ask, client: &client, held: held.as_ref() };
         let missed = match attempt.run(&lane).await {
-            Ok(answer) => {
-                peers.counters.forwarded.add(1);
-                return Forwarded::Done(respond(core, ask, answer, client, held));
-            }
+            Ok(answer) => return Forwarded::Done(respond(core, ask, answer, client, held)),
             Err(Failed::Refused(refusal)) => return Forwarded::Done(Err(refusal)),
             Err(Failed::Missed(missed)) => missed,
         };
