@@ -168,6 +168,7 @@ impl Families {
             .merge(events::api::router(&self.events))
             .merge(rooms::api::router(&self.rooms))
             .merge(agents::api::router(&self.agents))
+            .merge(tunnel::api::router(&self.tunnel))
     }
 
     /// Returns the families' routes for load balancers and supervisors, which every port serves.
@@ -226,8 +227,13 @@ impl Families {
 
 /// Returns all routes of the worker API: method, and path in OpenAPI's form.
 pub fn api_routes() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
-    let of_families =
-        [session::api::ROUTES, events::api::ROUTES, rooms::api::ROUTES, agents::api::ROUTES];
+    let of_families = [
+        session::api::ROUTES,
+        events::api::ROUTES,
+        rooms::api::ROUTES,
+        agents::api::ROUTES,
+        tunnel::api::ROUTES,
+    ];
     of_families.into_iter().flatten().chain(console::api::ROUTES).chain(api::ROUTES)
 }
 

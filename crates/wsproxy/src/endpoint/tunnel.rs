@@ -37,6 +37,7 @@ use crate::{
 };
 
 pub mod access;
+pub mod api;
 pub mod breaker;
 pub mod cache;
 pub mod clients;

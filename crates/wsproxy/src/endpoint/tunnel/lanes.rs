@@ -474,8 +474,7 @@ mod tests {
     #[test]
     fn long_streams_take_three_quarters() {
         let load = Load::default();
-        let taken = |is_long| std::iter::repeat_with(|| load.take(is_long, 8)).take_while(|t| *t);
-        assert_eq!(taken(true).count(), 6);
-        assert_eq!(taken(false).count(), 2);
+        let taken = |is_long| (0..9).filter(|_| load.take(is_long, 8)).count();
+        assert_eq!((taken(true), taken(false)), (6, 2));
     }
 }
