@@ -57,6 +57,8 @@ pub struct Peers {
 /// Counters of requests between instances.
 #[derive(Debug, Default)]
 pub struct PeerCounters {
+    /// Requests that another instance answered.
+    pub forwarded: Counter,
     /// Attempts that found no lane at the instance that the registry named, or did not reach it.
     pub missed: Counter,
     /// Requests of other instances.
@@ -127,6 +129,7 @@ impl Source for Peers {
 pub(super) fn collect(counters: &PeerCounters, scrape: &mut Scrape) {
     scrape.section(Section::Families);
     for (name, help, counter) in [
+        ("tunnel_forwarded", "Requests that another instance answered", &counters.forwarded),
         (
             "tunnel_forwards_missed",
             "Attempts that reached no lane at the instance that the registry named",
