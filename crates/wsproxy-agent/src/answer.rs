@@ -1,8 +1,10 @@
 //! Head of an answer for the lane; knows no connection.
 
+use std::borrow::Cow;
+
 use http::{
-    HeaderMap, HeaderName, Response, StatusCode,
-    header::{CONNECTION, CONTENT_LENGTH, TE, TRANSFER_ENCODING, UPGRADE},
+    HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, LOCATION, TE, TRANSFER_ENCODING, UPGRADE},
 };
 use wsproxy_proto::tunnel::{
     code::Code,
@@ -11,11 +13,15 @@ use wsproxy_proto::tunnel::{
 
 use crate::failure::Failure;
 
-/// Returns the headers of an answer without those of the upstream's connection.
+/// Returns the headers of an answer without those of the upstream's connection. A `Location` at the upstream's own `host`
+/// becomes a path, since the gateway does not know that host.
 ///
 /// # Errors
 /// [`Code::HeadTooLarge`]; [`Code::UpstreamProtocol`]: the answer's body is coded in a way that the agent cannot read.
-pub(crate) fn header_block<B>(response: &Response<B>) -> Result<HeaderBlock, Failure> {
+pub(crate) fn header_block<B>(
+    response: &Response<B>,
+    host: &HeaderValue,
+) -> Result<HeaderBlock, Failure> {
     let headers = response.headers();
     let is_upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let is_coded = headers.contains_key(TRANSFER_ENCODING);
@@ -41,10 +47,29 @@ pub(crate) fn header_block<B>(response: &Response<B>) -> Result<HeaderBlock, Fai
             || (is_coded && name == CONTENT_LENGTH)
             || (named.contains(name) && !(is_upgrade && name == UPGRADE));
         if !is_dropped {
-            push(&mut block, name, value.as_bytes())?;
+            let value = value.as_bytes();
+            let path = (name == LOCATION).then(|| own_path(value, host.as_bytes())).flatten();
+            push(&mut block, name, path.as_deref().unwrap_or(value))?;
         }
     }
     Ok(block)
+}
+
+/// Returns the path of a URL at the upstream's own host; `None` for any other text.
+fn own_path<'v>(url: &'v [u8], host: &[u8]) -> Option<Cow<'v, [u8]>> {
+    let schemes = [(&b"https:"[..], &b":443"[..]), (b"http:", b":80"), (b"", b"")];
+    let (scheme, port) = schemes.into_iter().find(|(scheme, _)| {
+        url.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme))
+    })?;
+    let rest = url[scheme.len()..].strip_prefix(b"//")?;
+    let end = rest.iter().position(|byte| b"/?#\\".contains(byte)).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    let authority = authority.strip_suffix(port).unwrap_or(authority);
+    let host = host.strip_suffix(port).unwrap_or(host);
+    // Two slashes at the start of a path would name a host.
+    let is_own = authority.eq_ignore_ascii_case(host) && !path.starts_with(b"//");
+    let path = is_own.then_some(path)?;
+    Some(if path.starts_with(b"/") { path.into() } else { [b"/", path].concat().into() })
 }
 
 /// Returns trailers for the lane.
@@ -98,7 +123,7 @@ mod tests {
     use super::*;
 
     fn names(response: &Response<()>) -> Vec<String> {
-        let block = header_block(response).unwrap();
+        let block = header_block(response, &HeaderValue::from_static("up:6443")).unwrap();
         let names = block.headers().iter().map(|(name, _)| String::from_utf8_lossy(name).into());
         names.collect()
     }
@@ -127,8 +152,34 @@ mod tests {
     fn codings_and_lists_of_lengths_are_no_answer() {
         for (name, value) in [("transfer-encoding", "gzip, chunked"), ("content-length", "5, 5")] {
             let response = Response::builder().header(name, value);
-            let failure = header_block(&response.body(()).unwrap()).unwrap_err();
+            let host = HeaderValue::from_static("up:6443");
+            let failure = header_block(&response.body(()).unwrap(), &host).unwrap_err();
             assert_eq!(failure.code(), Code::UpstreamProtocol);
+        }
+    }
+
+    #[test]
+    fn a_location_at_the_upstream_becomes_a_path() {
+        for (host, url, expected) in [
+            ("up:6443", "https://up:6443/a?b#c", Some("/a?b#c")),
+            ("up:6443", "HTTPS://UP:6443/a", Some("/a")),
+            ("up:6443", "//up:6443/a", Some("/a")),
+            ("up:6443", "https://up:6443", Some("/")),
+            ("up:6443", "https://up:6443?a", Some("/?a")),
+            ("up", "https://up:443/a", Some("/a")),
+            ("up:80", "http://up/a", Some("/a")),
+            ("up", "http://up:443/a", None),
+            ("up:6443", "https://up/a", None),
+            ("up:6443", "https://up:6443//evil.example/a", None),
+            ("up:6443", "https://up:6443@evil.example/a", None),
+            ("up:6443", "https://up:6443.evil.example/a", None),
+            ("up:6443", "/a", None),
+            ("up:6443", "a", None),
+            ("up:6443", "", None),
+            ("up:6443", "https:", None),
+        ] {
+            let path = own_path(url.as_bytes(), host.as_bytes());
+            assert_eq!(path.as_deref(), expected.map(str::as_bytes), "{url}");
         }
     }
 }

@@ -107,7 +107,7 @@ impl Server {
         let end = !is_upgraded && hyper::body::Body::is_end_stream(exchange.response.body());
         let takes_gzip = head.takes_gzip && !end;
         let compressor = Compressor::of(&mut exchange.response, takes_gzip);
-        let block = answer::header_block(&exchange.response)?;
+        let block = answer::header_block(&exchange.response, &self.service.host)?;
         let status = exchange.response.status().as_u16();
         let head = Head { end, status, source: Source::Upstream, headers: block.headers() };
         answer.send_head(&head).map_err(unwritten)?;

@@ -25,7 +25,7 @@ use crate::{
         session::Sessions,
         tunnel::Tunnel,
     },
-    http::{Body, admin::Details, api, rejection::Rejection},
+    http::{Body, admin::Details, api, listener::tls::TlsListener, rejection::Rejection},
     telemetry::{
         family::Family,
         report::Reporter,
@@ -149,12 +149,26 @@ impl Families {
         }
     }
 
+    /// Opens the listeners that families have for other instances, with at most `sockets_max` sockets each.
+    ///
+    /// # Errors
+    /// Another process listens there, or the address does not belong to this machine.
+    pub fn listen(
+        &self,
+        core: &Arc<Core>,
+        tls: Option<Arc<TlsListener>>,
+        sockets_max: usize,
+    ) -> std::io::Result<()> {
+        self.tunnel.listen(core, tls, sockets_max)
+    }
+
     /// Returns the families' routes of the worker API.
     pub fn api(&self) -> Router<Arc<Core>> {
         session::api::router(&self.sessions)
             .merge(events::api::router(&self.events))
             .merge(rooms::api::router(&self.rooms))
             .merge(agents::api::router(&self.agents))
+            .merge(tunnel::api::router(&self.tunnel))
     }
 
     /// Returns the families' routes for load balancers and supervisors, which every port serves.
@@ -206,14 +220,20 @@ impl Families {
     pub async fn close(&self, deadline: Instant) {
         self.sessions.close().await;
         self.events.close().await;
-        tokio::join!(self.rooms.close(deadline), Box::pin(self.agents.close()));
+        let (agents, tunnel) = (Box::pin(self.agents.close()), self.tunnel.close());
+        tokio::join!(self.rooms.close(deadline), agents, tunnel);
     }
 }
 
 /// Returns all routes of the worker API: method, and path in OpenAPI's form.
 pub fn api_routes() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
-    let of_families =
-        [session::api::ROUTES, events::api::ROUTES, rooms::api::ROUTES, agents::api::ROUTES];
+    let of_families = [
+        session::api::ROUTES,
+        events::api::ROUTES,
+        rooms::api::ROUTES,
+        agents::api::ROUTES,
+        tunnel::api::ROUTES,
+    ];
     of_families.into_iter().flatten().chain(console::api::ROUTES).chain(api::ROUTES)
 }
 

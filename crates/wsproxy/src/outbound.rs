@@ -104,7 +104,7 @@ fn transport(error: &(dyn Error + 'static)) -> OutboundError {
 
 /// Executor that lets the shutdown wait for connections.
 #[derive(Clone)]
-struct Tasks(TaskTracker);
+pub(crate) struct Tasks(pub(crate) TaskTracker);
 
 impl<F> hyper::rt::Executor<F> for Tasks
 where

@@ -148,6 +148,7 @@ impl Instance {
             background_end.cancel();
             return Err(anyhow::Error::msg(why).context(Failure::Config));
         }
+        listen_for_instances(&core, &families, &pair)?;
         let reloader = Reloader::new(sources, &core, &families, pair.clone());
         show(&core, &families, &reloader);
         let told = if admin.is_some() { Details::Always } else { Details::WithKey };
@@ -173,19 +174,14 @@ impl Instance {
             // A rule of the configuration: over a unix socket there is no TLS.
             tls: tls_of_clients.filter(|_| address.is_some()),
             proxy_protocol: core.config.server.proxy_protocol,
+            header_timeout: core.config.server.header_timeout,
             accepting: accepting.clone(),
             answering: answering.clone(),
         };
         let listener = core.tasks.spawn(listener::run(main, routes, listening));
         if let Some(admin) = admin {
             let routes = Routes::new(Arc::clone(&core), Arc::clone(&families), false, rest);
-            let tls = tls(&core, &pair).filter(|_| core.config.tls.admin);
-            // Health and metrics answer as long as anything runs.
-            let (accepting, answering) = (background_end.clone(), background_end.clone());
-            let sockets = Sockets::new(descriptors.admin);
-            // Monitoring and workers come without a balancer.
-            let proxy_protocol = false;
-            let listening = Listening { sockets, tls, proxy_protocol, accepting, answering };
+            let listening = admin_listening(&core, &pair, descriptors.admin, &background_end);
             background.spawn(listener::run(admin, routes, listening));
         }
         if let Some(pair) = pair {
@@ -293,6 +289,35 @@ fn run_background(core: &Arc<Core>, background: &TaskTracker, end: &Cancellation
     let lines_end = end.clone();
     background.spawn(async move { reports.sum_up(interval, lines_end).await });
     background.spawn(keep_time(Arc::clone(core), end.clone()));
+}
+
+/// Returns the parts of the admin listener.
+fn admin_listening(
+    core: &Core,
+    pair: &Option<Arc<TlsPair>>,
+    sockets_max: usize,
+    end: &CancellationToken,
+) -> Listening {
+    Listening {
+        sockets: Sockets::new(sockets_max),
+        tls: tls(core, pair).filter(|_| core.config.tls.admin),
+        // Monitoring and workers come without a balancer.
+        proxy_protocol: false,
+        header_timeout: core.config.server.header_timeout,
+        // Health and metrics answer as long as anything runs.
+        accepting: end.clone(),
+        answering: end.clone(),
+    }
+}
+
+/// Opens the listener for requests that other instances bring, if there is one.
+fn listen_for_instances(
+    core: &Arc<Core>,
+    families: &Families,
+    pair: &Option<Arc<TlsPair>>,
+) -> anyhow::Result<()> {
+    let listening = families.listen(core, tls(core, pair), core.seats.max());
+    listening.context("cannot listen on tunnel.peer_bind")
 }
 
 /// The routes beside the endpoints on the clients' port, where the admin routes have a port of their own.

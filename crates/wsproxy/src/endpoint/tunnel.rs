@@ -5,9 +5,12 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy_conn::lane::LaneSettings;
-use wsproxy_proto::tunnel::{
-    lane::LaneConfig,
-    memory::{Memory, MemoryLimits},
+use wsproxy_proto::{
+    names::Id,
+    tunnel::{
+        lane::LaneConfig,
+        memory::{Memory, MemoryLimits},
+    },
 };
 
 use crate::{
@@ -21,13 +24,20 @@ use crate::{
         counters::TunnelCounters,
         lanes::{Lanes, Limits},
         patterns::Pattern,
+        peers::{PeerCounters, Peers},
         rate::Rates,
         waiting::Room,
+    },
+    http::listener::tls::TlsListener,
+    registry::{
+        metrics::collect_lanes,
+        tunnel::{LaneCounters, LaneRegistry},
     },
     telemetry::scrape::{Scrape, Source},
 };
 
 pub mod access;
+pub mod api;
 pub mod breaker;
 pub mod cache;
 pub mod clients;
@@ -40,6 +50,7 @@ pub mod headers;
 pub mod lanes;
 pub mod path;
 pub mod patterns;
+pub mod peers;
 pub mod proxy;
 pub mod rate;
 pub mod refusal;
@@ -53,6 +64,8 @@ pub struct Tunnel {
     credentials: Credentials,
     /// Lanes of this instance.
     lanes: Arc<Lanes>,
+    /// Lanes of other instances; `None`: the tunnel is not served.
+    peers: Option<Arc<Peers>>,
     /// Requests that wait for a lane.
     room: Arc<Room>,
     breakers: Arc<Breakers>,
@@ -100,7 +113,15 @@ impl Tunnel {
         });
         let (lanes, waiting) = (Lanes::new(of_lanes), Arc::clone(&room));
         lanes.tell(move |cluster| waiting.changed(cluster));
+        let peers = endpoints.tunnel.then(|| {
+            let url = peers::url(config);
+            let registry = LaneRegistry::start(core.lease(), &core.hub, &core.bus, url);
+            let told = Arc::clone(&lanes);
+            registry.tell(move |cluster| told.changed(cluster));
+            Peers::new(config, registry, background)
+        });
         Ok(Arc::new(Self {
+            peers: peers.transpose()?,
             config: config.clone(),
             credentials: Credentials::new(config, jwt),
             lanes,
@@ -120,10 +141,42 @@ impl Tunnel {
         self.credentials.reload(&config.tunnel);
     }
 
+    /// Opens the listener for other instances, where the configuration has one.
+    ///
+    /// # Errors
+    /// Another process listens there, or the address does not belong to this machine.
+    pub(super) fn listen(
+        self: &Arc<Self>,
+        core: &Arc<Core>,
+        tls: Option<Arc<TlsListener>>,
+        sockets_max: usize,
+    ) -> std::io::Result<()> {
+        match &self.peers {
+            Some(peers) => peers::listen(peers, self, core, tls, sockets_max),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns whether a lane of a cluster at another instance is expected.
+    fn expects(&self, cluster: &Id) -> bool {
+        let grace = self.config.reconnect_grace;
+        self.peers.as_ref().is_some_and(|peers| peers.expects(cluster, grace))
+    }
+
+    /// Removes the lanes of this instance from the registry. They must have ended by then.
+    pub(super) async fn close(&self) {
+        if let Some(peers) = &self.peers {
+            peers.registry.close().await;
+        }
+    }
+
     /// Drains all lanes, until `deadline` at the latest.
     pub(super) fn drain(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         self.lanes.drain(self.config.drain.min(left).into());
+        if let Some(peers) = &self.peers {
+            peers.close();
+        }
     }
 }
 
@@ -131,6 +184,12 @@ impl Source for Tunnel {
     fn collect(&self, scrape: &mut Scrape) {
         self.counters.collect(scrape);
         gauges::collect(self, scrape);
+        if let Some(peers) = &self.peers {
+            peers.collect(scrape);
+        } else {
+            collect_lanes(&LaneCounters::default(), 0, scrape);
+            peers::collect(&PeerCounters::default(), scrape);
+        }
     }
 }
 

@@ -69,6 +69,8 @@ pub struct Listening {
     pub tls: Option<Arc<TlsListener>>,
     /// Whether trusted proxies begin each connection with a header of the PROXY protocol.
     pub proxy_protocol: bool,
+    /// Time for the head of a request, from the end of the one before.
+    pub header_timeout: Duration,
     /// Cancelled when no further socket is accepted.
     pub accepting: CancellationToken,
     /// Cancelled when no further request is answered on the sockets that there are.
@@ -200,8 +202,9 @@ impl AcceptedSocket {
     /// socket's own.
     fn open(self, service: impl Service, core: Arc<Core>, listening: &Listening) {
         let (stop, tasks) = (listening.answering.clone(), core.tasks.clone());
+        let header_timeout = listening.header_timeout;
         let Some(tls) = &listening.tls else {
-            tasks.spawn(self.serve(service, core, Opened::Served, stop));
+            tasks.spawn(self.serve(service, core, Opened::Served, header_timeout, stop));
             return;
         };
         let Some((place, gave_way)) = tls.place(share_of(&core, self.peer), &self.shared) else {
@@ -220,7 +223,7 @@ impl AcceptedSocket {
             if let Some(opened) = opened {
                 // A task of its own, since this task's future would stay allocated.
                 let tasks = core.tasks.clone();
-                tasks.spawn(self.serve(service, core, opened, stop));
+                tasks.spawn(self.serve(service, core, opened, header_timeout, stop));
             }
         });
     }
@@ -231,6 +234,7 @@ impl AcceptedSocket {
         service: impl Service,
         core: Arc<Core>,
         opened: Opened,
+        header_timeout: Duration,
         stop: CancellationToken,
     ) {
         let Self { shared, seat, silence, peer } = self;
@@ -238,7 +242,7 @@ impl AcceptedSocket {
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
-            .header_read_timeout(server.header_timeout)
+            .header_read_timeout(header_timeout)
             .max_buf_size(server.header_bytes_max.max(8192))
             .max_headers(128)
             .half_close(false);

@@ -28,7 +28,6 @@ use crate::{
             keys::LaneKeys,
             local::{LocalLanes, Standing},
             table::LaneTable,
-            tokens::ClusterTokens,
         },
         writer::WriterCounters,
     },
@@ -41,10 +40,7 @@ mod keys;
 pub(super) mod leftovers;
 mod local;
 mod table;
-mod tokens;
 mod writer;
-
-pub use tokens::TokenHash;
 
 /// The lanes of this instance, and access to those of all others.
 pub struct LaneRegistry {
@@ -59,7 +55,6 @@ pub struct LaneRegistry {
     /// Guards the lanes here and the changes. Held for a few steps, or for one walk after an outage.
     local: Mutex<LocalLanes>,
     table: LaneTable,
-    tokens: ClusterTokens,
     /// Signals the writer that there are changes.
     changed: Notify,
     /// Signals the writer that a handshake waits for a change.
@@ -200,7 +195,6 @@ impl LaneRegistry {
             backend,
             local: Mutex::new(LocalLanes::new(is_shared)),
             table: LaneTable::new(&settings.server_id),
-            tokens: ClusterTokens::new(bus.store(), &settings.names, settings.response_timeout),
             changed: Notify::new(),
             urgent: Notify::new(),
             closing: CancellationToken::new(),
@@ -291,6 +285,18 @@ impl LaneRegistry {
         self.table.known(cluster, Instant::now())
     }
 
+    /// Returns the time since the last lane of a cluster at other instances left, as far as this instance knows.
+    #[must_use]
+    pub fn lost_elsewhere_for(&self, cluster: &Id) -> Option<Duration> {
+        Some(self.table.find(cluster)?.lost()?.elapsed())
+    }
+
+    /// Tells `news` of each change of a cluster's lanes at other instances that a request has asked for. A second call has
+    /// no effect.
+    pub fn tell(&self, news: impl Fn(&Id) + Send + Sync + 'static) {
+        self.table.tell(news);
+    }
+
     /// Reads the lanes of a cluster again, since an instance did not have the lane `absent` that the table names.
     ///
     /// # Errors
@@ -306,22 +312,6 @@ impl LaneRegistry {
             self.read_cluster(keys, cluster, &found, found.fresh_reading()).await?;
         }
         Ok(found.lanes())
-    }
-
-    /// Returns the hash of the token with which agents of a cluster connect; `None`: Redis has none. Takes one round trip.
-    ///
-    /// # Errors
-    /// The store did not answer within `redis.response_timeout`.
-    pub async fn token_hash(&self, cluster: &Id) -> Result<Option<TokenHash>, StoreError> {
-        self.tokens.load(cluster).await
-    }
-
-    /// Returns whether Redis has a token of a cluster's agents, as it was at most ten seconds ago.
-    ///
-    /// # Errors
-    /// The store did not answer within `redis.response_timeout`.
-    pub async fn has_token(&self, cluster: &Id) -> Result<bool, StoreError> {
-        self.tokens.is_known(cluster, Instant::now()).await
     }
 
     /// Returns whether other instances live.

@@ -35,7 +35,6 @@ over_both!(
     lanes_are_announced_to_workers,
     older_connection_of_a_process_is_refused,
     a_lane_gives_way_to_a_newer_one,
-    tokens_are_found_by_cluster,
 );
 
 /// An instance without its endpoints.
@@ -227,23 +226,6 @@ async fn a_lane_gives_way_to_a_newer_one(backend: Backend) {
         assert_eq!((&entry["boot_id"], &entry["number"]), (&json!("other"), &json!(1)));
     }
     drop(third);
-    node.close().await;
-}
-
-async fn tokens_are_found_by_cluster(backend: Backend) {
-    let node = Node::on(&backend, "s1").await;
-    assert!(node.lanes.token_hash(&id("c1")).await.unwrap().is_none());
-    assert!(!node.lanes.has_token(&id("c1")).await.unwrap());
-    let hash = "3c469e9d6c5875d37a43f353d4f88e61fcf812c66eee3457465a40b0da4153e0";
-    let store = node.bus.store();
-    for (cluster, value) in [("c1", hash), ("c2", "no hash")] {
-        store.save(&format!("tunnel:{cluster}:auth"), value.as_bytes(), HOUR).await.unwrap();
-    }
-    // A lookup stands for a while; a handshake always asks.
-    assert!(!node.lanes.has_token(&id("c1")).await.unwrap());
-    assert!(node.lanes.token_hash(&id("c1")).await.unwrap().unwrap().is_of("token"));
-    assert!(node.lanes.has_token(&id("c1")).await.unwrap());
-    assert!(node.lanes.token_hash(&id("c2")).await.unwrap().is_none());
     node.close().await;
 }
 

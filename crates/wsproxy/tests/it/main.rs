@@ -59,5 +59,6 @@ mod tls;
 mod token_streams;
 mod tokens;
 mod tunnel;
+mod tunnel_instances;
 mod two_instances;
 mod unix;

@@ -4,4 +4,5 @@ mod bodies;
 mod lanes;
 mod limits;
 mod requests;
+mod rules;
 mod upgrades;

@@ -400,10 +400,18 @@ impl Mirror {
             let Some(member) = self.replica.state.member_mut(client) else { continue };
             (member.missing_since, member.is_leaving) = (None, false);
             member.own_seen = member.own_seen.max(found.own_seen);
-            let was_here = member.is_here();
+            let (was_here, held) = (member.is_here(), member.record().connection());
             self.adopt_record(client, found, changes);
             let Some(member) = self.replica.state.member_mut(client) else { continue };
             let is_ours = was_here && member.is_here();
+            if is_ours && !self.reader.is_complete && member.record().connection() != held {
+                // The place may have been elsewhere between two connections here. News of that are not of an earlier life,
+                // and this reading may lack them.
+                let arrival = member.arrival.get_or_insert_default();
+                (arrival.is_new, arrival.awaits_reading) = (false, true);
+                self.reader.want_anew(0);
+                continue;
+            }
             // Nothing was changed here before the first reading.
             if member.is_moved && self.reader.is_complete {
                 // The next reading has all that the connection here changed.

@@ -5,7 +5,7 @@ use std::{collections::HashMap, num::NonZeroU64};
 
 use crate::rooms::{
     mirror::{Limits, Refused, shown::Shown},
-    wire::Record,
+    wire::{Connection, Record},
 };
 
 /// Members and entities of a room.
@@ -19,7 +19,8 @@ pub(super) struct State {
     /// Number of members whose connection is of this instance.
     here: usize,
     bytes: usize,
-    /// The place of a member has passed to another instance, so that positions of it may be such that no store has.
+    /// The place of a member has passed to another connection elsewhere, so that positions of it may be such that no store
+    /// has.
     pub(super) has_aged: bool,
     /// Bytes for newcomers. Few rooms need them, so that those of members are not in the members.
     pub(super) shown: Shown,
@@ -314,9 +315,8 @@ impl State {
         let (bytes, here) = (&mut self.bytes, &mut self.here);
         let member = self.members.get_mut(client).expect("it was inserted");
         if *member.record != *record {
-            let old = member.record().connection();
-            if own.is_none() && old.map(|old| old.server) != server_of(record) {
-                // The instance that had the place may have told of positions that were not written any more.
+            if own.is_none() && member.record().connection() != connection_of(record) {
+                // The connection that had the place may have told of positions that were not written any more.
                 member.age_positions();
                 self.has_aged = true;
             }
@@ -465,8 +465,8 @@ impl State {
     }
 }
 
-fn server_of(record: &str) -> Option<u64> {
-    Some(Record::parse(record)?.connection()?.server)
+fn connection_of(record: &str) -> Option<Connection> {
+    Record::parse(record)?.connection()
 }
 
 fn forget(spawned: &mut HashMap<Box<str>, u32>, id: &str) {

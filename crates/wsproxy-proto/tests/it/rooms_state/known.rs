@@ -188,3 +188,27 @@ fn position_of_a_connection_whose_member_comes_back() {
         Change(0, 'd', 1, 0), RunCommand(2),
     ]);
 }
+
+/// A position of a connection is heard before the room is first read. The member has left and joined since, at the same
+/// instance.
+#[test]
+#[rustfmt::skip]
+fn position_of_an_earlier_connection_of_the_same_instance() {
+    play_calm(&[
+        Open(0, 0), Open(1, 2), Open(1, 0), Begin(2), Open(0, 2), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Answer(0, 0), Answer(2, 0), Open(1, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Change(0, 'p', 0, 0),
+        RunLeave(0), Close(0, 2), RunLeave(2), Open(0, 2),
+    ]);
+}
+
+/// The place of a member passes from here to elsewhere and back before the room is first read. The reading knows the
+/// second connection here, and lacks what was changed elsewhere.
+#[test]
+#[rustfmt::skip]
+fn entity_from_elsewhere_between_two_connections_here() {
+    play_calm(&[
+        Open(2, 1), Begin(1), Open(1, 0), Open(2, 2), Answer(2, 0), Open(1, 0), Open(1, 0), Begin(2), Close(0, 0),
+        Answer(2, 0), Answer(2, 0), Answer(1, 1), Answer(2, 0), Open(1, 0), Answer(2, 0), Answer(2, 0),
+        Deliver(1, 2), Open(0, 0), Change(2, 's', 0, 0), RunCommand(2), Open(2, 1),
+    ]);
+}

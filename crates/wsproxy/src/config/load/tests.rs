@@ -456,12 +456,11 @@ fn broken_toml_is_reported_with_its_line() {
 }
 
 #[test]
-fn absent_endpoints_may_be_switched_off_only() {
-    assert!(load_file("[endpoints]\nevents = false\ntunnel = false").is_ok());
-    assert_eq!(
-        problem(load_file("[endpoints]\ntunnel = true")),
-        ":2: endpoints.tunnel = true: must be false, since this endpoint is not in this version"
-    );
+fn an_open_tunnel_needs_a_loopback_address() {
+    let open = "[endpoints]\ntunnel = true\n[tunnel]\nclient_auth = \"none\"\n[server]\nbind = ";
+    assert!(load_file(&format!("{open}\"127.0.0.1\"")).is_ok());
+    let refused = problem(load_file(&format!("{open}\"0.0.0.0\"")));
+    assert!(refused.contains("tunnel.client_auth"), "{refused}");
 }
 
 #[test]

@@ -292,8 +292,6 @@ mod tests {
         let expected = Identity {
             user: Id::parse("ann").unwrap(),
             client: Id::parse("c-1").unwrap(),
-            cluster: None,
-            clusters: Vec::new(),
             display_name: None,
             is_name_of_token: false,
             expires_at: Some(1_900_000_000),

@@ -514,3 +514,6 @@ impl Drop for Room {
 
 /// Functions for the mirror, which knows no message.
 const MERGE: Merge = Merge { entity: snapshot::updated, presence: record::with_presence };
+
+// Every member here has one.
+const _: () = assert!(size_of::<MemberHere>() <= 64);

@@ -342,7 +342,6 @@ mod tests {
     fn requests_that_may_differ_have_different_keys() {
         let cache = cache();
         let target = "/api/v1/pods";
-        let other = Id::parse("c2").unwrap();
         let lines = |lines: &[_]| key_of(&cache, target, lines, |_| {}).unwrap().0;
         let keys = [
             key(&cache, target),
@@ -351,7 +350,7 @@ mod tests {
             lines(&[("accept", "a"), ("accept", "b")]),
             lines(&[("accept-encoding", "a")]),
             lines(&[("host", "a")]),
-            key_of(&cache, target, &[], |asked| asked.cluster = &other).unwrap().0,
+            Key { cluster: Id::parse("c2").unwrap(), ..key(&cache, target) },
             key_of(&cache, target, &[], |asked| asked.credential = TokenHash([2; 32])).unwrap().0,
         ];
         for (at, one) in keys.iter().enumerate() {
@@ -373,7 +372,8 @@ mod tests {
             (&b"body"[..], 1, &headers)
         );
         assert!(cache.find(&key, NOW.after(Micros(2_000_000))).is_none());
-        assert_eq!((cache.kept.lock().bytes, cache.kept.lock().order.len()), (0, 0));
+        let left = |kept: &Kept| (kept.bytes, kept.order.len());
+        assert_eq!(left(&cache.kept.lock()), (0, 0));
         // A newer answer takes the place of an older one.
         assert!(
             keep(&cache, &key, b"one", &headers, NOW) && keep(&cache, &key, b"two", &headers, NOW)

@@ -1,6 +1,6 @@
 //! The handshake of a lane, and the life of the lane behind it. Knows no requests.
 
-use std::{fmt::Display, sync::Arc};
+use std::{fmt::Display, sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response};
 use hyper::body::Incoming;
@@ -18,7 +18,7 @@ use crate::{
     core::Core,
     endpoint::tunnel::{
         Tunnel,
-        lanes::{Admission, LaneName, Superseded},
+        lanes::{Admission, LaneName, SUPERSEDED_DRAIN, Superseded},
     },
     http::{
         Body,
@@ -30,6 +30,7 @@ use crate::{
         path,
         rejection::Rejection,
     },
+    registry::tunnel::{LANE_NUMBER_MAX, LaneEntry, OpeningLane, RegisterError, Successor},
     telemetry::family::Family,
 };
 
@@ -55,10 +56,12 @@ pub async fn open(
     let admission = tunnel.lanes.admit(name).map_err(|Superseded| {
         Rejection::conflict("The agent's process has opened a newer connection already.")
     })?;
+    let entry = register(tunnel, &admission.lane.name).await?;
     let address = admitted.caller().address;
     let (response, socket) = admitted.accept();
     let (tunnel, owner) = (Arc::clone(tunnel), Arc::clone(core));
-    core.tasks.spawn(async move { run(&tunnel, &owner, socket, admission, address).await });
+    core.tasks
+        .spawn(async move { run(&tunnel, &owner, socket, (admission, entry), address).await });
     Ok(response)
 }
 
@@ -67,7 +70,7 @@ async fn run(
     tunnel: &Tunnel,
     core: &Arc<Core>,
     socket: BareSocket,
-    admission: Admission,
+    (admission, entry): (Admission, Option<LaneEntry>),
     address: Option<impl Display>,
 ) {
     let Some((socket, leftover, _held)) = socket.take().await else { return };
@@ -89,7 +92,12 @@ async fn run(
                 // The drain may have listed the lanes before this one was added.
                 handle.drain(Code::Restarting, Micros(0));
             }
-            let end = watch(tunnel, &cluster, &handle).await;
+            let end = tokio::select! {
+                end = watch(tunnel, &cluster, &handle, entry.as_ref()) => end,
+                () = give_way(&handle, entry.as_ref()) => {
+                    watch(tunnel, &cluster, &handle, entry.as_ref()).await
+                }
+            };
             tunnel.counters.lane_lost(end.label(), admission.lane.since.elapsed());
             end
         }
@@ -105,12 +113,20 @@ async fn run(
 }
 
 /// Tells requests that wait of each change of a lane. Returns its end.
-async fn watch(tunnel: &Tunnel, cluster: &Id, handle: &LaneHandle) -> LaneEnd {
+async fn watch(
+    tunnel: &Tunnel,
+    cluster: &Id,
+    handle: &LaneHandle,
+    entry: Option<&LaneEntry>,
+) -> LaneEnd {
     let mut status = handle.status();
     let mut pings = tokio::time::interval(tunnel.config.ping);
     loop {
         if let Some(end) = status.end {
             return end;
+        }
+        if let Some(entry) = entry.filter(|_| status.is_draining || status.go_away.is_some()) {
+            entry.drain();
         }
         status = tokio::select! {
             status = handle.changed(status.version) => status,
@@ -126,6 +142,43 @@ async fn watch(tunnel: &Tunnel, cluster: &Id, handle: &LaneHandle) -> LaneEnd {
             tunnel.breakers.health(cluster, health.upstream_ok);
         }
         tunnel.lanes.changed(cluster);
+    }
+}
+
+/// Enters a lane into the registry of all instances; `None`: there is none.
+///
+/// # Errors
+/// 409: the agent's process has a newer lane at any instance. 503: the cluster has too many agents, or Redis refuses.
+async fn register(tunnel: &Tunnel, name: &LaneName) -> Result<Option<LaneEntry>, Rejection> {
+    let Some(peers) = &tunnel.peers else { return Ok(None) };
+    let boot = format!("{:032x}", u128::from_be_bytes(name.boot));
+    let opening = OpeningLane {
+        cluster: name.cluster.clone(),
+        agent: name.agent.clone(),
+        boot_id: Id::parse(&boot).map_err(|_| Rejection::bad_request("The id is malformed."))?,
+        number: name.number.min(LANE_NUMBER_MAX),
+        capabilities: 0,
+    };
+    // The credential is checked, so that the lane can serve while the store is away.
+    match peers.registry.register(opening, true).await {
+        Ok(entry) => Ok(Some(entry)),
+        Err(RegisterError::Superseded) => {
+            Err(Rejection::conflict("The agent's process has opened a newer connection already."))
+        }
+        Err(error @ RegisterError::Full) => Err(Rejection::full(error.to_string())),
+        Err(RegisterError::Unavailable(error)) => Err(error.into()),
+    }
+}
+
+/// Drains a lane once a newer one of its agent id has the entry.
+async fn give_way(handle: &LaneHandle, entry: Option<&LaneEntry>) {
+    let Some(entry) = entry else { return std::future::pending().await };
+    if entry.superseded().await == Successor::SameProcess {
+        // The newer lane is not ready yet, and requests need one of both.
+        tokio::time::sleep(READY_WITHIN).await;
+    }
+    if !handle.status().is_draining {
+        handle.drain(Code::Superseded, SUPERSEDED_DRAIN);
     }
 }
 
@@ -154,6 +207,9 @@ fn parse_name(text: &str, cluster: &Id) -> Option<LaneName> {
     let agent = Id::parse(agent).ok().filter(|_| words.next().is_none())?;
     Some(LaneName { cluster: cluster.clone(), agent, boot, number })
 }
+
+/// Time for a newer lane to be ready.
+const READY_WITHIN: Duration = Duration::from_secs(1);
 
 /// Header with the name of an agent and of its process.
 const AGENT: &str = "x-wsproxy-agent";

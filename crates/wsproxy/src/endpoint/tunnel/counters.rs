@@ -43,10 +43,6 @@ pub struct TunnelCounters {
     pub cache_misses: Counter,
     /// Answers that were put into the cache.
     pub cache_stored: Counter,
-    /// Requests that went to another instance.
-    pub forwarded: Counter,
-    /// Times that a lane had readable bytes and its reader made no progress for seconds.
-    pub reader_stalls: Counter,
 }
 
 /// Requests by cluster and pattern.
@@ -162,10 +158,6 @@ impl TunnelCounters {
         let results = results.map(|(result, n)| ([("result", result)], n.value()));
         let help = "Requests for which the cache was asked, and answers that were kept";
         scrape.counters("tunnel_cache", help, results);
-        let help = "Requests that went to another instance";
-        scrape.counter("tunnel_forwarded", help, self.forwarded.value());
-        let help = "Times that bytes of a lane waited for its reader for 5 seconds";
-        scrape.counter("tunnel_reader_stalls", help, self.reader_stalls.value());
     }
 
     fn collect_lanes(&self, scrape: &mut Scrape) {

@@ -37,6 +37,16 @@ impl Deadlines {
         }
     }
 
+    /// Returns the deadlines of a request that another instance brings, with the time that is left for the head in
+    /// milliseconds; 0: no limit.
+    #[must_use]
+    pub fn of_peer(config: &TunnelConfig, may_last: bool, head_ms: Option<u32>) -> Self {
+        let own = Self::new(config, may_last);
+        let left =
+            |left: u32| (left > 0).then(|| Instant::now() + Duration::from_millis(left.into()));
+        Self { head: head_ms.map_or(own.head, left), ..own }
+    }
+
     /// Returns the time of the agent's deadline for the head.
     #[must_use]
     pub const fn head(&self) -> Option<Instant> {

@@ -41,6 +41,7 @@ use crate::{
         },
         headers::answer::{self, Source},
         lanes::{Lane, Place},
+        peers::forward::{self, Arrivals, Forwarded},
         refusal::{Code, Refusal},
         search,
     },
@@ -77,6 +78,8 @@ pub struct Ask {
     pub host: Option<Box<str>>,
     /// Path below which the upstream is found.
     pub prefix: String,
+    /// Another instance brought the request, which goes to no further one.
+    pub is_of_peer: bool,
     /// Line and numbers of the request.
     pub access: Arc<Access>,
     /// Key under which the answer is kept, and for how long.
@@ -139,7 +142,7 @@ pub async fn run(
     core: &Arc<Core>,
     ask: Ask,
     mut upload: Option<Upload>,
-    client: Client,
+    mut client: Client,
     pass: Pass,
 ) -> Result<Response<Body>, Refusal> {
     if let Some(answering) = &client.answering {
@@ -149,10 +152,30 @@ pub async fn run(
     }
     let (mut tried, mut retries) = (Vec::new(), Retries::default());
     loop {
+        // Lanes here come first, since they cost no second hop.
+        let mut arrivals = Arrivals::default();
+        if let Some(peers) = tunnel.peers.as_ref().filter(|_| !ask.is_of_peer)
+            && !tunnel.lanes.has_open(&ask.cluster, &tried)
+        {
+            match forward::forward(peers, core, &ask, upload, client).await {
+                Forwarded::Done(answer) => {
+                    peers.counters.forwarded.add(u64::from(answer.is_ok()));
+                    pass.report(forward::outcome(&answer), clock::now(), rand::random());
+                    return answer;
+                }
+                Forwarded::Nowhere(whole, same, next) => {
+                    (upload, client, arrivals) = (whole, same, next);
+                }
+            }
+        }
         let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
         let began = Instant::now();
         let place = tokio::select! {
             place = search::find(tunnel, core, &ask, &tried) => place,
+            () = arrivals.next() => {
+                ask.access.waited(began.elapsed());
+                continue;
+            }
             () = watch.left() => return Err(Refusal::new(Code::Cancelled)),
         };
         ask.access.waited(began.elapsed());

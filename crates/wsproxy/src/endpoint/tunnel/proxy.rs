@@ -191,6 +191,7 @@ async fn answer_opened(
         block,
         upgrade,
         prefix: request::prefix(&cluster),
+        is_of_peer: false,
         cluster,
         access,
         keep,
@@ -255,7 +256,7 @@ fn sender(core: &Core, parts: &Parts) -> Sender {
 }
 
 /// Returns whether a request is one whose answer may last: a watch, a log that is followed, an event stream.
-fn is_long(target: &str, headers: &HeaderMap) -> bool {
+pub(super) fn is_long(target: &str, headers: &HeaderMap) -> bool {
     let (_, query) = target.split_once('?').unwrap_or_default();
     let lasts = |pair| matches!(pair, "watch=true" | "watch=1" | "follow=true" | "follow=1");
     let takes_events = |value: &HeaderValue| {

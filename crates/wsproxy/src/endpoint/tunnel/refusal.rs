@@ -104,6 +104,8 @@ table! {
     Restarting = "restarting" SERVICE_UNAVAILABLE 1 Undispatched "The gateway or the cluster's agent restarts."
     /// No agent of the cluster is connected.
     ClusterOffline = "cluster_offline" SERVICE_UNAVAILABLE 0 Always "No agent of the cluster is connected."
+    /// Another instance brought a request for a cluster that has no lane here.
+    NoLane = "no_lane" MISDIRECTED_REQUEST 0 Always "This instance has no lane of the cluster."
     /// Too many requests failed at the upstream, so no further one is sent for a while.
     CircuitOpen = "circuit_open" SERVICE_UNAVAILABLE 1 Always "The cluster's upstream did not answer lately."
     /// The agent cannot connect to the upstream.

@@ -16,14 +16,17 @@ use crate::{
 /// Finds a lane for a request, and a place on it. `tried` are lanes that come last.
 ///
 /// # Errors
-/// `cluster_unknown`, `cluster_offline`, `cluster_reconnecting`, `overloaded`, `restarting`
+/// `cluster_unknown`, `cluster_offline`, `cluster_reconnecting`, `overloaded`, `restarting`, `no_lane`
 pub(super) async fn find(
     tunnel: &Arc<Tunnel>,
     core: &Core,
     ask: &Ask,
     tried: &[Arc<Lane>],
 ) -> Result<Place, Refusal> {
-    let is_seen = tunnel.lanes.of(&ask.cluster).is_some();
+    let is_seen = tunnel.lanes.of(&ask.cluster).is_some() || tunnel.expects(&ask.cluster);
+    if ask.is_of_peer && tunnel.lanes.of(&ask.cluster).is_none() {
+        return Err(Refusal::new(Code::NoLane));
+    }
     if !is_seen && !tunnel.credentials.may_exist(core, &ask.cluster).await {
         return Err(Refusal::new(Code::ClusterUnknown));
     }
@@ -35,7 +38,13 @@ pub(super) async fn find(
         match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
             Ok(place) => Look::Found(place),
             Err(NoLane::Full) => Look::Wait(Code::Overloaded, None),
+            // The instance that brought the request looks for another one.
+            Err(_) if ask.is_of_peer => Look::Leave(Code::NoLane),
             Err(NoLane::Reconnecting(until)) => Look::Wait(Code::ClusterReconnecting, until),
+            // An agent of another instance may come back, here or there.
+            Err(NoLane::Offline) if tunnel.expects(&ask.cluster) => {
+                Look::Wait(Code::ClusterReconnecting, None)
+            }
             Err(NoLane::Offline) => Look::Leave(Code::ClusterOffline),
         }
     };

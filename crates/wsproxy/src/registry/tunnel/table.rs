@@ -1,9 +1,13 @@
 //! The lanes of other instances, by cluster, as this instance knows them; without IO.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use hashbrown::HashMap;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::watch, time::Instant};
 use wsproxy_proto::names::Id;
 
@@ -15,13 +19,20 @@ use crate::registry::tunnel::{AGENTS_MAX, FAILURE_KEPT, LaneEvent, LaneRecord, R
 /// request asked for longest.
 pub(super) struct LaneTable {
     server_id: Arc<str>,
+    /// Listener to changes of a cluster's lanes.
+    news: Arc<OnceLock<News>>,
     /// Guards the clusters, not their lanes. Held for a few steps, or for one walk over the clusters.
     clusters: Mutex<HashMap<Id, Arc<KnownCluster>>>,
 }
 
+/// Listener to changes of a cluster's lanes.
+type News = Box<dyn Fn(&Id) + Send + Sync>;
+
 /// The lanes of one cluster.
 pub(super) struct KnownCluster {
+    cluster: Id,
     server_id: Arc<str>,
+    news: Arc<OnceLock<News>>,
     /// Lanes at other instances, in the order of their agents.
     lanes: watch::Sender<Arc<[RemoteLane]>>,
     /// Guards what was read and heard. Held for a few steps.
@@ -45,11 +56,19 @@ struct ClusterState {
     recorded: Option<Vec<(LaneEvent, Id, LaneRecord)>>,
     /// Time of the last request.
     asked: Instant,
+    /// Time at which the last lane left.
+    lost: Option<Instant>,
 }
 
 impl LaneTable {
     pub(super) fn new(server_id: &Arc<str>) -> Self {
-        Self { server_id: Arc::clone(server_id), clusters: Mutex::default() }
+        let (news, clusters) = Default::default();
+        Self { server_id: Arc::clone(server_id), news, clusters }
+    }
+
+    /// Sets the listener to changes, once.
+    pub(super) fn tell(&self, news: impl Fn(&Id) + Send + Sync + 'static) {
+        let _ = self.news.set(Box::new(news));
     }
 
     /// Returns a cluster, which a request asks for.
@@ -66,7 +85,7 @@ impl LaneTable {
                 clusters.remove(&oldest);
             }
         }
-        let known = Arc::new(KnownCluster::new(&self.server_id, now));
+        let known = Arc::new(KnownCluster::new(cluster, self, now));
         clusters.insert(cluster.clone(), Arc::clone(&known));
         known
     }
@@ -103,7 +122,7 @@ impl LaneTable {
 }
 
 impl KnownCluster {
-    fn new(server_id: &Arc<str>, now: Instant) -> Self {
+    fn new(cluster: &Id, table: &LaneTable, now: Instant) -> Self {
         let state = ClusterState {
             entries: BTreeMap::new(),
             is_read: false,
@@ -112,9 +131,12 @@ impl KnownCluster {
             failed: None,
             recorded: None,
             asked: now,
+            lost: None,
         };
         Self {
-            server_id: Arc::clone(server_id),
+            cluster: cluster.clone(),
+            server_id: Arc::clone(&table.server_id),
+            news: Arc::clone(&table.news),
             lanes: watch::Sender::new([].into()),
             state: Mutex::new(state),
             turn: tokio::sync::Mutex::default(),
@@ -184,7 +206,7 @@ impl KnownCluster {
         for (event, agent, record) in recorded {
             state.apply(event, &agent, record);
         }
-        self.publish(&state);
+        self.publish(state);
     }
 
     /// Notes an announcement.
@@ -196,22 +218,35 @@ impl KnownCluster {
             recorded.push((event, agent.clone(), record.clone()));
         }
         state.apply(event, agent, record.clone());
-        self.publish(&state);
+        self.publish(state);
     }
 
     fn is_followed(&self) -> bool {
         self.lanes.receiver_count() > 0
     }
 
-    fn publish(&self, state: &ClusterState) {
+    /// Returns the time at which the last lane left, while there is none.
+    pub(super) fn lost(&self) -> Option<Instant> {
+        self.state.lock().lost
+    }
+
+    fn publish(&self, mut state: MutexGuard<'_, ClusterState>) {
         let is_elsewhere = |lane: &&RemoteLane| *lane.record.server_id != *self.server_id;
         let lanes: Arc<[RemoteLane]> =
             state.entries.values().filter(is_elsewhere).cloned().collect();
-        self.lanes.send_if_modified(|before| {
+        let is_empty = lanes.is_empty();
+        let is_changed = self.lanes.send_if_modified(|before| {
             let is_new = *before != lanes;
             *before = lanes;
             is_new
         });
+        if is_changed {
+            state.lost = is_empty.then(Instant::now);
+        }
+        drop(state);
+        if let Some(news) = self.news.get().filter(|_| is_changed) {
+            news(&self.cluster);
+        }
     }
 }
 
@@ -274,7 +309,7 @@ mod tests {
     }
 
     fn cluster() -> KnownCluster {
-        KnownCluster::new(&"here".into(), Instant::now())
+        KnownCluster::new(&id("c1"), &LaneTable::new(&"here".into()), Instant::now())
     }
 
     #[test]

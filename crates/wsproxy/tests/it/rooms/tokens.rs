@@ -7,11 +7,12 @@ use jsonwebtoken::{EncodingKey, Header};
 use serde_json::{Value, json};
 
 use crate::{
-    rooms::room_client::instance_with,
+    rooms::room_client::{binary, instance_with},
     support::{
         client::Client,
         gateway::{Backend, TestInstance, bearer},
         issuer::now,
+        redis_server::RedisServer,
     },
 };
 
@@ -79,6 +80,16 @@ async fn a_member_goes_when_its_token_expires_unless_a_newer_one_came() {
     bob.send(json!({ "type": "refresh", "token": token(&json!({ "sub": "eve" })) }).to_string())
         .await;
     assert_eq!(bob.closed().await, (4401, "token of another user".into()));
+}
+
+#[tokio::test]
+async fn development_mode_is_warned_of_at_the_start() {
+    let server = RedisServer::start();
+    let program = binary(&server).await;
+    let text = "rooms.development is on: clients without a token are whoever they say they are.";
+    let line = program.line(text).await;
+    assert_eq!((&line["level"], &line["bind"]), (&json!("WARN"), &json!("127.0.0.1")));
+    assert_eq!(program.metric("wsproxy_room_development").await, 1.0);
 }
 
 /// Key of the tokens.

@@ -287,7 +287,7 @@ async fn answers_that_the_operator_named_are_kept() {
         (
             answer.body.clone(),
             answer.header("x-wsproxy-source").to_owned(),
-            answer.header("age") != "",
+            !answer.header("age").is_empty(),
         )
     };
     assert_eq!(asked("/kept/a").await, ("answer 0".into(), "upstream".into(), false));

@@ -127,6 +127,15 @@ impl AnswerBody {
     }
 }
 
+impl Drop for AnswerBody {
+    fn drop(&mut self) {
+        // The library for HTTP asks for no body where there is none, such as behind HEAD.
+        if let Some(answering) = self.answering.take() {
+            answering.is_over();
+        }
+    }
+}
+
 impl Body for AnswerBody {
     type Data = Bytes;
     type Error = Refusal;

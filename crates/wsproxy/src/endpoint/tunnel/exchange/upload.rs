@@ -1,9 +1,15 @@
 //! Body of a request on its way to a stream. Knows no head.
 
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body_util::BodyExt as _;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use wsproxy_conn::lane::{StreamWriter, WriteError};
 use wsproxy_proto::tunnel::{code::Code as ResetCode, frame::Reset, headers::HeaderBlock};
 
@@ -22,6 +28,8 @@ pub struct Upload {
     passes_trailers: bool,
     /// Pieces that were read, for another attempt; `None`: they were too many.
     kept: Option<Vec<Bytes>>,
+    /// The same pieces, on their way to another instance.
+    again: VecDeque<Bytes>,
     /// Trailers that were read.
     trailers: Option<HeaderBlock>,
     is_at_end: bool,
@@ -53,13 +61,44 @@ impl Upload {
             return Err(Refusal::new(Code::BodyTooLarge));
         }
         let passes_trailers = trailers::are_accepted(headers);
-        let (kept, trailers) = (Some(Vec::new()), None);
-        Ok(Self { body, max, read: 0, passes_trailers, kept, trailers, is_at_end: false })
+        let (kept, again, trailers) = (Some(Vec::new()), VecDeque::new(), None);
+        Ok(Self { body, max, read: 0, passes_trailers, kept, again, trailers, is_at_end: false })
     }
 
     /// Returns whether another attempt can begin at the beginning of the body.
     pub(super) const fn is_whole(&self) -> bool {
         self.kept.is_some()
+    }
+
+    /// Returns the next part of the body, for another instance. The body is not whole any more then.
+    pub(in crate::endpoint::tunnel) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Uploaded>>> {
+        if let Some(kept) = self.kept.take() {
+            self.again = kept.into();
+        }
+        if let Some(piece) = self.again.pop_front() {
+            return Poll::Ready(Some(Ok(Frame::data(piece))));
+        }
+        if let Some(block) = self.trailers.take() {
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers::of_answer(block.headers())))));
+        }
+        if self.is_at_end {
+            return Poll::Ready(None);
+        }
+        match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+            None => {
+                self.is_at_end = true;
+                Poll::Ready(None)
+            }
+            Some(Err(_)) => Poll::Ready(Some(Err(Uploaded::ClientLeft))),
+            Some(Ok(frame)) => {
+                self.read += frame.data_ref().map_or(0, |piece| piece.len() as u64);
+                let is_too_large = self.read > self.max;
+                Poll::Ready(Some(if is_too_large { Err(Uploaded::TooLarge) } else { Ok(frame) }))
+            }
+        }
     }
 
     /// Puts the body into a stream, from its beginning, until it is whole, the stream takes no more, or `left`.

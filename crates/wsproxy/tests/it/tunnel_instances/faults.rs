@@ -1,0 +1,146 @@
+//! Tables that are out of date, Redis that is away, instances and agents that leave.
+
+use super::*;
+
+#[tokio::test]
+async fn a_stale_entry_costs_no_request_and_doubles_none() {
+    let redis = RedisServer::start();
+    let ghost = peered(&redis, "s3");
+    let address = ghost.tunnel.peer_bind.unwrap();
+    let one = TestInstance::start(peered(&redis, "s1")).await;
+    let two = TestInstance::start(peered(&redis, "s2")).await;
+    let three = TestInstance::start(ghost).await;
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&seen);
+    let agent = ClusterAgent::start(two.address(), move |mut stream| {
+        counted.fetch_add(1, Relaxed);
+        async move {
+            let body = read_body(&mut stream).await;
+            answer(stream, 200, &format!("{} bytes", body.len())).await;
+        }
+    })
+    .await;
+    for n in 0..10 {
+        // Another instance is said to have a lane, and one that does not exist.
+        let entry = |server: &str, peer: &str| {
+            format!(
+                r#"{{"server_id":"{server}","peer":"{peer}","boot_id":"b","number":1,"registration":{n}}}"#
+            )
+        };
+        let stale = entry("s3", &format!("http://{address}"));
+        let told =
+            stale.replacen('{', r#"{"event":"connected","cluster_id":"c1","agent_id":"stale","#, 1);
+        redis.call(&["HSET", "tunnel:c1", "stale", &stale]);
+        redis.call(&["PUBLISH", "tunnels:events", &told]);
+        let mut raw = Raw::connect(one.address()).await;
+        raw.write(head("POST", "/", "Content-Length: 50000\r\n").as_bytes()).await;
+        raw.write(&[b'x'; 50_000]).await;
+        let answer = raw.response().await;
+        assert_eq!((answer.status, &*answer.body), (200, "50000 bytes"));
+        redis.call(&["HDEL", "tunnel:c1", "stale"]);
+    }
+    assert_eq!(seen.load(Relaxed), 10);
+    assert!(one.metric("wsproxy_tunnel_forwards_missed_total") > 0.0);
+    drop(agent);
+    for instance in [one, two, three] {
+        instance.drain().await;
+    }
+}
+
+#[tokio::test]
+async fn requests_pass_while_redis_is_away() {
+    let mut pair = Pair::start().await;
+    assert_eq!(pair.ask(&head("GET", "/x", "")).await.status, 200);
+    pair.redis.kill();
+    eventually("Redis is missed", || !pair.one.gateway().bus.status().connected).await;
+    assert_eq!(pair.ask(&head("GET", "/x", "")).await.status, 200);
+    // The agent connects again meanwhile, to the other instance.
+    let name = Name { number: 2, ..Name::default() };
+    let settings = LaneSettings::default();
+    let again = ClusterAgent::named(pair.one.address(), name, settings, serve).await.unwrap();
+    assert_eq!(pair.ask(&head("GET", "/x", "")).await.status, 200);
+    pair.redis.restart();
+    let entered = || match pair.redis.call(&["HGET", "tunnel:c1", "node-1"]) {
+        Answer::Text(entry) => entry.contains(r#""server_id":"s1""#),
+        _ => false,
+    };
+    eventually("the lane is entered", entered).await;
+    // The older lane gives way, and its instance brings requests to the newer one.
+    soon("the end of the older lane", pair.agent.lane.going_away()).await.unwrap();
+    eventually_yes("requests pass", async || {
+        ask(&pair.two, &head("GET", "/x", "")).await.status == 200
+    })
+    .await;
+    drop(again);
+    pair.one.drain().await;
+    pair.two.drain().await;
+}
+
+#[tokio::test]
+async fn an_agent_of_a_killed_instance_is_found_at_its_next_one() {
+    let redis = RedisServer::start();
+    let mut of_one = peered(&redis, "s1");
+    of_one.tunnel.wait = Duration::from_millis(200);
+    let one = TestInstance::start(of_one).await;
+    let three = TestInstance::start(peered(&redis, "s3")).await;
+    let of_killed = peered(&redis, "killed");
+    let start = async move || {
+        let instance = TestInstance::start(of_killed).await;
+        let address = instance.address();
+        std::mem::forget(instance);
+        address
+    };
+    let (killed, address) = Killable::start(start).await;
+    let agent = ClusterAgent::start(address, serve).await;
+    assert_eq!(ask(&one, &head("GET", "/x", "")).await.status, 200);
+    let mut raw = Raw::connect(one.address()).await;
+    raw.write(head("GET", "/endless", "").as_bytes()).await;
+    read_until(&mut raw, "xxx").await;
+    killed.kill();
+    // The answer breaks off.
+    while raw.read().await > 0 {}
+    assert!(!String::from_utf8_lossy(raw.rest()).ends_with("0\r\n\r\n"));
+    let refused = ask(&one, &head("POST", "/x", "Content-Length: 0\r\n")).await;
+    assert_eq!(refused.status, 503, "{refused:?}");
+    drop(agent);
+    let name = Name { number: 2, ..Name::default() };
+    let settings = LaneSettings::default();
+    let again = ClusterAgent::named(three.address(), name, settings, serve).await.unwrap();
+    eventually_yes("requests pass", async || ask(&one, &head("GET", "/x", "")).await.status == 200)
+        .await;
+    drop(again);
+    one.drain().await;
+    three.drain().await;
+}
+
+#[tokio::test]
+async fn a_drained_instance_hands_its_requests_over() {
+    let pair = Pair::start().await;
+    let (begun, mut begins) = mpsc::channel(1);
+    let name = Name { agent: "node-2", ..Name::default() };
+    let other = TestInstance::start(peered(&pair.redis, "s3")).await;
+    let second = ClusterAgent::named(other.address(), name, LaneSettings::default(), serve);
+    let _second = second.await.unwrap();
+    let one = pair.one.address();
+    let asking = tokio::spawn(async move {
+        for n in 0.. {
+            let mut raw = Raw::connect(one).await;
+            raw.write(head("GET", "/x", "").as_bytes()).await;
+            let answer = raw.response().await;
+            assert_eq!(answer.status, 200, "{n}: {answer:?}");
+            if begun.send(()).await.is_err() {
+                return n;
+            }
+        }
+        0
+    });
+    soon("an answer", begins.recv()).await.unwrap();
+    pair.two.drain().await;
+    for _ in 0..20 {
+        soon("an answer", begins.recv()).await.unwrap();
+    }
+    drop(begins);
+    assert!(soon("the last answer", asking).await.unwrap() > 20);
+    pair.one.drain().await;
+    other.drain().await;
+}
