@@ -405,6 +405,7 @@ mod tests {
         (Code::Overloaded, "overloaded", 503, Some(1), ALL),
         (Code::Restarting, "restarting", 503, Some(1), ALL),
         (Code::ClusterOffline, "cluster_offline", 503, None, ALL),
+        (Code::NoLane, "no_lane", 421, None, ALL),
         (Code::CircuitOpen, "circuit_open", 503, Some(1), ALL),
         (Code::UpstreamConnect, "upstream_connect", 502, None, ALL),
         (Code::UpstreamTls, "upstream_tls", 502, None, ALL),
