@@ -55,7 +55,7 @@ async fn a_key_without_scope_is_told_the_missing_one() {
         }
         let needed = match path.split('/').nth(3).unwrap() {
             "agents" if path.ends_with("/sessions/events") => "sessions",
-            "console" | "info" | "reload" => "admin",
+            "clusters" | "console" | "info" | "reload" => "admin",
             family => family,
         };
         let ids = [
@@ -64,6 +64,7 @@ async fn a_key_without_scope_is_told_the_missing_one() {
             ("{stream_id}", "t"),
             ("{user_id}", "u"),
             ("{request_id}", "q"),
+            ("{cluster_id}", "c"),
         ];
         let path = ids.iter().fold((*path).to_owned(), |path, (name, id)| path.replace(name, id));
         for scope in SCOPES {
