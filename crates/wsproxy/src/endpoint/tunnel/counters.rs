@@ -193,7 +193,8 @@ impl TunnelCounters {
         for ((cluster, pattern), pair) in pairs {
             let labels = [("cluster", cluster), ("pattern", pattern)];
             let (buckets, sum) = pair.head.read(MICROSECOND);
-            if buckets.iter().any(|(_, count)| *count > 0) {
+            // A pair without a head is left out, but not the metric itself.
+            if (cluster, pattern) == (OTHER, OTHER) || buckets.iter().any(|(_, n)| *n > 0) {
                 scrape.seconds("tunnel_head", help, &labels, (buckets, sum));
             }
         }
