@@ -132,7 +132,8 @@ impl Server {
         Ok(progress.is_whole().then_some(connection))
     }
 
-    /// Sends a request and waits for the final head, no longer than the gateway and the client do.
+    /// Sends a request and waits for the final head, no longer than the gateway and the client do. The gateway ends a
+    /// request whose client sends no more of the body.
     async fn exchange(
         &self,
         request: &Request,
@@ -141,11 +142,15 @@ impl Server {
         answer: &mut StreamWriter,
     ) -> Result<Exchange, Failure> {
         let went_on = request.expect.then(Arc::<Notify>::default);
+        let progress = body.progress();
+        if request.expect {
+            progress.hold();
+        }
         let sending = self.upstream.send(head, body, request.retried, went_on.as_ref());
         let deadline = async {
             match request.head_ms {
                 0 => std::future::pending().await,
-                ms => tokio::time::sleep(Duration::from_millis(ms.into())).await,
+                ms => progress.upstream_is_late(Duration::from_millis(ms.into())).await,
             }
         };
         let went_on = async {
@@ -162,6 +167,7 @@ impl Server {
                 _ = answer.gone() => return Err(Failure::Gone),
                 () = &mut went_on, if !has_gone_on => {
                     has_gone_on = true;
+                    progress.release();
                     let (source, headers) = (Source::Upstream, Headers::EMPTY);
                     let head = Head { end: false, status: 100, source, headers };
                     answer.send_head(&head).map_err(unwritten)?;

@@ -1,6 +1,6 @@
 //! Requests that are given up: the upstream's connection is closed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use wsproxy_proto::tunnel::{code::Code, frame::Open};
@@ -57,6 +57,58 @@ async fn a_head_that_comes_too_late_is_a_timeout() {
     let (_, mut upstream) = bench.upstream.request().await;
     assert_eq!(code(&mut stream).await, Code::UpstreamTimeout);
     upstream.is_closed().await;
+}
+
+#[tokio::test]
+async fn a_slow_upload_is_no_timeout() {
+    let bench = Bench::new().await;
+    let headers = block(&[]);
+    let mut stream = bench.open(&Open { head_ms: 300, ..post("/", &headers) });
+    let (_, mut upstream) = bench.upstream.request().await;
+    for pause in [500, 100, 100, 100, 100] {
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        within(stream.request.write(Bytes::from_static(b"some"))).await.unwrap();
+        upstream.expect("4\r\nsome\r\n").await;
+    }
+    stream.request.finish().unwrap();
+    upstream.expect("0\r\n\r\n").await;
+    // The time for the head begins here.
+    let ended = Instant::now();
+    assert_eq!(code(&mut stream).await, Code::UpstreamTimeout);
+    assert!(ended.elapsed() >= Duration::from_millis(250), "{:?}", ended.elapsed());
+}
+
+#[tokio::test]
+async fn an_upstream_that_reads_no_more_is_a_timeout() {
+    let bench = Bench::new().await;
+    let headers = block(&[]);
+    let mut stream = bench.open(&Open { head_ms: 200, ..post("/", &headers) });
+    let _upstream = bench.upstream.request().await;
+    let piece = Bytes::from(vec![0; 64 << 10]);
+    let sent = async { while stream.request.write(piece.clone()).await.is_ok() {} };
+    within(sent).await;
+    assert_eq!(code(&mut stream).await, Code::UpstreamTimeout);
+}
+
+#[tokio::test]
+async fn an_upstream_that_never_asks_for_the_body_is_a_timeout() {
+    let bench = Bench::new().await;
+    let headers = block(&[("expect", "100-continue")]);
+    let open = Open { expect: true, head_ms: 100, ..post("/", &headers) };
+    let mut unasked = bench.open(&open);
+    let (_, mut upstream) = bench.upstream.request().await;
+    assert_eq!(code(&mut unasked).await, Code::UpstreamTimeout);
+    upstream.is_closed().await;
+
+    // Once the upstream has asked, the client is awaited.
+    let mut stream = bench.open(&open);
+    let (_, mut upstream) = bench.upstream.request().await;
+    upstream.write("HTTP/1.1 100 Continue\r\n\r\n").await;
+    assert_eq!(head(&mut stream).await.status, 100);
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    stream.request.finish().unwrap();
+    upstream.write("HTTP/1.1 204 x\r\n\r\n").await;
+    assert_eq!(head(&mut stream).await.status, 204);
 }
 
 #[tokio::test]

@@ -60,11 +60,46 @@ impl Deadlines {
         left.map_or(0, |left| u32::try_from(left).unwrap_or(u32::MAX).max(1))
     }
 
+    /// Returns the wait for the head of a stream that is open now.
+    #[must_use]
+    pub fn wait_for_head(&self) -> HeadWait {
+        let left = self.head.map(|at| at.saturating_duration_since(Instant::now()));
+        let max = left.map(|left| left + self.margin);
+        HeadWait { max, idle: self.idle, timer: Box::pin(sleep(max.unwrap_or_default())) }
+    }
+
     /// Waits until the agent should have told the reason why there is no head.
     pub async fn head_is_late(&self) {
         match self.head {
             Some(at) => sleep_until(at + self.margin).await,
             None => std::future::pending().await,
+        }
+    }
+}
+
+/// Wait for the head of an answer. The time for the head begins with the end of the request's body, as it does at the
+/// agent. Before that end only a body that stands still is late.
+#[derive(Debug)]
+pub struct HeadWait {
+    /// Time that the agent has, and the margin.
+    max: Option<Duration>,
+    idle: Option<Duration>,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl HeadWait {
+    /// Waits until the head is late. `progress` has the end of the request's body, unless it `is_uploading`. May be
+    /// dropped and called again.
+    pub async fn over(&mut self, progress: &Progress, is_uploading: bool) {
+        let max = if is_uploading { self.idle.filter(|_| self.max.is_some()) } else { self.max };
+        let Some(max) = max else { return std::future::pending().await };
+        loop {
+            let left = max.saturating_sub(progress.still_for());
+            if left.is_zero() {
+                return;
+            }
+            self.timer.as_mut().reset(Instant::now() + left);
+            self.timer.as_mut().await;
         }
     }
 }

@@ -119,13 +119,19 @@ struct Failed {
     lane: Arc<Lane>,
     /// Body that may be uploaded again; `None`: there is none, or a part of it is gone.
     upload: Option<Upload>,
+    /// The client still sent the body, or the upstream took no more of it.
+    was_uploading: bool,
 }
 
 impl Failed {
     /// Returns what the failure tells of the upstream.
     fn outcome(&self) -> Outcome {
-        let is_of_upstream =
-            matches!(self.refusal.code, Code::UpstreamConnect | Code::UpstreamTimeout);
+        let is_of_upstream = match self.refusal.code {
+            Code::UpstreamConnect => true,
+            // A slow client may be the reason while its body is not whole.
+            Code::UpstreamTimeout => !self.was_uploading,
+            _ => false,
+        };
         match is_of_upstream || !self.lane.is_healthy() {
             true => Outcome::Failed,
             false => Outcome::Unclear,
@@ -245,8 +251,10 @@ impl Attempt<'_> {
         watch: Watch,
     ) -> Result<Answered, Failed> {
         let lane = Arc::clone(&place.lane);
-        let failed =
-            |refusal, end, upload| Failed { refusal, end, lane: Arc::clone(&lane), upload };
+        let failed = |refusal, end, upload| {
+            let lane = Arc::clone(&lane);
+            Failed { refusal, end, lane, upload, was_uploading: false }
+        };
         let OpenedStream { request, mut answer } = match self.open(&place, upload.is_some()) {
             Ok(stream) => stream,
             Err((refusal, end)) => return Err(failed(refusal, end, upload)),
@@ -273,8 +281,9 @@ impl Attempt<'_> {
             }),
             Err(Fault::Ended(end)) => {
                 let refusal = ends::refusal(&end, self.core.is_closing());
+                let was_uploading = sides.is_uploading();
                 let upload = sides.take_back().await;
-                Err(failed(refusal, Some(end), upload))
+                Err(Failed { was_uploading, ..failed(refusal, Some(end), upload) })
             }
             // Dropping the reader resets the stream, as does that of a body that is not whole.
             Err(Fault::Refused(refusal)) => Err(failed(refusal, None, None)),
@@ -322,11 +331,10 @@ impl Attempt<'_> {
         if !self.ask.expects {
             sides.begin_upload();
         }
-        let begin_anyway = sleep(CONTINUE_AFTER);
-        let is_late = self.ask.deadlines.head_is_late();
-        let (mut begin_anyway, mut is_late) =
-            (std::pin::pin!(begin_anyway), std::pin::pin!(is_late));
+        let mut begin_anyway = std::pin::pin!(sleep(CONTINUE_AFTER));
+        let mut wait = self.ask.deadlines.wait_for_head();
         loop {
+            let is_uploading = sides.uploading.is_some();
             tokio::select! {
                 biased;
                 head = answer.head() => match head {
@@ -344,7 +352,9 @@ impl Attempt<'_> {
                 uploaded = upload_end(&mut sides.uploading) => sides.on_uploaded(uploaded)?,
                 () = left(sides.watch.as_ref()) => return Err(Refusal::new(Code::Cancelled).into()),
                 () = &mut begin_anyway, if sides.may_begin() => sides.begin_upload(),
-                () = &mut is_late => return Err(Refusal::new(Code::GatewayTimeout).into()),
+                () = wait.over(&sides.progress, is_uploading) => {
+                    return Err(Refusal::new(Code::GatewayTimeout).into());
+                }
             }
         }
     }
@@ -381,6 +391,11 @@ impl Sides<'_> {
         self.upload.is_some() && self.uploading.is_none() && self.uploaded.is_none()
     }
 
+    /// Returns whether the upload has begun, and the body was not put into the stream whole.
+    fn is_uploading(&self) -> bool {
+        self.uploading.is_some() || self.uploaded.is_some_and(|ended| ended != Uploaded::Whole)
+    }
+
     /// Begins to upload the body, if there is one and its upload has not begun.
     fn begin_upload(&mut self) {
         if !self.may_begin() {
@@ -390,6 +405,7 @@ impl Sides<'_> {
             let watch = self.watch.take().unwrap_or(Watch(None));
             let (progress, place) = (self.progress.clone(), Arc::clone(&self.place));
             let access = Arc::clone(&self.access);
+            progress.note();
             let task = self.core.tasks.spawn(async move {
                 // The stream counts until both of its directions have ended.
                 let _place = place;
@@ -401,6 +417,7 @@ impl Sides<'_> {
 
     fn on_uploaded(&mut self, ended: Option<(Upload, Uploaded)>) -> Result<(), Fault> {
         self.uploading = None;
+        self.progress.note();
         let Some((upload, uploaded)) = ended else {
             return Err(Refusal::new(Code::Cancelled).into());
         };

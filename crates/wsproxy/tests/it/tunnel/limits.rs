@@ -221,6 +221,68 @@ async fn a_late_head_and_a_still_body_end_a_request() {
 }
 
 #[tokio::test]
+async fn the_time_for_the_head_begins_behind_the_body() {
+    let gateway = start(|config| {
+        config.tunnel.head_timeout = Duration::from_millis(200);
+        config.tunnel.head_margin = Duration::from_millis(100);
+        config.tunnel.idle_timeout = Duration::from_millis(700);
+    })
+    .await;
+    let agent = ClusterAgent::start(gateway.address(), |mut stream| async {
+        read_body(&mut stream).await;
+        match &stream.request.path[..] {
+            b"/silent" => silent(stream).await,
+            _ => hello(stream).await,
+        }
+    })
+    .await;
+    for path in ["/", "/silent"] {
+        let mut slow = send(&gateway, &head("PUT", path, "Content-Length: 8\r\n")).await;
+        for _ in 0..8 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            slow.write(b"x").await;
+        }
+        let sent = std::time::Instant::now();
+        let answer = slow.response().await;
+        match path {
+            "/" => assert_eq!(answer.body, "hello"),
+            _ => {
+                assert_eq!(code(&answer), (504, "gateway_timeout"));
+                assert!(sent.elapsed() > Duration::from_millis(250), "{:?}", sent.elapsed());
+            }
+        }
+    }
+    // A client that sends no more is not waited for.
+    let mut still = send(&gateway, &head("PUT", "/", "Content-Length: 8\r\n")).await;
+    still.write(b"x").await;
+    let sent = std::time::Instant::now();
+    assert_eq!(code(&still.response().await), (504, "gateway_timeout"));
+    assert!(sent.elapsed() > Duration::from_millis(500), "{:?}", sent.elapsed());
+    eventually("nothing is left", || agent.lane.streams() == 0).await;
+    gateway.drain().await;
+}
+
+#[tokio::test]
+async fn timeouts_of_uploads_do_not_open_the_breaker() {
+    let gateway = start(|config| config.tunnel.breaker_min = 2).await;
+    let _agent = ClusterAgent::start(gateway.address(), |mut stream| async move {
+        if stream.request.end {
+            return hello(stream).await;
+        }
+        let _ = stream.body.read().await;
+        stream.answer.reset(&Reset::new(Code::UpstreamTimeout));
+    })
+    .await;
+    for _ in 0..5 {
+        let mut slow = send(&gateway, &head("PUT", "/", "Content-Length: 8\r\n")).await;
+        slow.write(b"x").await;
+        assert_eq!(code(&slow.response().await), (504, "upstream_timeout"));
+    }
+    assert_eq!(ask(&gateway, &head("GET", "/", "")).await.body, "hello");
+    gateway.drain().await;
+}
+
+#[tokio::test]
 async fn a_request_that_reached_no_upstream_is_sent_again_whole() {
     let gateway = start(|_| {}).await;
     let tries = Arc::new(AtomicUsize::new(0));
