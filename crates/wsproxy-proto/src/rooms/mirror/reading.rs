@@ -204,7 +204,7 @@ impl Mirror {
         self.reader.positions_at = None;
         self.reader.overtake_positions();
         for member in self.replica.state.members_mut() {
-            member.hear_echo();
+            member.end_echo();
             if !member.is_here() {
                 member.age_positions();
             }

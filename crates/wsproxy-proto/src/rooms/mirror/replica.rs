@@ -88,7 +88,7 @@ impl Replica {
             return counted;
         };
         if member.joined == version {
-            member.hear_echo();
+            member.hear_echo(true);
         }
         // Where Redis was emptied a connection may get its place back, and an older replacement seems to fit again.
         if counted == Counted::Old && member.is_replaced && member.joined < version {
@@ -193,7 +193,7 @@ impl Replica {
             member.own_heard = member.own_heard.max(own.number);
         }
         if is_echo {
-            member.hear_echo();
+            member.hear_echo(false);
         } else if is_next {
             self.put(client, record).is_replaced = true;
         }

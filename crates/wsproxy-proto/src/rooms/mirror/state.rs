@@ -196,8 +196,16 @@ impl Member {
         self.arrival.as_ref().is_some_and(|arrival| arrival.has_touched(id))
     }
 
+    /// Notes that the channel has brought a join or, not `is_new`, a replacement that has the record's connection. The one is
+    /// not the echo of the other: a connection may come from elsewhere, be taken for dead, and join again.
+    pub(super) fn hear_echo(&mut self, is_new: bool) {
+        if self.arrival.as_ref().is_some_and(|arrival| arrival.is_new == is_new) {
+            self.end_echo();
+        }
+    }
+
     /// Ends the wait for the echo of the join.
-    pub(super) fn hear_echo(&mut self) {
+    pub(super) fn end_echo(&mut self) {
         if let Some(arrival) = &mut self.arrival {
             arrival.awaits_echo = false;
             self.settle();

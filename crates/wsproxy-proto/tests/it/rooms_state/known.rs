@@ -2,7 +2,7 @@
 
 use crate::rooms_state::{
     Step::{
-        Advance, Answer, Begin, Change, Close, Deliver, Empty, Kill, Open, Reap, Rejoin,
+        Advance, Answer, Begin, Change, Close, Deliver, Empty, Kill, LoseLease, Open, Reap, Rejoin,
         RunCommand, RunLeave,
     },
     play, play_calm,
@@ -210,5 +210,29 @@ fn entity_from_elsewhere_between_two_connections_here() {
         Open(2, 1), Begin(1), Open(1, 0), Open(2, 2), Answer(2, 0), Open(1, 0), Open(1, 0), Begin(2), Close(0, 0),
         Answer(2, 0), Answer(2, 0), Answer(1, 1), Answer(2, 0), Open(1, 0), Answer(2, 0), Answer(2, 0),
         Deliver(1, 2), Open(0, 0), Change(2, 's', 0, 0), RunCommand(2), Open(2, 1),
+    ]);
+}
+
+/// A member comes from elsewhere, is taken for dead and joins again with the same connection. The news of its first join here
+/// are not those of its second.
+#[test]
+#[rustfmt::skip]
+fn change_here_between_the_news_of_two_joins_of_a_connection() {
+    play(true, &[
+        Open(1, 0), Open(1, 2), LoseLease(2), Answer(2, 0), Begin(2), Rejoin(1, 2), Answer(2, 0), Answer(2, 0),
+        Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Change(1, 's', 0, 0),
+    ]).check_entities();
+}
+
+/// A reading knows a member before the channel tells of its join elsewhere. It comes here, and the news of that join are not
+/// those of its coming.
+#[test]
+#[rustfmt::skip]
+fn change_here_before_the_news_of_a_join_elsewhere() {
+    play_calm(&[
+        Open(0, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0),
+        Open(1, 2), Answer(2, 0), Open(3, 0), Answer(0, 0), Begin(2), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Answer(2, 0), Answer(2, 0), Change(3, 's', 0, 7), RunCommand(0), Open(3, 2), Answer(2, 0), Deliver(0, 3),
+        Deliver(0, 3), Change(3, 's', 0, 9), RunCommand(2), Deliver(2, 3),
     ]);
 }
