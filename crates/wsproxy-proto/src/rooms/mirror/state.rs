@@ -22,6 +22,8 @@ pub(super) struct State {
     /// The place of a member has passed to another connection elsewhere, so that positions of it may be such that no store
     /// has.
     pub(super) has_aged: bool,
+    /// A leave of an earlier life has ended entities that a connection of this instance may have written in the later one.
+    pub(super) has_ended: bool,
     /// Bytes for newcomers. Few rooms need them, so that those of members are not in the members.
     pub(super) shown: Shown,
 }
@@ -65,8 +67,8 @@ pub(super) struct Arrival {
     pub(super) awaits_reading: bool,
     /// Entities that the connection here has changed. Older news of these are overtaken.
     pub(super) touched: Vec<Box<str>>,
-    /// Entities whose last change was refused, because another connection holds the place: a reading tells their
-    /// state.
+    /// Entities whose last change was refused, because another connection holds the place, or that the leave of an earlier life
+    /// has ended: a reading tells their state.
     pub(super) doubted: Vec<Box<str>>,
 }
 
@@ -429,10 +431,17 @@ impl State {
 
     /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since.
     /// Returns them.
+    ///
+    /// Some of them may be of the later life. Others bring them again on the channel, but connections here do not: a reading
+    /// tells.
     pub(super) fn end_earlier_life(&mut self, client: &str) -> Vec<Entity> {
-        let Some(member) = self.members.get(client) else { return Vec::new() };
+        let Some(member) = self.members.get_mut(client) else { return Vec::new() };
         let ids = member.entities.iter().map(|entity| &entity.id);
         let ended: Vec<Box<str>> = ids.filter(|id| !member.has_touched(id)).cloned().collect();
+        self.has_ended |= member.own_seen > 0 && !ended.is_empty();
+        if member.is_here {
+            ended.iter().for_each(|id| member.doubt(id));
+        }
         ended.iter().filter_map(|id| self.despawn(client, id)).collect()
     }
 
