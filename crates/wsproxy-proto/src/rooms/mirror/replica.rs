@@ -273,6 +273,10 @@ impl Replica {
             member.missing_since = None;
         }
         let awaits_reading = before.is_some() && !is_passed_on && !(is_known && is_current);
+        if !is_passed_on && before.is_none() {
+            // Those of an earlier life.
+            member.age_positions();
+        }
         let arrival = member.arrival.get_or_insert_default();
         if !is_passed_on {
             // Changes of an earlier life, or before the place was elsewhere.

@@ -429,15 +429,19 @@ impl State {
         Some(entity)
     }
 
-    /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since.
-    /// Returns them.
+    /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since, and the
+    /// positions without an entity that it has told. Returns them.
     ///
     /// Some of them may be of the later life. Others bring them again on the channel, but connections here do not: a reading
     /// tells.
     pub(super) fn end_earlier_life(&mut self, client: &str) -> Vec<Entity> {
         let Some(member) = self.members.get_mut(client) else { return Vec::new() };
-        let ids = member.entities.iter().map(|entity| &entity.id);
-        let ended: Vec<Box<str>> = ids.filter(|id| !member.has_touched(id)).cloned().collect();
+        let is_kept = |entity: &&Entity| {
+            let is_own = member.is_here && entity.is_live && entity.snapshot.is_none();
+            is_own || member.has_touched(&entity.id)
+        };
+        let ended = member.entities.iter().filter(|entity| !is_kept(entity));
+        let ended: Vec<Box<str>> = ended.map(|entity| entity.id.clone()).collect();
         self.has_ended |= member.own_seen > 0 && !ended.is_empty();
         if member.is_here {
             ended.iter().for_each(|id| member.doubt(id));

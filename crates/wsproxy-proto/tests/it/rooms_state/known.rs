@@ -284,3 +284,14 @@ fn old_leave_of_a_member_that_has_moved_away() {
         Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0),
     ]);
 }
+
+/// A member tells a position without an entity while it joins again. The old leave does not end it, and Redis has lost it.
+#[test]
+#[rustfmt::skip]
+fn position_told_before_an_old_leave() {
+    play(true, &[
+        Open(0, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Open(2, 1),
+        Close(0, 0), Answer(0, 0), Open(1, 0), Answer(0, 0), LoseLease(0), Rejoin(1, 0), Change(1, 'p', 0, 0),
+        Answer(0, 0), Empty,
+    ]).check_entities();
+}
