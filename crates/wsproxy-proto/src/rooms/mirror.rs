@@ -442,6 +442,7 @@ impl Mirror {
         if origin == Origin::Channel && held.is_none_or(|held| held.snapshot().is_none()) {
             // The spawn was refused, and the update was not: Redis has what no news have told.
             self.reader.want_anew(0);
+            self.replica.state.doubt_here(client, entity);
             return Err(Refused::Unknown);
         }
         let limits = self.limits_of(origin);

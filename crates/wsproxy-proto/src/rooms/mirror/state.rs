@@ -173,6 +173,11 @@ impl Member {
         self.settle();
     }
 
+    /// Returns the entities whose state another reading tells.
+    pub(super) fn doubted(&self) -> impl Iterator<Item = &str> {
+        self.arrival.iter().flat_map(|arrival| arrival.doubted.iter().map(|id| &**id))
+    }
+
     pub(super) fn doubt(&mut self, id: &str) {
         let arrival = self.arrival.get_or_insert_default();
         arrival.touched.retain(|touched| **touched != *id);
@@ -427,6 +432,13 @@ impl State {
             forget(&mut self.spawned, id);
         }
         Some(entity)
+    }
+
+    /// Notes that a reading knows more of an entity than a member here.
+    pub(super) fn doubt_here(&mut self, client: &str, id: &str) {
+        if let Some(member) = self.members.get_mut(client).filter(|member| member.is_here) {
+            member.doubt(id);
+        }
     }
 
     /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since, and the

@@ -295,3 +295,15 @@ fn position_told_before_an_old_leave() {
         Answer(0, 0), Empty,
     ]).check_entities();
 }
+
+/// A member comes here whose entity was updated elsewhere after a spawn that was refused. The first reading lacks the entity,
+/// and the update comes behind it.
+#[test]
+#[rustfmt::skip]
+fn update_of_what_was_refused_before_the_member_came_here() {
+    play_calm(&[
+        Open(1, 2), Answer(2, 0), Begin(2), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Open(0, 1), Change(1, 's', 0, 0), Open(0, 0), Open(1, 2), RunCommand(2), Open(0, 1), Begin(0), Open(2, 0),
+        Answer(2, 0), Answer(0, 1), Change(1, 'u', 0, 0), RunCommand(2), Open(1, 0),
+    ]);
+}
