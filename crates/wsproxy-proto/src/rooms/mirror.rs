@@ -16,6 +16,8 @@ pub use reading::{
 pub use shown::Encoding;
 pub use state::{Entity, Member};
 
+use std::mem::take;
+
 use crate::rooms::{
     mirror::{
         news::Op,
@@ -275,8 +277,15 @@ impl Mirror {
             }
             _ => {}
         }
-        if std::mem::take(&mut self.replica.state.has_aged) {
+        let state = &mut self.replica.state;
+        let (has_aged, has_ended) = (take(&mut state.has_aged), take(&mut state.has_ended));
+        if has_aged {
             self.reader.want_positions(now);
+        }
+        if has_ended && self.is_complete() {
+            // A reading that is under way applies that leave again.
+            self.reader.give_up();
+            self.reader.want_anew(now);
         }
     }
 
@@ -433,6 +442,7 @@ impl Mirror {
         if origin == Origin::Channel && held.is_none_or(|held| held.snapshot().is_none()) {
             // The spawn was refused, and the update was not: Redis has what no news have told.
             self.reader.want_anew(0);
+            self.replica.state.doubt_here(client, entity);
             return Err(Refused::Unknown);
         }
         let limits = self.limits_of(origin);

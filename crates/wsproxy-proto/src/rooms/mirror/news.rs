@@ -45,7 +45,10 @@ impl Replica {
                 Op::Update { client, entity, update } => {
                     // Redis has what no news have told: the spawn was refused, and the update was not.
                     let updated = self.update(&client, &entity, &update, merge, limits);
-                    is_whole &= updated != Err(Refused::Unknown);
+                    if updated == Err(Refused::Unknown) {
+                        is_whole = false;
+                        self.state.doubt_here(&client, &entity);
+                    }
                 }
                 // News of no member, or too many.
                 op => _ = self.replay_state(op, merge, limits),

@@ -204,7 +204,7 @@ impl Mirror {
         self.reader.positions_at = None;
         self.reader.overtake_positions();
         for member in self.replica.state.members_mut() {
-            member.hear_echo();
+            member.end_echo();
             if !member.is_here() {
                 member.age_positions();
             }
@@ -278,7 +278,7 @@ impl Mirror {
             self.is_complete() && self.replica.state.members().any(|(_, member)| member.is_moved);
         self.reader.is_complete = true;
         self.reader.positions_at = Some(now + POSITIONS_AGAIN);
-        if !is_whole || is_moved {
+        if !is_whole || draft.state.has_ended || is_moved {
             self.reader.want(now);
         }
         Outcome::Applied { orphans }
@@ -425,6 +425,10 @@ impl Mirror {
             if let Some(member) = self.replica.state.member_mut(client) {
                 member.end_reading();
             }
+        }
+        // The news behind the reading have shown that it lacks these.
+        for (client, found) in draft.state.members() {
+            found.doubted().for_each(|id| self.replica.state.doubt_here(client, id));
         }
         self.forget_missing(draft, began, changes);
     }

@@ -88,7 +88,7 @@ impl Replica {
             return counted;
         };
         if member.joined == version {
-            member.hear_echo();
+            member.hear_echo(true);
         }
         // Where Redis was emptied a connection may get its place back, and an older replacement seems to fit again.
         if counted == Counted::Old && member.is_replaced && member.joined < version {
@@ -193,7 +193,7 @@ impl Replica {
             member.own_heard = member.own_heard.max(own.number);
         }
         if is_echo {
-            member.hear_echo();
+            member.hear_echo(false);
         } else if is_next {
             self.put(client, record).is_replaced = true;
         }
@@ -273,6 +273,10 @@ impl Replica {
             member.missing_since = None;
         }
         let awaits_reading = before.is_some() && !is_passed_on && !(is_known && is_current);
+        if !is_passed_on && before.is_none() {
+            // Those of an earlier life.
+            member.age_positions();
+        }
         let arrival = member.arrival.get_or_insert_default();
         if !is_passed_on {
             // Changes of an earlier life, or before the place was elsewhere.

@@ -22,6 +22,8 @@ pub(super) struct State {
     /// The place of a member has passed to another connection elsewhere, so that positions of it may be such that no store
     /// has.
     pub(super) has_aged: bool,
+    /// A leave of an earlier life has ended entities that a connection of this instance may have written in the later one.
+    pub(super) has_ended: bool,
     /// Bytes for newcomers. Few rooms need them, so that those of members are not in the members.
     pub(super) shown: Shown,
 }
@@ -65,8 +67,8 @@ pub(super) struct Arrival {
     pub(super) awaits_reading: bool,
     /// Entities that the connection here has changed. Older news of these are overtaken.
     pub(super) touched: Vec<Box<str>>,
-    /// Entities whose last change was refused, because another connection holds the place: a reading tells their
-    /// state.
+    /// Entities whose last change was refused, because another connection holds the place, or that the leave of an earlier life
+    /// has ended: a reading tells their state.
     pub(super) doubted: Vec<Box<str>>,
 }
 
@@ -171,6 +173,11 @@ impl Member {
         self.settle();
     }
 
+    /// Returns the entities whose state another reading tells.
+    pub(super) fn doubted(&self) -> impl Iterator<Item = &str> {
+        self.arrival.iter().flat_map(|arrival| arrival.doubted.iter().map(|id| &**id))
+    }
+
     pub(super) fn doubt(&mut self, id: &str) {
         let arrival = self.arrival.get_or_insert_default();
         arrival.touched.retain(|touched| **touched != *id);
@@ -196,8 +203,16 @@ impl Member {
         self.arrival.as_ref().is_some_and(|arrival| arrival.has_touched(id))
     }
 
+    /// Notes that the channel has brought a join or, not `is_new`, a replacement that has the record's connection. The one is
+    /// not the echo of the other: a connection may come from elsewhere, be taken for dead, and join again.
+    pub(super) fn hear_echo(&mut self, is_new: bool) {
+        if self.arrival.as_ref().is_some_and(|arrival| arrival.is_new == is_new) {
+            self.end_echo();
+        }
+    }
+
     /// Ends the wait for the echo of the join.
-    pub(super) fn hear_echo(&mut self) {
+    pub(super) fn end_echo(&mut self) {
         if let Some(arrival) = &mut self.arrival {
             arrival.awaits_echo = false;
             self.settle();
@@ -419,12 +434,30 @@ impl State {
         Some(entity)
     }
 
-    /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since.
-    /// Returns them.
+    /// Notes that a reading knows more of an entity than a member here.
+    pub(super) fn doubt_here(&mut self, client: &str, id: &str) {
+        if let Some(member) = self.members.get_mut(client).filter(|member| member.is_here) {
+            member.doubt(id);
+        }
+    }
+
+    /// Removes the entities of an earlier life of a member: all but those that a connection here has changed since, and the
+    /// positions without an entity that it has told. Returns them.
+    ///
+    /// Some of them may be of the later life. Others bring them again on the channel, but connections here do not: a reading
+    /// tells.
     pub(super) fn end_earlier_life(&mut self, client: &str) -> Vec<Entity> {
-        let Some(member) = self.members.get(client) else { return Vec::new() };
-        let ids = member.entities.iter().map(|entity| &entity.id);
-        let ended: Vec<Box<str>> = ids.filter(|id| !member.has_touched(id)).cloned().collect();
+        let Some(member) = self.members.get_mut(client) else { return Vec::new() };
+        let is_kept = |entity: &&Entity| {
+            let is_own = member.is_here && entity.is_live && entity.snapshot.is_none();
+            is_own || member.has_touched(&entity.id)
+        };
+        let ended = member.entities.iter().filter(|entity| !is_kept(entity));
+        let ended: Vec<Box<str>> = ended.map(|entity| entity.id.clone()).collect();
+        self.has_ended |= member.own_seen > 0 && !ended.is_empty();
+        if member.is_here {
+            ended.iter().for_each(|id| member.doubt(id));
+        }
         ended.iter().filter_map(|id| self.despawn(client, id)).collect()
     }
 

@@ -2,8 +2,8 @@
 
 use crate::rooms_state::{
     Step::{
-        Advance, Answer, Begin, Change, Close, Deliver, Empty, Kill, Open, Reap, Rejoin,
-        RunCommand, RunLeave,
+        Advance, Answer, Begin, Change, Close, Deliver, Empty, Kill, Link, Lose, LoseLease, Open,
+        Reap, Rejoin, RunCommand, RunLeave,
     },
     play, play_calm,
 };
@@ -210,5 +210,100 @@ fn entity_from_elsewhere_between_two_connections_here() {
         Open(2, 1), Begin(1), Open(1, 0), Open(2, 2), Answer(2, 0), Open(1, 0), Open(1, 0), Begin(2), Close(0, 0),
         Answer(2, 0), Answer(2, 0), Answer(1, 1), Answer(2, 0), Open(1, 0), Answer(2, 0), Answer(2, 0),
         Deliver(1, 2), Open(0, 0), Change(2, 's', 0, 0), RunCommand(2), Open(2, 1),
+    ]);
+}
+
+/// A member comes from elsewhere, is taken for dead and joins again with the same connection. The news of its first join here
+/// are not those of its second.
+#[test]
+#[rustfmt::skip]
+fn change_here_between_the_news_of_two_joins_of_a_connection() {
+    play(true, &[
+        Open(1, 0), Open(1, 2), LoseLease(2), Answer(2, 0), Begin(2), Rejoin(1, 2), Answer(2, 0), Answer(2, 0),
+        Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Change(1, 's', 0, 0),
+    ]).check_entities();
+}
+
+/// A reading knows a member before the channel tells of its join elsewhere. It comes here, and the news of that join are not
+/// those of its coming.
+#[test]
+#[rustfmt::skip]
+fn change_here_before_the_news_of_a_join_elsewhere() {
+    play_calm(&[
+        Open(0, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0),
+        Open(1, 2), Answer(2, 0), Open(3, 0), Answer(0, 0), Begin(2), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Answer(2, 0), Answer(2, 0), Change(3, 's', 0, 7), RunCommand(0), Open(3, 2), Answer(2, 0), Deliver(0, 3),
+        Deliver(0, 3), Change(3, 's', 0, 9), RunCommand(2), Deliver(2, 3),
+    ]);
+}
+
+/// A member joins again that was taken for dead. Its connection changes an entity before that is answered, and loses its place
+/// to the next one here. A reading brings the entity, and the old leave comes behind it.
+#[test]
+#[rustfmt::skip]
+fn change_between_a_join_again_and_the_next_connection() {
+    play(true, &[
+        Open(1, 1), Open(0, 0), Answer(0, 0), Open(0, 2), Answer(1, 0), Open(3, 1), Begin(1), Answer(1, 0),
+        Answer(1, 0), Open(0, 1), Answer(1, 0), Answer(1, 0), Answer(1, 0), Open(0, 0), Open(0, 0), LoseLease(1),
+        Answer(1, 2), Rejoin(3, 1), Change(3, 's', 0, 0), RunCommand(1), Open(3, 1), Open(0, 0),
+    ]).check_entities();
+}
+
+/// As before, but the old leave comes while the room is read.
+#[test]
+#[rustfmt::skip]
+fn old_leave_while_the_room_is_read_for_a_refused_change() {
+    play(true, &[
+        Open(3, 1), Answer(1, 0), Begin(1), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0),
+        Deliver(1, 1), LoseLease(1), Rejoin(3, 1), Change(3, 's', 0, 0), RunCommand(1), Open(3, 1), Answer(1, 0),
+        RunCommand(1), Answer(1, 0), Begin(1), Deliver(1, 1),
+    ]).check_entities();
+}
+
+/// A member joins again with its entity, and the next connection here has its place before that is answered. A reading knows
+/// the next connection already, and the old leave comes behind it.
+#[test]
+#[rustfmt::skip]
+fn entity_that_the_connection_before_has_written_again() {
+    play(true, &[
+        Open(3, 1), Answer(1, 0), Begin(1), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0),
+        Change(3, 's', 0, 0), RunCommand(1), Lose(1), Link(1), LoseLease(1), Rejoin(3, 1), Open(3, 1), Begin(1),
+        Answer(1, 2), Answer(1, 2), Answer(1, 2), Answer(1, 2), Answer(1, 2), Answer(1, 0), Answer(1, 0),
+    ]).check_entities();
+}
+
+/// A member changes an entity here and moves away. A reading knows that before the leave of its earlier life comes. The news of
+/// the change come from here, so that nothing would bring the entity again.
+#[test]
+#[rustfmt::skip]
+fn old_leave_of_a_member_that_has_moved_away() {
+    play_calm(&[
+        Open(0, 1), Answer(1, 0), Begin(1), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0),
+        Deliver(1, 1), Open(3, 0), Answer(0, 0), Close(3, 0), RunLeave(0), Open(3, 1), Answer(1, 0),
+        Change(3, 's', 0, 0), RunCommand(1), Open(3, 0), Change(3, 's', 1, 0), RunCommand(1), Begin(1),
+        Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0), Answer(1, 0),
+    ]);
+}
+
+/// A member tells a position without an entity while it joins again. The old leave does not end it, and Redis has lost it.
+#[test]
+#[rustfmt::skip]
+fn position_told_before_an_old_leave() {
+    play(true, &[
+        Open(0, 0), Answer(0, 0), Begin(0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Open(2, 1),
+        Close(0, 0), Answer(0, 0), Open(1, 0), Answer(0, 0), LoseLease(0), Rejoin(1, 0), Change(1, 'p', 0, 0),
+        Answer(0, 0), Empty,
+    ]).check_entities();
+}
+
+/// A member comes here whose entity was updated elsewhere after a spawn that was refused. The first reading lacks the entity,
+/// and the update comes behind it.
+#[test]
+#[rustfmt::skip]
+fn update_of_what_was_refused_before_the_member_came_here() {
+    play_calm(&[
+        Open(1, 2), Answer(2, 0), Begin(2), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0),
+        Open(0, 1), Change(1, 's', 0, 0), Open(0, 0), Open(1, 2), RunCommand(2), Open(0, 1), Begin(0), Open(2, 0),
+        Answer(2, 0), Answer(0, 1), Change(1, 'u', 0, 0), RunCommand(2), Open(1, 0),
     ]);
 }
