@@ -77,6 +77,28 @@ async fn requests_pass_while_redis_is_away() {
 }
 
 #[tokio::test]
+async fn a_frozen_redis_does_not_hold_requests_without_a_lane() {
+    let redis = RedisServer::start();
+    let mut config = config(Some(&redis.url()));
+    config.redis.response_timeout = Duration::from_millis(300);
+    config.tunnel.reconnect_grace = Duration::ZERO;
+    let gateway = TestInstance::start(config).await;
+    redis.stop();
+    for _ in 0..3 {
+        // Only Redis could know this cluster.
+        let request = head("GET", "/", "").replace("/c1/", "/d1/");
+        let began = std::time::Instant::now();
+        let refused = ask(&gateway, &request).await;
+        assert_eq!((refused.status, refused.header("x-wsproxy-error")), (503, "cluster_offline"));
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        // The next one finds no connection, and would wait for one.
+        eventually("Redis is missed", || !gateway.gateway().bus.status().connected).await;
+    }
+    redis.cont();
+    gateway.drain().await;
+}
+
+#[tokio::test]
 async fn an_agent_of_a_killed_instance_is_found_at_its_next_one() {
     let redis = RedisServer::start();
     let mut of_one = peered(&redis, "s1");
