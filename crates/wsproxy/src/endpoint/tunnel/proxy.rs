@@ -258,7 +258,10 @@ fn sender(core: &Core, parts: &Parts) -> Sender {
 /// Returns whether a request is one whose answer may last: a watch, a log that is followed, an event stream.
 pub(super) fn is_long(target: &str, headers: &HeaderMap) -> bool {
     let (_, query) = target.split_once('?').unwrap_or_default();
-    let lasts = |pair| matches!(pair, "watch=true" | "watch=1" | "follow=true" | "follow=1");
+    let lasts = |pair: &str| {
+        let value = pair.strip_prefix("watch=").or_else(|| pair.strip_prefix("follow="));
+        value.is_some_and(|value| TRUE.contains(&value))
+    };
     let takes_events = |value: &HeaderValue| {
         let text = String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase();
         text.contains("text/event-stream")
@@ -284,6 +287,9 @@ fn log_refusal(core: &Core, refusal: &Refusal, cluster: &str, trace_id: &str) {
     }
 }
 
+/// Spellings of true in a query: those that Go's `ParseBool` reads.
+const TRUE: [&str; 6] = ["1", "t", "T", "TRUE", "true", "True"];
+
 /// Address of a client whose listener knows none.
 const UNKNOWN: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 
@@ -303,7 +309,14 @@ mod tests {
         for target in ["/a?watch=true", "/a?x=1&watch=1", "/log?follow=true&tail=3"] {
             assert!(is_long(target, &none), "{target}");
         }
-        for target in ["/a", "/watch=true", "/a?watch=false", "/a?xwatch=true", "/a?watch"] {
+        for value in ["1", "t", "T", "true", "True", "TRUE"] {
+            for name in ["watch", "follow"] {
+                assert!(is_long(&format!("/a?x=1&{name}={value}&y=1"), &none), "{name}={value}");
+            }
+        }
+        for target in
+            ["/a", "/watch=true", "/a?watch=false", "/a?xwatch=true", "/a?watch", "/a?watch=0"]
+        {
             assert!(!is_long(target, &none), "{target}");
         }
         assert!(is_long("/", &accept("Text/Event-Stream")) && !is_long("/", &accept("*/*")));
