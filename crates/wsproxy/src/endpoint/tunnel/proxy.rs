@@ -32,12 +32,12 @@ use crate::{
             request::{self, Rules, Sender},
             trailers, upgrade,
         },
-        path, patterns,
+        pages, path, patterns,
         refusal::{self, Code, Refusal, Refused},
     },
     http::{
         Body,
-        handshake::{self, address::RemotePeer, origin},
+        handshake::{self, address::RemotePeer},
     },
 };
 
@@ -116,21 +116,36 @@ async fn answer(
     body: Incoming,
     asked: Asked<'_>,
 ) -> Result<Response<Body>, Refusal> {
-    let cluster = crate::http::path::parse_id("cluster_id", asked.cluster).ok();
-    let credential = tunnel.credentials.check_client(&parts.headers, cluster.as_ref()).await?;
-    let Some(cluster) = cluster else { return Err(Refusal::new(Code::ClusterUnknown)) };
-    if tunnel.config.client_auth == ClientAuth::None {
-        check_origin(core, &parts.headers)?;
-    }
     let pattern = patterns::of(path::without_query(asked.behind), &tunnel.patterns);
     let (counters, method) = (&tunnel.counters, &parts.method);
-    let access = Access::begin(counters, cluster.as_str(), &pattern, method, asked.marks);
-    let opened = Opened { cluster, credential, access: Arc::clone(&access) };
-    let answered = answer_opened(tunnel, core, (parts, body), asked, opened).await;
+    let access = Access::begin(counters, asked.cluster, &pattern, method, asked.marks);
+    let answered = match open(tunnel, core, &parts, asked.cluster).await {
+        Ok((cluster, credential)) => {
+            let opened = Opened { cluster, credential, access: Arc::clone(&access) };
+            answer_opened(tunnel, core, (parts, body), asked, opened).await
+        }
+        Err(refusal) => Err(refusal),
+    };
     if let Err(refusal) = &answered {
         access.refused(refusal.code);
     }
     answered
+}
+
+/// Checks the credential of a request, and where none is needed the page that sent it. Returns the cluster.
+async fn open(
+    tunnel: &Tunnel,
+    core: &Core,
+    parts: &Parts,
+    cluster: &str,
+) -> Result<(Id, Credential), Refusal> {
+    let cluster = crate::http::path::parse_id("cluster_id", cluster).ok();
+    let credential = tunnel.credentials.check_client(&parts.headers, cluster.as_ref()).await?;
+    let Some(cluster) = cluster else { return Err(Refusal::new(Code::ClusterUnknown)) };
+    if tunnel.config.client_auth == ClientAuth::None {
+        pages::check(parts, &core.allowed_origins.rules(), core.config.server.bind)?;
+    }
+    Ok((cluster, credential))
 }
 
 async fn answer_opened(
@@ -229,16 +244,6 @@ fn cached(tunnel: &Tunnel, key: &cache::Key, access: &Access) -> Option<Response
     access.sent(found.body.len());
     access.complete();
     Some(response)
-}
-
-/// Refuses pages of origins that are not named, where no credential protects a cluster.
-fn check_origin(core: &Core, headers: &HeaderMap) -> Result<(), Refusal> {
-    let rules = core.allowed_origins.rules();
-    let is_page = headers.contains_key(header::ORIGIN);
-    if is_page && (rules.is_empty() || origin::check(headers, &rules).is_err()) {
-        return Err(Refusal::because(Code::Forbidden, "Pages of this origin are not allowed."));
-    }
-    Ok(())
 }
 
 fn sender(core: &Core, parts: &Parts) -> Sender {
