@@ -159,6 +159,7 @@ pub async fn run(
         {
             match forward::forward(peers, core, &ask, upload, client).await {
                 Forwarded::Done(answer) => {
+                    tunnel.counters.name(&ask.cluster);
                     peers.counters.forwarded.add(u64::from(answer.is_ok()));
                     pass.report(forward::outcome(&answer), clock::now(), rand::random());
                     return answer;

@@ -66,6 +66,7 @@ pub async fn serve(
     // request in another place.
     let is_chunked = parts.headers.contains_key(header::TRANSFER_ENCODING);
     let wants_status = refusal::wants_status(behind, &parts.headers);
+    let address = handshake::address_of(core, &parts.headers, &parts.extensions).ok();
     let asked = Asked { cluster, behind, marks: &marks, on_upgrade };
     let refusal = match answer(tunnel, core, parts, body, asked).await {
         Ok(mut response) => {
@@ -77,7 +78,7 @@ pub async fn serve(
         Err(refusal) => refusal,
     };
     let (path, trace_id) = (path::without_query(behind), marks.trace_id());
-    log_refusal(core, &refusal, cluster, &trace_id);
+    log_refusal(core, &refusal, cluster, address, &trace_id);
     let (method, trace_id) = (&method, &*trace_id);
     let mut response = refusal.response(&Refused { method, cluster, path, trace_id, wants_status });
     if has_body {
@@ -279,16 +280,31 @@ fn expects(headers: &HeaderMap) -> bool {
     expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-fn log_refusal(core: &Core, refusal: &Refusal, cluster: &str, trace_id: &str) {
+fn log_refusal(
+    core: &Core,
+    refusal: &Refusal,
+    cluster: &str,
+    address: Option<IpAddr>,
+    trace_id: &str,
+) {
     let code = refusal.code.label();
+    let address = address.map(tracing::field::display);
     let cluster = &cluster[..cluster.floor_char_boundary(LOGGED_BYTES_MAX)];
     let cause = refusal.cause.as_deref();
     // A code is logged once a second, and otherwise at debug.
     match core.lines.pass(code) {
         Some(left_out) => {
-            info!(cluster, code, trace_id, error = cause, left_out, "Proxied request refused.");
+            info!(
+                cluster,
+                code,
+                address,
+                trace_id,
+                error = cause,
+                left_out,
+                "Proxied request refused."
+            );
         }
-        None => debug!(cluster, code, trace_id, error = cause, "Proxied request refused."),
+        None => debug!(cluster, code, address, trace_id, error = cause, "Proxied request refused."),
     }
 }
 
