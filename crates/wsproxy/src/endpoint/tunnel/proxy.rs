@@ -25,7 +25,7 @@ use crate::{
         cache,
         clients::Credential,
         deadlines::Deadlines,
-        exchange::{self, Ask, Client, upload::Upload},
+        exchange::{self, Ask, Client, retries::Retries, upload::Upload},
         headers::{
             answer::Source,
             marks::Marks,
@@ -208,6 +208,7 @@ async fn answer_opened(
         upgrade,
         prefix: request::prefix(&cluster),
         is_of_peer: false,
+        retries: Retries::default(),
         cluster,
         access,
         keep,
