@@ -80,6 +80,20 @@ impl OriginRule {
             Self::Below(domain) => origin.is_below(domain),
         }
     }
+
+    /// Returns whether the rule names an origin at this host, with any scheme and port; [`Self::Any`] names none.
+    #[must_use]
+    pub fn names_host(&self, host: &str) -> bool {
+        let host = host.to_ascii_lowercase();
+        match self {
+            Self::Any => false,
+            Self::Exact(exact) => exact.host == host,
+            Self::Below(domain) => {
+                let below = host.strip_suffix(&domain.host);
+                below.and_then(|rest| rest.strip_suffix('.')).is_some_and(|rest| !rest.is_empty())
+            }
+        }
+    }
 }
 
 impl FromStr for OriginRule {

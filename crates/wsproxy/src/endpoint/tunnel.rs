@@ -48,6 +48,7 @@ pub mod exchange;
 mod gauges;
 pub mod headers;
 pub mod lanes;
+mod pages;
 pub mod path;
 pub mod patterns;
 pub mod peers;

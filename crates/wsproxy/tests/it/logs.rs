@@ -73,6 +73,23 @@ async fn refusals_are_one_line_a_second_and_kind() {
 }
 
 #[tokio::test]
+async fn proxied_requests_without_a_credential_have_their_lines() {
+    let settings = [("LOG_LEVEL", "info"), ("WSPROXY_ENDPOINTS__TUNNEL", "true")];
+    let binary = Binary::start(&settings).await;
+    let path = "/clusters/c1/proxy/api?token=secret";
+    assert_eq!(http::request(binary.address, "GET", path, &[], b"").await.status, 401);
+    eventually("the last line", || !binary.lines("Proxied request ended.").is_empty()).await;
+    let refused = &binary.lines("Proxied request refused.")[0];
+    assert_eq!(
+        (&refused["code"], &refused["address"]),
+        (&"unauthorized".into(), &"127.0.0.1".into())
+    );
+    let ended = &binary.lines("Proxied request ended.")[0];
+    assert_eq!((&ended["code"], &ended["status"]), (&"unauthorized".into(), &401.into()));
+    assert_eq!(ended["trace_id"], refused["trace_id"]);
+}
+
+#[tokio::test]
 async fn a_refused_agent_is_logged_with_the_user_it_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("agents.db").display().to_string();

@@ -8,6 +8,7 @@ use std::{
 use aws_lc_rs::digest;
 use http::{HeaderMap, header};
 use parking_lot::{Mutex, RwLock};
+use tokio::time::timeout;
 use wsproxy_proto::names::Id;
 
 use crate::{
@@ -170,7 +171,7 @@ impl Credentials {
     }
 
     /// Returns whether the configuration, the store or a key may know a cluster that has no lane. The store is asked at
-    /// most every [`LOOK_UP_EVERY`] for each.
+    /// most every [`LOOK_UP_EVERY`] for each, with the deadline `redis.response_timeout`.
     pub async fn may_exist(&self, core: &Core, cluster: &Id) -> bool {
         let is_named = self.tokens.read().agents.iter().any(|agent| agent.cluster == *cluster);
         if is_named || self.agent_jwt {
@@ -181,9 +182,10 @@ impl Credentials {
         {
             return known.has_token;
         }
-        let stored = core.store.load(&core.names.tunnel_auth(cluster)).await;
+        let key = core.names.tunnel_auth(cluster);
+        let stored = timeout(core.config.redis.response_timeout, core.store.load(&key)).await;
         // While the store cannot be reached, its clusters are those that it may have.
-        let Ok(stored) = stored else { return true };
+        let Ok(Ok(stored)) = stored else { return true };
         let mut looked_up = self.looked_up.lock();
         if looked_up.len() >= LOOKED_UP_MAX {
             looked_up.retain(|_, known| known.at.elapsed() < LOOK_UP_EVERY);

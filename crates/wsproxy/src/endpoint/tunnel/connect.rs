@@ -86,6 +86,7 @@ async fn run(
     let end = match handle.ready().await {
         Err(end) => end,
         Ok(peer) => {
+            tunnel.counters.name(&cluster);
             admission.ready(handle.clone());
             info!(%cluster, %agent, number, address, build = &*peer.build, "A cluster agent is connected.");
             if core.is_closing() {

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use hashbrown::HashMap;
 use http::StatusCode;
 use parking_lot::{Mutex, RwLock};
-use wsproxy_proto::tunnel::code::Code as Reset;
+use wsproxy_proto::{names::Id, tunnel::code::Code as Reset};
 
 use crate::{
     endpoint::tunnel::{patterns::OTHER, refusal::Code},
@@ -89,15 +89,15 @@ pub struct Ended<'a> {
 impl TunnelCounters {
     /// Counts the end of a request.
     pub fn ended(&self, ended: &Ended<'_>) {
-        // A client that opens no cluster must not fill the table with names.
+        // A client that opens no cluster must not fill the table.
         let is_proven = !matches!(
             ended.code,
             Some(Code::Unauthorized | Code::Forbidden | Code::ClusterUnknown)
         );
-        let cluster = if is_proven { ended.cluster } else { OTHER };
-        let known = self.requests.read().find(cluster, ended.pattern);
+        let (cluster, pattern) = if is_proven { (ended.cluster, ended.pattern) } else { NOTHING };
+        let known = self.requests.read().find(cluster, pattern);
         let (pair, durations) =
-            known.unwrap_or_else(|| self.requests.write().add(cluster, ended.pattern));
+            known.unwrap_or_else(|| self.requests.write().add(cluster, pattern));
         let class = ended.status.map(|status| usize::from(status.as_u16() / 100) - 1);
         match (ended.code, class) {
             (Some(code), _) => pair.codes[code as usize].add(1),
@@ -108,6 +108,14 @@ impl TunnelCounters {
             pair.head.observe(micros(head));
         }
         durations.observe(micros(ended.total));
+    }
+
+    /// Gives a cluster a name in the metrics, where there is room. Call it for clusters that have, or had, a lane at any
+    /// instance: names stay, and clients must not fill the table with those of clusters that do not exist.
+    pub fn name(&self, cluster: &Id) {
+        if !self.is_named(cluster.as_str()) {
+            self.requests.write().name(cluster.as_str());
+        }
     }
 
     /// Counts the loss of a lane.
@@ -126,7 +134,7 @@ impl TunnelCounters {
         self.resets[usize::from(code.number())].add(1);
     }
 
-    /// Returns the clusters that have a name in the metrics.
+    /// Returns whether a cluster has a name in the metrics.
     #[must_use]
     pub fn is_named(&self, cluster: &str) -> bool {
         self.requests.read().clusters.contains_key(cluster)
@@ -220,13 +228,15 @@ impl Requests {
         Some((Arc::clone(pair), Arc::clone(durations)))
     }
 
-    /// Adds a pair where there is room.
+    fn name(&mut self, cluster: &str) {
+        if self.clusters.len() < CLUSTERS_MAX {
+            self.clusters.entry(cluster.into()).or_default();
+        }
+    }
+
+    /// Adds a pair where there is room. A cluster without a name is one of the others.
     fn add(&mut self, cluster: &str, pattern: &str) -> (Arc<Pair>, Arc<Histogram<12, 2>>) {
-        let cluster =
-            match self.clusters.len() < CLUSTERS_MAX || self.clusters.contains_key(cluster) {
-                true => cluster,
-                false => OTHER,
-            };
+        let cluster = if self.clusters.contains_key(cluster) { cluster } else { OTHER };
         let is_known = self.clusters.get(cluster).is_some_and(|all| all.contains_key(pattern));
         let pair = if is_known || (self.pairs < PAIRS_MAX && (cluster, pattern) != (OTHER, OTHER)) {
             self.pairs += usize::from(!is_known);
@@ -260,6 +270,9 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// Cluster and pattern of requests that no credential opens.
+const NOTHING: (&str, &str) = (OTHER, OTHER);
+
 /// Classes of the upstream's status.
 const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
@@ -285,6 +298,10 @@ mod tests {
         Ended { cluster, pattern, status, code: None, head: Some(time), total: time }
     }
 
+    fn name(counters: &TunnelCounters, cluster: &str) {
+        counters.name(&Id::parse(cluster).unwrap());
+    }
+
     fn count(counters: &TunnelCounters, cluster: &str, pattern: &str) -> u64 {
         let (pair, _) = counters.requests.read().find(cluster, pattern).unwrap();
         pair.classes.iter().chain(&pair.codes).map(Counter::value).sum()
@@ -293,6 +310,8 @@ mod tests {
     #[test]
     fn requests_count_by_cluster_pattern_and_code() {
         let counters = TunnelCounters::default();
+        name(&counters, "c1");
+        name(&counters, "c2");
         counters.ended(&ended("c1", "/api"));
         counters.ended(&ended("c1", "/api"));
         counters.ended(&Ended { code: Some(Code::LaneLost), ..ended("c1", "/api") });
@@ -310,16 +329,21 @@ mod tests {
     fn names_of_clusters_that_no_credential_opens_are_not_kept() {
         let counters = TunnelCounters::default();
         for code in [Code::Unauthorized, Code::Forbidden, Code::ClusterUnknown] {
-            counters.ended(&Ended { code: Some(code), ..ended("secret", OTHER) });
+            counters.ended(&Ended { code: Some(code), ..ended("secret", "/api") });
         }
         assert!(!counters.is_named("secret"));
         assert_eq!(count(&counters, OTHER, OTHER), 3);
+        // Nor are those of clusters that had no lane.
+        counters.ended(&ended("junk", "/api"));
+        assert!(!counters.is_named("junk"));
+        assert_eq!(count(&counters, OTHER, "/api"), 1);
     }
 
     #[test]
     fn labels_are_bounded() {
         let counters = TunnelCounters::default();
         for n in 0..2 * CLUSTERS_MAX {
+            name(&counters, &format!("c{n}"));
             for pattern in ["/a", "/b", "/c", "/d", "/e"] {
                 counters.ended(&ended(&format!("c{n}"), pattern));
             }

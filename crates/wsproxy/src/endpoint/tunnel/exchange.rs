@@ -41,7 +41,10 @@ use crate::{
         },
         headers::answer::{self, Source},
         lanes::{Lane, Place},
-        peers::forward::{self, Arrivals, Forwarded},
+        peers::{
+            Peers,
+            forward::{self, Arrivals, Forwarded},
+        },
         refusal::{Code, Refusal},
         search,
     },
@@ -50,7 +53,7 @@ use crate::{
 
 mod download;
 mod ends;
-mod retries;
+pub mod retries;
 mod switch;
 pub mod upload;
 
@@ -80,6 +83,8 @@ pub struct Ask {
     pub prefix: String,
     /// Another instance brought the request, which goes to no further one.
     pub is_of_peer: bool,
+    /// Retries of the instance that brought the request.
+    pub retries: Retries,
     /// Line and numbers of the request.
     pub access: Arc<Access>,
     /// Key under which the answer is kept, and for how long.
@@ -156,15 +161,14 @@ pub async fn run(
         let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
         answering.socket().prepare_stream(UNSENT_BYTES_MAX, still_max);
     }
-    let (mut tried, mut retries) = (Vec::new(), Retries::default());
+    let (mut tried, mut retries) = (Vec::new(), ask.retries);
     loop {
-        // Lanes here come first, since they cost no second hop.
+        // Healthy lanes here come first, since they cost no second hop, and others of this instance last.
         let mut arrivals = Arrivals::default();
-        if let Some(peers) = tunnel.peers.as_ref().filter(|_| !ask.is_of_peer)
-            && !tunnel.lanes.has_open(&ask.cluster, &tried)
-        {
-            match forward::forward(peers, core, &ask, upload, client).await {
+        if let Some(peers) = elsewhere(tunnel, core, &ask, &tried) {
+            match forward::forward(peers, core, (&ask, retries), upload, client).await {
                 Forwarded::Done(answer) => {
+                    tunnel.counters.name(&ask.cluster);
                     peers.counters.forwarded.add(u64::from(answer.is_ok()));
                     pass.report(forward::outcome(&answer), clock::now(), rand::random());
                     return answer;
@@ -212,6 +216,25 @@ pub async fn run(
                 tried.push(failed.lane);
             }
         }
+    }
+}
+
+/// Returns the way to other instances, where one of them may have a better lane than this one.
+fn elsewhere<'t>(
+    tunnel: &'t Tunnel,
+    core: &Core,
+    ask: &Ask,
+    tried: &[Arc<Lane>],
+) -> Option<&'t Peers> {
+    let peers = tunnel.peers.as_deref().filter(|_| !ask.is_of_peer)?;
+    match tunnel.lanes.health(&ask.cluster, tried) {
+        Some(true) => None,
+        // While Redis is away, an unhealthy lane is better than a long wait for the names of others.
+        Some(false) => {
+            let is_known = peers.registry.known_elsewhere(&ask.cluster).is_some();
+            (is_known || core.bus.status().connected).then_some(peers)
+        }
+        None => Some(peers),
     }
 }
 

@@ -206,14 +206,14 @@ impl Lanes {
         })
     }
 
-    /// Returns whether a cluster has a lane here that takes streams and was not tried.
+    /// Returns whether the upstream of the best lane here is healthy; `None`: there is no lane that takes streams and was
+    /// not tried.
     #[must_use]
-    pub fn has_open(&self, cluster: &Id, tried: &[Arc<Lane>]) -> bool {
+    pub fn health(&self, cluster: &Id, tried: &[Arc<Lane>]) -> Option<bool> {
         let clusters = self.clusters.lock();
         let is_tried = |lane: &Arc<Lane>| tried.iter().any(|tried| Arc::ptr_eq(tried, lane));
-        clusters.get(cluster).is_some_and(|known| {
-            known.lanes.iter().any(|lane| !is_tried(lane) && lane.choice().is_some())
-        })
+        let lanes = clusters.get(cluster)?.lanes.iter().filter(|lane| !is_tried(lane));
+        lanes.filter_map(|lane| Some(lane.choice()?.is_healthy)).max()
     }
 
     /// Ends the stream that is longest without progress, of all lanes, if that is long enough. Returns whether there was

@@ -220,6 +220,9 @@ const HEAD_MS: &str = "x-wsproxy-head-ms";
 /// Header that says that the client itself waits for `100`.
 const EXPECT: &str = "x-wsproxy-expect";
 
+/// Header with the retries that an instance made before it brought the request.
+const RETRIES: &str = "x-wsproxy-retries";
+
 /// Start of the paths of the listener.
 const PATH: &str = "/_peer/";
 

@@ -25,19 +25,19 @@ use crate::{
         cache,
         clients::Credential,
         deadlines::Deadlines,
-        exchange::{self, Ask, Client, upload::Upload},
+        exchange::{self, Ask, Client, retries::Retries, upload::Upload},
         headers::{
             answer::Source,
             marks::Marks,
             request::{self, Rules, Sender},
             trailers, upgrade,
         },
-        path, patterns,
+        pages, path, patterns,
         refusal::{self, Code, Refusal, Refused},
     },
     http::{
         Body,
-        handshake::{self, address::RemotePeer, origin},
+        handshake::{self, address::RemotePeer},
     },
 };
 
@@ -66,6 +66,7 @@ pub async fn serve(
     // request in another place.
     let is_chunked = parts.headers.contains_key(header::TRANSFER_ENCODING);
     let wants_status = refusal::wants_status(behind, &parts.headers);
+    let address = handshake::address_of(core, &parts.headers, &parts.extensions).ok();
     let asked = Asked { cluster, behind, marks: &marks, on_upgrade };
     let refusal = match answer(tunnel, core, parts, body, asked).await {
         Ok(mut response) => {
@@ -77,7 +78,7 @@ pub async fn serve(
         Err(refusal) => refusal,
     };
     let (path, trace_id) = (path::without_query(behind), marks.trace_id());
-    log_refusal(core, &refusal, cluster, &trace_id);
+    log_refusal(core, &refusal, cluster, address, &trace_id);
     let (method, trace_id) = (&method, &*trace_id);
     let mut response = refusal.response(&Refused { method, cluster, path, trace_id, wants_status });
     if has_body {
@@ -116,21 +117,36 @@ async fn answer(
     body: Incoming,
     asked: Asked<'_>,
 ) -> Result<Response<Body>, Refusal> {
-    let cluster = crate::http::path::parse_id("cluster_id", asked.cluster).ok();
-    let credential = tunnel.credentials.check_client(&parts.headers, cluster.as_ref()).await?;
-    let Some(cluster) = cluster else { return Err(Refusal::new(Code::ClusterUnknown)) };
-    if tunnel.config.client_auth == ClientAuth::None {
-        check_origin(core, &parts.headers)?;
-    }
     let pattern = patterns::of(path::without_query(asked.behind), &tunnel.patterns);
     let (counters, method) = (&tunnel.counters, &parts.method);
-    let access = Access::begin(counters, cluster.as_str(), &pattern, method, asked.marks);
-    let opened = Opened { cluster, credential, access: Arc::clone(&access) };
-    let answered = answer_opened(tunnel, core, (parts, body), asked, opened).await;
+    let access = Access::begin(counters, asked.cluster, &pattern, method, asked.marks);
+    let answered = match open(tunnel, core, &parts, asked.cluster).await {
+        Ok((cluster, credential)) => {
+            let opened = Opened { cluster, credential, access: Arc::clone(&access) };
+            answer_opened(tunnel, core, (parts, body), asked, opened).await
+        }
+        Err(refusal) => Err(refusal),
+    };
     if let Err(refusal) = &answered {
         access.refused(refusal.code);
     }
     answered
+}
+
+/// Checks the credential of a request, and where none is needed the page that sent it. Returns the cluster.
+async fn open(
+    tunnel: &Tunnel,
+    core: &Core,
+    parts: &Parts,
+    cluster: &str,
+) -> Result<(Id, Credential), Refusal> {
+    let cluster = crate::http::path::parse_id("cluster_id", cluster).ok();
+    let credential = tunnel.credentials.check_client(&parts.headers, cluster.as_ref()).await?;
+    let Some(cluster) = cluster else { return Err(Refusal::new(Code::ClusterUnknown)) };
+    if tunnel.config.client_auth == ClientAuth::None {
+        pages::check(parts, &core.allowed_origins.rules(), core.config.server.bind)?;
+    }
+    Ok((cluster, credential))
 }
 
 async fn answer_opened(
@@ -192,6 +208,7 @@ async fn answer_opened(
         upgrade,
         prefix: request::prefix(&cluster),
         is_of_peer: false,
+        retries: Retries::default(),
         cluster,
         access,
         keep,
@@ -231,16 +248,6 @@ fn cached(tunnel: &Tunnel, key: &cache::Key, access: &Access) -> Option<Response
     Some(response)
 }
 
-/// Refuses pages of origins that are not named, where no credential protects a cluster.
-fn check_origin(core: &Core, headers: &HeaderMap) -> Result<(), Refusal> {
-    let rules = core.allowed_origins.rules();
-    let is_page = headers.contains_key(header::ORIGIN);
-    if is_page && (rules.is_empty() || origin::check(headers, &rules).is_err()) {
-        return Err(Refusal::because(Code::Forbidden, "Pages of this origin are not allowed."));
-    }
-    Ok(())
-}
-
 fn sender(core: &Core, parts: &Parts) -> Sender {
     let server = &core.config.server;
     let peer = parts.extensions.get::<RemotePeer>().map(|peer| peer.0);
@@ -258,7 +265,10 @@ fn sender(core: &Core, parts: &Parts) -> Sender {
 /// Returns whether a request is one whose answer may last: a watch, a log that is followed, an event stream.
 pub(super) fn is_long(target: &str, headers: &HeaderMap) -> bool {
     let (_, query) = target.split_once('?').unwrap_or_default();
-    let lasts = |pair| matches!(pair, "watch=true" | "watch=1" | "follow=true" | "follow=1");
+    let lasts = |pair: &str| {
+        let value = pair.strip_prefix("watch=").or_else(|| pair.strip_prefix("follow="));
+        value.is_some_and(|value| TRUE.contains(&value))
+    };
     let takes_events = |value: &HeaderValue| {
         let text = String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase();
         text.contains("text/event-stream")
@@ -271,18 +281,36 @@ fn expects(headers: &HeaderMap) -> bool {
     expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-fn log_refusal(core: &Core, refusal: &Refusal, cluster: &str, trace_id: &str) {
+fn log_refusal(
+    core: &Core,
+    refusal: &Refusal,
+    cluster: &str,
+    address: Option<IpAddr>,
+    trace_id: &str,
+) {
     let code = refusal.code.label();
+    let address = address.map(tracing::field::display);
     let cluster = &cluster[..cluster.floor_char_boundary(LOGGED_BYTES_MAX)];
     let cause = refusal.cause.as_deref();
     // A code is logged once a second, and otherwise at debug.
     match core.lines.pass(code) {
         Some(left_out) => {
-            info!(cluster, code, trace_id, error = cause, left_out, "Proxied request refused.");
+            info!(
+                cluster,
+                code,
+                address,
+                trace_id,
+                error = cause,
+                left_out,
+                "Proxied request refused."
+            );
         }
-        None => debug!(cluster, code, trace_id, error = cause, "Proxied request refused."),
+        None => debug!(cluster, code, address, trace_id, error = cause, "Proxied request refused."),
     }
 }
+
+/// Spellings of true in a query: those that Go's `ParseBool` reads.
+const TRUE: [&str; 6] = ["1", "t", "T", "TRUE", "true", "True"];
 
 /// Address of a client whose listener knows none.
 const UNKNOWN: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -303,7 +331,14 @@ mod tests {
         for target in ["/a?watch=true", "/a?x=1&watch=1", "/log?follow=true&tail=3"] {
             assert!(is_long(target, &none), "{target}");
         }
-        for target in ["/a", "/watch=true", "/a?watch=false", "/a?xwatch=true", "/a?watch"] {
+        for value in ["1", "t", "T", "true", "True", "TRUE"] {
+            for name in ["watch", "follow"] {
+                assert!(is_long(&format!("/a?x=1&{name}={value}&y=1"), &none), "{name}={value}");
+            }
+        }
+        for target in
+            ["/a", "/watch=true", "/a?watch=false", "/a?xwatch=true", "/a?watch", "/a?watch=0"]
+        {
             assert!(!is_long(target, &none), "{target}");
         }
         assert!(is_long("/", &accept("Text/Event-Stream")) && !is_long("/", &accept("*/*")));

@@ -11,7 +11,7 @@ use wsproxy_conn::lane::{self, AcceptedStream, LaneEnd, LaneHandle, LaneSettings
 use wsproxy_proto::{
     names::Id,
     tunnel::{
-        frame::{Head, Source},
+        frame::{Head, Health, Source},
         headers::{HeaderBlock, Headers},
         memory::{Memory, MemoryLimits},
     },
@@ -107,6 +107,18 @@ impl ClusterAgent {
         });
         lane.ready().await.unwrap();
         Ok(Self { lane, driver, accepting })
+    }
+
+    /// Tells the gateway whether the upstream is healthy.
+    pub fn tell_health(&self, upstream_ok: bool) {
+        self.lane.set_health(&Health {
+            upstream_ok,
+            upstream_round_trip_us: 0,
+            streams: 0,
+            memory_bytes: 0,
+            disk_free_bytes: 0,
+            text: "",
+        });
     }
 
     /// Cuts the connection.

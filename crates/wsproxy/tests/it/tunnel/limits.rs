@@ -398,3 +398,26 @@ async fn the_numbers_tell_of_requests_and_lanes() {
     }
     gateway.drain().await;
 }
+
+#[tokio::test]
+async fn clusters_have_names_in_the_numbers_from_their_first_lane() {
+    let gateway = start(|config| config.tunnel.wait = Duration::ZERO).await;
+    let agent = ClusterAgent::start(gateway.address(), hello).await;
+    let healthy = "wsproxy_tunnel_upstream_healthy{cluster=\"c1\"}";
+    agent.tell_health(true);
+    eventually("the gauge is there", || gateway.metric(healthy) == 1.0).await;
+    // Names of clusters without a lane come from clients.
+    let without_lane = head("GET", "/", "").replace("/c1/", "/d1/");
+    let without_key = "GET /clusters/c1/proxy/api HTTP/1.1\r\nHost: x\r\n\r\n";
+    assert_eq!(code(&ask(&gateway, without_key).await), (401, "unauthorized"));
+    let foreign = head("GET", "/api", "").replace("/c1/", "/c2/");
+    assert_eq!(code(&ask(&gateway, &foreign).await), (403, "forbidden"));
+    let refused = ask(&gateway, &without_lane).await;
+    for code in ["unauthorized", "forbidden", refused.header("x-wsproxy-error")] {
+        let series = format!(
+            "wsproxy_tunnel_requests_total{{cluster=\"other\",pattern=\"other\",code=\"{code}\"}}"
+        );
+        eventually(code, || gateway.metric(&series) == 1.0).await;
+    }
+    gateway.drain().await;
+}

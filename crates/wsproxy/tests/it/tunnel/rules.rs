@@ -1,5 +1,6 @@
 //! Rules of headers and paths from end to end, errors for clients of Kubernetes, and clusters in the worker API.
 
+use wsproxy::config::tunnel::ClientAuth;
 use wsproxy_conn::lane::AcceptedStream;
 
 use crate::support::{
@@ -117,6 +118,29 @@ async fn clients_of_kubernetes_get_a_status() {
     let other = ask(&gateway, &head("POST", "/api/v1/pods", "")).await;
     let body: serde_json::Value = serde_json::from_str(&other.body).unwrap();
     assert_eq!(body["error"]["code"], "cluster_offline");
+    gateway.drain().await;
+}
+
+#[tokio::test]
+async fn without_credentials_foreign_pages_are_refused() {
+    let mut config = config(None);
+    config.tunnel.client_auth = ClientAuth::None;
+    config.server.allowed_origins = vec!["https://app.example".parse().unwrap()];
+    let gateway = TestInstance::start(config).await;
+    let _agent = ClusterAgent::start(gateway.address(), echo).await;
+    let ask = async |host: &str, headers: &str| {
+        let line = format!("Host: {host}\r\n");
+        let request = head("GET", "/", headers).replace("Host: gateway.example\r\n", &line);
+        ask(&gateway, &request).await.status
+    };
+    let (cross, allowed) = ("Sec-Fetch-Site: cross-site\r\n", "Origin: https://app.example\r\n");
+    assert_eq!(ask("localhost:8080", "").await, 200);
+    assert_eq!(ask("app.example", "").await, 200);
+    assert_eq!(ask("127.0.0.1", &format!("{cross}{allowed}")).await, 200);
+    // The name of a foreign page leads here, and its browser sends no origin.
+    assert_eq!(ask("evil.example:8080", "").await, 403);
+    assert_eq!(ask("localhost", cross).await, 403);
+    assert_eq!(ask("localhost", "Origin: https://evil.example\r\n").await, 403);
     gateway.drain().await;
 }
 

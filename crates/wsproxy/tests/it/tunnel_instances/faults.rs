@@ -1,5 +1,7 @@
 //! Tables that are out of date, Redis that is away, instances and agents that leave.
 
+use wsproxy_conn::clock::Micros;
+
 use super::*;
 
 #[tokio::test]
@@ -74,6 +76,70 @@ async fn requests_pass_while_redis_is_away() {
     drop(again);
     pair.one.drain().await;
     pair.two.drain().await;
+}
+
+#[tokio::test]
+async fn a_frozen_redis_does_not_hold_requests_without_a_lane() {
+    let redis = RedisServer::start();
+    let mut config = config(Some(&redis.url()));
+    config.redis.response_timeout = Duration::from_millis(300);
+    config.tunnel.reconnect_grace = Duration::ZERO;
+    let gateway = TestInstance::start(config).await;
+    redis.stop();
+    for _ in 0..3 {
+        // Only Redis could know this cluster.
+        let request = head("GET", "/", "").replace("/c1/", "/d1/");
+        let began = std::time::Instant::now();
+        let refused = ask(&gateway, &request).await;
+        assert_eq!((refused.status, refused.header("x-wsproxy-error")), (503, "cluster_offline"));
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        // The next one finds no connection, and would wait for one.
+        eventually("Redis is missed", || !gateway.gateway().bus.status().connected).await;
+    }
+    redis.cont();
+    gateway.drain().await;
+}
+
+#[tokio::test]
+async fn a_healthy_lane_elsewhere_is_better_than_an_unhealthy_one() {
+    let pair = Pair::start().await;
+    let name = Name { agent: "node-2", ..Name::default() };
+    let settings = LaneSettings::default();
+    let here = |stream| async { answer(stream, 200, "here").await };
+    let near = ClusterAgent::named(pair.one.address(), name, settings, here).await.unwrap();
+    let of_here = async || pair.ask(&head("GET", "/x", "")).await.body == "here";
+    assert!(of_here().await);
+    near.tell_health(false);
+    eventually_yes("the other one is taken", async || !of_here().await).await;
+    assert!(!of_here().await);
+    // Where there is no other, the unhealthy one has to do.
+    pair.agent.lane.drain(Code::Restarting, Micros(0));
+    eventually_yes("this one is taken", of_here).await;
+    pair.one.drain().await;
+    pair.two.drain().await;
+}
+
+#[tokio::test]
+async fn a_retry_at_another_instance_is_marked() {
+    let redis = RedisServer::start();
+    let one = TestInstance::start(peered(&redis, "s1")).await;
+    let two = TestInstance::start(peered(&redis, "s2")).await;
+    let near = ClusterAgent::start(one.address(), serve).await;
+    let name = Name { agent: "node-2", ..Name::default() };
+    let _far = ClusterAgent::named(two.address(), name, LaneSettings::default(), |stream| async {
+        let text = format!("retried: {}", stream.request.retried);
+        answer(stream, 200, &text).await;
+    })
+    .await
+    .unwrap();
+    let mut raw = Raw::connect(one.address()).await;
+    raw.write(head("GET", "/silent", "").as_bytes()).await;
+    eventually("it is open", || near.lane.streams() == 1).await;
+    near.cut();
+    assert_eq!(raw.response().await.body, "retried: true");
+    assert_eq!(ask(&one, &head("GET", "/", "")).await.body, "retried: false");
+    one.drain().await;
+    two.drain().await;
 }
 
 #[tokio::test]

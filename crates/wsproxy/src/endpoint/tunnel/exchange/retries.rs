@@ -1,11 +1,13 @@
 //! Rule for sending a request again on another lane. Knows no lanes.
 
+use std::fmt;
+
 use http::Method;
 use wsproxy_proto::tunnel::event::End;
 
 /// Retries of one request.
-#[derive(Debug, Default)]
-pub(super) struct Retries {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retries {
     undispatched: u32,
     lost: u32,
 }
@@ -24,7 +26,7 @@ impl Retries {
     /// `has_body`: the request has one, all of which is still there.
     pub(super) fn allow(&mut self, end: &End, method: &Method, has_body: bool) -> Option<Retry> {
         if end.is_not_dispatched() {
-            self.undispatched += 1;
+            self.undispatched = self.undispatched.saturating_add(1);
             return (self.undispatched <= UNDISPATCHED_MAX).then_some(Retry::Undispatched);
         }
         let is_lost = matches!(end, End::LaneLost { .. });
@@ -36,9 +38,21 @@ impl Retries {
         Some(Retry::LaneLost)
     }
 
+    /// Reads the words of [`Self`] from another instance.
+    pub(in crate::endpoint::tunnel) fn parse(text: &str) -> Option<Self> {
+        let (undispatched, lost) = text.split_once(' ')?;
+        Some(Self { undispatched: undispatched.parse().ok()?, lost: lost.parse().ok()? })
+    }
+
     /// Returns whether the upstream may have seen the request before.
     pub(super) const fn are_marked(&self) -> bool {
         self.lost > 0
+    }
+}
+
+impl fmt::Display for Retries {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.undispatched, self.lost)
     }
 }
 
@@ -58,6 +72,19 @@ mod tests {
             let allowed: Vec<_> =
                 (0..3).map(|_| retries.allow(&end, &Method::POST, true).is_some()).collect();
             assert_eq!((allowed, retries.are_marked()), (vec![true, true, false], false));
+        }
+    }
+
+    #[test]
+    fn another_instance_goes_on_with_the_retries() {
+        let mut retries = Retries::default();
+        let lost = End::LaneLost { not_dispatched: false };
+        assert!(retries.allow(&lost, &Method::GET, false).is_some());
+        let mut read = Retries::parse(&retries.to_string()).unwrap();
+        assert!(read == retries && read.are_marked());
+        assert!(read.allow(&lost, &Method::GET, false).is_none());
+        for bad in ["", "1", "1 ", "a 1", "-1 0", "0 1 2", "0  1"] {
+            assert_eq!(Retries::parse(bad), None, "{bad:?}");
         }
     }
 

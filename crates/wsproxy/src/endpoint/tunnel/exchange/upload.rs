@@ -1,7 +1,6 @@
 //! Body of a request on its way to a stream. Knows no head.
 
 use std::{
-    collections::VecDeque,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -26,10 +25,8 @@ pub struct Upload {
     max: u64,
     read: u64,
     passes_trailers: bool,
-    /// Pieces that were read, for another attempt; `None`: they were too many.
-    kept: Option<Vec<Bytes>>,
-    /// The same pieces, on their way to another instance.
-    again: VecDeque<Bytes>,
+    /// Bytes that were read, for another attempt.
+    kept: Kept,
     /// Trailers that were read.
     trailers: Option<HeaderBlock>,
     is_at_end: bool,
@@ -61,13 +58,13 @@ impl Upload {
             return Err(Refusal::new(Code::BodyTooLarge));
         }
         let passes_trailers = trailers::are_accepted(headers);
-        let (kept, again, trailers) = (Some(Vec::new()), VecDeque::new(), None);
-        Ok(Self { body, max, read: 0, passes_trailers, kept, again, trailers, is_at_end: false })
+        let (kept, trailers) = (Kept(Some(Vec::new())), None);
+        Ok(Self { body, max, read: 0, passes_trailers, kept, trailers, is_at_end: false })
     }
 
     /// Returns whether another attempt can begin at the beginning of the body.
     pub(super) const fn is_whole(&self) -> bool {
-        self.kept.is_some()
+        self.kept.0.is_some()
     }
 
     /// Returns the next part of the body, for another instance. The body is not whole any more then.
@@ -75,11 +72,10 @@ impl Upload {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Uploaded>>> {
-        if let Some(kept) = self.kept.take() {
-            self.again = kept.into();
-        }
-        if let Some(piece) = self.again.pop_front() {
-            return Poll::Ready(Some(Ok(Frame::data(piece))));
+        if let Some(kept) = self.kept.0.take()
+            && !kept.is_empty()
+        {
+            return Poll::Ready(Some(Ok(Frame::data(kept.into()))));
         }
         if let Some(block) = self.trailers.take() {
             return Poll::Ready(Some(Ok(Frame::trailers(trailers::of_answer(block.headers())))));
@@ -128,8 +124,8 @@ impl Upload {
         stream: &mut StreamWriter,
         (progress, access): (&Progress, &Access),
     ) -> Result<(), Uploaded> {
-        for piece in self.kept.clone().unwrap_or_default() {
-            stream.write(piece).await.map_err(ended)?;
+        if let Some(kept) = self.kept.0.as_deref().filter(|kept| !kept.is_empty()) {
+            stream.write(Bytes::copy_from_slice(kept)).await.map_err(ended)?;
         }
         while !self.is_at_end {
             // The stream may end while the client sends nothing.
@@ -147,7 +143,7 @@ impl Upload {
                     if self.read > self.max {
                         return Err(Uploaded::TooLarge);
                     }
-                    self.keep(&piece);
+                    self.kept.push(&piece);
                     access.received(piece.len());
                     stream.write(piece).await.map_err(ended)?;
                     progress.note();
@@ -165,14 +161,26 @@ impl Upload {
         };
         finished.map_err(ended)
     }
+}
 
-    /// Keeps a piece for another attempt, unless there are too many bytes.
-    fn keep(&mut self, piece: &Bytes) {
-        if self.read > KEPT_BYTES_MAX {
-            self.kept = None;
-        } else if let Some(kept) = &mut self.kept {
-            kept.push(piece.clone());
+/// Beginning of a body; `None`: more than [`KEPT_BYTES_MAX`] were read, and nothing is kept.
+///
+/// Bound: [`KEPT_BYTES_MAX`]. The bytes are copied, since a small piece would keep the whole buffer that it came in.
+struct Kept(Option<Vec<u8>>);
+
+impl Kept {
+    fn push(&mut self, piece: &[u8]) {
+        let Some(kept) = &mut self.0 else { return };
+        let length = kept.len() + piece.len();
+        if length > KEPT_BYTES_MAX {
+            self.0 = None;
+            return;
         }
+        if length > kept.capacity() {
+            let capacity = length.max(2 * kept.capacity()).min(KEPT_BYTES_MAX);
+            kept.reserve_exact(capacity - kept.len());
+        }
+        kept.extend_from_slice(piece);
     }
 }
 
@@ -186,4 +194,24 @@ fn ended(error: WriteError) -> Uploaded {
 }
 
 /// Upper bound of the bytes of a body that are kept until its answer begins.
-const KEPT_BYTES_MAX: u64 = 32 << 10;
+const KEPT_BYTES_MAX: usize = 32 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_pieces_take_no_more_memory_than_their_bytes() {
+        let mut kept = Kept(Some(Vec::new()));
+        for n in 0..KEPT_BYTES_MAX {
+            kept.push(&[n as u8]);
+        }
+        let whole = kept.0.as_ref().unwrap();
+        assert_eq!((whole.len(), whole.capacity()), (KEPT_BYTES_MAX, KEPT_BYTES_MAX));
+        assert!(whole.iter().enumerate().all(|(n, byte)| *byte == n as u8));
+        kept.push(b"x");
+        assert!(kept.0.is_none());
+        kept.push(b"x");
+        assert!(kept.0.is_none());
+    }
+}

@@ -10,7 +10,7 @@ use tracing::debug;
 use wsproxy_conn::socket::watch::Leaving;
 
 use super::{
-    EXPECT, HEAD_MS, PATH, Peers,
+    EXPECT, HEAD_MS, PATH, Peers, RETRIES,
     answer::PeerAnswer,
     body::{Held, HeldBody},
     client::PeerClient,
@@ -22,6 +22,7 @@ use crate::{
         breaker::Outcome,
         exchange::{
             Ask, Client,
+            retries::Retries,
             upload::{Upload, Uploaded},
         },
         headers::answer::Source,
@@ -57,11 +58,11 @@ impl Arrivals {
     }
 }
 
-/// Sends a request to an instance with a lane of its cluster, if there is one.
+/// Sends a request to an instance with a lane of its cluster, if there is one. That instance goes on with `retries`.
 pub(in crate::endpoint::tunnel) async fn forward(
     peers: &Peers,
     core: &Arc<Core>,
-    ask: &Ask,
+    (ask, retries): (&Ask, Retries),
     mut upload: Option<Upload>,
     client: Client,
 ) -> Forwarded {
@@ -80,7 +81,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
         && tried.len() < ATTEMPTS_MAX
     {
         let held = upload.take().map(|upload| Held::new(upload, &ask.access));
-        let attempt = Attempt { link: &link, ask, client: &client, held: held.as_ref() };
+        let attempt = Attempt { link: &link, ask, retries, client: &client, held: held.as_ref() };
         let missed = match attempt.run(&lane).await {
             Ok(answer) => return Forwarded::Done(respond(core, ask, answer, client, held)),
             Err(Failed::Refused(refusal)) => return Forwarded::Done(Err(refusal)),
@@ -112,6 +113,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
 struct Attempt<'a> {
     link: &'a PeerClient,
     ask: &'a Ask,
+    retries: Retries,
     client: &'a Client,
     held: Option<&'a Arc<Held>>,
 }
@@ -199,6 +201,10 @@ impl Attempt<'_> {
             headers.insert(EXPECT, HeaderValue::from_static("1"));
         }
         headers.insert(HEAD_MS, HeaderValue::from(ask.deadlines.head_ms()));
+        if self.retries != Retries::default() {
+            let told = HeaderValue::try_from(self.retries.to_string());
+            headers.insert(RETRIES, told.map_err(|error| malformed(&error))?);
+        }
         if let Some(held) = self.held.cloned() {
             headers.insert(header::EXPECT, HeaderValue::from_static("100-continue"));
             if !headers.contains_key(header::CONTENT_LENGTH) {

@@ -10,7 +10,7 @@ use tracing::warn;
 use wsproxy_conn::clock;
 use wsproxy_proto::{names::Id, tunnel::headers::HeaderBlock};
 
-use super::{EXPECT, HEAD_MS, PATH, Peers, SECRET};
+use super::{EXPECT, HEAD_MS, PATH, Peers, RETRIES, SECRET};
 use crate::{
     auth,
     core::Core,
@@ -18,7 +18,7 @@ use crate::{
         Tunnel,
         access::Access,
         deadlines::Deadlines,
-        exchange::{self, Ask, Client, upload::Upload},
+        exchange::{self, Ask, Client, retries::Retries, upload::Upload},
         headers::{marks::Marks, request, trailers, upgrade},
         path, patterns, proxy,
         refusal::{self, Code, Refusal, Refused},
@@ -148,6 +148,7 @@ fn ask(
     let upgrade = upgrade::asked(parts.version, headers)?;
     let is_long = proxy::is_long(target, headers);
     let head_ms = headers.get(HEAD_MS).and_then(|value| value.to_str().ok()?.parse().ok());
+    let retries = headers.get(RETRIES).and_then(|value| Retries::parse(value.to_str().ok()?));
     let may_last = is_long || upgrade.is_some();
     let has_body = !body.is_end_stream();
     let upload = has_body.then(|| Upload::new(body, headers, 0)).transpose()?;
@@ -163,6 +164,7 @@ fn ask(
         upgrade,
         prefix: request::prefix(&cluster),
         is_of_peer: true,
+        retries: retries.unwrap_or_default(),
         access: Arc::clone(access),
         keep: None,
         cluster,
