@@ -494,6 +494,11 @@ def load(name: str, arguments: list, redis: int, settings: dict | None = None) -
     if scenario[0] == "rooms":
         with rooms(name, scenario[1], settings or {}) as arguments:
             return generate([*scenario, *arguments])
+    if scenario[0] == "tunnel":
+        # Made of this module's parts.
+        import tunnel
+
+        return tunnel.load(name, scenario, settings or {})
     if scenario[0] in ("agents", "agent-ends", "agents-lost"):
         return agents(name, scenario)
     if scenario[0] == "tls":
@@ -536,6 +541,7 @@ def missing(name: str) -> str | None:
         "bun": HERE / "env/rooms/node_modules/.bin/bun",
         "fastapi": HERE / "env/venv/bin/python",
         "nginx": Path("/usr/sbin/nginx"),
+        "ssh": Path("/usr/sbin/sshd"),
         "nchan": Path("/usr/lib/nginx/modules/ngx_nchan_module.so"),
     }
     path = needs.get(name)
@@ -569,4 +575,5 @@ def conditions() -> dict:
         "python": platform.python_version(),
         "node": output_of("node", "--version"),
         "nginx": output_of("nginx", "-v"),
+        "ssh": output_of("ssh", "-V"),
     }

@@ -69,6 +69,36 @@ def figures_table(result: dict, group: str = "figures") -> str:
     return table(header, rows)
 
 
+TUNNEL_NAMES = {"wsproxy": "gateway and agent", "hyper": "two hyper proxies", "nginx": "two nginx", "ssh": "`ssh -R`",
+                "local": "agent at the same instance"}
+
+
+def tunnel_table(result: dict, group: str = "tunnel") -> str:
+    """The gateway with its agent beside all peers. A bar is of the value, of its quotient over a peer's (`over`), or of
+    what it is above that (`above`)."""
+    measured = {who for figure in result["figures"] for who in figure["all"]}
+    names = [who for who in TUNNEL_NAMES if who in measured]
+    rows = []
+    for figure in result["figures"]:
+        unit = figure["unit"]
+        row = [figure["title"], *[spread(figure["all"].get(who, []), unit) for who in names]]
+        bar, judged = "", median(figure["all"].get("wsproxy", []))
+        if figure.get("bar") is not None:
+            bar = f"{'>=' if figure.get('higher_is_better') else '<='} {shown(figure['bar'])}"
+            base = figure.get("over") or figure.get("above")
+            theirs = median(figure["all"].get(base, [])) if base else None
+            if figure.get("over"):
+                judged = judged / theirs if judged is not None and theirs else None
+                bar += f"x {TUNNEL_NAMES[base]}: {shown(judged)}x"
+            elif figure.get("above"):
+                judged = beyond(judged, theirs)
+                bar += f" {unit} above {TUNNEL_NAMES[base]}: {shown(judged)}"
+            else:
+                bar = f"{bar} {unit}".strip()
+        rows.append([*row, bar, verdict(judged, figure), f"`--only {figure['of']}`"])
+    return table(["what", *[TUNNEL_NAMES[who] for who in names], "bar", "", f"`bench/run {group}`"], rows)
+
+
 def peers_table(result: dict) -> str:
     names = result["servers"]
     rows = []
@@ -114,6 +144,7 @@ def page(folder: Path) -> str:
         ("rooms", lambda result: figures_table(result, "rooms")),
         ("tls", lambda result: figures_table(result, "tls")),
         ("operator", lambda result: figures_table(result, "operator")),
+        ("tunnel", tunnel_table),
         ("peers", peers_table),
     )
     for name, shape in shapes:

@@ -31,6 +31,13 @@ class Tables(unittest.TestCase):
         text = tables.figures_table({"figures": [figure]}, "history")
         self.assertIn("| p99 | 1.75 ms (1.5 to 2.5) |  | <= 5 | <= 2 | aim reached | `bench/run history --only resume` |", text)
 
+    def test_tunnels_are_judged_beside_their_peers(self):
+        one = {"title": "small", "unit": "us", "of": "t", "bar": 1, "over": "hyper", "all": {"wsproxy": [3.0], "hyper": [4.0]}}
+        two = {"title": "long", "unit": "s", "of": "t", "bar": 1.5, "above": "hyper", "all": {"wsproxy": [4.0], "hyper": [2.0]}}
+        text = tables.tunnel_table({"figures": [one, two]})
+        self.assertIn("| small | 3 us | 4 us | <= 1x two hyper proxies: 0.75x | bar reached | `--only t` |", text)
+        self.assertIn("| long | 4 s | 2 s | <= 1.5 s above two hyper proxies: 2 | **missed** | `--only t` |", text)
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -12,9 +12,12 @@ use crate::remote::{self, Generator};
 use crate::report::Report;
 use crate::scenario::{
     agent_ends, agents, agents_lost, churn, cluster, connect, drain, echo, fanout, history, idle,
-    outage, resume, rooms, sessions, slow,
+    outage, resume, rooms, sessions, slow, tunnel,
 };
 use crate::target::Kind;
+use crate::tunnel::proxy::{self, Proxy};
+use crate::tunnel::relay::{self, Relay};
+use crate::tunnel::upstream::{self, Upstream};
 
 /// Puts load on a WebSocket gateway and measures what it costs.
 #[derive(Debug, Parser)]
@@ -31,6 +34,14 @@ enum Command {
     /// Part of the clients of another command, which tells it what to do.
     #[command(hide = true)]
     Generator(Generator),
+    /// HTTP requests through a tunnel, or through what stands in its place.
+    Tunnel(tunnel::Options),
+    /// The HTTP service behind a tunnel.
+    Upstream(Upstream),
+    /// A plain HTTP proxy.
+    Proxy(Proxy),
+    /// A link with a delay and a rate, for TCP connections.
+    Relay(Relay),
     /// The raw limit: a bare write loop, measured with the same clients.
     Limit {
         #[command(subcommand)]
@@ -92,6 +103,10 @@ pub fn run(cli: Cli) -> Result<bool> {
     match cli.command {
         Command::Scenario(scenario) => finish(&scenario),
         Command::Generator(generator) => remote::serve(&generator).map(|()| true),
+        Command::Tunnel(options) => tell(&tunnel::run(&options)?, options.json),
+        Command::Upstream(options) => upstream::serve(&options).map(|()| true),
+        Command::Proxy(options) => proxy::serve(&options).map(|()| true),
+        Command::Relay(options) => relay::serve(&options).map(|()| true),
         Command::Limit { what: LimitCommand::Serve { redis } } => {
             limit::serve(redis)?;
             Ok(true)
@@ -146,8 +161,12 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::AgentsLost(options) => agents_lost::run(options)?,
         Scenario::Rooms(options) => rooms::run(options)?,
     };
-    if scenario.common().json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+    tell(&report, scenario.common().json)
+}
+
+fn tell(report: &Report, json: bool) -> Result<bool> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
     } else {
         print!("{}", report.table());
     }

@@ -27,3 +27,4 @@ pub mod rooms;
 pub mod scenario;
 pub mod stamp;
 pub mod target;
+pub mod tunnel;

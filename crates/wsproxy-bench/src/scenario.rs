@@ -16,3 +16,4 @@ pub mod resume;
 pub mod rooms;
 pub mod sessions;
 pub mod slow;
+pub mod tunnel;

@@ -5,6 +5,7 @@
 mod history;
 mod rooms;
 mod servers;
+mod tunnel;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -17,7 +18,11 @@ fn bench(arguments: &[&str]) -> (bool, Value) {
     let output = Command::new(env!("CARGO_BIN_EXE_wsproxy-bench"))
         .args(arguments)
         .args(["--json", "--connections", "50"])
-        .args(if arguments.contains(&"--timeout") { &[][..] } else { &["--timeout", "20"] })
+        .args(if arguments.contains(&"--timeout") || arguments[0] == "tunnel" {
+            &[][..]
+        } else {
+            &["--timeout", "20"]
+        })
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

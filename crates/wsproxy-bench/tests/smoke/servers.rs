@@ -110,7 +110,11 @@ fn is_ready(address: SocketAddr) -> bool {
         && answer.starts_with("HTTP/1.1 200")
 }
 
-fn free_address() -> SocketAddr {
+pub(crate) fn until_it_listens(address: SocketAddr) {
+    until("it listens", || TcpStream::connect(address).is_ok());
+}
+
+pub(crate) fn free_address() -> SocketAddr {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
 }
 

@@ -1,0 +1,91 @@
+//! Clients that leave: how soon the connection to the service is closed.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::time::sleep;
+
+use super::{Options, histogram};
+use crate::clock::{NS_PER_SECOND, now_ns};
+use crate::report::Report;
+use crate::tunnel::client::{Connection, READ_BYTES, Site};
+
+/// Runs the case, for clients that read, that wait for a head, and that have stopped reading.
+pub(super) async fn run(options: &Options, report: &mut Report) -> Result<()> {
+    let direct = options.direct()?;
+    let mut asking = direct.connect().await?;
+    // Ids of this run: the service may have served others.
+    let mut id = now_ns() & 0xffff_ffff_ffff;
+    for state in ["streaming", "waiting", "stalled"] {
+        let mut times = histogram()?;
+        let mut open = 0u32;
+        for _ in 0..options.connections {
+            id += 1;
+            let connection = begin(&options.site, state, id).await?;
+            began(&mut asking, &direct, id).await?;
+            if state == "stalled" {
+                // Until nothing moves any more.
+                sleep(Duration::from_millis(30)).await;
+            }
+            let left = now_ns();
+            drop(connection);
+            match ended(&mut asking, &direct, id, left).await? {
+                Some(end) => times.saturating_record(end.saturating_sub(left)),
+                None => open += 1,
+            }
+        }
+        report.quantiles(state, &times);
+        report.problem_if(open > 0, || {
+            format!("{open} connections to the service were open after a second ({state})")
+        });
+    }
+    Ok(())
+}
+
+/// Sends a request of a client that is going to leave.
+async fn begin(site: &Site, state: &str, id: u64) -> Result<Connection> {
+    let path = if state == "waiting" { "/hold/60000" } else { "/endless" };
+    let mut connection =
+        if state == "stalled" { site.connect_narrow().await? } else { site.connect().await? };
+    let request = site.request("GET", &format!("{path}?id={id}"), None);
+    connection.send(request.as_bytes()).await?;
+    if state != "waiting" {
+        connection.head().await?;
+    }
+    if state == "streaming" {
+        let mut scratch = vec![0; READ_BYTES];
+        for _ in 0..32 {
+            connection.some(&mut scratch).await?;
+        }
+    }
+    Ok(connection)
+}
+
+async fn times_of(asking: &mut Connection, direct: &Site, id: u64) -> Result<(u64, u64)> {
+    let text = asking.text(&direct.request("GET", &format!("/times/{id}"), None)).await?;
+    let (start, end) = text.split_once(' ').context("no times")?;
+    Ok((start.parse()?, end.parse()?))
+}
+
+/// Waits until the service has a request.
+async fn began(asking: &mut Connection, direct: &Site, id: u64) -> Result<()> {
+    for _ in 0..5_000 {
+        if times_of(asking, direct, id).await?.0 > 0 {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+    anyhow::bail!("the service has got no request")
+}
+
+/// Returns when the service lost a request; `None` where that was not within a second.
+async fn ended(asking: &mut Connection, direct: &Site, id: u64, left: u64) -> Result<Option<u64>> {
+    while now_ns() < left + NS_PER_SECOND {
+        let (_, end) = times_of(asking, direct, id).await?;
+        if end > 0 {
+            return Ok(Some(end));
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    Ok(None)
+}
