@@ -36,7 +36,7 @@ TUNNEL = {
     "tunnel_link": (["tunnel", "link"], ALL, {"link": THIN}),
     "tunnel_away": (["tunnel", "away", "--rate", 60], False, {"link": []}),
     "tunnel_away_500": (["tunnel", "away", "--rate", 500], False, {"link": []}),
-    "tunnel_cuts": (["tunnel", "cuts", "--rate", 100, "--duration", 60], False, {"link": []}),
+    "tunnel_cuts": (["tunnel", "cuts", "--rate", 100, "--duration", 30], False, {"link": []}),
     "tunnel_other": (["tunnel", "bulk"], "local", {"instances": 2}),
     "tunnel_other_small": (["tunnel", "small", "--at-once", "1,32"], "local", {"instances": 2}),
 }
@@ -100,7 +100,7 @@ TUNNEL_FIGURES = [
      "title": "the same under 500: requests that waited and succeeded"},
     {"of": "tunnel_away_500", "take": "refused_p99_ms", "unit": "ms", "bar": 20,
      "title": "the same: time until a refusal, p99"},
-    {"of": "tunnel_cuts", "take": "cuts", "unit": "", "title": "cuts of the link within a minute, under 100 POSTs per second"},
+    {"of": "tunnel_cuts", "take": "cuts", "unit": "", "title": "cuts of the link within half a minute, under 100 POSTs per second"},
     {"of": "tunnel_cuts", "take": "twice", "unit": "", "bar": 0, "title": "the same: POSTs that came twice"},
     {"of": "tunnel_cuts", "take": "answered_and_missing", "unit": "", "bar": 0,
      "title": "the same: POSTs that were answered and never came"},

@@ -58,4 +58,4 @@ async fn speed(options: &Options) -> Result<f64> {
 
 const PROBES: u32 = 300;
 const PAUSE: Duration = Duration::from_millis(5);
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(14);
