@@ -9,6 +9,7 @@ pub mod upstream;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket};
 
 /// Listens with a long backlog, since hundreds of clients connect at once.
@@ -20,13 +21,21 @@ fn listen(at: SocketAddr, buffers: Buffers) -> Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     // Before the connections are there: they inherit them.
     if let Some(bytes) = buffers.receive {
-        socket.set_recv_buffer_size(bytes)?;
+        narrow(&socket, bytes)?;
     }
     if let Some(bytes) = buffers.send {
         socket.set_send_buffer_size(bytes)?;
     }
     socket.bind(at).with_context(|| format!("cannot listen at {at}"))?;
     Ok(socket.listen(BACKLOG)?)
+}
+
+/// Bounds the bytes that wait in the kernel to be read, with segments as small as those of a real line: one of the
+/// loopback's, 64 KiB, would fill such a buffer alone, and both ends would wait for each other's timers.
+fn narrow(socket: &TcpSocket, receive_bytes: u32) -> Result<()> {
+    socket.set_recv_buffer_size(receive_bytes)?;
+    SockRef::from(socket).set_tcp_mss(SEGMENT_BYTES)?;
+    Ok(())
 }
 
 /// Sizes of the kernel's buffers of each connection, in bytes; the kernel's own choice where there is none.
@@ -37,3 +46,4 @@ struct Buffers {
 }
 
 const BACKLOG: u32 = 4096;
+const SEGMENT_BYTES: u32 = 1448;

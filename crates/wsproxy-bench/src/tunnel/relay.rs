@@ -114,7 +114,7 @@ async fn connect(
 ) -> Result<()> {
     let socket = tokio::net::TcpSocket::new_v4()?;
     if let Some(bytes) = receive_bytes {
-        socket.set_recv_buffer_size(bytes)?;
+        super::narrow(&socket, bytes)?;
     }
     let far = socket.connect(to).await?;
     near.set_nodelay(true)?;

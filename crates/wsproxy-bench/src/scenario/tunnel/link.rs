@@ -57,5 +57,5 @@ async fn read(site: Site, stop: Arc<AtomicBool>) -> Result<f64> {
     Ok(bytes as f64 * 1e9 / (now_ns() - start) as f64)
 }
 
-const PROBES: u32 = 200;
+const PROBES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(15);
