@@ -19,10 +19,12 @@ def cluster(tmp_path, redis):
     # The agent is strict: a certificate that may sign others is none of a server.
     certificate = Certificate(tmp_path, "basicConstraints=critical,CA:FALSE")
     server = ApiServer(tmp_path, certificate)
-    tunnel = Tunnel(tmp_path, redis.url, server.url, certificate)
-    yield tunnel
-    tunnel.stop()
-    server.process.stop()
+    try:
+        tunnel = Tunnel(tmp_path, redis.url, server.url, certificate)
+        yield tunnel
+        tunnel.stop()
+    finally:
+        server.process.stop()
 
 
 @pytest.fixture(params=[debian_kubectl, pypi_kubectl])

@@ -49,7 +49,11 @@ class Tunnel:
         # A cluster without an agent answers too: 503.
         headers = {"Authorization": f"Bearer {CLIENT}"}
         ready = lambda: httpx.get(f"{self.url}/healthz", verify=self.gateway.verify, headers=headers).status_code < 500
-        self.agent.ready("the agent's lane", ready)
+        try:
+            self.agent.ready("the agent's lane", ready)
+        except BaseException:
+            self.stop()
+            raise
 
     def write(self, name, config):
         """Writes the configuration of an instance, and returns its path."""
