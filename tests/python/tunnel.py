@@ -128,7 +128,10 @@ def debian_kubectl():
     if not program.exists():
         folder.mkdir(parents=True, exist_ok=True)
         get = ["apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq", "kubernetes-client"]
-        subprocess.run(get, cwd=folder, check=True, capture_output=True)
+        if subprocess.run(get, cwd=folder, check=False, capture_output=True).returncode:
+            # The lists of packages may be missing or old.
+            subprocess.run(["apt-get", "update", "-qq"], check=False, capture_output=True)
+            subprocess.run(get, cwd=folder, check=True, capture_output=True)
         [package] = folder.glob("kubernetes-client_*.deb")
         subprocess.run(["dpkg", "-x", package, folder], check=True)
         package.unlink()
