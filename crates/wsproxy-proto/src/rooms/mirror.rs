@@ -509,7 +509,7 @@ impl Mirror {
         if member.record().connection() != Some(from) {
             return false;
         }
-        // What the mirror does not take is still for clients.
+        // Positions that the mirror does not take are still for clients.
         if self.admit(Origin::Channel, client, entity).is_ok()
             && let Ok(placed) =
                 self.replica.state.place(client, entity, position, &self.limits.doubled())

@@ -154,16 +154,6 @@ async fn switched(mut stream: AcceptedStream) {
     let _ = stream.answer.finish();
 }
 
-async fn read_until(raw: &mut Raw, end: &str) -> String {
-    loop {
-        let text = String::from_utf8_lossy(raw.rest()).into_owned();
-        if text.contains(end) {
-            return text;
-        }
-        assert!(raw.read().await > 0, "{end:?} did not come: {text}");
-    }
-}
-
 #[tokio::test]
 async fn a_request_reaches_an_agent_at_another_instance() {
     let pair = Pair::start().await;
@@ -185,7 +175,7 @@ async fn a_request_reaches_an_agent_at_another_instance() {
     assert!(there.body.starts_with("/a//b%2Fc?x=1\n"));
     let mut raw = Raw::connect(pair.one.address()).await;
     raw.write(head("HEAD", "/", "").as_bytes()).await;
-    let text = read_until(&mut raw, "\r\n\r\n").await;
+    let text = raw.read_until("\r\n\r\n").await;
     assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("\r\n\r\n"), "{text}");
     // One connection serves one request after the other.
     let mut raw = Raw::connect(pair.one.address()).await;
@@ -206,15 +196,15 @@ async fn bodies_and_trailers_pass_both_ways() {
     for word in ["one", "two"] {
         raw.write(format!("3\r\n{word}\r\n").as_bytes()).await;
         // The answer comes while the request is not whole.
-        read_until(&mut raw, word).await;
+        raw.read_until(word).await;
     }
     raw.write(b"0\r\n\r\n").await;
-    read_until(&mut raw, "\r\n0\r\n\r\n").await;
+    raw.read_until("\r\n0\r\n\r\n").await;
     let mut raw = Raw::connect(pair.one.address()).await;
     let headers = "TE: trailers\r\nTrailer: x-a\r\nTransfer-Encoding: chunked\r\n";
     raw.write(head("POST", "/trailers", headers).as_bytes()).await;
     raw.write(b"4\r\nbody\r\n0\r\nx-a: 7\r\n\r\n").await;
-    let text = read_until(&mut raw, "x-sum: x-a: 7\r\n\r\n").await;
+    let text = raw.read_until("x-sum: x-a: 7\r\n\r\n").await;
     assert!(text.contains("\r\nbody\r\n"), "{text}");
     let body = vec![b'x'; 3_000_000];
     let mut raw = Raw::connect(pair.one.address()).await;
@@ -236,7 +226,7 @@ async fn a_body_is_not_read_before_the_upstream_wants_it() {
     let mut raw = Raw::connect(pair.one.address()).await;
     raw.write(head("POST", "/body", expect).as_bytes()).await;
     // The agent reads without a word, so it takes a second.
-    read_until(&mut raw, "100 Continue").await;
+    raw.read_until("100 Continue").await;
     raw.take();
     raw.write(b"12345").await;
     assert_eq!(raw.response().await.body, "5 bytes");

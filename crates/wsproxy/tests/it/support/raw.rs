@@ -41,6 +41,17 @@ impl Raw {
         Self { socket: socket.connect(address).await.unwrap(), buffer: Vec::new() }
     }
 
+    /// Reads until a text has come, and returns all that was read and not taken. The end of the connection is a failure.
+    pub async fn read_until(&mut self, end: &str) -> String {
+        loop {
+            let text = String::from_utf8_lossy(self.rest()).into_owned();
+            if text.contains(end) {
+                return text;
+            }
+            assert!(self.read().await > 0, "{end:?} did not come: {text}");
+        }
+    }
+
     /// Asks for an upgrade with further header lines, each ended by CRLF; it must succeed.
     /// Returns the response's head.
     pub async fn upgrade(&mut self, path: &str, headers: &str) -> Response {

@@ -32,16 +32,6 @@ async fn echo(mut stream: AcceptedStream) {
     }
 }
 
-async fn read_until(raw: &mut Raw, end: &str) -> String {
-    loop {
-        let text = String::from_utf8_lossy(raw.rest()).into_owned();
-        if text.contains(end) {
-            return text;
-        }
-        assert!(raw.read().await > 0, "{end:?} did not come: {text}");
-    }
-}
-
 #[tokio::test]
 async fn bodies_stream_in_both_directions_at_once() {
     let gateway = TestInstance::start(config(None)).await;
@@ -51,10 +41,10 @@ async fn bodies_stream_in_both_directions_at_once() {
     for word in ["one", "two"] {
         raw.write(format!("3\r\n{word}\r\n").as_bytes()).await;
         // The answer comes while the request is not whole.
-        read_until(&mut raw, word).await;
+        raw.read_until(word).await;
     }
     raw.write(b"0\r\n\r\n").await;
-    assert!(read_until(&mut raw, "\r\n0\r\n\r\n").await.contains("transfer-encoding: chunked"));
+    assert!(raw.read_until("\r\n0\r\n\r\n").await.contains("transfer-encoding: chunked"));
     gateway.drain().await;
 }
 
@@ -132,7 +122,7 @@ async fn a_client_that_leaves_cancels_its_request_in_every_state() {
                 raw.write(&sending).await;
             })
             .await;
-            read_until(&mut raw, read).await;
+            raw.read_until(read).await;
             if resets {
                 raw.reset()
             } else {
@@ -169,7 +159,7 @@ async fn a_broken_answer_never_ends_cleanly() {
     ] {
         let mut raw = Raw::connect(gateway.address()).await;
         raw.write(head("GET", path, "").replace("HTTP/1.1", version).as_bytes()).await;
-        let text = read_until(&mut raw, "part").await;
+        let text = raw.read_until("part").await;
         assert!(text.contains(" 200 "), "{text}");
         let last = loop {
             let mut buffer = [0; 100];
@@ -192,7 +182,7 @@ async fn a_lost_lane_breaks_answers_and_refuses_heads() {
     let agent = ClusterAgent::start(gateway.address(), tell).await;
     let mut begun = Raw::connect(gateway.address()).await;
     begun.write(head("GET", "/begun", "").as_bytes()).await;
-    read_until(&mut begun, "begun").await;
+    begun.read_until("begun").await;
     let mut waiting = Raw::connect(gateway.address()).await;
     waiting.write(head("POST", "/", "").as_bytes()).await;
     eventually("both are open", || agent.lane.streams() == 2).await;
@@ -223,7 +213,7 @@ async fn heads_without_bodies_keep_their_length() {
         [("HEAD", "/", "1234"), ("GET", "/304", ""), ("GET", "/204", ""), ("HEAD", "/a", "1234")]
     {
         raw.write(head(method, path, "").as_bytes()).await;
-        let text = read_until(&mut raw, "\r\n\r\n").await;
+        let text = raw.read_until("\r\n\r\n").await;
         raw.take();
         let found = text.lines().find_map(|line| line.strip_prefix("content-length: "));
         assert_eq!(found.unwrap_or_default(), length, "{method} {path} {text}");
@@ -251,7 +241,7 @@ async fn a_body_is_asked_for_only_when_the_upstream_wants_it() {
     for path in ["/granted", "/silent"] {
         let mut raw = Raw::connect(gateway.address()).await;
         raw.write(head("POST", path, expect).as_bytes()).await;
-        read_until(&mut raw, "HTTP/1.1 100 Continue\r\n\r\n").await;
+        raw.read_until("HTTP/1.1 100 Continue\r\n\r\n").await;
         raw.take();
         raw.write(b"body").await;
         assert_eq!(raw.response().await.body, "body");
@@ -278,7 +268,7 @@ async fn an_early_answer_ends_the_upload() {
     let mut raw = Raw::connect(gateway.address()).await;
     raw.write(head("POST", "/", "Content-Length: 10000000\r\n").as_bytes()).await;
     raw.write(&[b'x'; 1000]).await;
-    let text = read_until(&mut raw, "too much").await;
+    let text = raw.read_until("too much").await;
     assert!(text.contains(" 413 "), "{text}");
     gateway.drain().await;
 }
@@ -310,9 +300,9 @@ async fn trailers_pass_where_they_are_asked_for() {
         let mut raw = Raw::connect(gateway.address()).await;
         raw.write(head("POST", "/", &format!("{chunked}{te}")).as_bytes()).await;
         raw.write(b"1\r\na\r\n0\r\nX-In: 5\r\n\r\n").await;
-        let text = read_until(&mut raw, "\r\n0\r\n").await;
+        let text = raw.read_until("\r\n0\r\n").await;
         assert_eq!(text.contains("[x-in: 5]"), sees, "{text}");
-        let text = read_until(&mut raw, if sees { "x-sum: 7\r\n\r\n" } else { "0\r\n\r\n" }).await;
+        let text = raw.read_until(if sees { "x-sum: 7\r\n\r\n" } else { "0\r\n\r\n" }).await;
         assert_eq!(text.contains("x-sum: 7"), sees, "{text}");
     }
     gateway.drain().await;

@@ -112,7 +112,7 @@ async fn a_healthy_lane_elsewhere_is_better_than_an_unhealthy_one() {
     near.tell_health(false);
     eventually_yes("the other one is taken", async || !of_here().await).await;
     assert!(!of_here().await);
-    // Where there is no other, the unhealthy one has to do.
+    // The unhealthy one serves where there is no other.
     pair.agent.lane.drain(Code::Restarting, Micros(0));
     eventually_yes("this one is taken", of_here).await;
     pair.one.drain().await;
@@ -161,7 +161,7 @@ async fn an_agent_of_a_killed_instance_is_found_at_its_next_one() {
     assert_eq!(ask(&one, &head("GET", "/x", "")).await.status, 200);
     let mut raw = Raw::connect(one.address()).await;
     raw.write(head("GET", "/endless", "").as_bytes()).await;
-    read_until(&mut raw, "xxx").await;
+    raw.read_until("xxx").await;
     killed.kill();
     // The answer breaks off.
     while raw.read().await > 0 {}

@@ -130,7 +130,7 @@ impl Room {
             return;
         };
         let (mirror, sender) = (&mut state.mirror, checked.sender);
-        // What the mirror does not take is still for clients: the instance of its sender has judged it.
+        // Messages that the mirror does not take are still for clients: the instance of its sender has judged it.
         match checked.body {
             Body::Spawn { entity, spawn, .. } => {
                 if let Some(snapshot) = snapshot::spawned(spawn, sender) {
