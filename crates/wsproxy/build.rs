@@ -19,10 +19,10 @@ fn main() {
     let epoch = env::var(EPOCH).ok().and_then(|seconds| seconds.trim().parse::<i64>().ok());
     let seconds = epoch.or_else(|| commit.as_ref().map(|commit| commit.seconds));
     if let Some(Commit { id, .. }) = &commit {
-        println!("cargo::rustc-env=WSPROXY_BUILD_COMMIT={id}");
+        println!("cargo::rustc-env=BUILD_COMMIT={id}");
     }
     if let Some(seconds) = seconds {
-        println!("cargo::rustc-env=WSPROXY_BUILD_DATE={}", date(seconds));
+        println!("cargo::rustc-env=BUILD_DATE={}", date(seconds));
     }
 }
 

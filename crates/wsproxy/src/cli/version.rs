@@ -24,7 +24,7 @@ pub(super) fn text(json: bool) -> String {
 }
 
 /// The commit of the build; `None` if the sources were no checkout of git.
-pub(crate) const COMMIT: Option<&str> = option_env!("WSPROXY_BUILD_COMMIT");
+pub(crate) const COMMIT: Option<&str> = option_env!("BUILD_COMMIT");
 
 /// The day of the commit, or of `SOURCE_DATE_EPOCH` if the build set it.
-const DATE: Option<&str> = option_env!("WSPROXY_BUILD_DATE");
+const DATE: Option<&str> = option_env!("BUILD_DATE");
