@@ -108,6 +108,9 @@ pub(super) struct Nobody;
 impl Deliver for Nobody {
     fn message(&mut self, _channel: &[u8], _payload: &[u8], _last: bool) {}
     fn flush(&mut self) {}
+    fn proceed(&mut self) -> bool {
+        false
+    }
     fn lost(&mut self, _cause: &str) {}
     fn recovered(&mut self, _gap: Duration) {}
 }

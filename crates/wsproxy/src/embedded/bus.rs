@@ -104,8 +104,14 @@ impl Shared {
     /// Serves requests, in rounds of all that are queued, as reads from a socket would give them.
     async fn read(self: Arc<Self>, mut deliver: Box<dyn Deliver>, shutdown: CancellationToken) {
         let mut round = Vec::new();
+        let mut is_behind = false;
         loop {
             self.queue.take(ROUND_BYTES, ROUND_MESSAGES, &mut round);
+            if round.is_empty() && is_behind {
+                is_behind = deliver.proceed();
+                tokio::task::yield_now().await;
+                continue;
+            }
             if round.is_empty() {
                 if shutdown.is_cancelled() {
                     // Requests that were pushed before this are still served.
@@ -139,6 +145,7 @@ impl Shared {
                 }
             }
             deliver.flush();
+            is_behind = deliver.proceed();
             tokio::task::yield_now().await;
         }
     }

@@ -1,10 +1,14 @@
 //! Delivery of a message to the sinks of its topic, through their outboxes.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 use tracing::trace;
-use wsproxy_conn::{Link, clock::Micros, link::Queued};
+use wsproxy_conn::{
+    Link,
+    clock::{self, Micros},
+    link::Queued,
+};
 use wsproxy_proto::history::{Lost, Position};
 
 use crate::{
@@ -26,10 +30,23 @@ pub(super) enum Audience {
     Gated,
 }
 
+/// The time at which WebSockets get a message.
+pub(super) enum Write<'a> {
+    /// It is queued, and written by [`DeliveryRound::flush`].
+    AtFlush,
+    /// The caller queues and writes it for the links that are put into this list.
+    AtOnce(&'a mut Vec<(Arc<Link>, Form)>),
+    /// It is queued, and written by [`DeliveryRound::flush_slice`], or with a later message to the same client if
+    /// that comes first. So each client gets its messages in their order.
+    InSlices,
+}
+
 /// Writes a round of messages into outboxes, and remembers the links to flush.
 #[derive(Default)]
 pub(super) struct DeliveryRound {
     dirty: Vec<Arc<Link>>,
+    /// Links that wait for [`Self::flush_slice`]; one may be there several times.
+    later: VecDeque<Arc<Link>>,
     /// Readers in this process that got messages in this round, each once for a run of messages.
     inboxes: Vec<Arc<dyn Inbox>>,
 }
@@ -44,10 +61,10 @@ impl DeliveryRound {
         hub: &Hub,
         since: Micros,
     ) {
-        self.deliver_to(&mut topic.subscribers, audience, fanout, hub, since, None);
+        self.deliver_to(&mut topic.subscribers, audience, fanout, hub, since, Write::AtFlush);
     }
 
-    /// As [`Self::deliver`]. If there is a list `at_once`, WebSockets are put into it and get nothing yet.
+    /// As [`Self::deliver`], with the time at which WebSockets get the message.
     pub(super) fn deliver_to(
         &mut self,
         subscribers: &mut Subscribers,
@@ -55,8 +72,12 @@ impl DeliveryRound {
         fanout: &mut Fanout<'_>,
         hub: &Hub,
         since: Micros,
-        mut at_once: Option<&mut Vec<(Arc<Link>, Form)>>,
+        mut when: Write<'_>,
     ) {
+        if matches!(when, Write::InSlices) && self.later.len() > LATER_MAX {
+            // Messages to many come faster than they can be written: the reader waits for the clients.
+            while self.flush_slice() {}
+        }
         let origin = fanout.message.origin;
         // Nearly every message is for all sinks, so that the loop tests nothing else.
         let is_for_some = audience == Audience::Gated || origin.is_some();
@@ -74,15 +95,17 @@ impl DeliveryRound {
                 continue;
             }
             match sink {
-                Sink::Client { client: Client::WebSocket(link), form, .. } => match &mut at_once {
-                    Some(at_once) => at_once.push((Arc::clone(link), *form)),
-                    None => {
-                        if let Some(frame) = fanout.frame(*form, link, hub) {
-                            fanout.announce(*form, link);
-                            self.push(link, frame, since);
+                Sink::Client { client: Client::WebSocket(link), form, .. } => {
+                    if let Write::AtOnce(list) = &mut when {
+                        list.push((Arc::clone(link), *form));
+                    } else if let Some(frame) = fanout.frame(*form, link, hub) {
+                        fanout.announce(*form, link);
+                        match when {
+                            Write::InSlices => self.push_later(link, frame, since),
+                            _ => self.push(link, frame, since),
                         }
                     }
-                },
+                }
                 Sink::Client { client: Client::EventStream(outbox), .. } => {
                     if let Some(event) = fanout.event(outbox.gzip(), hub) {
                         outbox.push(event, since);
@@ -202,7 +225,31 @@ impl DeliveryRound {
         }
     }
 
-    /// Flushes all links with queued frames.
+    /// As [`Self::push`], for a link that waits for its slice.
+    fn push_later(&mut self, link: &Arc<Link>, frame: Bytes, since: Micros) {
+        trace!(target: MESSAGES, connection_id = %link.id(), bytes = frame.len(), "A message to many is queued for a client.");
+        if link.push_later(frame, since) == Queued::Flush {
+            self.later.push_back(Arc::clone(link));
+        }
+    }
+
+    /// Flushes the next links that wait for their slice. Returns whether others wait still.
+    pub(super) fn flush_slice(&mut self) -> bool {
+        if self.later.is_empty() {
+            return false;
+        }
+        let now = clock::now();
+        for link in self.later.drain(..SLICE.min(self.later.len())) {
+            link.flush(now);
+            trace_written(&link);
+        }
+        if self.later.is_empty() {
+            self.later.shrink_to(LIST_KEPT);
+        }
+        !self.later.is_empty()
+    }
+
+    /// Flushes all links with queued frames, but those that wait for their slice.
     pub(super) fn flush(&mut self, now: Micros) {
         for link in self.dirty.drain(..) {
             link.flush(now);
@@ -220,6 +267,12 @@ impl DeliveryRound {
 pub(super) fn trace_written(link: &Link) {
     trace!(target: MESSAGES, connection_id = %link.id(), waiting_bytes = link.queued_bytes(), "Messages were written to a client.");
 }
+
+/// Clients of one topic that are written to before other messages are looked at: some five milliseconds.
+pub(super) const SLICE: usize = 1000;
+
+/// Links that may wait for their slice when a further message to many comes.
+const LATER_MAX: usize = 100 * SLICE;
 
 /// Upper bound of the capacity that a list keeps for the next round.
 pub(super) const LIST_KEPT: usize = 16 * 1024;

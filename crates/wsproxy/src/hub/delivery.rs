@@ -22,7 +22,7 @@ use crate::{
     hub::{
         Hub,
         adoption::Adoption,
-        audience::{Audience, DeliveryRound, LIST_KEPT, trace_written},
+        audience::{Audience, DeliveryRound, LIST_KEPT, SLICE, Write, trace_written},
         fanout::Fanout,
         follower::Followed,
         form::Form,
@@ -106,8 +106,12 @@ impl Deliver for Delivery {
             _ => Audience::All,
         };
         let mut fanout = Fanout::new(message);
-        let list = last.then_some(&mut *at_once);
-        round.deliver_to(&mut state.subscribers, audience, &mut fanout, hub, since, list);
+        let when = match last {
+            _ if state.subscribers.len() > SLICE => Write::InSlices,
+            true => Write::AtOnce(at_once),
+            false => Write::AtFlush,
+        };
+        round.deliver_to(&mut state.subscribers, audience, &mut fanout, hub, since, when);
         drop(shard);
         // No other message can share a write with the last one of a round. So it is queued and flushed in
         // one step: with thousands of links, each is loaded into the CPU's cache only once.
@@ -127,6 +131,10 @@ impl Deliver for Delivery {
         for adoption in self.adoptions.drain(..) {
             adoption.publish(&self.hub);
         }
+    }
+
+    fn proceed(&mut self) -> bool {
+        self.round.flush_slice()
     }
 
     fn lost(&mut self, cause: &str) {

@@ -69,6 +69,10 @@ impl Deliver for Wire {
         self.0.lock().0.flush();
     }
 
+    fn proceed(&mut self) -> bool {
+        self.0.lock().0.proceed()
+    }
+
     fn lost(&mut self, cause: &str) {
         self.0.lock().0.lost(cause);
     }

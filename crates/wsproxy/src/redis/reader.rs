@@ -86,6 +86,7 @@ impl RedisReader {
             self.shared.subscriptions.connected();
             self.resubscription = Resubscription::Asking;
             let end = self.serve(&mut connection).await;
+            while self.deliver.proceed() {}
             self.asked.clear();
             self.shared.subscriptions.disconnected();
             let Err(fault) = end else { break };
@@ -119,6 +120,8 @@ impl RedisReader {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.ask_changes(&mut connection.output);
+            // A message to many gives way to those that came meanwhile, and they to it.
+            let is_behind = self.deliver.proceed();
             tokio::select! {
                 progress = connection.drive() => if progress? == Progress::Read {
                     self.round(connection, &mut watchdog)?;
@@ -126,6 +129,7 @@ impl RedisReader {
                 () = shared.subscriptions.changed() => {}
                 () = shared.connections_changed.notified() => self.prove(|_| true),
                 _ = ticks.tick() => self.tick(connection, &mut watchdog)?,
+                () = tokio::task::yield_now(), if is_behind => {}
                 () = shared.shutdown.cancelled() => return Ok(()),
             }
         }

@@ -16,6 +16,9 @@ use crate::support::{
 };
 
 mod acks;
+mod many;
+
+use many::a_message_to_many_gives_way_and_keeps_its_place;
 
 over_both!(
     the_first_message_says_who_is_connected_to_what,
@@ -34,6 +37,7 @@ over_both!(
     a_token_from_a_clock_ahead_is_revoked,
     a_revocation_is_as_long_as_asked_or_refused,
     closed_connections_leave_nothing,
+    a_message_to_many_gives_way_and_keeps_its_place,
 );
 
 fn token(user: &str, life: i64) -> String {

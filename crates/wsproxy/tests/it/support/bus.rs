@@ -239,6 +239,10 @@ impl Deliver for Recorder {
         self.notes(|notes| notes.unflushed = 0);
     }
 
+    fn proceed(&mut self) -> bool {
+        false
+    }
+
     fn lost(&mut self, cause: &str) {
         self.notes(|notes| notes.lost.push(cause.into()));
     }
