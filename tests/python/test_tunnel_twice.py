@@ -72,7 +72,7 @@ class Faults(threading.Thread):
 
     def stand_still(self):
         relay = self.chance.choice(self.relays)
-        relay.stop_still()
+        relay.stand_still()
         self.over.wait(self.chance.uniform(0.05, 1.8))
         relay.go_on()
 
