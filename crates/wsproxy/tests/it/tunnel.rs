@@ -5,4 +5,5 @@ mod lanes;
 mod limits;
 mod requests;
 mod rules;
+mod tokens;
 mod upgrades;
