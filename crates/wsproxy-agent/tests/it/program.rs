@@ -72,6 +72,7 @@ async fn a_setting_that_is_missing_or_wrong_ends_with_78() {
         (&[][..], "gateway: is missing"),
         (&["--gateway", "ws://192.0.2.1"], "gateway: ws:// is not encrypted"),
         (&["--gateway", "https://g"], "gateway: must be wss://HOST[:PORT]"),
+        (&["--threads", "1025"], "threads: must be at most 1024"),
         (&["--gateway", "wss://g", "--ca-file", "/does/not/exist"], "ca_file: /does/not/exist"),
         (&["--gateway", "wss://g", "--allow-paths", "api"], "allow_paths: \"api\" does not begin"),
         (&["--gateway", "wss://g", "--upstream-key", "k"], "upstream_certificate: is missing"),
