@@ -97,6 +97,15 @@ pub struct Config {
     pub api: ApiConfig,
 }
 
+impl Config {
+    /// Returns whether an endpoint may verify JSON Web Tokens.
+    #[must_use]
+    pub fn needs_jwt_keys(&self) -> bool {
+        let EndpointsConfig { events, rooms, tunnel, .. } = self.endpoints;
+        events || rooms || (tunnel && self.tunnel.verifies_jwt())
+    }
+}
+
 /// `[server]`: the clients' port, handshakes, and the end of the instance.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {

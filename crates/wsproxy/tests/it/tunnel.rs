@@ -3,6 +3,7 @@
 mod bodies;
 mod lanes;
 mod limits;
+mod operators;
 mod requests;
 mod rules;
 mod upgrades;

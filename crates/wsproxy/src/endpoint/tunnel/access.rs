@@ -131,6 +131,14 @@ impl Drop for Access {
         let total = self.begin.elapsed();
         let end = self.end(&known, total);
         self.counters.ended(&end);
+        // A client without a credential must not fill the log.
+        let left_out = match end.has_opened() {
+            true => None,
+            false => match self.counters.unopened_lines.pass() {
+                Some(left_out) => Some(left_out),
+                None => return,
+            },
+        };
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         info!(
             cluster = &*self.cluster,
@@ -146,6 +154,7 @@ impl Drop for Access {
             total_ms = millis(total),
             trace_id = &*self.trace_id,
             request_id = &*self.request_id,
+            left_out,
             "Proxied request ended."
         );
     }

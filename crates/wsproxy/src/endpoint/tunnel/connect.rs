@@ -83,8 +83,8 @@ async fn run(
     core.tasks.spawn(driver);
     let LaneName { cluster, agent, number, .. } = admission.lane.name.clone();
     let address = address.map(|address| address.to_string());
-    let end = match handle.ready().await {
-        Err(end) => end,
+    let (end, duration) = match handle.ready().await {
+        Err(end) => (end, None),
         Ok(peer) => {
             tunnel.counters.name(&cluster);
             admission.ready(handle.clone());
@@ -99,10 +99,10 @@ async fn run(
                     watch(tunnel, &cluster, &handle, entry.as_ref()).await
                 }
             };
-            tunnel.counters.lane_lost(end.label(), admission.lane.since.elapsed());
-            end
+            (end, Some(admission.lane.since.elapsed()))
         }
     };
+    tunnel.counters.lane_ended(end.label(), duration);
     core.metrics.ended(Family::Tunnel, end.label());
     match end {
         LaneEnd::Broken(_) | LaneEnd::Text | LaneEnd::WebSocket | LaneEnd::HelloTimeout => {

@@ -522,10 +522,11 @@ fn respond(
             let _ = request.finish();
         }
         let left = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
-        let collector = ask
-            .keep
-            .clone()
-            .and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, &headers));
+        // A cookie that does not reach the client counts too.
+        let sets_cookie = || head.headers.iter().any(|(name, _)| name == b"set-cookie"[..]);
+        let keep = ask.keep.clone().filter(|_| !sets_cookie());
+        let collector =
+            keep.and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, &headers));
         Body::new(AnswerBody::new((tunnel, core), answered, &ask, &client, (left, collector)))
     };
     let mut response = Response::new(body);

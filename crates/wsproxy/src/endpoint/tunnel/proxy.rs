@@ -179,7 +179,7 @@ async fn answer_opened(
     let upload = has_body.then(|| Upload::new(body, &parts.headers, tunnel.config.body_max));
     let upload = upload.transpose()?;
     let now = clock::now();
-    let rated = tunnel.rates.take(credential.hash, &cluster, now);
+    let rated = tunnel.rates.take(credential.rated, &cluster, now);
     rated.map_err(|wait| Refusal::new(Code::RateLimited).after(wait))?;
     let pass = tunnel.breakers.admit(&cluster, now);
     let pass = pass.map_err(|wait| Refusal::new(Code::CircuitOpen).after(wait))?;
