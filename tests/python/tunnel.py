@@ -33,9 +33,9 @@ class ApiServer:
 class Tunnel:
     """A gateway, over TLS where there is a certificate, and an agent of the cluster `c1`."""
 
-    def __init__(self, folder, redis_url, upstream, certificate, *, config="", agent=(), port=None, dial=None):
+    def __init__(self, folder, redis_url, upstream, certificate, *, config="", agent=(), port=None, dial=None, settings=None):
         self.folder, self.certificate = folder, certificate
-        self.gateway = TunnelGateway(folder, redis_url, self.write("tunnel", config), certificate, port)
+        self.gateway = TunnelGateway(folder, redis_url, self.write("tunnel", config), certificate, port, **settings or {})
         self.url = f"{self.gateway.http}{PROXY}"
         (folder / "agent-token").write_text(AGENT)
         (folder / "upstream-token").write_text(UPSTREAM)
@@ -90,9 +90,9 @@ class Tunnel:
 class TunnelGateway(Gateway):
     """An instance with the configuration of a file."""
 
-    def __init__(self, folder, redis_url, file, certificate, port=None):
+    def __init__(self, folder, redis_url, file, certificate, port=None, **settings):
         self.verify = certificate.context if certificate else True
-        super().__init__(folder, redis_url, port=port, WSPROXY_CONFIG=str(file))
+        super().__init__(folder, redis_url, port=port, WSPROXY_CONFIG=str(file), **settings)
         if certificate:
             self.http, self.ws = self.http.replace("http:", "https:"), self.ws.replace("ws:", "wss:")
 

@@ -56,6 +56,7 @@ pub mod proxy;
 pub mod rate;
 pub mod refusal;
 mod search;
+mod spans;
 pub mod waiting;
 
 /// The tunnel of an instance.
