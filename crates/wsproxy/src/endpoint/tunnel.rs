@@ -57,6 +57,7 @@ pub mod rate;
 pub mod refusal;
 mod search;
 mod spans;
+mod stalls;
 pub mod waiting;
 
 /// The tunnel of an instance.

@@ -28,6 +28,8 @@ pub struct TunnelCounters {
     lane_duration: Histogram<20, 2>,
     /// Round trips of pings on lanes.
     round_trip: Histogram<6, 2>,
+    /// Lanes that were not read for five seconds, though bytes waited.
+    pub reader_stalls: Counter,
     /// Bytes of bodies from clients.
     pub bytes_in: Counter,
     /// Bytes of bodies to clients.
@@ -185,6 +187,9 @@ impl TunnelCounters {
         scrape.counters("tunnel_reconnects", help, losses);
         let help = "Time for which lanes were connected that had been ready";
         scrape.seconds("tunnel_lane_duration", help, &[], self.lane_duration.read(MICROSECOND));
+        let help =
+            "Times that a lane was not read for five seconds, though bytes waited in its socket";
+        scrape.counter("tunnel_reader_stalls", help, self.reader_stalls.value());
         let help = "Round trips of pings on lanes";
         scrape.seconds("tunnel_lane_round_trip", help, &[], self.round_trip.read(MICROSECOND));
     }
