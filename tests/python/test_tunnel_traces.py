@@ -64,7 +64,7 @@ def peered():
 
 @pytest.fixture
 def tunnel(tmp_path, redis, upstream, collector):  # noqa: F811
-    tunnel = Tunnel(tmp_path, redis.url, upstream.url, None, config=peered(), settings=traced(collector, "gw-1"))
+    tunnel = Tunnel(tmp_path, redis.url, upstream.url, None, config=peered(), **traced(collector, "gw-1"))
     yield tunnel
     tunnel.stop()
 

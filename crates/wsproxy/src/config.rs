@@ -97,15 +97,6 @@ pub struct Config {
     pub api: ApiConfig,
 }
 
-impl Config {
-    /// Returns whether an endpoint may verify JSON Web Tokens.
-    #[must_use]
-    pub fn needs_jwt_keys(&self) -> bool {
-        let EndpointsConfig { events, rooms, tunnel, .. } = self.endpoints;
-        events || rooms || (tunnel && self.tunnel.verifies_jwt())
-    }
-}
-
 /// `[server]`: the clients' port, handshakes, and the end of the instance.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -179,6 +170,15 @@ pub struct TlsConfig {
     pub admin: bool,
     /// Handshakes that may be under way at once on one port.
     pub handshakes_max: usize,
+}
+
+impl Config {
+    /// Returns whether an endpoint that is on takes JSON Web Tokens, so that the keys of `[jwt]` are needed.
+    #[must_use]
+    pub fn verifies_jwt(&self) -> bool {
+        let EndpointsConfig { events, rooms, tunnel, .. } = self.endpoints;
+        events || rooms || (tunnel && self.tunnel.verifies_jwt())
+    }
 }
 
 impl TlsConfig {
