@@ -102,9 +102,6 @@ impl Trial {
     }
 }
 
-/// Words of Redis where a user without a password shows one.
-const NO_PASSWORD: &str = "without any password configured";
-
 impl TrialAnswer {
     fn of(value: &RespValue<'_>) -> Self {
         match value {
@@ -136,3 +133,6 @@ fn advice(fault: &Fault) -> &'static str {
         }
     }
 }
+
+/// Words of Redis where a user without a password shows one.
+const NO_PASSWORD: &str = "without any password configured";

@@ -3,9 +3,6 @@
 
 use super::serve;
 
-/// Script of the build, whose variables `cargo run` gives to the program.
-const BUILD: &str = include_str!("../../build.rs");
-
 #[test]
 fn the_gateway_starts_with_the_variables_of_cargo() {
     let of_build = BUILD.split("rustc-env=").skip(1).filter_map(|rest| {
@@ -21,3 +18,6 @@ fn the_gateway_starts_with_the_variables_of_cargo() {
     let started = serve(&env);
     assert!(started.is_ok(), "{started:?}");
 }
+
+/// Script of the build, whose variables `cargo run` gives to the program.
+const BUILD: &str = include_str!("../../build.rs");

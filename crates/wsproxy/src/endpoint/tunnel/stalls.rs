@@ -75,7 +75,7 @@ mod tests {
         let mut stalls = |received, unread| reader.is_stalled(received, unread);
         assert_eq!((0..20).filter(|_| stalls(0, 0)).count(), 0, "an idle lane");
         assert_eq!((0..20).filter(|n| stalls(*n, 9)).count(), 0, "a busy one");
-        assert_eq!((0..4).filter(|_| stalls(19, 9)).count(), 0);
+        assert_eq!((0..5).filter(|_| stalls(19, 9)).count(), 0);
         assert!(stalls(19, 9));
         assert_eq!((0..20).filter(|_| stalls(19, 9)).count(), 0);
         assert!(!stalls(20, 9));
