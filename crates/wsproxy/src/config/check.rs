@@ -2,7 +2,7 @@
 //!
 //! An instance reads files and URLs with the same functions, so that `config check` refuses what `serve` refuses.
 
-use std::{collections::HashSet, net::IpAddr, path::Path};
+use std::{collections::HashSet, path::Path};
 
 use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::ExposeSecret;
@@ -13,7 +13,7 @@ use super::{
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
     endpoints::EndpointsConfig,
-    peer::TrustedProxy,
+    peer::{TrustedProxy, is_private},
     rooms::Development,
     traces::TracesConfig,
     tunnel::ClientAuth,
@@ -230,14 +230,6 @@ fn tunnel_rules(config: &Config) -> Vec<BrokenRule> {
         rule(is_safe, "tunnel.peer_bind", allowed, None);
     }
     broken
-}
-
-/// Returns whether an address is one of this machine or of a private network (RFC 1918, RFC 4193).
-fn is_private(address: IpAddr) -> bool {
-    match address.to_canonical() {
-        IpAddr::V4(address) => address.is_loopback() || address.is_private(),
-        IpAddr::V6(address) => address.is_loopback() || address.is_unique_local(),
-    }
 }
 
 /// Checks that every algorithm has a key of its kind, and every public key an algorithm. A secret without an
