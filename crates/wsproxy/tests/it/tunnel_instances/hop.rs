@@ -2,7 +2,6 @@
 
 use std::{net::SocketAddr, sync::Mutex, time::Instant};
 
-use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -319,8 +318,6 @@ async fn little_of_a_body_waits_between_two_instances() {
     let pair = Pair::start().await;
     let mut raw = Raw::connect(pair.one.address()).await;
     raw.write(head("PUT", "/silent", "Content-Length: 32000000\r\n").as_bytes()).await;
-    // A client that leaves while nothing is read is seen by its reset alone.
-    SockRef::from(&raw.socket).set_linger(Some(Duration::ZERO)).unwrap();
     let sending = tokio::spawn(async move { raw.socket.write_all(&vec![0; 32_000_000]).await });
     let read =
         |gateway: &TestInstance| gateway.metric("wsproxy_tunnel_bytes_total{direction=\"in\"}");
@@ -335,6 +332,5 @@ async fn little_of_a_body_waits_between_two_instances() {
     let between = read(&pair.one) - read(&pair.two);
     assert!(between <= 600_000.0, "{between}");
     sending.abort();
-    pair.wait_idle().await;
     pair.drain().await;
 }

@@ -11,6 +11,7 @@ use hyper_util::client::legacy::Error;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 use wsproxy_conn::socket::watch::Leaving;
+use wsproxy_proto::names::Id;
 
 use super::{
     EXPECT, HEAD_MS, PATH, Peers, RETRIES, WAIT_MS,
@@ -131,18 +132,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
         ask.access.waited(waited);
         turn.waited(waited);
         peers.counters.missed.add(1);
-        if let Missed::Refused(status) = missed
-            && let Some(left_out) = core.lines.pass("instance that refuses another")
-        {
-            let server_id = &*lane.record.server_id;
-            warn!(
-                %status,
-                server_id,
-                left_out,
-                "Another instance refuses requests of this one: compare tunnel.peer_secret and tunnel.peer_url of both."
-            );
-        }
-        debug!(cluster = %ask.cluster, server_id = &*lane.record.server_id, reason = %missed, "Another instance has no lane.");
+        tell_missed(core, &ask.cluster, &lane, &missed);
         if let Some(held) = held {
             match held.take_back() {
                 whole @ Some(_) => upload = whole,
@@ -199,6 +189,22 @@ enum Missed {
     Refused(StatusCode),
     #[error("it cannot be reached: {0}")]
     Unreached(Error),
+}
+
+/// Logs that an instance did nothing with a request.
+fn tell_missed(core: &Core, cluster: &Id, lane: &RemoteLane, missed: &Missed) {
+    let server_id = &*lane.record.server_id;
+    if let Missed::Refused(status) = missed
+        && let Some(left_out) = core.lines.pass("instance that refuses another")
+    {
+        warn!(
+            %status,
+            server_id,
+            left_out,
+            "Another instance refuses requests of this one: compare tunnel.peer_secret and tunnel.peer_url of both."
+        );
+    }
+    debug!(%cluster, server_id, reason = %missed, "Another instance has no lane.");
 }
 
 impl From<Refusal> for Failed {
