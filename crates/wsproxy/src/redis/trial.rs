@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use secrecy::{ExposeSecret as _, SecretString};
+
 use crate::{
     config,
     redis::{
@@ -16,6 +18,8 @@ use crate::{
 pub(crate) struct Trial {
     connection: RedisConnection,
     answer_max: Duration,
+    /// Password of the user `default`, where the address names one.
+    password: Option<SecretString>,
 }
 
 /// An answer of Redis.
@@ -58,7 +62,20 @@ impl Trial {
             why: format!("Redis at {} cannot be used: {fault}", connector.address()),
             advice: advice(&fault),
         })?;
-        Ok(Self { connection, answer_max })
+        let login = connector.address().login.as_ref().filter(|(user, _)| user == "default");
+        let password = login.map(|(_, password)| password.as_str().into());
+        Ok(Self { connection, answer_max, password })
+    }
+
+    /// Returns whether Redis would take any other password than that of the address too: its user `default` has none. A
+    /// greeting with a password succeeds then, but `AUTH`, with which many libraries begin, does not.
+    ///
+    /// # Errors
+    /// The connection was lost, or Redis does not answer in time.
+    pub(crate) async fn takes_any_password(&mut self) -> Result<bool, TrialFault> {
+        let Some(password) = self.password.clone() else { return Ok(false) };
+        let answer = self.ask(&["AUTH", password.expose_secret()]).await?;
+        Ok(matches!(answer, TrialAnswer::Error(error) if error.contains(NO_PASSWORD)))
     }
 
     /// Asks, and waits for the answer.
@@ -116,3 +133,6 @@ fn advice(fault: &Fault) -> &'static str {
         }
     }
 }
+
+/// Words of Redis where a user without a password shows one.
+const NO_PASSWORD: &str = "without any password configured";

@@ -28,6 +28,7 @@ use crate::support::{
 
 mod faults;
 mod hop;
+mod operators;
 
 /// The configuration of an instance that reaches others.
 fn peered(redis: &RedisServer, name: &str) -> Config {

@@ -46,7 +46,7 @@ use crate::{
         },
         lanes::{Lane, Place},
         peers::{
-            Peers,
+            self, Peers,
             forward::{self, Arrivals, Forwarded, Sent},
         },
         refusal::{Code, Refusal},
@@ -163,7 +163,7 @@ pub async fn run(
     if let Some(answering) = &client.answering {
         // A client that reads nothing may do so for as long as a body may stand still.
         let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
-        answering.socket().prepare_stream(UNSENT_BYTES_MAX, still_max);
+        answering.socket().prepare_stream(still_max);
     }
     let (mut tried, mut retries) = (Vec::new(), ask.retries);
     let mut turn = tunnel.room.turn(ask.wait);
@@ -171,6 +171,7 @@ pub async fn run(
         // Healthy lanes here come first, since they cost no second hop, and others of this instance last.
         let mut arrivals = Arrivals::default();
         if let Some((peers, waits)) = elsewhere(tunnel, core, &ask, &tried) {
+            ask.access.trace().enter("forward");
             let sent = Sent { ask: &ask, retries: &mut retries, turn: &mut turn, waits };
             match forward::forward(peers, (tunnel, core), sent, upload, client).await {
                 Forwarded::Done(answer, outcome) => {
@@ -191,6 +192,7 @@ pub async fn run(
         }
         let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
         let began = Instant::now();
+        ask.access.trace().enter("find lane");
         let place = tokio::select! {
             place = search::find(tunnel, core, (&ask, &turn), &tried) => Some(place),
             () = arrivals.next() => None,
@@ -203,6 +205,7 @@ pub async fn run(
         let place = place?;
         let had_body = upload.is_some();
         let attempt = Attempt { tunnel, core, ask: &ask, retried: retries.are_marked() };
+        ask.access.trace().enter("head");
         match attempt.run(place, upload.take(), watch).await {
             Ok(answered) => {
                 pass.report(Outcome::Answered, clock::now(), rand::random());
@@ -516,7 +519,7 @@ fn respond(
         upgrade: ask.upgrade.as_ref(),
         accepts_trailers: ask.accepts_trailers,
     };
-    let headers = answer::map(status, &head.headers, source, &asked)?;
+    let mut headers = answer::map(status, &head.headers, source, &asked)?;
     let is_bodyless = ask.method == Method::HEAD
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     ask.access.answered(status, source);
@@ -538,10 +541,15 @@ fn respond(
         if let Some(mut request) = answered.request.take_if(|_| ask.upgrade.is_some()) {
             let _ = request.finish();
         }
+        // A cookie that does not reach the client counts too.
+        let sets_cookie = head.headers.iter().any(|(name, _)| name == b"set-cookie"[..]);
+        if sets_cookie && ask.is_of_peer {
+            headers.insert(peers::UNKEPT, HeaderValue::from_static("1"));
+        }
         let Answered { answer, uploading, progress, place, .. } = answered;
         let accepts_trailers = ask.accepts_trailers;
         let flow = Flow::Lane { answer, uploading, accepts_trailers, place };
-        let (head, progress) = ((status, &headers), (progress, Duration::ZERO));
+        let (head, progress) = ((status, &headers, !sets_cookie), (progress, Duration::ZERO));
         Body::new(AnswerBody::new((tunnel, core), (&ask, &client), head, flow, progress))
     };
     let mut response = Response::new(body);
@@ -557,9 +565,6 @@ fn cancel(answer: StreamReader) {
 
 /// Time after which a body is read though the upstream has not said `100`.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
-
-/// Upper bound of the bytes of an answer that wait in the kernel for their first transmission.
-const UNSENT_BYTES_MAX: u32 = 64 << 10;
 
 /// Longest time for which the client of an answer that may last reads nothing: until the kernel gives its connection up.
 const STILL_MAX: Duration = Duration::from_secs(7 * 24 * 3600);

@@ -327,6 +327,7 @@ impl Lanes {
 }
 
 /// Lanes of one cluster.
+#[derive(Default)]
 pub struct ClusterLanes {
     /// Lanes.
     pub lanes: Vec<Arc<Lane>>,

@@ -222,6 +222,9 @@ const HEAD_MS: &str = "x-wsproxy-head-ms";
 /// Header with the time that a request may still wait for a lane, in milliseconds.
 const WAIT_MS: &str = "x-wsproxy-wait-ms";
 
+/// Header of an answer that no instance may keep, though nothing else in its head says so.
+pub(super) const UNKEPT: &str = "x-wsproxy-unkept";
+
 /// Header that says that the client itself waits for `100`.
 const EXPECT: &str = "x-wsproxy-expect";
 

@@ -24,6 +24,13 @@ pub(super) async fn examine(config: &Config) -> Vec<Finding> {
 
 async fn look(config: &Config, findings: &mut Vec<Finding>) -> Result<(), TrialFault> {
     let mut trial = Trial::connect(&config.redis, ANSWER_MAX).await?;
+    if trial.takes_any_password().await? {
+        findings.push(Finding::error(
+            PART,
+            "redis.url has a password, but Redis has none: it takes every password, and clients without one",
+            "set requirepass of Redis to this password, or remove the password: the libraries of workers fail with it",
+        ));
+    }
     match trial.ask(&["INFO"]).await? {
         TrialAnswer::Text(text) => findings.extend(of_info(&Info(&text))),
         _ => findings.push(Finding::warning(

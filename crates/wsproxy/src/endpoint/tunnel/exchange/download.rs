@@ -89,11 +89,11 @@ impl AnswerBody {
     pub(in crate::endpoint::tunnel) fn new(
         (tunnel, core): (&Arc<Tunnel>, &Arc<Core>),
         (ask, client): (&Ask, &Client),
-        (status, headers): (StatusCode, &HeaderMap),
+        (status, headers, may_be_kept): (StatusCode, &HeaderMap, bool),
         flow: Flow,
         (progress, later): (Progress, Duration),
     ) -> Self {
-        let keep = ask.keep.clone();
+        let keep = ask.keep.clone().filter(|_| may_be_kept);
         let length = headers.get(header::CONTENT_LENGTH);
         progress.note();
         Self {

@@ -14,7 +14,7 @@ use wsproxy_conn::socket::watch::Leaving;
 use wsproxy_proto::names::Id;
 
 use super::{
-    EXPECT, HEAD_MS, PATH, Peers, RETRIES, WAIT_MS,
+    EXPECT, HEAD_MS, PATH, Peers, RETRIES, UNKEPT, WAIT_MS,
     body::{Held, HeldBody},
     client::PeerClient,
 };
@@ -353,6 +353,7 @@ fn respond(
             headers.append(name, value.clone());
         }
     }
+    let may_be_kept = headers.remove(UNKEPT).is_none();
     let body = if is_switch {
         if ask.upgrade.is_none() {
             return Err(Refusal::new(Code::UpstreamProtocol));
@@ -371,7 +372,7 @@ fn respond(
         let progress = held.as_ref().map(|held| held.progress.clone()).unwrap_or_default();
         let flow = Flow::Peer { body: answer.into_body(), held };
         // The other instance has the same limit, and says more.
-        let (head, progress) = ((status, &headers), (progress, LATER));
+        let (head, progress) = ((status, &headers, may_be_kept), (progress, LATER));
         Body::new(AnswerBody::new((tunnel, core), (ask, &client), head, flow, progress))
     };
     let mut response = Response::new(body);
