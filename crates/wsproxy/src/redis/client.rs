@@ -17,6 +17,7 @@ use crate::{
         resp::{self, Reply},
         scout,
         script::{self, Script},
+        sentinel,
         shared::RedisShared,
     },
     store::{command::StoreError, not_done::NotDone},
@@ -42,6 +43,7 @@ impl RedisClient {
             tasks.spawn(PipelineTask::new(shared.clone(), pipeline.clone(), purpose).run());
         }
         tasks.spawn(scout::run(shared.clone()));
+        tasks.spawn(sentinel::run(shared.clone()));
         Self(shared)
     }
 
