@@ -123,7 +123,7 @@ def session(redis):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="all checks of testssl.sh: some minutes more")
+    parser.addoption("--long", action="store_true", help="all checks of testssl.sh, and faults of the tunnel for longer: some twenty minutes more")
 
 
 @pytest.hookimpl(hookwrapper=True)

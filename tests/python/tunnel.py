@@ -31,36 +31,47 @@ class ApiServer:
 
 
 class Tunnel:
-    """A gateway, over TLS where there is a certificate, and an agent of the cluster `c1`."""
+    """A gateway, over TLS where there is a certificate, and an agent of the cluster `c1`. `dial`: the port that the agent dials."""
 
-    def __init__(self, folder, redis_url, upstream, certificate, *, config="", agent=(), port=None, dial=None):
+    def __init__(self, folder, redis_url, upstream, certificate, *, config="", agent=(), port=None, dial=None, **settings):
         self.folder, self.certificate = folder, certificate
-        self.gateway = TunnelGateway(folder, redis_url, self.write("tunnel", config), certificate, port)
+        self.gateway = TunnelGateway(folder, redis_url, self.write("tunnel", config), certificate, port, **settings)
         self.url = f"{self.gateway.http}{PROXY}"
         (folder / "agent-token").write_text(AGENT)
         (folder / "upstream-token").write_text(UPSTREAM)
-        gateway = f"ws://127.0.0.1:{dial}" if dial else self.gateway.ws
-        command = [self.gateway.command[0], "agent", "--gateway", gateway, "--cluster", "c1", "--upstream", upstream]
-        command += ["--token-file", str(folder / "agent-token")]
-        command += ["--ca-file", str(certificate.cert)] if certificate else []
-        if upstream.startswith("https"):
-            command += ["--upstream-ca", str(certificate.cert), "--upstream-token-file", str(folder / "upstream-token")]
-        self.agent = Process("agent", [*command, *agent], folder)
-        # A cluster without an agent answers too: 503.
-        headers = {"Authorization": f"Bearer {CLIENT}"}
-        ready = lambda: httpx.get(f"{self.url}/healthz", verify=self.gateway.verify, headers=headers).status_code < 500
+        self.upstream = upstream
+        self.agent = self.start_agent("agent", *agent, port=dial)
         try:
-            self.agent.ready("the agent's lane", ready)
+            self.ready(self.agent)
         except BaseException:
             self.stop()
             raise
+
+    def start_agent(self, name, *arguments, port=None, command=()):
+        """Starts an agent of the cluster that dials the instance, or a port of this machine. `command` begins its command."""
+        gateway = f"ws://127.0.0.1:{port}" if port else self.gateway.ws
+        command = [*command, self.gateway.command[0], "agent", "--gateway", gateway, "--cluster", "c1", "--upstream", self.upstream]
+        command += ["--token-file", str(self.folder / "agent-token")]
+        command += ["--ca-file", str(self.certificate.cert)] if self.certificate else []
+        if self.upstream.startswith("https"):
+            upstream_token = str(self.folder / "upstream-token")
+            command += ["--upstream-ca", str(self.certificate.cert), "--upstream-token-file", upstream_token]
+        return Process(name, [*command, *arguments], self.folder)
+
+    def ready(self, agent, gateway=None):
+        """Waits until an instance has a lane of the cluster, or the way to one."""
+        gateway = gateway or self.gateway
+        headers = {"Authorization": f"Bearer {CLIENT}"}
+        url = f"{gateway.http}{PROXY}/healthz"
+        # A cluster without an agent answers too: 503.
+        agent.ready("the agent's lane", lambda: httpx.get(url, verify=gateway.verify, headers=headers).status_code < 500)
 
     def write(self, name, config):
         """Writes the configuration of an instance, and returns its path."""
         lines = ["[server]", 'bind = "127.0.0.1"', "[endpoints]", "tunnel = true", "[tunnel]", config]
         lines.append(f'agents = [{{ cluster = "c1", token_sha256 = "{digest(AGENT)}" }}]')
         if "client_auth" not in config:
-            lines.append(f'clients = [{{ token_sha256 = "{digest(CLIENT)}", clusters = ["c1"] }}]')
+            lines.append(f'clients = [{{ token_sha256 = "{digest(CLIENT)}", clusters = ["c1", "c2"] }}]')
         if self.certificate:
             lines += ["[tls]", f'certificate = "{self.certificate.cert}"', f'key = "{self.certificate.key}"']
         path = self.folder / f"{name}.toml"
@@ -87,12 +98,17 @@ class Tunnel:
         return path
 
 
+def peer():
+    """Returns the lines with which an instance is reached by others."""
+    return f'peer_bind = "127.0.0.1:{free_port()}"\npeer_secret = "a-secret-of-instances-with-32-bytes"\n'
+
+
 class TunnelGateway(Gateway):
     """An instance with the configuration of a file."""
 
-    def __init__(self, folder, redis_url, file, certificate, port=None):
+    def __init__(self, folder, redis_url, file, certificate, port=None, **settings):
         self.verify = certificate.context if certificate else True
-        super().__init__(folder, redis_url, port=port, WSPROXY_CONFIG=str(file))
+        super().__init__(folder, redis_url, port=port, WSPROXY_CONFIG=str(file), **settings)
         if certificate:
             self.http, self.ws = self.http.replace("http:", "https:"), self.ws.replace("ws:", "wss:")
 

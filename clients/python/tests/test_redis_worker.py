@@ -198,7 +198,7 @@ async def test_presence_leaves_out_instances_that_died(redis: RedisServer, redis
 
 
 async def test_a_stream_ends_as_its_block_ends(redis: RedisServer, redis_worker: Worker) -> None:
-    async with redis_worker.stream("s-1", "t-1", meta={"model": "m"}) as stream:
+    async with redis_worker.stream("s-1", "t-1", meta={"model": "m"}, flush_interval=0) as stream:
         await stream.append("Hel")
         await stream.append("")
         await stream.append("lo")
@@ -268,19 +268,38 @@ async def test_appends_are_collected(redis: RedisServer, redis_worker: Worker) -
     async with redis_worker.stream("s-1", "t-1", flush_interval=30) as stream:
         for _ in range(100):
             await stream.append("word ")
-        assert stream.seq == 0
+        # The first is sent at once, so that a client need not wait for the beginning of an answer.
+        assert stream.seq == 1
         await stream.append("x" * 200_000)
         assert stream.seq >= 3
     appends = [each["text"] for each in log(redis) if each["type"] == "stream_append"]
     assert "".join(appends) == "word " * 100 + "x" * 200_000
     assert max(map(len, appends)) <= 64 * 1024
-    async with redis_worker.stream("s-1", "t-2", flush_interval=0.01) as stream:
+    async with redis_worker.stream("s-1", "t-2", flush_interval=0.5) as stream:
         await stream.append("a")
         await stream.append("b")
-        await eventually(
-            "the collected text is sent", lambda: redis.client.get("{session:s-1:down}:stream:t-2:text") == "ab"
-        )
+        await stream.append("c")
         assert stream.seq == 1
+        await eventually(
+            "the collected text is sent", lambda: redis.client.get("{session:s-1:down}:stream:t-2:text") == "abc"
+        )
+        assert stream.seq == 2
+        await asyncio.sleep(0.5)
+        await stream.append("d")
+        assert stream.seq == 3, "text after a pause is sent at once"
+
+
+async def test_a_fast_stream_sends_at_most_twenty_messages_a_second(redis: RedisServer, redis_worker: Worker) -> None:
+    async with redis_worker.stream("s-1", "t-1") as stream:
+        began = asyncio.get_running_loop().time()
+        for _ in range(200):
+            await stream.append("word ")
+            await asyncio.sleep(0.002)
+        passed = asyncio.get_running_loop().time() - began
+    appends = [each["text"] for each in log(redis) if each["type"] == "stream_append"]
+    assert "".join(appends) == "word " * 200
+    # The first, one per interval, and what is left at the end.
+    assert len(appends) <= passed / 0.05 + 2
 
 
 async def test_the_lease_is_renewed(redis: RedisServer, redis_worker: Worker) -> None:
@@ -316,9 +335,29 @@ async def test_an_open_stream_is_in_the_leases_and_no_later_than_its_own(
     assert lease() is None
 
 
+async def test_the_end_of_a_block_tells_of_collected_text_that_came_too_late(
+    redis: RedisServer, redis_worker: Worker
+) -> None:
+    async with Worker.redis(redis.url) as second:
+
+        async def answer() -> None:
+            async with redis_worker.stream("s-1", "t-1", flush_interval=0.3) as mine:
+                await mine.append("Hel")
+                await mine.append("XX")
+                async with second.stream("s-1", "t-1", adopt=True) as theirs:
+                    await theirs.append("lo")
+                    theirs.leave()
+                await asyncio.sleep(0.5)
+
+        with pytest.raises(StreamConflict):
+            await answer()
+        assert redis.client.hget("{session:s-1:down}:stream:t-1", "state") == "open"
+        assert "".join(each.get("text", "") for each in log(redis)) == "Hello"
+
+
 async def test_another_worker_goes_on_with_a_stream(redis: RedisServer, redis_worker: Worker) -> None:
     async with Worker.redis(redis.url) as second:
-        async with redis_worker.stream("s-1", "t-1", watch_stop=False) as mine:
+        async with redis_worker.stream("s-1", "t-1", watch_stop=False, flush_interval=0) as mine:
             await mine.append("Hel")
             async with second.stream("s-1", "t-1", adopt=True) as theirs:
                 assert (theirs.text, theirs.seq) == ("Hel", 1)

@@ -172,6 +172,15 @@ pub struct TlsConfig {
     pub handshakes_max: usize,
 }
 
+impl Config {
+    /// Returns whether an endpoint that is on takes JSON Web Tokens, so that the keys of `[jwt]` are needed.
+    #[must_use]
+    pub fn verifies_jwt(&self) -> bool {
+        let EndpointsConfig { events, rooms, tunnel, .. } = self.endpoints;
+        events || rooms || (tunnel && self.tunnel.verifies_jwt())
+    }
+}
+
 impl TlsConfig {
     /// Returns the files of the certificate and of its key.
     #[must_use]

@@ -363,7 +363,7 @@ fn compose(
     let table = KeyTable::read(&config.api, None).map_err(anyhow::Error::msg);
     let api_keys = Arc::new(ApiKeys::new(table.context(Failure::Config)?));
     background.spawn(read_keys_again(Arc::clone(&api_keys), background_end.clone()));
-    let jwt_keys = match config.endpoints.events || config.endpoints.rooms {
+    let jwt_keys = match config.verifies_jwt() {
         true => KeyRing::read(&config.jwt).map_err(anyhow::Error::msg).context(Failure::Config)?,
         false => KeyRing::default(),
     };

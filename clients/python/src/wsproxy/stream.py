@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ._backend import Backend, StreamCall, StreamReply, retrying
 from ._feeds import Consumer
 from .errors import (
     InvalidRequest,
+    StreamConflict,
     StreamEnded,
     StreamError,
     StreamNotFound,
@@ -67,6 +69,7 @@ class TokenStream:
         self._seq = 0
         self._text: list[str] = []
         self._waiting: list[str] = []
+        self._sent_at = -math.inf
         self._outcome: str | None = None
         self._left = False
         self._failure: WsproxyError | None = None
@@ -106,9 +109,10 @@ class TokenStream:
         return self._outcome
 
     async def append(self, text: str) -> None:
-        """Adds text. It is kept, and on its way to the clients, when this returns.
+        """Adds text. It is kept, and on its way to the clients, within the stream's flush interval.
 
-        With a flush interval it may wait that long, and an error is raised by a later call. Raises
+        Text after a pause is sent before this returns. Text that follows sooner waits for the rest of the interval, so
+        that many tokens share one call; an error of that call is raised by a later one. Raises
         :class:`StreamEnded` when another worker or the gateway ended the stream (the gateway, after the lease ran out),
         :class:`StreamConflict` when another worker took it over, :class:`TooLarge` beyond 4 MiB of text, and
         :class:`Unavailable` when the bus stays away for longer than the worker's ``retry_for``.
@@ -121,29 +125,31 @@ class TokenStream:
         except UnicodeEncodeError as error:
             raise InvalidRequest("The text holds half of a surrogate pair.") from error
         self._waiting.append(text)
-        if self._options.flush_interval <= 0 or sum(map(len, self._waiting)) >= _FLUSH_CHARACTERS:
+        loop = asyncio.get_running_loop()
+        rest = self._sent_at + self._options.flush_interval - loop.time()
+        if rest <= 0 or sum(map(len, self._waiting)) >= _FLUSH_CHARACTERS:
             await self.flush()
         elif self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.get_running_loop().create_task(self._flush_later())
+            self._flusher = loop.create_task(self._flush_later())
 
     async def flush(self) -> None:
         """Sends what waits for the flush interval."""
         async with self._sending:
-            while self._waiting:
-                joined = "".join(self._waiting)
-                part, rest = joined[:_CHARACTERS_PER_APPEND], joined[_CHARACTERS_PER_APPEND:]
-                self._waiting = [rest] if rest else []
+            due = "".join(self._waiting)
+            # Text waits until it is kept: whether or not a failed call arrived, the number tells when it is sent again.
+            self._waiting = [due]
+            self._sent_at = asyncio.get_running_loop().time()
+            while due:
+                part, due = due[:_CHARACTERS_PER_APPEND], due[_CHARACTERS_PER_APPEND:]
                 try:
                     await self._send(part)
                 except StreamError as error:
                     # The stream is no longer this worker's, and what was not sent never will be.
                     self._failure, self._waiting = error, []
                     raise
-                except BaseException:
-                    # Whether or not it arrived, the number tells when it is sent again.
-                    self._waiting.insert(0, part)
-                    raise
                 self._text.append(part)
+                self._waiting[0] = due
+            del self._waiting[0]
 
     async def finish(self) -> None:
         """Ends the stream as complete. Without this call the end of the block does it."""
@@ -231,7 +237,11 @@ class TokenStream:
             if self._outcome == outcome:
                 return
             raise StreamEnded("The stream has ended already.", self._outcome)
-        await self.flush()
+        while self._waiting:
+            await self.flush()
+        if isinstance(self._failure, StreamConflict):
+            # The end of the stream is for the worker that took it over.
+            raise self._failure
         async with self._sending:
             call = self._call("end", outcome=outcome, error=error)
             try:
@@ -312,11 +322,14 @@ class TokenStream:
                 return
 
     async def _flush_later(self) -> None:
-        await asyncio.sleep(self._options.flush_interval)
-        try:
-            await self.flush()
-        except WsproxyError as error:
-            self._failure = error
+        # Text that comes while a call is under way waits for the next one.
+        while self._waiting:
+            await asyncio.sleep(self._sent_at + self._options.flush_interval - asyncio.get_running_loop().time())
+            try:
+                await self.flush()
+            except WsproxyError as error:
+                self._failure = error
+                return
 
     async def _retrying(self, call: Any) -> StreamReply:
         reply: StreamReply = await retrying(call, self._options.retry_for, in_doubt_too=True)

@@ -19,6 +19,7 @@ use crate::support::{
 mod behaviour;
 mod faults;
 mod program;
+mod tunnel;
 
 /// A configuration file of a test, with the values of its keys as TOML.
 #[derive(Clone)]

@@ -1,8 +1,10 @@
 //! The tunnel: lanes of cluster agents, and requests over them, with an agent of the tests.
 
 mod bodies;
+mod hostile;
 mod lanes;
 mod limits;
 mod requests;
 mod rules;
+mod tokens;
 mod upgrades;
