@@ -136,11 +136,6 @@ fn check_database(database: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-const NO_MASTER: &str = "the name of the master is missing: it stands behind the hosts, as in redis+sentinel://host:26379/mymaster";
-
-/// Upper bound of sentinels: an instance holds a connection to each.
-const SENTINELS_MAX: usize = 16;
-
 /// Returns the wrong part of the URL of a JWKS; quotes no part, since it may hold a password.
 fn check_jwks_url(text: &str) -> Result<(), &'static str> {
     let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
@@ -174,6 +169,12 @@ fn is_host(text: &str) -> bool {
         || port.strip_prefix(':').and_then(|port| port.parse::<u16>().ok()).is_some_and(|p| p > 0);
     !host.is_empty() && named && port
 }
+
+const NO_MASTER: &str = "the name of the master is missing: it stands behind the hosts, as in \
+                         redis+sentinel://host:26379/mymaster";
+
+/// Upper bound of sentinels: an instance holds a connection to each.
+const SENTINELS_MAX: usize = 16;
 
 /// A log level, or directives.
 pub(super) const LEVEL: Text = Text {

@@ -34,6 +34,9 @@ pub(super) enum Fault {
     /// The sentinels name another master.
     #[error("the sentinels name another master")]
     Moved,
+    /// A sentinel does not watch this master.
+    #[error("it knows no master with the name {0}")]
+    UnknownMaster(String),
     /// No sentinel could name a master.
     #[error("no sentinel names a master: {0}")]
     NoMaster(String),

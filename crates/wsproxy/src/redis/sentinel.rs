@@ -222,10 +222,7 @@ fn address(answer: &RespValue<'_>, name: &str, tls: bool) -> Result<RedisEndpoin
             Ok(RedisEndpoint::Tcp { host: host.to_owned(), port, tls })
         }
         RespValue::Error(error) => Err(Fault::greeting(error)),
-        _ => Err(Fault::NoMaster(format!(
-            "it knows no master with the name {}",
-            tell(name.as_bytes())
-        ))),
+        _ => Err(Fault::UnknownMaster(tell(name.as_bytes()))),
     }
 }
 

@@ -154,7 +154,7 @@ fn advice(fault: &Fault) -> &'static str {
         Fault::Io(_) | Fault::Closed => {
             "see whether the server runs, and correct host, port and TLS (redis or rediss) in redis.url"
         }
-        Fault::NoMaster(_) => {
+        Fault::NoMaster(_) | Fault::UnknownMaster(_) => {
             "see the sentinels (redis-cli -p 26379 SENTINEL MASTERS), and correct their addresses and the name of the \
              master in redis.url, and redis.sentinel_username and redis.sentinel_password"
         }

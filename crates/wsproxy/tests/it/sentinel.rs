@@ -47,8 +47,6 @@ struct Seen {
     notices: Vec<Value>,
 }
 
-const SESSIONS: usize = 4;
-
 impl Stage {
     async fn open() -> Self {
         let deployment = tokio::task::spawn_blocking(Deployment::start).await.unwrap();
@@ -179,11 +177,6 @@ async fn until_last(instance: &TestInstance, session: &str) {
         assert!(Instant::now() < deadline, "the last message is not taken");
     }
 }
-
-const LAST: u64 = 1_000_000_000;
-
-/// Time within which plain messages flow after Sentinel has decided.
-const FLOW_MAX: Duration = Duration::from_secs(2);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_master_loses_no_message_unsaid() {
@@ -346,3 +339,12 @@ async fn tls_reaches_the_sentinels_and_the_master() {
     bus.publish("a", "over TLS");
     bus.seen.wait_for(1).await;
 }
+
+/// Sessions with a client and a load each.
+const SESSIONS: usize = 4;
+
+/// Number of a session's last message.
+const LAST: u64 = 1_000_000_000;
+
+/// Time within which plain messages flow after Sentinel has decided.
+const FLOW_MAX: Duration = Duration::from_secs(2);

@@ -147,21 +147,21 @@ fn data_server(directory: &Path, port: u16, master: u16) -> Server {
     fs::create_dir(&folder).unwrap();
     let dir = format!("dir {}", folder.display());
     let text = replaced(
-        REDIS_CONF,
+        DATA_CONF,
         &[
             ("bind * -::*", "bind 127.0.0.1"),
             ("port 6379\n", &format!("port {port}\n")),
             ("dir /var/lib/redis", &dir),
         ],
     );
-    fs::write(folder.join("redis.conf"), text).unwrap();
-    let mut file = folder.join("redis.conf");
+    fs::write(folder.join("data.conf"), text).unwrap();
+    let mut file = folder.join("data.conf");
     if port != master {
         file = folder.join("replica.conf");
-        let include = format!("include {}", folder.join("redis.conf").display());
+        let include = format!("include {}", folder.join("data.conf").display());
         let of = format!("replicaof 127.0.0.1 {master}");
         let changes =
-            [("include /etc/redis/redis.conf", &*include), ("replicaof 10.0.0.11 6379", &of)];
+            [("include /etc/redis/data.conf", &*include), ("replicaof 10.0.0.11 6379", &of)];
         fs::write(&file, replaced(REPLICA_CONF, &changes)).unwrap();
     }
     Server::of(&folder, port, Some(REDIS_PASSWORD), &file, false)
@@ -316,6 +316,6 @@ pub const REDIS_PASSWORD: &str = "CHANGE-ME-redis";
 /// The password of the sentinels in the files.
 pub const SENTINEL_PASSWORD: &str = "CHANGE-ME-sentinel";
 
-const REDIS_CONF: &str = include_str!("../../../../../deploy/redis/sentinel/redis.conf");
+const DATA_CONF: &str = include_str!("../../../../../deploy/redis/sentinel/data.conf");
 const REPLICA_CONF: &str = include_str!("../../../../../deploy/redis/sentinel/replica.conf");
 const SENTINEL_CONF: &str = include_str!("../../../../../deploy/redis/sentinel/sentinel.conf");
