@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
@@ -27,7 +27,7 @@ use crate::{
         tunnel::{
             keys::LaneKeys,
             local::{LocalLanes, Standing},
-            table::LaneTable,
+            table::{KnownCluster, LaneTable},
         },
         writer::WriterCounters,
     },
@@ -300,18 +300,47 @@ impl LaneRegistry {
     /// Reads the lanes of a cluster again, since an instance did not have the lane `absent` that the table names.
     ///
     /// # Errors
-    /// Redis did not answer; the table stays as it was, without that lane.
+    /// Redis did not answer; the table stays as it was, without that lane for [`DOUBTED_FOR`].
     pub async fn read_again(
-        &self,
+        self: &Arc<Self>,
         cluster: &Id,
         absent: &RemoteLane,
     ) -> Result<Arc<[RemoteLane]>, StoreError> {
         let found = self.table.ask(cluster, Instant::now());
-        found.heard(LaneEvent::Lost, &absent.agent, &absent.record);
+        let reading = found.fresh_reading();
+        if found.heard(LaneEvent::Lost, &absent.agent, &absent.record) {
+            self.doubt(&found, cluster, absent, reading);
+        }
         if let LaneBackend::Redis(keys) = &self.backend {
-            self.read_cluster(keys, cluster, &found, found.fresh_reading()).await?;
+            self.read_cluster(keys, cluster, &found, reading).await?;
         }
         Ok(found.lanes())
+    }
+
+    /// Names a lane again after a while, unless the reading says otherwise: while Redis is away, nothing else tells that
+    /// the agent has come back to its instance.
+    fn doubt(
+        self: &Arc<Self>,
+        found: &Arc<KnownCluster>,
+        cluster: &Id,
+        absent: &RemoteLane,
+        reading: u64,
+    ) {
+        let (registry, found) = (Arc::clone(self), Arc::clone(found));
+        let (cluster, absent) = (cluster.clone(), absent.clone());
+        self.tasks.spawn(async move {
+            let LaneBackend::Redis(keys) = &registry.backend else { return };
+            let read = async {
+                sleep(DOUBTED_FOR).await;
+                registry.read_cluster(keys, &cluster, &found, reading).await
+            };
+            tokio::select! {
+                () = registry.closing.cancelled() => {}
+                read = read => if read.is_err() {
+                    found.heard(LaneEvent::Connected, &absent.agent, &absent.record);
+                },
+            }
+        });
     }
 
     /// Returns whether other instances live.
@@ -471,6 +500,9 @@ pub const AGENTS_MAX: usize = 1024;
 
 /// Greatest number of a lane: the script tells it from the next one.
 pub const LANE_NUMBER_MAX: u64 = crate::redis::script::EXACT_MAX - 1;
+
+/// Time for which a lane is not named that its instance did not have, where Redis cannot be asked.
+const DOUBTED_FOR: Duration = Duration::from_secs(1);
 
 /// Time for which a failed reading of a cluster stands for further ones.
 const FAILURE_KEPT: Duration = Duration::from_secs(1);
