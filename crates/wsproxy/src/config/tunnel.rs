@@ -170,7 +170,7 @@ pub const KEYS: &[Key] = &[
     key!(tunnel.streams_max, Number(1, 1_000_000), "Most streams of one lane. An agent may allow fewer."),
     key!(tunnel.cluster_streams_max, Number(1, 1_000_000), "Most streams of one cluster at this instance. Watches and upgraded connections may take three quarters of it, and of each lane."),
     key!(tunnel.body_max, Bytes(0, 1 << 50), "Largest body of a request; 413 beyond it. 0: no limit."),
-    key!(tunnel.requests_per_second, Number(0, 1_000_000), "Requests per second of one credential to one cluster, and twice as many at once; 429 beyond it. 0: no limit."),
+    key!(tunnel.requests_per_second, Number(0, 1_000_000), "Requests per second of one client (the user of a JSON Web Token, else a token) to one cluster, and twice as many at once; 429 beyond it. 0: no limit."),
     key!(tunnel.wait, Time(0, 300_000), "Longest time for which a request waits for a lane."),
     key!(tunnel.cluster_waiting_max, Number(0, 1_000_000), "Most requests that wait for one cluster."),
     key!(tunnel.waiting_max, Number(0, 1_000_000), "Most requests that wait, of all clusters."),

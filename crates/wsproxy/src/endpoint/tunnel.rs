@@ -56,6 +56,8 @@ pub mod proxy;
 pub mod rate;
 pub mod refusal;
 mod search;
+mod spans;
+mod stalls;
 pub mod waiting;
 
 /// The tunnel of an instance.

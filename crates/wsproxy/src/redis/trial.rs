@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use secrecy::{ExposeSecret as _, SecretString};
+
 use crate::{
     config,
     redis::{
@@ -18,6 +20,8 @@ pub(crate) struct Trial {
     connection: RedisConnection,
     answer_max: Duration,
     is_tls: bool,
+    /// Password of the user `default`, where the address names one.
+    password: Option<SecretString>,
 }
 
 /// An answer of Redis.
@@ -57,7 +61,7 @@ impl Trial {
             why: format!("Redis at {} cannot be used: {fault}", connector.address()),
             advice: advice(&fault),
         })?;
-        Ok(Self { connection, answer_max, is_tls: connector.address().is_tls() })
+        Ok(Self::of(connection, &connector, answer_max))
     }
 
     /// Connects to one server of the configuration, which plays `part`. See [`Self::connect`].
@@ -76,12 +80,29 @@ impl Trial {
             why: format!("{server} cannot be used: {fault}"),
             advice: advice(&fault),
         })?;
-        Ok(Self { connection, answer_max, is_tls: connector.address().is_tls() })
+        Ok(Self::of(connection, &connector, answer_max))
     }
 
     /// Returns whether TLS is spoken with the servers of the configuration.
     pub(crate) fn is_tls(&self) -> bool {
         self.is_tls
+    }
+
+    fn of(connection: RedisConnection, connector: &Connector, answer_max: Duration) -> Self {
+        let login = connector.address().login.as_ref().filter(|(user, _)| user == "default");
+        let password = login.map(|(_, password)| password.as_str().into());
+        Self { connection, answer_max, is_tls: connector.address().is_tls(), password }
+    }
+
+    /// Returns whether Redis would take any other password than that of the address too: its user `default` has none. A
+    /// greeting with a password succeeds then, but `AUTH`, with which many libraries begin, does not.
+    ///
+    /// # Errors
+    /// The connection was lost, or Redis does not answer in time.
+    pub(crate) async fn takes_any_password(&mut self) -> Result<bool, TrialFault> {
+        let Some(password) = self.password.clone() else { return Ok(false) };
+        let answer = self.ask(&["AUTH", password.expose_secret()]).await?;
+        Ok(matches!(answer, TrialAnswer::Error(error) if error.contains(NO_PASSWORD)))
     }
 
     /// Asks, and waits for the answer.
@@ -166,3 +187,6 @@ fn advice(fault: &Fault) -> &'static str {
 
 /// Name of the connection in the server's `CLIENT LIST`.
 const NAME: &str = "wsproxy-check";
+
+/// Words of Redis where a user without a password shows one.
+const NO_PASSWORD: &str = "without any password configured";

@@ -3,7 +3,7 @@
 //! The hash of a cluster alone decides which lane of an agent id is the newest; a script writes it before the handshake is
 //! answered. Each instance follows the announcements of lanes, so that a request costs no command of Redis.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ use crate::{
     },
     hub::Hub,
     registry::{
-        commands::Commands,
+        commands::{Commands, SCAN_START},
         lease::Lease,
         tunnel::{
             keys::LaneKeys,
@@ -315,6 +315,38 @@ impl LaneRegistry {
             self.read_cluster(keys, cluster, &found, reading).await?;
         }
         Ok(found.lanes())
+    }
+
+    /// Returns clusters behind `after` that have lanes at other instances, with the number of these, in the order of their
+    /// ids and at most `max`. Reads the lanes of all instances from Redis.
+    ///
+    /// # Errors
+    /// The store did not answer.
+    pub async fn clusters_elsewhere(
+        &self,
+        after: &str,
+        max: usize,
+    ) -> Result<BTreeMap<Id, usize>, StoreError> {
+        let mut clusters = BTreeMap::new();
+        let LaneBackend::Redis(keys) = &self.backend else { return Ok(clusters) };
+        for server in keys.living().await?.iter().filter(|server| ***server != *self.server_id) {
+            let mut cursor = SCAN_START;
+            loop {
+                let (next, fields) = keys.scan(server, &cursor).await?;
+                let lanes = fields.iter().filter_map(|(field, _)| Names::parse_tunnel_lane(field));
+                for (cluster, _) in lanes.filter(|(cluster, _)| cluster.as_str() > after) {
+                    *clusters.entry(cluster).or_default() += 1;
+                    if clusters.len() > max {
+                        clusters.pop_last();
+                    }
+                }
+                cursor = next;
+                if cursor == SCAN_START {
+                    break;
+                }
+            }
+        }
+        Ok(clusters)
     }
 
     /// Names a lane again after a while, unless the reading says otherwise: while Redis is away, nothing else tells that

@@ -153,6 +153,41 @@ fn a_wrong_password_is_told_without_it() {
 }
 
 #[test]
+fn a_password_that_redis_does_not_ask_for_is_told() {
+    let redis = RedisServer::start();
+    let url = redis.url().replace("redis://", "redis://:hunter2hunter2@");
+    let examined = Examined::of_redis(&url);
+    examined.has("error", "redis", &["has a password, but Redis has none"]);
+    assert_eq!((examined.code, examined.errors()), (Some(1), 1), "{}", examined.output);
+    assert!(!examined.output.contains("hunter2"), "{}", examined.output);
+}
+
+#[test]
+fn missing_rights_for_the_tunnel_are_named() {
+    let redis = RedisServer::start();
+    let user = ["ACL", "SETUSER", "app", "on", ">app-password-1", "+@all", "resetchannels"];
+    let others = ["~ws:*", "&ws:*", "&wsproxy:probe:*"];
+    redis.call(&[&user[..], &others].concat());
+    let url = redis.url().replace("redis://", "redis://app:app-password-1@");
+    let variables = [
+        ("REDIS_URL", url.as_str()),
+        ("WSPROXY_ENDPOINTS__TUNNEL", "true"),
+        ("WSPROXY_ENDPOINTS__SESSIONS", "false"),
+        ("WSPROXY_ENDPOINTS__EVENTS", "false"),
+        ("WSPROXY_ENDPOINTS__ROOMS", "false"),
+    ];
+    let examined = Examined::with(&variables);
+    examined.has("error", "redis", &["SUBSCRIBE tunnels:events", "PUBLISH tunnels:events"]);
+    examined.has("error", "redis", &["HSET tunnel:wsproxy-check"]);
+    redis.call(&["ACL", "SETUSER", "app", "&tunnels:events", "~tunnel:*"]);
+    let examined = Examined::with(&variables);
+    assert_eq!(examined.errors(), 0, "{}", examined.output);
+    // The lease of an instance is needed for the tunnel alone, too.
+    redis.call(&["ACL", "SETUSER", "app", "resetkeys", "~tunnel:*"]);
+    Examined::with(&variables).has("error", "redis", &["HSET ws:server:wsproxy-check:tunnels"]);
+}
+
+#[test]
 fn missing_rights_are_named() {
     let redis = RedisServer::start();
     let user = ["ACL", "SETUSER", "app", "on", ">app-password-1", "resetchannels"];

@@ -4,6 +4,7 @@ mod bodies;
 mod hostile;
 mod lanes;
 mod limits;
+mod operators;
 mod requests;
 mod rules;
 mod tokens;

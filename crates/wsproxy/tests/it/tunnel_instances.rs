@@ -27,6 +27,7 @@ use crate::support::{
 };
 
 mod faults;
+mod operators;
 
 /// The configuration of an instance that reaches others.
 fn peered(redis: &RedisServer, name: &str) -> Config {

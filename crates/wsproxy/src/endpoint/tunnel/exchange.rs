@@ -166,6 +166,7 @@ pub async fn run(
         // Healthy lanes here come first, since they cost no second hop, and others of this instance last.
         let mut arrivals = Arrivals::default();
         if let Some(peers) = elsewhere(tunnel, core, &ask, &tried) {
+            ask.access.trace().enter("forward");
             match forward::forward(peers, core, (&ask, retries), upload, client).await {
                 Forwarded::Done(answer) => {
                     tunnel.counters.name(&ask.cluster);
@@ -180,6 +181,7 @@ pub async fn run(
         }
         let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
         let began = Instant::now();
+        ask.access.trace().enter("find lane");
         let place = tokio::select! {
             place = search::find(tunnel, core, &ask, &tried) => place,
             () = arrivals.next() => {
@@ -192,6 +194,7 @@ pub async fn run(
         let place = place?;
         let had_body = upload.is_some();
         let attempt = Attempt { tunnel, core, ask: &ask, retried: retries.are_marked() };
+        ask.access.trace().enter("head");
         match attempt.run(place, upload.take(), watch).await {
             Ok(answered) => {
                 pass.report(Outcome::Answered, clock::now(), rand::random());
@@ -522,10 +525,11 @@ fn respond(
             let _ = request.finish();
         }
         let left = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
-        let collector = ask
-            .keep
-            .clone()
-            .and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, &headers));
+        // A cookie that does not reach the client counts too.
+        let sets_cookie = || head.headers.iter().any(|(name, _)| name == b"set-cookie"[..]);
+        let keep = ask.keep.clone().filter(|_| !sets_cookie());
+        let collector =
+            keep.and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, &headers));
         Body::new(AnswerBody::new((tunnel, core), answered, &ask, &client, (left, collector)))
     };
     let mut response = Response::new(body);

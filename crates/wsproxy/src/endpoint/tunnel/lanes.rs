@@ -322,6 +322,7 @@ impl Lanes {
 }
 
 /// Lanes of one cluster.
+#[derive(Default)]
 pub struct ClusterLanes {
     /// Lanes.
     pub lanes: Vec<Arc<Lane>>,

@@ -43,6 +43,13 @@ pub(super) async fn look_at_one(
     findings: &mut Vec<Finding>,
 ) -> Result<Vec<RedisEndpoint>, TrialFault> {
     let mut replicas = Vec::new();
+    if trial.takes_any_password().await? {
+        findings.push(Finding::error(
+            PART,
+            "redis.url has a password, but Redis has none: it takes every password, and clients without one",
+            "set requirepass of Redis to this password, or remove the password: the libraries of workers fail with it",
+        ));
+    }
     match trial.ask(&["INFO"]).await? {
         TrialAnswer::Text(text) => {
             findings.extend(of_info(&Info(&text)));

@@ -70,7 +70,7 @@ pub fn map(
         let is_framing = name == header::CONTENT_LENGTH;
         if name == header::TRAILER {
             announced.try_append(name, value).map_err(|_| too_large())?;
-        } else if is_framing || (passes(&name) && !options.contains(name.as_str())) {
+        } else if is_framing || (passes(&name, &value) && !options.contains(name.as_str())) {
             let value = led_back(&name, value, asked);
             map.try_append(name, value).map_err(|_| too_large())?;
         }
@@ -96,11 +96,21 @@ fn header(name: &Bytes, value: Bytes) -> Result<(HeaderName, HeaderValue), Refus
 }
 
 /// Returns whether a header may reach the client.
-fn passes(name: &HeaderName) -> bool {
+fn passes(name: &HeaderName, value: &HeaderValue) -> bool {
+    if name == header::SET_COOKIE && is_of_whole_host(value.as_bytes()) {
+        return false;
+    }
     let canonical = canonical(name.as_str());
     !canonical.starts_with(OWN)
         && !canonical.starts_with("proxy-")
         && !REMOVED.contains(&&*canonical)
+}
+
+/// Returns whether a cookie claims the path `/` of its host by its name. All clusters share the gateway's host: with that
+/// path the cookie would reach other upstreams, and with another one browsers refuse it.
+fn is_of_whole_host(cookie: &[u8]) -> bool {
+    let start = cookie.trim_ascii_start().get(..WHOLE_HOST.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(WHOLE_HOST))
 }
 
 /// Keeps one length. It stays even where `Connection` names it: the client counts the body by it.
@@ -207,6 +217,9 @@ fn malformed(cause: impl ToString) -> Refusal {
 fn too_large() -> Refusal {
     Refusal::new(Code::AnswerHeadTooLarge)
 }
+
+/// Start of the names of cookies for a whole host: RFC 6265bis, 4.1.3.2.
+const WHOLE_HOST: &[u8] = b"__Host-";
 
 /// Headers of one connection, and those that would speak for the gateway's whole host.
 const REMOVED: [&str; 12] = [

@@ -176,6 +176,19 @@ fn a_cookie_is_of_the_upstream_alone() {
 }
 
 #[test]
+fn a_cookie_of_the_whole_host_is_removed() {
+    for value in ["__Host-a=b; Path=/; Secure", " __host-a=b", "__HOST-a=b; Secure; Path=/x"] {
+        let lines = [("set-cookie", value), ("set-cookie", "c=d")];
+        let cookies: Vec<_> = passed(&lines).get_all(header::SET_COOKIE).iter().cloned().collect();
+        assert_eq!(cookies, ["c=d"], "{value}");
+    }
+    // This name says nothing of the path.
+    let secure = passed(&[("set-cookie", "__Secure-a=b; Path=/; Secure")]);
+    assert_eq!(secure[header::SET_COOKIE], "__Secure-a=b; Path=/clusters/c1/proxy; Secure");
+    assert_eq!(passed(&[("set-cookie", "__Hos")])[header::SET_COOKIE], "__Hos");
+}
+
+#[test]
 fn an_upgrade_is_granted_as_it_was_asked_for() {
     let wanted = HeaderValue::from_static("SPDY/3.1");
     let asked = Asked { upgrade: Some(&wanted), ..ASKED };
