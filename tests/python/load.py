@@ -292,11 +292,11 @@ def reset(writer):
 
 
 async def ask(port, path, **request):
-    """Sends one request on a connection of its own, and returns its answer."""
+    """Sends one request on a connection of its own, and returns its answer, which must come within a minute."""
     client = await Client.connect(port)
     try:
         client.send(path, **request)
-        return await client.answer()
+        return await asyncio.wait_for(client.answer(), 60)
     finally:
         client.leave()
 

@@ -243,7 +243,8 @@ impl AcceptedSocket {
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(header_timeout)
-            .max_buf_size(server.header_bytes_max.max(8192))
+            .max_header_size(server.header_bytes_max)
+            .max_buf_size(server.header_bytes_max.max(BUFFER_BYTES))
             .max_headers(128)
             .half_close(false);
         let (asked, owner) = (Arc::clone(&shared), Arc::clone(&core));
@@ -361,6 +362,11 @@ fn bad_request(why: &str) -> String {
          connection: close\r\ncontent-length: {length}\r\n\r\n{body}"
     )
 }
+
+/// Upper bound of the read buffer and of the write buffer of an HTTP connection, in bytes. Bodies pass in pieces of this
+/// size, with a system call each. A buffer is allocated when there are bytes for it: an idle connection has none. A client
+/// that stops reading keeps a full one: 1,000 of them took 84 MiB with 16 KiB, 134 MiB with 48 KiB, 158 MiB with 64 KiB.
+const BUFFER_BYTES: usize = 48 << 10;
 
 /// Pause after an error that lasts, such as a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

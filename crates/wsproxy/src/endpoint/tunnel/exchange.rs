@@ -159,7 +159,7 @@ pub async fn run(
     if let Some(answering) = &client.answering {
         // A client that reads nothing may do so for as long as a body may stand still.
         let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
-        answering.socket().prepare_stream(UNSENT_BYTES_MAX, still_max);
+        answering.socket().prepare_stream(still_max);
     }
     let (mut tried, mut retries) = (Vec::new(), ask.retries);
     loop {
@@ -545,9 +545,6 @@ fn cancel(answer: StreamReader) {
 
 /// Time after which a body is read though the upstream has not said `100`.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
-
-/// Upper bound of the bytes of an answer that wait in the kernel for their first transmission.
-const UNSENT_BYTES_MAX: u32 = 64 << 10;
 
 /// Longest time for which the client of an answer that may last reads nothing: until the kernel gives its connection up.
 const STILL_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
