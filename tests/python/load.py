@@ -182,11 +182,16 @@ class Relay(Loop):
             return
         both = (writer, far_writer)
         self.carried.add(both)
+        ways = [asyncio.ensure_future(self.carry(reader, far_writer)), asyncio.ensure_future(self.carry(far_reader, writer))]
         try:
-            await asyncio.gather(self.carry(reader, far_writer), self.carry(far_reader, writer))
+            # The end that leaves first has ended its connection, though the other one may take its time.
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            self.ends.append(time.monotonic())
+            await asyncio.gather(*ways)
         finally:
             self.carried.discard(both)
-            self.ends.append(time.monotonic())
+            for way in ways:
+                way.cancel()
             for end in both:
                 end.transport.abort()
 

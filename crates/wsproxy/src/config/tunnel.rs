@@ -189,8 +189,8 @@ pub const KEYS: &[Key] = &[
     key!(tunnel.peer_url, Optional(rule::PEER_URL), "URL at which other instances reach that listener. Not set: peer_bind, which then must be one address."),
     key!(tunnel.peer_secret, Optional(Secret(rule::API_KEY)), "Secret that instances show each other.").secret(),
     key!(tunnel.peer_tls, Switch, "Speak TLS between instances, with the certificate of [tls]."),
-    key!(tunnel.peer_ca_file, Optional(FilePath), "CA certificates (PEM) that other instances' certificates are checked against. Not set: those of the system."),
-    key!(tunnel.peer_allow_insecure, Switch, "Allow a peer_bind without TLS on an address that is neither loopback nor private."),
+    key!(tunnel.peer_ca_file, Optional(FilePath), "CA certificates (PEM) that other instances' certificates are checked against, and no others. Not set: those of the system."),
+    key!(tunnel.peer_allow_insecure, Switch, "Allow a peer_bind without TLS on an address that is neither loopback nor private, and requests in plain HTTP to other instances at such addresses."),
     key!(tunnel.patterns, Tables, "Patterns of paths under which metrics count requests, before other: [[tunnel.patterns]] in the file. Those of Kubernetes are built in."),
     key!(tunnel.cache, Tables, "Answers to GET that this instance keeps for a short time: [[tunnel.cache]] in the file. After a write, the old answer may be served until its ttl is over."),
 ];

@@ -12,6 +12,7 @@ use crate::support::{
     binary::Binary,
     gateway::API_KEY,
     redis_server::{Options, RedisServer},
+    sentinel::{Deployment, REDIS_PASSWORD, SENTINEL_PASSWORD},
     tls::{Files, Made},
 };
 
@@ -98,6 +99,44 @@ fn a_good_redis_has_no_errors() {
     let (code, text) = run(&[], &[("REDIS_URL", &redis.url())]);
     assert_eq!(code, Some(0));
     assert!(text.contains("ok       redis: connected, version 7"), "{text}");
+}
+
+#[test]
+fn every_server_of_sentinel_is_examined() {
+    let mut deployment = Deployment::start();
+    let url = deployment.url();
+    let environment =
+        [("REDIS_URL", url.as_str()), ("WSPROXY_REDIS__SENTINEL_PASSWORD", SENTINEL_PASSWORD)];
+    let examined = Examined::with(&environment);
+    assert_eq!((examined.code, examined.errors()), (Some(0), 0), "{}", examined.output);
+    let master = format!("names the master 127.0.0.1:{}", deployment.servers[0].port());
+    for sentinel in &deployment.sentinels {
+        let sentinel = format!("sentinel 127.0.0.1:{}: version 7", sentinel.port());
+        examined.has("ok", "redis", &[&sentinel, &master]);
+    }
+    examined.has("ok", "redis", &["output buffer for subscribers: 268435456 bytes"]);
+    for replica in &deployment.servers[1..] {
+        let replica = format!("replica 127.0.0.1:{}: ", replica.port());
+        for told in ["connected, version 7", "maxmemory-policy noeviction", "has all rights"] {
+            examined.has("ok", "redis", &[&replica, told]);
+        }
+        examined.has("ok", "clock", &[&replica, "agrees"]);
+    }
+    for secret in [REDIS_PASSWORD, SENTINEL_PASSWORD] {
+        assert!(!examined.output.contains(secret), "{}", examined.output);
+    }
+    // A replica that would evict, and a sentinel that is away.
+    deployment.servers[1].call(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+    deployment.sentinels[2].kill();
+    let examined = Examined::with(&environment);
+    assert_eq!((examined.code, examined.errors()), (Some(1), 1), "{}", examined.output);
+    let replica = format!("replica 127.0.0.1:{}: ", deployment.servers[1].port());
+    examined.has("error", "redis", &[&replica, "allkeys-lru"]);
+    let sentinel = format!("sentinel 127.0.0.1:{} cannot be used", deployment.sentinels[2].port());
+    examined.has("warning", "redis", &[&sentinel]);
+    let wrong = url.replace("mymaster", "other");
+    let examined = Examined::with(&[("REDIS_URL", &wrong), environment[1]]);
+    examined.has("error", "redis", &["knows no master with the name other"]);
 }
 
 #[test]

@@ -193,8 +193,7 @@ async fn answer_opened(
         credential: credential.hash,
         method: &parts.method,
         target: &target,
-        headers: &parts.headers,
-        passes_credentials: passes_credentials(&rules, &parts.headers),
+        headers: block.headers(),
         is_more: has_body || upgrade.is_some(),
     });
     if let Some(response) = keep.as_ref().and_then(|(key, _)| cached(tunnel, key, &access)) {
@@ -206,7 +205,6 @@ async fn answer_opened(
         expects: has_body && expects(&parts.headers),
         accepts_trailers: trailers::are_accepted(&parts.headers),
         deadlines: Deadlines::new(&tunnel.config, is_long || upgrade.is_some()),
-        host: parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(Into::into),
         method: parts.method,
         target: target.into_owned(),
         block,
@@ -214,6 +212,7 @@ async fn answer_opened(
         prefix: request::prefix(&cluster),
         is_of_peer: false,
         retries: Retries::default(),
+        wait: tunnel.config.wait,
         cluster,
         access,
         keep,
@@ -226,12 +225,6 @@ async fn answer_opened(
     };
     drop(parts.headers);
     exchange::run(tunnel, core, ask, upload, client, pass).await
-}
-
-/// Returns whether a credential of the client goes to the upstream, so that the answer is for that client alone.
-fn passes_credentials(rules: &Rules<'_>, headers: &HeaderMap) -> bool {
-    (rules.passes_authorization && headers.contains_key(header::AUTHORIZATION))
-        || (rules.passes_cookies && headers.contains_key(header::COOKIE))
 }
 
 /// Returns the answer that is kept for a key.

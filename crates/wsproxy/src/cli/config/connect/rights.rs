@@ -27,6 +27,8 @@ pub(super) async fn examine(
             TrialAnswer::Error(error) if error.starts_with("NOPERM") => {
                 lacks.push(words[..words.len().min(2)].join(" "));
             }
+            // Rights are judged first, so that the user has this one.
+            TrialAnswer::Error(error) if error.starts_with("READONLY") => {}
             TrialAnswer::Error(error) => refused = Some((words.join(" "), error)),
             _ => {}
         }

@@ -41,8 +41,8 @@ impl Source {
 pub struct Asked<'a> {
     /// Path below which the upstream is found: [`super::request::prefix`].
     pub prefix: &'a str,
-    /// Host that the client named.
-    pub host: Option<&'a str>,
+    /// Hosts under which the client may know the upstream: [`super::request::hosts`].
+    pub hosts: &'a [&'a [u8]],
     /// Protocols that the client wants to upgrade to.
     pub upgrade: Option<&'a HeaderValue>,
     /// The client takes trailers.
@@ -153,7 +153,7 @@ fn led_back(name: &HeaderName, value: HeaderValue, asked: &Asked<'_>) -> HeaderV
     changed.unwrap_or(value)
 }
 
-/// Returns a `Location` with the prefix, if it is an absolute path or names the host that the client named. The agent has
+/// Returns a `Location` with the prefix, if it is an absolute path or names a host of the client's. The agent has
 /// made a path of one that names the upstream's own address, which the gateway does not know.
 fn location(value: &[u8], asked: &Asked<'_>) -> Option<Vec<u8>> {
     let has_slashes = |text: &[u8]| text.starts_with(b"//");
@@ -168,8 +168,8 @@ fn location(value: &[u8], asked: &Asked<'_>) -> Option<Vec<u8>> {
             let rest = &value[scheme.len() + 2..];
             let end = rest.iter().position(|byte| b"/?#\\".contains(byte)).unwrap_or(rest.len());
             let (authority, path) = rest.split_at(end);
-            let host = asked.host.filter(|host| !host.is_empty())?;
-            authority.eq_ignore_ascii_case(host.as_bytes()).then_some(path)?
+            let is_own = |host: &&[u8]| !host.is_empty() && authority.eq_ignore_ascii_case(host);
+            asked.hosts.iter().any(is_own).then_some(path)?
         }
     };
     (!is_below(path, asked.prefix)).then(|| [asked.prefix.as_bytes(), path].concat())

@@ -10,7 +10,7 @@ use tracing::warn;
 use wsproxy_conn::clock;
 use wsproxy_proto::{names::Id, trace_context::TraceContext, tunnel::headers::HeaderBlock};
 
-use super::{EXPECT, HEAD_MS, PATH, Peers, RETRIES, SECRET};
+use super::{EXPECT, HEAD_MS, PATH, Peers, RETRIES, SECRET, WAIT_MS};
 use crate::{
     auth,
     core::Core,
@@ -151,6 +151,7 @@ fn ask(
     let upgrade = upgrade::asked(parts.version, headers)?;
     let is_long = proxy::is_long(target, headers);
     let head_ms = headers.get(HEAD_MS).and_then(|value| value.to_str().ok()?.parse().ok());
+    let wait_ms = headers.get(WAIT_MS).and_then(|value| value.to_str().ok()?.parse().ok());
     let retries = headers.get(RETRIES).and_then(|value| Retries::parse(value.to_str().ok()?));
     let may_last = is_long || upgrade.is_some();
     let has_body = !body.is_end_stream();
@@ -160,7 +161,6 @@ fn ask(
         expects: has_body && headers.contains_key(EXPECT),
         accepts_trailers: trailers::are_accepted(headers),
         deadlines: Deadlines::of_peer(&tunnel.config, may_last, head_ms),
-        host: headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(Into::into),
         block: block(headers, access.trace().context())?,
         method: parts.method,
         target: target.to_owned(),
@@ -168,6 +168,7 @@ fn ask(
         prefix: request::prefix(&cluster),
         is_of_peer: true,
         retries: retries.unwrap_or_default(),
+        wait: wait_ms.map_or(tunnel.config.wait, |ms: u32| Duration::from_millis(ms.into())),
         access: Arc::clone(access),
         keep: None,
         cluster,

@@ -125,6 +125,7 @@ fn a_location_leads_through_the_gateway() {
         ("https://gateway.example:8443/a", "https://gateway.example:8443/a"),
         ("https://gateway.example.evil/a", "https://gateway.example.evil/a"),
         ("https://gateway.example@evil.example/a", "https://gateway.example@evil.example/a"),
+        ("https://Shop.example/a", "/clusters/c1/proxy/a"),
         ("https://other.example/a", "https://other.example/a"),
         ("//other.example/a", "//other.example/a"),
         ("///a", "///a"),
@@ -139,7 +140,7 @@ fn a_location_leads_through_the_gateway() {
     ] {
         assert_eq!(passed(&[("location", value)])[header::LOCATION], expected, "{value}");
     }
-    let nameless = Asked { host: None, ..ASKED };
+    let nameless = Asked { hosts: &[b""], ..ASKED };
     for value in ["https:///a", "///a"] {
         let made = made(302, &[("location", value)], &nameless).unwrap();
         assert_eq!(made[header::LOCATION], value);
@@ -286,7 +287,7 @@ proptest! {
 
 const ASKED: Asked<'static> = Asked {
     prefix: "/clusters/c1/proxy",
-    host: Some("gateway.example"),
+    hosts: &[b"gateway.example", b"shop.example"],
     upgrade: None,
     accepts_trailers: false,
 };
