@@ -182,11 +182,16 @@ class Relay(Loop):
             return
         both = (writer, far_writer)
         self.carried.add(both)
+        ways = [asyncio.ensure_future(self.carry(reader, far_writer)), asyncio.ensure_future(self.carry(far_reader, writer))]
         try:
-            await asyncio.gather(self.carry(reader, far_writer), self.carry(far_reader, writer))
+            # The end that leaves first has ended its connection, though the other one may take its time.
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            self.ends.append(time.monotonic())
+            await asyncio.gather(*ways)
         finally:
             self.carried.discard(both)
-            self.ends.append(time.monotonic())
+            for way in ways:
+                way.cancel()
             for end in both:
                 end.transport.abort()
 
@@ -292,11 +297,11 @@ def reset(writer):
 
 
 async def ask(port, path, **request):
-    """Sends one request on a connection of its own, and returns its answer."""
+    """Sends one request on a connection of its own, and returns its answer, which must come within a minute."""
     client = await Client.connect(port)
     try:
         client.send(path, **request)
-        return await client.answer()
+        return await asyncio.wait_for(client.answer(), 60)
     finally:
         client.leave()
 
