@@ -33,6 +33,8 @@ TUNNEL = {
     "tunnel_watches_other": (["tunnel", "watches", "-n", 1536], False, {"agents": 2, "instances": 2}),
     "tunnel_fair": (["tunnel", "fair"], ALL),
     "tunnel_leave": (["tunnel", "leave", "-n", 200], ALL),
+    "tunnel_deadlines": (["tunnel", "deadlines", "-n", 200], False, {"gateway": {
+        "WSPROXY_TUNNEL__HEAD_TIMEOUT": "2s", "WSPROXY_TUNNEL__IDLE_TIMEOUT": "2s"}}),
     "tunnel_link": (["tunnel", "link"], ALL, {"link": THIN}),
     "tunnel_away": (["tunnel", "away", "--rate", 60], False, {"link": []}),
     "tunnel_away_500": (["tunnel", "away", "--rate", 500], False, {"link": []}),
@@ -88,6 +90,9 @@ TUNNEL_FIGURES = [
        "title": f"a client leaves while {words}, until the service has lost the connection, p99"}
       for state, words in (("streaming", "it reads"), ("waiting", "it waits for the head"),
                            ("stalled", "it has stopped reading"))],
+    *[{"of": "tunnel_deadlines", "take": f"{name}_late_p99_ms", "unit": "ms", "bar": 50,
+       "title": f"{words}, until the service has lost the connection, p99"}
+      for name, words in (("head", "the deadline of a head passes"), ("idle", "the deadline of a body without a byte passes"))],
     {"of": "tunnel_link", "take": "idle_p99_ms", "unit": "ms", "title": "a small request on a link of 10 MB/s, p99"},
     {"of": "tunnel_link", "take": "beside_1_above_idle_ms", "unit": "ms", "bar": 40,
      "title": "beside one large body: p99 above that (bar: 20 ms and what the link itself buffers)"},
@@ -164,6 +169,7 @@ def through_gateways(stack, folder: Path, service: int, link, settings: dict) ->
         "WSPROXY_TUNNEL__CLIENTS": json.dumps([{"token_sha256": digest(client_token), "clusters": ["c1"]}]),
         # All clients come from one address.
         "WSPROXY_RATE_LIMIT__MAX_REQUESTS": "0",
+        **settings.get("gateway", {}),
     }
     redis = stack.enter_context(harness.redis_server())
     secret = secrets.token_hex(24)

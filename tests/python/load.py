@@ -52,7 +52,7 @@ class Upstream(Loop):
 
     `/hold` never answers, `/gate` answers once `open_gate` was called, `/begun` begins an answer, `/endless` never ends
     one, `/stuck` reads no body, `/switch` switches protocols and says nothing,
-    `/headers` sends headers without end, `/early` answers before it reads, `/reset` resets, `/words` speaks no HTTP. Others
+    `/headers` sends headers without end, `/large` has a large body, `/early` answers before it reads, `/reset` resets, `/words` speaks no HTTP. Others
     get `ok`.
     `idle`: the longest time for which it keeps a connection without a request, in seconds, or a range for a random one.
     """
@@ -122,6 +122,12 @@ class Upstream(Loop):
             return await self.until_gone(reader)
         if path == "/reset":
             return reset(writer)
+        if path == "/large":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % LARGE_BYTES)
+            for _ in range(LARGE_BYTES // 65536):
+                writer.write(bytes(65536))
+                await writer.drain()
+            return None
         if path == "/headers":
             writer.write(b"HTTP/1.1 200 OK\r\n")
             while self.header_bytes < 2**30:
@@ -145,16 +151,22 @@ class Upstream(Loop):
             pass
 
 
+LARGE_BYTES = 16 << 20
+
 # Paths whose answers end their connection.
 ENDS_CONNECTION = {"/begun", "/endless", "/stuck", "/switch", "/hold", "/headers", "/early", "/reset", "/words"}
 
 
 class Relay(Loop):
-    """Carries connections to a port. It can stand still in both directions, and cut what it carries."""
+    """Carries connections to a port. It can stand still in both directions, and cut what it carries.
 
-    def __init__(self, target):
+    `delay`: seconds from one end to the other. `rate`: bytes per second of each direction of a connection. What it holds
+    itself is 64 KiB in each direction, and with a delay what comes in that time.
+    """
+
+    def __init__(self, target, delay=0, rate=None):
         super().__init__()
-        self.target, self.port = target, free_port()
+        self.target, self.port, self.delay, self.rate = target, free_port(), delay, rate
         self.dials, self.ends = [], []
         self.carried = set()
         self.going = asyncio.Event()
@@ -170,23 +182,38 @@ class Relay(Loop):
             return
         both = (writer, far_writer)
         self.carried.add(both)
+        ways = [asyncio.ensure_future(self.carry(reader, far_writer)), asyncio.ensure_future(self.carry(far_reader, writer))]
         try:
-            await asyncio.gather(self.carry(reader, far_writer), self.carry(far_reader, writer))
+            # The end that leaves first has ended its connection, though the other one may take its time.
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            self.ends.append(time.monotonic())
+            await asyncio.gather(*ways)
         finally:
             self.carried.discard(both)
-            self.ends.append(time.monotonic())
+            for way in ways:
+                way.cancel()
             for end in both:
                 end.transport.abort()
 
     async def carry(self, source, target):
+        if self.rate:
+            for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                target.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 65536)
         with contextlib.suppress(OSError):
-            while data := await source.read(65536):
+            while data := await source.read(16384 if self.rate else 65536):
                 await self.going.wait()
-                target.write(data)
-                await target.drain()
+                if self.rate:
+                    await asyncio.sleep(len(data) / self.rate)
+                if self.delay:
+                    # Later pieces have later times, so that they keep their order.
+                    self.loop.call_later(self.delay, target.write, data)
+                else:
+                    target.write(data)
+                    await target.drain()
+            await asyncio.sleep(self.delay)
             target.write_eof()
 
-    def stop_still(self):
+    def stand_still(self):
         self.loop.call_soon_threadsafe(self.going.clear)
 
     def go_on(self):
@@ -270,11 +297,11 @@ def reset(writer):
 
 
 async def ask(port, path, **request):
-    """Sends one request on a connection of its own, and returns its answer."""
+    """Sends one request on a connection of its own, and returns its answer, which must come within a minute."""
     client = await Client.connect(port)
     try:
         client.send(path, **request)
-        return await client.answer()
+        return await asyncio.wait_for(client.answer(), 60)
     finally:
         client.leave()
 

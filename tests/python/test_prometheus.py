@@ -169,6 +169,7 @@ CHANGES = {
     "WsproxyDatabaseTakesNoWrites": [("wsproxy_database_writable", {}, gauge(1, 0))],
     "WsproxyAgentAnswersLost": [("wsproxy_agent_answers_lost_total", {}, ONCE)],
     "WsproxyAgentsFlap": [("wsproxy_agent_replaced_total", {"where": "flapping"}, OFTEN)],
+    "WsproxyTunnelReaderStalls": [("wsproxy_tunnel_reader_stalls_total", {}, ONCE)],
     "WsproxyAuditIncomplete": [("wsproxy_audit_rows_total", {"outcome": "dropped"}, ONCE)],
     "WsproxyLogIncomplete": [("wsproxy_log_lines_dropped_total", {}, ONCE)],
 }

@@ -11,8 +11,8 @@ import threading
 import time
 
 import pytest
-from conftest import until
-from load import Upstream, ask, metric, resident_bytes, stand_still
+from conftest import free_port, until
+from load import LARGE_BYTES, Relay, Upstream, ask, metric, resident_bytes, stand_still
 from tunnel import CLIENT, Tunnel, digest
 
 
@@ -99,6 +99,57 @@ def test_no_clock_decides_which_lane_is_newer(tmp_path, redis, upstream):
         if later:
             later.stop()
         tunnel.stop()
+
+
+def test_a_long_line_is_filled(tmp_path, redis, upstream):
+    port = free_port()
+    relay = Relay(port, delay=0.025)
+    tunnel = Tunnel(tmp_path, redis.url, upstream.url, None, port=port, dial=relay.port)
+    try:
+        began = time.monotonic()
+        answer = asyncio.run(ask(port, "/large"))
+        seconds = time.monotonic() - began
+        print(f"{seconds:.2f} s")
+        assert len(answer.body) == LARGE_BYTES
+        # At the window that a stream begins with, this is 25 s.
+        assert seconds < 10
+    finally:
+        tunnel.stop()
+        relay.close()
+
+
+async def ask_beside(upstream, port, bulk):
+    """Returns the longest time of a small request beside large answers."""
+    reading = [asyncio.ensure_future(ask(port, "/large")) for _ in range(bulk)]
+    while upstream.active["/large"] < bulk:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.5)
+    times = []
+    for _ in range(6):
+        began = time.monotonic()
+        assert (await ask(port, "/short")).status == 200
+        times.append(time.monotonic() - began)
+    assert not any(read.done() for read in reading)
+    for read in reading:
+        read.cancel()
+    return max(times)
+
+
+def test_small_requests_pass_bulk_on_a_slow_line(tmp_path, redis, upstream):
+    port = free_port()
+    relay = Relay(port, rate=1_000_000)
+    tunnel = Tunnel(tmp_path, redis.url, upstream.url, None, port=port, dial=relay.port)
+    try:
+        beside_one = asyncio.run(ask_beside(upstream, port, 1))
+        until("no stream is left", lambda: metric(port, "wsproxy_tunnel_streams") == 0)
+        beside_many = asyncio.run(ask_beside(upstream, port, 64))
+        print(f"beside one {beside_one * 1000:.0f} ms, beside 64 {beside_many * 1000:.0f} ms")
+        # What the line and the kernel hold has to go first. A piece of each answer more would take a second.
+        assert beside_one < 1.5
+        assert beside_many < beside_one + 0.6
+    finally:
+        tunnel.stop()
+        relay.close()
 
 
 # ---- an agent that attacks ----

@@ -70,7 +70,7 @@ def test_clients_that_vanish_leave_no_slot_taken(request, tmp_path, redis):
         # More at once than there are streams: some wait for a slot.
         asyncio.run(vanish_all(instances, clients, streams_max + streams_max // 2))
         assert all(upstream.seen[state["path"]] > clients // 50 for state in STATES.values()), upstream.seen
-        assert metric(second.port, "wsproxy_tunnel_forwarded_total") > clients // 50
+        assert metric(second.port, "wsproxy_tunnel_forwarded_total") > 0
         # The agent stands still: what it has is as if on its way.
         stand_still(tunnel.agent)
         asyncio.run(vanish_all(instances, clients // 5, streams_max))

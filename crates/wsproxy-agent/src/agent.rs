@@ -27,6 +27,7 @@ use crate::{
     dialling::{NoLane, dial},
     health::{self, Probed},
     metrics::{self, Counters},
+    pauses::Failures,
     serve::Server,
     upstream::Upstream,
 };
@@ -46,9 +47,8 @@ pub async fn run(config: AgentConfig, stop: CancellationToken) {
     let boot = Uuid::new_v4();
     let (drain, health, metrics_port) = (config.drain, config.health.clone(), config.metrics_port);
     let (news, probed) = watch::channel(None);
-    let leaving = None;
-    let mut keeper =
-        Keeper { config, server, memory, boot, probed, dialled: 0, attempt: 0, leaving };
+    let (failures, leaving) = (Failures::default(), None);
+    let mut keeper = Keeper { config, server, memory, boot, probed, dialled: 0, failures, leaving };
     let ticking = keep_upstream(Arc::clone(&keeper.server));
     let serving = metrics::serve_if(metrics_port, Arc::clone(&keeper.server));
     let probing = health::probe_if(health, Arc::clone(&keeper.server), news);
@@ -119,8 +119,7 @@ struct Keeper {
     probed: watch::Receiver<Option<Probed>>,
     /// Number of connections so far.
     dialled: u64,
-    /// Failures since a lane was ready for long enough.
-    attempt: u32,
+    failures: Failures,
     /// Lane whose gateway drains it, until the next lane is ready.
     leaving: Option<Lane>,
 }
@@ -233,7 +232,7 @@ impl Keeper {
     /// Returns the wait after a lane.
     fn after_lane(&mut self, lane: Lane, left: Left) -> Duration {
         if lane.ready_at.elapsed() >= self.config.pauses.reset_after {
-            self.attempt = 0;
+            self.failures = Failures::default();
         }
         let code = match &left {
             Left::Draining(go_away) => Some(go_away.code),
@@ -243,11 +242,10 @@ impl Keeper {
         let is_draining = matches!(left, Left::Draining(_));
         let pause = if code == Some(Code::Superseded) {
             self.config.pauses.refused
-        } else if is_draining && self.attempt == 0 {
-            self.attempt = 1;
-            Duration::ZERO
         } else {
-            self.next_pause()
+            let is_at_once = is_draining && self.failures.is_empty();
+            let pause = self.next_pause();
+            if is_at_once { Duration::ZERO } else { pause }
         };
         let wait_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
         match left {
@@ -271,9 +269,7 @@ impl Keeper {
 
     fn next_pause(&mut self) -> Duration {
         let (random, _) = Uuid::new_v4().as_u64_pair();
-        let pause = self.config.pauses.delay(self.attempt, random);
-        self.attempt = self.attempt.saturating_add(1);
-        pause
+        self.failures.note(&self.config.pauses, Instant::now(), random)
     }
 }
 

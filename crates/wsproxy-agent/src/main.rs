@@ -43,8 +43,13 @@ fn run(cli: Cli) -> Result<(), (u8, String)> {
     let config = settings.config().map_err(|error| (CONFIG, error.to_string()))?;
     let filter = EnvFilter::try_new(&cli.log_level).map_err(|error| (USAGE, error.to_string()))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| (OS, format!("cannot start the runtime: {error}")))?;
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.enable_all();
+    if settings.threads > 0 {
+        builder.worker_threads(settings.threads);
+    }
+    let runtime =
+        builder.build().map_err(|error| (OS, format!("cannot start the runtime: {error}")))?;
     let ended = runtime.block_on(agent::run_until_signal(config));
     ended.map_err(|error| (OS, format!("cannot listen to signals: {error}")))
 }

@@ -99,6 +99,9 @@ pub struct Settings {
     /// Port for metrics, on all addresses and without credentials. Default: none.
     #[arg(long, value_name = "PORT", env = "WSPROXY_TUNNEL_AGENT__METRICS_PORT")]
     pub metrics_port: Option<u16>,
+    /// Worker threads; 0: one per core. One carries hundreds of megabytes a second, and tasks on one thread need not wake others.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, env = "WSPROXY_TUNNEL_AGENT__THREADS")]
+    pub threads: usize,
     /// Time that requests in flight get when the agent stops.
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration, env = "WSPROXY_TUNNEL_AGENT__DRAIN")]
     pub drain: Duration,
@@ -127,6 +130,7 @@ impl Default for Settings {
             health_interval: Duration::from_secs(10),
             compress: false,
             metrics_port: None,
+            threads: 1,
             drain: Duration::from_secs(20),
         }
     }
@@ -152,6 +156,9 @@ impl Settings {
         let cluster = Id::parse(cluster).map_err(|error| bad("cluster", error.to_string()))?;
         let agent_id = self.agent_id.clone().unwrap_or_else(host_name);
         let agent_id = Id::parse(&agent_id).map_err(|error| bad("agent_id", error.to_string()))?;
+        if self.threads > THREADS_MAX {
+            return Err(bad("threads", format!("must be at most {THREADS_MAX}")));
+        }
         let (upstream, host) = self.upstream()?;
         let paths = Paths::new(&self.allow_paths, &self.deny_paths);
         let paths =
@@ -320,3 +327,6 @@ fn bad(key: &'static str, problem: impl Into<String>) -> BadSetting {
 
 /// Time for TCP, TLS and the handshake with a gateway.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Upper bound of worker threads, as of the gateway's.
+const THREADS_MAX: usize = 1024;

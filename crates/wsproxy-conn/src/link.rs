@@ -97,6 +97,8 @@ struct State {
     blocked: bool,
     /// Frames were queued since the last flush, and the task that queued the first of them is going to flush.
     dirty: bool,
+    /// Frames of the state are queued that may still be replaced: nothing is written.
+    holds_state: bool,
     /// The peer's close frame came.
     peer_closed: bool,
     /// The handler waits until no more than the low-water mark is queued.
@@ -400,7 +402,7 @@ impl Link {
     /// Writes until the queue is empty or the socket takes no more. In the second case it wakes the task, which alone
     /// can wait for the socket.
     fn write(&self, state: &mut State, now: Micros) {
-        let Some(socket) = self.socket.get() else { return };
+        let Some(socket) = self.socket.get().filter(|_| !state.holds_state) else { return };
         let mut blocked = false;
         while !state.outbox.is_empty() && !blocked {
             let result = match state.outbox.only() {
@@ -496,6 +498,7 @@ impl State {
             phase: LinkPhase::Corked,
             blocked: false,
             dirty: false,
+            holds_state: false,
             peer_closed: false,
             wants_writable: false,
             writable: false,

@@ -111,6 +111,22 @@ impl Outbox {
         Ok(())
     }
 
+    /// Puts a frame in the place of a data frame of which nothing is written. No effect where that frame does not wait.
+    pub fn replace(&mut self, old: &Bytes, new: Bytes) {
+        let more = self.more.iter_mut().flat_map(|more| &mut more.data);
+        let is_old = |entry: &&mut Entry| {
+            (entry.frame.as_ptr(), entry.frame.len()) == (old.as_ptr(), old.len())
+        };
+        let Some(entry) = self.first.iter_mut().chain(more).find(is_old) else { return };
+        if entry.tag.is_cut() {
+            return;
+        }
+        let (after, is_reply) = (new.len(), entry.tag.is_reply());
+        entry.frame = new;
+        self.remove(old.len(), is_reply);
+        self.add(after, is_reply);
+    }
+
     /// Drops all frames but one that is partly written, so that a close frame can follow at once. Returns the number
     /// of lost messages.
     pub fn discard(&mut self) -> usize {
@@ -437,6 +453,23 @@ mod tests {
         outbox.push(frame("C"), Micros::NEVER, false);
         let expected = Written { messages: 3, timed: 1, bytes: 16, oldest: Micros(7) };
         assert_eq!(outbox.advance(16), expected);
+    }
+
+    #[test]
+    fn frame_is_replaced_unless_it_is_partly_written() {
+        let mut outbox = Outbox::default();
+        let [first, second] = [frame("aaaa"), frame("bbbb")];
+        outbox.push(first.clone(), Micros(1), true);
+        outbox.push(second.clone(), Micros(2), false);
+        outbox.replace(&second, frame("b"));
+        outbox.replace(&second, frame("never there"));
+        assert_eq!((shown(&outbox).as_str(), outbox.bytes()), ("aaaab", 5 + 2 * FRAME_OVERHEAD));
+        assert_eq!(outbox.reply_bytes(), 4 + FRAME_OVERHEAD);
+        outbox.advance(1);
+        outbox.replace(&first.slice(1..), frame("x"));
+        assert_eq!(shown(&outbox), "aaab");
+        outbox.advance(4);
+        assert!(outbox.is_empty() && outbox.reply_bytes() == 0);
     }
 
     #[test]

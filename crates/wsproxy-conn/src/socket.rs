@@ -19,6 +19,7 @@ use tokio::{
 mod options;
 pub mod tls;
 pub mod unix;
+pub mod unread;
 pub mod watch;
 
 use tls::TlsSocket;

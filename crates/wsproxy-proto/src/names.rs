@@ -92,7 +92,7 @@ pub fn slot(key: &[u8]) -> u16 {
 }
 
 /// Id of a session, an agent, a room, …: safe inside a key, a channel, a path and a log line.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id(Box<str>);
 
 /// Reason why a string is not an id.

@@ -172,6 +172,15 @@ pub struct TlsConfig {
     pub handshakes_max: usize,
 }
 
+impl Config {
+    /// Returns whether an endpoint that is on takes JSON Web Tokens, so that the keys of `[jwt]` are needed.
+    #[must_use]
+    pub fn verifies_jwt(&self) -> bool {
+        let EndpointsConfig { events, rooms, tunnel, .. } = self.endpoints;
+        events || rooms || (tunnel && self.tunnel.verifies_jwt())
+    }
+}
+
 impl TlsConfig {
     /// Returns the files of the certificate and of its key.
     #[must_use]
@@ -183,8 +192,13 @@ impl TlsConfig {
 /// `[redis]`: the bus. Without a URL the embedded one is used.
 #[derive(Debug, Clone)]
 pub struct RedisConfig {
-    /// URL, `redis://`, `rediss://` or `unix://`; secret, since it may hold a password. `None`: embedded bus.
+    /// URL, `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `rediss+sentinel://`; secret, since it may hold a
+    /// password. `None`: embedded bus.
     pub url: Option<SecretString>,
+    /// User at the sentinels; `None`: `default`.
+    pub sentinel_username: Option<String>,
+    /// Password at the sentinels; `None`: no login there.
+    pub sentinel_password: Option<SecretString>,
     /// Prefix of every key and channel, followed by a colon.
     pub channel_prefix: String,
     /// Time to connect and authenticate.
@@ -460,6 +474,8 @@ impl Default for RedisConfig {
     fn default() -> Self {
         Self {
             url: None,
+            sentinel_username: None,
+            sentinel_password: None,
             channel_prefix: String::new(),
             connect_timeout: Duration::from_secs(3),
             response_timeout: Duration::from_secs(3),

@@ -20,6 +20,7 @@ use crate::{
     hub::{
         counters::HubCounters,
         follower::FollowerQueue,
+        pace::Pace,
         sink::{Sink, SinkId},
         store_clock::{Doubts, StoreClock},
         subscription::Subscription,
@@ -42,6 +43,7 @@ pub mod inbox;
 pub mod message;
 mod metrics;
 pub mod notice;
+mod pace;
 pub mod replay;
 pub mod sink;
 mod store_clock;
@@ -69,6 +71,8 @@ pub struct Hub {
     store_clock: StoreClock,
     doubts: Doubts,
     broken: healer::BrokenHistories,
+    /// Pace of the healer's reads.
+    heal_pace: Pace,
     /// Counters of deliveries and histories.
     pub counters: HubCounters,
 }
@@ -85,6 +89,7 @@ impl Hub {
             store_clock: StoreClock::default(),
             doubts: Doubts::default(),
             broken: healer::BrokenHistories::default(),
+            heal_pace: Pace::new(healer::READS_PER_SECOND, healer::READS_PER_SECOND / 10),
             counters: HubCounters::default(),
         })
     }

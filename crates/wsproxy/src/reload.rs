@@ -183,7 +183,7 @@ impl Reloader {
             _ => None,
         };
         let api_keys = KeyTable::read(&config.api, Some(&before))?;
-        let jwt_keys = match config.endpoints.events || config.endpoints.rooms {
+        let jwt_keys = match config.verifies_jwt() {
             true => KeyRing::read(&config.jwt)?,
             false => KeyRing::default(),
         };

@@ -47,7 +47,7 @@ use crate::{
         admin::{self, Details},
         api,
         listener::{
-            self, Listening,
+            self, HeadLimits, Listening,
             open::{Listener, Place},
             tls::TlsListener,
         },
@@ -175,6 +175,7 @@ impl Instance {
             tls: tls_of_clients.filter(|_| address.is_some()),
             proxy_protocol: core.config.server.proxy_protocol,
             header_timeout: core.config.server.header_timeout,
+            head: HeadLimits::of_clients(core.config.server.header_bytes_max),
             accepting: accepting.clone(),
             answering: answering.clone(),
         };
@@ -304,6 +305,7 @@ fn admin_listening(
         // Monitoring and workers come without a balancer.
         proxy_protocol: false,
         header_timeout: core.config.server.header_timeout,
+        head: HeadLimits::of_clients(core.config.server.header_bytes_max),
         // Health and metrics answer as long as anything runs.
         accepting: end.clone(),
         answering: end.clone(),
@@ -363,7 +365,7 @@ fn compose(
     let table = KeyTable::read(&config.api, None).map_err(anyhow::Error::msg);
     let api_keys = Arc::new(ApiKeys::new(table.context(Failure::Config)?));
     background.spawn(read_keys_again(Arc::clone(&api_keys), background_end.clone()));
-    let jwt_keys = match config.endpoints.events || config.endpoints.rooms {
+    let jwt_keys = match config.verifies_jwt() {
         true => KeyRing::read(&config.jwt).map_err(anyhow::Error::msg).context(Failure::Config)?,
         false => KeyRing::default(),
     };

@@ -26,6 +26,20 @@ pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, Stri
     if let Some(path) = ca_file {
         add_authorities(&mut roots, path)?;
     }
+    trusting(roots)
+}
+
+/// Returns a configuration that trusts the authorities in a file, and no others.
+///
+/// # Errors
+/// A sentence for the operator: the file cannot be read, or holds no certificate.
+pub(crate) fn private_client_config(ca_file: &Path) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::empty();
+    add_authorities(&mut roots, ca_file)?;
+    trusting(roots)
+}
+
+fn trusting(roots: RootCertStore) -> Result<ClientConfig, String> {
     // Named explicitly: the process may have another default, or none.
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(provider)

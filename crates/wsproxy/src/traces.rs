@@ -315,6 +315,8 @@ struct Ending {
     status: u16,
     /// Code of a refusal.
     code: Option<Cow<'static, str>>,
+    /// The answer broke off behind its head.
+    is_broken: bool,
 }
 
 impl RootSpan {
@@ -330,8 +332,14 @@ impl RootSpan {
         if self.trace.is_recorded() {
             let code = code.map(Cow::Borrowed);
             let code = code.or_else(|| (status >= 400).then(|| status.to_string().into()));
-            self.end = Some(Ending { status, code });
+            self.end = Some(Ending { status, code, is_broken: false });
         }
+    }
+
+    /// Ends the span of an answer with this status that broke off, for the reason `code`.
+    pub fn end_broken(mut self, status: http::StatusCode, code: &'static str) {
+        let code = Some(code.into());
+        self.end = Some(Ending { status: status.as_u16(), code, is_broken: true });
     }
 }
 
@@ -344,13 +352,14 @@ impl Drop for RootSpan {
         let was_in_phase = root.is_phase_open;
         root.end_phase(now);
         let status = self.end.as_ref().map_or(0, |end| end.status);
+        let is_broken = self.end.as_ref().is_some_and(|end| end.is_broken);
         let code = self.end.take().map_or(Some(Cow::Borrowed("cancelled")), |end| end.code);
         let mut attributes = root.attributes;
         if status > 0 {
             attributes.add("http.response.status_code", u64::from(status));
         }
         // As for HTTP in general: a refusal that is the caller's fault is no error of the server.
-        let has_failed = status >= 500;
+        let has_failed = status >= 500 || is_broken;
         if let Some(code) = code {
             attributes.add("error.type", Value::text(&code));
             if let Some(phase) = root.phases.last_mut().filter(|_| was_in_phase) {

@@ -17,6 +17,8 @@ use wsproxy::config::{
 
 #[path = "cli/agent.rs"]
 mod agent;
+#[path = "cli/cargo.rs"]
+mod cargo;
 #[path = "cli/health.rs"]
 mod health;
 

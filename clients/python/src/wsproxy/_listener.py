@@ -13,13 +13,13 @@ from collections import Counter
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from ._backoff import Backoff
 from ._feeds import Consumer
+from ._pool import pool
 from .errors import Unauthorized
 from .types import UpstreamMessage
 
@@ -35,10 +35,8 @@ class Listener:
     """The subscriptions of one worker. :meth:`open` never waits; the task does the rest."""
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
-        self._pool: ConnectionPool = ConnectionPool.from_url(
-            url,
-            **(options | {"protocol": 2, "health_check_interval": 0, "retry": Retry(NoBackoff(), 0)}),
-        )
+        own = {"protocol": 2, "health_check_interval": 0, "retry": Retry(NoBackoff(), 0)}
+        self._pool = pool(url, options | own)
         self._consumers: dict[str, list[Consumer]] = {}
         # Channels that were requested on the present connection, and those that Redis has confirmed.
         self._sent: set[str] = set()

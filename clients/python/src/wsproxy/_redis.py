@@ -34,6 +34,7 @@ from ._calls_redis import RedisCalls
 from ._feeds import Consumer, Kept, Subscription
 from ._kept import HOLD, RELEASE, KeptMessages
 from ._listener import Listener
+from ._pool import pool
 from ._positions import START, lost_behind, parse
 from ._rooms_redis import RedisRooms
 from .errors import (
@@ -170,7 +171,8 @@ class RedisBackend:
         # With RESP 3 redis-py 8 awaits notices of maintenance, and then its pool hands out connections that have died.
         defaults["protocol"] = 2
         options = defaults | dict(options) | {"decode_responses": False}
-        self._redis: Redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), health_check_interval=15, **options)
+        connections = pool(url, options | {"retry": Retry(NoBackoff(), 0), "health_check_interval": 15})
+        self._redis: Redis = Redis.from_pool(connections)
         self._listener = Listener(url, options)
         self._prefix = f"{prefix}:" if prefix else ""
         self._limits = limits

@@ -64,6 +64,25 @@ async fn a_request_has_a_line_without_path_and_token() {
 }
 
 #[tokio::test]
+async fn an_agent_has_one_worker_thread_unless_more_are_asked_for() {
+    let (gateway, token) = (Gateway::new().await, file("t"));
+    let url = format!("ws://127.0.0.1:{}", gateway.port);
+    let arguments = ["--gateway", &url, "--upstream", "http://127.0.0.1:1", "--cluster", "c1"];
+    for (threads, expected) in [(&[][..], 1), (&["--threads", "3"], 3)] {
+        let child = program(&arguments)
+            .args(["--token-file", token.path().to_str().unwrap()])
+            .args(threads)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // All workers are there before the agent dials, beside the first thread of the process.
+        let _handshake = gateway.handshake().await;
+        let threads = std::fs::read_dir(format!("/proc/{}/task", child.id().unwrap())).unwrap();
+        assert_eq!(threads.count(), 1 + expected);
+    }
+}
+
+#[tokio::test]
 async fn a_setting_that_is_missing_or_wrong_ends_with_78() {
     let token = file("t");
     let token = token.path().to_str().unwrap();
@@ -72,6 +91,7 @@ async fn a_setting_that_is_missing_or_wrong_ends_with_78() {
         (&[][..], "gateway: is missing"),
         (&["--gateway", "ws://192.0.2.1"], "gateway: ws:// is not encrypted"),
         (&["--gateway", "https://g"], "gateway: must be wss://HOST[:PORT]"),
+        (&["--threads", "1025"], "threads: must be at most 1024"),
         (&["--gateway", "wss://g", "--ca-file", "/does/not/exist"], "ca_file: /does/not/exist"),
         (&["--gateway", "wss://g", "--allow-paths", "api"], "allow_paths: \"api\" does not begin"),
         (&["--gateway", "wss://g", "--upstream-key", "k"], "upstream_certificate: is missing"),

@@ -66,6 +66,9 @@ pub struct Options {
     /// `away`: seconds for which the link is away.
     #[arg(long, default_value = "3", value_parser = seconds)]
     down: Duration,
+    /// `deadlines`: seconds after which the server ends a request without a head, or without a byte of its body.
+    #[arg(long, default_value = "2", value_parser = seconds)]
+    deadline: Duration,
     /// Seconds of each measured phase.
     #[arg(long, default_value = "5", value_parser = seconds)]
     duration: Duration,
@@ -91,6 +94,8 @@ enum Case {
     Fair,
     /// Clients leave while they read, wait, or have stopped reading.
     Leave,
+    /// Heads do not come, and bodies stand still, until the server's deadlines.
+    Deadlines,
     /// Small requests beside large bodies on a slow link.
     Link,
     /// The link is away for a while.
@@ -119,6 +124,7 @@ pub fn run(options: &Options) -> Result<Report> {
             Case::Watches => waiting::watches(options, report).await,
             Case::Fair => fair::run(options, report).await,
             Case::Leave => leave::run(options, report).await,
+            Case::Deadlines => leave::deadlines(options, report).await,
             Case::Link => link::run(options, report).await,
             Case::Away => away::run(options, report).await,
             Case::Cuts => cuts::run(options, report).await,

@@ -171,7 +171,9 @@ impl Way {
         }
         let mut busy_until = self.busy_until.lock();
         let needed = Duration::from_secs_f64(bytes as f64 / self.rate as f64);
-        *busy_until = now.max(*busy_until) + needed;
+        // A link that woke up late makes up for it: else the sleeps of a busy machine would lower its rate.
+        let earliest = now.checked_sub(LATE).unwrap_or(now);
+        *busy_until = earliest.max(*busy_until) + needed;
         *busy_until
     }
 }
@@ -180,3 +182,5 @@ impl Way {
 const CHUNK_BYTES: usize = 8 * 1024;
 const RECEIVE_BYTES: u32 = 64 * 1024;
 const SLACK: Duration = Duration::from_millis(2);
+/// Time that a link which was idle or woke up late may make up for.
+const LATE: Duration = Duration::from_millis(4);

@@ -362,7 +362,7 @@ const NO_CODE: u16 = 1005;
 const READ_BYTES: usize = 256 << 10;
 
 /// Upper bound of the bytes that wait in the kernel for their first transmission.
-const UNSENT_BYTES_MAX: u32 = 128 << 10;
+const UNSENT_BYTES_MAX: u32 = 64 << 10;
 
 /// Upper bound of the WebSocket frames of one message.
 const FRAGMENTS_MAX: u32 = 256;

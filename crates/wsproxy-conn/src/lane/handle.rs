@@ -2,7 +2,7 @@
 
 use std::{
     future::poll_fn,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll},
 };
 
@@ -138,6 +138,12 @@ impl LaneHandle {
     #[must_use]
     pub fn streams(&self) -> usize {
         self.shared().streams()
+    }
+
+    /// Returns the bytes that came from the socket so far.
+    #[must_use]
+    pub fn bytes_received(&self) -> u64 {
+        self.shared().bytes_received.load(Relaxed)
     }
 
     /// Returns the numbers of the lane. Looks at every stream.

@@ -20,12 +20,12 @@ impl Link {
         self.push_data(frame, since, false)
     }
 
-    /// Queues a data frame that belongs to the state which a new client needs before all else. State may be larger than
-    /// the send buffer: until the client has read it, only the bytes behind it count against the send buffer. State that
-    /// takes less than a quarter of it counts, too.
+    /// Queues a data frame that belongs to the state which a new client needs before all else. Nothing is written until
+    /// [`Self::release_state`]. State may be larger than the send buffer: until the client has read it, only the bytes
+    /// behind it count against the send buffer. State that takes less than a quarter of it counts, too.
     ///
     /// The caller bounds the bytes of the state, and calls this before other messages are queued.
-    pub fn push_state(&self, frame: Bytes) -> Queued {
+    pub fn push_state(&self, frame: Bytes) {
         let mut state = self.state.lock();
         let bytes = state.outbox.bytes() + frame.len() + FRAME_OVERHEAD;
         // A few bytes need no excuse, and the heap no entry for them.
@@ -33,10 +33,26 @@ impl Link {
         if is_large && !state.is_ending() {
             state.rare.get_or_insert_default().excused = bytes;
         }
-        if !self.enqueue(&mut state, frame, Micros::UNTIMED, false) {
-            return Queued::Ending;
+        state.holds_state = true;
+        self.enqueue(&mut state, frame, Micros::UNTIMED, false);
+    }
+
+    /// Writes what waits since [`Self::push_state`], with other frames in the place of some of the state's. So the caller
+    /// compresses the state while it holds no lock that those who push other messages need.
+    pub fn release_state(&self, others: impl IntoIterator<Item = (Bytes, Bytes)>, now: Micros) {
+        let mut state = self.state.lock();
+        let before = state.outbox.bytes();
+        for (frame, other) in others {
+            state.outbox.replace(&frame, other);
         }
-        Self::queued(&mut state)
+        let saved = before.saturating_sub(state.outbox.bytes());
+        if let Some(rare) = &mut state.rare {
+            rare.excused = rare.excused.saturating_sub(saved);
+        }
+        (state.holds_state, state.dirty) = (false, false);
+        if !state.blocked {
+            self.write(&mut state, now);
+        }
     }
 
     /// Queues a data frame that can wait for others: the caller flushes within a moment, unless any other frame is

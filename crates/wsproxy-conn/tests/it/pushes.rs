@@ -43,8 +43,8 @@ async fn state_may_exceed_the_send_buffer() {
     let mut connection = Connection::shared(&process, &profile);
     let page = "x".repeat(90_000);
     for _ in 0..10 {
-        assert_ne!(connection.link.push_state(text(&page)), Queued::Ending);
-        connection.link.flush(clock::now());
+        connection.link.push_state(text(&page));
+        connection.link.release_state([], clock::now());
     }
     let state = connection.link.queued_bytes();
     assert!(state > 500_000, "{state}");
@@ -69,8 +69,8 @@ async fn state_may_exceed_the_send_buffer() {
 async fn state_that_nearly_fills_the_send_buffer_leaves_it_to_messages() {
     let profile = Profile { send_buffer_bytes: 100_000, ..profile() };
     let mut connection = Connection::new(&Process::new(), profile);
-    assert_ne!(connection.link.push_state(text(&"x".repeat(90_000))), Queued::Ending);
-    connection.link.flush(clock::now());
+    connection.link.push_state(text(&"x".repeat(90_000)));
+    connection.link.release_state([], clock::now());
     for _ in 0..90 {
         assert_eq!(connection.link.push(text(&"x".repeat(1000)), clock::now()), Queued::Queued);
     }
@@ -84,7 +84,7 @@ async fn unread_state_excuses_no_more_than_itself() {
     let connection = Connection::new(&Process::new(), profile);
     for _ in 0..10 {
         connection.link.push_state(text(&"x".repeat(90_000)));
-        connection.link.flush(clock::now());
+        connection.link.release_state([], clock::now());
     }
     let mut pushed = 0;
     while connection.link.push(text(&"x".repeat(1000)), clock::now()) != Queued::Ending {
@@ -92,4 +92,26 @@ async fn unread_state_excuses_no_more_than_itself() {
     }
     // Each takes its 1,004 bytes and the overhead of a frame.
     assert!((85..100).contains(&pushed), "{pushed}");
+}
+
+/// State waits for its compressed frames, whatever comes meanwhile and however much.
+#[tokio::test]
+async fn state_is_written_once_it_is_compressed() {
+    let process = Process::new();
+    let profile = Arc::new(Profile { send_buffer_bytes: 2_000_000, ..profile() });
+    let mut connection = Connection::shared(&process, &profile);
+    let pages = ["x", "y"].map(|letter| text(&letter.repeat(900_000)));
+    pages.iter().for_each(|page| connection.link.push_state(page.clone()));
+    connection.link.push(text("behind"), clock::now());
+    connection.link.flush(clock::now());
+    connection.link.push_and_flush(text("last"), clock::now());
+    settle().await;
+    assert!(connection.hears_nothing());
+    let [first, second] = pages;
+    let others = [(first, text("small x")), (second, text("small y"))];
+    connection.link.release_state(others, clock::now());
+    let heard = connection.hears(4).await;
+    let heard: Vec<_> = heard.iter().map(|(_, text)| &text[..]).collect();
+    assert_eq!(heard, [&b"small x"[..], b"small y", b"behind", b"last"]);
+    assert_eq!((connection.link.queued_bytes(), process.runtime.budget.used()), (0, 0));
 }

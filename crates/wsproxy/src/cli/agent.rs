@@ -22,12 +22,13 @@ impl Reads for AgentKeys {
 
 pub(super) fn run(settings: CliSettings<AgentKeys>) -> anyhow::Result<()> {
     let loaded = settings.load()?;
-    let config = loaded.config.tunnel_agent.settings().config();
+    let settings = loaded.config.tunnel_agent.settings();
+    let config = settings.config();
     let config = config.map_err(|error| {
         let problem = anyhow::anyhow!("tunnel_agent.{error}");
         problem.context(Failure::Config)
     })?;
-    serve::run_with(loaded, |_, _| async {
+    serve::run_with(loaded, settings.threads, |_, _| async {
         let ended = wsproxy_agent::agent::run_until_signal(config).await;
         ended.context("cannot listen to signals").context(Failure::Os)
     })

@@ -38,7 +38,9 @@ impl Reads for DevKeys {
 }
 
 pub(super) fn run(settings: CliSettings<DevKeys>) -> anyhow::Result<()> {
-    serve::run_with(settings.load()?, |config, _| {
+    let loaded = settings.load()?;
+    let threads = loaded.config.server.threads;
+    serve::run_with(loaded, threads, |config, _| {
         dev::run(config, |text| {
             // The terminal or the pipe may be closed already.
             let _ = super::print(text);

@@ -18,12 +18,14 @@ use crate::{
 /// The instance could not start, or could not end as it should; see [`super::exit::code`].
 pub fn run(sources: ConfigSources) -> anyhow::Result<()> {
     let loaded = load(sources.clone())?;
-    run_with(loaded, |config, origins| server::run(config, origins, sources))
+    let threads = loaded.config.server.threads;
+    run_with(loaded, threads, |config, origins| server::run(config, origins, sources))
 }
 
 /// Starts logs and a runtime, and runs `work` on it, which runs an instance until it has ended.
 pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     loaded: Loaded,
+    threads: usize,
     work: impl FnOnce(Config, Origins) -> F,
 ) -> anyhow::Result<()> {
     let Loaded { config, ignored, warnings, origins } = loaded;
@@ -37,8 +39,8 @@ pub(super) fn run_with<F: Future<Output = anyhow::Result<()>>>(
     }
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.enable_all().thread_name("wsproxy");
-    if config.server.threads > 0 {
-        builder.worker_threads(config.server.threads);
+    if threads > 0 {
+        builder.worker_threads(threads);
     }
     let runtime = builder.build().context("cannot start the runtime")?;
     let result = runtime.block_on(work(config, origins));

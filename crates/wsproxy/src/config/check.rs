@@ -2,18 +2,18 @@
 //!
 //! An instance reads files and URLs with the same functions, so that `config check` refuses what `serve` refuses.
 
-use std::{collections::HashSet, net::IpAddr, path::Path};
+use std::{collections::HashSet, path::Path};
 
 use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::ExposeSecret;
 use wsproxy_proto::rate::EARNING_MICROS_MAX;
 
 use super::{
-    ApiConfig, Config, JwtConfig, TlsConfig,
+    ApiConfig, Config, JwtConfig, RedisConfig, TlsConfig,
     agents::AgentsConfig,
     api_key::{ApiKey, KeySecret},
     endpoints::EndpointsConfig,
-    peer::TrustedProxy,
+    peer::{TrustedProxy, is_private},
     rooms::Development,
     traces::TracesConfig,
     tunnel::ClientAuth,
@@ -41,6 +41,7 @@ pub(super) fn check(config: &Config) -> Vec<BrokenRule> {
     let url = config.redis.url.as_ref();
     let url = url.map(|url| RedisAddress::parse(url.expose_secret()).map(drop));
     broken.extend(tried("redis.url", url.transpose().map(drop).map_err(str::to_owned)));
+    broken.extend(sentinel_rules(config));
     let url = config.database.url.as_ref().filter(|_| config.endpoints.agents);
     let url = url.map(|url| url::parse(url.expose_secret()).map(drop));
     broken.extend(tried("database.url", url.transpose().map(drop).map_err(str::to_owned)));
@@ -92,6 +93,31 @@ pub(super) fn not_files(config: &Config) -> Vec<BrokenRule> {
         BrokenRule { key, other: None, message }
     });
     broken.collect()
+}
+
+/// Checks that the login at sentinels is whole, and that there are sentinels.
+fn sentinel_rules(config: &Config) -> Vec<BrokenRule> {
+    let RedisConfig { url, sentinel_username, sentinel_password, .. } = &config.redis;
+    let url = url.as_ref().map_or("", |url| url.expose_secret());
+    let has_sentinels =
+        url.split_once("://").is_some_and(|(scheme, _)| scheme.ends_with("+sentinel"));
+    let (has_user, has_password) = (sentinel_username.is_some(), sentinel_password.is_some());
+    let needs = "not set, unless redis+sentinel:// or rediss+sentinel:// is the scheme of";
+    let mut broken = Vec::new();
+    let mut rule = |holds: bool, key, allowed: &str, other| {
+        if !holds {
+            broken.push(BrokenRule {
+                key,
+                other: Some(other),
+                message: format!("must be {allowed}"),
+            });
+        }
+    };
+    rule(!has_user || has_sentinels, "redis.sentinel_username", needs, "redis.url");
+    rule(!has_password || has_sentinels, "redis.sentinel_password", needs, "redis.url");
+    let allowed = "set only together with";
+    rule(!has_user || has_password, "redis.sentinel_username", allowed, "redis.sentinel_password");
+    broken
 }
 
 fn tried(key: &'static str, result: Result<(), String>) -> Option<BrokenRule> {
@@ -230,14 +256,6 @@ fn tunnel_rules(config: &Config) -> Vec<BrokenRule> {
         rule(is_safe, "tunnel.peer_bind", allowed, None);
     }
     broken
-}
-
-/// Returns whether an address is one of this machine or of a private network (RFC 1918, RFC 4193).
-fn is_private(address: IpAddr) -> bool {
-    match address.to_canonical() {
-        IpAddr::V4(address) => address.is_loopback() || address.is_private(),
-        IpAddr::V6(address) => address.is_loopback() || address.is_unique_local(),
-    }
 }
 
 /// Checks that every algorithm has a key of its kind, and every public key an algorithm. A secret without an

@@ -314,12 +314,14 @@ const SHARED: &[Key] = &[
     key!(tls.handshakes_max, Number(64, 1_000_000), "TLS handshakes that may be under way at once on one port; beyond it the oldest is closed for a new one."),
 
     key!(redis.url, Optional(Secret(rule::REDIS_URL)), "The Redis between instances and workers. Not set: the embedded bus. Other users of the machine can read a command line: prefer the environment or a file.").flag("redis-url", "URL").alias("REDIS_URL").secret(),
+    key!(redis.sentinel_username, Optional(rule::REDIS_USER), "User at the sentinels, whose users are not those of the Redis. Not set: `default`."),
+    key!(redis.sentinel_password, Optional(Secret(rule::REDIS_PASSWORD)), "Password at the sentinels. Not set: no login there.").secret(),
     key!(redis.channel_prefix, rule::PREFIX, "Prefix of every key and channel, followed by a colon, so that several deployments can share one Redis. Databases are not enough: they separate keys, but not channels.").flag("channel-prefix", "PREFIX").alias("REDIS_CHANNEL_PREFIX"),
     key!(redis.connect_timeout, Time(100, 300_000), "Time to connect and authenticate."),
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis that does not answer a request for this long is replaced."),
     key!(redis.probe_interval, Time(100, 300_000), "Interval of the probes: over each connection a message of the instance must come back; every tenth time also over a new connection."),
     key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Upper bound of messages that wait to be published; beyond it reading from clients pauses."),
-    key!(redis.ca_file, Optional(FilePath), "Further CA certificates (PEM) for rediss://."),
+    key!(redis.ca_file, Optional(FilePath), "Further CA certificates (PEM) for rediss:// and rediss+sentinel://."),
 
     key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections", "NUMBER"),
     key!(limits.max_message_bytes, Bytes(1, 16 << 20), "Largest message, before and after inflating; close code 1009 beyond it."),

@@ -55,6 +55,15 @@ impl Peer {
     }
 }
 
+/// Returns whether an address is one of this machine or of a private network (RFC 1918, RFC 4193).
+#[must_use]
+pub fn is_private(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.is_loopback() || address.is_private(),
+        IpAddr::V6(address) => address.is_loopback() || address.is_unique_local(),
+    }
+}
+
 impl FromStr for TrustedProxy {
     type Err = AddrParseError;
 

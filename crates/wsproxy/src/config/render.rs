@@ -150,7 +150,7 @@ The value of a key comes from the first of these that has it:
 - **Lists** are TOML arrays; in the environment, text with commas between the values.
 - **Lists of tables** (`api.key`) are `[[api.key]]` in the file; in the environment, a JSON array of objects:
   `{PREFIX}API__KEY='[{\"name\":\"chat\",\"secret\":\"…\",\"scopes\":[\"sessions\"]}]'`.
-- **Secrets** (`redis.url`, `jwt.secret_key`, `api.keys`, `api.key`, `traces.headers`, `tunnel_agent.token`, `tunnel_agent.upstream_token`) can come from a file: set the variable with `_FILE` at its end, such as
+- **Secrets** (`redis.url`, `redis.sentinel_password`, `jwt.secret_key`, `api.keys`, `api.key`, `traces.headers`, `tunnel_agent.token`, `tunnel_agent.upstream_token`) can come from a file: set the variable with `_FILE` at its end, such as
   `REDIS_URL_FILE` or `{PREFIX}API__KEYS_FILE`, to its path. They are never shown. A file that is empty, and a variable beside its own `_FILE`, are problems.
 - Variables which Kubernetes sets for a service named `wsproxy` (such as `{PREFIX}SERVICE_HOST`) are not taken for keys.
 

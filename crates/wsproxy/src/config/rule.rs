@@ -36,7 +36,8 @@ fn check_redis_url(text: &str) -> Result<(), &'static str> {
     }
     let Some((scheme, rest)) = text.split_once("://") else {
         return Err(
-            "the scheme is missing: the URL must begin with redis://, rediss:// or unix://",
+            "the scheme is missing: the URL must begin with redis://, rediss://, redis+sentinel://, \
+             rediss+sentinel:// or unix://",
         );
     };
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -45,22 +46,23 @@ fn check_redis_url(text: &str) -> Result<(), &'static str> {
     let options = query.split('&').filter_map(|option| option.split('=').next());
     let words: Vec<_> = options.chain([scheme]).map(str::to_ascii_lowercase).collect();
     let names = |kind: &str| words.iter().any(|word| word.contains(kind));
-    if names("sentinel") {
-        return Err(
-            "Redis Sentinel is not supported yet: give the address of the master, or of a proxy that \
-             leads to it",
-        );
-    }
-    if names("cluster") {
-        return Err("Redis Cluster is not supported yet: give the address of one server");
-    }
     match scheme {
         "unix" | "redis+unix" | "valkey+unix" if place.starts_with('/') => Ok(()),
         "unix" | "redis+unix" | "valkey+unix" => {
             Err("the path must be absolute, as in unix:///run/redis.sock")
         }
+        "redis+sentinel" | "rediss+sentinel" | "valkey+sentinel" | "valkeys+sentinel" => {
+            check_sentinels(place)
+        }
+        _ if names("sentinel") => Err("this is another client's form for Redis Sentinel: write \
+             redis+sentinel://host:26379,host:26379/name-of-the-master, or rediss+sentinel for TLS"),
+        _ if names("cluster") => {
+            Err("Redis Cluster is not supported yet: give one server, or sentinels")
+        }
         "redis" | "rediss" | "valkey" | "valkeys" => check_redis_place(place),
-        _ => Err("the scheme is unknown: it must be redis, rediss (TLS) or unix"),
+        _ => Err(
+            "the scheme is unknown: it must be redis, rediss (TLS), unix, redis+sentinel or rediss+sentinel",
+        ),
     }
 }
 
@@ -68,11 +70,43 @@ fn check_redis_url(text: &str) -> Result<(), &'static str> {
 fn check_redis_place(place: &str) -> Result<(), &'static str> {
     let (authority, database) = place.split_once('/').unwrap_or((place, ""));
     if authority.contains(',') {
-        return Err(
-            "several hosts, as of Redis Sentinel and Redis Cluster, are not supported yet: give the \
-             address of one server",
-        );
+        return Err("several hosts need another scheme: for Redis Sentinel write \
+             redis+sentinel://host:26379,host:26379/name-of-the-master; Redis Cluster is not supported yet");
     }
+    check_authority(authority)?;
+    check_database(database)
+}
+
+/// Checks `host[:port][,host[:port]…]/master[/database]`.
+fn check_sentinels(place: &str) -> Result<(), &'static str> {
+    let Some((authorities, path)) = place.split_once('/') else {
+        return Err(NO_MASTER);
+    };
+    let (master, database) = path.split_once('/').unwrap_or((path, ""));
+    let known = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    match master {
+        "" => return Err(NO_MASTER),
+        master if !master.bytes().all(known) => {
+            return Err(
+                "the name of the master, behind the hosts, may hold only letters, digits and -_.",
+            );
+        }
+        _ => {}
+    }
+    if authorities.split(',').count() > SENTINELS_MAX {
+        return Err("there are more than 16 sentinels");
+    }
+    for authority in authorities.split(',') {
+        if authority.is_empty() {
+            return Err("the host of a sentinel is missing");
+        }
+        check_authority(authority)?;
+    }
+    check_database(database)
+}
+
+/// Checks `host[:port]`; the host may be missing.
+fn check_authority(authority: &str) -> Result<(), &'static str> {
     if !authority.starts_with('[') && authority.matches(':').count() > 1 {
         return Err("the host is an IPv6 address without its brackets, or there are two ports");
     }
@@ -92,6 +126,10 @@ fn check_redis_place(place: &str) -> Result<(), &'static str> {
              percent-encoded",
         );
     }
+    Ok(())
+}
+
+fn check_database(database: &str) -> Result<(), &'static str> {
     if !database.is_empty() && database.parse::<u32>().is_err() {
         return Err("the database, behind the last /, must be a number");
     }
@@ -131,6 +169,12 @@ fn is_host(text: &str) -> bool {
         || port.strip_prefix(':').and_then(|port| port.parse::<u16>().ok()).is_some_and(|p| p > 0);
     !host.is_empty() && named && port
 }
+
+const NO_MASTER: &str = "the name of the master is missing: it stands behind the hosts, as in \
+                         redis+sentinel://host:26379/mymaster";
+
+/// Upper bound of sentinels: an instance holds a connection to each.
+const SENTINELS_MAX: usize = 16;
 
 /// A log level, or directives.
 pub(super) const LEVEL: Text = Text {
@@ -189,8 +233,19 @@ pub(super) const REDIS_URL: Text = Text {
     },
 };
 
-const REDIS_URL_FORM: &str =
-    "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://… or unix:///path";
+const REDIS_URL_FORM: &str = "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://…, \
+                              redis+sentinel://[user:password@]host[:port],…/master[/database], rediss+sentinel://… or \
+                              unix:///path";
+
+/// The name of a user of Redis.
+pub(super) const REDIS_USER: Text = Text::new("1 to 128 visible characters", |text| {
+    let good = (1..=128).contains(&text.len()) && !text.contains(|c: char| c.is_whitespace());
+    good.then(|| text.to_owned())
+});
+
+/// A password at Redis.
+pub(super) const REDIS_PASSWORD: Text =
+    Text::new("1 to 4096 bytes", |text| (1..=4096).contains(&text.len()).then(|| text.to_owned()));
 
 /// A bearer key of the API.
 pub(super) const API_KEY: Text =
@@ -309,6 +364,8 @@ mod tests {
             "redis://:p%40ss%3Aw%2Frd@[::1]:6379/3",
             "rediss://user:pw@[::1]:6380",
             "unix:///run/redis.sock",
+            "redis+sentinel://h/m",
+            "rediss+sentinel://user:pw@s1:26379,s2,[::1]:5/my-master.1/0",
         ] {
             assert_eq!(check_redis_url(good), Ok(()), "{good}");
         }
@@ -329,10 +386,16 @@ mod tests {
             ("REDIS://h", "the scheme is unknown"),
             ("unix://redis.sock", "the path must be absolute"),
             ("redis://a b", "must be percent-encoded"),
-            ("redis-sentinel://h:26379/mymaster", "Redis Sentinel is not supported yet"),
-            ("redis+sentinel://:secret@h/m/0", "Redis Sentinel is not supported yet"),
-            ("redis://h:26379?sentinelMasterId=m", "Redis Sentinel is not supported yet"),
-            ("redis://h:26379,i:26379/0", "are not supported yet"),
+            ("redis-sentinel://h:26379/mymaster", "another client's form for Redis Sentinel"),
+            ("redis://h:26379?sentinelMasterId=m", "another client's form for Redis Sentinel"),
+            ("redis://h:26379,i:26379/0", "several hosts need another scheme"),
+            ("redis+sentinel://:secret@h", "the name of the master is missing"),
+            ("redis+sentinel://:secret@h//0", "the name of the master is missing"),
+            ("redis+sentinel://:secret@h,i/m/two", "the database"),
+            ("redis+sentinel://h:port/m", "the port must be"),
+            ("redis+sentinel://h,,i/m", "the host of a sentinel is missing"),
+            ("redis+sentinel://h/m%20n", "the name of the master, behind the hosts"),
+            ("redis+sentinel+cluster://h/m", "another client's form"),
             ("redis+cluster://h", "Redis Cluster is not supported yet"),
             ("rediss-cluster://:secret@h", "Redis Cluster is not supported yet"),
         ] {

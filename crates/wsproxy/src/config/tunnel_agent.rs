@@ -54,13 +54,15 @@ pub struct TunnelAgentConfig {
     pub compress: bool,
     /// Port for metrics; `None`: there is none.
     pub metrics_port: Option<u16>,
+    /// Worker threads; 0: one per core.
+    pub threads: usize,
     /// Time for requests in flight when the agent stops.
     pub drain: Duration,
 }
 
 impl Default for TunnelAgentConfig {
     fn default() -> Self {
-        let Settings { health_path, health_interval, drain, .. } = Settings::default();
+        let Settings { health_path, health_interval, threads, drain, .. } = Settings::default();
         Self {
             gateway: None,
             cluster: None,
@@ -82,6 +84,7 @@ impl Default for TunnelAgentConfig {
             health_interval,
             compress: false,
             metrics_port: None,
+            threads,
             drain,
         }
     }
@@ -116,6 +119,7 @@ impl TunnelAgentConfig {
             health_interval: own.health_interval,
             compress: own.compress,
             metrics_port: own.metrics_port,
+            threads: own.threads,
             drain: own.drain,
         }
     }
@@ -148,6 +152,7 @@ pub const KEYS: &[Key] = &[
     key!(tunnel_agent.health_interval, Time(100, 3_600_000), "Interval of these probes.").flag("health-interval", "TIME"),
     key!(tunnel_agent.compress, Switch, "Compress answers of JSON and text of 16 KiB or more on the way to the gateway, where the client takes gzip.").flag("compress", "BOOL"),
     key!(tunnel_agent.metrics_port, Optional(Number(1, 65_535)), "Port for metrics, on all addresses and without credentials. Default: none.").flag("metrics-port", "PORT"),
+    key!(tunnel_agent.threads, Number(0, 1024), "Worker threads; 0: one per core. One carries hundreds of megabytes a second, and tasks on one thread need not wake others.").flag("threads", "NUMBER"),
     key!(tunnel_agent.drain, Time(0, 3_600_000), "Time that requests in flight get when the agent stops.").flag("drain", "TIME"),
 ];
 

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -33,6 +33,8 @@ pub struct SharedSocket {
     answered: AtomicBool,
     /// The client began with TLS, which the socket does not speak.
     greeted_in_tls: AtomicBool,
+    /// Time of [`Self::prepare_stream`] that the kernel knows, in milliseconds. 0: none.
+    prepared_ms: AtomicU32,
 }
 
 impl SharedSocket {
@@ -46,11 +48,13 @@ impl SharedSocket {
             quiet: true.into(),
             answered: false.into(),
             greeted_in_tls: false.into(),
+            prepared_ms: 0.into(),
         })
     }
 
     /// Sets the time for which written bytes may stay unacknowledged, or the client's window closed.
     pub fn set_unacknowledged_max(&self, unacknowledged_max: Duration) {
+        self.prepared_ms.store(0, Relaxed);
         if let Some(stream) = &*self.stream.lock() {
             // An error means that the client left, which the next write finds too.
             let _ = stream.inner().set_unacknowledged_max(unacknowledged_max);
@@ -58,10 +62,16 @@ impl SharedSocket {
     }
 
     /// Prepares the socket for an answer whose pieces go on as they come: little waits in the kernel, and a client that
-    /// reads nothing may take its time. An error means that the client left.
-    pub fn prepare_stream(&self, unsent_max: u32, unacknowledged_max: Duration) {
+    /// reads nothing may take its time. The kernel keeps both options from one request of a connection to the next, so
+    /// that later calls with the same time cost nothing.
+    pub fn prepare_stream(&self, unacknowledged_max: Duration) {
+        let ms = u32::try_from(unacknowledged_max.as_millis()).unwrap_or(u32::MAX);
+        if self.prepared_ms.swap(ms, Relaxed) == ms {
+            return;
+        }
         if let Some(stream) = &*self.stream.lock() {
-            let _ = stream.inner().set_unsent_max(unsent_max);
+            // An error means that the client left, which the next write finds too.
+            let _ = stream.inner().set_unsent_max(UNSENT_BYTES_MAX);
             let _ = stream.inner().set_unacknowledged_max(unacknowledged_max);
         }
     }
@@ -299,6 +309,9 @@ impl Write for HttpSocket {
     }
 }
 
+/// Upper bound of the bytes of an answer that wait in the kernel for their first transmission.
+const UNSENT_BYTES_MAX: u32 = 64 << 10;
+
 /// First byte of a TLS connection: the type of a record with a message of the handshake. No request begins with it.
 pub const HANDSHAKE: u8 = 22;
 
@@ -310,3 +323,34 @@ const FIRST_BYTES_MAX: usize = 4096;
 const PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n\
 x-content-type-options: nosniff\r\nconnection: close\r\ncontent-length: 122\r\n\r\n\
 {\"error\":{\"code\":\"bad_request\",\"message\":\"This port speaks plain HTTP, not TLS: use http:// or ws://.\",\"retryable\":false}}";
+
+#[cfg(test)]
+mod tests {
+    use socket2::SockRef;
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_is_prepared_once_for_each_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (client, _) =
+            tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let client = client.unwrap().into_std().unwrap();
+        let twin = client.try_clone().unwrap();
+        let shared = SharedSocket::new(TcpStream::from_std(client).unwrap());
+        let time = || SockRef::from(&twin).tcp_user_timeout().unwrap().unwrap().as_secs();
+        shared.prepare_stream(Duration::from_secs(300));
+        assert_eq!(time(), 300);
+        assert_eq!(SockRef::from(&twin).tcp_notsent_lowat().unwrap(), UNSENT_BYTES_MAX);
+        // Another time of which the socket does not know shows whether the kernel is told again.
+        SockRef::from(&twin).set_tcp_user_timeout(Some(Duration::from_secs(7))).unwrap();
+        shared.prepare_stream(Duration::from_secs(300));
+        assert_eq!(time(), 7);
+        shared.prepare_stream(Duration::from_secs(900));
+        assert_eq!(time(), 900);
+        shared.set_unacknowledged_max(Duration::from_secs(60));
+        shared.prepare_stream(Duration::from_secs(900));
+        assert_eq!(time(), 900);
+    }
+}

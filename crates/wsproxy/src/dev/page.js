@@ -21,7 +21,8 @@ const session = {
   tries: 0,
   timer: 0,
   lostAt: 0, // When the connection was lost; 0 while there is one.
-  stayUntil: 0, // End of the pause that the person has chosen.
+  awayMs: 0, // Pause that the person has chosen, which begins when the connection is lost.
+  stayUntil: 0, // End of that pause.
   missed: null, // The missed messages that follow: see `resumed`.
 };
 
@@ -79,6 +80,7 @@ function closed(socket, { code, reason, wasClean }) {
   log("close", `close ${code}`, [reason, meaning, wasClean ? "" : "no close frame"].filter(Boolean).join(" · "));
   if (session.wanted && !FINAL.has(code)) {
     session.lostAt ||= performance.now();
+    if (session.awayMs > 0) Object.assign(session, { stayUntil: performance.now() + session.awayMs, awayMs: 0 });
     return retry();
   }
   const isAsked = !session.wanted;
@@ -111,13 +113,13 @@ function stayAway() {
 async function drop(ms) {
   step("away");
   byId("away").disabled = byId("cut").disabled = true;
-  session.stayUntil = performance.now() + ms;
+  session.awayMs = ms;
   log("message", "cut", "asking the gateway to drop the TCP connection");
   try {
     const { cut } = await call("/dev/cut", { body: { session_id: session.id } });
     if (cut === 0) throw new Error("the gateway knows no connection of this session");
   } catch (error) {
-    session.stayUntil = 0;
+    session.awayMs = 0;
     log("error", "cut", error.message);
     state(byId("status").dataset.state, byId("status-text").textContent);
   }
@@ -405,7 +407,7 @@ function open() {
 function close() {
   session.wanted = false;
   session.attempt += 1;
-  session.stayUntil = 0;
+  Object.assign(session, { awayMs: 0, stayUntil: 0 });
   clearTimeout(session.timer);
   if (session.socket) return session.socket.close(1000);
   finish();
@@ -418,7 +420,7 @@ function answeredBy(agent) {
   const { socket } = session;
   clearTimeout(session.timer);
   finish();
-  Object.assign(session, { agent, socket: null, id: agent === "mine" ? own.id : null, lastEventId: undefined, missed: null, stayUntil: 0 });
+  Object.assign(session, { agent, socket: null, id: agent === "mine" ? own.id : null, lastEventId: undefined, missed: null, awayMs: 0, stayUntil: 0 });
   socket?.close(1000);
   const who = agent === "mine" ? "Your own worker answers from here on." : "The demo worker answers from here on.";
   append(element("p", { className: "note", textContent: who }));

@@ -218,14 +218,30 @@ impl Rooms {
         of_user.take(most).collect()
     }
 
-    /// Counts reliable messages that are given up.
-    fn tell_given_up(&self, count: u64) {
-        self.counters.acks_tries.add(count);
-        if let Some(left_out) = self.counters.given_up_lines.pass() {
-            warn!(
+    /// Counts reliable messages to a member that are given up, and logs them once a second.
+    fn tell_given_up(&self, client: &Id, outcome: GivenUp, count: u64) {
+        if count == 0 {
+            return;
+        }
+        let counters = &self.counters;
+        let (counter, lines) = match outcome {
+            GivenUp::Tries => (&counters.acks_tries, &counters.tries_lines),
+            GivenUp::Overflow => (&counters.acks_overflow, &counters.overflow_lines),
+        };
+        counter.add(count);
+        let Some(left_out) = lines.pass() else { return };
+        let client = client.as_str();
+        match outcome {
+            GivenUp::Tries => warn!(
+                client,
                 count,
-                left_out, "A member did not acknowledge a reliable message, which is given up."
-            );
+                left_out,
+                "A member did not acknowledge a reliable message, which is given up."
+            ),
+            GivenUp::Overflow => warn!(
+                client,
+                count, left_out, "Too many reliable messages wait for a member: one is given up."
+            ),
         }
     }
 
@@ -234,6 +250,15 @@ impl Rooms {
         let number = self.last_connection.fetch_add(1, Relaxed) + 1;
         Connection { server: self.server, number }
     }
+}
+
+/// Reason why a reliable message is given up.
+#[derive(Debug, Clone, Copy)]
+enum GivenUp {
+    /// The member acknowledged no copy of it.
+    Tries,
+    /// Too many wait for the member.
+    Overflow,
 }
 
 /// Refuses an id that no room has.

@@ -77,7 +77,8 @@ impl Service for Routes {
             });
         }
         if self.data_plane && proxy::is_proxied(&self.core, request.uri()) {
-            return Ok(Box::pin(proxy::serve(&self.families.tunnel, &self.core, request)).await);
+            let answer = proxy::serve(&self.families.tunnel, &self.core, &caller, request);
+            return Ok(Box::pin(answer).await);
         }
         let Some(target) = target else {
             return self.serve_rest(request.map(Body::new), &path, &caller).await;

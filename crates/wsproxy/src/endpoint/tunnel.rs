@@ -56,6 +56,8 @@ pub mod proxy;
 pub mod rate;
 pub mod refusal;
 mod search;
+mod spans;
+mod stalls;
 pub mod waiting;
 
 /// The tunnel of an instance.
@@ -110,7 +112,6 @@ impl Tunnel {
         let room = Room::new(waiting::Limits {
             cluster_max: config.cluster_waiting_max,
             max: config.waiting_max,
-            wait: config.wait,
         });
         let (lanes, waiting) = (Lanes::new(of_lanes), Arc::clone(&room));
         lanes.tell(move |cluster| waiting.changed(cluster));

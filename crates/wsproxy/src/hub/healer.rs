@@ -540,6 +540,7 @@ async fn read(hub: &Hub, store: &Store, hole: &OpenHole) -> Result<Whole, StoreE
     let ttl_ms = u64::try_from(hole.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
     let (mut pages, mut behind, mut moment) = (Pages::default(), hole.from, None);
     loop {
+        hub.heal_pace.turn().await;
         let of = hole.snapshot_of(Some(After::Position(behind)), None);
         let (mut page, _) = store.snapshot(of).await?;
         hub.store_clock.seen(page.now_ms, clock::now());
@@ -554,6 +555,10 @@ async fn read(hub: &Hub, store: &Store, hole: &OpenHole) -> Result<Whole, StoreE
         }
     }
 }
+
+/// Upper bound of the reads per second: after a failover all instances read all their histories. A client that resumes
+/// reads for itself, and does not wait for idle ones.
+pub(super) const READS_PER_SECOND: u32 = 2000;
 
 /// Upper bound of the logs that are read at the same time.
 const READS: usize = 64;

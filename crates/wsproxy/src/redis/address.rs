@@ -1,18 +1,32 @@
-//! The address of a Redis and the login there, read from a URL; opens no connection.
+//! The servers of a Redis and the login there, read from a URL; opens no connection.
 
 use std::{fmt, path::PathBuf};
 
 use percent_encoding::percent_decode_str;
 
-/// A parsed URL. Prints the server's address only, since it holds a password.
+/// A parsed URL. Prints the servers' addresses only, since it holds a password.
 #[derive(Clone)]
 pub(crate) struct RedisAddress {
-    /// The server's endpoint.
-    pub(super) endpoint: RedisEndpoint,
+    /// The servers that the URL names.
+    pub(super) servers: RedisServers,
     /// User and password; the user is `default` if the URL names none.
     pub(super) login: Option<(String, String)>,
     /// The database of keys; channels have none.
     pub(super) database: u32,
+}
+
+/// The servers that a URL names, in one of its forms.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RedisServers {
+    /// One server, the master for ever.
+    One(RedisEndpoint),
+    /// The sentinels that know which server is the master now.
+    Sentinel {
+        /// The sentinels, at least one.
+        sentinels: Vec<RedisEndpoint>,
+        /// Name under which the sentinels watch the master.
+        master: String,
+    },
 }
 
 /// The endpoint on which a server listens.
@@ -32,8 +46,10 @@ pub(crate) enum RedisEndpoint {
 }
 
 impl RedisAddress {
-    /// Reads `redis://[user][:password]@host[:port][/database]`, the same with `rediss`, or
-    /// `unix:///path[?db=1&user=…&password=…]`. The error never quotes the URL, which may hold a password.
+    /// Reads `redis://[user][:password]@host[:port][/database]`, the same with `rediss`,
+    /// `unix:///path[?db=1&user=…&password=…]`, or
+    /// `redis+sentinel://[user][:password]@host[:port][,host[:port]…]/master[/database]`, the same with
+    /// `rediss+sentinel`. The error never quotes the URL, which may hold a password.
     pub(crate) fn parse(url: &str) -> Result<Self, &'static str> {
         let Some((scheme, rest)) = url.split_once("://") else {
             return Err("the URL has no scheme such as redis://");
@@ -43,7 +59,7 @@ impl RedisAddress {
             Some((credentials, rest)) => (Some(credentials), rest),
             None => (None, rest),
         };
-        let (endpoint, path) = match scheme {
+        let (servers, path) = match scheme {
             "redis" | "valkey" => tcp(rest, false)?,
             "rediss" | "valkeys" => tcp(rest, true)?,
             "unix" | "redis+unix" | "valkey+unix" => {
@@ -52,9 +68,15 @@ impl RedisAddress {
                         "the path of a Unix socket must be absolute: unix:///run/redis.sock",
                     );
                 }
-                (RedisEndpoint::Unix(PathBuf::from(decode(rest)?)), "")
+                (RedisServers::One(RedisEndpoint::Unix(PathBuf::from(decode(rest)?))), "")
             }
-            _ => return Err("the scheme must be redis, rediss or unix"),
+            "redis+sentinel" | "valkey+sentinel" => sentinels(rest, false)?,
+            "rediss+sentinel" | "valkeys+sentinel" => sentinels(rest, true)?,
+            _ => {
+                return Err(
+                    "the scheme must be redis, rediss, unix, redis+sentinel or rediss+sentinel",
+                );
+            }
         };
         let (user, password) = credentials.map_or(("", None), |text| match text.split_once(':') {
             Some((user, password)) => (user, Some(password)),
@@ -81,13 +103,43 @@ impl RedisAddress {
             (user, None) if user.is_empty() => None,
             (_, None) => return Err("a user without a password; write redis://user:password@…"),
         };
-        Ok(Self { endpoint, login, database })
+        Ok(Self { servers, login, database })
+    }
+
+    /// Returns whether TLS is spoken with every server.
+    pub(super) fn is_tls(&self) -> bool {
+        let first = match &self.servers {
+            RedisServers::One(endpoint) => Some(endpoint),
+            RedisServers::Sentinel { sentinels, .. } => sentinels.first(),
+        };
+        matches!(first, Some(RedisEndpoint::Tcp { tls: true, .. }))
     }
 }
 
 /// Splits `host[:port][/database]`.
-fn tcp(rest: &str, tls: bool) -> Result<(RedisEndpoint, &str), &'static str> {
+fn tcp(rest: &str, tls: bool) -> Result<(RedisServers, &str), &'static str> {
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    Ok((RedisServers::One(endpoint(authority, DEFAULT_PORT, tls)?), path))
+}
+
+/// Splits `host[:port][,host[:port]…]/master[/database]`.
+fn sentinels(rest: &str, tls: bool) -> Result<(RedisServers, &str), &'static str> {
+    let (authorities, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let (master, database) = path.split_once('/').unwrap_or((path, ""));
+    let master = decode(master)?;
+    if master.is_empty() {
+        return Err(
+            "the name of the master is missing: write redis+sentinel://host:26379/mymaster",
+        );
+    }
+    let sentinels = authorities.split(',');
+    let sentinels = sentinels.map(|authority| endpoint(authority, DEFAULT_SENTINEL_PORT, tls));
+    let sentinels = sentinels.collect::<Result<Vec<_>, _>>()?;
+    Ok((RedisServers::Sentinel { sentinels, master }, database))
+}
+
+/// Reads `host[:port]`.
+fn endpoint(authority: &str, default_port: u16, tls: bool) -> Result<RedisEndpoint, &'static str> {
     let (host, port) = if let Some(bracketed) = authority.strip_prefix('[') {
         let Some((host, port)) = bracketed.split_once(']') else {
             return Err("an IPv6 address lacks its closing bracket");
@@ -97,14 +149,14 @@ fn tcp(rest: &str, tls: bool) -> Result<(RedisEndpoint, &str), &'static str> {
         authority.rsplit_once(':').unwrap_or((authority, ""))
     };
     let port = match port {
-        "" => DEFAULT_PORT,
+        "" => default_port,
         text => text.parse().map_err(|_| "the port must be a number up to 65535")?,
     };
     let host = if host.is_empty() { "localhost" } else { host };
     if host.contains(':') && !authority.starts_with('[') {
         return Err("an IPv6 address must be in brackets");
     }
-    Ok((RedisEndpoint::Tcp { host: host.into(), port, tls }, path))
+    Ok(RedisEndpoint::Tcp { host: host.into(), port, tls })
 }
 
 fn decode(text: &str) -> Result<String, &'static str> {
@@ -114,12 +166,25 @@ fn decode(text: &str) -> Result<String, &'static str> {
 
 impl fmt::Display for RedisAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.endpoint {
-            RedisEndpoint::Tcp { host, port, .. } if host.contains(':') => {
-                write!(f, "[{host}]:{port}")
+        match &self.servers {
+            RedisServers::One(endpoint) => endpoint.fmt(f),
+            RedisServers::Sentinel { sentinels, master } => {
+                write!(f, "{master} of the sentinels ")?;
+                for (number, sentinel) in sentinels.iter().enumerate() {
+                    write!(f, "{}{sentinel}", if number == 0 { "" } else { "," })?;
+                }
+                Ok(())
             }
-            RedisEndpoint::Tcp { host, port, .. } => write!(f, "{host}:{port}"),
-            RedisEndpoint::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for RedisEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port, .. } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp { host, port, .. } => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
         }
     }
 }
@@ -131,6 +196,8 @@ impl fmt::Debug for RedisAddress {
 }
 
 const DEFAULT_PORT: u16 = 6379;
+
+const DEFAULT_SENTINEL_PORT: u16 = 26379;
 
 #[cfg(test)]
 mod tests {
@@ -167,10 +234,24 @@ mod tests {
         ] {
             let address = RedisAddress::parse(url).unwrap();
             assert_eq!(
-                (address.endpoint, address.login, address.database),
-                (endpoint, who, database)
+                (address.servers, address.login, address.database),
+                (RedisServers::One(endpoint), who, database)
             );
         }
+    }
+
+    #[test]
+    fn urls_of_sentinels_are_read() {
+        let address =
+            RedisAddress::parse("rediss+sentinel://me:p%40ss@s1,s2:7,[::1]/mymaster/3").unwrap();
+        assert_eq!((&address.login, address.database), (&login("me", "p@ss"), 3));
+        assert!(address.is_tls());
+        let sentinels = vec![tcp("s1", 26379, true), tcp("s2", 7, true), tcp("::1", 26379, true)];
+        let master = "mymaster".to_owned();
+        assert_eq!(address.servers, RedisServers::Sentinel { sentinels, master });
+        assert_eq!(address.to_string(), "mymaster of the sentinels s1:26379,s2:7,[::1]:26379");
+        let plain = RedisAddress::parse("redis+sentinel://s1/m").unwrap();
+        assert!(!plain.is_tls() && plain.login.is_none() && plain.database == 0);
     }
 
     #[test]
@@ -186,6 +267,11 @@ mod tests {
             "redis://[::1",
             "unix://run/r.sock",
             "redis://u:%ff@h",
+            "redis+sentinel://s1",
+            "redis+sentinel://s1//0",
+            "redis+sentinel://s1:x/m",
+            "redis+sentinel://s1/m/x",
+            "redis+cluster://n1",
         ] {
             assert!(RedisAddress::parse(url).is_err(), "{url}");
         }

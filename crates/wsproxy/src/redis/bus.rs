@@ -80,7 +80,7 @@ impl RedisBus {
             // The probe's own channel does not count.
             channels: shared.subscriptions.len().saturating_sub(1),
             queued_bytes: shared.publishes.queue.bytes(),
-            last_error,
+            last_error: shared.topology.trouble().or(last_error),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering};
 use bytes::BytesMut;
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
-use wsproxy_proto::names::{self, Names};
+use wsproxy_proto::names::Names;
 
 use crate::{
     bus::deliver::Deliver,
@@ -16,7 +16,8 @@ use crate::{
         reader::RedisReader,
         resp::{self, Reply},
         scout,
-        script::Script,
+        script::{self, Script},
+        sentinel,
         shared::RedisShared,
     },
     store::{command::StoreError, not_done::NotDone},
@@ -42,6 +43,7 @@ impl RedisClient {
             tasks.spawn(PipelineTask::new(shared.clone(), pipeline.clone(), purpose).run());
         }
         tasks.spawn(scout::run(shared.clone()));
+        tasks.spawn(sentinel::run(shared.clone()));
         Self(shared)
     }
 
@@ -65,7 +67,7 @@ impl RedisClient {
     /// # Errors
     /// See [`Self::command`].
     pub(crate) async fn run(&self, script: &Script, words: &[&[u8]]) -> Result<Reply, StoreError> {
-        debug_assert!(has_one_slot(words), "a script must touch one slot");
+        script::assert_one_slot(script::keys(words));
         let call = |is_loaded| [&script.call(is_loaded)[..], words].concat();
         match self.command(&call(true)).await {
             // The script certainly did not run. The call with its text runs it, and loads it for later calls.
@@ -114,7 +116,7 @@ impl RedisClient {
     ) -> Replies {
         let spelled = |is_loaded| {
             calls.iter().map(move |words| {
-                debug_assert!(has_one_slot(&words.each_ref().map(AsRef::as_ref)));
+                script::assert_one_slot(script::keys(&words.each_ref().map(AsRef::as_ref)));
                 script.call(is_loaded).into_iter().chain(words.iter().map(AsRef::as_ref))
             })
         };
@@ -173,15 +175,6 @@ impl RedisClient {
             }
         }
     }
-}
-
-/// Returns whether all keys of a script are in one slot of a Redis Cluster; `words` begin with the number of keys.
-fn has_one_slot(words: &[&[u8]]) -> bool {
-    let count = words.first().and_then(|count| std::str::from_utf8(count).ok()?.parse().ok());
-    let keys = words.iter().skip(1).take(count.unwrap_or(0));
-    let mut slots = keys.map(|key| names::slot(key));
-    let first = slots.next();
-    slots.all(|slot| Some(slot) == first)
 }
 
 /// Room that is made for each of several commands before they are spelled.

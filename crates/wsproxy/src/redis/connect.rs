@@ -1,6 +1,6 @@
 //! Opens a connection: address, TLS, greeting, role. Knows no channels and keeps no state.
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use rustls_pki_types::ServerName;
 use secrecy::ExposeSecret;
@@ -19,57 +19,64 @@ use crate::{
     tls,
 };
 
-/// Opens connections to one server.
+/// Opens connections to the servers of one configuration.
 pub(super) struct Connector {
     address: RedisAddress,
+    sentinel_login: Option<(String, String)>,
     tls: Option<TlsConnector>,
     /// Time limit from the name lookup until the connection can be used.
     timeout: Duration,
 }
 
 impl Connector {
-    /// Creates a connector and reads certificates for TLS, but opens no connection.
-    fn new(
-        address: RedisAddress,
-        ca_file: Option<&Path>,
-        timeout: Duration,
-    ) -> Result<Self, String> {
-        let tls = match address.endpoint {
-            RedisEndpoint::Tcp { tls: true, .. } => {
-                Some(TlsConnector::from(Arc::new(tls::client_config(ca_file)?)))
-            }
-            _ => None,
-        };
-        Ok(Self { address, tls, timeout })
-    }
-
-    /// Creates a connector from the configuration.
+    /// Creates a connector from the configuration; reads certificates for TLS, but opens no connection.
     ///
     /// # Errors
     /// The part of the configuration that cannot be used, without quoting the URL.
     pub(super) fn of(config: &config::RedisConfig) -> Result<Self, String> {
         let url = config.url.as_ref().map_or("", |url| url.expose_secret());
         let address = RedisAddress::parse(url).map_err(str::to_owned)?;
-        Self::new(address, config.ca_file.as_deref(), config.connect_timeout)
+        let tls = match address.is_tls() {
+            true => {
+                let client = tls::client_config(config.ca_file.as_deref())?;
+                Some(TlsConnector::from(Arc::new(client)))
+            }
+            false => None,
+        };
+        let password =
+            config.sentinel_password.as_ref().map(|word| word.expose_secret().to_owned());
+        let user = config.sentinel_username.as_deref().unwrap_or("default");
+        let sentinel_login = password.map(|password| (user.to_owned(), password));
+        Ok(Self { address, sentinel_login, tls, timeout: config.connect_timeout })
     }
 
-    /// Returns the server's address, for logs.
+    /// Returns the addresses of the configuration.
     pub(super) fn address(&self) -> &RedisAddress {
         &self.address
     }
 
-    /// Opens a connection to a master, with greeting and login done.
-    pub(super) async fn connect(&self, name: &str) -> Result<RedisConnection, Fault> {
+    /// Returns the time limit of a connection attempt.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Opens a connection to a server, with greeting and login done.
+    pub(super) async fn connect(
+        &self,
+        to: &RedisEndpoint,
+        part: Part,
+        name: &str,
+    ) -> Result<RedisConnection, Fault> {
         let connecting = async {
-            let mut connection = RedisConnection::new(self.open().await?);
-            self.greet(&mut connection, name).await?;
+            let mut connection = RedisConnection::new(self.open(to).await?);
+            self.greet(&mut connection, part, name).await?;
             Ok(connection)
         };
         tokio::time::timeout(self.timeout, connecting).await.unwrap_or(Err(Fault::ConnectTimeout))
     }
 
-    async fn open(&self) -> io::Result<Box<dyn Stream>> {
-        let (host, port) = match &self.address.endpoint {
+    async fn open(&self, to: &RedisEndpoint) -> io::Result<Box<dyn Stream>> {
+        let (host, port) = match to {
             RedisEndpoint::Unix(path) => return Ok(Box::new(UnixStream::connect(path).await?)),
             RedisEndpoint::Tcp { host, port, .. } => (host, *port),
         };
@@ -83,9 +90,18 @@ impl Connector {
         Ok(Box::new(tls.connect(name, stream).await?))
     }
 
-    async fn greet(&self, connection: &mut RedisConnection, name: &str) -> Result<(), Fault> {
+    async fn greet(
+        &self,
+        connection: &mut RedisConnection,
+        part: Part,
+        name: &str,
+    ) -> Result<(), Fault> {
+        let (login, database) = match part {
+            Part::Master | Part::Node => (&self.address.login, self.address.database),
+            Part::Sentinel => (&self.sentinel_login, 0),
+        };
         let mut hello: Vec<&[u8]> = vec![b"HELLO", b"3"];
-        if let Some((user, password)) = &self.address.login {
+        if let Some((user, password)) = login {
             hello.extend([&b"AUTH"[..], user.as_bytes(), password.as_bytes()]);
         }
         hello.extend([&b"SETNAME"[..], name.as_bytes()]);
@@ -94,19 +110,38 @@ impl Connector {
             let RespValue::Array(pairs) = hello else {
                 return Err(Fault::Broken("an odd greeting"));
             };
-            let role = pairs.chunks_exact(2).find(|pair| pair[0] == RespValue::Text(b"role"));
-            role.and_then(|pair| pair[1].text()).map_or(Ok(()), check_role)
+            let value = |name: &[u8]| {
+                let pair = pairs.chunks_exact(2).find(|pair| pair[0] == RespValue::Text(name));
+                pair.and_then(|pair| pair[1].text())
+            };
+            let is_sentinel = value(b"mode") == Some(b"sentinel");
+            match (part, is_sentinel) {
+                (Part::Sentinel, false) => {
+                    Err(Fault::Role("server of data, not a sentinel".into()))
+                }
+                (Part::Master | Part::Node, true) => Err(Fault::Role("sentinel".into())),
+                (Part::Master, false) => value(b"role").map_or(Ok(()), check_role),
+                (Part::Node, false) | (Part::Sentinel, true) => Ok(()),
+            }
         })
         .await?;
-        if self.address.database != 0 {
-            resp::words(
-                &mut connection.output,
-                &[b"SELECT", self.address.database.to_string().as_bytes()],
-            );
+        if database != 0 {
+            resp::words(&mut connection.output, &[b"SELECT", database.to_string().as_bytes()]);
             answer(connection, |_| Ok(())).await?;
         }
         Ok(())
     }
+}
+
+/// The part that a server plays for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// The master; a replica is refused.
+    Master,
+    /// A server of data, whatever its role.
+    Node,
+    /// A sentinel, which has a login of its own and no databases.
+    Sentinel,
 }
 
 /// Connects to Redis once, as every connection of an instance does, and disconnects.
@@ -115,7 +150,7 @@ impl Connector {
 /// The address of Redis and the reason why it cannot be used, without secrets.
 pub(crate) async fn try_once(config: &config::RedisConfig) -> Result<(), String> {
     let connector = Connector::of(config)?;
-    let made = connector.connect("wsproxy-trial").await;
+    let made = connector.connect_master("wsproxy-trial").await;
     made.map(drop)
         .map_err(|fault| format!("Redis at {} cannot be used: {fault}", connector.address()))
 }

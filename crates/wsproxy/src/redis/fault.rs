@@ -31,6 +31,15 @@ pub(super) enum Fault {
     /// The server is no master, at least not any more.
     #[error("the server is no master but a {0}")]
     Role(String),
+    /// The sentinels name another master.
+    #[error("the sentinels name another master")]
+    Moved,
+    /// A sentinel does not watch this master.
+    #[error("it knows no master with the name {0}")]
+    UnknownMaster(String),
+    /// No sentinel could name a master.
+    #[error("no sentinel names a master: {0}")]
+    NoMaster(String),
     /// A message to the instance's own channel did not come back.
     #[error("a probe did not come back: a connection is deaf, or they end at different servers")]
     Probe,

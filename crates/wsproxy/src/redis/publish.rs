@@ -1,13 +1,13 @@
 //! Spells publishes: plain, kept where no subscriber receives them, or with history.
 
 use bytes::BytesMut;
-use wsproxy_proto::{history::HistoryLimits, names};
+use wsproxy_proto::history::HistoryLimits;
 
 use crate::{
     bus::publish::{History, Keep, Publish, RoomOp, RoomPositions, RoomWrite},
     redis::{
         resp,
-        script::{EXACT_MAX, PUBLISH, ROOM_POSITIONS, ROOM_STATE},
+        script::{self, EXACT_MAX, PUBLISH, ROOM_POSITIONS, ROOM_STATE},
         words::milliseconds,
     },
 };
@@ -74,12 +74,9 @@ fn spell_with_history(
     resp::word(out, history.event_id.as_deref().unwrap_or_default().as_bytes());
     resp::number(out, dedup.map_or(0, |(_, ttl)| milliseconds(*ttl)));
     resp::number(out, u64::from(history.unique));
-    debug_assert!(
-        [clock, dedup.map(|(key, _)| &**key)].into_iter().flatten().all(|key| {
-            key.is_empty() || names::slot(key.as_bytes()) == names::slot(history.log.as_bytes())
-        }),
-        "a script must touch one slot"
-    );
+    let further = [clock, dedup.map(|(key, _)| &**key)].into_iter().flatten();
+    let keys = further.filter(|key| !key.is_empty()).chain([&*history.log]);
+    script::assert_one_slot(keys.map(str::as_bytes));
 }
 
 /// Spells a change of a member's state with the message that tells of it.
@@ -95,6 +92,7 @@ fn spell_room_write(publish: &Publish, write: &RoomWrite, is_loaded: bool, out: 
         resp::word(out, word);
     }
     resp::number(out, keys.len() as u64);
+    script::assert_one_slot(keys.iter().map(|key| key.as_bytes()));
     keys.iter().for_each(|key| resp::word(out, key.as_bytes()));
     resp::word(out, client.as_bytes());
     resp::word(out, connection.as_bytes());
@@ -113,6 +111,7 @@ fn spell_positions(write: &RoomPositions, is_loaded: bool, out: &mut BytesMut) {
         resp::word(out, word);
     }
     resp::number(out, keys.len() as u64);
+    script::assert_one_slot(keys.iter().map(|key| key.as_bytes()));
     keys.iter().for_each(|key| resp::word(out, key.as_bytes()));
     resp::number(out, milliseconds(*ttl));
     for one in positions {

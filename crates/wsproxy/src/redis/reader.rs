@@ -3,7 +3,7 @@
 //! Its only commands are `SUBSCRIBE`, `UNSUBSCRIBE` and `ROLE`. Every answer must fit the oldest open command;
 //! otherwise the connection is closed.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, pin::pin, sync::Arc};
 
 use bytes::BytesMut;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -11,6 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use crate::{
     bus::deliver::Deliver,
     redis::{
+        address::RedisEndpoint,
         connect::check_role_answer,
         connection::{Progress, RedisConnection},
         fault::{Fault, tell},
@@ -82,19 +83,19 @@ impl RedisReader {
     /// Reads until shutdown.
     pub(super) async fn run(mut self) {
         let mut supervisor = Supervisor::new(self.shared.clone(), Purpose::Subscribe);
-        while let Some(mut connection) = supervisor.connect().await {
+        while let Some((mut connection, server)) = supervisor.connect().await {
             self.shared.subscriptions.connected();
             self.resubscription = Resubscription::Asking;
-            let end = self.serve(&mut connection).await;
+            let end = self.serve(&mut connection, &server).await;
             while self.deliver.proceed() {}
             self.asked.clear();
             self.shared.subscriptions.disconnected();
             let Err(fault) = end else { break };
             self.shared.health.set_subscribed(false);
-            supervisor.lost(&fault);
+            supervisor.lost(&server, &fault);
             let since = match fault {
                 // Publishers may have used another server for longer than this connection was silent.
-                Fault::Probe => self.probes.known_until(),
+                Fault::Probe | Fault::Moved => self.probes.known_until(),
                 _ => None,
             };
             self.interrupted(&fault, since.unwrap_or(connection.last_read));
@@ -109,8 +110,13 @@ impl RedisReader {
     }
 
     /// Uses a connection until it fails; `Ok` at shutdown.
-    async fn serve(&mut self, connection: &mut RedisConnection) -> Result<(), Fault> {
+    async fn serve(
+        &mut self,
+        connection: &mut RedisConnection,
+        server: &Arc<RedisEndpoint>,
+    ) -> Result<(), Fault> {
         let shared = self.shared.clone();
+        let mut left = pin!(shared.topology.left(server));
         let (every, timeout) = (shared.probe_interval, shared.response_timeout);
         let mut watchdog = Watchdog::new(every, timeout, Instant::now());
         self.probes.renew(Instant::now());
@@ -129,6 +135,7 @@ impl RedisReader {
                 () = shared.subscriptions.changed() => {}
                 () = shared.connections_changed.notified() => self.prove(|_| true),
                 _ = ticks.tick() => self.tick(connection, &mut watchdog)?,
+                () = &mut left => return Err(Fault::Moved),
                 () = tokio::task::yield_now(), if is_behind => {}
                 () = shared.shutdown.cancelled() => return Ok(()),
             }

@@ -9,8 +9,8 @@ use tokio::time::timeout;
 use crate::{
     bus::publish::{Outcome, Publish},
     redis::{
-        answer::outcome_of, connection::RedisConnection, fault::Fault, publish::spell_publish,
-        resp::RespValue, shared::RedisShared,
+        answer::outcome_of, connect::Part, connection::RedisConnection, fault::Fault,
+        publish::spell_publish, resp::RespValue, shared::RedisShared,
     },
 };
 
@@ -40,7 +40,9 @@ pub(super) async fn run(shared: Arc<RedisShared>) {
 
 async fn probe(shared: &RedisShared, publish: &Publish) -> Result<Outcome, Fault> {
     let birth = shared.next_birth();
-    let mut connection = shared.connector.connect(&format!("{}-probe", shared.client_name)).await?;
+    let name = format!("{}-probe", shared.client_name);
+    let master = shared.topology.master().await;
+    let mut connection = shared.connector.connect(&master, Part::Master, &name).await?;
     shared.scout.connected(birth);
     spell_publish(publish, false, &mut connection.output);
     answer(&mut connection).await

@@ -3,6 +3,7 @@
 use std::sync::LazyLock;
 
 use bytes::BytesMut;
+use wsproxy_proto::names;
 
 use crate::redis::resp;
 
@@ -29,6 +30,22 @@ impl Script {
     pub(super) fn load(&self, out: &mut BytesMut) {
         resp::words(out, &[b"SCRIPT", b"LOAD", self.text.as_bytes()]);
     }
+}
+
+/// Checks, in debug builds, that all keys of a call have one slot of a Redis Cluster. One Redis runs a script on keys of
+/// several slots without complaint, so that only this check finds one there.
+pub(super) fn assert_one_slot<'k>(keys: impl Iterator<Item = &'k [u8]>) {
+    if cfg!(debug_assertions) {
+        let mut slots = keys.map(names::slot);
+        let first = slots.next();
+        assert!(slots.all(|slot| Some(slot) == first), "a script must touch one slot");
+    }
+}
+
+/// Returns the keys of a call, whose `words` begin with the number of keys.
+pub(super) fn keys<'k>(words: &[&'k [u8]]) -> impl Iterator<Item = &'k [u8]> {
+    let count = words.first().and_then(|count| std::str::from_utf8(count).ok()?.parse().ok());
+    words.iter().skip(1).take(count.unwrap_or(0)).copied()
 }
 
 fn sha(script: &Script) -> String {
@@ -91,6 +108,21 @@ pub(crate) static TUNNEL_RELEASE: Script =
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_of_one_call_have_one_slot() {
+        let call: [&[u8]; 4] = [b"2", b"{room:a}:members", b"{room:a}:meta", b"{room:b}:meta"];
+        assert_eq!(keys(&call).count(), 2);
+        assert_one_slot(keys(&call));
+        assert_one_slot(keys(&[b"0"]));
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "a script must touch one slot")]
+    fn a_call_with_keys_of_two_slots_is_found() {
+        assert_one_slot(keys(&[b"2", b"{room:a}:members", b"{room:b}:meta"]));
+    }
 
     fn append_of(script: &Script) -> &'static str {
         let from = script.text.find("-- append begins").unwrap();

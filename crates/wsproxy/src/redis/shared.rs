@@ -22,6 +22,7 @@ use crate::{
         pipeline::Pipeline,
         probe::Route,
         subscriptions::Subscriptions,
+        topology::Topology,
     },
     store::not_done::NotDone,
 };
@@ -29,6 +30,7 @@ use crate::{
 /// State that connections and callers share.
 pub(super) struct RedisShared {
     pub(super) connector: Connector,
+    pub(super) topology: Topology,
     pub(super) client_name: String,
     pub(super) names: Names,
     pub(super) probe_channel: Arc<str>,
@@ -72,6 +74,7 @@ impl RedisShared {
             );
         }
         Ok(Self {
+            topology: Topology::new(&connector.address().servers),
             connector,
             client_name: client_name(server_id),
             names: names.clone(),

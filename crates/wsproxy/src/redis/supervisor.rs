@@ -9,7 +9,8 @@ use tokio::time::Instant;
 use wsproxy_proto::backoff::Backoff;
 
 use crate::redis::{
-    connection::RedisConnection, fault::Fault, health::Purpose, shared::RedisShared,
+    address::RedisEndpoint, connect::Part, connection::RedisConnection, fault::Fault,
+    health::Purpose, shared::RedisShared,
 };
 
 /// Makes one connection again and again.
@@ -27,22 +28,33 @@ impl Supervisor {
         Self { shared, purpose, failures: 0, up_since: None, complaints: Complaints::default() }
     }
 
-    /// Connects, with as many attempts as it takes; `None` at shutdown.
-    pub(super) async fn connect(&mut self) -> Option<RedisConnection> {
+    /// Connects to the master, with as many attempts as it takes. Returns the connection and the server at its end;
+    /// `None` at shutdown.
+    pub(super) async fn connect(&mut self) -> Option<(RedisConnection, Arc<RedisEndpoint>)> {
         let shared = self.shared.clone();
         let attempts = async {
             loop {
-                tokio::time::sleep(self.delay()).await;
-                // Taken before the server's name is looked up: of two connections that differ the newer stays.
-                let birth = shared.next_birth();
-                let name = format!("{}-{}", shared.client_name, self.purpose.name());
-                match shared.connector.connect(&name).await {
-                    Ok(connection) => break (connection, birth),
-                    Err(fault) => self.failed(&fault),
+                let master = shared.topology.master().await;
+                let attempt = async {
+                    tokio::time::sleep(self.delay()).await;
+                    // Taken before the server's name is looked up: of two connections that differ the newer stays.
+                    let birth = shared.next_birth();
+                    let name = format!("{}-{}", shared.client_name, self.purpose.name());
+                    (shared.connector.connect(&master, Part::Master, &name).await, birth)
+                };
+                let made = tokio::select! {
+                    made = attempt => Some(made),
+                    () = shared.topology.left(&master) => None,
+                };
+                match made {
+                    Some((Ok(connection), birth)) => break (connection, birth, master),
+                    Some((Err(fault), _)) => self.failed(&master, &fault),
+                    // The failures were those of another server.
+                    None => self.failures = 0,
                 }
             }
         };
-        let (mut connection, birth) = tokio::select! {
+        let (mut connection, birth, master) = tokio::select! {
             made = attempts => made,
             () = shared.shutdown.cancelled() => return None,
         };
@@ -53,27 +65,30 @@ impl Supervisor {
             shared.command_connections.fetch_add(1, Ordering::Release);
         }
         shared.health.up(self.purpose);
-        let address = shared.connector.address();
-        tracing::info!(link = self.purpose.name(), %address, "Connected to Redis.");
-        Some(connection)
+        tracing::info!(link = self.purpose.name(), address = %master, "Connected to Redis.");
+        Some((connection, master))
     }
 
-    /// Notes the loss of the connection.
-    pub(super) fn lost(&mut self, fault: &Fault) {
+    /// Notes the loss of the connection to a server.
+    pub(super) fn lost(&mut self, server: &RedisEndpoint, fault: &Fault) {
         self.shared.counters.links_lost.add(1);
         if matches!(fault, Fault::Role(_)) {
             self.shared.counters.role_refused.add(1);
         }
         self.shared.health.down(self.purpose, fault);
         let stable = self.up_since.take().is_some_and(|since| since.elapsed() > STABLE);
-        self.failures = if stable { 1 } else { self.failures.saturating_add(1) };
+        self.failures = match fault {
+            // Another server waits.
+            Fault::Moved => 0,
+            _ if stable => 1,
+            _ => self.failures.saturating_add(1),
+        };
         if self.complaints.due() || stable {
-            let address = self.shared.connector.address();
-            tracing::warn!(link = self.purpose.name(), %address, error = %fault, "Lost Redis.");
+            tracing::warn!(link = self.purpose.name(), address = %server, error = %fault, "Lost Redis.");
         }
     }
 
-    fn failed(&mut self, fault: &Fault) {
+    fn failed(&mut self, server: &RedisEndpoint, fault: &Fault) {
         self.shared.counters.connects_failed.add(1);
         if matches!(fault, Fault::Role(_)) {
             self.shared.counters.role_refused.add(1);
@@ -84,10 +99,9 @@ impl Supervisor {
             false => self.failures.saturating_add(1),
         };
         if self.complaints.due() {
-            let address = self.shared.connector.address();
             let attempts = self.failures;
             tracing::warn!(
-                link = self.purpose.name(), %address, attempts, error = %fault,
+                link = self.purpose.name(), address = %server, attempts, error = %fault,
                 "Cannot connect to Redis; it is tried again."
             );
         }

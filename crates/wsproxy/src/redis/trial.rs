@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use secrecy::{ExposeSecret as _, SecretString};
+
 use crate::{
     config,
     redis::{
-        connect::Connector,
+        address::{RedisEndpoint, RedisServers},
+        connect::{Connector, Part},
         connection::RedisConnection,
         fault::{Fault, tell},
         resp::{self, RespValue},
@@ -16,6 +19,9 @@ use crate::{
 pub(crate) struct Trial {
     connection: RedisConnection,
     answer_max: Duration,
+    is_tls: bool,
+    /// Password of the user `default`, where the address names one.
+    password: Option<SecretString>,
 }
 
 /// An answer of Redis.
@@ -41,7 +47,7 @@ pub(crate) struct TrialFault {
 }
 
 impl Trial {
-    /// Connects as an instance does, in at most `time_max`. No answer is waited for longer.
+    /// Connects to the master as an instance does, in at most `time_max`. No answer is waited for longer.
     ///
     /// # Errors
     /// The reason, and the thing to do.
@@ -49,16 +55,54 @@ impl Trial {
         config: &config::RedisConfig,
         time_max: Duration,
     ) -> Result<Self, TrialFault> {
-        let answer_max = config.connect_timeout.min(time_max);
-        let config = config::RedisConfig { connect_timeout: answer_max, ..config.clone() };
-        let connector = Connector::of(&config)
-            .map_err(|why| TrialFault { why, advice: "correct redis.url or redis.ca_file" })?;
-        let connected = connector.connect("wsproxy-check").await;
+        let (connector, answer_max) = connector(config, time_max)?;
+        let connected = connector.connect_master(NAME).await;
         let connection = connected.map_err(|fault| TrialFault {
             why: format!("Redis at {} cannot be used: {fault}", connector.address()),
             advice: advice(&fault),
         })?;
-        Ok(Self { connection, answer_max })
+        Ok(Self::of(connection, &connector, answer_max))
+    }
+
+    /// Connects to one server of the configuration, which plays `part`. See [`Self::connect`].
+    ///
+    /// # Errors
+    /// The reason, and the thing to do.
+    pub(crate) async fn connect_to(
+        config: &config::RedisConfig,
+        server: &RedisEndpoint,
+        part: Part,
+        time_max: Duration,
+    ) -> Result<Self, TrialFault> {
+        let (connector, answer_max) = connector(config, time_max)?;
+        let connected = connector.connect(server, part, NAME).await;
+        let connection = connected.map_err(|fault| TrialFault {
+            why: format!("{server} cannot be used: {fault}"),
+            advice: advice(&fault),
+        })?;
+        Ok(Self::of(connection, &connector, answer_max))
+    }
+
+    /// Returns whether TLS is spoken with the servers of the configuration.
+    pub(crate) fn is_tls(&self) -> bool {
+        self.is_tls
+    }
+
+    fn of(connection: RedisConnection, connector: &Connector, answer_max: Duration) -> Self {
+        let login = connector.address().login.as_ref().filter(|(user, _)| user == "default");
+        let password = login.map(|(_, password)| password.as_str().into());
+        Self { connection, answer_max, is_tls: connector.address().is_tls(), password }
+    }
+
+    /// Returns whether Redis would take any other password than that of the address too: its user `default` has none. A
+    /// greeting with a password succeeds then, but `AUTH`, with which many libraries begin, does not.
+    ///
+    /// # Errors
+    /// The connection was lost, or Redis does not answer in time.
+    pub(crate) async fn takes_any_password(&mut self) -> Result<bool, TrialFault> {
+        let Some(password) = self.password.clone() else { return Ok(false) };
+        let answer = self.ask(&["AUTH", password.expose_secret()]).await?;
+        Ok(matches!(answer, TrialAnswer::Error(error) if error.contains(NO_PASSWORD)))
     }
 
     /// Asks, and waits for the answer.
@@ -101,6 +145,26 @@ impl TrialAnswer {
     }
 }
 
+/// Returns the servers that a configuration names.
+///
+/// # Errors
+/// The reason, and the thing to do.
+pub(crate) fn servers(config: &config::RedisConfig) -> Result<RedisServers, TrialFault> {
+    let (connector, _) = connector(config, config.connect_timeout)?;
+    Ok(connector.address().servers.clone())
+}
+
+fn connector(
+    config: &config::RedisConfig,
+    time_max: Duration,
+) -> Result<(Connector, Duration), TrialFault> {
+    let answer_max = config.connect_timeout.min(time_max);
+    let config = config::RedisConfig { connect_timeout: answer_max, ..config.clone() };
+    let connector = Connector::of(&config)
+        .map_err(|why| TrialFault { why, advice: "correct redis.url or redis.ca_file" })?;
+    Ok((connector, answer_max))
+}
+
 fn advice(fault: &Fault) -> &'static str {
     match fault {
         Fault::Login(_) => "correct user and password in redis.url, or the user's ACL",
@@ -111,8 +175,18 @@ fn advice(fault: &Fault) -> &'static str {
         Fault::Io(_) | Fault::Closed => {
             "see whether the server runs, and correct host, port and TLS (redis or rediss) in redis.url"
         }
-        Fault::Broken(_) | Fault::Refused(_) | Fault::Probe => {
+        Fault::NoMaster(_) | Fault::UnknownMaster(_) => {
+            "see the sentinels (redis-cli -p 26379 SENTINEL MASTERS), and correct their addresses and the name of the \
+             master in redis.url, and redis.sentinel_username and redis.sentinel_password"
+        }
+        Fault::Broken(_) | Fault::Refused(_) | Fault::Moved | Fault::Probe => {
             "see the log of the server; Redis 7 is what is tested"
         }
     }
 }
+
+/// Name of the connection in the server's `CLIENT LIST`.
+const NAME: &str = "wsproxy-check";
+
+/// Words of Redis where a user without a password shows one.
+const NO_PASSWORD: &str = "without any password configured";

@@ -3,13 +3,13 @@
 //! The hash of a cluster alone decides which lane of an agent id is the newest; a script writes it before the handshake is
 //! answered. Each instance follows the announcements of lanes, so that a request costs no command of Redis.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
@@ -22,12 +22,12 @@ use crate::{
     },
     hub::Hub,
     registry::{
-        commands::Commands,
+        commands::{Commands, SCAN_START},
         lease::Lease,
         tunnel::{
             keys::LaneKeys,
             local::{LocalLanes, Standing},
-            table::LaneTable,
+            table::{KnownCluster, LaneTable},
         },
         writer::WriterCounters,
     },
@@ -300,18 +300,79 @@ impl LaneRegistry {
     /// Reads the lanes of a cluster again, since an instance did not have the lane `absent` that the table names.
     ///
     /// # Errors
-    /// Redis did not answer; the table stays as it was, without that lane.
+    /// Redis did not answer; the table stays as it was, without that lane for [`DOUBTED_FOR`].
     pub async fn read_again(
-        &self,
+        self: &Arc<Self>,
         cluster: &Id,
         absent: &RemoteLane,
     ) -> Result<Arc<[RemoteLane]>, StoreError> {
         let found = self.table.ask(cluster, Instant::now());
-        found.heard(LaneEvent::Lost, &absent.agent, &absent.record);
+        let reading = found.fresh_reading();
+        if found.heard(LaneEvent::Lost, &absent.agent, &absent.record) {
+            self.doubt(&found, cluster, absent, reading);
+        }
         if let LaneBackend::Redis(keys) = &self.backend {
-            self.read_cluster(keys, cluster, &found, found.fresh_reading()).await?;
+            self.read_cluster(keys, cluster, &found, reading).await?;
         }
         Ok(found.lanes())
+    }
+
+    /// Returns clusters behind `after` that have lanes at other instances, with the number of these, in the order of their
+    /// ids and at most `max`. Reads the lanes of all instances from Redis.
+    ///
+    /// # Errors
+    /// The store did not answer.
+    pub async fn clusters_elsewhere(
+        &self,
+        after: &str,
+        max: usize,
+    ) -> Result<BTreeMap<Id, usize>, StoreError> {
+        let mut clusters = BTreeMap::new();
+        let LaneBackend::Redis(keys) = &self.backend else { return Ok(clusters) };
+        for server in keys.living().await?.iter().filter(|server| ***server != *self.server_id) {
+            let mut cursor = SCAN_START;
+            loop {
+                let (next, fields) = keys.scan(server, &cursor).await?;
+                let lanes = fields.iter().filter_map(|(field, _)| Names::parse_tunnel_lane(field));
+                for (cluster, _) in lanes.filter(|(cluster, _)| cluster.as_str() > after) {
+                    *clusters.entry(cluster).or_default() += 1;
+                    if clusters.len() > max {
+                        clusters.pop_last();
+                    }
+                }
+                cursor = next;
+                if cursor == SCAN_START {
+                    break;
+                }
+            }
+        }
+        Ok(clusters)
+    }
+
+    /// Names a lane again after a while, unless the reading says otherwise: while Redis is away, nothing else tells that
+    /// the agent has come back to its instance.
+    fn doubt(
+        self: &Arc<Self>,
+        found: &Arc<KnownCluster>,
+        cluster: &Id,
+        absent: &RemoteLane,
+        reading: u64,
+    ) {
+        let (registry, found) = (Arc::clone(self), Arc::clone(found));
+        let (cluster, absent) = (cluster.clone(), absent.clone());
+        self.tasks.spawn(async move {
+            let LaneBackend::Redis(keys) = &registry.backend else { return };
+            let read = async {
+                sleep(DOUBTED_FOR).await;
+                registry.read_cluster(keys, &cluster, &found, reading).await
+            };
+            tokio::select! {
+                () = registry.closing.cancelled() => {}
+                read = read => if read.is_err() {
+                    found.heard(LaneEvent::Connected, &absent.agent, &absent.record);
+                },
+            }
+        });
     }
 
     /// Returns whether other instances live.
@@ -471,6 +532,9 @@ pub const AGENTS_MAX: usize = 1024;
 
 /// Greatest number of a lane: the script tells it from the next one.
 pub const LANE_NUMBER_MAX: u64 = crate::redis::script::EXACT_MAX - 1;
+
+/// Time for which a lane is not named that its instance did not have, where Redis cannot be asked.
+const DOUBTED_FOR: Duration = Duration::from_secs(1);
 
 /// Time for which a failed reading of a cluster stands for further ones.
 const FAILURE_KEPT: Duration = Duration::from_secs(1);

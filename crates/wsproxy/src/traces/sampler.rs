@@ -25,6 +25,8 @@ pub enum Asker {
     Client,
     /// A worker.
     Worker,
+    /// Another instance, which has shown the secret of the instances.
+    Instance,
 }
 
 impl Choice {

@@ -12,6 +12,7 @@ use crate::support::{
     binary::Binary,
     gateway::API_KEY,
     redis_server::{Options, RedisServer},
+    sentinel::{Deployment, REDIS_PASSWORD, SENTINEL_PASSWORD},
     tls::{Files, Made},
 };
 
@@ -101,6 +102,44 @@ fn a_good_redis_has_no_errors() {
 }
 
 #[test]
+fn every_server_of_sentinel_is_examined() {
+    let mut deployment = Deployment::start();
+    let url = deployment.url();
+    let environment =
+        [("REDIS_URL", url.as_str()), ("WSPROXY_REDIS__SENTINEL_PASSWORD", SENTINEL_PASSWORD)];
+    let examined = Examined::with(&environment);
+    assert_eq!((examined.code, examined.errors()), (Some(0), 0), "{}", examined.output);
+    let master = format!("names the master 127.0.0.1:{}", deployment.servers[0].port());
+    for sentinel in &deployment.sentinels {
+        let sentinel = format!("sentinel 127.0.0.1:{}: version 7", sentinel.port());
+        examined.has("ok", "redis", &[&sentinel, &master]);
+    }
+    examined.has("ok", "redis", &["output buffer for subscribers: 268435456 bytes"]);
+    for replica in &deployment.servers[1..] {
+        let replica = format!("replica 127.0.0.1:{}: ", replica.port());
+        for told in ["connected, version 7", "maxmemory-policy noeviction", "has all rights"] {
+            examined.has("ok", "redis", &[&replica, told]);
+        }
+        examined.has("ok", "clock", &[&replica, "agrees"]);
+    }
+    for secret in [REDIS_PASSWORD, SENTINEL_PASSWORD] {
+        assert!(!examined.output.contains(secret), "{}", examined.output);
+    }
+    // A replica that would evict, and a sentinel that is away.
+    deployment.servers[1].call(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+    deployment.sentinels[2].kill();
+    let examined = Examined::with(&environment);
+    assert_eq!((examined.code, examined.errors()), (Some(1), 1), "{}", examined.output);
+    let replica = format!("replica 127.0.0.1:{}: ", deployment.servers[1].port());
+    examined.has("error", "redis", &[&replica, "allkeys-lru"]);
+    let sentinel = format!("sentinel 127.0.0.1:{} cannot be used", deployment.sentinels[2].port());
+    examined.has("warning", "redis", &[&sentinel]);
+    let wrong = url.replace("mymaster", "other");
+    let examined = Examined::with(&[("REDIS_URL", &wrong), environment[1]]);
+    examined.has("error", "redis", &["knows no master with the name other"]);
+}
+
+#[test]
 fn a_wrong_password_is_told_without_it() {
     let redis = RedisServer::start_with(Options {
         password: Some("right-password".into()),
@@ -111,6 +150,41 @@ fn a_wrong_password_is_told_without_it() {
     examined.has("error", "redis", &["refused user or password"]);
     assert_eq!((examined.code, examined.errors()), (Some(1), 1));
     assert!(!examined.output.contains("hunter2"), "{}", examined.output);
+}
+
+#[test]
+fn a_password_that_redis_does_not_ask_for_is_told() {
+    let redis = RedisServer::start();
+    let url = redis.url().replace("redis://", "redis://:hunter2hunter2@");
+    let examined = Examined::of_redis(&url);
+    examined.has("error", "redis", &["has a password, but Redis has none"]);
+    assert_eq!((examined.code, examined.errors()), (Some(1), 1), "{}", examined.output);
+    assert!(!examined.output.contains("hunter2"), "{}", examined.output);
+}
+
+#[test]
+fn missing_rights_for_the_tunnel_are_named() {
+    let redis = RedisServer::start();
+    let user = ["ACL", "SETUSER", "app", "on", ">app-password-1", "+@all", "resetchannels"];
+    let others = ["~ws:*", "&ws:*", "&wsproxy:probe:*"];
+    redis.call(&[&user[..], &others].concat());
+    let url = redis.url().replace("redis://", "redis://app:app-password-1@");
+    let variables = [
+        ("REDIS_URL", url.as_str()),
+        ("WSPROXY_ENDPOINTS__TUNNEL", "true"),
+        ("WSPROXY_ENDPOINTS__SESSIONS", "false"),
+        ("WSPROXY_ENDPOINTS__EVENTS", "false"),
+        ("WSPROXY_ENDPOINTS__ROOMS", "false"),
+    ];
+    let examined = Examined::with(&variables);
+    examined.has("error", "redis", &["SUBSCRIBE tunnels:events", "PUBLISH tunnels:events"]);
+    examined.has("error", "redis", &["HSET tunnel:wsproxy-check"]);
+    redis.call(&["ACL", "SETUSER", "app", "&tunnels:events", "~tunnel:*"]);
+    let examined = Examined::with(&variables);
+    assert_eq!(examined.errors(), 0, "{}", examined.output);
+    // The lease of an instance is needed for the tunnel alone, too.
+    redis.call(&["ACL", "SETUSER", "app", "resetkeys", "~tunnel:*"]);
+    Examined::with(&variables).has("error", "redis", &["HSET ws:server:wsproxy-check:tunnels"]);
 }
 
 #[test]

@@ -95,6 +95,23 @@ async fn ids_hold_safe_characters_only() {
 }
 
 #[tokio::test]
+async fn heads_are_bounded_to_the_byte() {
+    // Smaller and larger than the buffers of a connection.
+    for limit in [2048, 100_000] {
+        let instance = TestInstance::with(|config| config.server.header_bytes_max = limit).await;
+        let head = |length: usize| {
+            let start = "GET /ready HTTP/1.1\r\nHost: gateway\r\nX-Large: ";
+            format!("{start}{}\r\n\r\n", "x".repeat(length - start.len() - 4))
+        };
+        assert_eq!(send(&instance, &head(limit)).await.status, 200, "{limit}");
+        assert_eq!(send(&instance, &head(limit + 1)).await.status, 431, "{limit}");
+        // A head without an end is refused as soon as it is too large.
+        let endless = head(limit + 10);
+        assert_eq!(send(&instance, &endless[..limit + 1]).await.status, 431, "{limit}");
+    }
+}
+
+#[tokio::test]
 async fn oversized_and_invalid_heads_are_refused_and_counted() {
     let instance = TestInstance::with(|config| config.server.header_bytes_max = 8192).await;
     let mut other = instance.client("other").await;

@@ -87,6 +87,23 @@ async fn proxied_requests_without_a_credential_have_their_lines() {
     let ended = &binary.lines("Proxied request ended.")[0];
     assert_eq!((&ended["code"], &ended["status"]), (&"unauthorized".into(), &401.into()));
     assert_eq!(ended["trace_id"], refused["trace_id"]);
+    // A client without a credential does not fill the log.
+    let begun = std::time::Instant::now();
+    for _ in 0..50 {
+        assert_eq!(http::request(binary.address, "GET", path, &[], b"").await.status, 401);
+    }
+    let most = begun.elapsed().as_secs() as usize + 3;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(http::request(binary.address, "GET", path, &[], b"").await.status, 401);
+    for message in ["Proxied request refused.", "Proxied request ended."] {
+        eventually(message, || {
+            let (written, left_out) = told(&binary.lines(message));
+            written as u64 + left_out == 52
+        })
+        .await;
+        let (written, _) = told(&binary.lines(message));
+        assert!(written <= most, "{message} {written} lines");
+    }
 }
 
 #[tokio::test]

@@ -13,12 +13,15 @@ use wsproxy::config::{
 use crate::support::{
     gateway::{API_KEY, TestInstance},
     http::Response,
+    redis_server::RedisServer,
+    sentinel::lone_sentinel,
     tls::Made,
 };
 
 mod behaviour;
 mod faults;
 mod program;
+mod tunnel;
 
 /// A configuration file of a test, with the values of its keys as TOML.
 #[derive(Clone)]
@@ -151,7 +154,8 @@ fn candidates(key: &Key, file: impl Fn(&str) -> String) -> Vec<String> {
         "tunnel.peer_bind" => "\"127.0.0.1:1\"".into(),
         "tunnel.peer_url" => "\"http://127.0.0.1:1\"".into(),
         "tunnel.peer_secret" => "\"peer-secret-0123456789\"".into(),
-        "redis.url" => "\"redis://127.0.0.1:1\"".into(),
+        // The login at sentinels needs sentinels.
+        "redis.url" => "\"redis+sentinel://127.0.0.1:1/mymaster\"".into(),
         "database.url" => "\"postgres://u@h/d\"".into(),
         "log.level" => "\"debug\"".into(),
         "traces.endpoint" | "traces.url" => "\"http://127.0.0.1:1\"".into(),
@@ -200,6 +204,11 @@ async fn every_key_is_reloaded_or_needs_a_restart_as_marked() {
     }
     let file = |name: &str| format!("\"{}\"", files.path().join(name).display());
     let mut base = Values::new();
+    let (redis, folder) = (RedisServer::start(), tempfile::tempdir().unwrap());
+    let sentinel = lone_sentinel(redis.port(), folder.path());
+    let url = format!("\"redis+sentinel://127.0.0.1:{}/mymaster\"", sentinel.port());
+    base.set("redis.url", &url);
+    base.set("redis.sentinel_password", "\"a sentinel without passwords takes any\"");
     base.set("admin.port", "0");
     base.set("server.trusted_proxies", "[\"192.0.2.0/24\"]");
     base.set("tls.certificate", &file("certificate.pem"));

@@ -16,6 +16,7 @@ pub mod killable;
 pub mod postgres;
 pub mod raw;
 pub mod redis_server;
+pub mod sentinel;
 pub mod sse;
 pub mod tls;
 

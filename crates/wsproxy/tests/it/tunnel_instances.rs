@@ -27,6 +27,8 @@ use crate::support::{
 };
 
 mod faults;
+mod hop;
+mod operators;
 
 /// The configuration of an instance that reaches others.
 fn peered(redis: &RedisServer, name: &str) -> Config {
@@ -48,10 +50,21 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
+        Self::with(|_| {}, LaneSettings::default()).await
+    }
+
+    /// One whose instances have a configuration that `change` makes, and whose agent's lane has `settings`.
+    async fn with(change: impl Fn(&mut Config), settings: LaneSettings) -> Self {
         let redis = RedisServer::start();
-        let one = TestInstance::start(peered(&redis, "s1")).await;
-        let two = TestInstance::start(peered(&redis, "s2")).await;
-        let agent = ClusterAgent::start(two.address(), serve).await;
+        let config = |name| {
+            let mut config = peered(&redis, name);
+            change(&mut config);
+            config
+        };
+        let one = TestInstance::start(config("s1")).await;
+        let two = TestInstance::start(config("s2")).await;
+        let name = Name::default();
+        let agent = ClusterAgent::named(two.address(), name, settings, serve).await.unwrap();
         Self { redis, one, two, agent }
     }
 
@@ -86,6 +99,10 @@ async fn serve(mut stream: AcceptedStream) {
         }
         "/echo" => echo(stream).await,
         "/exec" => switched(stream).await,
+        "/late" => {
+            let _ = stream.body.read().await;
+            stream.answer.reset(&Reset::new(Code::UpstreamTimeout));
+        }
         "/refuse" => answer(stream, 413, "not read").await,
         "/trailers" => trailers(stream).await,
         "/silent" => {
@@ -102,6 +119,9 @@ async fn serve(mut stream: AcceptedStream) {
             stream.answer.write(Bytes::from_static(b"half")).await.unwrap();
             tokio::time::sleep(Duration::from_millis(50)).await;
             stream.answer.reset(&Reset::new(Code::UpstreamReset));
+        }
+        _ if path.starts_with("/to?") => {
+            send_head(&mut stream, 302, true, &[("location", &path["/to?".len()..])]);
         }
         _ => {
             let headers = lines(stream.request.headers.headers());

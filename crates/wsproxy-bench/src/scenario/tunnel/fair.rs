@@ -57,4 +57,4 @@ fn slowly(site: Site) -> JoinHandle<Result<()>> {
     })
 }
 
-const TURNS: u32 = 4;
+const TURNS: u32 = 10;

@@ -1,12 +1,12 @@
-//! Clients that leave: how soon the connection to the service is closed.
+//! Clients that leave, and deadlines that pass: how soon the connection to the service is closed.
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tokio::time::sleep;
 
-use super::{Options, histogram};
-use crate::clock::{NS_PER_SECOND, now_ns};
+use super::{Options, histogram, open_all};
+use crate::clock::{NS_PER_SECOND, now_ns, ns};
 use crate::report::Report;
 use crate::tunnel::client::{Connection, READ_BYTES, Site};
 
@@ -37,6 +37,48 @@ pub(super) async fn run(options: &Options, report: &mut Report) -> Result<()> {
         report.quantiles(state, &times);
         report.problem_if(open > 0, || {
             format!("{open} connections to the service were open after a second ({state})")
+        });
+    }
+    Ok(())
+}
+
+/// Lets the deadline for a head and that for a body without a byte pass, for all clients at once. The server has to be
+/// configured with the deadline that the options say.
+pub(super) async fn deadlines(options: &Options, report: &mut Report) -> Result<()> {
+    let direct = options.direct()?;
+    let mut asking = direct.connect().await?;
+    report.set("connections", options.connections);
+    let mut id = now_ns() & 0xffff_ffff_ffff;
+    // Heads come last: the breaker lets no request through behind so many that are late.
+    for (name, path) in [("idle", "/idle"), ("head", "/hold/60000")] {
+        let first = id + 1;
+        let opened = open_all(options.connections, |number| {
+            let site = options.site.clone();
+            async move {
+                let mut connection = site.connect().await?;
+                let path = format!("{path}?id={}", first + u64::from(number));
+                connection.send(site.request("GET", &path, None).as_bytes()).await?;
+                Ok(connection)
+            }
+        })
+        .await?;
+        id += u64::from(options.connections);
+        sleep(options.deadline + Duration::from_secs(1)).await;
+        let (mut times, mut open) = (histogram()?, 0u32);
+        for id in first..=id {
+            let (start, end) = times_of(&mut asking, &direct, id).await?;
+            ensure!(start > 0, "the service has got no request ({name})");
+            let due = start + ns(options.deadline);
+            if end > 0 {
+                times.saturating_record(end.saturating_sub(due));
+            } else {
+                open += 1;
+            }
+        }
+        drop(opened);
+        report.quantiles(&format!("{name}_late"), &times);
+        report.problem_if(open > 0, || {
+            format!("{open} connections to the service were open a second late ({name})")
         });
     }
     Ok(())

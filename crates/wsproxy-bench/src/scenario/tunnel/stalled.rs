@@ -38,6 +38,8 @@ pub(super) async fn run(options: &Options, report: &mut Report) -> Result<()> {
     report.figure("beside_mb_per_s", beside.round());
     report.ratio("speed_ratio", beside, usual);
     drop(stalled);
+    // An allocator gives freed pages back to the kernel some seconds later, and little by little.
+    sleep(options.duration * 4).await;
     let after = settled_memory(options, PATIENCE).await;
     report.ratio("left_mib", growth_mib(&after, &before), 1.0);
     Ok(())

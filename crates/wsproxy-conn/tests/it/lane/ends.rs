@@ -72,7 +72,7 @@ async fn a_lanes_socket_keeps_little_unsent() {
     for socket in [ours.1, theirs.1] {
         let socket = SockRef::from(&socket);
         assert!(socket.tcp_nodelay().unwrap());
-        assert_eq!(socket.tcp_notsent_lowat().unwrap(), 128 << 10);
+        assert_eq!(socket.tcp_notsent_lowat().unwrap(), 64 << 10);
         assert_eq!(socket.tcp_user_timeout().unwrap(), Some(2 * settings.write_timeout));
     }
     drop(pair);

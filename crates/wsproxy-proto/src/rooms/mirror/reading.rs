@@ -203,12 +203,13 @@ impl Mirror {
         self.reader.is_missing_news = true;
         self.reader.positions_at = None;
         self.reader.overtake_positions();
-        for member in self.replica.state.members_mut() {
-            member.end_echo();
-            if !member.is_here() {
-                member.age_positions();
-            }
-        }
+        self.replica.state.members_mut().for_each(Member::end_echo);
+        self.age_positions_elsewhere();
+    }
+
+    fn age_positions_elsewhere(&mut self) {
+        let elsewhere = self.replica.state.members_mut().filter(|member| !member.is_here());
+        elsewhere.for_each(Member::age_positions);
     }
 
     /// Returns the version up to which news were told. Readings may be ahead of the channel.
@@ -269,6 +270,9 @@ impl Mirror {
         self.replica.is_current = true;
         let began = (!reading.is_certain).then_some(under_way.began);
         self.adopt(&draft, began, changes);
+        // News were missed, so ends of what was heard may be among them: Redis refuses one while it lacks the member.
+        // Redis has all positions that were heard until now once these are read again.
+        self.age_positions_elsewhere();
         if !self.is_complete() {
             changes.truncate(from);
             let known = self.replica.known;

@@ -307,3 +307,26 @@ fn update_of_what_was_refused_before_the_member_came_here() {
         Answer(2, 0), Answer(0, 1), Change(1, 'u', 0, 0), RunCommand(2), Open(1, 0),
     ]);
 }
+
+/// Redis loses a member, so that the end of what the member has moved is refused. Others have heard the position.
+#[test]
+#[rustfmt::skip]
+fn end_of_a_position_that_was_refused_since_redis_was_emptied() {
+    play(true, &[
+        Open(0, 0), Begin(0), Open(1, 2), Begin(2), Close(0, 0), Answer(2, 0), Answer(2, 0), Answer(0, 0), Answer(0, 0),
+        Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(0, 0), Answer(2, 0), Answer(2, 0), Answer(2, 0), Empty,
+        Change(0, 'p', 1, 0), Change(0, 'd', 1, 0),
+    ]).check_entities();
+}
+
+/// As before, but Redis is emptied while both instances read the room.
+#[test]
+#[rustfmt::skip]
+fn end_of_a_position_that_was_refused_while_the_room_is_read() {
+    play(true, &[
+        Open(0, 1), Open(2, 2), Answer(2, 0), Close(0, 0), LoseLease(0), Begin(1), Open(2, 1), Answer(2, 0),
+        Answer(1, 2), Answer(1, 0), Begin(2), Answer(2, 0), Answer(2, 0), Answer(1, 0), Answer(1, 0), Empty,
+        Answer(1, 0), Answer(1, 0), Answer(2, 0), Answer(1, 0), Change(2, 'p', 0, 0), Open(0, 2),
+        Change(2, 'd', 0, 0),
+    ]).check_entities();
+}

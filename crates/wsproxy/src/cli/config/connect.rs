@@ -8,6 +8,7 @@ use crate::config::Config;
 
 mod database;
 mod host;
+mod nodes;
 mod port;
 mod proxies;
 mod redis;
@@ -47,6 +48,12 @@ impl Finding {
 
     fn error(part: &'static str, what: impl Into<String>, advice: impl Into<String>) -> Self {
         Self { level: Level::Error, part, what: what.into(), advice: advice.into() }
+    }
+
+    /// Puts the name of the server that was looked at in front.
+    fn of(mut self, server: &str) -> Self {
+        self.what = format!("{server}: {}", self.what);
+        self
     }
 
     /// Returns JSON for programs.

@@ -53,8 +53,10 @@ pub struct RoomCounters {
     pub acks_overflow: Counter,
     /// Reliable messages that waited when the connection ended.
     pub acks_closed: Counter,
-    /// Throttle of the log lines about messages that were given up.
-    pub given_up_lines: Throttle,
+    /// Throttle of the log lines about messages that were given up after all tries.
+    pub tries_lines: Throttle,
+    /// Throttle of the log lines about messages that were given up because too many wait.
+    pub overflow_lines: Throttle,
     /// Members that a worker has sent away.
     pub kicked: Counter,
     /// Readings of rooms from the store, beyond the first of each.

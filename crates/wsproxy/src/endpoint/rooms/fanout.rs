@@ -26,6 +26,11 @@ impl Form {
         Outgoing::new(self.kind(), message).frame(link.window_bits(), link.profile())
     }
 
+    /// Returns the frame of a message that is in this form already, without compression.
+    pub(super) fn plain_frame(self, message: &[u8], link: &Link) -> Bytes {
+        Outgoing::new(self.kind(), message).frame(None, link.profile())
+    }
+
     /// Returns the message of an envelope; `None` if the envelope has no such form.
     pub(super) fn message(self, envelope: Cow<'_, [u8]>) -> Option<Cow<'_, [u8]>> {
         match self {

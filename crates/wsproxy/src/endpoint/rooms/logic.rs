@@ -65,7 +65,6 @@ impl RoomLogic {
         caller: Arc<Caller>,
         expires_at: Option<u64>,
     ) -> Self {
-        let rates = Rates::new();
         Self {
             membership,
             link,
@@ -74,7 +73,7 @@ impl RoomLogic {
             opened: clock::now(),
             form: None,
             has_said_hello: false,
-            rates,
+            rates: Rates::default(),
             wakes_at: Micros::NEVER,
             messages_in: 0,
             strikes: 0,

@@ -38,7 +38,7 @@ pub(super) struct Membership {
     record: Mutex<Box<str>>,
     ending: Arc<Ending>,
     /// The room in the registry; taken by the leave.
-    entry: Mutex<Option<RoomMembership>>,
+    entry: Option<RoomMembership>,
 }
 
 /// Effect of the end of a membership.
@@ -99,7 +99,7 @@ impl Membership {
         let connection = rooms.next_connection();
         let registry = rooms.registry.as_ref();
         let registry = registry.ok_or_else(|| Rejection::internal("Rooms are not served."))?;
-        let entry = Mutex::new(Some(registry.enter(&room.id, connection.number)));
+        let entry = Some(registry.enter(&room.id, connection.number));
         Ok(Arc::new_cyclic(|me| {
             let ending = Arc::default();
             room.add(connection.number, &client, link, (me, &ending));
@@ -215,7 +215,7 @@ impl Drop for Membership {
         if self.ending.is(LeaveKind::Nothing) {
             return;
         }
-        let Some(entry) = self.entry.get_mut().take() else { return };
+        let Some(entry) = self.entry.take() else { return };
         let leave = Leave {
             entry,
             room: self.room.clone(),

@@ -70,9 +70,16 @@ pub(super) enum Passed {
 }
 
 /// Rate of one member's messages.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Rates {
     bucket: Bucket,
+    /// On the heap, since most members never send above their rate.
+    above: Option<Box<Above>>,
+}
+
+/// State of a member that has sent above its rate.
+#[derive(Debug)]
+struct Above {
     /// The newest position of each entity that waits: entity and envelope.
     waiting: VecDeque<(Box<str>, Vec<u8>)>,
     /// Waiting positions that a newer one has replaced.
@@ -88,19 +95,6 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// Makes the state of a member that has sent nothing.
-    pub(super) fn new() -> Self {
-        Self {
-            bucket: Bucket::default(),
-            waiting: VecDeque::new(),
-            coalesced: 0,
-            next: Micros::NEVER,
-            over_since: None,
-            over_at: Micros(0),
-            tells_at: Micros(0),
-        }
-    }
-
     /// Counts a message.
     pub(super) fn take(
         &mut self,
@@ -110,30 +104,34 @@ impl Rates {
     ) -> Passed {
         let Err(wait) = self.pass(limits, now) else {
             // A newer position makes a waiting one needless, and so does the end of its entity.
-            if let Body::Position { entity, .. } | Body::Despawn { entity } = checked.body {
-                self.forget(entity);
+            if let Body::Position { entity, .. } | Body::Despawn { entity } = checked.body
+                && let Some(above) = &mut self.above
+            {
+                above.forget(entity);
             }
             return Passed::Now;
         };
-        if self.is_flood(now) {
+        let above = self.above.get_or_insert_default();
+        if above.is_flood(now) {
             return Passed::Flood;
         }
         match checked.body {
-            Body::Position { entity, .. } if self.keep(entity, envelope) => {
-                self.next = self.next.min(now.after(wait));
+            Body::Position { entity, .. } if above.keep(entity, envelope) => {
+                above.next = above.next.min(now.after(wait));
                 Passed::Later
             }
-            _ => self.drop(wait, now),
+            _ => above.refuse(wait, now),
         }
     }
 
     /// Counts a message that is no envelope.
     pub(super) fn take_opaque(&mut self, limits: &RoomRates, now: Micros) -> Passed {
-        match self.pass(limits, now) {
-            Ok(()) => Passed::Now,
-            Err(_) if self.is_flood(now) => Passed::Flood,
-            Err(wait) => self.drop(wait, now),
+        let Err(wait) = self.pass(limits, now) else { return Passed::Now };
+        let above = self.above.get_or_insert_default();
+        if above.is_flood(now) {
+            return Passed::Flood;
         }
+        above.refuse(wait, now)
     }
 
     fn pass(&mut self, limits: &RoomRates, now: Micros) -> Result<(), Micros> {
@@ -146,30 +144,47 @@ impl Rates {
 
     /// Returns a position that may be sent now.
     pub(super) fn due(&mut self, limits: &RoomRates, now: Micros) -> Option<Vec<u8>> {
-        if self.waiting.is_empty() || now < self.next {
+        if self.above.as_ref().is_none_or(|above| above.waiting.is_empty() || now < above.next) {
             return None;
         }
-        if let Err(wait) = self.pass(limits, now) {
-            self.next = now.after(wait);
+        let passed = self.pass(limits, now);
+        let above = self.above.as_mut()?;
+        if let Err(wait) = passed {
+            above.next = now.after(wait);
             return None;
         }
-        let (_, envelope) = self.waiting.pop_front()?;
-        if self.waiting.is_empty() {
-            self.next = Micros::NEVER;
+        let (_, envelope) = above.waiting.pop_front()?;
+        if above.waiting.is_empty() {
+            above.next = Micros::NEVER;
         }
         Some(envelope)
     }
 
     /// Returns the time at which [`Self::due`] may have a position.
-    pub(super) const fn next(&self) -> Micros {
-        self.next
+    pub(super) fn next(&self) -> Micros {
+        self.above.as_ref().map_or(Micros::NEVER, |above| above.next)
     }
 
     /// Returns the number of waiting positions that a newer one has replaced since the last call.
-    pub(super) const fn take_coalesced(&mut self) -> u64 {
-        std::mem::replace(&mut self.coalesced, 0)
+    pub(super) fn take_coalesced(&mut self) -> u64 {
+        self.above.as_mut().map_or(0, |above| std::mem::take(&mut above.coalesced))
     }
+}
 
+impl Default for Above {
+    fn default() -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            coalesced: 0,
+            next: Micros::NEVER,
+            over_since: None,
+            over_at: Micros(0),
+            tells_at: Micros(0),
+        }
+    }
+}
+
+impl Above {
     fn forget(&mut self, entity: &str) {
         let count = self.waiting.len();
         self.waiting.retain(|(waiting, _)| **waiting != *entity);
@@ -199,7 +214,7 @@ impl Rates {
         has_room
     }
 
-    fn drop(&mut self, wait: Micros, now: Micros) -> Passed {
+    fn refuse(&mut self, wait: Micros, now: Micros) -> Passed {
         if now < self.tells_at {
             return Passed::Dropped(None);
         }
@@ -233,6 +248,9 @@ const WAITING_MAX: usize = 100;
 /// Largest envelope of a position that waits.
 const POSITION_BYTES_MAX: usize = 1024;
 
+// Every member has one.
+const _: () = assert!(size_of::<Rates>() <= 16);
+
 const TELL_EVERY: Micros = Micros(1_000_000);
 
 /// Pause after which a client counts as back below its rate.
@@ -257,7 +275,7 @@ mod tests {
 
     fn one_per_second() -> (Rates, RoomRates) {
         let config = RoomsConfig { messages_per_second: 1, ..RoomsConfig::default() };
-        (Rates::new(), RoomRates::new(&config))
+        (Rates::default(), RoomRates::new(&config))
     }
 
     #[test]
@@ -313,14 +331,14 @@ mod tests {
 
     #[test]
     fn positions_of_so_many_entities_wait() {
-        let mut rates = Rates::new();
+        let mut above = Above::default();
         let names = u8::MIN..WAITING_MAX as u8;
-        assert!(names.clone().all(|name| rates.keep(&name.to_string(), b"1")));
-        assert!(!rates.keep("one too many", b"1"));
-        assert!(rates.keep("0", b"2"), "a newer position takes no further place");
-        rates.forget("1");
-        assert_eq!(rates.waiting.len(), names.len() - 1);
-        assert_eq!(rates.waiting.pop_front(), Some(("0".into(), b"2".to_vec())));
+        assert!(names.clone().all(|name| above.keep(&name.to_string(), b"1")));
+        assert!(!above.keep("one too many", b"1"));
+        assert!(above.keep("0", b"2"), "a newer position takes no further place");
+        above.forget("1");
+        assert_eq!(above.waiting.len(), names.len() - 1);
+        assert_eq!(above.waiting.pop_front(), Some(("0".into(), b"2".to_vec())));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The line and the numbers of each proxied request, written at its end. Holds no query and no header.
+//! The line, the numbers and the span of each proxied request, written at its end. Holds no query and no header.
 
 use std::{
     sync::{
@@ -12,14 +12,16 @@ use http::{Method, StatusCode};
 use parking_lot::Mutex;
 use tracing::info;
 
-use crate::endpoint::tunnel::{
-    counters::{Ended, TunnelCounters},
-    headers::{answer::Source, marks::Marks},
-    refusal::Code,
+use crate::{
+    endpoint::tunnel::{
+        counters::{Ended, TunnelCounters},
+        headers::{answer::Source, marks::Marks},
+        refusal::Code,
+    },
+    traces::{RootSpan, Trace, Value},
 };
 
-/// A proxied request from its begin to its end. Dropping the last handle writes its line.
-#[derive(Debug)]
+/// A proxied request from its begin to its end. Dropping the last handle writes its line, and ends its span.
 pub struct Access {
     counters: Arc<TunnelCounters>,
     cluster: Box<str>,
@@ -27,6 +29,8 @@ pub struct Access {
     method: Method,
     trace_id: String,
     request_id: Box<str>,
+    /// Span of the request.
+    trace: Trace,
     begin: Instant,
     /// Bytes of the bodies, from the client and to the client.
     bytes: [AtomicU64; 2],
@@ -34,8 +38,10 @@ pub struct Access {
     known: Mutex<Known>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Known {
+    /// Span of the request, until its end.
+    span: RootSpan,
     /// Time that the request waited for a lane.
     wait: Duration,
     status: Option<StatusCode>,
@@ -46,7 +52,7 @@ struct Known {
 }
 
 impl Access {
-    /// Begins a request for a path with this pattern.
+    /// Begins a request for a path with this pattern. `span` is the request's own.
     #[must_use]
     pub fn begin(
         counters: &Arc<TunnelCounters>,
@@ -54,18 +60,30 @@ impl Access {
         pattern: &str,
         method: &Method,
         marks: &Marks,
+        span: RootSpan,
     ) -> Arc<Self> {
+        let cluster = &cluster[..cluster.floor_char_boundary(CLUSTER_BYTES_MAX)];
+        let trace = span.trace().clone();
+        trace.add("wsproxy.cluster", || Value::text(cluster));
+        trace.add("wsproxy.pattern", || Value::text(pattern));
         Arc::new(Self {
             counters: Arc::clone(counters),
-            cluster: cluster[..cluster.floor_char_boundary(CLUSTER_BYTES_MAX)].into(),
+            cluster: cluster.into(),
             pattern: pattern.into(),
             method: method.clone(),
             trace_id: marks.trace_id(),
             request_id: marks.request_id.clone(),
+            trace,
             begin: Instant::now(),
             bytes: Default::default(),
-            known: Mutex::default(),
+            known: Mutex::new(Known { span, ..Known::default() }),
         })
+    }
+
+    /// Returns the span of the request.
+    #[must_use]
+    pub const fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     /// Adds a time that the request waited for a lane.
@@ -73,10 +91,16 @@ impl Access {
         self.known.lock().wait += time;
     }
 
-    /// Notes the head of the answer.
+    /// Notes the head of the answer. An upgrade ends the span, which then is as long as that of another handshake.
     pub fn answered(&self, status: StatusCode, source: Source) {
         let head = self.begin.elapsed();
+        self.trace.add("wsproxy.source", || source.label().into());
         let mut known = self.known.lock();
+        if status == StatusCode::SWITCHING_PROTOCOLS {
+            std::mem::take(&mut known.span).end(status, None);
+        } else {
+            self.trace.enter("answer");
+        }
         (known.status, known.source) = (Some(status), Some(source));
         known.head = (source != Source::Cache).then_some(head);
     }
@@ -125,12 +149,32 @@ impl Access {
     }
 }
 
+/// Ends the span of a request. `code`: reason of a refusal, or for which the answer broke off.
+fn end_span(span: RootSpan, known: &Known, code: Option<Code>) {
+    // A span without an end is that of a client who left.
+    let Some(status) = known.status else { return };
+    let is_broken = known.source != Some(Source::Gateway);
+    match code.filter(|code| is_broken && *code != Code::Cancelled) {
+        Some(code) => span.end_broken(status, code.label()),
+        None => span.end(status, code.map(Code::label)),
+    }
+}
+
 impl Drop for Access {
     fn drop(&mut self) {
-        let known = std::mem::take(self.known.get_mut());
+        let mut known = std::mem::take(self.known.get_mut());
         let total = self.begin.elapsed();
         let end = self.end(&known, total);
         self.counters.ended(&end);
+        end_span(std::mem::take(&mut known.span), &known, end.code);
+        // A client without a credential must not fill the log.
+        let left_out = match end.has_opened() {
+            true => None,
+            false => match self.counters.unopened_lines.pass() {
+                Some(left_out) => Some(left_out),
+                None => return,
+            },
+        };
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         info!(
             cluster = &*self.cluster,
@@ -146,6 +190,7 @@ impl Drop for Access {
             total_ms = millis(total),
             trace_id = &*self.trace_id,
             request_id = &*self.request_id,
+            left_out,
             "Proxied request ended."
         );
     }
@@ -162,7 +207,7 @@ mod tests {
 
     fn access(counters: &Arc<TunnelCounters>) -> Arc<Access> {
         let marks = Marks::new(&HeaderMap::new(), None);
-        Access::begin(counters, "c1", "/api", &Method::GET, &marks)
+        Access::begin(counters, "c1", "/api", &Method::GET, &marks, RootSpan::default())
     }
 
     fn end(of: &Access) -> (Option<u16>, Option<Code>) {

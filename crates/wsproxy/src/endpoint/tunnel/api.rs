@@ -1,7 +1,7 @@
-//! Clusters in the worker API, as operators see them: lanes, health, streams and the breaker at this instance. Needs the
-//! scope `admin`.
+//! Clusters in the worker API, as operators see them: lanes of all instances, and health, streams and the breaker at this
+//! one. Needs the scope `admin`.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json, Router,
@@ -23,6 +23,8 @@ use crate::{
         api::{PathId, Worker},
         rejection::Rejection,
     },
+    registry::tunnel::{LaneRecord, RemoteLane},
+    telemetry::time,
 };
 
 /// Makes the routes of clusters.
@@ -39,7 +41,7 @@ struct ListQuery {
     cursor: Option<String>,
 }
 
-/// Lists the clusters of this instance by their ids, page by page.
+/// Lists the clusters of all instances by their ids, page by page.
 async fn list(
     _worker: Worker,
     State(core): State<Arc<Core>>,
@@ -49,21 +51,38 @@ async fn list(
     check_served(&core)?;
     let Query(ListQuery { cursor }) =
         query.map_err(|error| Rejection::bad_request(error.body_text()))?;
-    let mut clusters = tunnel.lanes.clusters();
     // The cursor is the last id of the page before.
     let after = cursor.unwrap_or_default();
-    clusters.retain(|cluster| cluster.as_str() > after.as_str());
+    let elsewhere = match &tunnel.peers {
+        Some(peers) => peers.registry.clusters_elsewhere(&after, PAGE + 1).await,
+        None => Ok(BTreeMap::new()),
+    };
+    // Without Redis the lanes here are shown nevertheless.
+    let is_complete = elsewhere.is_ok() && core.bus.status().connected;
+    let mut clusters = elsewhere.unwrap_or_default();
+    for cluster in tunnel.lanes.clusters() {
+        if cluster.as_str() > after.as_str() {
+            clusters.entry(cluster).or_default();
+        }
+    }
     let has_more = clusters.len() > PAGE;
-    clusters.truncate(PAGE);
-    let cursor = clusters.last().filter(|_| has_more).map(|last| last.as_str().to_owned());
-    let listed = clusters.iter().filter_map(|cluster| {
-        let found = tunnel.lanes.of(cluster)?;
+    let clusters: Vec<_> = clusters.into_iter().take(PAGE).collect();
+    let last = clusters.last().filter(|_| has_more);
+    let cursor = last.map(|(last, _)| last.as_str().to_owned());
+    let listed = clusters.iter().map(|(cluster, elsewhere)| {
+        let found = tunnel.lanes.of(cluster).unwrap_or_default();
         let mut about = described(&tunnel, cluster, &found);
-        about["lanes"] = found.lanes.len().into();
-        Some(about)
+        about["lanes"] = (found.lanes.len() + elsewhere).into();
+        about["lanes_here"] = found.lanes.len().into();
+        about
     });
     let clusters: Vec<_> = listed.collect();
-    Ok(Json(json!({ "server_id": &*core.server_id, "clusters": clusters, "cursor": cursor })))
+    Ok(Json(json!({
+        "server_id": &*core.server_id,
+        "clusters": clusters,
+        "complete": is_complete,
+        "cursor": cursor,
+    })))
 }
 
 /// Describes a cluster with its lanes.
@@ -74,12 +93,25 @@ async fn find(
     PathId(cluster): PathId,
 ) -> Result<Json<Value>, Rejection> {
     check_served(&core)?;
-    let found = tunnel.lanes.of(&cluster).ok_or_else(|| {
-        Rejection::not_found(format!("No agent of {cluster} is connected to this instance."))
-    })?;
-    let mut about = described(&tunnel, &cluster, &found);
+    let here = tunnel.lanes.of(&cluster);
+    let elsewhere: Result<Arc<[RemoteLane]>, _> = match &tunnel.peers {
+        Some(peers) => peers.registry.elsewhere(&cluster).await.map(|lanes| lanes.borrow().clone()),
+        None => Ok([].into()),
+    };
+    let is_complete = elsewhere.is_ok() && core.bus.status().connected;
+    let (here, elsewhere) = match (here, elsewhere) {
+        (None, Err(error)) => return Err(error.into()),
+        (None, Ok(lanes)) if lanes.is_empty() => {
+            return Err(Rejection::not_found(format!("No agent of {cluster} is connected.")));
+        }
+        // Without Redis the lanes here are shown nevertheless.
+        (here, elsewhere) => (here.unwrap_or_default(), elsewhere.unwrap_or_else(|_| [].into())),
+    };
+    let mut about = described(&tunnel, &cluster, &here);
     about["server_id"] = (&*core.server_id).into();
-    about["lanes"] = found.lanes.iter().map(|lane| of_lane(lane)).collect();
+    about["complete"] = is_complete.into();
+    let lanes = here.lanes.iter().map(|lane| of_lane(lane, &core.server_id));
+    about["lanes"] = lanes.chain(elsewhere.iter().map(of_remote)).collect();
     Ok(Json(about))
 }
 
@@ -94,15 +126,17 @@ fn check_served(core: &Core) -> Result<(), Rejection> {
     is_served.then_some(()).ok_or_else(refused)
 }
 
-/// Describes a cluster without its lanes.
+/// Describes a cluster as this instance sees it, without its lanes.
 fn described(tunnel: &Tunnel, cluster: &Id, found: &ClusterLanes) -> Value {
     let (breaker, next_try) = tunnel.breakers.state(cluster, clock::now());
     let lost = found
         .lost
         .map(|(at, reason)| json!({ "seconds_ago": at.elapsed().as_secs(), "reason": reason }));
-    let is_healthy = found.lanes.iter().any(|lane| {
-        let health = lane.handle().and_then(|handle| handle.status().health);
-        health.is_some_and(|health| health.upstream_ok)
+    let is_healthy = (!found.lanes.is_empty()).then(|| {
+        found.lanes.iter().any(|lane| {
+            let health = lane.handle().and_then(|handle| handle.status().health);
+            health.is_some_and(|health| health.upstream_ok)
+        })
     });
     json!({
         "cluster_id": cluster.as_str(),
@@ -117,10 +151,26 @@ fn described(tunnel: &Tunnel, cluster: &Id, found: &ClusterLanes) -> Value {
     })
 }
 
-fn of_lane(lane: &Lane) -> Value {
+/// Describes a lane at another instance, as the registry knows it.
+fn of_remote(lane: &RemoteLane) -> Value {
+    let LaneRecord { server_id, number, draining, registration, .. } = &lane.record;
+    // Redis counts registrations by its clock.
+    let since = (*registration > 0).then(|| Duration::from_micros(*registration));
+    json!({
+        "agent_id": lane.agent.as_str(),
+        "server_id": server_id,
+        "number": number,
+        "connected_seconds": since.map(|since| time::since_epoch().saturating_sub(since).as_secs()),
+        "state": if *draining { "draining" } else { "ready" },
+    })
+}
+
+/// Describes a lane of this instance.
+fn of_lane(lane: &Lane, server_id: &str) -> Value {
     let micros = |Micros(micros): Micros| Duration::from_micros(micros).as_secs_f64();
     let mut about = json!({
         "agent_id": lane.name.agent.as_str(),
+        "server_id": server_id,
         "number": lane.name.number,
         "connected_seconds": lane.since.elapsed().as_secs(),
         "state": "opening",

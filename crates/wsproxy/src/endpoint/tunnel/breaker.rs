@@ -48,7 +48,7 @@ pub enum State {
     Closed,
     /// Requests are refused.
     Open,
-    /// One request is on its way to find out.
+    /// One request is on its way to find out; a further one goes each time that it takes as long as the breaker was open.
     Trying,
 }
 
@@ -226,6 +226,8 @@ enum Phase {
     Trying {
         trial: u64,
         span: Micros,
+        /// Time at which another request may try: this one has taken as long as the breaker was open.
+        until: Micros,
     },
 }
 
@@ -243,12 +245,15 @@ impl Breaker {
         match self.phase {
             Phase::Closed => Ok(None),
             Phase::Open { until, .. } if now < until => Err(until.since(now).into()),
-            Phase::Open { span, .. } => {
-                self.trials += 1;
-                self.phase = Phase::Trying { trial: self.trials, span };
-                Ok(Some(self.trials))
+            Phase::Trying { until, .. } if now < until => {
+                Err(Duration::from(until.since(now)).min(WHILE_TRYING))
             }
-            Phase::Trying { .. } => Err(WHILE_TRYING),
+            Phase::Open { span, .. } | Phase::Trying { span, .. } => {
+                self.trials += 1;
+                let (trial, until) = (self.trials, now.after(span));
+                self.phase = Phase::Trying { trial, span, until };
+                Ok(Some(trial))
+            }
         }
     }
 
@@ -271,16 +276,21 @@ impl Breaker {
                     self.open(rules.open, now, chance);
                 }
             }
-            // Requests that passed before the breaker opened change nothing.
-            Phase::Trying { trial: current, span } if trial == Some(current) => match outcome {
-                Outcome::Answered => *self = Self { trials: self.trials, ..Self::default() },
-                Outcome::Failed => {
+            // Requests that passed before the breaker opened change nothing. The answer of a slow try is as good as another.
+            Phase::Open { .. } | Phase::Trying { .. }
+                if trial.is_some() && outcome == Outcome::Answered =>
+            {
+                *self = Self { trials: self.trials, ..Self::default() };
+            }
+            Phase::Trying { trial: current, span, .. } if trial == Some(current) => {
+                if outcome == Outcome::Failed {
                     let longer = Micros(span.0.saturating_mul(2)).min(OPEN_MAX);
                     self.open(longer.max(span), now, chance);
+                } else {
+                    // The next request tries.
+                    self.phase = Phase::Open { until: now, span };
                 }
-                // The next request tries.
-                Outcome::Unclear => self.phase = Phase::Open { until: now, span },
-            },
+            }
             Phase::Open { .. } | Phase::Trying { .. } => {}
         }
     }
@@ -467,6 +477,26 @@ mod tests {
         drop(trial);
         // The clock of the drop is the process's.
         assert_eq!(breakers.state(&cluster(), at(6)).0, State::Open);
+    }
+
+    #[test]
+    fn a_try_without_an_answer_does_not_hold_up_the_next() {
+        let breakers = opened(at(0));
+        let slow = breakers.admit(&cluster(), at(5)).unwrap();
+        assert_eq!(breakers.admit(&cluster(), at(9)).unwrap_err(), Duration::from_secs(1));
+        // It has taken the five seconds for which the breaker was open.
+        let second = breakers.admit(&cluster(), at(10)).unwrap();
+        assert!(breakers.admit(&cluster(), at(10)).is_err());
+        // Its failure is an old one, and its answer counts.
+        second.report(Outcome::Failed, at(11), 0.5);
+        assert_eq!(breakers.admit(&cluster(), at(11)).unwrap_err(), Duration::from_secs(10));
+        slow.report(Outcome::Answered, at(12), 0.5);
+        assert_eq!(breakers.state(&cluster(), at(12)).0, State::Closed);
+        let breakers = opened(at(0));
+        let slow = breakers.admit(&cluster(), at(5)).unwrap();
+        let _second = breakers.admit(&cluster(), at(10)).unwrap();
+        slow.report(Outcome::Failed, at(11), 0.5);
+        assert_eq!(breakers.state(&cluster(), at(11)).0, State::Trying);
     }
 
     #[test]

@@ -3,12 +3,13 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use aws_lc_rs::digest;
 use bytes::Bytes;
 use hashbrown::HashMap;
 use http::{HeaderMap, Method, StatusCode, header};
 use parking_lot::Mutex;
 use wsproxy_conn::clock::Micros;
-use wsproxy_proto::names::Id;
+use wsproxy_proto::{names::Id, tunnel::headers::Headers};
 
 use crate::{
     config::tunnel::rows::{CacheRule, TokenHash},
@@ -41,8 +42,8 @@ pub struct Key {
     credential: TokenHash,
     /// Path and query.
     target: Box<str>,
-    /// `Accept`, `Accept-Encoding` and `Host`.
-    selectors: Box<[u8]>,
+    /// SHA-256 of the headers for the upstream that are not [neutral](is_neutral), since some of them are credentials.
+    headers: [u8; 32],
 }
 
 /// Answer that is kept.
@@ -87,10 +88,8 @@ pub struct Asked<'a> {
     pub method: &'a Method,
     /// Path and query.
     pub target: &'a str,
-    /// Headers of the client.
-    pub headers: &'a HeaderMap,
-    /// `Authorization` or `Cookie` goes to the upstream.
-    pub passes_credentials: bool,
+    /// Headers for the upstream.
+    pub headers: Headers<'a>,
     /// There is a body, or an upgrade is asked for.
     pub is_more: bool,
 }
@@ -116,21 +115,16 @@ impl Cache {
             let name = pair.split('=').next();
             matches!(name, Some("watch" | "follow"))
         });
-        let is_partial = PARTIAL.iter().any(|name| asked.headers.contains_key(*name));
-        if lasts || is_partial || asked.passes_credentials || asked.is_more {
+        let is_for_one = |(name, _): (&[u8], _)| BYPASSING.iter().any(|one| one.as_bytes() == name);
+        if lasts || asked.is_more || asked.headers.iter().any(is_for_one) {
             return None;
         }
-        let mut selectors = Vec::new();
-        for name in [header::ACCEPT, header::ACCEPT_ENCODING, header::HOST] {
-            for value in asked.headers.get_all(name) {
-                selectors.extend_from_slice(value.as_bytes());
-                selectors.push(b',');
-            }
-            selectors.push(b'\n');
-        }
-        let cluster = asked.cluster.clone();
-        let (target, selectors) = (asked.target.into(), selectors.into());
-        let key = Key { cluster, credential: asked.credential, target, selectors };
+        let key = Key {
+            cluster: asked.cluster.clone(),
+            credential: asked.credential,
+            target: asked.target.into(),
+            headers: selected(asked.headers),
+        };
         Some((key, (*ttl).into()))
     }
 
@@ -206,8 +200,7 @@ impl Collector {
         let Self { cache, key, headers, ttl, body } = self;
         let Some(body) = body.map(Bytes::from) else { return false };
         let lengths = headers.iter().map(|(name, value)| name.as_str().len() + value.len());
-        let of_key = key.target.len() + key.selectors.len();
-        let bytes = body.len() + lengths.sum::<usize>() + 2 * of_key + ENTRY_BYTES;
+        let bytes = body.len() + lengths.sum::<usize>() + 2 * key.target.len() + ENTRY_BYTES;
         let told = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
         let is_whole = told.is_none_or(|told| told.parse() == Ok(body.len()));
         if is_whole {
@@ -230,16 +223,77 @@ fn may_be_kept(headers: &HeaderMap) -> bool {
     let mut varies = members(header::VARY).filter(|name| !name.is_empty());
     let has_other = ["set-cookie", "trailer", "content-range"];
     !controls.any(|control| control.eq_ignore_ascii_case(b"no-store"))
-        && varies.all(|name| SELECTED.iter().any(|known| name.eq_ignore_ascii_case(known)))
+        && varies.all(|name| name != b"*" && !is_neutral(&name.to_ascii_lowercase()))
         && !has_other.iter().any(|name| headers.contains_key(*name))
 }
 
-/// Headers of a request that ask for a part of an answer, or for none.
-const PARTIAL: [&str; 6] =
-    ["range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"];
+/// Returns the digest of the headers by which an answer may differ.
+fn selected(headers: Headers<'_>) -> [u8; 32] {
+    let mut lines: Vec<_> = headers.iter().filter(|(name, _)| !is_neutral(name)).collect();
+    // The order of lines with different names means nothing.
+    lines.sort_by_key(|(name, _)| *name);
+    let mut digest = digest::Context::new(&digest::SHA256);
+    for part in lines.iter().flat_map(|(name, value)| [name, value]) {
+        digest.update(&(part.len() as u64).to_be_bytes());
+        digest.update(part);
+    }
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(digest.finish().as_ref());
+    bytes
+}
 
-/// Headers by which an answer may vary: those of the key, and those that no request has.
-const SELECTED: [&[u8]; 5] = [b"accept", b"accept-encoding", b"host", b"authorization", b"cookie"];
+/// Returns whether a header, in lower case, neither names a client nor its rights, and asks for no other answer. An answer
+/// that varies by it is not kept. All others are a part of the key, since any may be a credential of the upstream.
+fn is_neutral(name: &[u8]) -> bool {
+    NEUTRAL.iter().any(|neutral| match neutral.strip_suffix('*') {
+        Some(start) => name.starts_with(start.as_bytes()),
+        None => name == neutral.as_bytes(),
+    })
+}
+
+/// Headers of the way and the traces of a request, and those in which programs tell of themselves. `*` stands for any end.
+const NEUTRAL: [&str; 28] = [
+    "b3",
+    "cache-control",
+    "dnt",
+    "kubectl-command",
+    "kubectl-session",
+    "pragma",
+    "priority",
+    "referer",
+    "save-data",
+    "sec-ch-ua*",
+    "sec-fetch-*",
+    "sec-gpc",
+    "te",
+    "traceparent",
+    "tracestate",
+    "trailer",
+    "uber-trace-id",
+    "upgrade-insecure-requests",
+    "user-agent",
+    "via",
+    "x-amzn-trace-id",
+    "x-b3-*",
+    "x-cloud-trace-context",
+    "x-datadog-*",
+    "x-forwarded-for",
+    "x-forwarded-port",
+    "x-forwarded-prefix",
+    "x-request-id",
+];
+
+/// Headers of a request whose answer is for one client, a part of an answer, or none.
+const BYPASSING: [&str; 8] = [
+    "authorization",
+    "cookie",
+    "range",
+    "if-match",
+    "if-none-match",
+    "if-modified-since",
+    "if-unmodified-since",
+    "if-range",
+];
 
 /// Upper bound of one answer's body.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
@@ -256,6 +310,7 @@ const TTL_MAX: Duration = Duration::from_secs(60);
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
+    use wsproxy_proto::tunnel::headers::HeaderBlock;
 
     use super::*;
 
@@ -284,14 +339,16 @@ mod tests {
         lines: &[(&'static str, &'static str)],
         change: impl FnOnce(&mut Asked<'_>),
     ) -> Option<(Key, Duration)> {
-        let (cluster, headers) = (Id::parse("c1").unwrap(), map(lines));
+        let (cluster, mut block) = (Id::parse("c1").unwrap(), HeaderBlock::new());
+        for (name, value) in lines {
+            block.push(name.as_bytes(), value.as_bytes()).unwrap();
+        }
         let mut asked = Asked {
             cluster: &cluster,
             credential: TokenHash([1; 32]),
             method: &Method::GET,
             target,
-            headers: &headers,
-            passes_credentials: false,
+            headers: block.headers(),
             is_more: false,
         };
         change(&mut asked);
@@ -328,11 +385,11 @@ mod tests {
             assert!(!has(target), "{target}");
         }
         let target = "/api/v1/pods";
-        for line in [("range", "bytes=0-1"), ("if-none-match", "a"), ("if-range", "a")] {
+        for name in ["range", "if-none-match", "if-range", "authorization", "cookie"] {
+            let line = (name, "a");
             assert!(key_of(&cache, target, &[line], |_| {}).is_none(), "{line:?}");
         }
         assert!(key_of(&cache, target, &[], |asked| asked.method = &Method::HEAD).is_none());
-        assert!(key_of(&cache, target, &[], |asked| asked.passes_credentials = true).is_none());
         assert!(key_of(&cache, target, &[], |asked| asked.is_more = true).is_none());
         assert!(key_of(&Cache::default(), target, &[], |_| {}).is_none());
         assert_eq!(key_of(&cache, "/slow/a", &[], |_| {}).unwrap().1, TTL_MAX);
@@ -350,13 +407,23 @@ mod tests {
             lines(&[("accept", "a"), ("accept", "b")]),
             lines(&[("accept-encoding", "a")]),
             lines(&[("host", "a")]),
+            lines(&[("x-forwarded-host", "a")]),
+            lines(&[("x-forwarded-proto", "a")]),
+            lines(&[("x-api-key", "a")]),
+            lines(&[("x-api-key", "b")]),
+            lines(&[("x-api-key", "a"), ("x-user", "b")]),
+            lines(&[("x-api-keya", "")]),
             Key { cluster: Id::parse("c2").unwrap(), ..key(&cache, target) },
             key_of(&cache, target, &[], |asked| asked.credential = TokenHash([2; 32])).unwrap().0,
         ];
         for (at, one) in keys.iter().enumerate() {
             assert!(keys[at + 1..].iter().all(|other| one != other), "{one:?}");
         }
-        assert_eq!(lines(&[("user-agent", "a")]), keys[0]);
+        for neutral in ["user-agent", "x-request-id", "sec-fetch-mode", "x-forwarded-for"] {
+            assert_eq!(lines(&[(neutral, "a")]), keys[0], "{neutral}");
+        }
+        let order = [("accept", "a"), ("x-api-key", "b")];
+        assert_eq!(lines(&order), lines(&[order[1], order[0]]));
     }
 
     #[test]
@@ -391,14 +458,15 @@ mod tests {
             ("cache-control", "private, No-Store"),
             ("vary", "*"),
             ("vary", "accept, *"),
-            ("vary", "accept-language"),
+            ("vary", "accept, User-Agent"),
+            ("vary", "x-forwarded-for"),
             ("set-cookie", "a=b"),
             ("trailer", "x-sum"),
             ("content-length", "5"),
         ] {
             assert!(!keep(&cache, &key, b"body", &map(&[line]), NOW), "{line:?}");
         }
-        let good = map(&[("vary", "Accept-Encoding, accept"), ("content-length", "4")]);
+        let good = map(&[("vary", "Accept-Encoding, accept, X-Api-Key"), ("content-length", "4")]);
         assert!(keep(&cache, &key, b"body", &good, NOW));
         for status in [204, 206, 304, 404, 500] {
             let status = StatusCode::from_u16(status).unwrap();

@@ -52,6 +52,8 @@ struct LookedUp {
 pub struct Credential {
     /// Hash of the token; zeros for none.
     pub hash: TokenHash,
+    /// Hash of the party whose requests have one rate: the user of a JSON Web Token, else the token.
+    pub rated: TokenHash,
     /// Whether the credential came in `Authorization`, which then is not the upstream's affair.
     pub in_authorization: bool,
 }
@@ -133,18 +135,18 @@ impl Credentials {
     ) -> Result<Credential, Refusal> {
         let unknown = || Refusal::new(Code::ClusterUnknown);
         if self.client_auth == ClientAuth::None {
-            let credential = Credential { hash: TokenHash([0; 32]), in_authorization: false };
+            let hash = TokenHash([0; 32]);
+            let credential = Credential { hash, rated: hash, in_authorization: false };
             return cluster.map(|_| credential).ok_or_else(unknown);
         }
         let (token, in_authorization) = token_of(headers)?;
         let hash = hash(token);
-        let credential = Credential { hash, in_authorization };
-        let opens = match self.client_auth {
+        let (opens, rated) = match self.client_auth {
             ClientAuth::Jwt => self.jwt_opens(token, cluster).await?,
-            ClientAuth::Token | ClientAuth::None => self.token_opens(hash, cluster)?,
+            ClientAuth::Token | ClientAuth::None => (self.token_opens(hash, cluster)?, hash),
         };
         match cluster {
-            Some(_) if opens => Ok(credential),
+            Some(_) if opens => Ok(Credential { hash, rated, in_authorization }),
             Some(_) => Err(Refusal::new(Code::Forbidden)),
             None => Err(unknown()),
         }
@@ -161,13 +163,20 @@ impl Credentials {
         if is_known { Ok(opens) } else { Err(Refusal::new(Code::Unauthorized)) }
     }
 
-    async fn jwt_opens(&self, token: &str, cluster: Option<&Id>) -> Result<bool, Refusal> {
+    /// Returns whether a JSON Web Token opens a cluster, and the hash of its user: a client may fetch a new token for
+    /// each request.
+    async fn jwt_opens(
+        &self,
+        token: &str,
+        cluster: Option<&Id>,
+    ) -> Result<(bool, TokenHash), Refusal> {
         let Some(jwt) = &self.jwt else { return Err(Refusal::new(Code::Unauthorized)) };
         let claims = jwt.verify(token, time::since_epoch().as_secs()).await;
         let claims = claims
             .map_err(|error: JwtError| Refusal::because(Code::Unauthorized, error.to_string()))?;
         let mut patterns = claims.clusters.iter().filter_map(|text| ClusterPattern::parse(text));
-        Ok(cluster.is_some_and(|cluster| patterns.any(|pattern| pattern.fits(cluster))))
+        let opens = cluster.is_some_and(|cluster| patterns.any(|pattern| pattern.fits(cluster)));
+        Ok((opens, hash(claims.user.as_str())))
     }
 
     /// Returns whether the configuration, the store or a key may know a cluster that has no lane. The store is asked at

@@ -19,6 +19,7 @@ use crate::{
     endpoint::tunnel::{
         Tunnel,
         lanes::{Admission, LaneName, SUPERSEDED_DRAIN, Superseded},
+        stalls,
     },
     http::{
         Body,
@@ -74,6 +75,10 @@ async fn run(
     address: Option<impl Display>,
 ) {
     let Some((socket, leftover, _held)) = socket.take().await else { return };
+    let unread = match socket.unread_bytes() {
+        Ok(unread) => unread,
+        Err(error) => return debug!(%error, "There is no descriptor for a lane."),
+    };
     let (settings, memory) = (tunnel.lane.clone(), Arc::clone(&tunnel.memory));
     let (driver, handle) = match lane::gateway(socket, &leftover, settings, memory) {
         Ok(lane) => lane,
@@ -83,8 +88,8 @@ async fn run(
     core.tasks.spawn(driver);
     let LaneName { cluster, agent, number, .. } = admission.lane.name.clone();
     let address = address.map(|address| address.to_string());
-    let end = match handle.ready().await {
-        Err(end) => end,
+    let (end, duration) = match handle.ready().await {
+        Err(end) => (end, None),
         Ok(peer) => {
             tunnel.counters.name(&cluster);
             admission.ready(handle.clone());
@@ -93,16 +98,22 @@ async fn run(
                 // The drain may have listed the lanes before this one was added.
                 handle.drain(Code::Restarting, Micros(0));
             }
-            let end = tokio::select! {
-                end = watch(tunnel, &cluster, &handle, entry.as_ref()) => end,
-                () = give_way(&handle, entry.as_ref()) => {
-                    watch(tunnel, &cluster, &handle, entry.as_ref()).await
+            let ended = async {
+                tokio::select! {
+                    end = watch(tunnel, &cluster, &handle, entry.as_ref()) => end,
+                    () = give_way(&handle, entry.as_ref()) => {
+                        watch(tunnel, &cluster, &handle, entry.as_ref()).await
+                    }
                 }
             };
-            tunnel.counters.lane_lost(end.label(), admission.lane.since.elapsed());
-            end
+            let end = tokio::select! {
+                end = ended => end,
+                never = stalls::watch(&tunnel.counters, &admission.lane.name, &handle, &unread) => match never {},
+            };
+            (end, Some(admission.lane.since.elapsed()))
         }
     };
+    tunnel.counters.lane_ended(end.label(), duration);
     core.metrics.ended(Family::Tunnel, end.label());
     match end {
         LaneEnd::Broken(_) | LaneEnd::Text | LaneEnd::WebSocket | LaneEnd::HelloTimeout => {

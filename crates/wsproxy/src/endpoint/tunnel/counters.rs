@@ -13,6 +13,7 @@ use crate::{
         counter::Counter,
         histogram::Histogram,
         scrape::{Scrape, Section},
+        throttle::Throttle,
     },
 };
 
@@ -23,10 +24,12 @@ pub struct TunnelCounters {
     requests: RwLock<Requests>,
     /// Guards the losses of lanes by their reason, which is a word of the program.
     losses: Mutex<BTreeMap<&'static str, u64>>,
-    /// Time for which lanes were connected.
+    /// Time for which lanes were connected that had been ready.
     lane_duration: Histogram<20, 2>,
     /// Round trips of pings on lanes.
     round_trip: Histogram<6, 2>,
+    /// Lanes that were not read for five seconds, though bytes waited.
+    pub reader_stalls: Counter,
     /// Bytes of bodies from clients.
     pub bytes_in: Counter,
     /// Bytes of bodies to clients.
@@ -43,6 +46,8 @@ pub struct TunnelCounters {
     pub cache_misses: Counter,
     /// Answers that were put into the cache.
     pub cache_stored: Counter,
+    /// Throttle of the log lines about requests whose credential opens no cluster.
+    pub unopened_lines: Throttle,
 }
 
 /// Requests by cluster and pattern.
@@ -86,15 +91,20 @@ pub struct Ended<'a> {
     pub total: Duration,
 }
 
+impl Ended<'_> {
+    /// Returns whether the credential of the request opened the cluster.
+    #[must_use]
+    pub const fn has_opened(&self) -> bool {
+        !matches!(self.code, Some(Code::Unauthorized | Code::Forbidden | Code::ClusterUnknown))
+    }
+}
+
 impl TunnelCounters {
     /// Counts the end of a request.
     pub fn ended(&self, ended: &Ended<'_>) {
         // A client that opens no cluster must not fill the table.
-        let is_proven = !matches!(
-            ended.code,
-            Some(Code::Unauthorized | Code::Forbidden | Code::ClusterUnknown)
-        );
-        let (cluster, pattern) = if is_proven { (ended.cluster, ended.pattern) } else { NOTHING };
+        let names = (ended.cluster, ended.pattern);
+        let (cluster, pattern) = if ended.has_opened() { names } else { NOTHING };
         let known = self.requests.read().find(cluster, pattern);
         let (pair, durations) =
             known.unwrap_or_else(|| self.requests.write().add(cluster, pattern));
@@ -118,10 +128,12 @@ impl TunnelCounters {
         }
     }
 
-    /// Counts the loss of a lane.
-    pub fn lane_lost(&self, reason: &'static str, duration: Duration) {
+    /// Counts the end of a lane. `duration`: its life, where it was ready.
+    pub fn lane_ended(&self, reason: &'static str, duration: Option<Duration>) {
         *self.losses.lock().entry(reason).or_default() += 1;
-        self.lane_duration.observe(micros(duration));
+        if let Some(duration) = duration {
+            self.lane_duration.observe(micros(duration));
+        }
     }
 
     /// Counts a round trip of a ping.
@@ -173,8 +185,11 @@ impl TunnelCounters {
         let losses = losses.iter().map(|(reason, n)| ([("reason", *reason)], *n));
         let help = "Ends of lanes, by their reason";
         scrape.counters("tunnel_reconnects", help, losses);
-        let help = "Time for which lanes were connected";
+        let help = "Time for which lanes were connected that had been ready";
         scrape.seconds("tunnel_lane_duration", help, &[], self.lane_duration.read(MICROSECOND));
+        let help =
+            "Times that a lane was not read for five seconds, though bytes waited in its socket";
+        scrape.counter("tunnel_reader_stalls", help, self.reader_stalls.value());
         let help = "Round trips of pings on lanes";
         scrape.seconds("tunnel_lane_round_trip", help, &[], self.round_trip.read(MICROSECOND));
     }
@@ -321,8 +336,12 @@ mod tests {
         assert_eq!([pair.classes[1].value(), pair.codes[Code::LaneLost as usize].value()], [2, 1]);
         counters.reset(Reset::Overloaded);
         assert_eq!(counters.resets[16].value(), 1);
-        counters.lane_lost("lost", Duration::from_secs(1));
+        counters.lane_ended("lost", Some(Duration::from_secs(1)));
+        counters.lane_ended("hello_timeout", None);
         assert_eq!(counters.losses.lock()["lost"], 1);
+        assert_eq!(counters.losses.lock()["hello_timeout"], 1);
+        let (buckets, _) = counters.lane_duration.read(MICROSECOND);
+        assert_eq!(buckets.iter().map(|(_, n)| *n).max(), Some(1));
     }
 
     #[test]

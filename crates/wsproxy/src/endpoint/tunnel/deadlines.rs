@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep};
 use wsproxy_conn::clock;
 
 use crate::config::tunnel::TunnelConfig;
@@ -60,20 +60,14 @@ impl Deadlines {
         left.map_or(0, |left| u32::try_from(left).unwrap_or(u32::MAX).max(1))
     }
 
-    /// Returns the wait for the head of a stream that is open now.
+    /// Returns the wait for the head of a request that is sent now. `later`: time that this instance waits longer than
+    /// another one, which has the same deadlines and says more.
     #[must_use]
-    pub fn wait_for_head(&self) -> HeadWait {
+    pub fn wait_for_head(&self, later: Duration) -> HeadWait {
         let left = self.head.map(|at| at.saturating_duration_since(Instant::now()));
-        let max = left.map(|left| left + self.margin);
-        HeadWait { max, idle: self.idle, timer: Box::pin(sleep(max.unwrap_or_default())) }
-    }
-
-    /// Waits until the agent should have told the reason why there is no head.
-    pub async fn head_is_late(&self) {
-        match self.head {
-            Some(at) => sleep_until(at + self.margin).await,
-            None => std::future::pending().await,
-        }
+        let max = left.map(|left| left + self.margin + later);
+        let idle = self.idle.map(|idle| idle + later);
+        HeadWait { max, idle, timer: Box::pin(sleep(max.unwrap_or_default())) }
     }
 }
 

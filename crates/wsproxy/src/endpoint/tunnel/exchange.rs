@@ -35,15 +35,19 @@ use crate::{
         cache,
         deadlines::{Deadlines, Progress},
         exchange::{
-            download::AnswerBody,
+            download::{AnswerBody, Flow},
             retries::{Retries, Retry},
+            switch::Way,
             upload::{Upload, Uploaded},
         },
-        headers::answer::{self, Source},
+        headers::{
+            answer::{self, Source},
+            request,
+        },
         lanes::{Lane, Place},
         peers::{
-            Peers,
-            forward::{self, Arrivals, Forwarded},
+            self, Peers,
+            forward::{self, Arrivals, Forwarded, Sent},
         },
         refusal::{Code, Refusal},
         search,
@@ -51,10 +55,10 @@ use crate::{
     http::{Body, listener::Answering},
 };
 
-mod download;
+pub(super) mod download;
 mod ends;
 pub mod retries;
-mod switch;
+pub(super) mod switch;
 pub mod upload;
 
 /// A request that has passed its checks.
@@ -77,14 +81,14 @@ pub struct Ask {
     pub accepts_trailers: bool,
     /// Deadlines.
     pub deadlines: Deadlines,
-    /// Host that the client named.
-    pub host: Option<Box<str>>,
     /// Path below which the upstream is found.
     pub prefix: String,
     /// Another instance brought the request, which goes to no further one.
     pub is_of_peer: bool,
     /// Retries of the instance that brought the request.
     pub retries: Retries,
+    /// Time that the request may wait for a lane.
+    pub wait: Duration,
     /// Line and numbers of the request.
     pub access: Arc<Access>,
     /// Key under which the answer is kept, and for how long.
@@ -159,19 +163,27 @@ pub async fn run(
     if let Some(answering) = &client.answering {
         // A client that reads nothing may do so for as long as a body may stand still.
         let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
-        answering.socket().prepare_stream(UNSENT_BYTES_MAX, still_max);
+        answering.socket().prepare_stream(still_max);
     }
     let (mut tried, mut retries) = (Vec::new(), ask.retries);
+    let mut turn = tunnel.room.turn(ask.wait);
     loop {
         // Healthy lanes here come first, since they cost no second hop, and others of this instance last.
         let mut arrivals = Arrivals::default();
-        if let Some(peers) = elsewhere(tunnel, core, &ask, &tried) {
-            match forward::forward(peers, core, (&ask, retries), upload, client).await {
-                Forwarded::Done(answer) => {
+        if let Some((peers, waits)) = elsewhere(tunnel, core, &ask, &tried) {
+            ask.access.trace().enter("forward");
+            let sent = Sent { ask: &ask, retries: &mut retries, turn: &mut turn, waits };
+            match forward::forward(peers, (tunnel, core), sent, upload, client).await {
+                Forwarded::Done(answer, outcome) => {
                     tunnel.counters.name(&ask.cluster);
                     peers.counters.forwarded.add(u64::from(answer.is_ok()));
-                    pass.report(forward::outcome(&answer), clock::now(), rand::random());
+                    pass.report(outcome, clock::now(), rand::random());
                     return answer;
+                }
+                Forwarded::Lost(same) => {
+                    tunnel.counters.retries_lost.add(1);
+                    (upload, client) = (None, same);
+                    continue;
                 }
                 Forwarded::Nowhere(whole, same, next) => {
                     (upload, client, arrivals) = (whole, same, next);
@@ -180,18 +192,20 @@ pub async fn run(
         }
         let watch = Watch::of(&client, upload.is_some() || ask.upgrade.is_some());
         let began = Instant::now();
+        ask.access.trace().enter("find lane");
         let place = tokio::select! {
-            place = search::find(tunnel, core, &ask, &tried) => place,
-            () = arrivals.next() => {
-                ask.access.waited(began.elapsed());
-                continue;
-            }
+            place = search::find(tunnel, core, (&ask, &turn), &tried) => Some(place),
+            () = arrivals.next() => None,
             () = watch.left() => return Err(Refusal::new(Code::Cancelled)),
         };
-        ask.access.waited(began.elapsed());
+        let waited = began.elapsed();
+        ask.access.waited(waited);
+        turn.waited(waited);
+        let Some(place) = place else { continue };
         let place = place?;
         let had_body = upload.is_some();
         let attempt = Attempt { tunnel, core, ask: &ask, retried: retries.are_marked() };
+        ask.access.trace().enter("head");
         match attempt.run(place, upload.take(), watch).await {
             Ok(answered) => {
                 pass.report(Outcome::Answered, clock::now(), rand::random());
@@ -203,6 +217,9 @@ pub async fn run(
                 if let Some(End::Reset(reset)) = &failed.end {
                     tunnel.counters.reset(reset.code);
                 }
+                // The instance that brought the request repeats one whose lane is lost. It cannot know of other repetitions
+                // where the connection between the two breaks.
+                let end = end.filter(|end| !ask.is_of_peer || end.is_not_dispatched());
                 let retry = end.and_then(|end| retries.allow(end, &ask.method, had_body));
                 match retry {
                     Some(Retry::Undispatched) => tunnel.counters.retries_undispatched.add(1),
@@ -219,22 +236,24 @@ pub async fn run(
     }
 }
 
-/// Returns the way to other instances, where one of them may have a better lane than this one.
+/// Returns the way to other instances, where one of them may have a better lane than this one, and whether the request is
+/// to wait there for a place.
 fn elsewhere<'t>(
     tunnel: &'t Tunnel,
     core: &Core,
     ask: &Ask,
     tried: &[Arc<Lane>],
-) -> Option<&'t Peers> {
+) -> Option<(&'t Peers, bool)> {
     let peers = tunnel.peers.as_deref().filter(|_| !ask.is_of_peer)?;
-    match tunnel.lanes.health(&ask.cluster, tried) {
+    let may_last = ask.is_long || ask.upgrade.is_some();
+    match tunnel.lanes.serves_well(&ask.cluster, may_last, tried) {
         Some(true) => None,
-        // While Redis is away, an unhealthy lane is better than a long wait for the names of others.
+        // While Redis is away, a full or unhealthy lane is better than a long wait for the names of others.
         Some(false) => {
             let is_known = peers.registry.known_elsewhere(&ask.cluster).is_some();
-            (is_known || core.bus.status().connected).then_some(peers)
+            (is_known || core.bus.status().connected).then_some((peers, false))
         }
-        None => Some(peers),
+        None => Some((peers, true)),
     }
 }
 
@@ -355,7 +374,7 @@ impl Attempt<'_> {
             sides.begin_upload();
         }
         let mut begin_anyway = std::pin::pin!(sleep(CONTINUE_AFTER));
-        let mut wait = self.ask.deadlines.wait_for_head();
+        let mut wait = self.ask.deadlines.wait_for_head(Duration::ZERO);
         loop {
             let is_uploading = sides.uploading.is_some();
             tokio::select! {
@@ -493,13 +512,14 @@ fn respond(
         FrameSource::Upstream => Source::Upstream,
         FrameSource::Agent => Source::Agent,
     };
+    let hosts = request::hosts(ask.block.headers());
     let asked = answer::Asked {
         prefix: &ask.prefix,
-        host: ask.host.as_deref(),
+        hosts: &hosts,
         upgrade: ask.upgrade.as_ref(),
         accepts_trailers: ask.accepts_trailers,
     };
-    let headers = answer::map(status, &head.headers, source, &asked)?;
+    let mut headers = answer::map(status, &head.headers, source, &asked)?;
     let is_bodyless = ask.method == Method::HEAD
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     ask.access.answered(status, source);
@@ -510,7 +530,7 @@ fn respond(
     let body = if status == StatusCode::SWITCHING_PROTOCOLS {
         let request = answered.request.take().ok_or_else(malformed)?;
         let Answered { answer, place, .. } = answered;
-        core.tasks.spawn(switch::run(client, request, answer, place, ask.access));
+        core.tasks.spawn(switch::run(client, Way::Lane(request, answer, place), ask.access));
         Body::empty()
     } else if head.end {
         // The upstream may still read the body of the request.
@@ -521,12 +541,16 @@ fn respond(
         if let Some(mut request) = answered.request.take_if(|_| ask.upgrade.is_some()) {
             let _ = request.finish();
         }
-        let left = length.and_then(|length| std::str::from_utf8(length).ok()?.parse().ok());
-        let collector = ask
-            .keep
-            .clone()
-            .and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, &headers));
-        Body::new(AnswerBody::new((tunnel, core), answered, &ask, &client, (left, collector)))
+        // A cookie that does not reach the client counts too.
+        let sets_cookie = head.headers.iter().any(|(name, _)| name == b"set-cookie"[..]);
+        if sets_cookie && ask.is_of_peer {
+            headers.insert(peers::UNKEPT, HeaderValue::from_static("1"));
+        }
+        let Answered { answer, uploading, progress, place, .. } = answered;
+        let accepts_trailers = ask.accepts_trailers;
+        let flow = Flow::Lane { answer, uploading, accepts_trailers, place };
+        let (head, progress) = ((status, &headers, !sets_cookie), (progress, Duration::ZERO));
+        Body::new(AnswerBody::new((tunnel, core), (&ask, &client), head, flow, progress))
     };
     let mut response = Response::new(body);
     *response.status_mut() = status;
@@ -541,9 +565,6 @@ fn cancel(answer: StreamReader) {
 
 /// Time after which a body is read though the upstream has not said `100`.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
-
-/// Upper bound of the bytes of an answer that wait in the kernel for their first transmission.
-const UNSENT_BYTES_MAX: u32 = 64 << 10;
 
 /// Longest time for which the client of an answer that may last reads nothing: until the kernel gives its connection up.
 const STILL_MAX: Duration = Duration::from_secs(7 * 24 * 3600);

@@ -171,9 +171,7 @@ impl Lanes {
         let mut best = None;
         for lane in &known.lanes {
             let Some(found) = lane.choice() else { continue };
-            let has_room = found.streams < found.streams_max.min(self.limits.lane);
-            let quota = three_quarters(found.streams_max.min(self.limits.lane));
-            if !has_room || (is_long && lane.long.load(Relaxed) >= quota) {
+            if !lane.has_place(&found, is_long, self.limits.lane) {
                 is_full = true;
                 continue;
             }
@@ -206,14 +204,21 @@ impl Lanes {
         })
     }
 
-    /// Returns whether the upstream of the best lane here is healthy; `None`: there is no lane that takes streams and was
-    /// not tried.
+    /// Returns whether a lane here has a place for a request, and a healthy upstream; `None`: there is no lane that takes
+    /// streams and was not tried.
     #[must_use]
-    pub fn health(&self, cluster: &Id, tried: &[Arc<Lane>]) -> Option<bool> {
+    pub fn serves_well(&self, cluster: &Id, is_long: bool, tried: &[Arc<Lane>]) -> Option<bool> {
         let clusters = self.clusters.lock();
+        let known = clusters.get(cluster)?;
         let is_tried = |lane: &Arc<Lane>| tried.iter().any(|tried| Arc::ptr_eq(tried, lane));
-        let lanes = clusters.get(cluster)?.lanes.iter().filter(|lane| !is_tried(lane));
-        lanes.filter_map(|lane| Some(lane.choice()?.is_healthy)).max()
+        let lanes = known.lanes.iter().filter(|lane| !is_tried(lane));
+        let has_place = known.load.has_place(is_long, self.limits.cluster);
+        let serves = |lane: &Arc<Lane>| {
+            let found = lane.choice()?;
+            let has_place = has_place && lane.has_place(&found, is_long, self.limits.lane);
+            Some(found.is_healthy && has_place)
+        };
+        lanes.filter_map(serves).max()
     }
 
     /// Ends the stream that is longest without progress, of all lanes, if that is long enough. Returns whether there was
@@ -322,6 +327,7 @@ impl Lanes {
 }
 
 /// Lanes of one cluster.
+#[derive(Default)]
 pub struct ClusterLanes {
     /// Lanes.
     pub lanes: Vec<Arc<Lane>>,
@@ -338,6 +344,11 @@ impl Cluster {
 }
 
 impl Load {
+    fn has_place(&self, is_long: bool, max: usize) -> bool {
+        let is_within = |taken: &AtomicUsize, max| taken.load(Relaxed) < max;
+        is_within(&self.streams, max) && (!is_long || is_within(&self.long, three_quarters(max)))
+    }
+
     fn take(&self, is_long: bool, max: usize) -> bool {
         let free = |max: usize| move |taken| (taken < max).then_some(taken + 1);
         if self.streams.fetch_update(Relaxed, Relaxed, free(max)).is_err() {
@@ -371,6 +382,12 @@ impl Lane {
     pub fn is_healthy(&self) -> bool {
         let health = self.handle.get().and_then(|handle| handle.status().health);
         health.is_none_or(|health| health.upstream_ok)
+    }
+
+    /// Returns whether the lane has a place for a further stream. `max`: most streams of a lane.
+    fn has_place(&self, found: &Choice, is_long: bool, max: usize) -> bool {
+        let max = found.streams_max.min(max);
+        found.streams < max && (!is_long || self.long.load(Relaxed) < three_quarters(max))
     }
 
     /// Returns the state of a lane that takes streams.

@@ -22,7 +22,7 @@ use crate::{
         peers::{client::PeerClient, listener::PeerService},
     },
     http::listener::{
-        Listening,
+        HeadLimits, Listening,
         open::{Listener, Place},
         tls::TlsListener,
     },
@@ -33,12 +33,10 @@ use crate::{
     },
 };
 
-mod answer;
-mod body;
+pub(super) mod body;
 mod client;
 pub(super) mod forward;
 mod listener;
-mod switch;
 
 /// The way to lanes at other instances, and from them.
 pub struct Peers {
@@ -176,6 +174,10 @@ pub(super) fn listen(
         tls: tls.filter(|_| config.peer_tls),
         proxy_protocol: false,
         header_timeout: HEADER_TIMEOUT,
+        head: HeadLimits {
+            bytes: 2 * core.config.server.header_bytes_max + ADDED_BYTES_MAX,
+            headers: HEADERS_MAX,
+        },
         accepting: peers.accepting.clone(),
         answering: peers.accepting.clone(),
     };
@@ -217,6 +219,12 @@ const SECRET: &str = "x-wsproxy-peer";
 /// Header with the time that is left for the head of an answer, in milliseconds.
 const HEAD_MS: &str = "x-wsproxy-head-ms";
 
+/// Header with the time that a request may still wait for a lane, in milliseconds.
+const WAIT_MS: &str = "x-wsproxy-wait-ms";
+
+/// Header of an answer that no instance may keep, though nothing else in its head says so.
+pub(super) const UNKEPT: &str = "x-wsproxy-unkept";
+
 /// Header that says that the client itself waits for `100`.
 const EXPECT: &str = "x-wsproxy-expect";
 
@@ -229,6 +237,12 @@ const PATH: &str = "/_peer/";
 /// Time for which a connection of another instance may be idle: longer than that instance keeps it, so that no request
 /// meets its end.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Upper bound of the bytes that an instance adds to a head, besides a second copy of its host.
+const ADDED_BYTES_MAX: usize = 8 << 10;
+
+/// Most headers of a message between instances: those of any client or agent, and the ones that are added.
+const HEADERS_MAX: usize = 256;
 
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 

@@ -18,7 +18,7 @@ use wsproxy_proto::names::Id;
 
 use crate::{
     config::{peer::Peer, tunnel::ClientAuth},
-    core::Core,
+    core::{Core, caller::Caller},
     endpoint::tunnel::{
         Tunnel,
         access::Access,
@@ -34,11 +34,13 @@ use crate::{
         },
         pages, path, patterns,
         refusal::{self, Code, Refusal, Refused},
+        spans,
     },
     http::{
         Body,
         handshake::{self, address::RemotePeer},
     },
+    traces::RootSpan,
 };
 
 /// Returns whether a request is for the service behind a cluster's agent.
@@ -53,22 +55,23 @@ pub fn is_proxied(core: &Core, uri: &Uri) -> bool {
 pub async fn serve(
     tunnel: &Arc<Tunnel>,
     core: &Arc<Core>,
+    caller: &Caller,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
     let on_upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
     let target = parts.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
     let (cluster, behind) = path::split(&target).unwrap_or_default();
-    let marks = Marks::new(&parts.headers, None);
+    let span = spans::of_client(&core.traces, &parts.headers, &parts.method, caller);
+    let marks = Marks::new(&parts.headers, span.trace().context().copied());
     let has_body = !body.is_end_stream();
     let method = parts.method.clone();
     // The library for HTTP hides a length beside the chunks. A proxy in front that reads the length would send the next
     // request in another place.
     let is_chunked = parts.headers.contains_key(header::TRANSFER_ENCODING);
     let wants_status = refusal::wants_status(behind, &parts.headers);
-    let address = handshake::address_of(core, &parts.headers, &parts.extensions).ok();
     let asked = Asked { cluster, behind, marks: &marks, on_upgrade };
-    let refusal = match answer(tunnel, core, parts, body, asked).await {
+    let refusal = match answer(tunnel, core, (parts, body), asked, span).await {
         Ok(mut response) => {
             if is_chunked {
                 close(&mut response);
@@ -78,7 +81,7 @@ pub async fn serve(
         Err(refusal) => refusal,
     };
     let (path, trace_id) = (path::without_query(behind), marks.trace_id());
-    log_refusal(core, &refusal, cluster, address, &trace_id);
+    log_refusal(core, &refusal, cluster, caller.address, &trace_id);
     let (method, trace_id) = (&method, &*trace_id);
     let mut response = refusal.response(&Refused { method, cluster, path, trace_id, wants_status });
     if has_body {
@@ -113,15 +116,17 @@ struct Opened {
 async fn answer(
     tunnel: &Arc<Tunnel>,
     core: &Arc<Core>,
-    parts: Parts,
-    body: Incoming,
+    (parts, body): (Parts, Incoming),
     asked: Asked<'_>,
+    span: RootSpan,
 ) -> Result<Response<Body>, Refusal> {
     let pattern = patterns::of(path::without_query(asked.behind), &tunnel.patterns);
     let (counters, method) = (&tunnel.counters, &parts.method);
-    let access = Access::begin(counters, asked.cluster, &pattern, method, asked.marks);
+    let access = Access::begin(counters, asked.cluster, &pattern, method, asked.marks, span);
+    access.trace().enter("authenticate");
     let answered = match open(tunnel, core, &parts, asked.cluster).await {
         Ok((cluster, credential)) => {
+            access.trace().enter("check");
             let opened = Opened { cluster, credential, access: Arc::clone(&access) };
             answer_opened(tunnel, core, (parts, body), asked, opened).await
         }
@@ -179,7 +184,7 @@ async fn answer_opened(
     let upload = has_body.then(|| Upload::new(body, &parts.headers, tunnel.config.body_max));
     let upload = upload.transpose()?;
     let now = clock::now();
-    let rated = tunnel.rates.take(credential.hash, &cluster, now);
+    let rated = tunnel.rates.take(credential.rated, &cluster, now);
     rated.map_err(|wait| Refusal::new(Code::RateLimited).after(wait))?;
     let pass = tunnel.breakers.admit(&cluster, now);
     let pass = pass.map_err(|wait| Refusal::new(Code::CircuitOpen).after(wait))?;
@@ -188,8 +193,7 @@ async fn answer_opened(
         credential: credential.hash,
         method: &parts.method,
         target: &target,
-        headers: &parts.headers,
-        passes_credentials: passes_credentials(&rules, &parts.headers),
+        headers: block.headers(),
         is_more: has_body || upgrade.is_some(),
     });
     if let Some(response) = keep.as_ref().and_then(|(key, _)| cached(tunnel, key, &access)) {
@@ -201,7 +205,6 @@ async fn answer_opened(
         expects: has_body && expects(&parts.headers),
         accepts_trailers: trailers::are_accepted(&parts.headers),
         deadlines: Deadlines::new(&tunnel.config, is_long || upgrade.is_some()),
-        host: parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(Into::into),
         method: parts.method,
         target: target.into_owned(),
         block,
@@ -209,6 +212,7 @@ async fn answer_opened(
         prefix: request::prefix(&cluster),
         is_of_peer: false,
         retries: Retries::default(),
+        wait: tunnel.config.wait,
         cluster,
         access,
         keep,
@@ -221,12 +225,6 @@ async fn answer_opened(
     };
     drop(parts.headers);
     exchange::run(tunnel, core, ask, upload, client, pass).await
-}
-
-/// Returns whether a credential of the client goes to the upstream, so that the answer is for that client alone.
-fn passes_credentials(rules: &Rules<'_>, headers: &HeaderMap) -> bool {
-    (rules.passes_authorization && headers.contains_key(header::AUTHORIZATION))
-        || (rules.passes_cookies && headers.contains_key(header::COOKIE))
 }
 
 /// Returns the answer that is kept for a key.

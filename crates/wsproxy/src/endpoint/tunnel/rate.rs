@@ -1,4 +1,4 @@
-//! The rate of requests of one credential to one cluster. Knows no credential but its hash.
+//! The rate of requests of one client to one cluster. Knows no client but the hash of its token or user.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -15,9 +15,9 @@ use wsproxy_proto::{
 
 use crate::config::tunnel::rows::TokenHash;
 
-/// Rates of all credentials and clusters.
+/// Rates of all clients and clusters.
 ///
-/// Bound: at most [`PAIRS_MAX`] pairs of a credential and a cluster have a bucket of their own. One that owes nothing any
+/// Bound: at most [`PAIRS_MAX`] pairs of a client and a cluster have a bucket of their own. One that owes nothing any
 /// more is forgotten. Beyond the maximum, a pair shares one of [`SHARED`] buckets, so that every request is counted.
 #[derive(Debug)]
 pub struct Rates {
@@ -54,14 +54,14 @@ impl Rates {
     /// Time until the next one passes.
     pub fn take(
         &self,
-        credential: TokenHash,
+        client: TokenHash,
         cluster: &Id,
         Micros(now): Micros,
     ) -> Result<(), Duration> {
         let Some(rate) = self.rate else { return Ok(()) };
         let nanos = now.saturating_mul(1000);
         let mut buckets = self.buckets.lock();
-        let key = (credential, cluster.clone());
+        let key = (client, cluster.clone());
         if buckets.pairs.len() >= PAIRS_MAX && !buckets.pairs.contains_key(&key) {
             buckets.purge(nanos);
         }

@@ -106,6 +106,8 @@ table! {
     ClusterOffline = "cluster_offline" SERVICE_UNAVAILABLE 0 Always "No agent of the cluster is connected."
     /// Another instance brought a request for a cluster that has no lane here.
     NoLane = "no_lane" MISDIRECTED_REQUEST 0 Always "This instance has no lane of the cluster."
+    /// Another instance brought a request that should not wait here, and the cluster's lanes have no place for it.
+    LanesFull = "lanes_full" MISDIRECTED_REQUEST 0 Always "The cluster's lanes at this instance are full."
     /// Too many requests failed at the upstream, so no further one is sent for a while.
     CircuitOpen = "circuit_open" SERVICE_UNAVAILABLE 1 Always "The cluster's upstream did not answer lately."
     /// The agent cannot connect to the upstream.
@@ -406,6 +408,7 @@ mod tests {
         (Code::Restarting, "restarting", 503, Some(1), ALL),
         (Code::ClusterOffline, "cluster_offline", 503, None, ALL),
         (Code::NoLane, "no_lane", 421, None, ALL),
+        (Code::LanesFull, "lanes_full", 421, None, ALL),
         (Code::CircuitOpen, "circuit_open", 503, Some(1), ALL),
         (Code::UpstreamConnect, "upstream_connect", 502, None, ALL),
         (Code::UpstreamTls, "upstream_tls", 502, None, ALL),

@@ -9,18 +9,18 @@ use crate::{
         exchange::Ask,
         lanes::{Lane, NoLane, Place},
         refusal::{Code, Refusal},
-        waiting::Look,
+        waiting::{Look, Turn},
     },
 };
 
 /// Finds a lane for a request, and a place on it. `tried` are lanes that come last.
 ///
 /// # Errors
-/// `cluster_unknown`, `cluster_offline`, `cluster_reconnecting`, `overloaded`, `restarting`, `no_lane`
+/// `cluster_unknown`, `cluster_offline`, `cluster_reconnecting`, `overloaded`, `restarting`, `no_lane`, `lanes_full`
 pub(super) async fn find(
     tunnel: &Arc<Tunnel>,
     core: &Core,
-    ask: &Ask,
+    (ask, turn): (&Ask, &Turn),
     tried: &[Arc<Lane>],
 ) -> Result<Place, Refusal> {
     let is_seen = tunnel.lanes.of(&ask.cluster).is_some() || tunnel.expects(&ask.cluster);
@@ -37,6 +37,10 @@ pub(super) async fn find(
         }
         match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
             Ok(place) => Look::Found(place),
+            // The instance that brought the request looks elsewhere, or waits itself.
+            Err(NoLane::Full) if ask.is_of_peer && ask.wait.is_zero() => {
+                Look::Leave(Code::LanesFull)
+            }
             Err(NoLane::Full) => Look::Wait(Code::Overloaded, None),
             // The instance that brought the request looks for another one.
             Err(_) if ask.is_of_peer => Look::Leave(Code::NoLane),
@@ -49,6 +53,8 @@ pub(super) async fn find(
         }
     };
     let (queue, until) = ((&ask.cluster, may_last), ask.deadlines.head());
-    let found = tunnel.room.find(queue, until, Code::Overloaded, look).await;
+    let crowded =
+        if ask.is_of_peer && ask.wait.is_zero() { Code::LanesFull } else { Code::Overloaded };
+    let found = tunnel.room.find(queue, turn, until, crowded, look).await;
     found.map_err(Refusal::new)
 }

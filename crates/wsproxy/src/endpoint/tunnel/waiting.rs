@@ -4,7 +4,14 @@
 //! Users' agents have a room of their own (`core/waiting.rs`): there, requests wait for an announcement on the bus, all are
 //! woken at once, and their bytes are counted. Here they wait for a change in this process, in their order.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
@@ -21,8 +28,27 @@ pub struct Limits {
     pub cluster_max: usize,
     /// Requests of all clusters.
     pub max: usize,
-    /// Longest wait.
-    pub wait: Duration,
+}
+
+/// Turn of a request: its place among others, and the time that it may still wait. A request has one for all of its waits,
+/// so that one that is sent again neither waits anew nor stands behind those that came later.
+#[derive(Debug)]
+pub struct Turn {
+    ticket: u64,
+    left: Duration,
+}
+
+impl Turn {
+    /// Returns the time that the request may still wait.
+    #[must_use]
+    pub const fn left(&self) -> Duration {
+        self.left
+    }
+
+    /// Takes a time off that the request has waited.
+    pub const fn waited(&mut self, time: Duration) {
+        self.left = self.left.saturating_sub(time);
+    }
 }
 
 /// The waiting room of an instance.
@@ -32,6 +58,8 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Room {
     limits: Limits,
+    /// Ticket of the last request that came.
+    last: AtomicU64,
     /// Guards the queues; held for a few steps.
     state: Mutex<State>,
 }
@@ -40,8 +68,6 @@ pub struct Room {
 struct State {
     clusters: HashMap<Id, Queues>,
     waiting: usize,
-    /// Ticket of the last request that entered.
-    last: u64,
 }
 
 /// Requests of a cluster by their tickets: those that may last behind the others.
@@ -72,36 +98,45 @@ impl Room {
     /// Makes an empty room.
     #[must_use]
     pub fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self { limits, state: Mutex::default() })
+        Arc::new(Self { limits, last: AtomicU64::new(0), state: Mutex::default() })
     }
 
-    /// Looks for a lane, and waits where that may help: until there is one, `until`, or the longest wait is over.
+    /// Returns the turn of a request that comes now, and that may wait for `left`.
+    #[must_use]
+    pub fn turn(&self, left: Duration) -> Turn {
+        Turn { ticket: self.last.fetch_add(1, Relaxed) + 1, left }
+    }
+
+    /// Looks for a lane, and waits where that may help: until there is one, `until`, or the time of the turn is over. The
+    /// caller takes the time of the wait off the turn.
     ///
     /// # Errors
     /// The last reason of `look`. `crowded`: so many wait that this request cannot, and what is free is theirs.
     pub async fn find<T, R>(
         self: &Arc<Self>,
         (cluster, may_last): (&Id, bool),
+        turn: &Turn,
         until: Option<Instant>,
         crowded: R,
         mut look: impl FnMut() -> Look<T, R>,
     ) -> Result<T, R> {
-        // A request that comes now does not overtake those that wait.
+        // A request does not overtake those that came before it.
         let mut reason = None;
-        if self.is_empty(cluster, may_last) {
+        if self.is_next(cluster, may_last, turn) {
             match look() {
                 Look::Found(found) => return Ok(found),
                 Look::Leave(reason) => return Err(reason),
                 Look::Wait(why, holds_until) => reason = Some((why, holds_until)),
             }
         }
-        let Some(waiting) = self.enter(cluster, may_last) else {
+        let entered = (!turn.left.is_zero()).then(|| self.enter(cluster, may_last, turn));
+        let Some(waiting) = entered.flatten() else {
             return Err(match reason.map_or_else(&mut look, |(why, at)| Look::Wait(why, at)) {
                 Look::Found(_) => crowded,
                 Look::Leave(why) | Look::Wait(why, _) => why,
             });
         };
-        let longest = Instant::now() + self.limits.wait;
+        let longest = Instant::now() + turn.left;
         let end = until.map_or(longest, |until| until.min(longest));
         let mut has_entered = false;
         loop {
@@ -147,22 +182,24 @@ impl Room {
         state.clusters.iter().map(|(cluster, queues)| (cluster.clone(), depth(queues))).collect()
     }
 
-    fn is_empty(&self, cluster: &Id, may_last: bool) -> bool {
+    /// Returns whether no request waits that came before this one.
+    fn is_next(&self, cluster: &Id, may_last: bool, turn: &Turn) -> bool {
         let state = self.state.lock();
-        state.clusters.get(cluster).is_none_or(|queues| queues[usize::from(may_last)].is_empty())
+        let queue = state.clusters.get(cluster).map(|queues| &queues[usize::from(may_last)]);
+        let first = queue.and_then(BTreeMap::first_key_value);
+        first.is_none_or(|(ticket, _)| *ticket > turn.ticket)
     }
 
-    fn enter(self: &Arc<Self>, cluster: &Id, may_last: bool) -> Option<Waiting> {
+    fn enter(self: &Arc<Self>, cluster: &Id, may_last: bool, turn: &Turn) -> Option<Waiting> {
         let mut state = self.state.lock();
-        let State { clusters, waiting, last } = &mut *state;
+        let State { clusters, waiting } = &mut *state;
         let known =
             clusters.get(cluster).map_or(0, |queues| queues.iter().map(BTreeMap::len).sum());
         if *waiting >= self.limits.max || known >= self.limits.cluster_max {
             return None;
         }
-        *last += 1;
         *waiting += 1;
-        let (ticket, turn) = (*last, Arc::new(Notify::new()));
+        let (ticket, turn) = (turn.ticket, Arc::new(Notify::new()));
         let queues = clusters.entry_ref(cluster).or_default();
         queues[usize::from(may_last)].insert(ticket, Arc::clone(&turn));
         drop(state);
@@ -203,7 +240,7 @@ fn wake_first(queue: &BTreeMap<u64, Arc<Notify>>) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use std::sync::atomic::AtomicUsize;
 
     use futures_util::{FutureExt as _, future::join_all};
     use tokio::{task::yield_now, time::advance};
@@ -213,7 +250,17 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn room(cluster_max: usize, max: usize) -> Arc<Room> {
-        Room::new(Limits { cluster_max, max, wait: 10 * SECOND })
+        Room::new(Limits { cluster_max, max })
+    }
+
+    /// Looks with a turn of its own.
+    async fn find<T>(
+        room: &Arc<Room>,
+        queue: (&Id, bool),
+        until: Option<Instant>,
+        look: impl FnMut() -> Look<T, &'static str>,
+    ) -> Result<T, &'static str> {
+        room.find(queue, &room.turn(10 * SECOND), until, "crowded", look).await
     }
 
     fn id(text: &str) -> Id {
@@ -246,7 +293,7 @@ mod tests {
         let request = |number| {
             let (room, places, cluster, order) = (&room, &places, &cluster, &order);
             async move {
-                let found = room.find((cluster, false), None, "crowded", || places.take()).await;
+                let found = find(room, (cluster, false), None, || places.take()).await;
                 order.lock().push((number, found.is_ok()));
             }
         };
@@ -276,7 +323,7 @@ mod tests {
         let (room, places) = (room(2, 3), Places::default());
         let find = |cluster: &'static str| {
             let (room, places) = (Arc::clone(&room), &places);
-            async move { room.find((&id(cluster), false), None, "crowded", || places.take()).await }
+            async move { find(&room, (&id(cluster), false), None, || places.take()).await }
         };
         let mut waiting = [find("a"), find("a"), find("b")].map(Box::pin);
         assert!(waiting.iter_mut().all(|one| one.now_or_never().is_none()));
@@ -295,9 +342,13 @@ mod tests {
         // A place that is free is taken even so.
         places.0.store(1, Relaxed);
         assert_eq!(
-            Room::new(Limits { max: 0, ..room.limits })
-                .find((&id("a"), false), None, "crowded", || places.take())
-                .now_or_never(),
+            self::find(
+                &Room::new(Limits { max: 0, ..room.limits }),
+                (&id("a"), false),
+                None,
+                || { places.take() }
+            )
+            .now_or_never(),
             Some(Ok(()))
         );
     }
@@ -310,30 +361,26 @@ mod tests {
             true => Look::<(), _>::Wait("reconnecting", Some(grace)),
             false => Look::Leave("offline"),
         };
-        assert_eq!(room.find((&cluster, false), None, "crowded", look).await, Err("offline"));
+        assert_eq!(find(&room, (&cluster, false), None, look).await, Err("offline"));
         assert_eq!(start.elapsed(), 4 * SECOND);
         let start = Instant::now();
         let full = || Look::<(), _>::Wait("full", None);
-        assert_eq!(room.find((&cluster, false), None, "crowded", full).await, Err("full"));
+        assert_eq!(find(&room, (&cluster, false), None, full).await, Err("full"));
         assert_eq!(start.elapsed(), 10 * SECOND);
         let until = Some(Instant::now() + 2 * SECOND);
-        assert_eq!(room.find((&cluster, true), until, "crowded", full).await, Err("full"));
+        assert_eq!(find(&room, (&cluster, true), until, full).await, Err("full"));
         assert_eq!(start.elapsed(), 12 * SECOND);
         let gone = || Look::<(), _>::Leave("offline");
-        assert_eq!(
-            room.find((&cluster, false), None, "crowded", gone).now_or_never(),
-            Some(Err("offline"))
-        );
+        assert_eq!(find(&room, (&cluster, false), None, gone).now_or_never(), Some(Err("offline")));
     }
 
     #[tokio::test(start_paused = true)]
     async fn requests_that_may_last_do_not_hold_up_others() {
         let (room, places, cluster) = (room(9, 9), Places::default(), id("c1"));
-        let mut watch = Box::pin(
-            room.find((&cluster, true), None, "crowded", || Look::<(), _>::Wait("full", None)),
-        );
+        let mut watch =
+            Box::pin(find(&room, (&cluster, true), None, || Look::<(), _>::Wait("full", None)));
         assert!((&mut watch).now_or_never().is_none());
-        let mut short = Box::pin(room.find((&cluster, false), None, "crowded", || places.take()));
+        let mut short = Box::pin(find(&room, (&cluster, false), None, || places.take()));
         assert!((&mut short).now_or_never().is_none());
         places.free(1, &room, &cluster);
         assert_eq!(short.now_or_never(), Some(Ok(())));
@@ -343,7 +390,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_turn_of_a_request_that_left_goes_to_the_next() {
         let (room, places, cluster) = (room(9, 9), Places::default(), id("c1"));
-        let find = || Box::pin(room.find((&cluster, false), None, "crowded", || places.take()));
+        let find = || Box::pin(find(&room, (&cluster, false), None, || places.take()));
         let (mut first, mut second) = (find(), find());
         assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
         places.free(1, &room, &cluster);
@@ -355,16 +402,39 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_place_that_came_before_the_entry_is_found() {
         let (room, places, cluster) = (room(9, 9), Places::default(), id("c1"));
-        let mut first = Box::pin(room.find((&cluster, false), None, "crowded", || places.take()));
+        let mut first = Box::pin(find(&room, (&cluster, false), None, || places.take()));
         assert!((&mut first).now_or_never().is_none());
         places.free(1, &room, &cluster);
         // The second came while the first one waited, whose turn it is.
-        let mut second = Box::pin(room.find((&cluster, false), None, "crowded", || places.take()));
+        let mut second = Box::pin(find(&room, (&cluster, false), None, || places.take()));
         assert!((&mut second).now_or_never().is_none());
         places.0.fetch_add(1, Relaxed);
         assert_eq!(first.now_or_never(), Some(Ok(())));
         assert_eq!(second.now_or_never(), Some(Ok(())));
         advance(SECOND).await;
         assert_eq!(room.waiting(&cluster), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_is_sent_again_keeps_its_place_and_its_time() {
+        let (room, places, cluster) = (room(9, 9), Places::default(), id("c1"));
+        let mut turn = room.turn(10 * SECOND);
+        let mut later = Box::pin(find(&room, (&cluster, false), None, || places.take()));
+        assert!((&mut later).now_or_never().is_none());
+        // It found a lane before, which was lost after some time.
+        turn.waited(7 * SECOND);
+        let start = Instant::now();
+        let mut again =
+            Box::pin(room.find((&cluster, false), &turn, None, "crowded", || places.take()));
+        assert!((&mut again).now_or_never().is_none());
+        places.free(1, &room, &cluster);
+        assert_eq!((&mut again).now_or_never(), Some(Ok(())));
+        assert!((&mut later).now_or_never().is_none());
+        drop(again);
+        let end = room.find((&cluster, false), &turn, None, "crowded", || places.take()).await;
+        assert_eq!((end, start.elapsed()), (Err("full"), 3 * SECOND));
+        turn.waited(3 * SECOND);
+        let end = room.find((&cluster, false), &turn, None, "crowded", || places.take());
+        assert_eq!(end.now_or_never(), Some(Err("full")));
     }
 }

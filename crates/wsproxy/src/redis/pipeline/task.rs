@@ -4,7 +4,7 @@
 //! the callers of sent ones learn that they may or may not have arrived. If the server has forgotten a script, the
 //! publish is repeated with the script.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, pin::pin, sync::Arc};
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
@@ -16,6 +16,7 @@ use tokio::{
 use crate::{
     bus::publish::{Keep, Outcome, Publish, Receipt},
     redis::{
+        address::RedisEndpoint,
         answer::{not_done, outcome_of, refusal_of, reply_of},
         connect::check_role_answer,
         connection::{Progress, RedisConnection},
@@ -78,21 +79,26 @@ impl PipelineTask {
     /// Serves the queue until shutdown, and then the rest of it, if there is a connection.
     pub(in crate::redis) async fn run(mut self) {
         let mut supervisor = Supervisor::new(self.shared.clone(), self.purpose);
-        while let Some(mut connection) = supervisor.connect().await {
-            let end = self.serve(&mut connection).await;
+        while let Some((mut connection, server)) = supervisor.connect().await {
+            let end = self.serve(&mut connection, &server).await;
             let cause = end.as_ref().map_or_else(String::new, Fault::to_string);
             self.fail_waiting(&cause);
             match end {
                 None => break,
-                Some(fault) => supervisor.lost(&fault),
+                Some(fault) => supervisor.lost(&server, &fault),
             }
         }
         self.fail_queued();
     }
 
     /// Uses a connection until it fails; `None` after shutdown.
-    async fn serve(&mut self, connection: &mut RedisConnection) -> Option<Fault> {
+    async fn serve(
+        &mut self,
+        connection: &mut RedisConnection,
+        server: &Arc<RedisEndpoint>,
+    ) -> Option<Fault> {
         let shared = self.shared.clone();
+        let mut left = pin!(shared.topology.left(server));
         let pipeline = self.pipeline.clone();
         // Takes back an order to end that was meant for an earlier connection.
         let _ = pipeline.condemned.notified().now_or_never();
@@ -127,6 +133,7 @@ impl PipelineTask {
                     WatchdogStep::Ask => self.ask(connection),
                     WatchdogStep::Dead => return Some(Fault::Silent),
                 },
+                () = &mut left => return Some(Fault::Moved),
                 () = shared.shutdown.cancelled(), if self.ends_at.is_none() => {
                     pipeline.queue.close();
                     self.ends_at = Some(Instant::now() + timeout);

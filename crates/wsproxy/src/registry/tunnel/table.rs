@@ -167,11 +167,14 @@ impl KnownCluster {
         self.state.lock().begun + 1
     }
 
-    /// Returns the success of a reading that has ended, or of one that failed a moment ago; `None`: it has not ended.
+    /// Returns the success of a reading that has ended, or of one that failed a moment ago; `None`: it has not ended, or has
+    /// to be tried again.
     pub(super) fn outcome(&self, reading: u64, now: Instant) -> Option<bool> {
         let state = self.state.lock();
-        let failed = state.failed.is_some_and(|at| now.duration_since(at) < FAILURE_KEPT);
-        (failed || state.ended >= reading).then_some(!failed)
+        match state.failed {
+            Some(at) => (now.duration_since(at) < FAILURE_KEPT).then_some(false),
+            None => (state.ended >= reading).then_some(true),
+        }
     }
 
     /// Begins a reading: announcements that come meanwhile are kept.
@@ -209,8 +212,8 @@ impl KnownCluster {
         self.publish(state);
     }
 
-    /// Notes an announcement.
-    pub(super) fn heard(&self, event: LaneEvent, agent: &Id, record: &LaneRecord) {
+    /// Notes an announcement. Returns whether it has changed the lanes at other instances.
+    pub(super) fn heard(&self, event: LaneEvent, agent: &Id, record: &LaneRecord) -> bool {
         let mut state = self.state.lock();
         if let Some(recorded) = &mut state.recorded
             && recorded.len() < RECORDED_MAX
@@ -218,7 +221,7 @@ impl KnownCluster {
             recorded.push((event, agent.clone(), record.clone()));
         }
         state.apply(event, agent, record.clone());
-        self.publish(state);
+        self.publish(state)
     }
 
     fn is_followed(&self) -> bool {
@@ -230,7 +233,8 @@ impl KnownCluster {
         self.state.lock().lost
     }
 
-    fn publish(&self, mut state: MutexGuard<'_, ClusterState>) {
+    /// Tells those who follow the cluster of its lanes. Returns whether these have changed.
+    fn publish(&self, mut state: MutexGuard<'_, ClusterState>) -> bool {
         let is_elsewhere = |lane: &&RemoteLane| *lane.record.server_id != *self.server_id;
         let lanes: Arc<[RemoteLane]> =
             state.entries.values().filter(is_elsewhere).cloned().collect();
@@ -247,6 +251,7 @@ impl KnownCluster {
         if let Some(news) = self.news.get().filter(|_| is_changed) {
             news(&self.cluster);
         }
+        is_changed
     }
 }
 
@@ -382,6 +387,9 @@ mod tests {
         let fresh = cluster.fresh_reading();
         cluster.fail(now);
         assert_eq!(cluster.outcome(cluster.any_reading(), now), Some(false));
+        assert_eq!(cluster.outcome(fresh, now + FAILURE_KEPT), None);
+        cluster.begin();
+        cluster.fail(now);
         assert_eq!(cluster.outcome(fresh, now + FAILURE_KEPT), None);
         cluster.begin();
         cluster.complete(vec![], false);

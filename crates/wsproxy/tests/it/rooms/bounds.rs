@@ -1,6 +1,6 @@
 //! Bounds of rooms: attempts, rooms of an instance, entities, rates, and messages that wait for an `ack`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use wsproxy::config::{Config, rooms::Overflow};
@@ -11,6 +11,7 @@ use crate::{
         tokens::{SECRET, open_with, token},
     },
     support::{
+        binary::Binary,
         client::Client,
         eventually,
         gateway::{Backend, TestInstance},
@@ -184,4 +185,43 @@ async fn reliable_messages_without_an_ack_are_given_up_and_counted() {
     }
     assert_eq!(bob.ended().await, 1008);
     assert_eq!(ann.told().await, "leave bob");
+}
+
+#[tokio::test]
+async fn reliable_messages_given_up_are_logged_once_a_second() {
+    let binary = Binary::start(&[
+        ("WSPROXY_ENDPOINTS__ROOMS", "true"),
+        ("WSPROXY_ROOMS__DEVELOPMENT", "true"),
+        ("WSPROXY_ROOMS__ACK_INTERVAL", "100ms"),
+        ("WSPROXY_ROOMS__ACK_TRIES", "2"),
+        ("WSPROXY_ROOMS__ACK_QUEUE", "2"),
+    ])
+    .await;
+    let mut ann = RoomClient::join_at(binary.address, ("lobby", "ann", "ann"), json!({})).await;
+    let features = json!({ "features": ["acks"] });
+    let _bob = RoomClient::join_at(binary.address, ("lobby", "bob", "bob"), features).await;
+    let tries = "A member did not acknowledge a reliable message, which is given up.";
+    let overflow = "Too many reliable messages wait for a member: one is given up.";
+    let begin = Instant::now();
+    // The second line of each kind tells how many the second before it had.
+    for (message, outcome, burst, more, pause, at_least) in
+        [(tries, "tries", 2, 1, 400, 3), (overflow, "overflow", 20, 3, 50, 19)]
+    {
+        for _ in 0..burst {
+            say_reliably(&mut ann, outcome).await;
+        }
+        while binary.lines(message).len() < 2 {
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            for _ in 0..more {
+                say_reliably(&mut ann, outcome).await;
+            }
+        }
+        let lines = binary.lines(message);
+        let told = lines.iter().map(|line| 1 + line["left_out"].as_u64().unwrap()).sum::<u64>();
+        let series = format!("wsproxy_room_acks_total{{outcome=\"{outcome}\"}}");
+        let given_up = binary.metric(&series).await;
+        assert!(at_least <= told && told as f64 <= given_up, "{told} of {given_up}");
+        assert!(lines.len() as u64 <= begin.elapsed().as_secs() + 1, "{lines:?}");
+        assert!(lines.iter().all(|line| line["client"] == "bob" && line["count"] == 1));
+    }
 }

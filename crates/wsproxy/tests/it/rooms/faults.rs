@@ -485,12 +485,10 @@ async fn bring(trouble: Trouble, server: &mut RedisServer, snapshot: &[u8]) {
 async fn all_see(at: &TestInstance, expected: &[String]) {
     eventually_yes("all see the same members", async || {
         let path = "/ws/lobby?user_id=looks&client_id=looks";
-        let Ok(mut client) = Client::connect(at.address(), path, &[]).await else {
+        let Ok(client) = Client::connect(at.address(), path, &[]).await else {
             return false;
         };
-        client.send(r#"{"clientHello":{}}"#).await;
-        let hello = client.json().await["serverHello"].take();
-        let seen = RoomClient { client, hello };
+        let seen = RoomClient::greeted(client, json!({})).await.whole().await;
         let mut names = seen.members();
         seen.client.close().await;
         names.retain(|name| name != "looks");

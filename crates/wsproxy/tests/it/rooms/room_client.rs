@@ -102,14 +102,14 @@ impl RoomClient {
     }
 
     /// Sends the hello, and waits for the first page of its answer.
-    async fn greeted(mut client: Client, hello: Value) -> Self {
+    pub async fn greeted(mut client: Client, hello: Value) -> Self {
         client.send(json!({ "clientHello": hello }).to_string()).await;
         let hello = Self::page(&mut client).await;
         Self { client, hello }
     }
 
     /// Reads the further pages of the state.
-    async fn whole(mut self) -> Self {
+    pub async fn whole(mut self) -> Self {
         let mut page = self.hello.clone();
         while page["more"] == true {
             page = Self::page(&mut self.client).await;

@@ -7,6 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use secrecy::SecretString;
+use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy::{
@@ -20,7 +21,12 @@ use wsproxy::{
 };
 use wsproxy_proto::names::Names;
 
-use super::{eventually, redis_server::RedisServer, soon};
+use super::{
+    eventually,
+    redis_server::RedisServer,
+    sentinel::{Server, lone_sentinel},
+    soon,
+};
 
 /// A running bus, what it delivers, and the server behind it; dropping it ends its tasks.
 pub struct TestBus {
@@ -32,6 +38,8 @@ pub struct TestBus {
     pub seen: Recorder,
     /// The server, if it has one of its own.
     pub server: Option<RedisServer>,
+    /// The sentinel of that server, if it has one.
+    pub sentinel: Option<(Server, TempDir)>,
     /// The tasks of the bus.
     pub tasks: TaskTracker,
     /// Ends them.
@@ -55,7 +63,7 @@ impl TestBus {
             &tasks,
             shutdown.clone(),
         );
-        Self { store: bus.store(), bus, seen, server: None, tasks, shutdown }
+        Self { store: bus.store(), bus, seen, server: None, sentinel: None, tasks, shutdown }
     }
 
     /// A bus on a server of its own.
@@ -63,6 +71,16 @@ impl TestBus {
         let server = RedisServer::start();
         let mut bus = Self::on(&config(Some(&server.url())));
         bus.server = Some(server);
+        bus
+    }
+
+    /// A bus on a server of its own, which a sentinel names.
+    pub fn sentinel() -> Self {
+        let (server, directory) = (RedisServer::start(), tempfile::tempdir().unwrap());
+        let sentinel = lone_sentinel(server.port(), directory.path());
+        let url = format!("redis+sentinel://127.0.0.1:{}/mymaster", sentinel.port());
+        let mut bus = Self::on(&config(Some(&url)));
+        (bus.server, bus.sentinel) = (Some(server), Some((sentinel, directory)));
         bus
     }
 
@@ -79,7 +97,7 @@ impl TestBus {
             shutdown.clone(),
         )
         .unwrap();
-        Self { store: bus.store(), bus, seen, server: None, tasks, shutdown }
+        Self { store: bus.store(), bus, seen, server: None, sentinel: None, tasks, shutdown }
     }
 
     /// The server of its own.
@@ -270,7 +288,7 @@ impl Receipt for Receipts {
     }
 }
 
-/// Runs each test, a function of a [`TestBus`] with what hangs on it, over both backends.
+/// Runs each test, a function of a [`TestBus`] with what hangs on it, over every backend.
 macro_rules! contract {
     ($($name:ident),* $(,)?) => {
         mod memory {
@@ -278,6 +296,9 @@ macro_rules! contract {
         }
         mod redis {
             $(#[tokio::test] async fn $name() { super::$name(super::TestBus::redis()).await; })*
+        }
+        mod sentinel {
+            $(#[tokio::test] async fn $name() { super::$name(super::TestBus::sentinel()).await; })*
         }
     };
 }

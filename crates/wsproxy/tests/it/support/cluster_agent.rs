@@ -36,8 +36,13 @@ pub fn agent_token(cluster: &str, token: &str) -> AgentToken {
 }
 
 fn hash(token: &str) -> TokenHash {
+    TokenHash::parse(&sha256(token)).unwrap()
+}
+
+/// The SHA-256 of a token, in hexadecimal.
+pub fn sha256(token: &str) -> String {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes());
-    TokenHash(digest.as_ref().try_into().unwrap())
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A cluster agent with one lane.

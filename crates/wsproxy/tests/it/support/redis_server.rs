@@ -295,7 +295,8 @@ pub fn free_port() -> u16 {
     }
 }
 
-fn spell(words: &[&str]) -> Vec<u8> {
+/// Spells a command.
+pub fn spell(words: &[&str]) -> Vec<u8> {
     let mut command = format!("*{}\r\n", words.len());
     for word in words {
         command += &format!("${}\r\n{word}\r\n", word.len());
@@ -303,7 +304,8 @@ fn spell(words: &[&str]) -> Vec<u8> {
     command.into_bytes()
 }
 
-fn read(reader: &mut impl BufRead) -> std::io::Result<Answer> {
+/// Reads one answer.
+pub fn read(reader: &mut impl BufRead) -> std::io::Result<Answer> {
     let mut line = String::new();
     reader.read_line(&mut line)?;
     let Some((kind, rest)) = line.trim_end().split_at_checked(1) else {

@@ -4,7 +4,7 @@ use wsproxy_conn::lane::{AcceptedStream, LaneEnd, LaneSettings};
 use wsproxy_proto::tunnel::code::Code;
 
 use crate::support::{
-    cluster_agent::{AGENT, CLIENT, ClusterAgent, Name, answer, config, handshake, head},
+    cluster_agent::{AGENT, CLIENT, ClusterAgent, Name, answer, config, handshake, head, sha256},
     eventually,
     gateway::TestInstance,
     http::{Response, request},
@@ -73,9 +73,7 @@ async fn a_stored_token_opens_its_cluster() {
     let gateway = TestInstance::start(config(None)).await;
     let (names, store) = (&gateway.gateway().names, &gateway.gateway().store);
     let key = names.tunnel_auth(&wsproxy_proto::names::Id::parse("d1").unwrap());
-    // SHA-256 of "stored".
-    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"stored");
-    let hash: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash = sha256("stored");
     store.save(&key, hash.as_bytes(), std::time::Duration::from_secs(60)).await.unwrap();
     let name = |token| Name { cluster: "d1", token, ..Name::default() };
     assert_eq!(connect(&gateway, name("wrong")).await.err().unwrap().status, 401);

@@ -79,6 +79,42 @@ async fn requests_pass_while_redis_is_away() {
 }
 
 #[tokio::test]
+async fn an_agent_that_comes_back_while_redis_is_away_is_found_by_others() {
+    let mut redis = RedisServer::start();
+    let mut of_one = peered(&redis, "s1");
+    of_one.tunnel.reconnect_grace = Duration::from_secs(10);
+    let one = TestInstance::start(of_one).await;
+    let two = TestInstance::start(peered(&redis, "s2")).await;
+    let agent = ClusterAgent::start(two.address(), serve).await;
+    assert_eq!(ask(&one, &head("GET", "/x", "")).await.status, 200);
+    redis.kill();
+    eventually("Redis is missed", || !one.gateway().bus.status().connected).await;
+    let lanes = || two.metric("wsproxy_tunnel_lanes");
+    let mut last = agent;
+    // It leaves twice: the name of its lane is not used up.
+    for number in 2..4 {
+        last.cut();
+        eventually("the lane has ended", || lanes() == 0.0).await;
+        let mut waiting = Raw::connect(one.address()).await;
+        waiting.write(head("POST", "/body", "Content-Length: 3\r\n").as_bytes()).await;
+        waiting.write(b"one").await;
+        let missed = || one.metric("wsproxy_tunnel_forwards_missed_total");
+        let before = missed();
+        eventually("the other instance was asked", || missed() > before).await;
+        let name = Name { number, ..Name::default() };
+        let settings = LaneSettings::default();
+        last = ClusterAgent::named(two.address(), name, settings, serve).await.unwrap();
+        let answer = waiting.response().await;
+        assert_eq!((answer.status, &*answer.body), (200, "3 bytes"), "{answer:?}");
+    }
+    assert!(!one.gateway().bus.status().connected);
+    redis.restart();
+    drop(last);
+    one.drain().await;
+    two.drain().await;
+}
+
+#[tokio::test]
 async fn a_frozen_redis_does_not_hold_requests_without_a_lane() {
     let redis = RedisServer::start();
     let mut config = config(Some(&redis.url()));

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::{ANSWER_MAX, Finding, rights};
+use super::{ANSWER_MAX, Finding, nodes, rights};
 use crate::{
     config::Config,
-    redis::trial::{Trial, TrialAnswer, TrialFault},
+    redis::{
+        address::{RedisEndpoint, RedisServers},
+        trial::{self, Trial, TrialAnswer, TrialFault},
+    },
     telemetry::time,
 };
 
@@ -23,25 +26,81 @@ pub(super) async fn examine(config: &Config) -> Vec<Finding> {
 }
 
 async fn look(config: &Config, findings: &mut Vec<Finding>) -> Result<(), TrialFault> {
+    let servers = trial::servers(&config.redis)?;
+    findings.extend(nodes::sentinels(config, &servers).await);
     let mut trial = Trial::connect(&config.redis, ANSWER_MAX).await?;
+    let replicas = look_at_one(&mut trial, config, findings).await?;
+    if matches!(servers, RedisServers::Sentinel { .. }) {
+        findings.extend(nodes::replicas(config, &replicas).await);
+    }
+    Ok(())
+}
+
+/// Looks at one server, and returns the replicas that it names.
+pub(super) async fn look_at_one(
+    trial: &mut Trial,
+    config: &Config,
+    findings: &mut Vec<Finding>,
+) -> Result<Vec<RedisEndpoint>, TrialFault> {
+    let mut replicas = Vec::new();
+    if trial.takes_any_password().await? {
+        findings.push(Finding::error(
+            PART,
+            "redis.url has a password, but Redis has none: it takes every password, and clients without one",
+            "set requirepass of Redis to this password, or remove the password: the libraries of workers fail with it",
+        ));
+    }
     match trial.ask(&["INFO"]).await? {
-        TrialAnswer::Text(text) => findings.extend(of_info(&Info(&text))),
+        TrialAnswer::Text(text) => {
+            findings.extend(of_info(&Info(&text)));
+            replicas = nodes::replicas_in(&text, trial.is_tls());
+        }
         _ => findings.push(Finding::warning(
             PART,
             "connected, but the user may not ask INFO: version, memory and persistence are not known",
             "look at them yourself, or grant +info to the user for this check",
         )),
     }
-    findings.push(clock(&mut trial).await?);
-    findings.extend(rights::examine(&mut trial, config).await?);
-    Ok(())
+    findings.push(output_buffer(trial).await?);
+    findings.push(clock(trial).await?);
+    findings.extend(rights::examine(trial, config).await?);
+    Ok(replicas)
+}
+
+/// Looks at the bytes that may wait for an instance before Redis closes its connection.
+async fn output_buffer(trial: &mut Trial) -> Result<Finding, TrialFault> {
+    let answer = trial.ask(&["CONFIG", "GET", "client-output-buffer-limit"]).await?;
+    let TrialAnswer::List(words) = answer else {
+        return Ok(Finding {
+            advice:
+                "grant +config|get to the user for this check, or look yourself: docs/deploy/sizing"
+                    .into(),
+            ..Finding::ok(PART, "the output buffer for subscribers is not known")
+        });
+    };
+    Ok(of_output_buffer(words.get(1).map_or("", String::as_str)))
+}
+
+/// Judges limits such as `normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60`.
+fn of_output_buffer(limits: &str) -> Finding {
+    let mut words = limits.split(' ').skip_while(|word| *word != "pubsub").skip(1);
+    let mut number = || words.next().and_then(|word| word.parse::<u64>().ok()).unwrap_or_default();
+    let (hard, soft, seconds) = (number(), number(), number());
+    let what = format!("output buffer for subscribers: {hard} bytes, or {soft} for {seconds} s");
+    match hard {
+        0 | OUTPUT_BUFFER_GOOD.. => Finding::ok(PART, what),
+        _ => Finding {
+            advice: "client-output-buffer-limit pubsub 256mb 64mb 60, where an instance may lag for a moment".into(),
+            ..Finding::ok(PART, what)
+        },
+    }
 }
 
 /// The answer to `INFO`.
-struct Info<'a>(&'a str);
+pub(super) struct Info<'a>(pub(super) &'a str);
 
 impl Info<'_> {
-    fn value(&self, name: &str) -> &str {
+    pub(super) fn value(&self, name: &str) -> &str {
         let mut lines = self.0.lines();
         lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default().trim()
     }
@@ -140,6 +199,9 @@ fn of_clocks(here: Duration, there: Duration, way: Duration) -> Finding {
 
 const PART: &str = "redis";
 
+/// Output buffer with which an instance that lags for a moment stays connected.
+const OUTPUT_BUFFER_GOOD: u64 = 256 * 1024 * 1024;
+
 /// Difference of clocks that does no harm.
 const CLOCK_GOOD: Duration = Duration::from_secs(2);
 
@@ -159,6 +221,15 @@ mod tests {
         assert_eq!(judged(110, 100, 0).level, Level::Warning);
         assert_eq!(judged(110, 100, 0).what, "this machine is 10.0 s ahead of Redis");
         assert_eq!(judged(100, 200, 0).level, Level::Error);
+    }
+
+    #[test]
+    fn a_small_output_buffer_is_told() {
+        let of =
+            |pubsub: &str| of_output_buffer(&format!("normal 0 0 0 slave 1 1 1 pubsub {pubsub}"));
+        assert!(of("33554432 8388608 60").advice.contains("256mb"));
+        assert!(of("268435456 67108864 60").advice.is_empty() && of("0 0 0").advice.is_empty());
+        assert!(of("33554432 8388608 60").what.contains("33554432 bytes, or 8388608 for 60 s"));
     }
 
     #[test]

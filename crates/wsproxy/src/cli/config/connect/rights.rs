@@ -27,6 +27,8 @@ pub(super) async fn examine(
             TrialAnswer::Error(error) if error.starts_with("NOPERM") => {
                 lacks.push(words[..words.len().min(2)].join(" "));
             }
+            // Rights are judged first, so that the user has this one.
+            TrialAnswer::Error(error) if error.starts_with("READONLY") => {}
             TrialAnswer::Error(error) => refused = Some((words.join(" "), error)),
             _ => {}
         }
@@ -58,7 +60,7 @@ fn commands(config: &Config) -> Vec<Vec<String>> {
     table.channel(&probe);
     table.add(&["PING"]);
     let Ok(id) = Id::parse("wsproxy-check") else { return table.0 };
-    let EndpointsConfig { sessions, events, rooms, agents, .. } = config.endpoints;
+    let EndpointsConfig { sessions, events, rooms, agents, tunnel, .. } = config.endpoints;
     if sessions {
         table.add(&["SUBSCRIBE", &names.session_down(&id), &names.session_control(&id)]);
         table.add(&["PUBLISH", &names.session_up(&id), ""]);
@@ -102,7 +104,19 @@ fn commands(config: &Config) -> Vec<Vec<String>> {
         table.key(&names.agent_server(&id));
         table.key(&names.agent_status(&id));
     }
-    if events || rooms || agents || config.sessions.events_log {
+    if tunnel {
+        table.channel(&names.tunnel_events());
+        table.hash(&names.tunnel_lanes(&id));
+        table.hash(&names.server_tunnels(server));
+        for hash in [names.tunnel_lanes(&id), names.server_tunnels(server)] {
+            table.add(&["HGET", &hash, "f"]);
+            table.add(&["HLEN", &hash]);
+        }
+        table.add(&["HSCAN", &names.server_tunnels(server), "0"]);
+        table.add(&["GET", &names.tunnel_auth(&id)]);
+        table.add(&["TIME"]);
+    }
+    if events || rooms || agents || tunnel || config.sessions.events_log {
         table.key(&names.server_lease(server));
         table.add(&["ZADD", &names.servers(), "0", server]);
         table.add(&["ZREM", &names.servers(), server]);

@@ -1,10 +1,7 @@
 //! ServerHello: the state of the room for a member that begins to listen.
 
 use bytes::Bytes;
-use wsproxy_conn::{
-    clock::{self, Micros},
-    link::Queued,
-};
+use wsproxy_conn::clock::{self, Micros};
 use wsproxy_proto::rooms::{
     check::{Hello, Kind},
     hello_text,
@@ -57,20 +54,20 @@ impl Room {
         member.reads_batches = welcome.batch;
         member.reliable = reliable::of_features(welcome.acks);
         let link = member.link.clone();
-        let mut is_dirty = false;
         let bytes = hellos.iter().map(Vec::len).sum();
         self.count_sent(&membership.rooms, Some(Kind::ServerHello), hellos.len(), bytes);
-        for hello in hellos {
-            let frame = form.frame_of(hello.into(), &link);
-            is_dirty |= link.push_state(frame) == Queued::Flush;
-        }
-        if is_dirty {
-            state.dirty.push(link);
-        }
+        let frames: Vec<Bytes> =
+            hellos.iter().map(|hello| form.plain_frame(hello, &link)).collect();
+        frames.iter().for_each(|frame| link.push_state(frame.clone()));
         let counters = &membership.rooms.counters;
         counters.snapshot.observe(clock::now().since(begin).0);
         counters.snapshot_bytes.observe(bytes as u64);
         self.release(state, now);
+        // Outside the lock: a large state takes as long to compress as all members' messages of a tick.
+        let compressed = hellos.into_iter().filter(|_| link.window_bits().is_some());
+        let compressed = compressed.map(|hello| form.frame_of(hello.into(), &link));
+        let others: Vec<(Bytes, Bytes)> = frames.into_iter().zip(compressed).collect();
+        link.release_state(others, now);
     }
 
     /// Returns the limits that clients are told.

@@ -8,7 +8,7 @@ use crate::{
     client::event::Event,
     core::acks::Due,
     endpoint::rooms::{
-        Rooms,
+        GivenUp, Rooms,
         fanout::Form,
         member::Membership,
         reliable::{Added, Reliable},
@@ -29,16 +29,17 @@ impl MemberHere {
         let numbered = reliable.number(envelope);
         let frame = form.frame(numbered, &self.link)?;
         let was_idle = reliable.next().is_none();
-        let counters = &rooms.counters;
-        counters.reliable.add(1);
-        match reliable.add(frame.clone(), now, rooms.config.overflow, &rooms.patience) {
-            Added::Waits(given_up) => counters.acks_overflow.add(given_up as u64),
-            Added::Once => counters.acks_overflow.add(1),
-            Added::Overflow => {
-                counters.acks_overflow.add(1);
-                self.link.finish(&Disconnect::SLOW, now);
-            }
-        }
+        rooms.counters.reliable.add(1);
+        let given_up =
+            match reliable.add(frame.clone(), now, rooms.config.overflow, &rooms.patience) {
+                Added::Waits(given_up) => given_up as u64,
+                Added::Once => 1,
+                Added::Overflow => {
+                    self.link.finish(&Disconnect::SLOW, now);
+                    1
+                }
+            };
+        rooms.tell_given_up(&self.client, GivenUp::Overflow, given_up);
         if was_idle {
             // The logic of the member watches the time.
             self.link.notify(Event::Inbox.into());
@@ -73,7 +74,9 @@ impl Room {
                     rooms.counters.resent.add(1);
                     is_dirty |= member.link.push(frame, Micros::UNTIMED) == Queued::Flush;
                 }
-                Due::GiveUp(_) => rooms.tell_given_up(1),
+                Due::GiveUp(_) => {
+                    rooms.tell_given_up(&membership.client, GivenUp::Tries, 1);
+                }
             }
         }
         if is_dirty {

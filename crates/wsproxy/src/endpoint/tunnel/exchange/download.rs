@@ -1,4 +1,5 @@
-//! Body of an answer on its way to the client. Knows no head.
+//! Body of an answer on its way to the client, from a lane or from another instance. A broken one stays broken. Knows no
+//! head.
 
 use std::{
     pin::Pin,
@@ -8,8 +9,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Version;
-use hyper::body::{Body, Frame};
+use http::{HeaderMap, StatusCode, Version, header};
+use hyper::body::{Body, Frame, Incoming};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use wsproxy_conn::{
@@ -18,7 +19,7 @@ use wsproxy_conn::{
 };
 use wsproxy_proto::tunnel::event::End;
 
-use super::{Answered, Ask, Client, Uploading, cancel, ends};
+use super::{Ask, Client, Uploading, cancel, ends};
 use crate::{
     core::Core,
     endpoint::tunnel::{
@@ -28,13 +29,14 @@ use crate::{
         deadlines::{Idle, Progress},
         headers::trailers,
         lanes::Place,
+        peers::body::Held,
         refusal::{Code, Refusal},
     },
     http::listener::Answering,
 };
 
-/// Body of an answer. Dropping it before its end resets the stream.
-pub(super) struct AnswerBody {
+/// Body of an answer. Dropping it before its end resets the stream, or closes the connection to the other instance.
+pub(in crate::endpoint::tunnel) struct AnswerBody {
     tunnel: Arc<Tunnel>,
     core: Arc<Core>,
     access: Arc<Access>,
@@ -42,75 +44,106 @@ pub(super) struct AnswerBody {
     collector: Option<Collector>,
     /// Bytes that are still to come, where the head says so.
     left: Option<u64>,
-    /// The stream, until its end.
-    answer: Option<StreamReader>,
-    /// Upload of the request's body, which ends with a broken answer.
-    uploading: Option<Uploading>,
+    /// Source of the body, until its end.
+    flow: Option<Flow>,
     progress: Progress,
     idle: Option<Idle>,
-    accepts_trailers: bool,
     answering: Option<Answering>,
     /// The client takes the end of the connection for the end of the body.
     closes_at_end: bool,
-    place: Option<Arc<Place>>,
+}
+
+/// Source of an answer's body.
+pub(in crate::endpoint::tunnel) enum Flow {
+    /// A stream of a lane.
+    Lane {
+        /// The stream.
+        answer: StreamReader,
+        /// Upload of the request's body, which ends with a broken answer.
+        uploading: Option<Uploading>,
+        /// The client takes trailers.
+        accepts_trailers: bool,
+        /// Place of the stream.
+        place: Arc<Place>,
+    },
+    /// Another instance.
+    Peer {
+        /// Body of its answer.
+        body: Incoming,
+        /// Body of the request.
+        held: Option<Arc<Held>>,
+    },
+}
+
+/// Next part of a body.
+enum Part {
+    Data(Bytes),
+    /// The end, perhaps with trailers for the client.
+    End(Option<HeaderMap>),
+    Broken(Refusal),
 }
 
 impl AnswerBody {
-    /// Makes the body of an answer. `left`: its length, where the head says so.
-    pub(super) fn new(
+    /// Makes the body of an answer with this head. `later`: time that this instance waits longer than another one for a
+    /// body that stands still.
+    pub(in crate::endpoint::tunnel) fn new(
         (tunnel, core): (&Arc<Tunnel>, &Arc<Core>),
-        answered: Answered,
-        ask: &Ask,
-        client: &Client,
-        (left, collector): (Option<u64>, Option<Collector>),
+        (ask, client): (&Ask, &Client),
+        (status, headers, may_be_kept): (StatusCode, &HeaderMap, bool),
+        flow: Flow,
+        (progress, later): (Progress, Duration),
     ) -> Self {
-        let Answered { answer, uploading, progress, place, .. } = answered;
+        let keep = ask.keep.clone().filter(|_| may_be_kept);
+        let length = headers.get(header::CONTENT_LENGTH);
+        progress.note();
         Self {
             tunnel: Arc::clone(tunnel),
             core: Arc::clone(core),
             access: Arc::clone(&ask.access),
-            collector,
-            left,
-            answer: Some(answer),
-            uploading,
-            idle: ask.deadlines.idle.map(|max| Idle::new(&progress, max)),
+            collector: keep.and_then(|(key, ttl)| tunnel.cache.collect(key, ttl, status, headers)),
+            left: length.and_then(|length| length.to_str().ok()?.parse().ok()),
+            flow: Some(flow),
+            idle: ask.deadlines.idle.map(|max| Idle::new(&progress, max + later)),
             progress,
-            accepts_trailers: ask.accepts_trailers,
             answering: client.answering.clone(),
             closes_at_end: client.version < Version::HTTP_11,
-            place: Some(place),
         }
     }
 
     /// Ends the body: the library for HTTP closes the connection at an error, and the client misses bytes.
-    fn break_off(&mut self, refusal: Refusal) -> Poll<Option<Result<Frame<Bytes>, Refusal>>> {
+    fn break_off(&mut self, refusal: Refusal) -> Refusal {
         self.access.failed(refusal.code);
         self.collector = None;
         if let Some(answering) = self.answering.take().filter(|_| self.closes_at_end) {
             answering.socket().reset_at_end();
         }
         self.finish();
-        Poll::Ready(Some(Err(refusal)))
+        refusal
     }
 
     fn finish(&mut self) {
-        (self.answer, self.uploading, self.place) = (None, None, None);
+        if let Some(Flow::Peer { held: Some(held), .. }) = self.flow.take() {
+            // The library waits for the body of the request otherwise, for ever.
+            drop(held.take_back());
+        }
     }
 
-    /// Completes an answer of which the client has all bytes, once the agent has said so too.
+    /// Completes an answer of which the client has all bytes. The agent must have said so too for its stream to end well.
     fn complete_in_background(&mut self) {
-        let Some(mut answer) = self.answer.take() else { return };
-        let place = self.place.take();
-        self.complete();
-        let at_once = answer.poll_read(&mut Context::from_waker(Waker::noop()));
-        if matches!(at_once, Poll::Ready(Ok(Received::End))) {
-            return;
+        if let Some(Flow::Lane { mut answer, uploading, place, .. }) =
+            self.flow.take_if(|flow| matches!(flow, Flow::Lane { .. }))
+        {
+            drop(uploading.map(AbortOnDropHandle::detach));
+            let at_once = answer.poll_read(&mut Context::from_waker(Waker::noop()));
+            if !matches!(at_once, Poll::Ready(Ok(Received::End))) {
+                self.core.tasks.spawn(async move {
+                    let end = async { while let Ok(Received::Data(_)) = answer.read().await {} };
+                    let _ = timeout(END_TIMEOUT, end).await;
+                    drop((answer, place));
+                });
+            }
         }
-        self.core.tasks.spawn(async move {
-            let end = async { while let Ok(Received::Data(_)) = answer.read().await {} };
-            let _ = timeout(END_TIMEOUT, end).await;
-            drop((answer, place));
-        });
+        self.complete();
     }
 
     fn complete(&mut self) {
@@ -118,12 +151,38 @@ impl AnswerBody {
         if self.collector.take().is_some_and(|collector| collector.finish(clock::now())) {
             self.tunnel.counters.cache_stored.add(1);
         }
-        // The upstream may still read the body of the request.
-        drop(self.uploading.take().map(AbortOnDropHandle::detach));
+        if let Some(Flow::Lane { uploading, .. }) = &mut self.flow {
+            // The upstream may still read the body of the request.
+            drop(uploading.take().map(AbortOnDropHandle::detach));
+        }
         if let Some(answering) = self.answering.take() {
             answering.is_over();
         }
         self.finish();
+    }
+
+    /// Takes a part of the body that has come.
+    fn pass(&mut self, part: Part) -> Option<Result<Frame<Bytes>, Refusal>> {
+        match part {
+            Part::Data(bytes) => {
+                self.progress.note();
+                self.access.sent(bytes.len());
+                if let Some(collector) = &mut self.collector {
+                    collector.push(&bytes);
+                }
+                self.left = self.left.map(|left| left.saturating_sub(bytes.len() as u64));
+                if self.left == Some(0) {
+                    // The library for HTTP does not ask for what comes behind.
+                    self.complete_in_background();
+                }
+                Some(Ok(Frame::data(bytes)))
+            }
+            Part::End(trailers) => {
+                self.complete();
+                trailers.map(|trailers| Ok(Frame::trailers(trailers)))
+            }
+            Part::Broken(refusal) => Some(Err(self.break_off(refusal))),
+        }
     }
 }
 
@@ -133,6 +192,7 @@ impl Drop for AnswerBody {
         if let Some(answering) = self.answering.take() {
             answering.is_over();
         }
+        self.finish();
     }
 }
 
@@ -145,53 +205,57 @@ impl Body for AnswerBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Refusal>>> {
         let this = &mut *self;
-        let Some(answer) = &mut this.answer else { return Poll::Ready(None) };
-        match answer.poll_read(cx) {
-            Poll::Ready(Ok(Received::Data(bytes))) => {
-                this.progress.note();
-                this.access.sent(bytes.len());
-                if let Some(collector) = &mut this.collector {
-                    collector.push(&bytes);
-                }
-                this.left = this.left.map(|left| left.saturating_sub(bytes.len() as u64));
-                if this.left == Some(0) {
-                    // The library for HTTP does not ask for what comes behind.
-                    this.complete_in_background();
-                }
-                Poll::Ready(Some(Ok(Frame::data(bytes))))
+        let Some(flow) = &mut this.flow else { return Poll::Ready(None) };
+        let part = match flow {
+            Flow::Lane { answer, accepts_trailers, .. } => {
+                answer.poll_read(cx).map(|received| match received {
+                    Ok(Received::Data(bytes)) => Part::Data(bytes),
+                    Ok(Received::Trailers(block)) => {
+                        // Trailers are not kept.
+                        this.collector = None;
+                        let block = accepts_trailers.then(|| trailers::of_answer(block.headers()));
+                        Part::End(block)
+                    }
+                    Ok(Received::End) => Part::End(None),
+                    Err(end) => {
+                        if let End::Reset(reset) = &end {
+                            this.tunnel.counters.reset(reset.code);
+                        }
+                        Part::Broken(ends::refusal(&end, this.core.is_closing()))
+                    }
+                })
             }
-            Poll::Ready(Ok(Received::Trailers(block))) => {
-                // Trailers are not kept.
-                this.collector = None;
-                this.complete();
-                let block = this.accepts_trailers.then(|| trailers::of_answer(block.headers()));
-                Poll::Ready(block.map(|block| Ok(Frame::trailers(block))))
-            }
-            Poll::Ready(Ok(Received::End)) => {
-                this.complete();
-                Poll::Ready(None)
-            }
-            Poll::Ready(Err(end)) => {
-                if let End::Reset(reset) = &end {
-                    this.tunnel.counters.reset(reset.code);
-                }
-                this.break_off(ends::refusal(&end, this.core.is_closing()))
-            }
+            Flow::Peer { body, .. } => Pin::new(body).poll_frame(cx).map(|frame| match frame {
+                None => Part::End(None),
+                Some(Err(error)) => Part::Broken(Refusal::new(Code::LaneLost).caused_by(error)),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(bytes) => Part::Data(bytes),
+                    Err(frame) => {
+                        this.collector = None;
+                        Part::End(frame.into_trailers().ok())
+                    }
+                },
+            }),
+        };
+        match part {
+            Poll::Ready(part) => Poll::Ready(this.pass(part)),
             Poll::Pending => {
                 let is_over = this.idle.as_mut().is_some_and(|idle| idle.poll_over(cx).is_ready());
                 if !is_over {
                     return Poll::Pending;
                 }
-                if let Some(answer) = this.answer.take() {
+                if let Some(Flow::Lane { answer, .. }) =
+                    this.flow.take_if(|flow| matches!(flow, Flow::Lane { .. }))
+                {
                     cancel(answer);
                 }
-                this.break_off(Refusal::new(Code::GatewayTimeout))
+                Poll::Ready(Some(Err(this.break_off(Refusal::new(Code::GatewayTimeout)))))
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.answer.is_none()
+        self.flow.is_none()
     }
 }
 

@@ -30,12 +30,20 @@ impl Retries {
             return (self.undispatched <= UNDISPATCHED_MAX).then_some(Retry::Undispatched);
         }
         let is_lost = matches!(end, End::LaneLost { .. });
+        (is_lost && self.allow_lost(method, has_body)).then_some(Retry::LaneLost)
+    }
+
+    /// Returns whether a request that may have reached its upstream, and whose lane or way there was lost before a head,
+    /// may be sent again, and counts that.
+    pub(in crate::endpoint::tunnel) fn allow_lost(
+        &mut self,
+        method: &Method,
+        has_body: bool,
+    ) -> bool {
         let changes_nothing = matches!(*method, Method::GET | Method::HEAD) && !has_body;
-        if !is_lost || !changes_nothing || self.lost > 0 {
-            return None;
-        }
-        self.lost += 1;
-        Some(Retry::LaneLost)
+        let is_allowed = changes_nothing && self.lost == 0;
+        self.lost += u32::from(is_allowed);
+        is_allowed
     }
 
     /// Reads the words of [`Self`] from another instance.

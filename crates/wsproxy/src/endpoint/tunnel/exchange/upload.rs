@@ -67,6 +67,12 @@ impl Upload {
         self.kept.0.is_some()
     }
 
+    /// Returns whether the last part of the body was read, for another instance.
+    pub(in crate::endpoint::tunnel) fn has_ended(&self) -> bool {
+        let has_kept = self.kept.0.as_ref().is_some_and(|kept| !kept.is_empty());
+        !has_kept && self.trailers.is_none() && (self.is_at_end || self.body.is_end_stream())
+    }
+
     /// Returns the next part of the body, for another instance. The body is not whole any more then.
     pub(in crate::endpoint::tunnel) fn poll_next(
         &mut self,
@@ -90,6 +96,7 @@ impl Upload {
             }
             Some(Err(_)) => Poll::Ready(Some(Err(Uploaded::ClientLeft))),
             Some(Ok(frame)) => {
+                self.is_at_end = frame.is_trailers();
                 self.read += frame.data_ref().map_or(0, |piece| piece.len() as u64);
                 let is_too_large = self.read > self.max;
                 Poll::Ready(Some(if is_too_large { Err(Uploaded::TooLarge) } else { Ok(frame) }))

@@ -41,8 +41,8 @@ impl Source {
 pub struct Asked<'a> {
     /// Path below which the upstream is found: [`super::request::prefix`].
     pub prefix: &'a str,
-    /// Host that the client named.
-    pub host: Option<&'a str>,
+    /// Hosts under which the client may know the upstream: [`super::request::hosts`].
+    pub hosts: &'a [&'a [u8]],
     /// Protocols that the client wants to upgrade to.
     pub upgrade: Option<&'a HeaderValue>,
     /// The client takes trailers.
@@ -70,7 +70,7 @@ pub fn map(
         let is_framing = name == header::CONTENT_LENGTH;
         if name == header::TRAILER {
             announced.try_append(name, value).map_err(|_| too_large())?;
-        } else if is_framing || (passes(&name) && !options.contains(name.as_str())) {
+        } else if is_framing || (passes(&name, &value) && !options.contains(name.as_str())) {
             let value = led_back(&name, value, asked);
             map.try_append(name, value).map_err(|_| too_large())?;
         }
@@ -96,11 +96,21 @@ fn header(name: &Bytes, value: Bytes) -> Result<(HeaderName, HeaderValue), Refus
 }
 
 /// Returns whether a header may reach the client.
-fn passes(name: &HeaderName) -> bool {
+fn passes(name: &HeaderName, value: &HeaderValue) -> bool {
+    if name == header::SET_COOKIE && is_of_whole_host(value.as_bytes()) {
+        return false;
+    }
     let canonical = canonical(name.as_str());
     !canonical.starts_with(OWN)
         && !canonical.starts_with("proxy-")
         && !REMOVED.contains(&&*canonical)
+}
+
+/// Returns whether a cookie claims the path `/` of its host by its name. All clusters share the gateway's host: with that
+/// path the cookie would reach other upstreams, and with another one browsers refuse it.
+fn is_of_whole_host(cookie: &[u8]) -> bool {
+    let start = cookie.trim_ascii_start().get(..WHOLE_HOST.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(WHOLE_HOST))
 }
 
 /// Keeps one length. It stays even where `Connection` names it: the client counts the body by it.
@@ -143,7 +153,7 @@ fn led_back(name: &HeaderName, value: HeaderValue, asked: &Asked<'_>) -> HeaderV
     changed.unwrap_or(value)
 }
 
-/// Returns a `Location` with the prefix, if it is an absolute path or names the host that the client named. The agent has
+/// Returns a `Location` with the prefix, if it is an absolute path or names a host of the client's. The agent has
 /// made a path of one that names the upstream's own address, which the gateway does not know.
 fn location(value: &[u8], asked: &Asked<'_>) -> Option<Vec<u8>> {
     let has_slashes = |text: &[u8]| text.starts_with(b"//");
@@ -158,8 +168,8 @@ fn location(value: &[u8], asked: &Asked<'_>) -> Option<Vec<u8>> {
             let rest = &value[scheme.len() + 2..];
             let end = rest.iter().position(|byte| b"/?#\\".contains(byte)).unwrap_or(rest.len());
             let (authority, path) = rest.split_at(end);
-            let host = asked.host.filter(|host| !host.is_empty())?;
-            authority.eq_ignore_ascii_case(host.as_bytes()).then_some(path)?
+            let is_own = |host: &&[u8]| !host.is_empty() && authority.eq_ignore_ascii_case(host);
+            asked.hosts.iter().any(is_own).then_some(path)?
         }
     };
     (!is_below(path, asked.prefix)).then(|| [asked.prefix.as_bytes(), path].concat())
@@ -207,6 +217,9 @@ fn malformed(cause: impl ToString) -> Refusal {
 fn too_large() -> Refusal {
     Refusal::new(Code::AnswerHeadTooLarge)
 }
+
+/// Start of the names of cookies for a whole host: RFC 6265bis, 4.1.3.2.
+const WHOLE_HOST: &[u8] = b"__Host-";
 
 /// Headers of one connection, and those that would speak for the gateway's whole host.
 const REMOVED: [&str; 12] = [

@@ -7,7 +7,7 @@ use aws_lc_rs::digest;
 use http::{HeaderMap, HeaderValue, Version, header, request::Parts};
 use wsproxy_proto::{
     names::Id,
-    tunnel::headers::{HeaderBlock, HeaderError},
+    tunnel::headers::{HeaderBlock, HeaderError, Headers},
 };
 
 use crate::{
@@ -245,6 +245,33 @@ fn add_own(
 #[must_use]
 pub fn prefix(cluster: &Id) -> String {
     format!("/clusters/{cluster}/proxy")
+}
+
+/// Returns the hosts by which the client may know the upstream, as the headers for the upstream name them: the one that it
+/// asked, and those that trusted proxies tell.
+#[must_use]
+pub fn hosts(headers: Headers<'_>) -> Vec<&[u8]> {
+    let mut hosts = Vec::new();
+    for (name, value) in headers.iter() {
+        match name {
+            b"host" => hosts.push(value),
+            b"x-forwarded-host" => {
+                hosts.extend(value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii));
+            }
+            b"forwarded" => {
+                hosts.extend(value.split(|byte| b",;".contains(byte)).filter_map(host_of))
+            }
+            _ => {}
+        }
+    }
+    hosts
+}
+
+/// Returns the host of a parameter of `Forwarded`, if it is one.
+fn host_of(parameter: &[u8]) -> Option<&[u8]> {
+    let (name, host) = parameter.trim_ascii().split_at_checked("host=".len())?;
+    let host = host.strip_prefix(b"\"").and_then(|host| host.strip_suffix(b"\"")).unwrap_or(host);
+    name.eq_ignore_ascii_case(b"host=").then_some(host)
 }
 
 fn extend(list: &mut Vec<u8>, element: &[u8]) {

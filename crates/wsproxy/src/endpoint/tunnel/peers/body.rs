@@ -10,9 +10,11 @@ use std::{
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::endpoint::tunnel::{
     access::Access,
+    deadlines::Progress,
     exchange::upload::{Upload, Uploaded},
 };
 
@@ -20,8 +22,13 @@ use crate::endpoint::tunnel::{
 pub(super) struct HeldBody(Option<Arc<Held>>);
 
 /// Body that waits for the word of the instance that gets it.
-#[derive(Default)]
-pub(super) struct Held(Mutex<State>);
+pub(in crate::endpoint::tunnel) struct Held {
+    state: Mutex<State>,
+    /// Time of the last byte.
+    pub(super) progress: Progress,
+    /// Signals that the upload has begun or ended.
+    turned: Notify,
+}
 
 #[derive(Default)]
 struct State {
@@ -29,6 +36,8 @@ struct State {
     upload: Option<Upload>,
     /// The other instance wants it.
     is_wanted: bool,
+    /// The library has its last part.
+    has_ended: bool,
     /// Failure of the body.
     failed: Option<Uploaded>,
     waker: Option<Waker>,
@@ -45,23 +54,26 @@ impl Held {
     /// Holds a body.
     pub(super) fn new(upload: Upload, access: &Arc<Access>) -> Arc<Self> {
         let (upload, access) = (Some(upload), Some(Arc::clone(access)));
-        Arc::new(Self(Mutex::new(State { upload, access, ..State::default() })))
+        let state = Mutex::new(State { upload, access, ..State::default() });
+        Arc::new(Self { state, progress: Progress::default(), turned: Notify::new() })
     }
 
     /// Lets the body go.
     pub(super) fn let_go(&self) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.is_wanted = true;
         let waker = state.waker.take();
         drop(state);
+        self.progress.note();
+        self.turned.notify_one();
         if let Some(waker) = waker {
             waker.wake();
         }
     }
 
     /// Takes the body back; `None`: a part of it is gone.
-    pub(super) fn take_back(&self) -> Option<Upload> {
-        let mut state = self.0.lock();
+    pub(in crate::endpoint::tunnel) fn take_back(&self) -> Option<Upload> {
+        let mut state = self.state.lock();
         if state.is_wanted {
             return None;
         }
@@ -74,9 +86,20 @@ impl Held {
         upload
     }
 
+    /// Returns whether the body is on its way, and the library has not taken its last part.
+    pub(super) fn is_uploading(&self) -> bool {
+        let state = self.state.lock();
+        state.is_wanted && !state.has_ended
+    }
+
+    /// Waits until the upload has begun or ended.
+    pub(super) async fn turned(&self) {
+        self.turned.notified().await;
+    }
+
     /// Returns the failure of the body.
     pub(super) fn failed(&self) -> Option<Uploaded> {
-        self.0.lock().failed
+        self.state.lock().failed
     }
 }
 
@@ -96,14 +119,22 @@ impl Body for HeldBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let Some(held) = &self.0 else { return Poll::Ready(None) };
-        let mut state = held.0.lock();
-        let State { upload, is_wanted, failed, waker, access } = &mut *state;
+        let mut state = held.state.lock();
+        let State { upload, is_wanted, has_ended, failed, waker, access } = &mut *state;
         let Some(upload) = upload else { return Poll::Ready(Some(Err(Broken))) };
         if !*is_wanted {
             *waker = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        match upload.poll_next(cx) {
+        let next = upload.poll_next(cx);
+        if next.is_ready() {
+            held.progress.note();
+        }
+        // The library does not ask for the end of a body whose length it knows.
+        if upload.has_ended() && !std::mem::replace(has_ended, true) {
+            held.turned.notify_one();
+        }
+        match next {
             Poll::Pending => Poll::Pending,
             Poll::Ready(None) => Poll::Ready(None),
             Poll::Ready(Some(Ok(frame))) => {

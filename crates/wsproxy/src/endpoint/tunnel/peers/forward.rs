@@ -1,41 +1,63 @@
 //! One request that another instance gets, and its answer. An instance that has no lane is skipped once.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
 use hyper::body::{Body as _, Incoming};
 use hyper_util::client::legacy::Error;
-use tokio::{sync::watch, time::sleep};
-use tracing::debug;
+use tokio::sync::watch;
+use tracing::{debug, warn};
 use wsproxy_conn::socket::watch::Leaving;
+use wsproxy_proto::names::Id;
 
 use super::{
-    EXPECT, HEAD_MS, PATH, Peers, RETRIES,
-    answer::PeerAnswer,
+    EXPECT, HEAD_MS, PATH, Peers, RETRIES, UNKEPT, WAIT_MS,
     body::{Held, HeldBody},
     client::PeerClient,
-    switch,
 };
 use crate::{
     core::Core,
     endpoint::tunnel::{
+        Tunnel,
         breaker::Outcome,
+        deadlines::Progress,
         exchange::{
             Ask, Client,
+            download::{AnswerBody, Flow},
             retries::Retries,
+            switch::{self, Way},
             upload::{Upload, Uploaded},
         },
         headers::answer::Source,
         refusal::{Code, ERROR, Refusal, SOURCE},
+        waiting::Turn,
     },
     http::Body,
     registry::tunnel::RemoteLane,
 };
 
+/// A request that goes to another instance.
+pub(in crate::endpoint::tunnel) struct Sent<'a> {
+    /// The request.
+    pub(in crate::endpoint::tunnel) ask: &'a Ask,
+    /// Its retries.
+    pub(in crate::endpoint::tunnel) retries: &'a mut Retries,
+    /// Its turn among those that wait.
+    pub(in crate::endpoint::tunnel) turn: &'a mut Turn,
+    /// It waits for a place there. Otherwise it comes back, since this instance has a lane.
+    pub(in crate::endpoint::tunnel) waits: bool,
+}
+
 /// Outcome of a request for lanes at other instances.
 pub(in crate::endpoint::tunnel) enum Forwarded {
-    /// An instance answered, or failed behind the point where another one can be tried.
-    Done(Result<Response<Body>, Refusal>),
+    /// An instance answered, or failed behind the point where another one can be tried. The outcome is what that tells of
+    /// the upstream.
+    Done(Result<Response<Body>, Refusal>, Outcome),
+    /// The instance or its lane was lost before a head. The request is to be sent again, without a body as it was.
+    Lost(Client),
     /// No instance has a lane that takes it. Nothing of the request was used up.
     Nowhere(Option<Upload>, Client, Arrivals),
 }
@@ -58,11 +80,12 @@ impl Arrivals {
     }
 }
 
-/// Sends a request to an instance with a lane of its cluster, if there is one. That instance goes on with `retries`.
+/// Sends a request to an instance with a lane of its cluster, if there is one. That instance goes on with `retries`, but
+/// a request that was lost on the way is sent again from here.
 pub(in crate::endpoint::tunnel) async fn forward(
     peers: &Peers,
-    core: &Arc<Core>,
-    (ask, retries): (&Ask, Retries),
+    (tunnel, core): (&Arc<Tunnel>, &Arc<Core>),
+    Sent { ask, retries, turn, waits }: Sent<'_>,
     mut upload: Option<Upload>,
     client: Client,
 ) -> Forwarded {
@@ -76,33 +99,59 @@ pub(in crate::endpoint::tunnel) async fn forward(
         }
     };
     let mut lanes = known.borrow_and_update().clone();
-    let mut tried = Vec::new();
+    let (mut tried, mut is_full) = (Vec::new(), false);
     while let Some(lane) = peers.choose(&lanes, &tried).cloned()
         && tried.len() < ATTEMPTS_MAX
     {
         let held = upload.take().map(|upload| Held::new(upload, &ask.access));
-        let attempt = Attempt { link: &link, ask, retries, client: &client, held: held.as_ref() };
+        let (had_body, began) = (held.is_some(), Instant::now());
+        let wait = if waits { turn.left() } else { Duration::ZERO };
+        let (retried, held_here) = (*retries, held.as_ref());
+        let attempt =
+            Attempt { link: &link, ask, retries: retried, wait, client: &client, held: held_here };
         let missed = match attempt.run(&lane).await {
-            Ok(answer) => return Forwarded::Done(respond(core, ask, answer, client, held)),
-            Err(Failed::Refused(refusal)) => return Forwarded::Done(Err(refusal)),
+            Ok(answer) if is_lost(&answer) && retries.allow_lost(&ask.method, had_body) => {
+                return Forwarded::Lost(client);
+            }
+            Ok(answer) => {
+                let outcome = outcome(&answer, held.as_deref());
+                return Forwarded::Done(
+                    respond((tunnel, core), ask, answer, client, held),
+                    outcome,
+                );
+            }
+            Err(Failed::Lost(_)) if retries.allow_lost(&ask.method, had_body) => {
+                return Forwarded::Lost(client);
+            }
+            Err(Failed::Refused(refusal) | Failed::Lost(refusal)) => {
+                return Forwarded::Done(Err(refusal), Outcome::Unclear);
+            }
             Err(Failed::Missed(missed)) => missed,
         };
+        let waited = began.elapsed();
+        ask.access.waited(waited);
+        turn.waited(waited);
         peers.counters.missed.add(1);
-        debug!(cluster = %ask.cluster, server_id = &*lane.record.server_id, reason = %missed, "Another instance has no lane.");
+        tell_missed(core, &ask.cluster, &lane, &missed);
         if let Some(held) = held {
             match held.take_back() {
                 whole @ Some(_) => upload = whole,
                 // That instance has tried its lanes, and none dispatched the request.
                 None => {
                     let refusal = Refusal::new(Code::ClusterReconnecting).undispatched();
-                    return Forwarded::Done(Err(refusal));
+                    return Forwarded::Done(Err(refusal), Outcome::Unclear);
                 }
             }
         }
+        is_full |= matches!(missed, Missed::Full);
         if let Missed::Absent = missed {
             lanes = peers.registry.read_again(&ask.cluster, &lane).await.unwrap_or(lanes);
         }
         tried.push(lane);
+    }
+    if waits && is_full {
+        // It had no time left to wait for a place there.
+        return Forwarded::Done(Err(Refusal::new(Code::Overloaded)), Outcome::Unclear);
     }
     // Readings have changed the table, and told nothing new.
     known.mark_unchanged();
@@ -114,6 +163,8 @@ struct Attempt<'a> {
     link: &'a PeerClient,
     ask: &'a Ask,
     retries: Retries,
+    /// Time for which the request may wait there.
+    wait: Duration,
     client: &'a Client,
     held: Option<&'a Arc<Held>>,
 }
@@ -121,6 +172,8 @@ struct Attempt<'a> {
 enum Failed {
     /// The instance certainly did nothing.
     Missed(Missed),
+    /// The connection broke before a byte of an answer.
+    Lost(Refusal),
     Refused(Refusal),
 }
 
@@ -128,8 +181,30 @@ enum Failed {
 enum Missed {
     #[error("it says so")]
     Absent,
+    #[error("its lanes are full")]
+    Full,
+    #[error("its address is public, and reached without TLS")]
+    Public,
+    #[error("its listener answers {0}")]
+    Refused(StatusCode),
     #[error("it cannot be reached: {0}")]
     Unreached(Error),
+}
+
+/// Logs that an instance did nothing with a request.
+fn tell_missed(core: &Core, cluster: &Id, lane: &RemoteLane, missed: &Missed) {
+    let server_id = &*lane.record.server_id;
+    if let Missed::Refused(status) = missed
+        && let Some(left_out) = core.lines.pass("instance that refuses another")
+    {
+        warn!(
+            %status,
+            server_id,
+            left_out,
+            "Another instance refuses requests of this one: compare tunnel.peer_secret and tunnel.peer_url of both."
+        );
+    }
+    debug!(%cluster, server_id, reason = %missed, "Another instance has no lane.");
 }
 
 impl From<Refusal> for Failed {
@@ -141,6 +216,9 @@ impl From<Refusal> for Failed {
 impl Attempt<'_> {
     async fn run(&self, lane: &RemoteLane) -> Result<Response<Incoming>, Failed> {
         let request = self.request(lane)?;
+        if !self.link.may_reach(request.uri()) {
+            return Err(Failed::Missed(Missed::Public));
+        }
         let answer = self.link.send(request);
         // Of a client without a body the library for HTTP reads the end of the connection.
         let is_needed = self.held.is_some() || self.ask.upgrade.is_some();
@@ -152,30 +230,40 @@ impl Attempt<'_> {
                 None => std::future::pending().await,
             }
         };
-        let is_late = async {
-            self.ask.deadlines.head_is_late().await;
-            sleep(LATER).await;
-        };
         let answer = tokio::select! {
             biased;
             answer = answer => answer,
             () = left => return Err(Refusal::new(Code::Cancelled).into()),
-            () = is_late => return Err(Refusal::new(Code::GatewayTimeout).into()),
+            () = self.is_late() => return Err(Refusal::new(Code::GatewayTimeout).into()),
         };
         match answer {
-            Ok(answer) if is_absent(&answer) => Err(Failed::Missed(Missed::Absent)),
-            Ok(answer) => Ok(answer),
+            Ok(answer) => match missed(&answer)? {
+                Some(missed) => Err(Failed::Missed(missed)),
+                None => Ok(answer),
+            },
             Err(error) if error.is_connect() => Err(Failed::Missed(Missed::Unreached(error))),
-            Err(error) => Err(self.failed(&error).into()),
+            Err(error) => Err(self.failed(&error)),
         }
     }
 
-    /// Returns the refusal for a connection that broke before the head of an answer.
-    fn failed(&self, error: &Error) -> Refusal {
+    /// Waits until the other instance should have told the reason why there is no head.
+    async fn is_late(&self) {
+        let mut wait = self.ask.deadlines.wait_for_head(LATER);
+        let Some(held) = self.held else { return wait.over(&Progress::default(), false).await };
+        loop {
+            tokio::select! {
+                () = wait.over(&held.progress, held.is_uploading()) => return,
+                () = held.turned() => {}
+            }
+        }
+    }
+
+    /// Returns the failure of a connection that broke before the head of an answer.
+    fn failed(&self, error: &Error) -> Failed {
         match self.held.and_then(|held| held.failed()) {
-            Some(Uploaded::TooLarge) => Refusal::new(Code::BodyTooLarge),
-            Some(_) => Refusal::new(Code::Cancelled),
-            None => Refusal::new(Code::LaneLost).caused_by(format!("{error:?}")),
+            Some(Uploaded::TooLarge) => Refusal::new(Code::BodyTooLarge).into(),
+            Some(_) => Refusal::new(Code::Cancelled).into(),
+            None => Failed::Lost(Refusal::new(Code::LaneLost).caused_by(format!("{error:?}"))),
         }
     }
 
@@ -201,6 +289,8 @@ impl Attempt<'_> {
             headers.insert(EXPECT, HeaderValue::from_static("1"));
         }
         headers.insert(HEAD_MS, HeaderValue::from(ask.deadlines.head_ms()));
+        let wait_ms = u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX);
+        headers.insert(WAIT_MS, HeaderValue::from(wait_ms));
         if self.retries != Retries::default() {
             let told = HeaderValue::try_from(self.retries.to_string());
             headers.insert(RETRIES, told.map_err(|error| malformed(&error))?);
@@ -221,15 +311,33 @@ impl Attempt<'_> {
     }
 }
 
-/// Returns whether an instance has no lane. Nothing was read of the body of the request.
-fn is_absent(answer: &Response<Incoming>) -> bool {
-    let code = answer.headers().get(ERROR).map(HeaderValue::as_bytes);
-    answer.status() == StatusCode::MISDIRECTED_REQUEST && code == Some(b"no_lane")
+/// Returns the reason why an instance did nothing with a request, and read nothing of its body; `None`: it answered.
+///
+/// # Errors
+/// `head_too_large`
+fn missed(answer: &Response<Incoming>) -> Result<Option<Missed>, Refusal> {
+    let (status, headers) = (answer.status(), answer.headers());
+    if !headers.contains_key(SOURCE) {
+        // The listener itself, or a process that is no instance.
+        return match status {
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE | StatusCode::URI_TOO_LONG => {
+                Err(Refusal::new(Code::HeadTooLarge))
+            }
+            _ => Ok(Some(Missed::Refused(status))),
+        };
+    }
+    let code = headers.get(ERROR).map(HeaderValue::as_bytes);
+    let is_code = |known: Code| status == known.status() && code == Some(known.label().as_bytes());
+    Ok(if is_code(Code::NoLane) {
+        Some(Missed::Absent)
+    } else {
+        is_code(Code::LanesFull).then_some(Missed::Full)
+    })
 }
 
 /// Makes the answer to the client.
 fn respond(
-    core: &Arc<Core>,
+    (tunnel, core): (&Arc<Tunnel>, &Arc<Core>),
     ask: &Ask,
     answer: Response<Incoming>,
     client: Client,
@@ -245,12 +353,13 @@ fn respond(
             headers.append(name, value.clone());
         }
     }
+    let may_be_kept = headers.remove(UNKEPT).is_none();
     let body = if is_switch {
         if ask.upgrade.is_none() {
             return Err(Refusal::new(Code::UpstreamProtocol));
         }
         let on_upgrade = hyper::upgrade::on(answer);
-        core.tasks.spawn(switch::run(client, on_upgrade, Arc::clone(&ask.access)));
+        core.tasks.spawn(switch::run(client, Way::Peer(on_upgrade), Arc::clone(&ask.access)));
         Body::empty()
     } else if answer.body().is_end_stream() {
         if let Some(held) = held {
@@ -259,7 +368,12 @@ fn respond(
         ask.access.complete();
         Body::empty()
     } else {
-        Body::new(PeerAnswer::new(answer.into_body(), ask, &client, held))
+        // A client that still sends keeps an answer alive that stands still.
+        let progress = held.as_ref().map(|held| held.progress.clone()).unwrap_or_default();
+        let flow = Flow::Peer { body: answer.into_body(), held };
+        // The other instance has the same limit, and says more.
+        let (head, progress) = ((status, &headers, may_be_kept), (progress, LATER));
+        Body::new(AnswerBody::new((tunnel, core), (ask, &client), head, flow, progress))
     };
     let mut response = Response::new(body);
     *response.status_mut() = status;
@@ -276,12 +390,18 @@ fn source_of(answer: &Response<Incoming>) -> Source {
     }
 }
 
+/// Returns whether an instance lost the lane before a head.
+fn is_lost(answer: &Response<Incoming>) -> bool {
+    answer.headers().get(ERROR).is_some_and(|code| code == Code::LaneLost.label())
+}
+
 /// Returns what an answer of another instance tells of the upstream.
-pub(in crate::endpoint::tunnel) fn outcome(answer: &Result<Response<Body>, Refusal>) -> Outcome {
-    let Ok(answer) = answer else { return Outcome::Unclear };
+fn outcome(answer: &Response<Incoming>, held: Option<&Held>) -> Outcome {
     match answer.headers().get(ERROR).map(HeaderValue::as_bytes) {
         None => Outcome::Answered,
-        Some(b"upstream_connect" | b"upstream_timeout") => Outcome::Failed,
+        Some(b"upstream_connect") => Outcome::Failed,
+        // A slow client may be the reason while its body is not whole.
+        Some(b"upstream_timeout") if !held.is_some_and(Held::is_uploading) => Outcome::Failed,
         Some(_) => Outcome::Unclear,
     }
 }

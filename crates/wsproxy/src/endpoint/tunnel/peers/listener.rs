@@ -8,9 +8,9 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::{Instant, sleep};
 use tracing::warn;
 use wsproxy_conn::clock;
-use wsproxy_proto::{names::Id, tunnel::headers::HeaderBlock};
+use wsproxy_proto::{names::Id, trace_context::TraceContext, tunnel::headers::HeaderBlock};
 
-use super::{EXPECT, HEAD_MS, PATH, Peers, RETRIES, SECRET};
+use super::{EXPECT, HEAD_MS, PATH, Peers, RETRIES, SECRET, WAIT_MS};
 use crate::{
     auth,
     core::Core,
@@ -22,8 +22,10 @@ use crate::{
         headers::{marks::Marks, request, trailers, upgrade},
         path, patterns, proxy,
         refusal::{self, Code, Refusal, Refused},
+        spans,
     },
     http::{Body, listener::Service, rejection::Rejection},
+    traces::TRACEPARENT,
 };
 
 /// Service of the listener for other instances.
@@ -95,11 +97,12 @@ async fn answer(
     let Some((cluster, target)) = split(&target) else {
         return Rejection::not_found("There is no such path.").response();
     };
-    let marks = Marks::new(request.headers(), None);
-    let wants_status = refusal::wants_status(target, request.headers());
     let method = request.method().clone();
+    let span = spans::of_peer(&core.traces, request.headers(), &method);
+    let marks = Marks::new(request.headers(), span.trace().context().copied());
+    let wants_status = refusal::wants_status(target, request.headers());
     let pattern = patterns::of(path::without_query(target), &tunnel.patterns);
-    let access = Access::begin(&tunnel.counters, cluster.as_str(), &pattern, &method, &marks);
+    let access = Access::begin(&tunnel.counters, cluster.as_str(), &pattern, &method, &marks, span);
     wait_for_lane(tunnel, &cluster).await;
     let answered = match ask(tunnel, request, cluster.clone(), target, &access) {
         Ok((ask, upload, client)) => match tunnel.breakers.admit(&cluster, clock::now()) {
@@ -148,6 +151,7 @@ fn ask(
     let upgrade = upgrade::asked(parts.version, headers)?;
     let is_long = proxy::is_long(target, headers);
     let head_ms = headers.get(HEAD_MS).and_then(|value| value.to_str().ok()?.parse().ok());
+    let wait_ms = headers.get(WAIT_MS).and_then(|value| value.to_str().ok()?.parse().ok());
     let retries = headers.get(RETRIES).and_then(|value| Retries::parse(value.to_str().ok()?));
     let may_last = is_long || upgrade.is_some();
     let has_body = !body.is_end_stream();
@@ -157,14 +161,14 @@ fn ask(
         expects: has_body && headers.contains_key(EXPECT),
         accepts_trailers: trailers::are_accepted(headers),
         deadlines: Deadlines::of_peer(&tunnel.config, may_last, head_ms),
-        host: headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(Into::into),
-        block: block(headers)?,
+        block: block(headers, access.trace().context())?,
         method: parts.method,
         target: target.to_owned(),
         upgrade,
         prefix: request::prefix(&cluster),
         is_of_peer: true,
         retries: retries.unwrap_or_default(),
+        wait: wait_ms.map_or(tunnel.config.wait, |ms: u32| Duration::from_millis(ms.into())),
         access: Arc::clone(access),
         keep: None,
         cluster,
@@ -178,19 +182,25 @@ fn ask(
     Ok((ask, upload, client))
 }
 
-/// Returns the headers for the upstream: those of the request without the ones of the hop.
-fn block(headers: &HeaderMap) -> Result<HeaderBlock, Refusal> {
+/// Returns the headers for the upstream: those of the request without the ones of the hop. `span` is the parent of the
+/// upstream's span where traces are on.
+fn block(headers: &HeaderMap, span: Option<&TraceContext>) -> Result<HeaderBlock, Refusal> {
     let mut block = HeaderBlock::new();
+    let mut push = |name: &str, value: &[u8]| {
+        let pushed = block.push(name.as_bytes(), value);
+        pushed.map_err(|error| Refusal::new(Code::HeadTooLarge).caused_by(error))
+    };
     let had_expect = headers.contains_key(EXPECT);
     for (name, value) in headers {
         let is_of_hop = OF_HOP.contains(&name.as_str())
             || (name == header::EXPECT && !had_expect)
+            || (name == TRACEPARENT && span.is_some())
             || name.as_str().starts_with("x-wsproxy-");
         if !is_of_hop {
-            let pushed = block.push(name.as_str().as_bytes(), value.as_bytes());
-            pushed.map_err(|error| Refusal::new(Code::HeadTooLarge).caused_by(error))?;
+            push(name.as_str(), value.as_bytes())?;
         }
     }
+    span.map_or(Ok(()), |span| push(TRACEPARENT, span.to_string().as_bytes()))?;
     Ok(block)
 }
 

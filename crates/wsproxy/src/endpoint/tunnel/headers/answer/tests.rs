@@ -125,6 +125,7 @@ fn a_location_leads_through_the_gateway() {
         ("https://gateway.example:8443/a", "https://gateway.example:8443/a"),
         ("https://gateway.example.evil/a", "https://gateway.example.evil/a"),
         ("https://gateway.example@evil.example/a", "https://gateway.example@evil.example/a"),
+        ("https://Shop.example/a", "/clusters/c1/proxy/a"),
         ("https://other.example/a", "https://other.example/a"),
         ("//other.example/a", "//other.example/a"),
         ("///a", "///a"),
@@ -139,7 +140,7 @@ fn a_location_leads_through_the_gateway() {
     ] {
         assert_eq!(passed(&[("location", value)])[header::LOCATION], expected, "{value}");
     }
-    let nameless = Asked { host: None, ..ASKED };
+    let nameless = Asked { hosts: &[b""], ..ASKED };
     for value in ["https:///a", "///a"] {
         let made = made(302, &[("location", value)], &nameless).unwrap();
         assert_eq!(made[header::LOCATION], value);
@@ -173,6 +174,19 @@ fn a_cookie_is_of_the_upstream_alone() {
     ] {
         assert_eq!(passed(&[("set-cookie", value)])[header::SET_COOKIE], expected, "{value}");
     }
+}
+
+#[test]
+fn a_cookie_of_the_whole_host_is_removed() {
+    for value in ["__Host-a=b; Path=/; Secure", " __host-a=b", "__HOST-a=b; Secure; Path=/x"] {
+        let lines = [("set-cookie", value), ("set-cookie", "c=d")];
+        let cookies: Vec<_> = passed(&lines).get_all(header::SET_COOKIE).iter().cloned().collect();
+        assert_eq!(cookies, ["c=d"], "{value}");
+    }
+    // This name says nothing of the path.
+    let secure = passed(&[("set-cookie", "__Secure-a=b; Path=/; Secure")]);
+    assert_eq!(secure[header::SET_COOKIE], "__Secure-a=b; Path=/clusters/c1/proxy; Secure");
+    assert_eq!(passed(&[("set-cookie", "__Hos")])[header::SET_COOKIE], "__Hos");
 }
 
 #[test]
@@ -273,7 +287,7 @@ proptest! {
 
 const ASKED: Asked<'static> = Asked {
     prefix: "/clusters/c1/proxy",
-    host: Some("gateway.example"),
+    hosts: &[b"gateway.example", b"shop.example"],
     upgrade: None,
     accepts_trailers: false,
 };

@@ -60,6 +60,24 @@ fn owned(lines: &[(&str, &str)]) -> Vec<(String, String)> {
     lines.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
 }
 
+#[test]
+fn the_hosts_are_those_of_the_client_and_of_trusted_proxies() {
+    let hosts_of = |lines: &[(&str, &str)], is_trusted: bool| {
+        let (cluster, sender) = (cluster(), Sender { is_trusted, ..sender() });
+        let block = block(&parts(lines), None, &rules(&cluster), &sender, &marks()).unwrap();
+        let text = |host: &&[u8]| String::from_utf8(host.to_vec()).unwrap();
+        hosts(block.headers()).iter().map(text).collect::<Vec<_>>()
+    };
+    let own = "gateway.example";
+    assert_eq!(hosts_of(&[], false), [own, own]);
+    let lines = [("x-forwarded-host", "a.example, b.example:8443")];
+    assert_eq!(hosts_of(&lines, true), ["a.example", "b.example:8443", own]);
+    assert_eq!(hosts_of(&lines, false), [own, own]);
+    let lines = [("forwarded", "for=192.0.2.7;Host=\"a.example:1\";proto=https, host=b.example")];
+    assert_eq!(hosts_of(&lines, true), ["a.example:1", "b.example", own, own]);
+    assert_eq!(hosts_of(&lines, false), [own, own]);
+}
+
 fn read(block: &HeaderBlock) -> Vec<(String, String)> {
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     block.headers().iter().map(|(name, value)| (text(name), text(value))).collect()
