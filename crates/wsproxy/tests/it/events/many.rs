@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{connect, event, send, start};
+use super::{connect, event, send, start_with};
 use crate::support::{client::Client, gateway::Backend};
 
 /// Numbers of the events that a client gets, up to the one with number `last`.
@@ -23,7 +23,8 @@ fn number(event: &Value) -> u64 {
 }
 
 pub(super) async fn a_message_to_many_gives_way_and_keeps_its_place(backend: Backend) {
-    let instance = Arc::new(start(&backend).await);
+    let instance =
+        Arc::new(start_with(&backend, |config| config.limits.max_connections = 5000).await);
     let mut clients = Vec::new();
     for first in (0..CLIENTS).step_by(50) {
         let opening = (first..first + 50).map(|n| {
