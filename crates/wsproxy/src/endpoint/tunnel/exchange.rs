@@ -160,11 +160,7 @@ pub async fn run(
     mut client: Client,
     pass: Pass,
 ) -> Result<Response<Body>, Refusal> {
-    if let Some(answering) = &client.answering {
-        // A client that reads nothing may do so for as long as a body may stand still.
-        let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
-        answering.socket().prepare_stream(still_max);
-    }
+    prepare(&client, &ask);
     let (mut tried, mut retries) = (Vec::new(), ask.retries);
     let mut turn = tunnel.room.turn(ask.wait);
     loop {
@@ -233,6 +229,15 @@ pub async fn run(
                 tried.push(failed.lane);
             }
         }
+    }
+}
+
+/// Bounds the bytes and the time that a client's socket may take.
+fn prepare(client: &Client, ask: &Ask) {
+    if let Some(answering) = &client.answering {
+        // A client that reads nothing may do so for as long as a body may stand still.
+        let still_max = ask.deadlines.idle.unwrap_or(STILL_MAX);
+        answering.socket().prepare_stream(still_max);
     }
 }
 
