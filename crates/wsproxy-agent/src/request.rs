@@ -57,7 +57,9 @@ impl RequestHead {
         if is_bodyless && length.is_some_and(|length| length > 0) {
             return Err(broken("the length is that of a body, and there is none"));
         }
-        let is_safe = [Method::GET, Method::HEAD, Method::OPTIONS].contains(&method);
+        // An upgrade may run a command: `kubectl exec` is a `GET`.
+        let is_safe =
+            !request.upgrade && [Method::GET, Method::HEAD, Method::OPTIONS].contains(&method);
         let may_compress = service.compresses && !request.long && !request.upgrade;
         let takes_gzip =
             may_compress && method != Method::HEAD && compression::accepts_gzip(&headers);

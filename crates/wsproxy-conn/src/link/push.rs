@@ -98,7 +98,7 @@ impl Link {
             return Queued::Ending;
         }
         // Otherwise the frame is on its way: the flush at the end of the round takes it.
-        if state.blocked || state.phase == LinkPhase::Corked {
+        if state.blocked || state.holds_state || state.phase == LinkPhase::Corked {
             state.outbox.name_last(key);
         }
         Self::queued(&mut state)

@@ -74,10 +74,6 @@ impl DeliveryRound {
         since: Micros,
         mut when: Write<'_>,
     ) {
-        if matches!(when, Write::InSlices) && self.later.len() > LATER_MAX {
-            // Messages to many come faster than they can be written: the reader waits for the clients.
-            while self.flush_slice() {}
-        }
         let origin = fanout.message.origin;
         // Nearly every message is for all sinks, so that the loop tests nothing else.
         let is_for_some = audience == Audience::Gated || origin.is_some();
@@ -230,6 +226,13 @@ impl DeliveryRound {
         trace!(target: MESSAGES, connection_id = %link.id(), bytes = frame.len(), "A message to many is queued for a client.");
         if link.push_later(frame, since) == Queued::Flush {
             self.later.push_back(Arc::clone(link));
+        }
+    }
+
+    /// Flushes links that wait for their slice while too many do: messages to many come faster than they are written.
+    pub(super) fn make_room(&mut self) {
+        while self.later.len() > LATER_MAX {
+            self.flush_slice();
         }
     }
 

@@ -62,6 +62,7 @@ impl Deliver for Delivery {
     fn message(&mut self, channel: &[u8], payload: &[u8], last: bool) {
         let Self { hub, round, at_once, since, adoptions } = self;
         let since = *since.get_or_insert_with(clock::now);
+        round.make_room();
         let mut shard = hub.shards.lock(channel);
         let Some(state) = shard.get_mut(channel) else {
             hub.counters.unwanted.add(1);

@@ -1,4 +1,4 @@
-//! The address of the master now. Of one server it is constant; with Sentinel the task in `sentinel` keeps it.
+//! The address of the present master. Of one server it is constant; with Sentinel the task in `sentinel` keeps it.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use crate::redis::address::{RedisEndpoint, RedisServers};
 
-/// The place that says to which server the connections of an instance go.
+/// Address of the present master, shared by all connections of an instance.
 pub(super) struct Topology {
     master: watch::Sender<Option<Arc<RedisEndpoint>>>,
     /// Latest answer of each sentinel, in the order of the configuration.
@@ -17,6 +17,8 @@ pub(super) struct Topology {
 #[derive(Default)]
 struct Answers {
     masters: Vec<Option<NamedMaster>>,
+    /// Number of the failover of the present master.
+    epoch: u64,
     /// Reason why the sentinel that failed last named none.
     trouble: Option<String>,
 }
@@ -37,7 +39,7 @@ impl Topology {
             RedisServers::One(endpoint) => (Some(Arc::new(endpoint.clone())), 0),
             RedisServers::Sentinel { sentinels, .. } => (None, sentinels.len()),
         };
-        let answers = Answers { masters: vec![None; count], trouble: None };
+        let answers = Answers { masters: vec![None; count], ..Answers::default() };
         Self { master: watch::Sender::new(master), answers: Mutex::new(answers) }
     }
 
@@ -81,11 +83,18 @@ impl Topology {
         let mut answers = self.answers.lock();
         answers.masters[sentinel] = Some(answer);
         let now = self.now();
-        let master = newest(&answers.masters, now.as_deref())?;
-        if now.as_deref() == Some(master) {
+        let (epoch, master) = newest(&answers.masters, now.as_deref())?;
+        let of_master = |answer: &&NamedMaster| answer.epoch == epoch && answer.endpoint == *master;
+        let votes = answers.masters.iter().flatten().filter(of_master).count();
+        if now.is_some() && epoch < answers.epoch && votes * 2 <= answers.masters.len() {
+            // A sentinel that was away knows an old master only, while those that know better do not answer.
             return None;
         }
         let master = Arc::new(master.clone());
+        answers.epoch = epoch;
+        if now.as_ref() == Some(&master) {
+            return None;
+        }
         self.master.send_replace(Some(master.clone()));
         Some(master)
     }
@@ -99,20 +108,21 @@ impl Topology {
     }
 }
 
-/// Returns the master of the newest failover that any sentinel knows. Sentinels that know of no newer one, such as a
+/// Returns the newest failover that any sentinel knows, and its master. Sentinels that know of no newer one, such as a
 /// sentinel that was away, do not count. Of several masters with one number, as after a new set-up of the sentinels, the
 /// one that most of them name counts, and `now` before others.
 fn newest<'a>(
     answers: &'a [Option<NamedMaster>],
     now: Option<&RedisEndpoint>,
-) -> Option<&'a RedisEndpoint> {
+) -> Option<(u64, &'a RedisEndpoint)> {
     let newest = answers.iter().flatten().map(|answer| answer.epoch).max()?;
     let named = || answers.iter().flatten().filter(|answer| answer.epoch == newest);
     let votes = |endpoint: &RedisEndpoint| {
         let count = named().filter(|answer| answer.endpoint == *endpoint).count();
         (count, Some(endpoint) == now)
     };
-    named().map(|answer| &answer.endpoint).max_by_key(|endpoint| votes(endpoint))
+    let master = named().map(|answer| &answer.endpoint).max_by_key(|endpoint| votes(endpoint))?;
+    Some((newest, master))
 }
 
 const NOT_YET: &str = "no sentinel has named a master yet";
@@ -165,8 +175,18 @@ mod tests {
         topology.silent(0, "refused".into());
         assert_eq!(topology.now().as_deref(), Some(&at(6379)));
         assert_eq!(topology.trouble(), None);
+    }
+
+    #[test]
+    fn an_older_master_counts_only_for_most_of_the_sentinels() {
+        let topology = of_three();
+        topology.answered(0, named(6379, 4));
+        topology.silent(0, "refused".into());
+        assert_eq!(topology.answered(1, named(6380, 0)), None);
+        assert_eq!(topology.now().as_deref(), Some(&at(6379)));
         // Sentinels that were set up anew count their failovers from 0.
-        assert_eq!(topology.answered(1, named(6380, 0)).as_deref(), Some(&at(6380)));
+        assert_eq!(topology.answered(2, named(6380, 0)).as_deref(), Some(&at(6380)));
+        assert_eq!(topology.answered(2, named(6380, 1)), None);
     }
 
     #[test]

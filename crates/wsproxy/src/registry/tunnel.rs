@@ -308,8 +308,8 @@ impl LaneRegistry {
     ) -> Result<Arc<[RemoteLane]>, StoreError> {
         let found = self.table.ask(cluster, Instant::now());
         let reading = found.fresh_reading();
-        if found.heard(LaneEvent::Lost, &absent.agent, &absent.record) {
-            self.doubt(&found, cluster, absent, reading);
+        if found.doubt(absent) {
+            self.doubt(&found, cluster, absent);
         }
         if let LaneBackend::Redis(keys) = &self.backend {
             self.read_cluster(keys, cluster, &found, reading).await?;
@@ -349,22 +349,17 @@ impl LaneRegistry {
         Ok(clusters)
     }
 
-    /// Names a lane again after a while, unless the reading says otherwise: while Redis is away, nothing else tells that
-    /// the agent has come back to its instance.
-    fn doubt(
-        self: &Arc<Self>,
-        found: &Arc<KnownCluster>,
-        cluster: &Id,
-        absent: &RemoteLane,
-        reading: u64,
-    ) {
+    /// Names a lane again after a while, if Redis still has it or does not answer: while Redis is away, nothing else tells
+    /// that the agent has come back to its instance.
+    fn doubt(self: &Arc<Self>, found: &Arc<KnownCluster>, cluster: &Id, absent: &RemoteLane) {
         let (registry, found) = (Arc::clone(self), Arc::clone(found));
         let (cluster, absent) = (cluster.clone(), absent.clone());
         self.tasks.spawn(async move {
             let LaneBackend::Redis(keys) = &registry.backend else { return };
             let read = async {
                 sleep(DOUBTED_FOR).await;
-                registry.read_cluster(keys, &cluster, &found, reading).await
+                found.trust(&absent);
+                registry.read_cluster(keys, &cluster, &found, found.fresh_reading()).await
             };
             tokio::select! {
                 () = registry.closing.cancelled() => {}

@@ -1,7 +1,14 @@
 //! Answers that are kept for a short time, where an operator has named the pattern of their path. Knows neither lanes nor
 //! bodies that flow; the caller brings the time.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use aws_lc_rs::digest;
 use bytes::Bytes;
@@ -18,12 +25,15 @@ use crate::{
 
 /// The cache of an instance.
 ///
-/// Bound: [`ANSWER_BYTES_MAX`] for each answer and [`BYTES_MAX`] for all, with their heads. The oldest leave.
+/// Bound: [`ANSWER_BYTES_MAX`] for each answer and [`BYTES_MAX`] for all, with their heads. The oldest leave. Those that are
+/// collected take [`COLLECTING_BYTES_MAX`].
 #[derive(Debug, Default)]
 pub struct Cache {
     rules: Vec<(Pattern, Micros)>,
     /// Guards the answers; held for a few steps.
     kept: Mutex<Kept>,
+    /// Bytes of bodies that are collected while they pass.
+    collecting: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -69,12 +79,11 @@ impl Answer {
 /// Body that is collected while it passes. It is kept when it is complete and small enough.
 #[derive(Debug)]
 pub struct Collector {
-    cache: Arc<Cache>,
     key: Key,
     headers: HeaderMap,
     ttl: Micros,
     /// `None`: the body is too large.
-    body: Option<Vec<u8>>,
+    body: Option<Collected>,
 }
 
 /// Request for which the cache may be asked.
@@ -99,7 +108,7 @@ impl Cache {
     #[must_use]
     pub fn new(rules: &[CacheRule]) -> Arc<Self> {
         let rule = |rule: &CacheRule| (Pattern::new(&rule.pattern), rule.ttl.min(TTL_MAX).into());
-        Arc::new(Self { rules: rules.iter().map(rule).collect(), kept: Mutex::default() })
+        Arc::new(Self { rules: rules.iter().map(rule).collect(), ..Self::default() })
     }
 
     /// Returns the key of a request whose answer may be kept, and for how long.
@@ -153,8 +162,8 @@ impl Cache {
         if status != StatusCode::OK || !may_be_kept(headers) {
             return None;
         }
-        let (cache, headers) = (Arc::clone(self), headers.clone());
-        Some(Collector { cache, key, headers, ttl: ttl.into(), body: Some(Vec::new()) })
+        let body = Collected { cache: Arc::clone(self), bytes: Vec::new() };
+        Some(Collector { key, headers: headers.clone(), ttl: ttl.into(), body: Some(body) })
     }
 
     fn put(&self, key: Key, answer: Answer) {
@@ -187,18 +196,16 @@ impl Kept {
 impl Collector {
     /// Takes a piece of the body.
     pub fn push(&mut self, piece: &[u8]) {
-        let is_small =
-            self.body.as_ref().is_some_and(|body| body.len() + piece.len() <= ANSWER_BYTES_MAX);
-        match &mut self.body {
-            Some(body) if is_small => body.extend_from_slice(piece),
-            body => *body = None,
+        let has_taken = self.body.as_mut().is_some_and(|body| body.take(piece));
+        if !has_taken {
+            self.body = None;
         }
     }
 
     /// Keeps the answer, whose body is complete and has no trailers. Returns whether it is kept.
     pub fn finish(self, now: Micros) -> bool {
-        let Self { cache, key, headers, ttl, body } = self;
-        let Some(body) = body.map(Bytes::from) else { return false };
+        let Self { key, headers, ttl, body } = self;
+        let Some((cache, body)) = body.map(Collected::into_parts) else { return false };
         let lengths = headers.iter().map(|(name, value)| name.as_str().len() + value.len());
         let bytes = body.len() + lengths.sum::<usize>() + 2 * key.target.len() + ENTRY_BYTES;
         let told = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
@@ -207,6 +214,39 @@ impl Collector {
             cache.put(key, Answer { headers, body, at: now, until: now.after(ttl), bytes });
         }
         is_whole
+    }
+}
+
+/// The body of an answer on its way to a client.
+#[derive(Debug)]
+struct Collected {
+    cache: Arc<Cache>,
+    bytes: Vec<u8>,
+}
+
+impl Collected {
+    /// Takes a piece. Returns `false` where this body, or all of those on their way, would be too large.
+    fn take(&mut self, piece: &[u8]) -> bool {
+        let others = self.cache.collecting.fetch_add(piece.len(), Relaxed);
+        let is_taken = self.bytes.len() + piece.len() <= ANSWER_BYTES_MAX
+            && others + piece.len() <= COLLECTING_BYTES_MAX;
+        if is_taken {
+            self.bytes.extend_from_slice(piece);
+        } else {
+            self.cache.collecting.fetch_sub(piece.len(), Relaxed);
+        }
+        is_taken
+    }
+
+    fn into_parts(mut self) -> (Arc<Cache>, Bytes) {
+        self.cache.collecting.fetch_sub(self.bytes.len(), Relaxed);
+        (Arc::clone(&self.cache), Bytes::from(std::mem::take(&mut self.bytes)))
+    }
+}
+
+impl Drop for Collected {
+    fn drop(&mut self) {
+        self.cache.collecting.fetch_sub(self.bytes.len(), Relaxed);
     }
 }
 
@@ -300,6 +340,9 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 
 /// Upper bound of all answers.
 const BYTES_MAX: usize = 64 << 20;
+
+/// Upper bound of all bodies on their way to clients. Answers beyond it are not kept.
+const COLLECTING_BYTES_MAX: usize = 16 << 20;
 
 /// Memory of an entry without its texts, about.
 const ENTRY_BYTES: usize = 512;
@@ -472,6 +515,26 @@ mod tests {
             let status = StatusCode::from_u16(status).unwrap();
             assert!(cache.collect(key.clone(), TTL_MAX, status, &good).is_none());
         }
+    }
+
+    #[test]
+    fn answers_on_their_way_are_bounded_together() {
+        let (cache, headers, half) = (cache(), HeaderMap::new(), [0; ANSWER_BYTES_MAX / 2]);
+        let mut collectors: Vec<_> = (0..40)
+            .map(|n| {
+                let key = key(&cache, &format!("/slow/{n}"));
+                let collector = cache.collect(key, TTL_MAX, StatusCode::OK, &headers);
+                let mut collector = collector.unwrap();
+                collector.push(&half);
+                collector
+            })
+            .collect();
+        assert_eq!(cache.collecting.load(Relaxed), COLLECTING_BYTES_MAX);
+        // Those behind the bound go on without being kept, also where others have ended meanwhile.
+        let (last, first) = (collectors.pop().unwrap(), collectors.swap_remove(0));
+        assert!(first.finish(NOW) && !last.finish(NOW));
+        drop(collectors);
+        assert_eq!(cache.collecting.load(Relaxed), 0);
     }
 
     #[test]

@@ -216,7 +216,8 @@ pub async fn run(
                 // The instance that brought the request repeats one whose lane is lost. It cannot know of other repetitions
                 // where the connection between the two breaks.
                 let end = end.filter(|end| !ask.is_of_peer || end.is_not_dispatched());
-                let retry = end.and_then(|end| retries.allow(end, &ask.method, had_body));
+                let has_more = had_body || ask.upgrade.is_some();
+                let retry = end.and_then(|end| retries.allow(end, &ask.method, has_more));
                 match retry {
                     Some(Retry::Undispatched) => tunnel.counters.retries_undispatched.add(1),
                     Some(Retry::LaneLost) => tunnel.counters.retries_lost.add(1),

@@ -66,6 +66,7 @@ pub async fn serve(
     let marks = Marks::new(&parts.headers, span.trace().context().copied());
     let has_body = !body.is_end_stream();
     let method = parts.method.clone();
+    let is_upgrade = parts.headers.contains_key(header::UPGRADE);
     // The library for HTTP hides a length beside the chunks. A proxy in front that reads the length would send the next
     // request in another place.
     let is_chunked = parts.headers.contains_key(header::TRANSFER_ENCODING);
@@ -83,7 +84,8 @@ pub async fn serve(
     let (path, trace_id) = (path::without_query(behind), marks.trace_id());
     log_refusal(core, &refusal, cluster, caller.address, &trace_id);
     let (method, trace_id) = (&method, &*trace_id);
-    let mut response = refusal.response(&Refused { method, cluster, path, trace_id, wants_status });
+    let refused = Refused { method, is_upgrade, cluster, path, trace_id, wants_status };
+    let mut response = refusal.response(&refused);
     if has_body {
         // The body may not have been read, so that the client must not send its next request on this connection.
         close(&mut response);

@@ -33,6 +33,8 @@ pub struct Refusal {
 pub struct Refused<'a> {
     /// Method.
     pub method: &'a Method,
+    /// It asks for an upgrade, which may run a command.
+    pub is_upgrade: bool,
     /// Cluster that the path names.
     pub cluster: &'a str,
     /// Path for the upstream, without its query.
@@ -248,8 +250,8 @@ impl Refusal {
 
     /// Returns whether the same request may be sent again without being done twice.
     #[must_use]
-    pub fn is_retryable(&self, method: &Method) -> bool {
-        let changes_nothing = method == Method::GET || method == Method::HEAD;
+    pub fn is_retryable(&self, method: &Method, is_upgrade: bool) -> bool {
+        let changes_nothing = !is_upgrade && (method == Method::GET || method == Method::HEAD);
         match self.code.row().retry {
             Retry::Never => false,
             Retry::Always => true,
@@ -320,7 +322,7 @@ impl Refusal {
         json!({
             "code": self.code.label(),
             "message": self.message,
-            "retryable": self.is_retryable(request.method),
+            "retryable": self.is_retryable(request.method, request.is_upgrade),
             "cluster_id": request.cluster,
             "path": path,
             "retry_after": self.retry_after.map(retry_seconds),
@@ -379,7 +381,14 @@ mod tests {
     use super::*;
 
     fn refused(method: &Method) -> Refused<'_> {
-        Refused { method, cluster: "c1", path: "/a/b", trace_id: "0af7", wants_status: false }
+        Refused {
+            method,
+            is_upgrade: false,
+            cluster: "c1",
+            path: "/a/b",
+            trace_id: "0af7",
+            wants_status: false,
+        }
     }
 
     /// Status, seconds of `Retry-After`, and whether GET and POST may be sent again.
@@ -429,7 +438,11 @@ mod tests {
         for &(code, label, status, retry_after, retryable) in ROWS {
             let refusal = Refusal::new(code);
             let methods = [Method::GET, Method::POST];
-            assert_eq!(methods.each_ref().map(|m| refusal.is_retryable(m)), retryable, "{label}");
+            assert_eq!(
+                methods.each_ref().map(|m| refusal.is_retryable(m, false)),
+                retryable,
+                "{label}"
+            );
             let response = refusal.response(&refused(&Method::GET));
             assert_eq!((response.status().as_u16(), code.label()), (status, label));
             assert_eq!(response.headers()[ERROR], label);
@@ -449,14 +462,15 @@ mod tests {
             let refusal = Refusal::new(code).undispatched();
             let is_final = code.row().retry == Retry::Never;
             for method in [Method::POST, Method::PUT, Method::DELETE, Method::GET] {
-                assert_eq!(refusal.is_retryable(&method), !is_final, "{}", code.label());
+                assert_eq!(refusal.is_retryable(&method, false), !is_final, "{}", code.label());
             }
         }
         let mut late = Refusal::new(Code::Restarting);
         late.may_be_dispatched = true;
         let methods = ["GET", "HEAD", "POST", "OPTIONS", "DELETE", "get"];
-        let retryable = methods.map(|m| late.is_retryable(&m.parse().unwrap()));
+        let retryable = methods.map(|m| late.is_retryable(&m.parse().unwrap(), false));
         assert_eq!(retryable, [true, true, false, false, false, false]);
+        assert!(!late.is_retryable(&Method::GET, true));
     }
 
     #[test]
@@ -530,7 +544,7 @@ mod tests {
             for not_dispatched in [true, false] {
                 let told = frame::Reset { not_dispatched, message: "10.0.0.1", ..reset(code) };
                 let refusal = Refusal::of_reset(&told);
-                let is_retryable = refusal.is_retryable(&Method::POST);
+                let is_retryable = refusal.is_retryable(&Method::POST, false);
                 let body = refusal.body(&refused(&Method::POST)).to_string();
                 assert!(!body.contains("10.0.0.1"));
                 assert_eq!(refusal.cause.as_deref(), Some("10.0.0.1"));

@@ -33,7 +33,8 @@ pub(super) async fn find(
     let may_last = ask.is_long || ask.upgrade.is_some();
     let look = || {
         if core.is_closing() {
-            return Look::Leave(Code::Restarting);
+            // The instance that brought the request goes to another one.
+            return Look::Leave(if ask.is_of_peer { Code::NoLane } else { Code::Restarting });
         }
         match tunnel.lanes.choose(&ask.cluster, may_last, tried) {
             Ok(place) => Look::Found(place),

@@ -58,6 +58,8 @@ struct ClusterState {
     asked: Instant,
     /// Time at which the last lane left.
     lost: Option<Instant>,
+    /// Agents and registrations of lanes that their instances did not have a moment ago.
+    doubted: Vec<(Id, u64)>,
 }
 
 impl LaneTable {
@@ -132,6 +134,7 @@ impl KnownCluster {
             recorded: None,
             asked: now,
             lost: None,
+            doubted: Vec::new(),
         };
         Self {
             cluster: cluster.clone(),
@@ -224,6 +227,25 @@ impl KnownCluster {
         self.publish(state)
     }
 
+    /// Leaves out a lane that its instance does not have, whatever a reading or an announcement says. Returns whether it
+    /// was there.
+    pub(super) fn doubt(&self, lane: &RemoteLane) -> bool {
+        let mut state = self.state.lock();
+        if !state.is_doubted(&lane.agent, &lane.record) {
+            state.doubted.push((lane.agent.clone(), lane.record.registration));
+        }
+        state.apply(LaneEvent::Lost, &lane.agent, lane.record.clone());
+        self.publish(state)
+    }
+
+    /// Takes back [`Self::doubt`].
+    pub(super) fn trust(&self, lane: &RemoteLane) {
+        let of_lane = |(agent, registration): &(Id, u64)| {
+            *agent == lane.agent && *registration == lane.record.registration
+        };
+        self.state.lock().doubted.retain(|doubted| !of_lane(doubted));
+    }
+
     fn is_followed(&self) -> bool {
         self.lanes.receiver_count() > 0
     }
@@ -268,8 +290,18 @@ impl ClusterState {
         }
     }
 
-    /// Enters a lane, unless a newer one is known.
+    fn is_doubted(&self, agent: &Id, record: &LaneRecord) -> bool {
+        let is_lane = |(name, registration): &(Id, u64)| {
+            name == agent && *registration == record.registration
+        };
+        self.doubted.iter().any(is_lane)
+    }
+
+    /// Enters a lane, unless a newer one is known or it is doubted.
     fn put(&mut self, agent: &Id, record: LaneRecord) {
+        if self.is_doubted(agent, &record) {
+            return;
+        }
         let held = self.entries.get(agent.as_str());
         let is_newer = held.is_none_or(|held| held.record.registration <= record.registration);
         if is_newer && (held.is_some() || self.entries.len() < AGENTS_MAX) {
@@ -315,6 +347,26 @@ mod tests {
 
     fn cluster() -> KnownCluster {
         KnownCluster::new(&id("c1"), &LaneTable::new(&"here".into()), Instant::now())
+    }
+
+    #[test]
+    fn a_lane_that_is_doubted_comes_back_by_nothing_but_trust() {
+        let cluster = cluster();
+        let record = lane("s2", 3);
+        cluster.heard(LaneEvent::Connected, &id("a"), &record);
+        let absent = RemoteLane { agent: id("a"), record: record.clone() };
+        assert!(cluster.doubt(&absent) && !cluster.doubt(&absent));
+        cluster.heard(LaneEvent::Draining, &id("a"), &record);
+        cluster.begin();
+        cluster.complete(vec![(id("a"), record.clone())], false);
+        assert!(seen(&cluster).is_empty());
+        // A newer lane of the agent is another one.
+        cluster.heard(LaneEvent::Connected, &id("a"), &lane("s2", 4));
+        assert_eq!(seen(&cluster), [("a".to_owned(), 4)]);
+        cluster.heard(LaneEvent::Lost, &id("a"), &lane("s2", 4));
+        cluster.trust(&absent);
+        cluster.heard(LaneEvent::Connected, &id("a"), &record);
+        assert_eq!(seen(&cluster), [("a".to_owned(), 3)]);
     }
 
     #[test]

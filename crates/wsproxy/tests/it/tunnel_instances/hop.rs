@@ -119,6 +119,12 @@ async fn a_get_whose_instance_breaks_off_is_sent_once_more() {
     assert_eq!(heads.iter().map(is_marked).collect::<Vec<_>>(), [false, true], "{heads:?}");
     assert_eq!(code(&ask(&one, &head("POST", "/x", "")).await), (502, "lane_lost"));
     assert_eq!(fake.heads().len(), 1);
+    // An upgrade may run a command.
+    let upgrade = head("GET", "/x", "Connection: upgrade\r\nUpgrade: websocket\r\n");
+    let answer = ask(&one, &upgrade).await;
+    assert_eq!(code(&answer), (502, "lane_lost"));
+    assert_eq!(answer.json()["error"]["retryable"], false, "{}", answer.body);
+    assert_eq!(fake.heads().len(), 1);
     let mut raw = Raw::connect(one.address()).await;
     raw.write(head("GET", "/x", "Content-Length: 1\r\n").as_bytes()).await;
     raw.write(b"x").await;
@@ -178,6 +184,23 @@ async fn an_instance_that_refuses_another_is_passed_over() {
     let fake = Fake::start(&redis, "node-1", refused).await;
     let answer = ask(&one, &head("GET", "/x", "")).await;
     assert_eq!(code(&answer), (503, "cluster_reconnecting"), "{answer:?}");
+    one.drain().await;
+    fake.instance.drain().await;
+}
+
+#[tokio::test]
+async fn a_process_in_between_that_fails_may_have_passed_the_request_on() {
+    let redis = RedisServer::start();
+    let one = TestInstance::start(peered(&redis, "s1")).await;
+    let failed =
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    let fake = Fake::start(&redis, "node-1", failed).await;
+    let answer = ask(&one, &head("POST", "/x", "")).await;
+    assert_eq!(code(&answer), (502, "lane_lost"), "{answer:?}");
+    assert_eq!(answer.json()["error"]["retryable"], false, "{}", answer.body);
+    assert_eq!(fake.heads().len(), 1);
+    assert_eq!(code(&ask(&one, &head("GET", "/x", "")).await), (502, "lane_lost"));
+    assert_eq!(fake.heads().len(), 2);
     one.drain().await;
     fake.instance.drain().await;
 }

@@ -23,24 +23,24 @@ pub(super) enum Retry {
 
 impl Retries {
     /// Returns why a request whose stream ended without a head may be sent again, and counts that; `None`: it may not.
-    /// `has_body`: the request has one, all of which is still there.
-    pub(super) fn allow(&mut self, end: &End, method: &Method, has_body: bool) -> Option<Retry> {
+    /// `has_more`: the request has a body, all of which is still there, or asks for an upgrade.
+    pub(super) fn allow(&mut self, end: &End, method: &Method, has_more: bool) -> Option<Retry> {
         if end.is_not_dispatched() {
             self.undispatched = self.undispatched.saturating_add(1);
             return (self.undispatched <= UNDISPATCHED_MAX).then_some(Retry::Undispatched);
         }
         let is_lost = matches!(end, End::LaneLost { .. });
-        (is_lost && self.allow_lost(method, has_body)).then_some(Retry::LaneLost)
+        (is_lost && self.allow_lost(method, has_more)).then_some(Retry::LaneLost)
     }
 
     /// Returns whether a request that may have reached its upstream, and whose lane or way there was lost before a head,
-    /// may be sent again, and counts that.
+    /// may be sent again, and counts that. An upgrade may run a command, so that its method tells nothing.
     pub(in crate::endpoint::tunnel) fn allow_lost(
         &mut self,
         method: &Method,
-        has_body: bool,
+        has_more: bool,
     ) -> bool {
-        let changes_nothing = matches!(*method, Method::GET | Method::HEAD) && !has_body;
+        let changes_nothing = matches!(*method, Method::GET | Method::HEAD) && !has_more;
         let is_allowed = changes_nothing && self.lost == 0;
         self.lost += u32::from(is_allowed);
         is_allowed

@@ -104,13 +104,14 @@ pub(in crate::endpoint::tunnel) async fn forward(
         && tried.len() < ATTEMPTS_MAX
     {
         let held = upload.take().map(|upload| Held::new(upload, &ask.access));
-        let (had_body, began) = (held.is_some(), Instant::now());
+        let began = Instant::now();
+        let has_more = held.is_some() || ask.upgrade.is_some();
         let wait = if waits { turn.left() } else { Duration::ZERO };
         let (retried, held_here) = (*retries, held.as_ref());
         let attempt =
             Attempt { link: &link, ask, retries: retried, wait, client: &client, held: held_here };
         let missed = match attempt.run(&lane).await {
-            Ok(answer) if is_lost(&answer) && retries.allow_lost(&ask.method, had_body) => {
+            Ok(answer) if is_lost(&answer) && retries.allow_lost(&ask.method, has_more) => {
                 return Forwarded::Lost(client);
             }
             Ok(answer) => {
@@ -120,7 +121,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
                     outcome,
                 );
             }
-            Err(Failed::Lost(_)) if retries.allow_lost(&ask.method, had_body) => {
+            Err(Failed::Lost(_)) if retries.allow_lost(&ask.method, has_more) => {
                 return Forwarded::Lost(client);
             }
             Err(Failed::Refused(refusal) | Failed::Lost(refusal)) => {
@@ -136,9 +137,14 @@ pub(in crate::endpoint::tunnel) async fn forward(
         if let Some(held) = held {
             match held.take_back() {
                 whole @ Some(_) => upload = whole,
-                // That instance has tried its lanes, and none dispatched the request.
                 None => {
-                    let refusal = Refusal::new(Code::ClusterReconnecting).undispatched();
+                    let refusal = match missed {
+                        // That instance has tried its lanes, and none dispatched the request.
+                        Missed::Absent | Missed::Full => {
+                            Refusal::new(Code::ClusterReconnecting).undispatched()
+                        }
+                        _ => Refusal::new(Code::LaneLost).caused_by(missed),
+                    };
                     return Forwarded::Done(Err(refusal), Outcome::Unclear);
                 }
             }
@@ -153,8 +159,12 @@ pub(in crate::endpoint::tunnel) async fn forward(
         // It had no time left to wait for a place there.
         return Forwarded::Done(Err(Refusal::new(Code::Overloaded)), Outcome::Unclear);
     }
-    // Readings have changed the table, and told nothing new.
-    known.mark_unchanged();
+    // Readings have changed the table too. A lane that came during an attempt is news.
+    let is_news =
+        |lane: &RemoteLane| super::is_open(lane) && !lanes.contains(lane) && !tried.contains(lane);
+    if known.borrow_and_update().iter().any(is_news) {
+        known.mark_changed();
+    }
     Forwarded::Nowhere(upload, client, Arrivals(Some(known)))
 }
 
@@ -314,16 +324,20 @@ impl Attempt<'_> {
 /// Returns the reason why an instance did nothing with a request, and read nothing of its body; `None`: it answered.
 ///
 /// # Errors
-/// `head_too_large`
-fn missed(answer: &Response<Incoming>) -> Result<Option<Missed>, Refusal> {
+/// `head_too_large`; `lane_lost` where a process in between failed, which may have passed the request on.
+fn missed(answer: &Response<Incoming>) -> Result<Option<Missed>, Failed> {
     let (status, headers) = (answer.status(), answer.headers());
     if !headers.contains_key(SOURCE) {
         // The listener itself, or a process that is no instance.
         return match status {
             StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE | StatusCode::URI_TOO_LONG => {
-                Err(Refusal::new(Code::HeadTooLarge))
+                Err(Refusal::new(Code::HeadTooLarge).into())
             }
-            _ => Ok(Some(Missed::Refused(status))),
+            _ if status.is_client_error() => Ok(Some(Missed::Refused(status))),
+            _ => {
+                let cause = format!("the other instance's address answers {status}");
+                Err(Failed::Lost(Refusal::new(Code::LaneLost).caused_by(cause)))
+            }
         };
     }
     let code = headers.get(ERROR).map(HeaderValue::as_bytes);

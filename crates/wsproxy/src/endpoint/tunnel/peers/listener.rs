@@ -98,6 +98,7 @@ async fn answer(
         return Rejection::not_found("There is no such path.").response();
     };
     let method = request.method().clone();
+    let is_upgrade = request.headers().contains_key(header::UPGRADE);
     let span = spans::of_peer(&core.traces, request.headers(), &method);
     let marks = Marks::new(request.headers(), span.trace().context().copied());
     let wants_status = refusal::wants_status(target, request.headers());
@@ -119,7 +120,7 @@ async fn answer(
     let (cluster, path, trace_id) =
         (cluster.as_str(), path::without_query(target), &*marks.trace_id());
     let method = &method;
-    refusal.response(&Refused { method, cluster, path, trace_id, wants_status })
+    refusal.response(&Refused { method, is_upgrade, cluster, path, trace_id, wants_status })
 }
 
 /// Waits a moment for a lane that is about to be ready: the other instance knows it already.
