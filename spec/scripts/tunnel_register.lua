@@ -4,7 +4,7 @@
 -- ARGV agent, boot id, number, registration that the lane has or '', entry and announcement (each a JSON object without
 --   its end), time to live in ms, agents_max, channel
 -- Returns 1, registration.
---   0, registration of the newer lane of this agent id.
+--   0 or 2, registration of the newer lane of this agent id: of another process, or of the same one.
 --   -1, '': the cluster has agents_max agents.
 local held=redis.call('HGET',KEYS[1],ARGV[1]) local lane
 if held then
@@ -15,10 +15,10 @@ elseif redis.call('HLEN',KEYS[1])>=tonumber(ARGV[8]) then return {-1,''} end
 local number,mine=tonumber(ARGV[3]),tonumber(ARGV[4])
 local r=lane and lane.registration or 0
 if lane then
-  local is_newer
+  local is_newer,is_same=false,lane.boot_id==ARGV[2]
   -- Of one process the numbers decide. Of two, the order in which Redis entered them.
-  if lane.boot_id==ARGV[2] then is_newer=lane.number>number else is_newer=mine and r>mine end
-  if is_newer then return {0,string.format('%.0f',r)} end
+  if is_same then is_newer=lane.number>number else is_newer=mine and r>mine end
+  if is_newer then return {is_same and 2 or 0,string.format('%.0f',r)} end
 end
 if not (lane and mine and r==mine and lane.boot_id==ARGV[2] and lane.number==number) then
   local t=redis.call('TIME')

@@ -67,11 +67,11 @@ impl Cluster {
 async fn lanes_of_one_process_follow_their_numbers() {
     let mut cluster = Cluster::open().await;
     let (state, first) = cluster.register("s1", "b", 2, "");
-    assert_eq!((state, cluster.register("s2", "b", 1, "")), (1, (0, first)));
+    assert_eq!((state, cluster.register("s2", "b", 1, "")), (1, (2, first)));
     let (state, second) = cluster.register("s2", "b", 3, "");
     assert!(state == 1 && second > first);
     // The older lane is written again: it lost its place.
-    assert_eq!(cluster.register("s1", "b", 2, &first.to_string()), (0, second));
+    assert_eq!(cluster.register("s1", "b", 2, &first.to_string()), (2, second));
     let expected = json!({"server_id":"s2","boot_id":"b","number":3,"registration":second});
     assert_eq!(cluster.entry(), expected);
     let told = cluster.published(2).await;

@@ -18,7 +18,7 @@ use crate::{
         commands::Commands,
         lease::{HASH_TTL_MIN, LeaseSettings},
         tunnel::{
-            AGENTS_MAX, AnnouncedLane, Announcement, LaneEvent, LaneRecord,
+            AGENTS_MAX, AnnouncedLane, Announcement, LaneEvent, LaneRecord, Successor,
             local::{Entered, Entry, Write},
         },
     },
@@ -250,7 +250,8 @@ fn entered(reply: &Reply) -> Result<Entered, StoreError> {
             let registration = text(registration).and_then(|text| text.parse().ok());
             registration.map(Entered::Yes).ok_or_else(odd_reply)
         }
-        0 => Ok(Entered::Superseded),
+        0 => Ok(Entered::Superseded(Successor::OtherProcess)),
+        2 => Ok(Entered::Superseded(Successor::SameProcess)),
         _ => Ok(Entered::Full),
     }
 }

@@ -84,7 +84,7 @@ pub(super) enum Entered {
     /// Done, with this registration.
     Yes(u64),
     /// A newer lane has the entry.
-    Superseded,
+    Superseded(Successor),
     /// The cluster has too many agents.
     Full,
     /// The key cannot be written.
@@ -207,13 +207,7 @@ impl LocalLanes {
                     is_new
                 });
             }
-            // Redis refuses a lane that never had an entry only for a later one of its process.
-            Entered::Superseded if is_first => {
-                self.give_way(key, Standing::Superseded(Successor::SameProcess));
-            }
-            Entered::Superseded => {
-                self.give_way(key, Standing::Superseded(Successor::OtherProcess));
-            }
+            Entered::Superseded(by) => self.give_way(key, Standing::Superseded(by)),
             // A lane that had an entry goes on without one.
             Entered::Full | Entered::Refused(_) if !is_first => {}
             Entered::Full => self.give_way(key, Standing::Full),

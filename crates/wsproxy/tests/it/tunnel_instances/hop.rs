@@ -103,6 +103,12 @@ async fn timeouts_of_forwarded_uploads_do_not_open_the_breaker() {
         raw.write(b"x").await;
         assert_eq!(code(&raw.response().await), (504, "upstream_timeout"));
     }
+    // Both instances tell the reason.
+    for instance in [&pair.one, &pair.two] {
+        let labels = r#"cluster="c1",pattern="other",code="upstream_timeout""#;
+        let metric = format!("wsproxy_tunnel_requests_total{{{labels}}}");
+        eventually("all are counted", || instance.metric(&metric) == 5.0).await;
+    }
     assert_eq!(pair.ask(&head("GET", "/x", "")).await.status, 200);
     pair.drain().await;
 }

@@ -340,12 +340,10 @@ fn missed(answer: &Response<Incoming>) -> Result<Option<Missed>, Failed> {
             }
         };
     }
-    let code = headers.get(ERROR).map(HeaderValue::as_bytes);
-    let is_code = |known: Code| status == known.status() && code == Some(known.label().as_bytes());
-    Ok(if is_code(Code::NoLane) {
-        Some(Missed::Absent)
-    } else {
-        is_code(Code::LanesFull).then_some(Missed::Full)
+    Ok(match code_of(answer) {
+        Some(Code::NoLane) => Some(Missed::Absent),
+        Some(Code::LanesFull) => Some(Missed::Full),
+        _ => None,
     })
 }
 
@@ -358,7 +356,10 @@ fn respond(
     held: Option<Arc<Held>>,
 ) -> Result<Response<Body>, Refusal> {
     let status = answer.status();
-    ask.access.answered(status, source_of(&answer));
+    match code_of(&answer) {
+        Some(code) => ask.access.refused(code),
+        None => ask.access.answered(status, source_of(&answer)),
+    }
     let is_switch = status == StatusCode::SWITCHING_PROTOCOLS;
     let mut headers = HeaderMap::with_capacity(answer.headers().len());
     for (name, value) in answer.headers() {
@@ -404,18 +405,24 @@ fn source_of(answer: &Response<Incoming>) -> Source {
     }
 }
 
+/// Returns the code of an instance's refusal.
+fn code_of(answer: &Response<Incoming>) -> Option<Code> {
+    let label = answer.headers().get(ERROR)?;
+    Code::ALL.iter().copied().find(|code| label == code.label() && answer.status() == code.status())
+}
+
 /// Returns whether an instance lost the lane before a head.
 fn is_lost(answer: &Response<Incoming>) -> bool {
-    answer.headers().get(ERROR).is_some_and(|code| code == Code::LaneLost.label())
+    code_of(answer) == Some(Code::LaneLost)
 }
 
 /// Returns what an answer of another instance tells of the upstream.
 fn outcome(answer: &Response<Incoming>, held: Option<&Held>) -> Outcome {
-    match answer.headers().get(ERROR).map(HeaderValue::as_bytes) {
+    match code_of(answer) {
         None => Outcome::Answered,
-        Some(b"upstream_connect") => Outcome::Failed,
+        Some(Code::UpstreamConnect) => Outcome::Failed,
         // A slow client may be the reason while its body is not whole.
-        Some(b"upstream_timeout") if !held.is_some_and(Held::is_uploading) => Outcome::Failed,
+        Some(Code::UpstreamTimeout) if !held.is_some_and(Held::is_uploading) => Outcome::Failed,
         Some(_) => Outcome::Unclear,
     }
 }
