@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+from redis.asyncio.sentinel import Sentinel
 
-from conftest import Process, eventually, free_port, until, within
+from conftest import ROOT, Process, eventually, free_port, until, within
 from wsproxy import Outgoing, Unavailable, Worker
 from wsproxy._pool import pool
 
@@ -161,6 +163,31 @@ async def test_a_batch_that_a_demoted_master_refuses_is_in_doubt(sentinels: Sent
         with pytest.raises(Unavailable) as raised:
             await within(worker.batch([Outgoing("session:s-1", {}), Outgoing("session:s-1", {})]))
         assert raised.value.in_doubt
+
+
+def documented(who: str) -> list[str]:
+    """The rights at the sentinels in a row of the documentation."""
+    page = (ROOT / "docs/deploy/redis.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| {who} |"))
+    return [right.replace("\\|", "|") for right in re.findall(r"`(\+[^`]+)`", row)]
+
+
+@pytest.mark.parametrize("who", ["`Worker.redis`", "`master_for` of redis-py"])
+@pytest.mark.asyncio
+async def test_the_documented_rights_at_sentinels_suffice(sentinels: Sentinels, who: str) -> None:
+    own = sentinels.sentinel(sentinels.places[0])
+    own.execute_command("ACL", "SETUSER", "app", "reset", "on", ">pw", *documented(who))
+    login = {"username": "app", "password": "pw"}
+    if who == "`Worker.redis`":
+        async with Worker.redis(sentinels.url, sentinel_kwargs=login, retry_for=0) as worker:
+            await worker.issue_token("demo", "s-1")
+    else:
+        sentinel: Any = Sentinel
+        manager = sentinel([("127.0.0.1", sentinels.places[0])], sentinel_kwargs=login)
+        async with manager.master_for("mymaster") as client:
+            assert await client.ping()
+        for each in manager.sentinels:
+            await each.aclose()
 
 
 @pytest.mark.asyncio
