@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 
 from ._backoff import Backoff
 from ._feeds import Consumer
-from ._pool import pool
+from ._pool import close, pool
 from .errors import Unauthorized
 from .types import UpstreamMessage
 
@@ -67,6 +67,7 @@ class Listener:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await close(self._pool)
 
     def _drop(self, channel: str, consumer: Consumer) -> None:
         consumers = self._consumers.get(channel, [])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import ConnectionPool
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
+from redis.backoff import NoBackoff
 
 _SENTINEL_PORT = 26379
+# Sentinels answer from memory: one that has not answered after this many seconds is taken for dead.
+_SENTINEL_SECONDS = 1.0
 
 
 def pool(url: str, options: dict[str, Any]) -> ConnectionPool:
@@ -42,9 +47,47 @@ def pool(url: str, options: dict[str, Any]) -> ConnectionPool:
     shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_"))}
     if is_tls:
         shared["ssl"] = options["ssl"] = True
+    brief = {"socket_connect_timeout": _SENTINEL_SECONDS, "socket_timeout": _SENTINEL_SECONDS}
+    # RESP 2 needs the fewest rights at a sentinel. A sentinel that is away is asked again for the next connection.
+    fixed: dict[str, Any] = {"protocol": 2, "decode_responses": True, "retry": Retry(NoBackoff(), 0)}
     sentinels = [_place(each) for each in hosts.split(",")]
-    manager = Sentinel(sentinels, sentinel_kwargs=shared | dict(of_sentinels or {}))  # type: ignore[no-untyped-call]
+    manager = _Sentinels(sentinels, sentinel_kwargs=shared | brief | dict(of_sentinels or {}) | fixed)  # type: ignore[no-untyped-call]
     return SentinelConnectionPool(unquote(master), manager, **options)  # type: ignore[no-untyped-call]
+
+
+async def close(connections: ConnectionPool) -> None:
+    """Ends the connections of a pool, and those to its sentinels."""
+    await connections.disconnect()
+    if isinstance(connections, SentinelConnectionPool):
+        clients = connections.sentinel_manager.sentinels
+        await asyncio.gather(*(each.aclose() for each in clients), return_exceptions=True)
+
+
+class _Sentinels(Sentinel):
+    """The sentinels of a master, which are all asked at once.
+
+    redis-py asks them in order and takes the first answer. A sentinel that is frozen would hold up every connection,
+    and one that was cut off names a master of the past.
+    """
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """The address of the master that the newest failover made; of those before it sentinels may still tell."""
+        asked = (_master(each, service_name) for each in self.sentinels)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        known = [each for each in answers if not isinstance(each, BaseException)]
+        if not known:
+            raise MasterNotFoundError(f"No sentinel names the master {service_name!r}: {answers}")
+        return max(known, key=lambda each: each[0])[1]
+
+
+async def _master(sentinel: Any, name: str) -> tuple[int, tuple[str, int]]:
+    """Number of the newest failover that a sentinel knows, and the address of the master that it made."""
+    state = await sentinel.sentinel_master(name)
+    # While a failover lasts, the state has its number already, but still the address of the master before.
+    address = await sentinel.sentinel_get_master_addr_by_name(name)
+    if address is None:
+        raise MasterNotFoundError("the name is not known")
+    return state["config-epoch"], address
 
 
 def _place(text: str) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import NoBackoff
 
 from ._backend import (
@@ -34,7 +35,7 @@ from ._calls_redis import RedisCalls
 from ._feeds import Consumer, Kept, Subscription
 from ._kept import HOLD, RELEASE, KeptMessages
 from ._listener import Listener
-from ._pool import pool
+from ._pool import close, pool
 from ._positions import START, lost_behind, parse
 from ._rooms_redis import RedisRooms
 from .errors import (
@@ -102,6 +103,8 @@ _NOT_DONE = (
     exceptions.NoScriptError,
     exceptions.OutOfMemoryError,
     exceptions.ReadOnlyError,
+    # No connection was made.
+    MasterNotFoundError,
 )
 # First words of the other refusals. All of them pass.
 _NOT_DONE_CODES = frozenset(
@@ -127,7 +130,7 @@ def _errors() -> Iterator[None]:
 
 def _error(error: Exception) -> WsproxyError:
     match error:
-        case _ if isinstance(error, _NOT_DONE):
+        case _ if isinstance(error, _NOT_DONE) or _is_demoted(error):
             return Unavailable(f"Not done: {error}")
         case exceptions.AuthenticationError() | exceptions.NoPermissionError():
             return Unauthorized(f"Redis refused the worker: {error}")
@@ -136,6 +139,11 @@ def _error(error: Exception) -> WsproxyError:
         case exceptions.ConnectionError() | exceptions.TimeoutError() | OSError():
             return Unavailable(f"Redis cannot be reached: {error}", in_doubt=True)
     return InvalidRequest(f"Redis refused: {error}")
+
+
+def _is_demoted(error: Exception) -> bool:
+    """Returns true for ``READONLY`` of a server that was the master: redis-py makes a lost connection of it."""
+    return isinstance(error, exceptions.ConnectionError) and str(error) == "The previous master is now a slave"
 
 
 def _script_error(text: str) -> WsproxyError:
@@ -273,7 +281,13 @@ class RedisBackend:
                         pipeline.evalsha(sha, len(keys), *keys, *args)
                     else:
                         pipeline.publish(self._channel(each.target), each.payload)
-                answers = await pipeline.execute(raise_on_error=False)
+                try:
+                    answers = await pipeline.execute(raise_on_error=False)
+                except exceptions.ConnectionError as error:
+                    if _is_demoted(error):
+                        # Messages before the one that was refused may have been published.
+                        raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
+                    raise
             for index, each in enumerate(answers):
                 # A Redis that was restarted in this moment has forgotten the script, and did not do this one.
                 if isinstance(each, exceptions.NoScriptError):
@@ -498,6 +512,7 @@ class RedisBackend:
     async def aclose(self) -> None:
         await self._listener.aclose()
         await self._redis.aclose()
+        await close(self._redis.connection_pool)
 
 
 class _Log:

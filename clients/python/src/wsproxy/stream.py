@@ -57,8 +57,8 @@ class TokenStream:
     While the block runs, the lease is renewed in the background: a worker that dies is noticed by the gateway after
     the lease, and its clients are told ``error`` with code ``worker_lost`` instead of waiting for ever.
 
-    Every append carries its number, so that one whose answer was lost is neither lost nor doubled. Where Redis came
-    back empty, the stream is opened anew with the text so far.
+    Every append carries its number and is repeated as it was, so that one whose answer was lost is neither lost nor
+    doubled. Where Redis came back empty, the next append or the end opens the stream anew with all its text.
     """
 
     def __init__(self, backend: Backend, session: str, stream: str | None, options: StreamOptions) -> None:
@@ -70,6 +70,10 @@ class TokenStream:
         self._text: list[str] = []
         self._waiting: list[str] = []
         self._sent_at = -math.inf
+        # Length of the text whose append may have arrived: it is repeated as it was, so that number and text tell.
+        self._doubtful = 0
+        # True where text was given up that clients will never see.
+        self._is_cut = False
         self._outcome: str | None = None
         self._left = False
         self._failure: WsproxyError | None = None
@@ -100,7 +104,7 @@ class TokenStream:
 
     @property
     def text(self) -> str:
-        """All text that is kept and was given to :meth:`append`, also what is not sent yet."""
+        """All text that is kept or waits to be sent. Text that was given up, after an error, is not in it."""
         return "".join(self._text) + "".join(self._waiting)
 
     @property
@@ -109,13 +113,17 @@ class TokenStream:
         return self._outcome
 
     async def append(self, text: str) -> None:
-        """Adds text. It is kept, and on its way to the clients, within the stream's flush interval.
+        """Adds text. While the bus answers, it is kept and on its way to the clients within the flush interval.
 
         Text after a pause is sent before this returns. Text that follows sooner waits for the rest of the interval, so
-        that many tokens share one call; an error of that call is raised by a later one. Raises
-        :class:`StreamEnded` when another worker or the gateway ended the stream (the gateway, after the lease ran out),
-        :class:`StreamConflict` when another worker took it over, :class:`TooLarge` beyond 4 MiB of text, and
-        :class:`Unavailable` when the bus stays away for longer than the worker's ``retry_for``.
+        that many tokens share one call. An error of that call is raised by a later one, or by the end of the stream;
+        after :class:`Unavailable` the text waits on, and a later call sends it.
+
+        Raises :class:`StreamEnded` when another worker or the gateway ended the stream (the gateway, after the lease
+        ran out), :class:`StreamConflict` when another worker took it over, :class:`TooLarge` beyond 4 MiB of text,
+        :class:`StreamNotFound` when Redis does not keep the stream, and :class:`Unavailable` when the bus stays away
+        for longer than the worker's ``retry_for``. After :class:`TooLarge` the text that was not sent is given up, and
+        the stream takes no more: it can be ended, and a ``finish`` becomes an ``error``.
         """
         self._check_open()
         if not text:
@@ -133,26 +141,43 @@ class TokenStream:
             self._flusher = loop.create_task(self._flush_later())
 
     async def flush(self) -> None:
-        """Sends what waits for the flush interval."""
+        """Sends what waits for the flush interval. Raises what :meth:`append` raises."""
         async with self._sending:
-            due = "".join(self._waiting)
+            due, is_anew = "".join(self._waiting), False
             # Text waits until it is kept: whether or not a failed call arrived, the number tells when it is sent again.
             self._waiting = [due]
-            self._sent_at = asyncio.get_running_loop().time()
+            if due:
+                self._sent_at = asyncio.get_running_loop().time()
             while due:
-                part, due = due[:_CHARACTERS_PER_APPEND], due[_CHARACTERS_PER_APPEND:]
+                size = self._doubtful or _CHARACTERS_PER_APPEND
+                part, self._doubtful = due[:size], min(size, len(due))
+                call = self._call("append", text=part, seq=self._seq + 1)
                 try:
-                    await self._send(part)
-                except StreamError as error:
-                    # The stream is no longer this worker's, and what was not sent never will be.
-                    self._failure, self._waiting = error, []
+                    self._seq = (await self._retrying(lambda _, call=call: self._backend.stream(call))).seq
+                except StreamNotFound:
+                    if is_anew:
+                        # A stream that Redis does not keep is not opened for ever.
+                        raise
+                    is_anew = True
+                    await self._reopen()
+                    # Text that was appended meanwhile stays behind these two.
+                    self._waiting[:2] = ["".join(self._waiting[:2])]
+                    due = self._waiting[0]
+                    continue
+                except (StreamError, InvalidRequest) as error:
+                    # The stream is no longer this worker's, or is full: what was not sent never will be.
+                    self._failure, self._waiting, self._is_cut = error, [], True
                     raise
+                self._doubtful = 0
                 self._text.append(part)
-                self._waiting[0] = due
+                due = self._waiting[0] = due[size:]
             del self._waiting[0]
 
     async def finish(self) -> None:
-        """Ends the stream as complete. Without this call the end of the block does it."""
+        """Ends the stream as complete. Without this call the end of the block does it.
+
+        A stream that lacks text ends as ``error`` with code ``worker_error``, and the reason is raised.
+        """
         await self._end("finish")
 
     async def error(self, code: str, message: str) -> None:
@@ -237,39 +262,40 @@ class TokenStream:
             if self._outcome == outcome:
                 return
             raise StreamEnded("The stream has ended already.", self._outcome)
-        while self._waiting:
-            await self.flush()
-        if isinstance(self._failure, StreamConflict):
-            # The end of the stream is for the worker that took it over.
+        is_anew = False
+        while self._outcome is None:
+            while self._waiting:
+                try:
+                    await self.flush()
+                except InvalidRequest:
+                    # Text that was given up must not keep the clients from the end.
+                    if not self._is_cut:
+                        raise
+            if isinstance(self._failure, StreamConflict) or (self._is_cut and isinstance(self._failure, StreamEnded)):
+                # The end of the stream is for the worker that took it over, or was told by another one.
+                raise self._failure
+            told, why = outcome, error
+            if self._is_cut and outcome == "finish":
+                told, why = "error", {"code": "worker_error", "message": "The text is incomplete."}
+            call = self._call("end", outcome=told, error=why)
+            async with self._sending:
+                try:
+                    await self._retrying(lambda _, call=call: self._backend.stream(call))
+                    self._outcome = told
+                except StreamNotFound:
+                    if is_anew:
+                        raise
+                    is_anew = True
+                    await self._reopen()
+        if self._outcome != outcome and self._failure is not None:
             raise self._failure
-        async with self._sending:
-            call = self._call("end", outcome=outcome, error=error)
-            try:
-                await self._retrying(lambda _: self._backend.stream(call))
-            except StreamNotFound:
-                await self._restore()
-                await self._retrying(lambda _: self._backend.stream(call))
-            self._outcome = outcome
 
-    async def _send(self, text: str) -> None:
-        call = self._call("append", text=text, seq=self._seq + 1)
-
-        try:
-            # An append whose answer was lost may be repeated: the number and the text tell.
-            reply = await self._retrying(lambda _: self._backend.stream(call))
-        except StreamNotFound:
-            await self._restore()
-            reply = await self._retrying(lambda _: self._backend.stream(self._call("append", text=text)))
-        self._seq = reply.seq
-
-    async def _restore(self) -> None:
-        """Opens the stream anew with all its text, since Redis came back without it."""
+    async def _reopen(self) -> None:
+        """Opens the stream anew, since Redis came back without it. All its text waits again."""
         _log.warning("Stream %s is gone and is opened anew.", self._id)
+        self._waiting.insert(0, "".join(self._text))
+        self._text, self._seq, self._doubtful = [], 0, 0
         await self._retrying(self._open)
-        text, self._seq = "".join(self._text), 0
-        for start in range(0, len(text), _CHARACTERS_PER_APPEND):
-            call = self._call("append", text=text[start : start + _CHARACTERS_PER_APPEND], seq=self._seq + 1)
-            self._seq = (await self._retrying(lambda _, call=call: self._backend.stream(call))).seq
 
     async def _open(self, _attempt: int) -> StreamReply:
         return await self._backend.stream(self._call("open"))
@@ -293,7 +319,7 @@ class TokenStream:
                 self._failure = error
                 return
             except StreamNotFound:
-                # Opened anew by the next append, which knows the text.
+                # Opened anew by the next append or by the end, which know the text.
                 continue
             except WsproxyError as error:
                 _log.debug("The lease of stream %s was not renewed: %s", self._id, error)

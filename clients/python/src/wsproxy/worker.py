@@ -239,7 +239,7 @@ class Worker:
         - ``meta``: a JSON object, given to the clients with the stream.
         - ``lease``: seconds after which a worker that died is noticed; renewed three times in that time.
         - ``flush_interval``: the fewest seconds between two messages. The first text after a pause is sent at once;
-          what follows sooner is sent together. A worker that is killed loses no more than this. 0 sends each text.
+          what follows sooner is sent together, and lost if the worker is killed before. 0 sends each text.
         - ``watch_stop``: follow the session for a client's ``stream_stop``. As long as it runs, the gateway takes
           what clients send as heard: also run :meth:`upstream` somewhere, or switch this off and set ``stopped``
           yourself.
