@@ -134,6 +134,22 @@ fn every_server_of_sentinel_is_examined() {
     examined.has("error", "redis", &[&replica, "allkeys-lru"]);
     let sentinel = format!("sentinel 127.0.0.1:{} cannot be used", deployment.sentinels[2].port());
     examined.has("warning", "redis", &[&sentinel]);
+    // A machine that hangs, with a sentinel and a replica, hides nothing of the others.
+    deployment.sentinels[0].stop();
+    deployment.servers[2].stop();
+    let examined = Examined::with(&environment);
+    deployment.sentinels[0].cont();
+    deployment.servers[2].cont();
+    examined.has(
+        "ok",
+        "redis",
+        &[&format!("sentinel 127.0.0.1:{}: version", deployment.sentinels[1].port())],
+    );
+    examined.has("error", "redis", &[&replica, "allkeys-lru"]);
+    let hangs = format!("replica 127.0.0.1:{} cannot be used", deployment.servers[2].port());
+    examined.has("error", "redis", &[&hangs]);
+    let hangs = format!("sentinel 127.0.0.1:{} cannot be used", deployment.sentinels[0].port());
+    examined.has("warning", "redis", &[&hangs]);
     let wrong = url.replace("mymaster", "other");
     let examined = Examined::with(&[("REDIS_URL", &wrong), environment[1]]);
     examined.has("error", "redis", &["knows no master with the name other"]);

@@ -93,8 +93,11 @@ pub(super) fn examine(config: &Config) -> std::io::Result<Vec<Finding>> {
     findings.extend(tls::examine(&config.tls));
     findings.extend(proxies::examine(config));
     let (redis, database) = runtime.block_on(async {
-        let redis = within("redis", redis::examine(config));
-        tokio::join!(redis, within("database", database::examine(config)))
+        let redis = within("redis", async |found| redis::examine(config, found).await);
+        let database = within("database", async |found| {
+            found.extend(database::examine(config).await);
+        });
+        tokio::join!(redis, database)
     });
     findings.extend(redis);
     findings.extend(database);
@@ -108,16 +111,18 @@ pub(super) fn has_error(findings: &[Finding]) -> bool {
     findings.iter().any(|finding| finding.level == Level::Error)
 }
 
-async fn within(part: &'static str, look: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
-    let found = tokio::time::timeout(PART_MAX, look).await;
-    found.unwrap_or_else(|_| {
+/// Looks at one part for a bounded time. What was found until then counts.
+async fn within(part: &'static str, look: impl AsyncFnOnce(&mut Vec<Finding>)) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if tokio::time::timeout(PART_MAX, look(&mut findings)).await.is_err() {
         let advice = "see whether the server hangs, and whether a firewall drops packets";
-        vec![Finding::error(part, format!("no answer within {PART_MAX:?}"), advice)]
-    })
+        findings.push(Finding::error(part, format!("no answer within {PART_MAX:?}"), advice));
+    }
+    findings
 }
 
-/// Upper bound of the time for one server.
-const PART_MAX: Duration = Duration::from_secs(8);
+/// Upper bound of the time for one part: sentinels, the master and replicas in turn.
+const PART_MAX: Duration = Duration::from_secs(15);
 
 /// Upper bound of the time for one connection or answer.
 const ANSWER_MAX: Duration = Duration::from_secs(3);

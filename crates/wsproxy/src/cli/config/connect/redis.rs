@@ -12,17 +12,16 @@ use crate::{
     telemetry::time,
 };
 
-pub(super) async fn examine(config: &Config) -> Vec<Finding> {
+pub(super) async fn examine(config: &Config, findings: &mut Vec<Finding>) {
     if config.redis.url.is_none() {
         let what =
             "not configured: the embedded bus serves one instance, and workers over HTTP only";
-        return vec![Finding::ok(PART, what)];
+        findings.push(Finding::ok(PART, what));
+        return;
     }
-    let mut findings = Vec::new();
-    if let Err(TrialFault { why, advice }) = look(config, &mut findings).await {
+    if let Err(TrialFault { why, advice }) = look(config, findings).await {
         findings.push(Finding::error(PART, why, advice));
     }
-    findings
 }
 
 async fn look(config: &Config, findings: &mut Vec<Finding>) -> Result<(), TrialFault> {
