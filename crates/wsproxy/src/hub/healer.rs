@@ -540,7 +540,6 @@ async fn read(hub: &Hub, store: &Store, hole: &OpenHole) -> Result<Whole, StoreE
     let ttl_ms = u64::try_from(hole.histories.limits.ttl.as_millis()).unwrap_or(u64::MAX);
     let (mut pages, mut behind, mut moment) = (Pages::default(), hole.from, None);
     loop {
-        // Logs with one order are read all before a message is delivered, so that a pace would hold up all clients.
         if hole.histories.clock.is_none() {
             hub.heal_pace.turn().await;
         }
@@ -559,8 +558,8 @@ async fn read(hub: &Hub, store: &Store, hole: &OpenHole) -> Result<Whole, StoreE
     }
 }
 
-/// Upper bound of the reads of sessions' logs per second: after a failover all instances read all their histories. A client that resumes
-/// reads for itself, and does not wait for idle ones.
+/// Upper bound of the reads of sessions' logs per second: after a failover all instances read theirs. Logs with one order
+/// are read all before a message is delivered, so that a pace would hold up all clients. Resumes read for themselves.
 pub(super) const READS_PER_SECOND: u32 = 2000;
 
 /// Upper bound of the logs that are read at the same time.

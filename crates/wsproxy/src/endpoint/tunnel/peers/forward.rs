@@ -137,16 +137,7 @@ pub(in crate::endpoint::tunnel) async fn forward(
         if let Some(held) = held {
             match held.take_back() {
                 whole @ Some(_) => upload = whole,
-                None => {
-                    let refusal = match missed {
-                        // That instance has tried its lanes, and none dispatched the request.
-                        Missed::Absent | Missed::Full => {
-                            Refusal::new(Code::ClusterReconnecting).undispatched()
-                        }
-                        _ => Refusal::new(Code::LaneLost).caused_by(missed),
-                    };
-                    return Forwarded::Done(Err(refusal), Outcome::Unclear);
-                }
+                None => return Forwarded::Done(Err(missed.without_body()), Outcome::Unclear),
             }
         }
         is_full |= matches!(missed, Missed::Full);
@@ -199,6 +190,17 @@ enum Missed {
     Refused(StatusCode),
     #[error("it cannot be reached: {0}")]
     Unreached(Error),
+}
+
+impl Missed {
+    /// Returns the refusal of a request whose body has begun to go there, so that no other instance can have it.
+    fn without_body(&self) -> Refusal {
+        match self {
+            // That instance has tried its lanes, and none dispatched the request.
+            Self::Absent | Self::Full => Refusal::new(Code::ClusterReconnecting).undispatched(),
+            _ => Refusal::new(Code::LaneLost).caused_by(self),
+        }
+    }
 }
 
 /// Logs that an instance did nothing with a request.
