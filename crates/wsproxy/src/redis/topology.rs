@@ -9,6 +9,8 @@ use crate::redis::address::{RedisEndpoint, RedisServers};
 
 /// Address of the present master, shared by all connections of an instance.
 pub(super) struct Topology {
+    /// There is one server for ever.
+    is_constant: bool,
     master: watch::Sender<Option<Arc<RedisEndpoint>>>,
     /// Latest answer of each sentinel, in the order of the configuration.
     answers: Mutex<Answers>,
@@ -40,7 +42,8 @@ impl Topology {
             RedisServers::Sentinel { sentinels, .. } => (None, sentinels.len()),
         };
         let answers = Answers { masters: vec![None; count], ..Answers::default() };
-        Self { master: watch::Sender::new(master), answers: Mutex::new(answers) }
+        let is_constant = count == 0;
+        Self { is_constant, master: watch::Sender::new(master), answers: Mutex::new(answers) }
     }
 
     /// Returns the master now; `None` before a sentinel has named one.
@@ -61,6 +64,10 @@ impl Topology {
 
     /// Resolves once another server than `old` is the master.
     pub(super) async fn left(&self, old: &Arc<RedisEndpoint>) {
+        if self.is_constant {
+            // Each message polls this.
+            return std::future::pending().await;
+        }
         let mut changes = self.master.subscribe();
         // The sender lives in `self`, so that the wait ends by a change only.
         let _ = changes.wait_for(|now| now.as_ref() != Some(old)).await;
