@@ -429,7 +429,7 @@ async def test_only_redis_adopts_what_is_no_longer_in_the_history(
 ) -> None:
     gateway = start_gateway(WSPROXY_HISTORY__ENTRIES_MAX="3")
     async with Worker.http(gateway.url, API_KEY) as over_http, Worker.redis(redis.url) as over_redis:
-        async with over_http.stream("s-1", "t-1", watch_stop=False) as stream:
+        async with over_http.stream("s-1", "t-1", watch_stop=False, flush_interval=0) as stream:
             for _ in range(5):
                 await stream.append("word ")
             stream.leave()
