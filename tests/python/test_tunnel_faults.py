@@ -61,7 +61,7 @@ def test_an_agent_that_stands_still_is_left_and_comes_back(tmp_path, redis, upst
         async def faults():
             get, post = (asyncio.ensure_future(ask(port, "/short", method=method)) for method in ("GET", "POST"))
             await asyncio.sleep(0.3)
-            # What it has not answered cannot be told from what it does: only a GET may be sent again.
+            # Requests without an answer cannot be told from those that are done: only a GET may be sent again.
             nonlocal other
             other = tunnel.start_agent("other", "--agent-id", "node-2")
             return await get, await post
@@ -144,7 +144,7 @@ def test_small_requests_pass_bulk_on_a_slow_line(tmp_path, redis, upstream):
         until("no stream is left", lambda: metric(port, "wsproxy_tunnel_streams") == 0)
         beside_many = asyncio.run(ask_beside(upstream, port, 64))
         print(f"beside one {beside_one * 1000:.0f} ms, beside 64 {beside_many * 1000:.0f} ms")
-        # What the line and the kernel hold has to go first. A piece of each answer more would take a second.
+        # Bytes that the line and the kernel hold have to go first. A further piece of each answer would take a second.
         assert beside_one < 1.5
         assert beside_many < beside_one + 0.6
     finally:

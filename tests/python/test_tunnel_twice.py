@@ -164,7 +164,7 @@ def test_lanes_that_are_cut_are_dialled_within_the_backoff(request, tmp_path, re
     over, chance = threading.Event(), random.Random(seconds)
 
     def cut():
-        # Where there is a lane, it is cut while requests are on it, and does not become old.
+        # A lane is cut while requests are on it, and never becomes old.
         while not over.wait(chance.uniform(0.2, 1)):
             relay.cut()
 

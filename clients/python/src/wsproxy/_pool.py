@@ -43,7 +43,7 @@ def pool(url: str, options: dict[str, Any]) -> ConnectionPool:
         options["password"] = unquote(password)
         if user:
             options["username"] = unquote(user)
-    # What concerns sockets and TLS holds for the sentinels too; logins and databases are their own.
+    # Options of sockets and TLS hold for the sentinels too; logins and databases are their own.
     shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_"))}
     if is_tls:
         shared["ssl"] = options["ssl"] = True

@@ -107,12 +107,12 @@ impl Shared {
         let mut is_behind = false;
         loop {
             self.queue.take(ROUND_BYTES, ROUND_MESSAGES, &mut round);
-            if round.is_empty() && is_behind {
-                is_behind = deliver.proceed();
-                tokio::task::yield_now().await;
-                continue;
-            }
             if round.is_empty() {
+                if is_behind {
+                    is_behind = deliver.proceed();
+                    tokio::task::yield_now().await;
+                    continue;
+                }
                 if shutdown.is_cancelled() {
                     // Requests that were pushed before this are still served.
                     self.queue.close();

@@ -90,14 +90,12 @@ impl Topology {
         let mut answers = self.answers.lock();
         answers.masters[sentinel] = Some(answer);
         let now = self.now();
-        let (epoch, master) = newest(&answers.masters, now.as_deref())?;
-        let of_master = |answer: &&NamedMaster| answer.epoch == epoch && answer.endpoint == *master;
-        let votes = answers.masters.iter().flatten().filter(of_master).count();
-        if now.is_some() && epoch < answers.epoch && votes * 2 <= answers.masters.len() {
+        let (NamedMaster { endpoint, epoch }, votes) = newest(&answers.masters, now.as_deref())?;
+        if now.is_some() && *epoch < answers.epoch && votes * 2 <= answers.masters.len() {
             // A sentinel that was away knows an old master only, while those that know better do not answer.
             return None;
         }
-        let master = Arc::new(master.clone());
+        let (master, epoch) = (Arc::new(endpoint.clone()), *epoch);
         answers.epoch = epoch;
         if now.as_ref() == Some(&master) {
             return None;
@@ -115,21 +113,17 @@ impl Topology {
     }
 }
 
-/// Returns the newest failover that any sentinel knows, and its master. Sentinels that know of no newer one, such as a
+/// Returns the master of the newest failover that any sentinel knows, and the number of sentinels that name it. Sentinels that know of no newer one, such as a
 /// sentinel that was away, do not count. Of several masters with one number, as after a new set-up of the sentinels, the
 /// one that most of them name counts, and `now` before others.
 fn newest<'a>(
     answers: &'a [Option<NamedMaster>],
     now: Option<&RedisEndpoint>,
-) -> Option<(u64, &'a RedisEndpoint)> {
+) -> Option<(&'a NamedMaster, usize)> {
     let newest = answers.iter().flatten().map(|answer| answer.epoch).max()?;
     let named = || answers.iter().flatten().filter(|answer| answer.epoch == newest);
-    let votes = |endpoint: &RedisEndpoint| {
-        let count = named().filter(|answer| answer.endpoint == *endpoint).count();
-        (count, Some(endpoint) == now)
-    };
-    let master = named().map(|answer| &answer.endpoint).max_by_key(|endpoint| votes(endpoint))?;
-    Some((newest, master))
+    let counted = named().map(|one| (one, named().filter(|other| *other == one).count()));
+    counted.max_by_key(|(named, votes)| (*votes, Some(&named.endpoint) == now))
 }
 
 const NOT_YET: &str = "no sentinel has named a master yet";

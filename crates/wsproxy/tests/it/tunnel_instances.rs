@@ -15,7 +15,7 @@ use wsproxy_conn::lane::{AcceptedStream, LaneSettings, Received};
 use wsproxy_proto::tunnel::{code::Code, frame::Reset, headers::HeaderBlock};
 
 use crate::support::{
-    cluster_agent::{ClusterAgent, Name, answer, config, head, lines, read_body, send_head},
+    cluster_agent::{ClusterAgent, Name, answer, ask, config, head, lines, read_body, send_head},
     eventually, eventually_yes,
     gateway::TestInstance,
     http::{Response, request},
@@ -81,12 +81,6 @@ impl Pair {
         self.one.drain().await;
         self.two.drain().await;
     }
-}
-
-async fn ask(gateway: &TestInstance, request: &str) -> Response {
-    let mut raw = Raw::connect(gateway.address()).await;
-    raw.write(request.as_bytes()).await;
-    raw.response().await
 }
 
 /// Answers as the path says.

@@ -17,7 +17,11 @@ use wsproxy_proto::{
     },
 };
 
-use super::{gateway, http::Response, raw::Raw, raw::UPGRADE};
+use super::{
+    gateway::{self, TestInstance},
+    http::Response,
+    raw::{Raw, UPGRADE},
+};
 
 /// A configuration with the tunnel.
 pub fn config(redis: Option<&str>) -> Config {
@@ -182,6 +186,23 @@ pub fn lines(headers: Headers<'_>) -> String {
         format!("{}: {}\n", String::from_utf8_lossy(name), String::from_utf8_lossy(value))
     };
     headers.iter().map(line).collect()
+}
+
+/// Answers every request with `hello`.
+pub async fn hello(stream: AcceptedStream) {
+    answer(stream, 200, "hello").await;
+}
+
+/// Sends a request over a connection of its own.
+pub async fn send(gateway: &TestInstance, request: &str) -> Raw {
+    let mut raw = Raw::connect(gateway.address()).await;
+    raw.write(request.as_bytes()).await;
+    raw
+}
+
+/// The answer to a request over a connection of its own.
+pub async fn ask(gateway: &TestInstance, request: &str) -> Response {
+    send(gateway, request).await.response().await
 }
 
 /// The head of a request for the cluster `c1`, with the token of clients.

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::TcpListener,
     os::unix::net::UnixStream,
     path::PathBuf,
@@ -218,18 +218,13 @@ impl RedisServer {
     }
 
     fn signal(&self, signal: Signal) {
-        let pid = self.child.as_ref().expect("it runs").id();
-        kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
+        send_signal(self.child.as_ref(), signal);
     }
 
     /// Executes a command over the server's Unix socket, as the default user.
     #[track_caller]
     pub fn call(&self, words: &[&str]) -> Answer {
-        match self.try_call(words) {
-            Ok(Answer::Error(error)) => panic!("{words:?}: {error}"),
-            Ok(answer) => answer,
-            Err(error) => panic!("{words:?}: {error}"),
-        }
+        succeeded(words, self.try_call(words))
     }
 
     /// The same; an answer may be an error.
@@ -246,13 +241,7 @@ impl RedisServer {
     fn try_call_as(&self, password: Option<&str>, words: &[&str]) -> std::io::Result<Answer> {
         let mut stream = UnixStream::connect(self.path("socket"))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        let mut reader = BufReader::new(stream.try_clone()?);
-        if let Some(password) = password {
-            stream.write_all(&spell(&["AUTH", password]))?;
-            read(&mut reader)?;
-        }
-        stream.write_all(&spell(words))?;
-        read(&mut reader)
+        exchange(&mut stream, password, words)
     }
 
     /// Makes it a replica of another port, which need not exist.
@@ -292,6 +281,36 @@ pub fn free_port() -> u16 {
             taken.insert(port);
             return port;
         }
+    }
+}
+
+/// Sends a signal to a process that runs.
+pub(super) fn send_signal(child: Option<&Child>, signal: Signal) {
+    let pid = child.expect("it runs").id();
+    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
+}
+
+/// Executes a command over a new connection, behind a login where there is a password.
+pub(super) fn exchange(
+    stream: &mut (impl Read + Write),
+    password: Option<&str>,
+    words: &[&str],
+) -> std::io::Result<Answer> {
+    if let Some(password) = password {
+        stream.write_all(&spell(&["AUTH", password]))?;
+        read(&mut BufReader::new(&mut *stream))?;
+    }
+    stream.write_all(&spell(words))?;
+    read(&mut BufReader::new(stream))
+}
+
+/// The answer to a command that must succeed.
+#[track_caller]
+pub(super) fn succeeded(words: &[&str], answer: std::io::Result<Answer>) -> Answer {
+    match answer {
+        Ok(Answer::Error(error)) => panic!("{words:?}: {error}"),
+        Ok(answer) => answer,
+        Err(error) => panic!("{words:?}: {error}"),
     }
 }
 

@@ -2,17 +2,16 @@
 
 use std::{
     fs,
-    io::{BufReader, Write},
     net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::redis_server::{Answer, free_port, read, spell};
+use super::redis_server::{Answer, exchange, free_port, send_signal, succeeded};
 
 /// A master, two replicas and three sentinels; dropping it kills them.
 pub struct Deployment {
@@ -255,31 +254,20 @@ impl Server {
     }
 
     fn signal(&self, signal: Signal) {
-        let pid = self.child.as_ref().expect("it runs").id();
-        kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
+        send_signal(self.child.as_ref(), signal);
     }
 
     /// Executes a command, which must succeed.
     #[track_caller]
     pub fn call(&self, words: &[&str]) -> Answer {
-        match self.try_call(words) {
-            Ok(Answer::Error(error)) => panic!("{words:?}: {error}"),
-            Ok(answer) => answer,
-            Err(error) => panic!("{words:?}: {error}"),
-        }
+        succeeded(words, self.try_call(words))
     }
 
     /// Executes a command.
     pub fn try_call(&self, words: &[&str]) -> std::io::Result<Answer> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
         stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-        let mut reader = BufReader::new(stream.try_clone()?);
-        if let Some(password) = self.password {
-            stream.write_all(&spell(&["AUTH", password]))?;
-            read(&mut reader)?;
-        }
-        stream.write_all(&spell(words))?;
-        read(&mut reader)
+        exchange(&mut stream, self.password, words)
     }
 
     /// The port that a sentinel names; `None` where it does not answer.

@@ -10,10 +10,9 @@ use wsproxy_proto::tunnel::{
 };
 
 use crate::support::{
-    cluster_agent::{ClusterAgent, Name, agent_token, answer, config, handshake, head},
+    cluster_agent::{ClusterAgent, Name, agent_token, answer, ask, config, handshake, head, send},
     eventually,
     gateway::TestInstance,
-    http::Response,
     raw::Raw,
 };
 
@@ -73,16 +72,6 @@ fn message(frames: &[Frame<'_>]) -> Vec<u8> {
 
 fn answered(end: bool, headers: Headers<'_>) -> StreamFrame<'_> {
     StreamFrame::Head(Head { end, status: 200, source: Source::Upstream, headers })
-}
-
-async fn send(gateway: &TestInstance, request: &str) -> Raw {
-    let mut raw = Raw::connect(gateway.address()).await;
-    raw.write(request.as_bytes()).await;
-    raw
-}
-
-async fn ask(gateway: &TestInstance, request: &str) -> Response {
-    send(gateway, request).await.response().await
 }
 
 /// An instance, and an agent of another cluster, `d1`, that does no wrong.

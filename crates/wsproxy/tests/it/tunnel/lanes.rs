@@ -1,19 +1,15 @@
 //! Handshakes of lanes, the order of two lanes of one agent, and the end of an instance.
 
-use wsproxy_conn::lane::{AcceptedStream, LaneEnd, LaneSettings};
+use wsproxy_conn::lane::{LaneEnd, LaneSettings};
 use wsproxy_proto::tunnel::code::Code;
 
 use crate::support::{
-    cluster_agent::{AGENT, CLIENT, ClusterAgent, Name, answer, config, handshake, head, sha256},
+    cluster_agent::{AGENT, CLIENT, ClusterAgent, Name, config, handshake, head, hello, sha256},
     eventually,
     gateway::TestInstance,
     http::{Response, request},
     raw::Raw,
 };
-
-async fn hello(stream: AcceptedStream) {
-    answer(stream, 200, "hello").await;
-}
 
 async fn connect(gateway: &TestInstance, name: Name<'_>) -> Result<ClusterAgent, Response> {
     ClusterAgent::named(gateway.address(), name, LaneSettings::default(), hello).await

@@ -14,16 +14,13 @@ use wsproxy_conn::lane::{AcceptedStream, LaneSettings};
 use wsproxy_proto::tunnel::{code::Code, frame::Reset, lane::LaneConfig};
 
 use crate::support::{
-    cluster_agent::{ClusterAgent, Name, answer, config, head, read_body, send_head},
+    cluster_agent::{
+        ClusterAgent, Name, answer, ask, config, head, hello, read_body, send, send_head,
+    },
     eventually,
     gateway::TestInstance,
     http::Response,
-    raw::Raw,
 };
-
-async fn hello(stream: AcceptedStream) {
-    answer(stream, 200, "hello").await;
-}
 
 /// Opens a stream and never answers.
 async fn silent(stream: AcceptedStream) {
@@ -35,16 +32,6 @@ async fn start(change: impl FnOnce(&mut Config)) -> TestInstance {
     let mut config = config(None);
     change(&mut config);
     TestInstance::start(config).await
-}
-
-async fn send(gateway: &TestInstance, request: &str) -> Raw {
-    let mut raw = Raw::connect(gateway.address()).await;
-    raw.write(request.as_bytes()).await;
-    raw
-}
-
-async fn ask(gateway: &TestInstance, request: &str) -> Response {
-    send(gateway, request).await.response().await
 }
 
 fn code(answer: &Response) -> (u16, &str) {

@@ -10,26 +10,15 @@ use wsproxy::{
         tunnel::{ClientAuth, rows::CacheRule},
     },
 };
-use wsproxy_conn::lane::AcceptedStream;
 use wsproxy_proto::names::Id;
 
 use crate::support::{
-    cluster_agent::{ClusterAgent, Name, answer, config, handshake, head, send_head},
+    cluster_agent::{ClusterAgent, Name, ask, config, handshake, head, hello, send_head},
     eventually,
     gateway::TestInstance,
-    http::{Response, request},
+    http::request,
     raw::Raw,
 };
-
-async fn hello(stream: AcceptedStream) {
-    answer(stream, 200, "hello").await;
-}
-
-async fn ask(gateway: &TestInstance, request: &str) -> Response {
-    let mut raw = Raw::connect(gateway.address()).await;
-    raw.write(request.as_bytes()).await;
-    raw.response().await
-}
 
 /// A token of a user for the cluster `c1`, which no other token equals.
 fn token(config: &Config, user: &str) -> String {

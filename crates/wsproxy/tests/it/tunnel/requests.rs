@@ -3,7 +3,7 @@
 use wsproxy_conn::lane::AcceptedStream;
 
 use crate::support::{
-    cluster_agent::{CLIENT, ClusterAgent, answer, config, head, lines},
+    cluster_agent::{CLIENT, ClusterAgent, answer, ask, config, head, lines},
     gateway::TestInstance,
     http::request,
     raw::Raw,
@@ -19,12 +19,6 @@ async fn told(stream: AcceptedStream) {
         lines(request.headers.headers())
     );
     answer(stream, 200, &text).await;
-}
-
-async fn ask(gateway: &TestInstance, request: &str) -> crate::support::http::Response {
-    let mut raw = Raw::connect(gateway.address()).await;
-    raw.write(request.as_bytes()).await;
-    raw.response().await
 }
 
 #[tokio::test]

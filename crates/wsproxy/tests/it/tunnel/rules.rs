@@ -4,22 +4,14 @@ use wsproxy::config::tunnel::ClientAuth;
 use wsproxy_conn::lane::AcceptedStream;
 
 use crate::support::{
-    cluster_agent::{ClusterAgent, answer, config, head, lines, send_head},
+    cluster_agent::{ClusterAgent, answer, ask, config, head, lines, send_head},
     gateway::{API_KEY, TestInstance},
-    http::Response,
-    raw::Raw,
 };
 
 /// Answers with the headers that came.
 async fn echo(stream: AcceptedStream) {
     let text = lines(stream.request.headers.headers());
     answer(stream, 200, &text).await;
-}
-
-async fn ask(gateway: &TestInstance, request: &str) -> Response {
-    let mut raw = Raw::connect(gateway.address()).await;
-    raw.write(request.as_bytes()).await;
-    raw.response().await
 }
 
 #[tokio::test]

@@ -3,10 +3,10 @@
 use jsonwebtoken::{EncodingKey, Header};
 use serde_json::{Value, json};
 use wsproxy::config::tunnel::ClientAuth;
-use wsproxy_conn::lane::{AcceptedStream, LaneSettings};
+use wsproxy_conn::lane::LaneSettings;
 
 use crate::support::{
-    cluster_agent::{AGENT, CLIENT, ClusterAgent, Name, answer, config},
+    cluster_agent::{AGENT, CLIENT, ClusterAgent, Name, config, hello},
     gateway::TestInstance,
     http::request,
     issuer::now,
@@ -35,10 +35,6 @@ fn signed(claims: &Value, secret: &str) -> String {
     }
     let key = EncodingKey::from_secret(secret.as_bytes());
     jsonwebtoken::encode(&Header::default(), &all, &key).unwrap()
-}
-
-async fn hello(stream: AcceptedStream) {
-    answer(stream, 200, "hello").await;
 }
 
 async fn connect(gateway: &TestInstance, cluster: &str, token: &str) -> Result<ClusterAgent, u16> {
