@@ -12,7 +12,7 @@ use crate::remote::{self, Generator};
 use crate::report::Report;
 use crate::scenario::{
     agent_ends, agents, agents_lost, churn, cluster, connect, drain, echo, fanout, history, idle,
-    outage, resume, rooms, sessions, slow, tunnel,
+    outage, resume, rooms, scale, sessions, slow, tunnel,
 };
 use crate::target::Kind;
 use crate::tunnel::proxy::{self, Proxy};
