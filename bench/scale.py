@@ -10,7 +10,9 @@ import os
 import secrets
 import select
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,11 +26,14 @@ FEW, MORE, MANY = 20_000, 100_000, 250_000
 
 # The runs: a name, the arguments, the servers beside it.
 SCALE = {
-    **{f"sessions_{n // 1000}k": (["scale", "sessions", "-n", n, "--from", n // 10], False) for n in (FEW, MORE, MANY)},
-    **{f"users_{n // 1000}k": (["scale", "users", "-n", n, "--from", n // 10], False) for n in (FEW, MORE, MANY)},
+    # At a rate that two cores have time for beside all else: a connect takes a fifth of a millisecond of all parties, with
+    # a signed token and an entry in the registry three times that.
+    **{f"{kind}_{n // 1000}k": (["scale", kind, "-n", n, "--from", n // 10, "--connect-rate", rate], False)
+       for kind, rate in (("sessions", 1500), ("users", 800)) for n in (FEW, MORE, MANY)},
     **{f"host_{n}": (["scale", "host", n, "-n", 10000], False) for n in (1, 2, 4)},
     **{f"broadcast_{n}": (["scale", "broadcast", n, "-n", 16000, "--from", 1000, "--rate", 1000], False) for n in (1, 2, 4)},
     "redis": (["scale", "redis"], False),
+    **{f"bus_{n}": (["scale", "bus", n], False) for n in (3, 6)},
     **{f"one_{how}_{size}": (["scale", "one", how, size], False) for how in ("ws", "sse") for size in (128, 4096)},
     "bursts_bun": (["scale", "bun", "-n", 5000, "--burst", 16], "bun"),
     "fanout_bun": (["scale", "bun", "-n", 5000], "bun"),
@@ -89,6 +94,11 @@ SCALE_FIGURES = [
           ("channel", "per subscribed channel and instance (name of 30 B)"), ("log", "per history with one entry of 200 B"),
           ("log_entry", "per further entry of 200 B"), ("room", "per room with one member"),
           ("room_member", "per further member, with one entity and a position"), ("token", "per token"))],
+    *[figure for n in (3, 6) for figure in (
+        {"of": f"bus_{n}", "take": "publishing_us", "unit": "us",
+         "title": f"Redis Cluster of {n} nodes, one subscriber at another node: CPU per `PUBLISH` at the node that takes it"},
+        {"of": f"bus_{n}", "take": "each_other_us", "unit": "us", "title": "the same, at each other node"},
+        {"of": f"bus_{n}", "take": "all_us", "unit": "us", "title": "the same, of all nodes together"})],
     *[{"of": f"one_{how}_{size}", "take": "highest_rate_held_per_s", "unit": "/s", "higher_is_better": True,
        "title": f"one channel to one {'WebSocket' if how == 'ws' else 'event stream'}, {size:,} B: highest rate with p99 < 50 ms"}
       for how in ("ws", "sse") for size in (128, 4096)],
@@ -110,6 +120,8 @@ def load(who: str, scenario: list, redis: int) -> dict:
         return broadcast(int(rest[0]), rest[1:])
     if what == "one":
         return one_channel(rest[0], int(rest[1]), rest[2:])
+    if what == "bus":
+        return cluster_bus(int(rest[0]), "--quick" in rest)
     if what == "bun":
         with harness.server("bun" if who == "bun" else who, redis) as target:
             return generate(["fanout", *rest, *target.arguments])
@@ -118,7 +130,7 @@ def load(who: str, scenario: list, redis: int) -> dict:
 
 def quick(what: str) -> list:
     """The arguments that make a row short."""
-    if what in ("one", "redis"):
+    if what in ("one", "redis", "bus"):
         return ["--quick"]
     short = ["-n", 300, "--duration", 1, "--warmup", 0.3, "--timeout", 15]
     return [*short, *{"host": ["--rates", "2000,3000"], "broadcast": ["--from", 30, "--rate", 200],
@@ -370,6 +382,54 @@ def redis_costs(quick: bool) -> dict:
             [act(n, m) for n in range(channels) for m in range(1, 10) for act in (join, place)]))
         cost("positions", [place(n % channels, n % 10) for n in range(rounds)])
     return {"scenario": "redis", "target": "redis", "settings": {"rounds": rounds}, "figures": figures, "problems": []}
+
+
+@contextlib.contextmanager
+def redis_cluster(number: int):
+    """Gives the ports and processes of the masters of a Redis Cluster that has found together."""
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for _ in range(number):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-cluster-"))
+            port, bus = free_port(), free_port()
+            words = ["redis-server", "--port", port, "--cluster-port", bus, "--bind", "127.0.0.1", "--dir", folder, "--save", "",
+                     "--cluster-enabled", "yes", "--daemonize", "no"]
+            child = stack.enter_context(process(words, stdout=subprocess.DEVNULL))
+            wait_until("redis-server", lambda: harness.listens(port), child)
+            nodes.append((port, bus, child.pid))
+        first = Link(nodes[0][0])
+        for at, (port, bus, _) in enumerate(nodes):
+            Link(port).ask("CLUSTER", "ADDSLOTSRANGE", 16384 * at // number, 16384 * (at + 1) // number - 1)
+            if at:
+                first.ask("CLUSTER", "MEET", "127.0.0.1", port, bus)
+        deadline = time.monotonic() + 60
+        while not all(f"cluster_known_nodes:{number}\r".encode() in told and b"cluster_state:ok" in told
+                      for told in (Link(port).ask("CLUSTER", "INFO") for port, _, _ in nodes)):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the nodes do not find together")
+            time.sleep(0.2)
+        yield [(port, pid) for port, _, pid in nodes]
+
+
+def cluster_bus(number: int, quick: bool) -> dict:
+    """CPU of the nodes of a Redis Cluster per message that one of them takes and passes on to all others."""
+    rounds = 1_000 if quick else 20_000
+    with redis_cluster(number) as nodes:
+        link, listener = Link(nodes[0][0]), Link(nodes[-1][0])
+        listener.subscribe(["c-0"])
+        commands = [command("PUBLISH", "c-0", b"x" * 200)] * rounds
+        with listener.drained():
+            # The first tenth warms up.
+            link.pipeline(commands[:rounds // 10])
+            time.sleep(0.5)
+            before = [cpu_ns(pid) for _, pid in nodes]
+            link.pipeline(commands)
+            # What is still on the bus.
+            time.sleep(1)
+        spent = [(cpu_ns(pid) - start) / rounds / 1000 for (_, pid), start in zip(nodes, before)]
+    figures = {"publishing_us": round(spent[0], 2), "each_other_us": round(sum(spent[1:]) / (number - 1), 2),
+               "all_us": round(sum(spent), 2)}
+    return {"scenario": "bus", "target": "redis", "settings": {"nodes": number}, "figures": figures, "problems": []}
 
 
 # --- One channel to one client ---
