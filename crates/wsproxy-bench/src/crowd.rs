@@ -98,7 +98,7 @@ impl Crowd {
         let settled = |status: &Status| status.opened + status.failed;
         let complete = self.wait(settled, settled(&before) + wanted)?;
         let opened = self.status()?.opened - before.opened;
-        bench.note_cpu(&start, opened, phase);
+        bench.note_cpu(&start, opened, "connect");
         bench.rename_cpu(phase);
         let tally = self.report()?;
         let report = &mut bench.report;

@@ -33,8 +33,6 @@ pub struct Memory {
 pub struct Kernel {
     /// Pages of all slabs: sockets, files, entries of epoll. 0 where `/proc/slabinfo` cannot be read (root only).
     pub slab: u64,
-    /// The part of it that only the connecting end of a connection has: its local ports.
-    pub client_only: u64,
     /// Memory of the host.
     pub total: u64,
     /// Memory that programs could still get.
@@ -51,17 +49,8 @@ impl Kernel {
             let line = host.lines().find_map(|line| line.strip_prefix(name));
             line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0) * 1024
         };
-        let bytes = |which: &dyn Fn(&str) -> bool| -> u64 {
-            slabs
-                .lines()
-                .filter_map(slab_bytes)
-                .filter(|(name, _)| which(name))
-                .map(|(_, b)| b)
-                .sum()
-        };
         Self {
-            slab: bytes(&|_| true),
-            client_only: bytes(&|name| name.starts_with("tcp_bind")),
+            slab: slabs.lines().filter_map(slab_bytes).map(|(_, bytes)| bytes).sum(),
             total: field("MemTotal:"),
             available: field("MemAvailable:"),
         }

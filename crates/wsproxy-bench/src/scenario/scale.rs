@@ -147,7 +147,8 @@ fn memory(bench: &mut Bench, patience: Duration) -> Memory {
     Memory { instances, clients: of(&bench.own), redis: of(&bench.redis), kernel: Kernel::now() }
 }
 
-/// Notes what the kernel, Redis and the load generators take for each connection.
+/// Notes what the kernel, Redis and the load generators take for each connection. Both ends of a connection are on this
+/// host and have the same objects of the kernel, so that one end has half of them.
 fn note_others(report: &mut Report, few: &Memory, many: &Memory, more: f64) {
     let mut note = |name: &str, few: u64, many: u64| {
         report.ratio(name, many.saturating_sub(few) as f64, more);
@@ -156,9 +157,7 @@ fn note_others(report: &mut Report, few: &Memory, many: &Memory, more: f64) {
     note("redis_bytes_per_connection", few.redis, many.redis);
     let (before, after) = (&few.kernel, &many.kernel);
     note("kernel_bytes_per_connection_both_ends", before.slab, after.slab);
-    note("kernel_bytes_per_connection_of_client_only", before.client_only, after.client_only);
-    let both = |kernel: &Kernel| kernel.slab.saturating_sub(kernel.client_only) / 2;
-    note("kernel_bytes_per_connection_at_server", both(before), both(after));
+    note("kernel_bytes_per_connection_at_server", before.slab / 2, after.slab / 2);
     note("host_bytes_per_connection", after.available, before.available);
     report.figure("host_used_bytes", many.kernel.total.saturating_sub(many.kernel.available));
 }
