@@ -200,9 +200,9 @@ impl Crowd {
         Ok(total)
     }
 
-    /// Waits until the clients of the last instance have seen its end; returns their number.
-    pub fn wait_lost(&mut self) -> Result<u64> {
-        let all = self.status()?.open_now;
+    /// Waits until the clients of the last instance have seen its end; `all` clients were connected before it. Returns the
+    /// number of those that were cut off.
+    pub fn wait_lost(&mut self, all: u64) -> Result<u64> {
         let of_last: u32 = self
             .fleets
             .iter()

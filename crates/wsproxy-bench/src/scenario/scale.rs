@@ -113,10 +113,11 @@ fn kill_last(bench: &mut Bench, crowd: &mut Crowd, options: &Options) -> Result<
     let last = bench.common.pid.last().copied().unwrap_or(0);
     let process =
         i32::try_from(last).ok().and_then(Pid::from_raw).context("that is no process id")?;
+    let all = crowd.status()?.open_now;
     kill_process(process, Signal::KILL).context("the instance cannot be killed")?;
     let start_ns = now_ns();
     bench.server = Processes::new(&bench.common.pid[..options.servers.len() - 1]);
-    let lost = crowd.wait_lost()?;
+    let lost = crowd.wait_lost(all)?;
     drop(crowd.report()?);
     bench.report.figure("cut_off", lost);
     bench.report.ratio("cut_off_s", (now_ns() - start_ns) as f64, 1e9);

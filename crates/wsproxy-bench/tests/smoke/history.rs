@@ -117,6 +117,8 @@ fn clients_of_a_killed_instance_spread_over_the_others() {
         let of = |name: &str| report["figures"][name].as_u64().unwrap();
         assert_eq!(of("open_at_the_end"), 50);
         assert_eq!(of("reopened"), of("cut_off"));
+        // Less than the time after which a wait gives up.
+        assert!(report["figures"]["cut_off_s"].as_f64().unwrap() < 10.0, "{report}");
         assert_eq!(of("users_delivered"), 100);
         assert!(of("after_delivered") >= 100);
         let cpu = &report["figures"]["idle_server_cpu_us_per_connection_second"];
