@@ -4,14 +4,17 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::redis::{
-    address::RedisEndpoint,
-    answer::Writes,
-    cluster::Cluster,
-    connect::Part,
-    health::{Link, Purpose},
-    pipeline::Pipeline,
-    shared::RedisShared,
+use crate::{
+    bus::deliver::Slots,
+    redis::{
+        address::RedisEndpoint,
+        answer::Writes,
+        cluster::Cluster,
+        connect::Part,
+        health::{Link, Purpose},
+        pipeline::Pipeline,
+        shared::RedisShared,
+    },
 };
 
 /// A server to which the instance sends requests.
@@ -108,11 +111,11 @@ impl Nodes {
         }
     }
 
-    /// Resolves once after another node of a Cluster took the slots of one that failed.
-    pub(super) async fn failed_over(&self) {
+    /// Resolves once another node of a Cluster has slots of one that failed, with these slots.
+    pub(super) async fn failed_over(&self) -> Slots {
         match self {
             Self::One(_) => std::future::pending().await,
-            Self::Cluster(cluster) => cluster.failed_over.notified().await,
+            Self::Cluster(cluster) => cluster.failed_over().await,
         }
     }
 
