@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest_asyncio
 import redis as redis_py
 
 from cluster import Cluster, Node
-from conftest import eventually, free_port, within
+from conftest import ROOT, RedisServer, eventually, free_port, within
 from wsproxy import (
     AgentOffline,
     Event,
     Failure,
     Gap,
+    InvalidRequest,
     Outgoing,
     Receipt,
     RoomMember,
@@ -468,7 +470,46 @@ async def test_a_cluster_that_is_away_is_told() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_wrong_login_and_a_single_server_are_told(shared: Cluster) -> None:
+async def test_the_documented_rights_suffice(shared: Cluster) -> None:
+    page = (ROOT / "clients/python/README.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("- **The user** needs"))
+    rights = re.findall(r"`(\+[^`]+)`", row)
+    assert len(rights) == 6
+    own = ["reset", "on", ">pw", "~*", "&*", "+@read", "+@write", "+@scripting", "+time"]
+    own += ["+publish", "+subscribe", "+unsubscribe"]
+    # Of these the row names all that are needed.
+    own += ["-ping", "-asking", "-pubsub", "-cluster"]
+    for node in shared.nodes:
+        node.client.execute_command("ACL", "SETUSER", "app", *own, *rights)
+    url = shared.url.replace("://", "://app:pw@")
+    async with Worker.redis(url, retry_for=0.5) as worker:
+        await worker.send("s-1", {"n": 0})
+        await worker.issue_token("demo", "s-1")
+        async with worker.upstream("s-1") as messages:
+            shared.client.publish("session:s-1:up", "1")
+            assert (await within(anext(messages))).json() == 1
+        with subscriber(shared.nodes[4], "session:s-1:down"):
+            assert (await worker.send("s-1", {}, history=False)).receivers == 1
+        source, target = shared.owner(LOG), shared.others(LOG)[0]
+        shared.begin(LOG, target)
+        try:
+            shared.move(LOG, target)
+            # The log is at the other node, and the head too.
+            assert (await worker.history(session="s-1")).events
+        finally:
+            shared.finish(LOG, target)
+        assert source is not target
+
+
+@pytest.mark.asyncio
+async def test_a_single_server_is_no_cluster(redis: RedisServer) -> None:
+    async with Worker.redis(f"redis+cluster://127.0.0.1:{redis.port}", retry_for=5) as worker:
+        with pytest.raises(InvalidRequest, match="cluster support disabled"):
+            await within(worker.send("s-1", {}), 2)
+
+
+@pytest.mark.asyncio
+async def test_a_wrong_login_is_told(shared: Cluster) -> None:
     async with Worker.redis(shared.url.replace("://", "://me:wrong@"), retry_for=5) as worker:
         with pytest.raises(Unauthorized):
             await within(worker.send("s-1", {}), 2)

@@ -376,10 +376,14 @@ class Cluster(Server):
 
     async def is_lost(self, place: Place) -> bool:
         """Returns true for a node that does not answer, or that has no part in the Cluster of the others any more."""
-        try:
-            _, own = await asyncio.gather(self._look(), self._ask(place))
-        except (exceptions.RedisError, OSError, TimeoutError):
+        own, *_ = answers = await asyncio.gather(self._ask(place), self._look(), return_exceptions=True)
+        if not isinstance(own, _View):
+            # A machine may be busy for a moment.
+            own = (await asyncio.gather(self._ask(place), return_exceptions=True))[0]
+        if not isinstance(own, _View):
             return True
+        if answers[1] is not None:
+            return False
         return place not in self._nodes or (self._is_up and not own.is_up)
 
     def connection_to(self, place: Place, options: dict[str, Any]) -> AbstractConnection:
