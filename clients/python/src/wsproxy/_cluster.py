@@ -86,6 +86,8 @@ class _View(NamedTuple):
 class Cluster(Server):
     """All nodes of a Redis Cluster as one client; see :class:`Server`."""
 
+    counts_its_own_alone = True
+
     def __init__(self, url: str, options: dict[str, Any], patience: float = _PATIENCE) -> None:
         """``patience``: seconds for which a command waits for a slot that is on the move."""
         scheme, _, rest = url.partition("+cluster://")
@@ -165,6 +167,9 @@ class Cluster(Server):
     async def receivers(self, channel: str, counted: int) -> Heard:
         """Subscribers of a channel. A node counts its own alone, so that all are asked where it counted none."""
         return Heard([counted], True) if counted > 0 else await self.heard([channel])
+
+    async def present(self, channel: str) -> Heard:
+        return await self.heard([channel])
 
     async def many(self, commands: Sequence[Command], patience: float = 0.0) -> list[Any]:
         answers: list[Any] = [None] * len(commands)
@@ -376,10 +381,14 @@ class Cluster(Server):
 
     async def is_lost(self, place: Place) -> bool:
         """Returns true for a node that does not answer, or that has no part in the Cluster of the others any more."""
-        try:
-            _, own = await asyncio.gather(self._look(), self._ask(place))
-        except (exceptions.RedisError, OSError, TimeoutError):
+        own, *_ = answers = await asyncio.gather(self._ask(place), self._look(), return_exceptions=True)
+        if not isinstance(own, _View):
+            # A machine may be busy for a moment.
+            own = (await asyncio.gather(self._ask(place), return_exceptions=True))[0]
+        if not isinstance(own, _View):
             return True
+        if answers[1] is not None:
+            return False
         return place not in self._nodes or (self._is_up and not own.is_up)
 
     def connection_to(self, place: Place, options: dict[str, Any]) -> AbstractConnection:

@@ -8,11 +8,13 @@ use crate::{
     bus::deliver::Slots,
     redis::{
         address::RedisEndpoint,
-        answer::Writes,
-        cluster::Cluster,
+        answer::{Writes, refusal_of},
+        cluster::{Cluster, redirect::Redirect},
         connect::Part,
+        fault::tell,
         health::{Link, Purpose},
         pipeline::Pipeline,
+        resp::RespValue,
         shared::RedisShared,
     },
 };
@@ -131,6 +133,18 @@ impl Nodes {
 }
 
 impl Node {
+    /// Notes a reply that shows that the server takes no writes. A redirection tells of a slot, not of the server.
+    pub(super) fn note_refusal(&self, value: &RespValue<'_>) {
+        let (Some(refusal), RespValue::Error(error)) = (refusal_of(value), value) else { return };
+        let is_redirected = match &self.target {
+            Target::Node(at) => Redirect::read(&tell(error), at).is_some(),
+            Target::Named => false,
+        };
+        if !is_redirected {
+            self.writes.answered(Some(refusal));
+        }
+    }
+
     /// Returns the links of both pipelines.
     pub(super) fn links(&self) -> [&Link; 2] {
         [&self.publishes.link, &self.commands.link]
