@@ -56,9 +56,10 @@ impl Link {
     }
 
     /// Queues a data frame that can wait for others: the caller flushes within a moment, unless any other frame is
-    /// flushed before.
+    /// flushed before. Behind a frame that waits, there is nothing to do: it is flushed with that one.
     pub fn push_later(&self, frame: Bytes, since: Micros) -> Queued {
         let mut state = self.state.lock();
+        let is_first = state.outbox.is_empty();
         if !self.enqueue(&mut state, frame, since, false) {
             return Queued::Ending;
         }
@@ -69,7 +70,7 @@ impl Link {
         if state.outbox.bytes() > self.profile.low_water_bytes {
             self.write(&mut state, clock::now());
         }
-        Queued::Flush
+        if is_first { Queued::Flush } else { Queued::Queued }
     }
 
     /// Queues a data frame whose message was read from the bus at `since`, and writes all queued frames.

@@ -9,9 +9,10 @@ use crate::support::{Connection, Process, close_code, profile, settle, text};
 #[tokio::test]
 async fn frame_that_may_wait_leaves_with_the_next() {
     let mut connection = Connection::new(&Process::new(), profile());
-    for number in 0..3 {
+    // The first frame that waits is flushed with all behind it.
+    for (number, told) in [Queued::Flush, Queued::Queued, Queued::Queued].into_iter().enumerate() {
         let frame = text(&format!("later {number}"));
-        assert_eq!(connection.link.push_later(frame, clock::now()), Queued::Flush);
+        assert_eq!(connection.link.push_later(frame, clock::now()), told);
     }
     settle().await;
     assert!(connection.hears_nothing());
@@ -22,6 +23,7 @@ async fn frame_that_may_wait_leaves_with_the_next() {
     let heard = connection.hears(5).await;
     let heard: Vec<_> = heard.iter().map(|(_, text)| &text[..]).collect();
     assert_eq!(heard, [&b"later 0"[..], b"later 1", b"later 2", b"now", b"behind"]);
+    assert_eq!(connection.link.push_later(text("again"), clock::now()), Queued::Flush);
 }
 
 #[tokio::test]

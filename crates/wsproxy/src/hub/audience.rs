@@ -45,7 +45,7 @@ pub(super) enum Write<'a> {
 #[derive(Default)]
 pub(super) struct DeliveryRound {
     dirty: Vec<Arc<Link>>,
-    /// Links that wait for [`Self::flush_slice`]; one may be there several times.
+    /// Links that wait for [`Self::flush_slice`]. Of a burst each is there once, so that it is written in one step.
     later: VecDeque<Arc<Link>>,
     /// Readers in this process that got messages in this round, each once for a run of messages.
     inboxes: Vec<Arc<dyn Inbox>>,
