@@ -31,7 +31,6 @@ impl Default for Receivers {
 
 impl Cluster {
     /// Puts a publish on its way whose sender may depend on the number of receivers.
-    #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(in crate::redis) fn publish_counted(
         self: &Arc<Self>,
         mut publish: Publish,
