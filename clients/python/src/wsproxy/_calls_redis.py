@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ._calls import GRACE, Call, NotDone, Progress, answer_of, not_done, progress_of, read_object, repeated, written
 from ._feeds import Consumer, Subscribed
 from ._listener import Listener
-from ._server import Heard, Server
+from ._server import Server
 from .errors import AgentOffline, CallError, CallTimeout, InvalidRequest, Unavailable, WsproxyError
 from .types import UpstreamMessage
 
@@ -152,7 +152,7 @@ class RedisCalls:
         before, waiting.state = waiting.state, "publishing"
         try:
             async with self._turns:
-                heard = await self._once(lambda: self._tell(self._commands(call.user), payload))
+                is_heard = await self._once(lambda: self._tell(self._commands(call.user), payload))
         except Unavailable as error:
             if not error.in_doubt:
                 waiting.state = before
@@ -161,14 +161,21 @@ class RedisCalls:
                 raise
             raise again from error
         waiting.state = "sent"
-        # Behind a node that is away there may be an agent, whose answer is awaited then.
-        if heard.counts[0] == 0 and heard.is_whole and not waiting.is_answered:
+        if not is_heard and not waiting.is_answered:
             waiting.state = before
             text = f"No agent of {call.user} is connected."
             raise NotDone(AgentOffline(text, request_id=call.request_id), is_absent=True)
 
-    async def _tell(self, channel: str, payload: bytes) -> Heard:
-        return await self._redis.receivers(channel, await self._redis.tell(channel, channel, payload))
+    async def _tell(self, channel: str, payload: bytes) -> bool:
+        """Publishes a call; returns false where no agent has it.
+
+        On a Cluster the agents are counted before: one that leaves at once may have it.
+        """
+        before = await self._redis.present(channel)
+        if before.is_whole and before.counts[0] == 0:
+            return False
+        counted = await self._redis.tell(channel, channel, payload)
+        return counted > 0 or self._redis.counts_its_own_alone
 
     async def _subscribed(self, waiting: _Waiting) -> None:
         """Waits until an answer would be heard."""

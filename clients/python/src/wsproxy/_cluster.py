@@ -86,6 +86,8 @@ class _View(NamedTuple):
 class Cluster(Server):
     """All nodes of a Redis Cluster as one client; see :class:`Server`."""
 
+    counts_its_own_alone = True
+
     def __init__(self, url: str, options: dict[str, Any], patience: float = _PATIENCE) -> None:
         """``patience``: seconds for which a command waits for a slot that is on the move."""
         scheme, _, rest = url.partition("+cluster://")
@@ -165,6 +167,9 @@ class Cluster(Server):
     async def receivers(self, channel: str, counted: int) -> Heard:
         """Subscribers of a channel. A node counts its own alone, so that all are asked where it counted none."""
         return Heard([counted], True) if counted > 0 else await self.heard([channel])
+
+    async def present(self, channel: str) -> Heard:
+        return await self.heard([channel])
 
     async def many(self, commands: Sequence[Command], patience: float = 0.0) -> list[Any]:
         answers: list[Any] = [None] * len(commands)
