@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis as redis_py
+from redis import exceptions
 
 from cluster import Cluster, Node
 from conftest import ROOT, RedisServer, eventually, free_port, within
@@ -31,6 +32,7 @@ from wsproxy import (
     Worker,
 )
 from wsproxy._cluster import Cluster as Client
+from wsproxy._cluster import is_passing, known
 from wsproxy._pool import pool
 
 LOG = "{session:s-1:down}:log"
@@ -451,6 +453,16 @@ def test_urls_of_clusters_are_read() -> None:
 def test_wrong_urls_of_clusters_are_refused(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Worker.redis(url)
+
+
+@pytest.mark.parametrize("text", ["MOVED 7 n1:6379", "ASK 7 n1:6379", "TRYAGAIN Multiple keys", "CLUSTERDOWN is down"])
+def test_errors_that_older_versions_of_redis_py_do_not_know_are_known(text: str) -> None:
+    error = known(exceptions.ResponseError(text))
+    assert is_passing(error) or isinstance(error, exceptions.AskError)
+    assert known(error) is error
+    other = exceptions.ResponseError("WRONGTYPE it is no stream")
+    assert known(other) is other
+    assert not is_passing(other)
 
 
 def test_logins_of_sentinels_are_not_for_a_cluster() -> None:
