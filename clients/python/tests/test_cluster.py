@@ -20,6 +20,7 @@ from cluster import Cluster, Node
 from conftest import ROOT, RedisServer, eventually, free_port, within
 from wsproxy import (
     AgentOffline,
+    CallTimeout,
     Event,
     Failure,
     Gap,
@@ -153,6 +154,25 @@ async def test_an_agent_at_any_node_is_called(shared: Cluster, worker: Worker) -
         await task
     with pytest.raises(AgentOffline):
         await worker.agents.call("u1", "echo", retry_for=0)
+
+
+@pytest.mark.asyncio
+async def test_calls_go_to_the_node_that_tells_of_new_agents(shared: Cluster, worker: Worker) -> None:
+    def published() -> list[int]:
+        stats = [node.client.info("commandstats") for node in shared.nodes]
+        return [each.get("cmdstat_publish", {"calls": 0})["calls"] for each in stats]
+
+    with contextlib.suppress(AgentOffline):
+        # From now on answers are heard.
+        await worker.agents.call("u0", "echo", retry_for=0)
+    for user in ("u1", "u2", "u3", "u4"):
+        with subscriber(shared.nodes[4], f"agent:{user}:commands"):
+            before = published()
+            with pytest.raises(CallTimeout):
+                await worker.agents.call(user, "echo", timeout=0.2)
+            more = [now - then for now, then in zip(published(), before, strict=True)]
+        owner = shared.owner(f"agent:{user}:server")
+        assert {shared.nodes[place] for place, count in enumerate(more) if count} == {owner}
 
 
 @pytest.mark.asyncio
