@@ -79,7 +79,9 @@ async fn proxied_requests_without_a_credential_have_their_lines() {
     let path = "/clusters/c1/proxy/api?token=secret";
     let begun = std::time::Instant::now();
     assert_eq!(http::request(binary.address, "GET", path, &[], b"").await.status, 401);
-    eventually("the last line", || !binary.lines("Proxied request ended.").is_empty()).await;
+    for message in ["Proxied request refused.", "Proxied request ended."] {
+        eventually(message, || !binary.lines(message).is_empty()).await;
+    }
     let refused = &binary.lines("Proxied request refused.")[0];
     assert_eq!(
         (&refused["code"], &refused["address"]),
