@@ -538,7 +538,8 @@ def _connections(url: str, options: dict[str, Any], patience: float) -> tuple[Se
         return Server(pool(url, commands)), PoolSource(pool(url, subscriptions | {"protocol": 2}))
     if options.get("sentinel_kwargs") is not None:
         raise ValueError("sentinel_kwargs needs a URL that begins with redis+sentinel:// or rediss+sentinel://")
-    cluster = Cluster(url, commands, patience)
+    # The answers of RESP 2 are read.
+    cluster = Cluster(url, commands | {"protocol": 2}, patience)
     return cluster, ClusterSource(cluster, subscriptions | {"protocol": 2})
 
 
