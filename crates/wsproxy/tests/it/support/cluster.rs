@@ -23,7 +23,7 @@ pub struct Cluster {
     directory: TempDir,
 }
 
-/// What the other nodes know a node by.
+/// Names of a node among the others.
 struct Place {
     id: String,
     bus_port: u16,
@@ -359,7 +359,7 @@ impl Known {
     }
 }
 
-/// What a node knows of all; nothing where it does not run.
+/// The nodes that a node knows; none where it does not run.
 fn known_by(node: &Server) -> Vec<Known> {
     if !node.is_running() {
         return Vec::new();
