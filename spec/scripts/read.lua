@@ -60,10 +60,10 @@ end
 -- Answers head, sum, and 1 if it was made now.
 local function head_of(log)
   local key = beside(log, 'head')
-  local head = call('HMGET', key, 'position', 'sum')
-  if head[1] then
+  local head_sum, head_position = match(call('HGET', key, 'last') or '', '^(%d+) %d+ (.+)', 15)
+  if head_position then
     if head_ms ~= '' then call('PEXPIRE', key, head_ms, 'GT') end
-    return head[1], head[2], 0
+    return head_position, head_sum, 0
   end
   local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
   local position, sum, removed = '', 0, 0
@@ -77,7 +77,8 @@ local function head_of(log)
   if position == '' then
     position = '1-0-' .. string.sub(redis.sha1hex(log .. time[1] .. time[2]), 1, 8)
   end
-  call('HSET', key, 'position', position, 'sum', string.format('%.0f', sum), 'removed', removed)
+  -- Its next message is due to renew the expiries.
+  call('HSET', key, 'last', string.format('%013d %.0f %s %s', 0, sum, removed, position))
   call('PEXPIRE', key, head_ms)
   return position, sum, is_new
 end
@@ -117,12 +118,13 @@ if streams_bytes_max then
   local bytes = 0
   for _, stream in ipairs(call('ZREVRANGE', beside(KEYS[1], 'streams'), 0, 15)) do
     local key = beside(KEYS[1], 'stream:' .. stream)
-    local state = call('HMGET', key, 'state', 'seq', 'meta', 'error', 'bytes')
-    if state[1] then
-      bytes = bytes + state[5]
+    local state = call('HMGET', key, 'state', 'last', 'meta', 'error')
+    local seq = match(state[2] or '', '^(%d+)', 15)
+    if state[1] and seq then
+      bytes = bytes + call('STRLEN', key .. ':text')
       if #streams > 0 and bytes > streams_bytes_max then break end
       local text = call('GET', key .. ':text') or ''
-      table.insert(streams, 1, {stream, state[1], tonumber(state[2]), text, state[3], state[4]})
+      table.insert(streams, 1, {stream, state[1], tonumber(seq), text, state[3], state[4]})
     end
   end
 end
