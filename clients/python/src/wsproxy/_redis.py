@@ -354,14 +354,15 @@ class RedisBackend:
         async def read() -> list[Any]:
             # One transaction, so that text and number belong together.
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.hmget(key, "seq", "state")
+                pipeline.hmget(key, "last", "state")
                 pipeline.get(f"{key}:text")
                 return await pipeline.execute()
 
-        (seq, state), text = await self._do(read, repeatable=True)
-        if state is None:
+        (last, state), text = await self._do(read, repeatable=True)
+        if state is None or last is None:
             return None
-        return StreamState(int(seq or 0), _text(text), _text(state))
+        # `<time of the next renewal> <seq> <lease> <position>`
+        return StreamState(int(_text(last).split(" ")[1]), _text(text), _text(state))
 
     async def close_session(self, session: str, code: int | None, reason: str | None, connection: str | None) -> int:
         command = {"op": "close", "code": code, "reason": reason, "connection_id": connection}
