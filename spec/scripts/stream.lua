@@ -124,6 +124,8 @@ while payload do
   local sum, removed, prev = match(held, '^(%d+) (%d+) (.+)', 15)
   local is_known = prev
   if not prev then
+    -- An error where a slot of a Redis Cluster is on the move, and the head, or the log, may be at the other node.
+    call('EXISTS', log, head)
     -- The log's last entry tells what the head did.
     local last, tag = call('XREVRANGE', log, '+', '-', 'COUNT', '1')[1], nil
     tag, sum, removed = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
@@ -247,7 +249,8 @@ if op == 'open' then
   call('ZADD', index, now, stream)
   for _, name in ipairs(gone) do
     local key = sub(state, 1, #state - #stream) .. name
-    call('DEL', key, key .. ':text')
+    call('DEL', key)
+    call('DEL', key .. ':text')
     call('ZREM', index, name)
   end
 end

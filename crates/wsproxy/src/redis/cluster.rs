@@ -17,7 +17,10 @@ use wsproxy_proto::names;
 pub(super) use commands::unserved;
 
 use crate::{
-    bus::publish::{Keep, Outcome, Publish},
+    bus::{
+        deliver::Slots,
+        publish::{Keep, Outcome, Publish},
+    },
     queue::Back,
     redis::{
         address::RedisEndpoint,
@@ -41,8 +44,7 @@ pub(super) struct Cluster {
     /// Never held over an await. Held for writing only while slots change.
     table: RwLock<Table>,
     doubted: Notify,
-    /// Signals that another node serves the slots of one that failed: its last messages may be lost.
-    pub(super) failed_over: Notify,
+    failed_over: Notify,
     pub(super) receivers: Receivers,
 }
 
@@ -56,6 +58,8 @@ struct Table {
     moves: HashMap<u16, Instant>,
     /// Place of the node at which the instance subscribes.
     home: usize,
+    /// Slots whose earlier node failed: its last messages may be lost.
+    failed_over: Slots,
 }
 
 struct Member {
@@ -105,6 +109,7 @@ impl Cluster {
             slots: vec![slot; SLOTS],
             moves: HashMap::new(),
             home: usize::from(NOWHERE),
+            failed_over: Slots::default(),
         };
         Self {
             seeds,
@@ -373,7 +378,10 @@ impl Cluster {
                     continue;
                 }
                 let old = &table.members[usize::from(owner)];
-                has_failed_over |= owner != NOWHERE && (old.is_failed || !old.is_master);
+                if owner != NOWHERE && (old.is_failed || !old.is_master) {
+                    has_failed_over = true;
+                    table.failed_over.insert(slot);
+                }
                 table.give(slot, place, line.epoch);
             }
         }
@@ -386,6 +394,25 @@ impl Cluster {
             self.failed_over.notify_one();
         }
         new
+    }
+
+    /// Resolves once another node has slots of one that failed, with these slots.
+    pub(super) async fn failed_over(&self) -> Slots {
+        self.failed_over.notified().await;
+        std::mem::take(&mut self.table.write().failed_over)
+    }
+
+    /// Returns the slots of the nodes with these ids.
+    pub(super) fn slots_of(&self, ids: &[Vec<u8>]) -> Slots {
+        let table = self.table.read();
+        let mut slots = Slots::default();
+        for slot in 0..SLOTS as u16 {
+            let owner = &table.members[usize::from(table.slots[usize::from(slot)].owner)];
+            if ids.iter().any(|id| *id == owner.id.as_bytes()) {
+                slots.insert(slot);
+            }
+        }
+        slots
     }
 
     /// Forgets the nodes that no answer of a whole round names.

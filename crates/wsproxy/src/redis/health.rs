@@ -55,6 +55,11 @@ impl Link {
         self.is_up.load(Ordering::Acquire)
     }
 
+    /// Returns whether the connection was lost or could not be made.
+    pub(super) fn is_away(&self) -> bool {
+        !self.is_up() && self.fault.lock().is_some()
+    }
+
     pub(super) fn fault(&self) -> Option<String> {
         self.fault.lock().clone()
     }

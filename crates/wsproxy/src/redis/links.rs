@@ -12,13 +12,15 @@ use crate::redis::resp::RespValue;
 pub(super) struct Links(Option<BTreeMap<Vec<u8>, i64>>);
 
 impl Links {
-    /// Takes an answer to `CLUSTER LINKS`. Returns whether a connection is another one than before, so that messages may be
-    /// lost. An answer that cannot be read, as of a user who may not ask, tells nothing.
-    pub(super) fn are_torn(&mut self, answer: &RespValue<'_>) -> bool {
-        let RespValue::Array(links) = answer else { return false };
-        let links = links.iter().filter_map(incoming).collect();
-        let before = self.0.replace(links);
-        before.is_some_and(|before| Some(before) != self.0)
+    /// Takes an answer to `CLUSTER LINKS`. Returns the ids of the nodes whose connection is another one than before, so that
+    /// messages may be lost. An answer that cannot be read, as of a user who may not ask, tells nothing.
+    pub(super) fn torn(&mut self, answer: &RespValue<'_>) -> Vec<Vec<u8>> {
+        let RespValue::Array(links) = answer else { return Vec::new() };
+        let links: BTreeMap<_, _> = links.iter().filter_map(incoming).collect();
+        let Some(before) = self.0.replace(links.clone()) else { return Vec::new() };
+        let gone = before.iter().filter(|(node, time)| links.get(*node) != Some(time));
+        let new = links.iter().filter(|(node, _)| !before.contains_key(*node));
+        gone.chain(new).map(|(node, _)| node.clone()).collect()
     }
 }
 
@@ -57,13 +59,14 @@ mod tests {
     #[test]
     fn a_connection_that_is_made_again_is_noticed_once() {
         let mut links = Links::default();
-        let mut torn = |of: &[RespValue<'_>]| links.are_torn(&RespValue::Array(of.to_vec()));
+        let mut torn = |of: &[RespValue<'_>]| links.torn(&RespValue::Array(of.to_vec()));
         let (a, b) = (link(b"from", b"a", 1), link(b"from", b"b", 2));
-        assert!(!torn(&[a.clone(), b.clone()]));
-        assert!(!torn(&[b.clone(), link(b"to", b"a", 7), a.clone()]));
-        assert!(torn(&[a.clone(), link(b"from", b"b", 3)]));
-        assert!(!torn(&[a.clone(), link(b"from", b"b", 3)]));
-        assert!(torn(&[a]));
-        assert!(!links.are_torn(&RespValue::Error(b"NOPERM")));
+        assert!(torn(&[a.clone(), b.clone()]).is_empty());
+        assert!(torn(&[b.clone(), link(b"to", b"a", 7), a.clone()]).is_empty());
+        assert_eq!(torn(&[a.clone(), link(b"from", b"b", 3)]), [b"b"]);
+        assert!(torn(&[a.clone(), link(b"from", b"b", 3)]).is_empty());
+        assert_eq!(torn(std::slice::from_ref(&a)), [b"b"]);
+        assert_eq!(torn(&[a, b]), [b"b"]);
+        assert!(links.torn(&RespValue::Error(b"NOPERM")).is_empty());
     }
 }

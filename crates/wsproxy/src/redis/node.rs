@@ -4,14 +4,19 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::redis::{
-    address::RedisEndpoint,
-    answer::Writes,
-    cluster::Cluster,
-    connect::Part,
-    health::{Link, Purpose},
-    pipeline::Pipeline,
-    shared::RedisShared,
+use crate::{
+    bus::deliver::Slots,
+    redis::{
+        address::RedisEndpoint,
+        answer::{Writes, refusal_of},
+        cluster::{Cluster, redirect::Redirect},
+        connect::Part,
+        fault::tell,
+        health::{Link, Purpose},
+        pipeline::Pipeline,
+        resp::RespValue,
+        shared::RedisShared,
+    },
 };
 
 /// A server to which the instance sends requests.
@@ -108,11 +113,11 @@ impl Nodes {
         }
     }
 
-    /// Resolves once after another node of a Cluster took the slots of one that failed.
-    pub(super) async fn failed_over(&self) {
+    /// Resolves once another node of a Cluster has slots of one that failed, with these slots.
+    pub(super) async fn failed_over(&self) -> Slots {
         match self {
             Self::One(_) => std::future::pending().await,
-            Self::Cluster(cluster) => cluster.failed_over.notified().await,
+            Self::Cluster(cluster) => cluster.failed_over().await,
         }
     }
 
@@ -128,6 +133,18 @@ impl Nodes {
 }
 
 impl Node {
+    /// Notes a reply that shows that the server takes no writes. A redirection tells of a slot, not of the server.
+    pub(super) fn note_refusal(&self, value: &RespValue<'_>) {
+        let (Some(refusal), RespValue::Error(error)) = (refusal_of(value), value) else { return };
+        let is_redirected = match &self.target {
+            Target::Node(at) => Redirect::read(&tell(error), at).is_some(),
+            Target::Named => false,
+        };
+        if !is_redirected {
+            self.writes.answered(Some(refusal));
+        }
+    }
+
     /// Returns the links of both pipelines.
     pub(super) fn links(&self) -> [&Link; 2] {
         [&self.publishes.link, &self.commands.link]

@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::{
-    bus::deliver::Deliver,
+    bus::deliver::{Deliver, Missed},
     redis::{
         address::RedisEndpoint,
         connect::check_role_answer,
@@ -104,15 +104,15 @@ impl RedisReader {
                 Fault::Probe | Fault::Moved => self.probes.known_until(),
                 _ => None,
             };
-            self.interrupted(&fault, since.unwrap_or(connection.last_read));
+            self.interrupted(&fault, since.unwrap_or(connection.last_read), &Missed::All);
         }
         self.shared.subscriptions.close();
     }
 
     /// Notes that messages may have been missed since `since`.
-    fn interrupted(&mut self, fault: &Fault, since: Instant) {
+    fn interrupted(&mut self, fault: &Fault, since: Instant, missed: &Missed) {
         self.outage = Some(self.outage.map_or(since, |earlier| earlier.min(since)));
-        self.deliver.lost(&fault.to_string());
+        self.deliver.lost(&fault.to_string(), missed);
     }
 
     /// Uses a connection until it fails; `Ok` at shutdown.
@@ -143,7 +143,9 @@ impl RedisReader {
                 },
                 () = shared.subscriptions.changed() => {}
                 () = shared.connections_changed.notified() => self.prove(|_| true),
-                () = shared.nodes.failed_over() => self.missed_some(&Fault::FailedOver),
+                slots = shared.nodes.failed_over() => {
+                    self.missed_some(&Fault::FailedOver, &Missed::Slots(slots));
+                }
                 _ = ticks.tick() => self.tick(connection, &mut watchdog)?,
                 () = &mut left => return Err(Fault::Moved),
                 () = tokio::task::yield_now(), if is_behind => {}
@@ -293,8 +295,13 @@ impl RedisReader {
                 missed.map_or(Ok(()), |missed| self.missed(missed, birth))
             }
             (Some(Asked::Links), value) => {
-                if self.links.are_torn(&value) {
-                    self.missed_some(&Fault::Torn);
+                let torn = self.links.torn(&value);
+                if let Some(cluster) = self.shared.nodes.cluster()
+                    && !torn.is_empty()
+                {
+                    cluster.doubt();
+                    let slots = cluster.slots_of(&torn);
+                    self.missed_some(&Fault::Torn, &Missed::Slots(slots));
                 }
                 Ok(())
             }
@@ -414,9 +421,9 @@ impl RedisReader {
     }
 
     /// Notes that messages may have been missed, though the connection is well.
-    fn missed_some(&mut self, fault: &Fault) {
+    fn missed_some(&mut self, fault: &Fault, missed: &Missed) {
         let since = self.probes.known_until().unwrap_or_else(Instant::now);
-        self.interrupted(fault, since);
+        self.interrupted(fault, since, missed);
     }
 
     /// Handles a missed probe. Of two connections that end at different servers the newer stays, since it ends where
@@ -443,7 +450,7 @@ impl RedisReader {
                     node.publishes.condemn();
                 }
                 cluster.doubt();
-                self.missed_some(&Fault::Probe);
+                self.missed_some(&Fault::Probe, &Missed::All);
                 return Ok(());
             }
         };
@@ -457,7 +464,7 @@ impl RedisReader {
         if own < newest {
             return Err(Fault::Probe);
         }
-        self.missed_some(&Fault::Probe);
+        self.missed_some(&Fault::Probe, &Missed::All);
         Ok(())
     }
 

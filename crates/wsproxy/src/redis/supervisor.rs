@@ -118,10 +118,11 @@ impl<'a> Supervisor<'a> {
 
     /// Has the instance subscribe at another node of a Cluster.
     fn leave(&self, server: &RedisEndpoint) {
-        if let (Target::Named, Some(cluster)) = (&self.target, self.shared.nodes.cluster()) {
+        let Some(cluster) = self.shared.nodes.cluster() else { return };
+        if matches!(self.target, Target::Named) {
             cluster.find_home(&self.shared.topology, Some(server));
-            cluster.doubt();
         }
+        cluster.doubt();
     }
 
     fn delay(&self) -> Duration {

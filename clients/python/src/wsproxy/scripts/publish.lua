@@ -50,6 +50,8 @@ if event_id ~= '' or is_acked then
   ids = (match(log, '^({[^}]*}:connection:)[^:]*:log$') or sub(log, 1, -4)) .. 'ids'
   ids_old = ids .. ':old'
   held = call('HLEN', ids)
+  -- An error where a slot of a Redis Cluster is on the move, and one of them may be at the other node.
+  if held == 0 then call('EXISTS', log, ids, ids_old) end
   local older = call('HGET', ids_old, event_id)
   first = event_id ~= '' and (call('HGET', ids, event_id) or older)
   if first and ARGV[8] == '1' then return {0, first ~= '' and first or '0-0', 1} end
@@ -66,6 +68,8 @@ do
   local sum, removed, prev = match(held, '^(%d+) (%d+) (.+)', 15)
   local is_known = prev
   if not prev then
+    -- An error where a slot of a Redis Cluster is on the move, and the head, or the log, may be at the other node.
+    call('EXISTS', log, head)
     -- The log's last entry tells what the head did.
     local last, tag = call('XREVRANGE', log, '+', '-', 'COUNT', '1')[1], nil
     tag, sum, removed = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
@@ -166,6 +170,7 @@ if ids then
   end
   -- Two generations hold at least the last ids_max.
   local ids_max = is_private and 50000 or tonumber(entries_max)
-  if held >= ids_max then call('RENAME', ids, ids_old) end
+  -- Where a slot is on the move it is refused, and done with a later message.
+  if held >= ids_max then redis.pcall('RENAME', ids, ids_old) end
 end
 return {receivers, position, 0}

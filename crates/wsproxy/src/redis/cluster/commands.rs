@@ -47,6 +47,9 @@ impl Cluster {
         let mut shares: Vec<(Arc<Node>, BytesMut, Vec<usize>)> = Vec::new();
         for (at, (slot, command)) in spelled.iter().enumerate() {
             let Some(node) = self.owner(*slot) else { continue };
+            if node.commands.link.is_away() {
+                continue;
+            }
             let share = shares.iter().position(|share| Arc::ptr_eq(&share.0, &node));
             let share = share.unwrap_or_else(|| {
                 shares.push((node, BytesMut::new(), Vec::new()));
@@ -79,6 +82,10 @@ impl Cluster {
                 Some(node) => (Some(node), true),
                 None => (self.owner(slot), false),
             };
+            if node.as_ref().is_some_and(|node| node.commands.link.is_away()) {
+                // The node's keys are away, and others must not wait for them.
+                return Err(unserved());
+            }
             let reply = match &node {
                 None => Err(unserved()),
                 Some(node) if is_asked => node.commands.send_asking(command.clone()).await,

@@ -122,7 +122,10 @@ async fn a_failover_is_told_and_an_isolated_node_is_not_believed() {
     let failed = NodeLine { is_failed: true, slots: Vec::new(), ..line("a", 1, 1, 0..=0) };
     cluster.learn(&[line("c", 3, 5, 0..=8191), failed, line("b", 2, 2, 8192..=16383)]);
     assert_eq!(port_of(&cluster, 0), Some(3));
-    cluster.failed_over.notified().await;
+    let slots = cluster.failed_over().await;
+    assert!(slots.has(0) && slots.has(8191) && !slots.has(8192));
+    let a = cluster.slots_of(&[b"b".to_vec()]);
+    assert!(a.has(8192) && !a.has(0));
 }
 
 #[test]

@@ -382,9 +382,7 @@ impl PipelineTask {
                 continue;
             }
             if let Some((Waiting::Commands(replies, count, _), _)) = self.waiting.front_mut() {
-                if let Some(refusal) = refusal_of(&value) {
-                    self.node.writes.answered(Some(refusal));
-                }
+                self.node.note_refusal(&value);
                 replies.push(reply_of(&value));
                 if replies.len() < *count {
                     if self.is_of_a_replica(&value) {
@@ -440,9 +438,7 @@ impl PipelineTask {
                 answer(receipt, outcome_of(value));
             }
             Waiting::Command(caller) => {
-                if let Some(refusal) = refusal_of(value) {
-                    self.node.writes.answered(Some(refusal));
-                }
+                self.node.note_refusal(value);
                 drop(caller.send(reply_of(value)));
             }
             Waiting::Commands(replies, _, caller) => drop(caller.send(replies)),
@@ -452,7 +448,8 @@ impl PipelineTask {
                     check_role_answer(value)?;
                 }
             }
-            Waiting::Write => self.node.writes.answered(refusal_of(value)),
+            Waiting::Write if refusal_of(value).is_none() => self.node.writes.answered(None),
+            Waiting::Write => self.node.note_refusal(value),
             Waiting::Asking => {}
             Waiting::Script => {
                 self.scripts_loading = self.scripts_loading.saturating_sub(1);
