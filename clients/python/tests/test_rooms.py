@@ -98,6 +98,7 @@ async def test_members_are_listed_over_all_instances(
         assert first.since.endswith("Z")
 
 
+@over_both
 async def test_a_kicked_client_is_closed_and_gone(
     rooms: Rooms, rooms_gateway: Gateway, start_gateway: StartGateway
 ) -> None:

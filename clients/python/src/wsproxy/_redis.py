@@ -392,13 +392,18 @@ class RedisBackend:
             return await self._redis.eval(_REVOKE, 1, key, str(milliseconds), channel, text)
 
         # A revocation may be repeated, and so may the end of its connections.
-        return await self._receivers(channel, int(await self._do(revoke, repeatable=True)))
+        return await self._told(channel, revoke)
 
     async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
         text = _command_text(command)
         # Ending what has ended changes nothing, so this may be said twice.
-        tell = functools.partial(self._redis.tell, channel, channel, text)
-        return await self._receivers(channel, await self._do(tell, repeatable=True))
+        return await self._told(channel, functools.partial(self._redis.tell, channel, channel, text))
+
+    async def _told(self, channel: str, tell: Callable[[], Awaitable[Any]]) -> int:
+        """Publishes a command, and returns the number of its receivers, who may be gone when it has reached them."""
+        before = await self._redis.present(channel)
+        counted = int(await self._do(tell, repeatable=True))
+        return max(before.counts[0], await self._receivers(channel, counted))
 
     async def presence(self, user: str) -> list[Presence]:
         key = self._key("ws", "user", user, "connections")
@@ -534,7 +539,8 @@ def _connections(url: str, options: dict[str, Any], patience: float) -> tuple[Se
         return Server(pool(url, commands)), PoolSource(pool(url, subscriptions | {"protocol": 2}))
     if options.get("sentinel_kwargs") is not None:
         raise ValueError("sentinel_kwargs needs a URL that begins with redis+sentinel:// or rediss+sentinel://")
-    cluster = Cluster(url, commands, patience)
+    # The answers of RESP 2 are read.
+    cluster = Cluster(url, commands | {"protocol": 2}, patience)
     return cluster, ClusterSource(cluster, subscriptions | {"protocol": 2})
 
 

@@ -42,6 +42,9 @@ class Source(Protocol):
 class Server(Redis):
     """redis-py's client, and what a worker asks beyond single commands."""
 
+    counts_its_own_alone = False
+    """True where a publish does not count the subscribers of other nodes."""
+
     def __init__(self, pool: ConnectionPool) -> None:
         super().__init__(connection_pool=pool)
         # Texts of scripts by their hashes.
@@ -64,6 +67,10 @@ class Server(Redis):
     async def receivers(self, channel: str, counted: int) -> Heard:
         """Subscribers of a channel on which a publish counted ``counted``."""
         return Heard([counted], True)
+
+    async def present(self, channel: str) -> Heard:
+        """Subscribers of a channel before a publish on it, where the publish itself does not count them all."""
+        return Heard([0], False)
 
     async def many(self, commands: Sequence[Command], patience: float = 0.0) -> list[Any]:
         """Runs commands, those with one key in order; what Redis refused is among the answers as an exception.
