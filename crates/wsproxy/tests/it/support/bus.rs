@@ -22,10 +22,7 @@ use wsproxy::{
 use wsproxy_proto::names::Names;
 
 use super::{
-    eventually,
-    redis_server::RedisServer,
-    sentinel::{Server, lone_sentinel},
-    soon,
+    eventually, redis_process::Server, redis_server::RedisServer, sentinel::lone_sentinel, soon,
 };
 
 /// A running bus, what it delivers, and the server behind it; dropping it ends its tasks.
