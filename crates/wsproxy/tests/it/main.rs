@@ -45,6 +45,7 @@ mod rooms;
 mod rooms_api;
 mod rooms_scripts;
 mod scripts;
+mod scripts_moving;
 mod sentinel;
 mod session_log;
 mod sessions;
