@@ -165,7 +165,7 @@ async def test_calls_go_to_the_node_that_tells_of_new_agents(shared: Cluster, wo
     with contextlib.suppress(AgentOffline):
         # From now on answers are heard.
         await worker.agents.call("u0", "echo", retry_for=0)
-    for user in ("u1", "u2", "u3", "u4"):
+    for user in ("u1", "u3"):
         with subscriber(shared.nodes[4], f"agent:{user}:commands"):
             before = published()
             with pytest.raises(CallTimeout):
