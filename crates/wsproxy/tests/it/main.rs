@@ -12,6 +12,7 @@ mod bus_access;
 mod bus_cost;
 mod bus_faults;
 mod bus_loss;
+mod cluster;
 mod console;
 mod doctor;
 mod drain;
