@@ -14,37 +14,69 @@
 -- before it ("0-0" for the first of a log's life), `sum` the bytes of all data so far and one for each entry,
 -- `removed` at most that part of it which is held no more.
 -- Message: byte FF, "H2 <position> <prev> <event_id>", line feed, payload.
--- Beside the log, with `log` at the end of its key replaced: `head` (a hash: position, sum and removed of the
--- last entry; outlives the log), `ids` and `ids:old` (hashes from event_id to position, "" where it was used twice).
+-- Beside the log, with `log` at the end of its key replaced: `head` (a hash, whose field `last` is
+-- `<time of the next renewal> <sum> <removed> <position>` of the last entry; outlives the log),
+-- `ids` and `ids:old` (hashes from event_id to position, "" where it was used twice).
+-- Every key beside KEYS is read before the first write. In a Redis Cluster, whose node gives keys away one by one, a
+-- key that has gone is an error of that read, and nothing was done; KEYS are looked at before the script begins.
 -- Removed are the oldest beyond entries_max or bytes_max, and what is older than ttl_ms; the newest stays.
 
--- append begins (the same in publish.lua and stream.lua)
--- Every function costs time in every call, so that what is used in one place stands there.
-local call, match = redis.call, string.match
+local call, match, sub = redis.call, string.match, string.sub
+local log, clock, once, event_id = KEYS[1], KEYS[2], KEYS[3], ARGV[6]
+local channel, payload, bytes_max, ttl = ARGV[1], ARGV[2], ARGV[4] * 1, ARGV[5]
+-- Numbers that are only passed on stay text: Redis is slow to print a number.
+local entries_max = ARGV[3] == '0' and '1' or ARGV[3]
+if clock == '' or clock == log then clock = nil end
+if once == '' then once = nil end
 
--- The lowest id above prev, or nothing where id is above it already.
-local function id_above(prev, id)
-  local ms, seq = match(id, '(%d+)-(%d+)')
-  local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
-  if ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1) then return nil end
-  return string.format('%s-%.0f', prev_ms, prev_seq + 1)
+-- Event ids of a worker's own must never be taken for positions.
+if event_id ~= '' and (#event_id > 128 or string.find(event_id, '[%s%c]') or event_id == '0'
+  or match(event_id, '^%d+%-%d+$') or match(event_id, '^%d+%-%d+%-%x+$')) then
+  return redis.error_reply(
+    'BADEVENTID longer than 128 bytes, with spaces or control characters, or like a position')
 end
 
--- Answers receivers and position.
-local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
-  local head = string.sub(log, 1, -4) .. 'head'
-  local held = call('HMGET', head, 'position', 'sum', 'removed')
-  local prev, total, removed = held[1], held[2], held[3]
+-- Both indexes are read before the first write, like the head.
+if once then
+  local first = call('GET', once)
+  if first then return {0, first, 1} end
+end
+local is_private = clock and string.find(log, '}:connection:', 1, true)
+-- The client of a connection acknowledges by the position, and may come back with it.
+local is_acked = is_private and event_id == '' and string.find(payload, '"ack"', 1, true)
+local ids, ids_old, held, first
+if event_id ~= '' or is_acked then
+  -- Logs of single connections share one index: a client comes back with another connection.
+  ids = (match(log, '^({[^}]*}:connection:)[^:]*:log$') or sub(log, 1, -4)) .. 'ids'
+  ids_old = ids .. ':old'
+  held = call('HLEN', ids)
+  -- An error where a slot of a Redis Cluster is on the move, and one of them may be at the other node.
+  if held == 0 then call('EXISTS', log, ids, ids_old) end
+  local older = call('HGET', ids_old, event_id)
+  first = event_id ~= '' and (call('HGET', ids, event_id) or older)
+  if first and ARGV[8] == '1' then return {0, first ~= '' and first or '0-0', 1} end
+end
+
+local position, receivers, is_due
+do
+  -- append begins (the same in publish.lua and stream.lua)
+  -- Wants log, clock (nil: none), channel, payload, entries_max, bytes_max, ttl and event_id. Gives position, receivers
+  -- and is_due (expiries were renewed).
+  -- No function is made and no number is passed to Redis for a common message: both cost as much as a command.
+  local head = sub(log, 1, -4) .. 'head'
+  local held = call('HGET', head, 'last') or ''
+  local sum, removed, prev = match(held, '^(%d+) (%d+) (.+)', 15)
+  local is_known = prev
   if not prev then
     -- An error where a slot of a Redis Cluster is on the move, and the head, or the log, may be at the other node.
     call('EXISTS', log, head)
     -- The log's last entry tells what the head did.
-    local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
-    local tag, sum, gone = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
-    prev, total, removed = tag and last[1] .. '-' .. tag or '0-0', sum or 0, gone or 0
+    local last, tag = call('XREVRANGE', log, '+', '-', 'COUNT', '1')[1], nil
+    tag, sum, removed = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
+    prev, sum, removed = tag and last[1] .. '-' .. tag or '0-0', sum or '0', removed or '0'
   end
   -- Every entry weighs one more than its data, so that the first of a life is known by its sum.
-  total = total + #payload + 1
+  local total = sum + #payload + 1
   if total - removed > bytes_max then
     -- The oldest entries go until the log has room.
     local gone, from, count, entries = {}, '-', 1, nil
@@ -52,11 +84,11 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
       entries = call('XRANGE', log, from, '+', 'COUNT', count)
       for _, entry in ipairs(entries) do
         local fields = entry[2]
-        local sum = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
+        local held = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
         -- The first entry knows how much was removed before it; the head may know less.
-        if from == '-' then removed = sum - #fields[#fields] - 1 end
+        if from == '-' then removed = held - #fields[#fields] - 1 end
         if total - removed <= bytes_max then break end
-        gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
+        gone[#gone + 1], removed, from = entry[1], held, '(' .. entry[1]
       end
       count = math.min(count * 2, 64)
       if #gone > 1000 or (#gone > 0 and total - removed <= bytes_max) then
@@ -72,91 +104,73 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
     local time = call('TIME')
     math.randomseed(time[1] * 1000003 % 2147483648 + time[2])
   end
-  local a, b, c = string.byte(payload, -3, -1)
+  local a, b = string.byte(payload, -3, -2)
   -- The tag tells entries apart to which different lives of a log, or different masters, gave one id.
-  local tag = string.format('%08x',
-    (math.random() * 4294967296 + (a or 0) * 65536 + (b or 0) * 256 + (c or 0)) % 4294967296)
-  local wanted = '*'
+  local tag = bit.tohex(math.random() * 4294967296 + (a or 0) * 256 + (b or 0) + #payload * 65536)
+  local add, wanted = call, '*'
   if clock then
-    wanted = call('XADD', clock, 'MAXLEN', '~', '1', '*', '', '')
-    local above = id_above(prev, wanted)
-    if above then wanted = call('XADD', clock, above, '', '') end
+    add, wanted = redis.pcall, call('XADD', clock, 'MAXLEN', '~', '1', '*', '', '')
   end
-  local sum = string.format('%.0f', total)
-  local meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
-  local id = call('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
+  local sums = string.format('%d ', total) .. removed .. ' '
+  local meta = tag .. ' ' .. prev .. ' ' .. sums .. event_id
+  local id = add('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
   local is_new = not id
-  if is_new then
-    removed = string.format('%.0f', total - #payload - 1)
-    meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
-    id = call('XADD', log, wanted, 'meta', meta, 'data', payload)
-    local above = id_above(prev, id)
-    if above then
+  if is_new or (clock and id.err) then
+    local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
+    local least = string.format('%s-%.0f', prev_ms, prev_seq + 1)
+    local function is_above(other)
+      local ms, seq = match(other, '(%d+)-(%d+)')
+      return ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1)
+    end
+    if clock and not is_above(wanted) then
+      wanted = call('XADD', clock, least, '', '')
+    elseif not is_new then
+      return id
+    end
+    if is_new then
+      -- Nothing of what was before is held.
+      sums = string.format('%d %.0f ', total, total - #payload - 1)
+      meta = tag .. ' ' .. prev .. ' ' .. sums .. event_id
+    end
+    id = call('XADD', log, 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
+    if not clock and not is_above(id) then
       -- The log was removed and its head was not, within a millisecond or while the clock went back.
       call('XDEL', log, id)
-      id = call('XADD', log, above, 'meta', meta, 'data', payload)
+      id = call('XADD', log, least, 'meta', meta, 'data', payload)
     end
   end
-  local position = id .. '-' .. tag
-  call('HSET', head, 'position', position, 'sum', sum, 'removed', removed)
-  -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it.
-  local ms, step = match(id, '%d+'), ttl / 64
-  if is_new or not held[1] or math.floor(ms / step) ~= math.floor(match(prev, '%d+') / step) then
-    call('PEXPIRE', log, math.ceil(ttl + step), is_new and 'NX' or 'GT')
+  position = id .. '-' .. tag
+  -- Thirteen digits, which an id is compared with as text: an id that has fewer or more is due.
+  local due = sub(held, 1, 14)
+  is_due = is_new or not is_known or id >= due
+  if is_due then
+    -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it. The ttl is thirty years
+    -- at most: Redis refuses what is beyond its clock, after the message was kept.
+    local ms, lasts = match(id, '%d+'), math.min(math.max(ttl, 1), 1e12)
+    due = string.format('%013.0f ', math.min(ms + math.ceil(lasts / 64), 9999999999999))
+    call('PEXPIRE', log, string.format('%.0f', math.ceil(lasts * 65 / 64)), is_new and 'NX' or 'GT')
+    call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - lasts, 0)))
     -- A head outlives its log, and shows for an hour at least that something was published.
-    call('PEXPIRE', head, math.ceil(math.max(ttl, 3600000) * 9 / 8), held[1] and 'GT' or 'NX')
-    call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0)))
+    call('HSET', head, 'last', due .. sums .. position)
+    local longer = string.format('%.0f', math.ceil(math.max(lasts, 3600000) * 9 / 8))
+    call('PEXPIRE', head, longer, is_known and 'GT' or 'NX')
+  else
+    call('HSET', head, 'last', due .. sums .. position)
   end
-  local message = '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload
-  return call('PUBLISH', channel, message), position
-end
--- append ends
-
--- Thirty years, in milliseconds: Redis refuses what is beyond its clock, after the message was kept.
-local TTL_MAX = 1e12
-local log, clock, once, event_id = KEYS[1], KEYS[2], KEYS[3], ARGV[6]
--- Numbers that are only passed on stay text: Redis is slow to print a number.
-local entries_max, ttl = ARGV[3] * 1 < 1 and '1' or ARGV[3], math.min(math.max(ARGV[5], 1), TTL_MAX)
-local is_private = string.find(log, '}:connection:', 1, true)
--- The client of a connection acknowledges by the position, and may come back with it.
-local is_acked = event_id == '' and is_private and string.find(ARGV[2], '"ack"', 1, true)
-local ids
-if event_id ~= '' or is_acked then
-  -- Logs of single connections share one index: a client comes back with another connection.
-  ids = (match(log, '^({[^}]*}:connection:)[^:]*:log$') or string.sub(log, 1, -4)) .. 'ids'
+  receivers = call('PUBLISH', channel, '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload)
+  -- append ends
 end
 
--- Event ids of a worker's own must never be taken for positions.
-if event_id ~= '' and (#event_id > 128 or event_id == '0' or string.find(event_id, '[%s%c]')
-  or string.find(event_id, '^%d+%-%d+$') or string.find(event_id, '^%d+%-%d+%-%x+$')) then
-  return redis.error_reply(
-    'BADEVENTID longer than 128 bytes, with spaces or control characters, or like a position')
-end
-local first = once and once ~= '' and call('GET', once)
-if first then return {0, first, 1} end
-if ARGV[8] == '1' and event_id ~= '' then
-  first = call('HGET', ids, event_id) or call('HGET', ids .. ':old', event_id)
-  if first then return {0, first ~= '' and first or '0-0', 1} end
-end
--- Before anything is written, so that a key of another type, or one at another node, is an error with which nothing was
--- done.
-local held, is_old = ids and call('HLEN', ids), nil
+if once and tonumber(ARGV[7] or 0) > 0 then call('SET', once, position, 'PX', ARGV[7]) end
 if ids then
-  is_old = call('HEXISTS', ids .. ':old', event_id) == 1
-  if held == 0 then call('EXISTS', log, ids, ids .. ':old') end
-end
-local receivers, position = append(log, clock ~= '' and clock ~= log and clock, ARGV[1], ARGV[2],
-  entries_max, tonumber(ARGV[4]), ttl, event_id)
-if once and once ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', once, position, 'PX', ARGV[7]) end
-if ids then
-  local name = is_acked and position or event_id
-  local is_used = call('HSETNX', ids, name, position) == 0 or is_old
-  -- It is unknown which of several entries the id means.
-  if is_used then call('HSET', ids, name, '') end
-  call('PEXPIRE', ids, math.ceil(ttl * 65 / 64))
+  -- It is unknown which of several entries an id means.
+  call('HSET', ids, is_acked and position or event_id, first and '' or position)
+  if is_due or held == 0 then
+    call('PEXPIRE', ids, string.format('%.0f', math.ceil(math.min(math.max(ttl, 1), 1e12) * 65 / 64)))
+  end
   -- Two generations hold at least the last ids_max.
   local ids_max = is_private and 50000 or tonumber(entries_max)
   -- Where a slot is on the move it is refused, and done with a later message.
-  if held >= ids_max then redis.pcall('RENAME', ids, ids .. ':old') end
+  if held >= ids_max then redis.pcall('RENAME', ids, ids_old) end
 end
 return {receivers, position, 0}

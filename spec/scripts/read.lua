@@ -71,8 +71,9 @@ end
 -- All heads are read before the first one is made.
 local heads = {}
 for n = 1, logs do
-  heads[n] = call('HMGET', beside(KEYS[n], 'head'), 'position', 'sum')
-  if not heads[n][1] then surely(KEYS[n], beside(KEYS[n], 'head')) end
+  local sum, position = match(call('HGET', beside(KEYS[n], 'head'), 'last') or '', '^(%d+) %d+ (.+)', 15)
+  heads[n] = {position, sum}
+  if not position then surely(KEYS[n], beside(KEYS[n], 'head')) end
 end
 
 local streams = {}
@@ -82,13 +83,13 @@ if streams_bytes_max then
   if #found == 0 then surely(KEYS[1], index) end
   for _, stream in ipairs(found) do
     local key = beside(KEYS[1], 'stream:' .. stream)
-    local state = call('HMGET', key, 'state', 'seq', 'meta', 'error', 'bytes')
-    local text = call('GET', key .. ':text')
+    local state = call('HMGET', key, 'state', 'last', 'meta', 'error')
+    local text, seq = call('GET', key .. ':text'), match(state[2] or '', '^(%d+)', 15)
     if not state[1] or not text then surely(key, key .. ':text') end
-    if state[1] then
-      bytes = bytes + state[5]
+    if seq then
+      bytes = bytes + #(text or '')
       if #streams > 0 and bytes > streams_bytes_max then break end
-      table.insert(streams, 1, {stream, state[1], tonumber(state[2]), text or '', state[3], state[4]})
+      table.insert(streams, 1, {stream, state[1], tonumber(seq), text or '', state[3], state[4]})
     end
   end
 end
@@ -113,7 +114,8 @@ local function head_of(n)
   if position == '' then
     position = '1-0-' .. string.sub(redis.sha1hex(log .. time[1] .. time[2]), 1, 8)
   end
-  call('HSET', key, 'position', position, 'sum', string.format('%.0f', sum), 'removed', removed)
+  -- Its next message is due to renew the expiries.
+  call('HSET', key, 'last', string.format('%013d %.0f %s %s', 0, sum, removed, position))
   call('PEXPIRE', key, head_ms)
   return position, sum, is_new
 end

@@ -12,37 +12,127 @@
 -- Answers {seq of the last append, position of the last message}. What has taken effect already may be said again.
 -- Errors: NOSTREAM, EXISTS, ENDED <outcome>, TOOLARGE, SEQ <last seq>, ALIVE <end of the lease in ms> (lost: the
 --       lease still runs), BADJSON, BADOP.
+-- State: a hash with `state` (open or the outcome), `meta`, `error`, `ends` (of the lease) and `last`, which is
+--       `<time of the next renewal> <seq> <lease> <position of the last message>`; the lease is `ended` after the end.
+-- Every key beside KEYS is read before the first write. In a Redis Cluster, whose node gives keys away one by one, a
+-- key that has gone is an error of that read, and nothing was done; KEYS are looked at before the script begins.
 -- State, text and index live for ttl_ms after the last change or longer, by an eighth at most; so does a lease.
 -- Leases are found in the zset `streams:leases` (`<session>/<stream>` by end in ms), which has another slot: write
 -- it before `open` and `renew`, and remove from it after `end`. It may name ends that are too early, never too late.
 
--- append begins (the same in publish.lua and stream.lua)
--- Every function costs time in every call, so that what is used in one place stands there.
-local call, match = redis.call, string.match
+local call, match, sub = redis.call, string.match, string.sub
+local log, state, text, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local op, channel, stream = ARGV[1], ARGV[2], ARGV[3]
+-- Numbers that are only passed on stay text: Redis is slow to print a number.
+local entries_max, bytes_max = ARGV[4] == '0' and '1' or ARGV[4], ARGV[5] * 1
+local ttl, lease = ARGV[6], ARGV[7]
 
--- The lowest id above prev, or nothing where id is above it already.
-local function id_above(prev, id)
-  local ms, seq = match(id, '(%d+)-(%d+)')
-  local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
-  if ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1) then return nil end
-  return string.format('%s-%.0f', prev_ms, prev_seq + 1)
+local last = call('HGET', state, 'last') or ''
+local seq, mark, at = match(last, '^(%d+) (%S+) (.+)', 15)
+local bytes = call('STRLEN', text)
+
+local clock, event_id, payload, others, next_seq
+local outcome, problem, meta, gone
+if op == 'append' then
+  -- The common case calls as little as it can.
+  local piece, wanted = ARGV[8], ARGV[9] or ''
+  local number = (seq or 0) + 1
+  next_seq = string.format('%d', number)
+  if wanted == next_seq then wanted = '' end
+  wanted = wanted ~= '' and tonumber(wanted)
+  if wanted and wanted == number - 1 and wanted > 0 and #piece <= bytes
+    and call('GETRANGE', text, bytes - #piece, -1) == piece then
+    return {wanted, at}
+  end
+  if not seq then return redis.error_reply('NOSTREAM there is no stream with this id') end
+  if mark == 'ended' then return redis.error_reply('ENDED ' .. call('HGET', state, 'state')) end
+  if wanted then return redis.error_reply('SEQ ' .. seq) end
+  if bytes + #piece > 4 * 1024 * 1024 then
+    return redis.error_reply('TOOLARGE the text would exceed 4 MiB')
+  end
+  payload = '{"type":"stream_append","stream":' .. cjson.encode(stream) .. ',"seq":' .. next_seq
+    .. ',"text":' .. cjson.encode(piece) .. '}'
+else
+  local function is_object(json)
+    local ok, value = pcall(cjson.decode, json)
+    return ok and type(value) == 'table' and string.find(json, '^%s*{') ~= nil
+  end
+  local function end_of(name, last, how, why)
+    local rest = why ~= '' and ',"error":' .. why or ''
+    return '{"type":"stream_end","stream":' .. cjson.encode(name) .. ',"outcome":"' .. how .. '","seq":' .. last
+      .. rest .. '}'
+  end
+  if op == 'open' then
+    meta = ARGV[8] ~= '' and ARGV[8] or '{}'
+    if seq then
+      if mark ~= 'ended' and seq == '0' and call('HGET', state, 'meta') == meta then return {0, at} end
+      return redis.error_reply('EXISTS there is a stream with this id')
+    end
+    if not is_object(meta) then return redis.error_reply('BADJSON meta is no JSON object') end
+    next_seq, gone, others = '0', {}, {}
+    -- The oldest give way, so that there are at most sixteen.
+    local listed = call('ZRANGE', index, 0, -1)
+    for n, name in ipairs(listed) do
+      if name ~= stream and n <= #listed - 15 then
+        local key = sub(state, 1, #state - #stream) .. name
+        local count, how = match(call('HGET', key, 'last') or '', '^(%d+) (%S+)', 15)
+        call('STRLEN', key .. ':text')
+        if count and how ~= 'ended' then
+          others[#others + 1] = end_of(name, count, 'error',
+            '{"code":"replaced","message":"too many streams in this session"}')
+        end
+        gone[#gone + 1] = name
+      end
+    end
+    payload = '{"type":"stream_open","stream":' .. cjson.encode(stream) .. ',"meta":' .. meta .. '}'
+  else
+    if not seq then return redis.error_reply('NOSTREAM there is no stream with this id') end
+    local is = call('HGET', state, 'state')
+    next_seq = seq
+    if op == 'end' then
+      outcome, problem = ARGV[8], ARGV[9] or ''
+      if outcome ~= 'finish' and outcome ~= 'error' and outcome ~= 'cancelled' then
+        return redis.error_reply('BADOP no such outcome')
+      end
+      if is == outcome and call('HGET', state, 'error') == problem then return {tonumber(seq), at} end
+    end
+    if is ~= 'open' then return redis.error_reply('ENDED ' .. is) end
+    if op == 'end' then
+      if problem ~= '' and not is_object(problem) then return redis.error_reply('BADJSON error is no JSON object') end
+    elseif op == 'lost' then
+      local ends, time = call('HGET', state, 'ends'), call('TIME')
+      if ends and tonumber(ends) > time[1] * 1000 + math.floor(time[2] / 1000) then
+        return redis.error_reply('ALIVE ' .. ends)
+      end
+      outcome, problem = 'error', '{"code":"worker_lost","message":"the worker stopped without ending the stream"}'
+    elseif op ~= 'renew' then
+      return redis.error_reply('BADOP no such operation')
+    end
+    payload = outcome and end_of(stream, seq, outcome, problem)
+  end
 end
 
--- Answers receivers and position.
-local function append(log, clock, channel, payload, entries_max, bytes_max, ttl, event_id)
-  local head = string.sub(log, 1, -4) .. 'head'
-  local held = call('HMGET', head, 'position', 'sum', 'removed')
-  local prev, total, removed = held[1], held[2], held[3]
+local count, position, receivers, is_due = 0, nil, nil, nil
+event_id = ''
+while payload do
+  -- append begins (the same in publish.lua and stream.lua)
+  -- Wants log, clock (nil: none), channel, payload, entries_max, bytes_max, ttl and event_id. Gives position, receivers
+  -- and is_due (expiries were renewed).
+  -- No function is made and no number is passed to Redis for a common message: both cost as much as a command.
+  local head = sub(log, 1, -4) .. 'head'
+  local held = call('HGET', head, 'last') or ''
+  local sum, removed, prev = match(held, '^(%d+) (%d+) (.+)', 15)
+  local is_known = prev
   if not prev then
     -- An error where a slot of a Redis Cluster is on the move, and the head, or the log, may be at the other node.
     call('EXISTS', log, head)
     -- The log's last entry tells what the head did.
-    local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
-    local tag, sum, gone = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
-    prev, total, removed = tag and last[1] .. '-' .. tag or '0-0', sum or 0, gone or 0
+    local last, tag = call('XREVRANGE', log, '+', '-', 'COUNT', '1')[1], nil
+    tag, sum, removed = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
+    prev, sum, removed = tag and last[1] .. '-' .. tag or '0-0', sum or '0', removed or '0'
   end
   -- Every entry weighs one more than its data, so that the first of a life is known by its sum.
-  total = total + #payload + 1
+  local total = sum + #payload + 1
   if total - removed > bytes_max then
     -- The oldest entries go until the log has room.
     local gone, from, count, entries = {}, '-', 1, nil
@@ -50,11 +140,11 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
       entries = call('XRANGE', log, from, '+', 'COUNT', count)
       for _, entry in ipairs(entries) do
         local fields = entry[2]
-        local sum = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
+        local held = tonumber(match(fields[2] or '', '^%x+ %S+ (%d+)') or 0)
         -- The first entry knows how much was removed before it; the head may know less.
-        if from == '-' then removed = sum - #fields[#fields] - 1 end
+        if from == '-' then removed = held - #fields[#fields] - 1 end
         if total - removed <= bytes_max then break end
-        gone[#gone + 1], removed, from = entry[1], sum, '(' .. entry[1]
+        gone[#gone + 1], removed, from = entry[1], held, '(' .. entry[1]
       end
       count = math.min(count * 2, 64)
       if #gone > 1000 or (#gone > 0 and total - removed <= bytes_max) then
@@ -70,194 +160,104 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
     local time = call('TIME')
     math.randomseed(time[1] * 1000003 % 2147483648 + time[2])
   end
-  local a, b, c = string.byte(payload, -3, -1)
+  local a, b = string.byte(payload, -3, -2)
   -- The tag tells entries apart to which different lives of a log, or different masters, gave one id.
-  local tag = string.format('%08x',
-    (math.random() * 4294967296 + (a or 0) * 65536 + (b or 0) * 256 + (c or 0)) % 4294967296)
-  local wanted = '*'
+  local tag = bit.tohex(math.random() * 4294967296 + (a or 0) * 256 + (b or 0) + #payload * 65536)
+  local add, wanted = call, '*'
   if clock then
-    wanted = call('XADD', clock, 'MAXLEN', '~', '1', '*', '', '')
-    local above = id_above(prev, wanted)
-    if above then wanted = call('XADD', clock, above, '', '') end
+    add, wanted = redis.pcall, call('XADD', clock, 'MAXLEN', '~', '1', '*', '', '')
   end
-  local sum = string.format('%.0f', total)
-  local meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
-  local id = call('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
+  local sums = string.format('%d ', total) .. removed .. ' '
+  local meta = tag .. ' ' .. prev .. ' ' .. sums .. event_id
+  local id = add('XADD', log, 'NOMKSTREAM', 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
   local is_new = not id
-  if is_new then
-    removed = string.format('%.0f', total - #payload - 1)
-    meta = tag .. ' ' .. prev .. ' ' .. sum .. ' ' .. removed .. ' ' .. event_id
-    id = call('XADD', log, wanted, 'meta', meta, 'data', payload)
-    local above = id_above(prev, id)
-    if above then
+  if is_new or (clock and id.err) then
+    local prev_ms, prev_seq = match(prev, '(%d+)-(%d+)')
+    local least = string.format('%s-%.0f', prev_ms, prev_seq + 1)
+    local function is_above(other)
+      local ms, seq = match(other, '(%d+)-(%d+)')
+      return ms * 1 > prev_ms * 1 or (ms == prev_ms and seq * 1 > prev_seq * 1)
+    end
+    if clock and not is_above(wanted) then
+      wanted = call('XADD', clock, least, '', '')
+    elseif not is_new then
+      return id
+    end
+    if is_new then
+      -- Nothing of what was before is held.
+      sums = string.format('%d %.0f ', total, total - #payload - 1)
+      meta = tag .. ' ' .. prev .. ' ' .. sums .. event_id
+    end
+    id = call('XADD', log, 'MAXLEN', entries_max, wanted, 'meta', meta, 'data', payload)
+    if not clock and not is_above(id) then
       -- The log was removed and its head was not, within a millisecond or while the clock went back.
       call('XDEL', log, id)
-      id = call('XADD', log, above, 'meta', meta, 'data', payload)
+      id = call('XADD', log, least, 'meta', meta, 'data', payload)
     end
   end
-  local position = id .. '-' .. tag
-  call('HSET', head, 'position', position, 'sum', sum, 'removed', removed)
-  -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it.
-  local ms, step = match(id, '%d+'), ttl / 64
-  if is_new or not held[1] or math.floor(ms / step) ~= math.floor(match(prev, '%d+') / step) then
-    call('PEXPIRE', log, math.ceil(ttl + step), is_new and 'NX' or 'GT')
+  position = id .. '-' .. tag
+  -- Thirteen digits, which an id is compared with as text: an id that has fewer or more is due.
+  local due = sub(held, 1, 14)
+  is_due = is_new or not is_known or id >= due
+  if is_due then
+    -- Time moves on in steps of a 64th of the ttl, so that most messages need not look at it. The ttl is thirty years
+    -- at most: Redis refuses what is beyond its clock, after the message was kept.
+    local ms, lasts = match(id, '%d+'), math.min(math.max(ttl, 1), 1e12)
+    due = string.format('%013.0f ', math.min(ms + math.ceil(lasts / 64), 9999999999999))
+    call('PEXPIRE', log, string.format('%.0f', math.ceil(lasts * 65 / 64)), is_new and 'NX' or 'GT')
+    call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - lasts, 0)))
     -- A head outlives its log, and shows for an hour at least that something was published.
-    call('PEXPIRE', head, math.ceil(math.max(ttl, 3600000) * 9 / 8), held[1] and 'GT' or 'NX')
-    call('XTRIM', log, 'MINID', string.format('%.0f', math.max(ms - ttl, 0)))
+    call('HSET', head, 'last', due .. sums .. position)
+    local longer = string.format('%.0f', math.ceil(math.max(lasts, 3600000) * 9 / 8))
+    call('PEXPIRE', head, longer, is_known and 'GT' or 'NX')
+  else
+    call('HSET', head, 'last', due .. sums .. position)
   end
-  local message = '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload
-  return call('PUBLISH', channel, message), position
+  receivers = call('PUBLISH', channel, '\255H2 ' .. position .. ' ' .. prev .. ' ' .. event_id .. '\n' .. payload)
+  -- append ends
+  if count == 0 then at = position end
+  count = count + 1
+  payload = others and others[count]
 end
--- append ends
-
-local log, state, text, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local op, channel, stream = ARGV[1], ARGV[2], ARGV[3]
-local entries_max, bytes_max = ARGV[4] * 1 < 1 and '1' or ARGV[4], tonumber(ARGV[5])
--- Thirty years, in milliseconds: Redis refuses what is beyond its clock, after the message was kept.
-local ttl, lease = math.min(math.max(ARGV[6], 1), 1e12), math.max(ARGV[7], 1)
-local STREAMS_MAX, TEXT_BYTES_MAX = 16, 4 * 1024 * 1024
-
-local function fail(why)
-  return redis.error_reply(why)
-end
-
-local function now_ms()
-  local time = call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-
-local function publish(kind, id, rest)
-  local message = '{"type":"stream_' .. kind .. '","stream":' .. cjson.encode(id) .. rest .. '}'
-  local _, position = append(log, nil, channel, message, entries_max, bytes_max, ttl, '')
-  return position
-end
-
-local function is_object(json)
-  local ok, value = pcall(cjson.decode, json)
-  return ok and type(value) == 'table' and string.find(json, '^%s*{') ~= nil
-end
-
-local function keep(position)
-  local longer = math.ceil(ttl * 9 / 8)
-  call('PEXPIRE', state, longer)
-  call('PEXPIRE', text, longer)
-  -- The index is of all streams: none with a smaller ttl may take the others out of it.
-  call('ZADD', index, 'NX', match(position, '%d+'), stream)
-  if call('PEXPIRE', index, longer, 'GT') == 0 then call('PEXPIRE', index, longer, 'NX') end
-end
-
-local function close(key, id, seq, outcome, error)
-  local rest = ',"outcome":"' .. outcome .. '","seq":' .. seq
-  if error ~= '' then rest = rest .. ',"error":' .. error end
-  local position = publish('end', id, rest)
-  call('HSET', key, 'state', outcome, 'error', error, 'id', position)
-  return position
-end
-
--- Streams that a further one displaces. Their keys are read before anything is written: one that is at another node of a
--- Redis Cluster is an error with which nothing was done.
-local function oldest()
-  local prefix, found = string.sub(state, 1, #state - #stream), {}
-  for _, id in ipairs(call('ZRANGE', index, 0, -STREAMS_MAX)) do
-    local key = prefix .. id
-    local held = call('HMGET', key, 'state', 'seq')
-    call('EXISTS', key .. ':text')
-    found[#found + 1] = {id, key, held[1] == 'open', held[2]}
-  end
-  return found
-end
-
-local function forget(streams)
-  for _, each in ipairs(streams) do
-    local id, key, is_open, seq = unpack(each)
-    if is_open then
-      close(key, id, seq, 'error', '{"code":"replaced","message":"too many streams in this session"}')
-    end
-    call('DEL', key)
-    call('DEL', key .. ':text')
-    call('ZREM', index, id)
-  end
-end
-
-local held = call('HMGET', state, 'state', 'seq', 'id', 'bytes', 'due', 'lease')
-local is, seq, id, bytes = held[1], tonumber(held[2] or 0), held[3], tonumber(held[4] or 0)
-
-if op == 'open' then
-  local meta = ARGV[8] ~= '' and ARGV[8] or '{}'
-  if is then
-    if is == 'open' and seq == 0 and call('HGET', state, 'meta') == meta then return {0, id} end
-    return fail('EXISTS there is a stream with this id')
-  end
-  if not is_object(meta) then return fail('BADJSON meta is no JSON object') end
-  local now, displaced = now_ms(), oldest()
-  id = publish('open', stream, ',"meta":' .. meta)
-  call('HSET', state, 'state', 'open', 'seq', 0, 'id', id, 'bytes', 0, 'meta', meta, 'error', '',
-    'due', 0, 'lease', lease, 'ends', string.format('%.0f', now + lease))
-  call('SET', text, '')
-  call('ZADD', index, now, stream)
-  keep(id)
-  forget(displaced)
-  return {0, id}
-end
-
-if not is then return fail('NOSTREAM there is no stream with this id') end
 
 if op == 'append' then
-  local piece, wanted = ARGV[8], tonumber(ARGV[9] or '')
-  if wanted == seq and seq > 0 and #piece <= bytes
-    and call('GETRANGE', text, bytes - #piece, -1) == piece then
-    return {seq, id}
+  call('APPEND', text, ARGV[8])
+  if at < last and mark == lease then
+    call('HSET', state, 'last', sub(last, 1, 14) .. next_seq .. ' ' .. mark .. ' ' .. at)
+    return {next_seq * 1, at}
   end
-  if is ~= 'open' then return fail('ENDED ' .. is) end
-  if wanted and wanted ~= seq + 1 then return fail('SEQ ' .. seq) end
-  if bytes + #piece > TEXT_BYTES_MAX then return fail('TOOLARGE the text would exceed 4 MiB') end
-  seq = seq + 1
-  id = publish('append', stream, ',"seq":' .. seq .. ',"text":' .. cjson.encode(piece))
-  call('APPEND', text, piece)
-  local now = tonumber(string.match(id, '%d+'))
-  if now >= tonumber(held[5]) or lease ~= tonumber(held[6]) then
-    -- Not with every append: leases and expiry are as much longer as the next time may be away.
-    local due = now + math.floor(math.min(ttl, lease) / 8)
-    local ends = now + math.ceil(lease * 9 / 8)
-    call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece, 'due', due, 'lease', lease,
-      'ends', string.format('%.0f', ends))
-    keep(id)
-  else
-    call('HSET', state, 'seq', seq, 'id', id, 'bytes', bytes + #piece)
-  end
-  return {seq, id}
 end
 
-if op == 'end' then
-  local outcome, error = ARGV[8], ARGV[9] or ''
-  if outcome ~= 'finish' and outcome ~= 'error' and outcome ~= 'cancelled' then
-    return fail('BADOP no such outcome')
+-- Not with every append: leases and expiries are as much longer as the next renewal may be away.
+ttl, lease = math.min(math.max(ttl, 1), 1e12), math.min(math.max(lease, 1), 1e12)
+local now = match(at, '%d+')
+if op == 'open' or op == 'renew' then
+  local time = call('TIME')
+  now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+end
+if outcome then
+  call('HSET', state, 'state', outcome, 'error', problem, 'last', sub(last, 1, 14) .. seq .. ' ended ' .. at)
+else
+  -- Thirteen digits, which a position is compared with as text.
+  local due = math.min(now + math.floor(math.min(ttl, lease) / 8), 9999999999999)
+  call('HSET', state, 'last', string.format('%013.0f %s %.0f %s', due, next_seq, lease, at),
+    'ends', string.format('%.0f', now + math.ceil(lease * 9 / 8)))
+end
+if op == 'open' then
+  call('HSET', state, 'state', 'open', 'meta', meta, 'error', '')
+  call('SET', text, '')
+  call('ZADD', index, now, stream)
+  for _, name in ipairs(gone) do
+    local key = sub(state, 1, #state - #stream) .. name
+    call('DEL', key)
+    call('DEL', key .. ':text')
+    call('ZREM', index, name)
   end
-  if is ~= 'open' then
-    if is == outcome and call('HGET', state, 'error') == error then return {seq, id} end
-    return fail('ENDED ' .. is)
-  end
-  if error ~= '' and not is_object(error) then return fail('BADJSON error is no JSON object') end
-  id = close(state, stream, seq, outcome, error)
-  keep(id)
-  return {seq, id}
 end
-
-if is ~= 'open' then return fail('ENDED ' .. is) end
-
-if op == 'renew' then
-  call('HSET', state, 'due', 0, 'ends', string.format('%.0f', now_ms() + lease))
-  keep(id)
-  return {seq, id}
-end
-
-if op == 'lost' then
-  local ends = call('HGET', state, 'ends')
-  if ends and tonumber(ends) > now_ms() then return fail('ALIVE ' .. ends) end
-  id = close(state, stream, seq, 'error',
-    '{"code":"worker_lost","message":"the worker stopped without ending the stream"}')
-  keep(id)
-  return {seq, id}
-end
-
-return fail('BADOP no such operation')
+local longer = string.format('%.0f', math.ceil(ttl * 9 / 8))
+call('PEXPIRE', state, longer)
+call('PEXPIRE', text, longer)
+-- The index is of all streams: none with a smaller ttl may take the others out of it.
+call('ZADD', index, 'NX', now, stream)
+if call('PEXPIRE', index, longer, 'GT') == 0 then call('PEXPIRE', index, longer, 'NX') end
+return {tonumber(next_seq), at}

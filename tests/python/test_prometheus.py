@@ -146,6 +146,7 @@ CHANGES = {
     "WsproxyDown": [("up", {}, gauge(1, 0))],
     "WsproxyBusAway": [("wsproxy_bus_connected", {}, gauge(1, 0))],
     "WsproxyBusRefusesWrites": [("wsproxy_bus_writable", {}, gauge(1, 0))],
+    "WsproxyBusPartAway": [("wsproxy_bus_whole", {}, gauge(1, 0))],
     "WsproxyHandshakesFail": [("wsproxy_handshakes_total", {"endpoint": "events", "outcome": "internal"}, ONCE)],
     "WsproxyNearlyFull": [
         ("wsproxy_connections_max", {}, gauge(100, 100)),

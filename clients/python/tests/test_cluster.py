@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis as redis_py
+from redis import exceptions
 
 from cluster import Cluster, Node
 from conftest import ROOT, RedisServer, eventually, free_port, within
 from wsproxy import (
     AgentOffline,
+    CallTimeout,
     Event,
     Failure,
     Gap,
@@ -31,6 +33,7 @@ from wsproxy import (
     Worker,
 )
 from wsproxy._cluster import Cluster as Client
+from wsproxy._cluster import is_passing, known
 from wsproxy._pool import pool
 
 LOG = "{session:s-1:down}:log"
@@ -151,6 +154,25 @@ async def test_an_agent_at_any_node_is_called(shared: Cluster, worker: Worker) -
         await task
     with pytest.raises(AgentOffline):
         await worker.agents.call("u1", "echo", retry_for=0)
+
+
+@pytest.mark.asyncio
+async def test_calls_go_to_the_node_that_tells_of_new_agents(shared: Cluster, worker: Worker) -> None:
+    def published() -> list[int]:
+        stats = [node.client.info("commandstats") for node in shared.nodes]
+        return [each.get("cmdstat_publish", {"calls": 0})["calls"] for each in stats]
+
+    with contextlib.suppress(AgentOffline):
+        # From now on answers are heard.
+        await worker.agents.call("u0", "echo", retry_for=0)
+    for user in ("u1", "u3"):
+        with subscriber(shared.nodes[4], f"agent:{user}:commands"):
+            before = published()
+            with pytest.raises(CallTimeout):
+                await worker.agents.call(user, "echo", timeout=0.2)
+            more = [now - then for now, then in zip(published(), before, strict=True)]
+        owner = shared.owner(f"agent:{user}:server")
+        assert {shared.nodes[place] for place, count in enumerate(more) if count} == {owner}
 
 
 @pytest.mark.asyncio
@@ -451,6 +473,16 @@ def test_urls_of_clusters_are_read() -> None:
 def test_wrong_urls_of_clusters_are_refused(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Worker.redis(url)
+
+
+@pytest.mark.parametrize("text", ["MOVED 7 n1:6379", "ASK 7 n1:6379", "TRYAGAIN Multiple keys", "CLUSTERDOWN is down"])
+def test_errors_that_older_versions_of_redis_py_do_not_know_are_known(text: str) -> None:
+    error = known(exceptions.ResponseError(text))
+    assert is_passing(error) or isinstance(error, exceptions.AskError)
+    assert known(error) is error
+    other = exceptions.ResponseError("WRONGTYPE it is no stream")
+    assert known(other) is other
+    assert not is_passing(other)
 
 
 def test_logins_of_sentinels_are_not_for_a_cluster() -> None:

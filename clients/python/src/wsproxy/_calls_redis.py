@@ -152,7 +152,7 @@ class RedisCalls:
         before, waiting.state = waiting.state, "publishing"
         try:
             async with self._turns:
-                is_heard = await self._once(lambda: self._tell(self._commands(call.user), payload))
+                is_heard = await self._once(lambda: self._tell(call.user, payload))
         except Unavailable as error:
             if not error.in_doubt:
                 waiting.state = before
@@ -166,16 +166,19 @@ class RedisCalls:
             text = f"No agent of {call.user} is connected."
             raise NotDone(AgentOffline(text, request_id=call.request_id), is_absent=True)
 
-    async def _tell(self, channel: str, payload: bytes) -> bool:
+    async def _tell(self, user: str, payload: bytes) -> bool:
         """Publishes a call; returns false where no agent has it.
 
         On a Cluster the agents are counted before: one that leaves at once may have it.
         """
-        before = await self._redis.present(channel)
+        before = await self._redis.present(self._commands(user))
         if before.is_whole and before.counts[0] == 0:
             return False
-        counted = await self._redis.tell(channel, channel, payload)
-        return counted > 0 or self._redis.counts_its_own_alone
+        return await self._publish(user, payload) > 0 or self._redis.counts_its_own_alone
+
+    async def _publish(self, user: str, payload: bytes) -> int:
+        # At the node that publishes changes of the holder, so that each connection knows whose a command is.
+        return await self._redis.tell(self._server(user), self._commands(user), payload)
 
     async def _subscribed(self, waiting: _Waiting) -> None:
         """Waits until an answer would be heard."""
@@ -269,14 +272,16 @@ class RedisCalls:
     def _commands(self, user: str) -> str:
         return f"{self._prefix}agent:{user}:commands"
 
+    def _server(self, user: str) -> str:
+        return f"{self._prefix}agent:{user}:server"
+
     async def cancel(self, user: str, request_id: str) -> None:
         await self._cancel(user, {"requestId": request_id})
 
     async def _cancel(self, user: str, which: dict[str, str]) -> None:
         command = written({"type": "tool_cancel", **which}).encode()
         async with self._turns:
-            channel = self._commands(user)
-            await self._once(lambda: self._redis.tell(channel, channel, command))
+            await self._once(lambda: self._publish(user, command))
 
     def _leave_later(self, call: Call) -> None:
         """Ends a call for its own caller, from a task that is being cancelled and so cannot wait."""
@@ -291,7 +296,7 @@ class RedisCalls:
         task.add_done_callback(self._cancelling.discard)
 
     async def is_connected(self, user: str) -> bool:
-        return bool(await self._once(lambda: self._redis.exists(f"{self._prefix}agent:{user}:server")))
+        return bool(await self._once(lambda: self._redis.exists(self._server(user))))
 
     async def aclose(self) -> None:
         self._is_closed = True

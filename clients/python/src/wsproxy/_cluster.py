@@ -48,6 +48,14 @@ _TELL_MAX = 3
 # Texts of errors of a script whose first command met a key of a slot on the move, or a Cluster that is down.
 _ELSEWHERE, _DOWN = "a non local key in a cluster node", "while the cluster is down"
 
+# Errors of redis-py by the codes of Redis.
+_CLASSES: dict[str, type[exceptions.ResponseError]] = {
+    "ASK": exceptions.AskError,
+    "CLUSTERDOWN": exceptions.ClusterDownError,
+    "MASTERDOWN": exceptions.MasterDownError,
+    "MOVED": exceptions.MovedError,
+    "TRYAGAIN": exceptions.TryAgainError,
+}
 _REFUSALS = (exceptions.AuthenticationError, exceptions.ResponseError)
 
 
@@ -126,21 +134,22 @@ class Cluster(Server):
                 if is_asking:
                     return await _after_asking(client, args, options)
                 return await client.run(*args, **options)
-            except exceptions.NoScriptError:
-                args = self.in_full(args)
-            except exceptions.MovedError as moved:
-                place, is_asking = self._moved(place, moved), False
-            except exceptions.AskError as ask:
-                place, is_asking = (ask.host or place[0], ask.port), True
-            except exceptions.RedisError as error:
-                if _is_on_the_move(error) and time.monotonic() < end:
+            except exceptions.RedisError as raised:
+                error = known(raised)
+                if isinstance(error, exceptions.NoScriptError):
+                    args = self.in_full(args)
+                elif isinstance(error, exceptions.MovedError):
+                    place, is_asking = self._moved(place, error), False
+                elif isinstance(error, exceptions.AskError):
+                    place, is_asking = (error.host or place[0], error.port), True
+                elif _is_on_the_move(error) and time.monotonic() < end:
                     # The keys of the slot are at both nodes, or the command needs one that is at none.
                     await asyncio.sleep(random.uniform(_PAUSE / 2, _PAUSE))
                     place, is_asking, redirections = await self._owner(_slot(_key_of(args))), False, 0
-                    continue
-                if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError) or is_passing(error):
-                    self._seen = None
-                raise
+                else:
+                    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError) or is_passing(error):
+                        self._seen = None
+                    raise error from None
         self._seen = None
         raise exceptions.TryAgainError("The nodes send each other the command.")
 
@@ -207,8 +216,8 @@ class Cluster(Server):
         async with self._client(place).pipeline(transaction=False) as pipeline:
             for each in commands:
                 pipeline.execute_command(*each.words)
-            answers: list[Any] = await pipeline.execute(raise_on_error=False)
-            return answers
+            answers = await pipeline.execute(raise_on_error=False)
+        return [known(each) if isinstance(each, Exception) else each for each in answers]
 
     async def _settle(self, commands: Sequence[Command], answers: list[Any], group: list[int], end: float) -> None:
         """Runs the commands of one key again that their node has refused, unless a later one was done already."""
@@ -439,6 +448,14 @@ class _PlainConnection(Connection):
 class _TlsConnection(SSLConnection):
     async def connect(self) -> None:
         await _connected(super().connect)
+
+
+def known(error: Exception) -> Exception:
+    """The error of a node by its class, which redis-py before 7 finds in its own client of a Cluster alone."""
+    code, _, text = str(error).partition(" ")
+    if type(error) is exceptions.ResponseError and code in _CLASSES:
+        return _CLASSES[code](text)
+    return error
 
 
 async def _after_asking(client: Server, words: tuple[Any, ...], options: dict[str, Any]) -> Any:

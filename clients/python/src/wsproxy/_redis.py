@@ -78,7 +78,7 @@ local ends = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
 return redis.call('ZADD', KEYS[1], string.format('%.0f', ends), ARGV[2])
 """
 # Number, state and text of a token stream as they belong together. Keys: state, text.
-_STATE = "return {redis.call('HMGET', KEYS[1], 'seq', 'state'), redis.call('GET', KEYS[2])}"
+_STATE = "return {redis.call('HMGET', KEYS[1], 'last', 'state'), redis.call('GET', KEYS[2])}"
 # Most bytes of a page of a history.
 _PAGE_BYTES = 64 * 1024 * 1024
 # The head of a log is kept for an eighth longer than this, or than the log.
@@ -362,10 +362,11 @@ class RedisBackend:
         async def read() -> list[Any]:
             return await cast("Awaitable[list[Any]]", self._state(keys=[key, f"{key}:text"]))
 
-        (seq, state), text = await self._do(read, repeatable=True)
-        if state is None:
+        (last, state), text = await self._do(read, repeatable=True)
+        if state is None or last is None:
             return None
-        return StreamState(int(seq or 0), _text(text), _text(state))
+        # `<time of the next renewal> <seq> <lease> <position>`
+        return StreamState(int(_text(last).split(" ")[1]), _text(text), _text(state))
 
     async def close_session(self, session: str, code: int | None, reason: str | None, connection: str | None) -> int:
         command = {"op": "close", "code": code, "reason": reason, "connection_id": connection}
@@ -538,7 +539,8 @@ def _connections(url: str, options: dict[str, Any], patience: float) -> tuple[Se
         return Server(pool(url, commands)), PoolSource(pool(url, subscriptions | {"protocol": 2}))
     if options.get("sentinel_kwargs") is not None:
         raise ValueError("sentinel_kwargs needs a URL that begins with redis+sentinel:// or rediss+sentinel://")
-    cluster = Cluster(url, commands, patience)
+    # The answers of RESP 2 are read.
+    cluster = Cluster(url, commands | {"protocol": 2}, patience)
     return cluster, ClusterSource(cluster, subscriptions | {"protocol": 2})
 
 

@@ -12,8 +12,8 @@ pub struct Reader<M> {
     /// Position at which the reader began. All messages behind it were offered to every fence.
     began: Position,
     /// Positions ahead of the reader up to which clients have read by themselves: the channel, or the log, must bring
-    /// each of these entries. They are as many as the messages on their way, at most.
-    ahead: Vec<Position>,
+    /// each of these entries. They are as many as the messages on their way, at most, and nearly always none.
+    ahead: Box<[Position]>,
     /// Latest position behind the reader up to which a client has read by itself. It may be of another life.
     doubted: Position,
     /// Start of the life of the log in which the reader is, where that is known.
@@ -59,7 +59,7 @@ pub enum Verdict {
 impl<M> Default for Reader<M> {
     fn default() -> Self {
         let (began, doubted) = (Position::START, Position::START);
-        Self { position: None, began, ahead: Vec::new(), doubted, life: None, hole: None }
+        Self { position: None, began, ahead: Box::default(), doubted, life: None, hole: None }
     }
 }
 
@@ -79,7 +79,7 @@ impl<M> Reader<M> {
         }
         if self.is_behind(at) {
             if !self.ahead.contains(&at) {
-                self.ahead.push(at);
+                self.ahead = [&*self.ahead, &[at]].concat().into();
             }
         } else if self.position != Some(at) {
             self.doubted = self.doubted.later(at);
@@ -170,14 +170,15 @@ impl<M> Reader<M> {
     fn move_to(&mut self, position: Position) {
         self.position = Some(position);
         if !self.ahead.is_empty() {
-            self.ahead.retain(|ahead| position.is_before(*ahead));
+            let still = self.ahead.iter().filter(|ahead| position.is_before(**ahead));
+            self.ahead = still.copied().collect();
         }
     }
 
     /// Goes on at a position of another life, behind `began`.
     fn begin_anew(&mut self, position: Position, began: Position) {
         (self.position, self.began) = (Some(position), began);
-        (self.ahead, self.doubted) = (Vec::new(), Position::START);
+        (self.ahead, self.doubted) = (Box::default(), Position::START);
     }
 
     /// Opens a hole: until the log was read, something may be missing behind the position. What waits is thrown

@@ -62,6 +62,8 @@ impl Source for Bus {
             ([("reason", refusal.label())], count)
         });
         scrape.counters("bus_publishes_refused", help, samples);
+        let help = "Whether every part of a Redis Cluster is there";
+        scrape.gauge("bus_whole", help, status.away.is_none().into());
         let help = "Whether the bus takes writes";
         scrape.gauge("bus_writable", help, status.refusal.is_none().into());
     }

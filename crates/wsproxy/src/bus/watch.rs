@@ -50,7 +50,7 @@ impl Watch {
 
 /// Watches the bus until `end`.
 pub async fn run(bus: Bus, end: CancellationToken) {
-    let mut watch = Watch::new(Instant::now());
+    let (mut watch, mut part) = (Watch::new(Instant::now()), Watch::new(Instant::now()));
     loop {
         let status = bus.status();
         let turn = watch.look(status.connected && status.subscribed, Instant::now());
@@ -66,6 +66,24 @@ pub async fn run(bus: Bus, end: CancellationToken) {
                 tracing::info!(bus = kind, away_ms, "Ready.");
             }
             None => {}
+        }
+        let is_there = status.connected && status.subscribed;
+        match part.look(!is_there || status.away.is_none(), Instant::now()) {
+            Some(Turn::Away) => tracing::error!(
+                bus = kind,
+                away = status.away,
+                "A part of the Redis Cluster is away: clients whose keys are there cannot connect, and their \
+                messages do not arrive. All others are served."
+            ),
+            Some(Turn::Ready(Some(gap))) => {
+                let away_ms = gap.as_millis() as u64;
+                tracing::info!(
+                    bus = kind,
+                    away_ms,
+                    "Every part of the Redis Cluster is there again."
+                );
+            }
+            Some(Turn::Ready(None)) | None => {}
         }
         tokio::select! {
             () = end.cancelled() => return,

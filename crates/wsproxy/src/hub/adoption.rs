@@ -33,10 +33,10 @@ impl Adoption {
     pub(super) fn new(channel: &[u8], track: &Track, payload: &[u8]) -> Option<Self> {
         let Identified { event_id } = serde_json::from_slice(payload).ok()?;
         check_event_id(&event_id).ok()?;
-        let channel = std::str::from_utf8(channel).ok()?.into();
-        let Track { log, histories, .. } = track;
+        let channel: Arc<str> = std::str::from_utf8(channel).ok()?.into();
+        let histories = &track.histories;
         let history = History {
-            log: Arc::clone(log),
+            log: track.log(&channel),
             clock: histories.clock.clone(),
             event_id: Some(event_id),
             dedup: None,

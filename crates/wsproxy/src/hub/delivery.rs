@@ -6,7 +6,7 @@ use std::{
 };
 
 use hashbrown::HashSet;
-use tracing::{info, trace, warn};
+use tracing::{debug, info, trace, warn};
 use wsproxy_conn::{
     Link,
     clock::{self, Micros},
@@ -90,6 +90,9 @@ impl Deliver for Delivery {
                         let histories = Arc::clone(&track.histories);
                         drop(shard);
                         if verdict == Verdict::Hole {
+                            let Envelope { id, prev, .. } = envelope;
+                            let channel = String::from_utf8_lossy(channel);
+                            debug!(%channel, %id, %prev, "A message does not follow the one before it.");
                             hub.open_hole(&histories);
                         }
                         return;
@@ -149,8 +152,12 @@ impl Deliver for Delivery {
         }
         for shard in hub.shards.iter() {
             let mut shard = shard.lock();
-            let tracks = shard.tracks_mut().map(|(_, track)| track);
-            tracks.filter(|track| missed.has(&track.log)).for_each(|track| track.interrupt());
+            for (topic, track) in shard.tracks_mut() {
+                // The key of a log is made only where it matters.
+                if matches!(missed, Missed::All) || missed.has(&track.log(topic)) {
+                    track.interrupt();
+                }
+            }
             for sink in shard.values().flat_map(|state| state.subscribers.iter()) {
                 if let Sink::Inbox(inbox) = sink {
                     inbox.lost();

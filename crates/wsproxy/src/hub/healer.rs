@@ -175,7 +175,7 @@ impl Hub {
                 let Some(from) = track.reader.begin_reading() else { continue };
                 holes.push(OpenHole {
                     topic: Arc::clone(topic),
-                    log: Arc::clone(&track.log),
+                    log: track.log(topic),
                     histories: Arc::clone(&track.histories),
                     from,
                 });
@@ -193,7 +193,7 @@ impl Hub {
                 let is_read = track.reader.position().is_some() && !track.reader.has_hole();
                 if is_read && !track.is_unresumable {
                     let histories = Arc::clone(&track.histories);
-                    kept.push((Arc::clone(topic), Arc::clone(&track.log), histories));
+                    kept.push((Arc::clone(topic), track.log(topic), histories));
                 }
             }
         }

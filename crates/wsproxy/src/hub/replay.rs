@@ -158,7 +158,7 @@ impl Replay {
     }
 
     /// Returns the turns of each topic's track; `None` while a topic has a hole or the bus is lost.
-    fn turns(&self) -> Option<Vec<u64>> {
+    fn turns(&self) -> Option<Vec<u32>> {
         let turns = self.topics.iter().map(|topic| {
             let shard = self.hub.shards.lock(topic.as_bytes());
             let track = shard.get(topic.as_bytes())?.track.as_ref()?;
@@ -237,7 +237,7 @@ impl Replay {
 
     /// Checks that the entries of the logs and the messages behind the fence have no gap between them. While the
     /// returned locks are held, no further message comes.
-    fn join(&self, found: &Backlog, turns: &[u64]) -> Joined<'_> {
+    fn join(&self, found: &Backlog, turns: &[u32]) -> Joined<'_> {
         let mut shards = self.hub.shards.lock_for(&self.topics);
         if !self.hub.is_linked() {
             return Joined::Not;

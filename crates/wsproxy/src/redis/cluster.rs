@@ -123,11 +123,9 @@ impl Cluster {
 
     /// Puts a publish into the queue of the node that serves its slot.
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (Back, Publish)> {
-        let slot = slot_of(&publish);
         let bytes = publish.queued_bytes();
         let table = self.table.read();
-        let route = usize::from(table.slots[usize::from(slot)].route);
-        table.members[route].node.publishes.queue.push(publish, bytes)
+        table.member_for(&publish).node.publishes.queue.push(publish, bytes)
     }
 
     /// Returns `Pending` while the queue of a node that can be reached is full. The messages for others must not wait for
@@ -159,14 +157,12 @@ impl Cluster {
         let first = first.map(PipelineRequest::Publish);
         let mut homeless = Vec::new();
         for request in first.chain(queued) {
-            let route = match &request {
-                PipelineRequest::Publish(publish) => {
-                    table.slots[usize::from(slot_of(publish))].route
-                }
+            let node = match &request {
+                PipelineRequest::Publish(publish) => &table.member_for(publish).node,
                 // The slot is on its way to this node.
-                _ => from.number as u16,
+                _ => from,
             };
-            homeless.extend(table.members[usize::from(route)].node.take_over(request));
+            homeless.extend(node.take_over(request));
         }
         homeless
     }
@@ -477,6 +473,18 @@ impl Table {
             }
         }
         Some(place)
+    }
+
+    /// Returns the member in whose queue a publish waits. A plain one needs no slot: another node takes it while the one of
+    /// its channel is away.
+    fn member_for(&self, publish: &Publish) -> &Member {
+        let member = &self.members[usize::from(self.slots[usize::from(slot_of(publish))].route)];
+        let is_away = member.endpoint.is_none() || member.node.publishes.link.is_away();
+        if !is_away || !matches!(publish.keep, Keep::Nothing) {
+            return member;
+        }
+        let is_up = |other: &&Member| other.slots > 0 && other.node.publishes.link.is_up();
+        self.members.iter().skip(1).find(is_up).unwrap_or(member)
     }
 
     fn give(&mut self, slot: u16, place: u16, epoch: u64) {

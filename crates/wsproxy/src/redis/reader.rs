@@ -489,7 +489,8 @@ impl RedisReader {
             }
         }
         let limit = self.shared.response_timeout;
-        if let Some(missed) = self.probes.no_receiver().or(self.probes.overdue(limit, now)) {
+        if let Some(missed) = self.probes.no_receiver().or_else(|| self.probes.overdue(limit, now))
+        {
             self.missed(missed, connection.birth)?;
         }
         if now.duration_since(self.scouted) > self.shared.probe_interval * SCOUT_PROBES

@@ -44,6 +44,8 @@ pub(crate) struct TrialFault {
     pub(crate) why: String,
     /// The thing to do.
     pub(crate) advice: &'static str,
+    /// Set where the server may run, and this machine does not reach it.
+    pub(crate) is_unreached: bool,
 }
 
 impl Trial {
@@ -60,6 +62,7 @@ impl Trial {
         let connection = connected.map_err(|fault| TrialFault {
             why: format!("Redis at {} cannot be used: {fault}", connector.address()),
             advice: advice(&fault),
+            is_unreached: is_unreached(&fault),
         })?;
         Ok(Self::of(connection, &connector, answer_max))
     }
@@ -79,6 +82,7 @@ impl Trial {
         let connection = connected.map_err(|fault| TrialFault {
             why: format!("{server} cannot be used: {fault}"),
             advice: advice(&fault),
+            is_unreached: is_unreached(&fault),
         })?;
         Ok(Self::of(connection, &connector, answer_max))
     }
@@ -116,6 +120,7 @@ impl Trial {
         answer.unwrap_or(Err(Fault::Silent)).map_err(|fault| TrialFault {
             why: format!("Redis does not answer: {fault}"),
             advice: advice(&fault),
+            is_unreached: is_unreached(&fault),
         })
     }
 
@@ -160,9 +165,16 @@ fn connector(
 ) -> Result<(Connector, Duration), TrialFault> {
     let answer_max = config.connect_timeout.min(time_max);
     let config = config::RedisConfig { connect_timeout: answer_max, ..config.clone() };
-    let connector = Connector::of(&config)
-        .map_err(|why| TrialFault { why, advice: "correct redis.url or redis.ca_file" })?;
+    let connector = Connector::of(&config).map_err(|why| TrialFault {
+        why,
+        advice: "correct redis.url or redis.ca_file",
+        is_unreached: false,
+    })?;
     Ok((connector, answer_max))
+}
+
+fn is_unreached(fault: &Fault) -> bool {
+    matches!(fault, Fault::ConnectTimeout | Fault::Io(_))
 }
 
 fn advice(fault: &Fault) -> &'static str {

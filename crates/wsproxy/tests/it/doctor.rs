@@ -16,6 +16,8 @@ use crate::support::{
     tls::{Files, Made},
 };
 
+mod cluster;
+
 /// Findings of the command, and its exit code.
 struct Examined {
     code: Option<i32>,

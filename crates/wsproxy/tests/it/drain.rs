@@ -28,7 +28,7 @@ async fn a_drain_flushes_closes_announces_and_leaves_nothing(backend: Backend) {
     // What an instance on Redis says at its end is heard by others only.
     let other = match &backend {
         Backend::Memory => None,
-        Backend::Redis(_) => Some(TestInstance::start(backend.config()).await),
+        _ => Some(TestInstance::start(backend.config()).await),
     };
     let follower = other.as_ref().unwrap_or(&instance);
     let mut events = follower.follow("agent:agent:sessions").await;

@@ -236,7 +236,8 @@ async fn health_readiness_info_and_document_say_what_is() {
     let info = instance.api("GET", "/api/v1/info", "").await.json();
     assert_eq!(info["connections"], json!({ "active": 1, "max": 1000 }));
     let bus = json!({
-        "kind": "memory", "connected": true, "subscribed": true, "channels": 2, "writable": true, "error": null,
+        "kind": "memory", "connected": true, "subscribed": true, "channels": 2, "writable": true, "away": null,
+        "error": null,
     });
     assert_eq!((&info["bus"], &health["bus"]), (&bus, &bus));
     let document = instance.get("/api/v1/openapi.json").await;

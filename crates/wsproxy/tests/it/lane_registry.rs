@@ -48,10 +48,7 @@ struct Node {
 
 impl Node {
     async fn on(backend: &Backend, name: &str) -> Self {
-        let node = match backend {
-            Backend::Memory => Self::with(None, name, FAST_LEASE),
-            Backend::Redis(redis) => Self::with(Some(&redis.url()), name, FAST_LEASE),
-        };
+        let node = Self::with(backend.url().as_deref(), name, FAST_LEASE);
         node.ready().await;
         node
     }

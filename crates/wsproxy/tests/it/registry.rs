@@ -109,14 +109,9 @@ impl Node {
     }
 
     async fn over(backend: &Backend) -> Self {
-        match backend {
-            Backend::Memory => {
-                let node = Self::new(None, "node", FAST_LEASE);
-                node.ready().await;
-                node
-            }
-            Backend::Redis(server) => Self::on(server, "node", FAST_LEASE).await,
-        }
+        let node = Self::new(backend.url().as_deref(), "node", FAST_LEASE);
+        node.ready().await;
+        node
     }
 
     async fn ready(&self) {

@@ -59,10 +59,7 @@ impl Inbox for Heard {
 
 impl Node {
     async fn on(backend: &Backend, name: &str, server: u64) -> Self {
-        match backend {
-            Backend::Memory => Self::with(None, name, server, FAST_LEASE).await,
-            Backend::Redis(redis) => Self::with(Some(&redis.url()), name, server, FAST_LEASE).await,
-        }
+        Self::with(backend.url().as_deref(), name, server, FAST_LEASE).await
     }
 
     async fn with(url: Option<&str>, name: &str, server: u64, timing: Timing) -> Self {

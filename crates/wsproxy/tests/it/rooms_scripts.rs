@@ -7,7 +7,8 @@ use wsproxy_proto::{
 
 use crate::support::{
     bus::TestBus,
-    redis_server::{Answer, Options, RedisServer, free_port},
+    cluster::Cluster,
+    redis_server::{Answer, RedisServer},
 };
 
 /// A room on a server, and what a subscriber of its channel sees.
@@ -277,33 +278,24 @@ async fn fields_left_behind_are_removed_without_an_event() {
 
 #[test]
 fn scripts_of_rooms_run_in_a_cluster() {
-    // Otherwise it listens on its port plus 10,000 too, which an outgoing connection may hold.
-    let cluster_port = free_port().to_string();
-    let arguments = ["--cluster-enabled", "yes", "--cluster-port", &cluster_port];
-    let arguments = arguments.map(String::from).to_vec();
-    let server = RedisServer::start_with(Options { arguments, ..Options::default() });
-    server.call(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
+    let cluster = Cluster::start();
     for key in keys() {
         assert_eq!(slot(key.as_bytes()), slot(CHANNEL.as_bytes()));
     }
-    let origin = origin();
-    let join = ["phone", "k1", "alice", "{}", "0", CHANNEL, &origin, "60000", ""];
-    // The server takes commands once it has seen that it has all slots.
-    let start = std::time::Instant::now();
+    let server = &cluster.nodes[cluster.owner_of(CHANNEL)];
     let keys = keys();
-    let mut words = vec!["EVAL", JOIN, "4"];
-    words.extend(keys.iter().map(String::as_str).chain(join));
-    while let Ok(Answer::Error(error)) = server.try_call(&words) {
-        assert!(error.contains("CLUSTERDOWN"), "{error}");
-        assert!(start.elapsed() < crate::support::PATIENCE, "{error}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    let run = |script: &str, words: &[&str]| {
+        let keys: Vec<_> = keys.iter().map(String::as_str).collect();
+        server.call(&[&["EVAL", script, "4"][..], &keys, words].concat())
+    };
+    let origin = origin();
+    joined(&run(JOIN, &["phone", "k1", "alice", "{}", "0", CHANNEL, &origin, "60000", ""]));
     let spawn = ["phone", "k1", CHANNEL, "message", "60000", "spawn", "e", "snapshot"];
-    assert_eq!(eval(&server, STATE, &spawn).integer(), 0);
+    assert_eq!(run(STATE, &spawn).integer(), 0);
     let positions = ["60000", "phone", "k1", "e", "position"];
-    assert_eq!(eval(&server, POSITIONS, &positions).integer(), 1);
+    assert_eq!(run(POSITIONS, &positions).integer(), 1);
     let leave = [CHANNEL, &origin, "60000", "1", "phone", "k1", "*"];
-    assert_eq!(eval(&server, LEAVE, &leave), gone(&["phone"]));
+    assert_eq!(run(LEAVE, &leave), gone(&["phone"]));
 }
 
 /// Connection in the heads. All of its bytes are ASCII, since words of this test are text.

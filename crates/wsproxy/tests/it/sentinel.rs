@@ -18,8 +18,9 @@ use crate::support::{
     eventually,
     gateway::{API_KEY, TestInstance, config},
     http,
+    redis_process::until,
     redis_server::{Answer, Options, RedisServer, free_port},
-    sentinel::{Deployment, REDIS_PASSWORD, SENTINEL_PASSWORD, sentinel_on, tls_sentinel, until},
+    sentinel::{Deployment, REDIS_PASSWORD, SENTINEL_PASSWORD, sentinel_on, tls_sentinel},
     soon,
 };
 

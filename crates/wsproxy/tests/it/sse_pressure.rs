@@ -19,7 +19,7 @@ async fn a_drain_ends_streams_politely_and_announces_them(backend: Backend) {
     let instance = TestInstance::start(backend.config()).await;
     let other = match &backend {
         Backend::Memory => None,
-        Backend::Redis(_) => Some(TestInstance::start(backend.config()).await),
+        _ => Some(TestInstance::start(backend.config()).await),
     };
     let follower = other.as_ref().unwrap_or(&instance);
     let mut announced = follower.follow("agent:agent:sessions").await;

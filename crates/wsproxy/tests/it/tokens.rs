@@ -57,7 +57,7 @@ async fn of_two_handshakes_with_one_token_exactly_one_wins(backend: Backend) {
     // With the embedded bus there is one instance only.
     let second = match backend {
         Backend::Memory => None,
-        Backend::Redis(_) => Some(TestInstance::start(backend.config()).await),
+        _ => Some(TestInstance::start(backend.config()).await),
     };
     let second = second.as_ref().unwrap_or(&first);
     for _ in 0..50 {
@@ -102,7 +102,7 @@ async fn of_many_handshakes_of_both_kinds_exactly_one_wins(backend: Backend) {
     // With the embedded bus there is one instance only.
     let second = match backend {
         Backend::Memory => None,
-        Backend::Redis(_) => Some(TestInstance::start(backend.config()).await),
+        _ => Some(TestInstance::start(backend.config()).await),
     };
     let instances = [&first, second.as_ref().unwrap_or(&first)];
     for round in 0..20 {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 
+mod cluster;
 mod database;
 mod host;
 mod nodes;
@@ -93,8 +94,8 @@ pub(super) fn examine(config: &Config) -> std::io::Result<Vec<Finding>> {
     findings.extend(tls::examine(&config.tls));
     findings.extend(proxies::examine(config));
     let (redis, database) = runtime.block_on(async {
-        let redis = within("redis", async |found| redis::examine(config, found).await);
-        let database = within("database", async |found| {
+        let redis = within("redis", PART_MAX, async |found| redis::examine(config, found).await);
+        let database = within("database", PART_MAX, async |found| {
             found.extend(database::examine(config).await);
         });
         tokio::join!(redis, database)
@@ -111,12 +112,16 @@ pub(super) fn has_error(findings: &[Finding]) -> bool {
     findings.iter().any(|finding| finding.level == Level::Error)
 }
 
-/// Looks at one part for a bounded time. What was found until then counts.
-async fn within(part: &'static str, look: impl AsyncFnOnce(&mut Vec<Finding>)) -> Vec<Finding> {
+/// Looks at one part, or one server, for a bounded time. What was found until then counts.
+async fn within(
+    part: &'static str,
+    time_max: Duration,
+    look: impl AsyncFnOnce(&mut Vec<Finding>),
+) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if tokio::time::timeout(PART_MAX, look(&mut findings)).await.is_err() {
+    if tokio::time::timeout(time_max, look(&mut findings)).await.is_err() {
         let advice = "see whether the server hangs, and whether a firewall drops packets";
-        findings.push(Finding::error(part, format!("no answer within {PART_MAX:?}"), advice));
+        findings.push(Finding::error(part, format!("no answer within {time_max:?}"), advice));
     }
     findings
 }

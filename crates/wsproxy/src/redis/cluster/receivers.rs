@@ -19,8 +19,8 @@ pub(in crate::redis) struct Receivers(Queue<Question>);
 enum Question {
     /// A message that one node has published.
     Published { channel: Arc<str>, outcome: Outcome, counts: Counts, receipt: Arc<dyn Receipt> },
-    /// A message that is to be kept if there is no receiver.
-    Kept(Publish),
+    /// A message that waits for the number: it is kept if there is none, or those whom it reaches may be gone at once.
+    Waiting(Publish),
 }
 
 impl Default for Receivers {
@@ -31,39 +31,36 @@ impl Default for Receivers {
 
 impl Cluster {
     /// Puts a publish on its way whose sender may depend on the number of receivers.
-    #[expect(clippy::result_large_err, reason = "the message goes back without an allocation")]
     pub(in crate::redis) fn publish_counted(
         self: &Arc<Self>,
         mut publish: Publish,
     ) -> Result<(), (crate::queue::Back, Publish)> {
-        if matches!(publish.keep, Keep::IfNoReceiver { .. }) {
+        let counts = publish.receipt.as_ref().map_or(Counts::Nothing, |receipt| receipt.counts());
+        if counts == Counts::All || matches!(publish.keep, Keep::IfNoReceiver { .. }) {
             let bytes = publish.queued_bytes();
-            return self
-                .receivers
-                .0
-                .push(KeptIfNoReceiver(publish), bytes)
-                .map_err(|(back, of)| (back, of.0));
+            let pushed = self.receivers.0.push(Counting(publish), bytes);
+            return pushed.map_err(|(back, Counting(publish))| (back, publish));
         }
-        if let Some(receipt) = publish.receipt.take() {
-            publish.receipt = Some(match receipt.counts() {
-                Counts::Nothing => receipt,
-                counts => Arc::new(Counted {
-                    cluster: self.clone(),
-                    channel: publish.channel.clone(),
-                    counts,
-                    receipt,
-                }),
-            });
+        if counts != Counts::Nothing {
+            self.count_again(&mut publish, 0);
         }
         self.publish(publish)
     }
+
+    /// Has the receivers of a message counted, if the node that publishes it counts too few. `before` were there already.
+    fn count_again(self: &Arc<Self>, publish: &mut Publish, before: u64) {
+        let Some(receipt) = publish.receipt.take() else { return };
+        let (counts, channel) = (receipt.counts(), publish.channel.clone());
+        let cluster = self.clone();
+        publish.receipt = Some(Arc::new(Counted { cluster, channel, counts, before, receipt }));
+    }
 }
 
-struct KeptIfNoReceiver(Publish);
+struct Counting(Publish);
 
-impl From<KeptIfNoReceiver> for Question {
-    fn from(KeptIfNoReceiver(publish): KeptIfNoReceiver) -> Self {
-        Self::Kept(publish)
+impl From<Counting> for Question {
+    fn from(Counting(publish): Counting) -> Self {
+        Self::Waiting(publish)
     }
 }
 
@@ -72,6 +69,8 @@ struct Counted {
     cluster: Arc<Cluster>,
     channel: Arc<str>,
     counts: Counts,
+    /// Receivers at all nodes before the message was published.
+    before: u64,
     receipt: Arc<dyn Receipt>,
 }
 
@@ -82,8 +81,8 @@ impl Receipt for Counted {
         else {
             return self.receipt.published(outcome);
         };
-        if count > 0 && self.counts == Counts::Any {
-            return self.receipt.published(outcome);
+        if count.max(self.before) > 0 && self.counts != Counts::Exact {
+            return self.receipt.published(with_count(outcome, Some(self.before), self.counts));
         }
         let (counts, receipt) = (self.counts, self.receipt.clone());
         let bytes = self.channel.len() + QUESTION_BYTES;
@@ -119,7 +118,7 @@ pub(in crate::redis) async fn run(shared: Arc<RedisShared>) {
         Question::Published { outcome, counts, receipt, .. } => {
             receipt.published(with_count(outcome, None, counts));
         }
-        Question::Kept(publish) => super::lose([publish]),
+        Question::Waiting(publish) => super::lose([publish]),
     });
 }
 
@@ -128,10 +127,13 @@ fn answer(cluster: &Arc<Cluster>, question: Question, count: Option<u64>) {
         Question::Published { outcome, counts, receipt, .. } => {
             return receipt.published(with_count(outcome, count, counts));
         }
-        Question::Kept(publish) => publish,
+        Question::Waiting(publish) => publish,
     };
-    // A subscriber that comes in between gets the message twice, and none misses it.
-    if count.is_some_and(|count| count > 0) {
+    let count = count.unwrap_or_default();
+    if !matches!(publish.keep, Keep::IfNoReceiver { .. }) {
+        cluster.count_again(&mut publish, count);
+    } else if count > 0 {
+        // A subscriber that comes in between gets the message twice, and none misses it.
         publish.keep = Keep::Nothing;
     }
     if let Err((_, publish)) = cluster.publish(publish)
@@ -159,7 +161,7 @@ fn with_count(outcome: Outcome, count: Option<u64>, counts: Counts) -> Outcome {
 async fn count(cluster: &Cluster, questions: &[Question], limit: Duration) -> Vec<Option<u64>> {
     let channels = questions.iter().map(|question| match question {
         Question::Published { channel, .. } => &**channel,
-        Question::Kept(publish) => &*publish.channel,
+        Question::Waiting(publish) => &*publish.channel,
     });
     let mut words: Vec<&[u8]> = vec![b"PUBSUB", b"NUMSUB"];
     words.extend(channels.map(str::as_bytes));

@@ -89,10 +89,7 @@ impl Heard {
 impl Node {
     /// Starts an instance of this name.
     pub async fn on(backend: &Backend, name: &str) -> Self {
-        match backend {
-            Backend::Memory => Self::with(config(None), name, |_| {}).await,
-            Backend::Redis(server) => Self::with(config(Some(&server.url())), name, |_| {}).await,
-        }
+        Self::with(config(backend.url().as_deref()), name, |_| {}).await
     }
 
     /// Starts an instance with changed parameters of places.

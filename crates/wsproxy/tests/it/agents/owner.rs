@@ -56,10 +56,7 @@ async fn newer_connection_takes_the_place_and_a_late_release_changes_nothing(bac
 }
 
 async fn released_place_keeps_its_generation_for_a_while(backend: Backend) {
-    let config = match &backend {
-        Backend::Memory => config(None),
-        Backend::Redis(server) => config(Some(&server.url())),
-    };
+    let config = config(backend.url().as_deref());
     let node =
         Node::with(config, "s1", |settings| settings.offline_wait = Duration::from_millis(300))
             .await;
@@ -111,7 +108,7 @@ async fn place_that_replaces_too_often_stays(backend: Backend) {
     // Two instances of the embedded bus would share nothing.
     let second = match &backend {
         Backend::Memory => None,
-        Backend::Redis(_) => Some(Node::on(&backend, "s2").await),
+        _ => Some(Node::on(&backend, "s2").await),
     };
     let mut last = None;
     for number in 0..23 {

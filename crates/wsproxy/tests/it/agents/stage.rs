@@ -87,7 +87,7 @@ impl Stage {
     /// The same with a change of the configuration.
     pub async fn with(backend: Backend, change: impl Fn(&mut Config)) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let count = if matches!(backend, Backend::Redis(_)) { 2 } else { 1 };
+        let count = if matches!(backend, Backend::Memory) { 1 } else { 2 };
         let mut stage = Self { backend, instances: Vec::new(), folder };
         for _ in 0..count {
             let config = stage.config(&change);

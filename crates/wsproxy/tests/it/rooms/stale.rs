@@ -40,7 +40,7 @@ async fn a_member_that_reads_on_has_the_newest_positions(backend: Backend) {
         // Nothing moves any more. A member joins, at another instance where there is one.
         let two = match &backend {
             Backend::Memory => None,
-            Backend::Redis(_) => Some(instance(&backend).await),
+            _ => Some(instance(&backend).await),
         };
         let mut cat = RoomClient::join(two.as_ref().unwrap_or(&one), "cat").await;
         for (entity, x) in [("e", 99.0), ("f", 98.0)] {

@@ -14,7 +14,7 @@ use wsproxy::{
     bus::{
         Bus,
         deliver::{Deliver, Missed},
-        publish::{Keep, Outcome, Publish, Receipt},
+        publish::{Counts, Keep, Outcome, Publish, Receipt},
     },
     config,
     store::Store,
@@ -22,10 +22,8 @@ use wsproxy::{
 use wsproxy_proto::names::Names;
 
 use super::{
-    eventually,
-    redis_server::RedisServer,
-    sentinel::{Server, lone_sentinel},
-    soon,
+    cluster::Cluster, eventually, redis_process::Server, redis_server::RedisServer,
+    sentinel::lone_sentinel, soon,
 };
 
 /// A running bus, what it delivers, and the server behind it; dropping it ends its tasks.
@@ -82,6 +80,11 @@ impl TestBus {
         let mut bus = Self::on(&config(Some(&url)));
         (bus.server, bus.sentinel) = (Some(server), Some((sentinel, directory)));
         bus
+    }
+
+    /// A bus on a Cluster, as a user with all rights.
+    pub fn cluster(cluster: &Cluster) -> Self {
+        Self::on(&config(Some(&cluster.admin_url())))
     }
 
     /// A bus on the server of this configuration.
@@ -286,11 +289,16 @@ impl Receipt for Receipts {
     fn published(&self, outcome: Outcome) {
         let _ = self.0.send(outcome);
     }
+
+    fn counts(&self) -> Counts {
+        Counts::Any
+    }
 }
 
-/// Runs each test, a function of a [`TestBus`] with what hangs on it, over every backend.
+/// Runs each test, a function of a [`TestBus`] with what hangs on it, over every backend. The attributes are those of the
+/// test that runs all of them on a Cluster.
 macro_rules! contract {
-    ($($name:ident),* $(,)?) => {
+    ($(#[$on_cluster:meta])* $($name:ident),* $(,)?) => {
         mod memory {
             $(#[tokio::test] async fn $name() { super::$name(super::TestBus::memory()).await; })*
         }
@@ -299,6 +307,17 @@ macro_rules! contract {
         }
         mod sentinel {
             $(#[tokio::test] async fn $name() { super::$name(super::TestBus::sentinel()).await; })*
+        }
+        mod cluster {
+            // One after another: six processes are too many for each.
+            $(#[$on_cluster])* #[tokio::test] async fn all_hold() {
+                let cluster = $crate::support::cluster::Cluster::shared().await;
+                $(
+                    cluster.flush();
+                    eprintln!("{}", stringify!($name));
+                    Box::pin(super::$name(super::TestBus::cluster(&cluster))).await;
+                )*
+            }
         }
     };
 }

@@ -26,6 +26,7 @@ use wsproxy_proto::names::Id;
 use super::{
     bus::config as redis_config,
     client::Client,
+    cluster::Cluster,
     eventually,
     http::{self, Response},
     redis_server::RedisServer,
@@ -38,6 +39,8 @@ pub enum Backend {
     Memory,
     /// A server of the test's own: any number of instances.
     Redis(RedisServer),
+    /// A Cluster: any number of instances.
+    Cluster(Arc<Cluster>),
 }
 
 impl Backend {
@@ -48,9 +51,15 @@ impl Backend {
 
     /// A configuration on it.
     pub fn config(&self) -> Config {
+        config(self.url().as_deref())
+    }
+
+    /// The address, where several instances can share it.
+    pub fn url(&self) -> Option<String> {
         match self {
-            Self::Memory => config(None),
-            Self::Redis(server) => config(Some(&server.url())),
+            Self::Memory => None,
+            Self::Redis(server) => Some(server.url()),
+            Self::Cluster(cluster) => Some(cluster.admin_url()),
         }
     }
 }

@@ -241,7 +241,7 @@ impl RedisServer {
     fn try_call_as(&self, password: Option<&str>, words: &[&str]) -> std::io::Result<Answer> {
         let mut stream = UnixStream::connect(self.path("socket"))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        exchange(&mut stream, password, words)
+        exchange(&mut stream, password.as_slice(), words)
     }
 
     /// Makes it a replica of another port, which need not exist.
@@ -290,14 +290,14 @@ pub(super) fn send_signal(child: Option<&Child>, signal: Signal) {
     kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
 }
 
-/// Executes a command over a new connection, behind a login where there is a password.
+/// Executes a command over a new connection, behind a login: what `AUTH` takes, or nothing.
 pub(super) fn exchange(
     stream: &mut (impl Read + Write),
-    password: Option<&str>,
+    login: &[&str],
     words: &[&str],
 ) -> std::io::Result<Answer> {
-    if let Some(password) = password {
-        stream.write_all(&spell(&["AUTH", password]))?;
+    if !login.is_empty() {
+        stream.write_all(&spell(&[&["AUTH"], login].concat()))?;
         read(&mut BufReader::new(&mut *stream))?;
     }
     stream.write_all(&spell(words))?;

@@ -2,16 +2,16 @@
 
 use std::{
     fs,
-    net::TcpStream,
     path::Path,
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::redis_server::{Answer, exchange, free_port, send_signal, succeeded};
+use super::{
+    redis_process::{Server, replaced, until},
+    redis_server::{Answer, free_port},
+};
 
 /// A master, two replicas and three sentinels; dropping it kills them.
 pub struct Deployment {
@@ -20,15 +20,6 @@ pub struct Deployment {
     /// The sentinels.
     pub sentinels: Vec<Server>,
     _directory: TempDir,
-}
-
-/// One process with a file of its own.
-pub struct Server {
-    port: u16,
-    password: Option<&'static str>,
-    arguments: Vec<String>,
-    log: String,
-    child: Option<Child>,
 }
 
 impl Deployment {
@@ -49,28 +40,27 @@ impl Deployment {
 
     /// The URL for the gateway; the sentinels have [`SENTINEL_PASSWORD`].
     pub fn url(&self) -> String {
-        let sentinels = self.sentinels.iter().map(|one| format!("127.0.0.1:{}", one.port));
+        let sentinels = self.sentinels.iter().map(|one| format!("127.0.0.1:{}", one.port()));
         let sentinels = sentinels.collect::<Vec<_>>().join(",");
         format!("redis+sentinel://:{REDIS_PASSWORD}@{sentinels}/mymaster/0")
     }
 
     /// The place of the server that most running sentinels name as the master.
     pub fn master(&self) -> usize {
-        let named = self.sentinels.iter().filter_map(|sentinel| sentinel.names_master());
+        let named = self.sentinels.iter().filter_map(|sentinel| names_master(sentinel));
         let named: Vec<_> = named.collect();
-        let place = |port| self.servers.iter().position(|server| server.port == port).unwrap();
+        let place = |port| self.servers.iter().position(|server| server.port() == port).unwrap();
         let most = named.iter().max_by_key(|port| named.iter().filter(|one| one == port).count());
         place(*most.expect("a sentinel runs"))
     }
 
     /// Waits until a sentinel names another master than this one.
     pub async fn decided(&self, old: usize) -> usize {
-        let old = self.servers[old].port;
-        let moved = |sentinel: &Server| sentinel.names_master().is_some_and(|port| port != old);
+        let old = self.servers[old].port();
+        let moved = |sentinel: &Server| names_master(sentinel).is_some_and(|port| port != old);
         until("a sentinel names another master", || self.sentinels.iter().any(moved)).await;
-        let named =
-            self.sentinels.iter().filter_map(Server::names_master).find(|port| *port != old);
-        self.servers.iter().position(|server| Some(server.port) == named).unwrap()
+        let named = self.sentinels.iter().filter_map(names_master).find(|port| *port != old);
+        self.servers.iter().position(|server| Some(server.port()) == named).unwrap()
     }
 
     /// Waits until a server is a replica whose link is up.
@@ -107,6 +97,20 @@ impl Deployment {
     }
 }
 
+/// The port of the master that a sentinel names; `None` where it does not answer.
+fn names_master(sentinel: &Server) -> Option<u16> {
+    if !sentinel.is_running() {
+        return None;
+    }
+    match sentinel.try_call(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster"]).ok()? {
+        Answer::Array(parts) => match &parts[..] {
+            [_, Answer::Text(port)] => port.parse().ok(),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 /// A sentinel of one master without a password.
 pub fn lone_sentinel(master: u16, directory: &Path) -> Server {
     sentinel_on(free_port(), master, directory)
@@ -118,7 +122,7 @@ pub fn sentinel_on(port: u16, master: u16, directory: &Path) -> Server {
     let text =
         format!("port {port}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {master} 1\n");
     fs::write(&file, text).unwrap();
-    let mut server = Server::of(directory, port, None, &file, true);
+    let mut server = Server::of(directory, port, &[], &file, &["--sentinel"]);
     server.start();
     server
 }
@@ -136,7 +140,7 @@ pub fn tls_sentinel(master: u16, certificates: &Path, directory: &Path) -> Serve
         of("ca.pem"),
     );
     fs::write(&file, text).unwrap();
-    let mut server = Server::of(directory, port, None, &file, true);
+    let mut server = Server::of(directory, port, &[], &file, &["--sentinel"]);
     server.spawn();
     server
 }
@@ -163,7 +167,7 @@ fn data_server(directory: &Path, port: u16, master: u16) -> Server {
             [("include /etc/redis/data.conf", &*include), ("replicaof 10.0.0.11 6379", &of)];
         fs::write(&file, replaced(REPLICA_CONF, &changes)).unwrap();
     }
-    Server::of(&folder, port, Some(REDIS_PASSWORD), &file, false)
+    Server::of(&folder, port, &[REDIS_PASSWORD], &file, &[])
 }
 
 fn sentinel(directory: &Path, port: u16, master: u16) -> Server {
@@ -184,118 +188,7 @@ fn sentinel(directory: &Path, port: u16, master: u16) -> Server {
     );
     let file = folder.join("sentinel.conf");
     fs::write(&file, text).unwrap();
-    Server::of(&folder, port, Some(SENTINEL_PASSWORD), &file, true)
-}
-
-/// Replaces each text, which must be there.
-fn replaced(text: &str, changes: &[(&str, &str)]) -> String {
-    changes.iter().fold(text.to_owned(), |text, (from, to)| {
-        assert!(text.contains(from), "the file has no {from:?}");
-        text.replace(from, to)
-    })
-}
-
-impl Server {
-    fn of(
-        folder: &Path,
-        port: u16,
-        password: Option<&'static str>,
-        file: &Path,
-        is_sentinel: bool,
-    ) -> Self {
-        let mut arguments = vec![file.display().to_string()];
-        if is_sentinel {
-            arguments.push("--sentinel".into());
-        }
-        let log = folder.join(format!("{port}.log")).display().to_string();
-        Self { port, password, arguments, log, child: None }
-    }
-
-    /// The TCP port.
-    pub fn port(&self) -> u16 {
-        self.port
-    }
-
-    /// Starts it, with the file that it has changed, and waits for it.
-    pub fn start(&mut self) {
-        self.spawn();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !self.try_call(&["PING"]).is_ok_and(|answer| answer == Answer::Text("PONG".into())) {
-            let log = fs::read_to_string(&self.log).unwrap_or_default();
-            assert!(Instant::now() < deadline, "it does not start:\n{log}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    fn spawn(&mut self) {
-        assert!(self.child.is_none(), "it runs");
-        let mut command = Command::new("redis-server");
-        command.args(&self.arguments).args(["--logfile", &self.log]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        self.child = Some(command.spawn().expect("redis-server is installed"));
-    }
-
-    /// SIGKILL: no farewell.
-    pub fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-
-    /// SIGSTOP: the kernel still answers for it, it does not.
-    pub fn stop(&self) {
-        self.signal(Signal::STOP);
-    }
-
-    /// SIGCONT.
-    pub fn cont(&self) {
-        self.signal(Signal::CONT);
-    }
-
-    fn signal(&self, signal: Signal) {
-        send_signal(self.child.as_ref(), signal);
-    }
-
-    /// Executes a command, which must succeed.
-    #[track_caller]
-    pub fn call(&self, words: &[&str]) -> Answer {
-        succeeded(words, self.try_call(words))
-    }
-
-    /// Executes a command.
-    pub fn try_call(&self, words: &[&str]) -> std::io::Result<Answer> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
-        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-        exchange(&mut stream, self.password, words)
-    }
-
-    /// The port that a sentinel names; `None` where it does not answer.
-    fn names_master(&self) -> Option<u16> {
-        self.child.as_ref()?;
-        match self.try_call(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "mymaster"]).ok()? {
-            Answer::Array(parts) => match &parts[..] {
-                [_, Answer::Text(port)] => port.parse().ok(),
-                _ => None,
-            },
-            _ => None,
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// Waits up to a minute, and looks often: times are measured by this.
-pub async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    Server::of(&folder, port, &[SENTINEL_PASSWORD], &file, &["--sentinel"])
 }
 
 /// The password of the servers in the files.

@@ -30,7 +30,7 @@ pub(super) async fn sentinels(config: &Config, servers: &RedisServers) -> Vec<Fi
                 findings
                     .extend(found.into_iter().map(|one| one.of(&format!("sentinel {sentinel}"))));
             }
-            Err(TrialFault { why, advice }) => {
+            Err(TrialFault { why, advice, .. }) => {
                 findings.push(Finding::warning(PART, format!("sentinel {why}"), advice));
             }
         }
@@ -102,7 +102,7 @@ pub(super) async fn replicas(config: &Config, replicas: &[RedisEndpoint]) -> Vec
             Ok(found) => {
                 findings.extend(found.into_iter().map(|one| one.of(&format!("replica {replica}"))));
             }
-            Err(TrialFault { why, advice }) => {
+            Err(TrialFault { why, advice, .. }) => {
                 findings.push(Finding::error(PART, format!("replica {why}"), advice));
             }
         }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{ANSWER_MAX, Finding, nodes, rights};
+use super::{ANSWER_MAX, Finding, cluster, nodes, rights};
 use crate::{
     config::Config,
     redis::{
@@ -19,13 +19,17 @@ pub(super) async fn examine(config: &Config, findings: &mut Vec<Finding>) {
         findings.push(Finding::ok(PART, what));
         return;
     }
-    if let Err(TrialFault { why, advice }) = look(config, findings).await {
+    if let Err(TrialFault { why, advice, .. }) = look(config, findings).await {
         findings.push(Finding::error(PART, why, advice));
     }
 }
 
 async fn look(config: &Config, findings: &mut Vec<Finding>) -> Result<(), TrialFault> {
     let servers = trial::servers(&config.redis)?;
+    if let RedisServers::Cluster { seeds } = &servers {
+        cluster::examine(config, seeds, findings).await;
+        return Ok(());
+    }
     findings.extend(nodes::sentinels(config, &servers).await);
     let mut trial = Trial::connect(&config.redis, ANSWER_MAX).await?;
     let replicas = look_at_one(&mut trial, config, findings).await?;

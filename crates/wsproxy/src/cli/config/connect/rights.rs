@@ -6,7 +6,10 @@ use wsproxy_proto::names::{Id, Names};
 use super::Finding;
 use crate::{
     config::{Config, NoReceiver, endpoints::EndpointsConfig},
-    redis::trial::{Trial, TrialAnswer, TrialFault},
+    redis::{
+        address::RedisServers,
+        trial::{self, Trial, TrialAnswer, TrialFault},
+    },
 };
 
 /// Examines the rights for the families that are served.
@@ -28,7 +31,7 @@ pub(super) async fn examine(
                 lacks.push(words[..words.len().min(2)].join(" "));
             }
             // Rights are judged first, so that the user has this one.
-            TrialAnswer::Error(error) if error.starts_with("READONLY") => {}
+            TrialAnswer::Error(error) if ELSEWHERE.iter().any(|code| error.starts_with(code)) => {}
             TrialAnswer::Error(error) => refused = Some((words.join(" "), error)),
             _ => {}
         }
@@ -59,6 +62,9 @@ fn commands(config: &Config) -> Vec<Vec<String>> {
     let probe = names.probe(server);
     table.channel(&probe);
     table.add(&["PING"]);
+    if matches!(trial::servers(&config.redis), Ok(RedisServers::Cluster { .. })) {
+        table.cluster(&probe);
+    }
     let Ok(id) = Id::parse("wsproxy-check") else { return table.0 };
     let EndpointsConfig { sessions, events, rooms, agents, tunnel, .. } = config.endpoints;
     if sessions {
@@ -131,6 +137,17 @@ impl Table {
         self.0.push(words.iter().map(|word| (*word).to_owned()).collect());
     }
 
+    /// Adds what only the nodes of a Cluster are asked.
+    fn cluster(&mut self, channel: &str) {
+        for words in [["CLUSTER", "NODES"], ["CLUSTER", "LINKS"]] {
+            self.add(&words);
+        }
+        self.add(&["ASKING"]);
+        self.add(&["ROLE"]);
+        self.add(&["PUBSUB", "NUMSUB", channel]);
+        self.add(&["SCRIPT", "LOAD", "return 0"]);
+    }
+
     fn channel(&mut self, name: &str) {
         self.add(&["SUBSCRIBE", name]);
         self.add(&["PUBLISH", name, ""]);
@@ -167,6 +184,9 @@ impl Table {
 }
 
 const PART: &str = "redis";
+
+/// Errors of a server that takes this command from this user, though not here or now.
+const ELSEWHERE: [&str; 5] = ["READONLY", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"];
 
 /// Missing rights that are told.
 const TOLD_MAX: usize = 12;
