@@ -147,6 +147,9 @@ def test_no_post_is_done_twice(request, tmp_path, redis):
         assert resident_bytes(tunnel.gateway.process) < before + (100 << 20)
     finally:
         faults.over.set()
+        if faults.is_alive():
+            # It may be about to start an agent.
+            faults.join()
         second.process.stop()
         for agent in agents:
             agent.stop()

@@ -470,13 +470,18 @@ mod tests {
 
     #[test]
     fn a_try_without_an_outcome_leaves_the_try_to_the_next_request() {
-        let breakers = opened(at(0));
-        let trial = breakers.admit(&cluster(), at(5)).unwrap();
-        trial.report(Outcome::Unclear, at(6), 0.5);
-        let trial = breakers.admit(&cluster(), at(6)).unwrap();
-        drop(trial);
         // The clock of the drop is the process's.
-        assert_eq!(breakers.state(&cluster(), at(6)).0, State::Open);
+        let opened_at = wsproxy_conn::clock::now();
+        let tried_at = opened_at.after(Micros(5_000_000));
+        let breakers = opened(opened_at);
+        breakers.admit(&cluster(), tried_at).unwrap().report(Outcome::Unclear, tried_at, 0.5);
+        for _ in 0..2 {
+            let trial = breakers.admit(&cluster(), tried_at).unwrap();
+            // One at a time.
+            assert!(breakers.admit(&cluster(), tried_at).is_err());
+            drop(trial);
+            assert_eq!(breakers.state(&cluster(), tried_at).0, State::Open);
+        }
     }
 
     #[test]

@@ -379,7 +379,7 @@ mod tests {
     fn key_of(
         cache: &Cache,
         target: &str,
-        lines: &[(&'static str, &'static str)],
+        lines: &[(&str, &str)],
         change: impl FnOnce(&mut Asked<'_>),
     ) -> Option<(Key, Duration)> {
         let (cluster, mut block) = (Id::parse("c1").unwrap(), HeaderBlock::new());
@@ -442,7 +442,7 @@ mod tests {
     fn requests_that_may_differ_have_different_keys() {
         let cache = cache();
         let target = "/api/v1/pods";
-        let lines = |lines: &[_]| key_of(&cache, target, lines, |_| {}).unwrap().0;
+        let lines = |lines: &[(&str, &str)]| key_of(&cache, target, lines, |_| {}).unwrap().0;
         let keys = [
             key(&cache, target),
             key(&cache, "/api/v1/pods?a"),
@@ -462,8 +462,26 @@ mod tests {
         for (at, one) in keys.iter().enumerate() {
             assert!(keys[at + 1..].iter().all(|other| one != other), "{one:?}");
         }
-        for neutral in ["user-agent", "x-request-id", "sec-fetch-mode", "x-forwarded-for"] {
-            assert_eq!(lines(&[(neutral, "a")]), keys[0], "{neutral}");
+        for name in NEUTRAL {
+            let neutral = name.replace('*', "a");
+            assert_eq!(lines(&[(&neutral, "a")]), keys[0], "{neutral}");
+            // Names that end or begin alike are a part of the key.
+            let longer = (!name.ends_with('*')).then(|| format!("{name}-id"));
+            for other in longer.into_iter().chain([format!("x-{neutral}")]) {
+                assert_ne!(lines(&[(&other, "a")]), keys[0], "{other}");
+            }
+        }
+        for credential in [
+            "x-auth-token",
+            "x-forwarded-user",
+            "x-forwarded-groups",
+            "x-amzn-oidc-data",
+            "x-goog-iap-jwt-assertion",
+            "x-csrf-token",
+            "origin",
+            "accept-language",
+        ] {
+            assert_ne!(lines(&[(credential, "a")]), keys[0], "{credential}");
         }
         let order = [("accept", "a"), ("x-api-key", "b")];
         assert_eq!(lines(&order), lines(&[order[1], order[0]]));
