@@ -499,6 +499,11 @@ def load(name: str, arguments: list, redis: int, settings: dict | None = None) -
         import tunnel
 
         return tunnel.load(name, scenario, settings or {})
+    if scenario[0] == "scale":
+        # As above.
+        import scale
+
+        return scale.load(name, scenario, redis)
     if scenario[0] in ("agents", "agent-ends", "agents-lost"):
         return agents(name, scenario)
     if scenario[0] == "tls":

@@ -145,6 +145,7 @@ def page(folder: Path) -> str:
         ("tls", lambda result: figures_table(result, "tls")),
         ("operator", lambda result: figures_table(result, "operator")),
         ("tunnel", tunnel_table),
+        ("scale", lambda result: figures_table(result, "scale")),
         ("peers", peers_table),
     )
     for name, shape in shapes:

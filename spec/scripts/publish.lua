@@ -36,6 +36,8 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
   local held = call('HMGET', head, 'position', 'sum', 'removed')
   local prev, total, removed = held[1], held[2], held[3]
   if not prev then
+    -- An error where a slot of a Redis Cluster is on the move, and the head, or the log, may be at the other node.
+    call('EXISTS', log, head)
     -- The log's last entry tells what the head did.
     local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
     local tag, sum, gone = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
@@ -136,19 +138,25 @@ if ARGV[8] == '1' and event_id ~= '' then
   first = call('HGET', ids, event_id) or call('HGET', ids .. ':old', event_id)
   if first then return {0, first ~= '' and first or '0-0', 1} end
 end
--- Before anything is written, so that a key of another type is an error with which nothing was done.
-local held = ids and call('HLEN', ids)
+-- Before anything is written, so that a key of another type, or one at another node, is an error with which nothing was
+-- done.
+local held, is_old = ids and call('HLEN', ids), nil
+if ids then
+  is_old = call('HEXISTS', ids .. ':old', event_id) == 1
+  if held == 0 then call('EXISTS', log, ids, ids .. ':old') end
+end
 local receivers, position = append(log, clock ~= '' and clock ~= log and clock, ARGV[1], ARGV[2],
   entries_max, tonumber(ARGV[4]), ttl, event_id)
 if once and once ~= '' and tonumber(ARGV[7] or 0) > 0 then call('SET', once, position, 'PX', ARGV[7]) end
 if ids then
   local name = is_acked and position or event_id
-  local is_used = call('HSETNX', ids, name, position) == 0 or call('HEXISTS', ids .. ':old', name) == 1
+  local is_used = call('HSETNX', ids, name, position) == 0 or is_old
   -- It is unknown which of several entries the id means.
   if is_used then call('HSET', ids, name, '') end
   call('PEXPIRE', ids, math.ceil(ttl * 65 / 64))
   -- Two generations hold at least the last ids_max.
   local ids_max = is_private and 50000 or tonumber(entries_max)
-  if held >= ids_max then call('RENAME', ids, ids .. ':old') end
+  -- Where a slot is on the move it is refused, and done with a later message.
+  if held >= ids_max then redis.pcall('RENAME', ids, ids .. ':old') end
 end
 return {receivers, position, 0}

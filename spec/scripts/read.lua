@@ -33,8 +33,19 @@ local function meta_of(entry)
   return tag or '00000000', prev or '', tonumber(sum or 0), removed or 0, own or ''
 end
 
+-- An error where a slot of a Redis Cluster is on the move, and something that seems not to be there may be at the other
+-- node: no key that is not there is read as empty then.
+local function surely(key, other)
+  call('EXISTS', key, other)
+end
+
 local function find(ids, text)
-  return call('HGET', ids, text) or call('HGET', ids .. ':old', text) or nil
+  local found = call('HGET', ids, text) or call('HGET', ids .. ':old', text) or nil
+  if not found then
+    surely(KEYS[1], ids)
+    surely(KEYS[1], ids .. ':old')
+  end
+  return found
 end
 
 local known, connections = 0, clock and string.sub(clock, 1, -6) .. 'connection:ids'
@@ -57,10 +68,35 @@ local function is_private(log)
   return match(log, '}:connection:[^:]*:log$') ~= nil
 end
 
+-- All heads are read before the first one is made.
+local heads = {}
+for n = 1, logs do
+  heads[n] = call('HMGET', beside(KEYS[n], 'head'), 'position', 'sum')
+  if not heads[n][1] then surely(KEYS[n], beside(KEYS[n], 'head')) end
+end
+
+local streams = {}
+if streams_bytes_max then
+  local bytes, index = 0, beside(KEYS[1], 'streams')
+  local found = call('ZREVRANGE', index, 0, 15)
+  if #found == 0 then surely(KEYS[1], index) end
+  for _, stream in ipairs(found) do
+    local key = beside(KEYS[1], 'stream:' .. stream)
+    local state = call('HMGET', key, 'state', 'seq', 'meta', 'error', 'bytes')
+    local text = call('GET', key .. ':text')
+    if not state[1] or not text then surely(key, key .. ':text') end
+    if state[1] then
+      bytes = bytes + state[5]
+      if #streams > 0 and bytes > streams_bytes_max then break end
+      table.insert(streams, 1, {stream, state[1], tonumber(state[2]), text or '', state[3], state[4]})
+    end
+  end
+end
+
 -- Answers head, sum, and 1 if it was made now.
-local function head_of(log)
+local function head_of(n)
+  local log, head = KEYS[n], heads[n]
   local key = beside(log, 'head')
-  local head = call('HMGET', key, 'position', 'sum')
   if head[1] then
     if head_ms ~= '' then call('PEXPIRE', key, head_ms, 'GT') end
     return head[1], head[2], 0
@@ -105,25 +141,11 @@ end
 
 local answer = {}
 for n = 1, logs do
-  local head, sum, is_new = head_of(KEYS[n])
+  local head, sum, is_new = head_of(n)
   local list, complete, is_start = {}, 1, nil
   if from and after ~= head then list, complete, is_start = page(KEYS[n]) end
   if is_start == nil then is_start = tonumber(sum or 0) == 0 end
   answer[n] = {head, is_new, is_start and 1 or 0, is_private(KEYS[n]) and 1 or 0, complete, list}
 end
 
-local streams = {}
-if streams_bytes_max then
-  local bytes = 0
-  for _, stream in ipairs(call('ZREVRANGE', beside(KEYS[1], 'streams'), 0, 15)) do
-    local key = beside(KEYS[1], 'stream:' .. stream)
-    local state = call('HMGET', key, 'state', 'seq', 'meta', 'error', 'bytes')
-    if state[1] then
-      bytes = bytes + state[5]
-      if #streams > 0 and bytes > streams_bytes_max then break end
-      local text = call('GET', key .. ':text') or ''
-      table.insert(streams, 1, {stream, state[1], tonumber(state[2]), text, state[3], state[4]})
-    end
-  end
-end
 return {now, moment, resolved, known, answer, streams}

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 import pytest
@@ -21,8 +21,12 @@ import redis as redis_py
 
 from wsproxy import Worker
 
+if TYPE_CHECKING:
+    from cluster import Cluster
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DEADLINE = 20.0
+REDIS_BINARY = shutil.which("redis-server") or "redis-server"
 API_KEY = "a-key-for-tests-0123456789abcdef"
 SECRET = "a-secret-for-tests-0123456789abcdef"
 
@@ -133,6 +137,9 @@ class RedisServer:
     def heard(self, channel: str) -> int:
         return int(self.client.pubsub_numsub(channel)[0][1])
 
+    def keys(self) -> set[str]:
+        return set(self.client.keys())
+
 
 def gateway_binary() -> str:
     """The gateway that the tests run: `WSPROXY_BIN`, else one that was built beside them."""
@@ -180,10 +187,30 @@ class StartGateway(Protocol):
 
 
 @pytest.fixture
-def redis(tmp_path: pathlib.Path) -> Iterator[RedisServer]:
+def redis(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Any]:
+    """A server of the test's own, or with `over_both` also a Cluster, which tests share."""
+    if getattr(request, "param", "server") == "cluster":
+        shared: Cluster = request.getfixturevalue("shared_cluster")
+        shared.empty()
+        yield shared
+        return
     server = RedisServer(tmp_path)
     yield server
     server.kill()
+
+
+over_both = pytest.mark.parametrize("redis", ["server", "cluster"], indirect=True)
+"""For a test that holds over one server and over a Cluster, and ends no server."""
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Cluster for tests that leave it as it is."""
+    from cluster import Cluster
+
+    started = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield started
+    started.stop()
 
 
 @pytest.fixture

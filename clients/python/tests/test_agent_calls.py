@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from agents import Tools, answers, issue, start
-from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, within
+from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, over_both, within
 from wsproxy import (
     AgentBusy,
     AgentGone,
@@ -258,6 +258,7 @@ async def test_another_process_cancels_a_call_by_its_key(agents: Agents, tools: 
     await within(agents.cancel("u1", "never-was"))
 
 
+@over_both
 @pytest.mark.asyncio
 async def test_a_key_runs_once(agents: Agents, tools: Tools) -> None:
     calls = [asyncio.ensure_future(agents.call("u1", "hold", idempotency_key="k-1")) for _ in range(4)]
@@ -308,6 +309,7 @@ async def test_as_many_calls_wait_as_the_gateway_takes(agents: Agents, gateway: 
         assert await within(asyncio.gather(*calls)) == [str(number) for number in range(200)]
 
 
+@over_both
 @pytest.mark.asyncio
 async def test_an_absent_agent_is_told(agents: Agents, gateway: Gateway) -> None:
     begun = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 import jwt
 import pytest
 
-from conftest import SECRET, Gateway, RedisServer, StartGateway, eventually, within
+from conftest import SECRET, Gateway, RedisServer, StartGateway, eventually, over_both, within
 from wsproxy import ConnectionClosed, Event, Outgoing, Receipt, Refused, Worker
 from wsproxy.client import Client, connect_events
 from wsproxy.client import TransportName as Transport
@@ -58,6 +58,7 @@ async def test_events_reach_whom_they_are_for(worker: Worker, gateway: Gateway, 
         assert [(await within(anext(bob))).type for _ in range(2)] == ["all", "bob"]
 
 
+@over_both
 async def test_one_position_resumes_all_channels(worker: Worker, gateway: Gateway) -> None:
     async with client(gateway, "ann") as ann:
         await opened(ann)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from conftest import RedisServer, eventually, within
+from conftest import RedisServer, eventually, over_both, within
 from proxy import Proxy
 from wsproxy import InvalidRequest, Worker, _kept
 
@@ -40,6 +40,7 @@ async def other(redis: RedisServer) -> AsyncIterator[Worker]:
         yield worker
 
 
+@over_both
 async def test_a_message_is_deleted_when_the_loop_is_done_with_it(redis: RedisServer, redis_worker: Worker) -> None:
     keep(redis, 0, 1, 2)
     async with redis_worker.upstream("s-1") as messages:
@@ -56,6 +57,7 @@ async def test_a_message_is_deleted_when_the_loop_is_done_with_it(redis: RedisSe
         assert (await within(following)).json() == 3
 
 
+@over_both
 async def test_leaving_in_order_counts_as_done_and_an_exception_does_not(
     redis: RedisServer, redis_worker: Worker
 ) -> None:
@@ -97,6 +99,7 @@ async def collect(worker: Worker, seen: list[Any], pause: float = 0.0) -> None:
             await asyncio.sleep(pause)
 
 
+@over_both
 async def test_two_workers_at_once_hand_each_message_out_once(
     redis: RedisServer, redis_worker: Worker, other: Worker, short_lease: None
 ) -> None:
@@ -117,6 +120,7 @@ async def stop(*tasks: asyncio.Task[None]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@over_both
 async def test_another_worker_goes_on_where_one_died(
     redis: RedisServer, other: Worker, short_lease: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

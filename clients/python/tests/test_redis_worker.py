@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import RedisServer, eventually, within
+from conftest import RedisServer, eventually, over_both, within
 from wsproxy import (
     Event,
     Failure,
@@ -34,6 +34,7 @@ def log(redis: RedisServer, session: str = "s-1") -> list[Any]:
     return [json.loads(text) for text in redis.texts(f"{{session:{session}:down}}:log")]
 
 
+@over_both
 async def test_a_token_is_the_key_that_the_gateway_reads(redis: RedisServer, redis_worker: Worker) -> None:
     bound = await redis_worker.issue_token("demo", "s-1", ttl=30)
     assert redis.client.get("session:s-1:auth") == f"agent/demo {bound.token}"
@@ -60,6 +61,7 @@ async def test_ids_that_would_spell_other_keys_are_refused(redis_worker: Worker,
         await redis_worker.to_user(bad, "x")
 
 
+@over_both
 async def test_what_is_sent_is_published_and_kept(redis: RedisServer, redis_worker: Worker) -> None:
     with contextlib.closing(redis.client.pubsub()) as pubsub:
         pubsub.subscribe("session:s-1:down")
@@ -81,6 +83,7 @@ async def test_what_is_sent_is_published_and_kept(redis: RedisServer, redis_work
     assert len(log(redis)) == 2
 
 
+@over_both
 async def test_prefix_and_limits_are_those_of_the_worker(redis: RedisServer) -> None:
     async with Worker.redis(redis.url, prefix="eu", limits=Limits(entries_max=3, ttl=50)) as worker:
         receipts = [await worker.send("s-1", {"n": number}) for number in range(5)]
@@ -96,9 +99,10 @@ async def test_prefix_and_limits_are_those_of_the_worker(redis: RedisServer) -> 
         await worker.broadcast("x", idempotency_key="k")
         await worker.to_user("u-1", "x")
     keys = {"{eu:ws}:clock", "{eu:ws}:broadcast:log", "{eu:ws}:broadcast:once:k", "{eu:ws}:user:u-1:log"}
-    assert keys <= set(redis.client.keys())
+    assert keys <= redis.keys()
 
 
+@over_both
 async def test_an_idempotency_key_sends_once(redis: RedisServer, redis_worker: Worker) -> None:
     first = await redis_worker.send("s-1", {"n": 1}, idempotency_key="k")
     again = await redis_worker.send("s-1", {"n": 1}, idempotency_key="k")
@@ -109,6 +113,7 @@ async def test_an_idempotency_key_sends_once(redis: RedisServer, redis_worker: W
     assert (await redis_worker.broadcast("x", {"a": 1}, idempotency_key="other")).event_id == first.event_id
 
 
+@over_both
 async def test_events_are_complete_and_ordered_over_channels(redis: RedisServer, redis_worker: Worker) -> None:
     receipts = [
         await redis_worker.broadcast("a", {"n": 1}),
@@ -128,6 +133,7 @@ async def test_events_are_complete_and_ordered_over_channels(redis: RedisServer,
     assert log(redis) == [{"e": 1}]
 
 
+@over_both
 async def test_a_batch_keeps_the_order_and_says_what_failed(redis: RedisServer, redis_worker: Worker) -> None:
     results = await redis_worker.batch([Outgoing("session:s-1", {"n": number}) for number in range(500)])
     assert [each["n"] for each in log(redis)] == list(range(500))
@@ -141,6 +147,7 @@ async def test_a_batch_keeps_the_order_and_says_what_failed(redis: RedisServer, 
         await redis_worker.batch([Outgoing("room:x", {})])
 
 
+@over_both
 async def test_a_forgotten_script_is_loaded_again(redis: RedisServer, redis_worker: Worker) -> None:
     await redis_worker.send("s-1", {})
     redis.client.script_flush()
@@ -150,6 +157,7 @@ async def test_a_forgotten_script_is_loaded_again(redis: RedisServer, redis_work
     assert len(log(redis)) == 5
 
 
+@over_both
 async def test_disconnecting_and_revoking_write_what_the_gateway_reads(
     redis: RedisServer, redis_worker: Worker
 ) -> None:
@@ -185,6 +193,7 @@ async def test_disconnecting_and_revoking_write_what_the_gateway_reads(
             await redis_worker.disconnect(**wrong)
 
 
+@over_both
 async def test_presence_leaves_out_instances_that_died(redis: RedisServer, redis_worker: Worker) -> None:
     redis.client.set("ws:server:gw-1", "{}", px=60_000)
     for name, server in (("c-1", "gw-1"), ("c-2", "gw-dead")):
@@ -197,6 +206,7 @@ async def test_presence_leaves_out_instances_that_died(redis: RedisServer, redis
 # ---- token streams ----
 
 
+@over_both
 async def test_a_stream_ends_as_its_block_ends(redis: RedisServer, redis_worker: Worker) -> None:
     async with redis_worker.stream("s-1", "t-1", meta={"model": "m"}, flush_interval=0) as stream:
         await stream.append("Hel")
@@ -244,6 +254,7 @@ async def test_a_cancelled_worker_says_so(redis: RedisServer, redis_worker: Work
     assert log(redis)[-1]["outcome"] == "cancelled"
 
 
+@over_both
 @pytest.mark.parametrize("interrupt", [False, True])
 async def test_a_client_stops_a_stream(redis: RedisServer, redis_worker: Worker, interrupt: bool) -> None:
     async def stop() -> None:
@@ -302,6 +313,7 @@ async def test_a_fast_stream_sends_at_most_twenty_messages_a_second(redis: Redis
     assert len(appends) <= passed / 0.05 + 2
 
 
+@over_both
 async def test_the_lease_is_renewed(redis: RedisServer, redis_worker: Worker) -> None:
     def ends() -> int:
         return int(redis.client.hget("{session:s-1:down}:stream:t-1", "ends") or 0)
@@ -355,6 +367,7 @@ async def test_the_end_of_a_block_tells_of_collected_text_that_came_too_late(
         assert "".join(each.get("text", "") for each in log(redis)) == "Hello"
 
 
+@over_both
 async def test_another_worker_goes_on_with_a_stream(redis: RedisServer, redis_worker: Worker) -> None:
     async with Worker.redis(redis.url) as second:
         async with redis_worker.stream("s-1", "t-1", watch_stop=False, flush_interval=0) as mine:
@@ -409,6 +422,7 @@ async def test_a_stream_goes_on_when_redis_comes_back_empty(redis: RedisServer, 
 # ---- following ----
 
 
+@over_both
 async def test_upstream_begins_with_what_was_kept_and_goes_on(redis: RedisServer, redis_worker: Worker) -> None:
     # Under the name of the version before, which comes first, and under today's.
     for number, log in enumerate(["session:s-1:up:log", "{session:s-1:up}:log", "{session:s-1:up}:log"]):
@@ -424,6 +438,7 @@ async def test_upstream_begins_with_what_was_kept_and_goes_on(redis: RedisServer
     await eventually("no worker listens", lambda: not redis.heard("session:s-1:up"))
 
 
+@over_both
 async def test_a_channel_may_be_taken_again_at_any_moment(redis: RedisServer, redis_worker: Worker) -> None:
     for number in range(60):
         async with redis_worker.upstream("s-1") as messages:
@@ -474,6 +489,7 @@ async def test_a_connection_that_was_killed_is_replaced(redis: RedisServer, redi
             assert (await within(anext(messages))).json() == number
 
 
+@over_both
 async def test_session_events_are_parsed_and_others_ignored(redis: RedisServer, redis_worker: Worker) -> None:
     async with redis_worker.session_events("demo") as events:
         redis.client.publish("agent:demo:sessions", "not json")

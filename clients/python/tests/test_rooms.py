@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import redis as redis_py
 
-from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, within
+from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, over_both, within
 from room_clients import member, start
 from wsproxy import (
     Gap,
@@ -98,6 +98,7 @@ async def test_members_are_listed_over_all_instances(
         assert first.since.endswith("Z")
 
 
+@over_both
 async def test_a_kicked_client_is_closed_and_gone(
     rooms: Rooms, rooms_gateway: Gateway, start_gateway: StartGateway
 ) -> None:
@@ -270,6 +271,7 @@ async def test_calls_without_redis_say_what_is_in_doubt(redis: RedisServer) -> N
             await worker.rooms.kick("lobby", client="a")
 
 
+@over_both
 async def test_records_that_no_gateway_wrote_are_no_members(redis: RedisServer, redis_worker: Worker) -> None:
     client: redis_py.Redis = redis.client
     good = '00000000000000ab-1 ann {"server":"s","since":"2026-01-01T00:00:00Z"}'

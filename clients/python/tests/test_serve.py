@@ -15,7 +15,19 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from conftest import API_KEY, ROOT, Gateway, Process, RedisServer, StartGateway, eventually, free_port, until, within
+from conftest import (
+    API_KEY,
+    ROOT,
+    Gateway,
+    Process,
+    RedisServer,
+    StartGateway,
+    eventually,
+    free_port,
+    over_both,
+    until,
+    within,
+)
 from wsproxy import InvalidRequest, ServedSession, Worker
 from wsproxy.client import Client, connect_session
 
@@ -88,6 +100,7 @@ async def test_every_session_of_the_agent_is_served_until_its_clients_have_gone(
     assert redis.client.keys("*:owner") == []
 
 
+@over_both
 @pytest.mark.asyncio
 async def test_of_two_workers_one_serves_a_session_and_the_other_goes_on(
     redis_worker: Worker, other: Worker, keeping: Gateway, redis: RedisServer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, within
+from conftest import API_KEY, Gateway, RedisServer, StartGateway, eventually, over_both, within
 from proxy import Proxy
 from wsproxy import (
     Gap,
@@ -50,6 +50,7 @@ def without_id(message: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name != "event_id"}
 
 
+@over_both
 @BOTH
 async def test_what_a_worker_sends_arrives_with_its_id(worker: Worker, gateway: Gateway, transport: Transport) -> None:
     async with client(worker, gateway.url, transport) as connection:
@@ -195,6 +196,7 @@ def order(position: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in (position or "").split("-")[:2])
 
 
+@over_both
 async def test_what_clients_send_reaches_the_worker(worker: Worker, gateway: Gateway, redis: RedisServer) -> None:
     async with client(worker, gateway.url) as connection:
         await connection.send({"n": 0})
@@ -225,6 +227,7 @@ async def test_following_survives_the_gateway(worker: Worker, gateway: Gateway, 
     assert len(gaps) <= 1
 
 
+@over_both
 async def test_sessions_are_announced_and_closed(worker: Worker, gateway: Gateway) -> None:
     async with worker.session_events("demo") as events, client(worker, gateway.url) as connection:
         event = await within(anext(events))
@@ -337,6 +340,7 @@ async def test_a_stream_is_one_text_whenever_the_client_comes(
                 assert merged.meta == {"model": "m"}
 
 
+@over_both
 async def test_a_client_that_comes_late_gets_the_text_and_then_the_tail(worker: Worker, gateway: Gateway) -> None:
     async with worker.stream("s-1", "t-1", watch_stop=False) as stream:
         await stream.append("Hel")

@@ -12,7 +12,7 @@ use crate::remote::{self, Generator};
 use crate::report::Report;
 use crate::scenario::{
     agent_ends, agents, agents_lost, churn, cluster, connect, drain, echo, fanout, history, idle,
-    outage, resume, rooms, sessions, slow, tunnel,
+    outage, resume, rooms, scale, sessions, slow, tunnel,
 };
 use crate::target::Kind;
 use crate::tunnel::proxy::{self, Proxy};
@@ -88,6 +88,8 @@ enum Scenario {
     Outage(outage::Options),
     /// Users at the event endpoint of several instances.
     Cluster(cluster::Options),
+    /// As many clients as the host holds, over many instances.
+    Scale(scale::Options),
     /// Users' agents: memory, heartbeats, calls of tools.
     Agents(agents::Options),
     /// Users' agents that are replaced, revoked or killed.
@@ -116,12 +118,14 @@ pub fn run(cli: Cli) -> Result<bool> {
                 bail!("the raw limit has no way up");
             }
             use Scenario::{
-                AgentEnds, Agents, AgentsLost, Cluster, History, Outage, Resume, Rooms,
+                AgentEnds, Agents, AgentsLost, Cluster, History, Outage, Resume, Rooms, Scale,
             };
             if matches!(scenario, History(_) | Resume(_) | Outage(_)) {
                 bail!("the raw limit keeps no history");
             }
-            if matches!(scenario, Cluster(_) | Agents(_) | AgentEnds(_) | AgentsLost(_) | Rooms(_))
+            let of_instances = matches!(scenario, Cluster(_) | Scale(_));
+            if of_instances
+                || matches!(scenario, Agents(_) | AgentEnds(_) | AgentsLost(_) | Rooms(_))
             {
                 bail!("the raw limit knows no users");
             }
@@ -156,6 +160,7 @@ fn finish(scenario: &Scenario) -> Result<bool> {
         Scenario::Resume(options) => resume::run(options)?,
         Scenario::Outage(options) => outage::run(options)?,
         Scenario::Cluster(options) => cluster::run(options)?,
+        Scenario::Scale(options) => scale::run(options)?,
         Scenario::Agents(options) => agents::run(options)?,
         Scenario::AgentEnds(options) => agent_ends::run(options)?,
         Scenario::AgentsLost(options) => agents_lost::run(options)?,
@@ -188,6 +193,7 @@ impl Scenario {
             Self::Resume(options) => &options.common,
             Self::Outage(options) => &options.common,
             Self::Cluster(options) => &options.common,
+            Self::Scale(options) => &options.common,
             Self::Agents(options) => &options.common,
             Self::AgentEnds(options) => &options.common,
             Self::AgentsLost(options) => &options.common,
@@ -209,6 +215,7 @@ impl Scenario {
             Self::Resume(options) => &mut options.common,
             Self::Outage(options) => &mut options.common,
             Self::Cluster(options) => &mut options.common,
+            Self::Scale(options) => &mut options.common,
             Self::Agents(options) => &mut options.common,
             Self::AgentEnds(options) => &mut options.common,
             Self::AgentsLost(options) => &mut options.common,

@@ -90,7 +90,7 @@ pub(crate) enum Command {
     Stall(Span),
     Resume(Span),
     Echo(Echo),
-    Redirect(SocketAddr),
+    Redirect(Vec<SocketAddr>),
     Mark(u64),
     Report(SyncSender<Tally>),
     Stop,
@@ -171,9 +171,13 @@ impl Fleet {
         self.command(|| Command::Echo(echo))
     }
 
-    /// Sets the server for all connections from now on.
-    pub fn redirect(&self, server: SocketAddr) -> Result<()> {
-        self.command(|| Command::Redirect(server))
+    /// Sets the servers for all connections from now on; clients take them in turn, by their number.
+    ///
+    /// # Errors
+    /// There is none, or a thread is gone.
+    pub fn redirect(&self, servers: Vec<SocketAddr>) -> Result<()> {
+        anyhow::ensure!(!servers.is_empty(), "clients need a server");
+        self.command(|| Command::Redirect(servers.clone()))
     }
 
     /// Begins to count separately the messages that were to be sent until `at_ns`.

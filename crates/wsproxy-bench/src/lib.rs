@@ -6,6 +6,7 @@ pub mod bench;
 pub mod callers;
 pub mod cli;
 pub mod clock;
+pub mod crowd;
 pub mod echo_worker;
 pub mod fleet;
 pub mod frame;

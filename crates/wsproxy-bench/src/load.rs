@@ -41,6 +41,12 @@ impl Flow {
         self.rate = rate;
     }
 
+    /// Returns true where each message goes to all clients.
+    #[must_use]
+    pub fn is_to_all(&self) -> bool {
+        self.to_all
+    }
+
     /// Messages published so far.
     #[must_use]
     pub fn published(&self) -> u64 {

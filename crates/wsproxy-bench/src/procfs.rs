@@ -28,6 +28,35 @@ pub struct Memory {
     pub anonymous: u64,
 }
 
+/// Memory of the kernel at one moment, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Kernel {
+    /// Pages of all slabs: sockets, files, entries of epoll. 0 where `/proc/slabinfo` cannot be read (root only).
+    pub slab: u64,
+    /// Memory of the host.
+    pub total: u64,
+    /// Memory that programs could still get.
+    pub available: u64,
+}
+
+impl Kernel {
+    /// Returns the memory now.
+    #[must_use]
+    pub fn now() -> Self {
+        let slabs = fs::read_to_string("/proc/slabinfo").unwrap_or_default();
+        let host = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let field = |name: &str| -> u64 {
+            let line = host.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0) * 1024
+        };
+        Self {
+            slab: slabs.lines().filter_map(slab_bytes).map(|(_, bytes)| bytes).sum(),
+            total: field("MemTotal:"),
+            available: field("MemAvailable:"),
+        }
+    }
+}
+
 impl Processes {
     /// Watches these processes and their children, which are looked up at each sample.
     #[must_use]
@@ -145,6 +174,17 @@ fn memory_of(pid: u32) -> Option<Memory> {
     Some(Memory { resident: field("Rss:")?, anonymous: field("Anonymous:")? })
 }
 
+/// Name and bytes of a line of `/proc/slabinfo`: `name active objects size per_slab pages : … : slabdata active slabs …`.
+fn slab_bytes(line: &str) -> Option<(&str, u64)> {
+    let mut words = line.split_whitespace();
+    let name = words.next().filter(|name| !name.starts_with(['#', '-']))?;
+    let pages: u64 = words.nth(4)?.parse().ok()?;
+    let slabs: u64 = line.rsplit_once("slabdata")?.1.split_whitespace().nth(1)?.parse().ok()?;
+    Some((name, slabs * pages * PAGE_BYTES))
+}
+
+/// Size of a page where the load generator runs: x86-64, and arm64 as distributions build it.
+const PAGE_BYTES: u64 = 4096;
 /// Length of a tick: the kernel reports 100 of them per second to user space on all supported architectures.
 const NS_PER_TICK: u64 = 10_000_000;
 
@@ -165,6 +205,16 @@ mod tests {
         assert!(memory.resident > 100_000 && memory.anonymous <= memory.resident, "{memory:?}");
         assert!(!has_ended(std::process::id()));
         assert!(has_ended(u32::MAX));
+    }
+
+    #[test]
+    fn bytes_of_a_slab_are_those_of_its_pages() {
+        let line = "TCP  26 30 2368 13 8 : tunables 0 0 0 : slabdata 2 3 0";
+        assert_eq!(slab_bytes(line), Some(("TCP", 3 * 8 * 4096)));
+        assert_eq!(slab_bytes("# name <active_objs> <num_objs> <objsize> <a> <b> : x"), None);
+        assert_eq!(slab_bytes("slabinfo - version: 2.1"), None);
+        let now = Kernel::now();
+        assert!(now.available > 0 && now.available < now.total, "{now:?}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -22,10 +22,13 @@ pub struct Generator {
     /// Address that its clients connect to.
     #[arg(long)]
     pub server: SocketAddr,
+    /// Kind of the server, and of its clients.
+    #[arg(long, value_enum)]
+    pub target: Kind,
     /// Name of the run.
     #[arg(long)]
     pub run: String,
-    /// Secret that signs tokens.
+    /// Secret that signs tokens; empty where clients have none.
     #[arg(long)]
     pub secret: String,
     /// Number of its first user.
@@ -57,12 +60,14 @@ pub struct Status {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
-    /// Connect the clients from `first` on, `rate` per second.
+    /// Connect the clients from `first` on, `rate` per second or all at once.
     Open {
         first: u32,
         count: u32,
-        rate: f64,
+        rate: Option<f64>,
     },
+    /// Connect to these servers in turn from now on.
+    Redirect(Vec<SocketAddr>),
     Status,
     Report,
 }
@@ -86,6 +91,8 @@ pub struct RemoteFleet {
     child: Child,
     asks: ChildStdin,
     answers: BufReader<ChildStdout>,
+    /// Number of its first client over all processes.
+    pub first: u32,
     /// Number of its clients.
     pub count: u32,
 }
@@ -93,27 +100,33 @@ pub struct RemoteFleet {
 impl RemoteFleet {
     /// Starts the process; no client connects yet.
     pub fn start(generator: &Generator) -> Result<Self> {
-        let Generator { server, run, secret, first, count, sources, handshake_timeout } = generator;
+        let Generator { server, target, run, secret, first, count, .. } = generator;
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["generator", "--run", run, "--secret", secret]);
+        let kind = target.to_possible_value().context("a kind has a name")?;
+        command.args(["generator", "--run", run, "--secret", secret, "--target", kind.get_name()]);
         let numbers = [
             ("--server", server.to_string()),
             ("--first", first.to_string()),
             ("--count", count.to_string()),
-            ("--sources", sources.to_string()),
-            ("--handshake-timeout", handshake_timeout.to_string()),
+            ("--sources", generator.sources.to_string()),
+            ("--handshake-timeout", generator.handshake_timeout.to_string()),
         ];
         command.args(numbers.iter().flat_map(|(name, value)| [*name, value]));
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("the generator does not start")?;
         let asks = child.stdin.take().context("no pipe")?;
         let answers = BufReader::new(child.stdout.take().context("no pipe")?);
-        Ok(Self { child, asks, answers, count: *count })
+        Ok(Self { child, asks, answers, first: *first, count: *count })
     }
 
     /// Lets clients from number `first` of this fleet on connect; returns at once.
-    pub fn open(&mut self, first: u32, count: u32, rate: f64) -> Result<()> {
+    pub fn open(&mut self, first: u32, count: u32, rate: Option<f64>) -> Result<()> {
         self.ask::<Status>(&Ask::Open { first, count, rate }).map(|_| ())
+    }
+
+    /// Sets the servers that clients connect to in turn from now on.
+    pub fn redirect(&mut self, servers: &[SocketAddr]) -> Result<()> {
+        self.ask::<Status>(&Ask::Redirect(servers.to_vec())).map(|_| ())
     }
 
     /// Totals over all clients of a process.
@@ -145,8 +158,9 @@ impl Drop for RemoteFleet {
 
 /// Runs a fleet and executes the commands on standard input, until it ends.
 pub fn serve(generator: &Generator) -> Result<()> {
-    let Generator { server, run, secret, first, count, sources, handshake_timeout } = generator;
-    let target = Target::new(Kind::Events, "", run, false).with_users(secret, *first);
+    let Generator { server, run, secret, first, count, sources, handshake_timeout, .. } = generator;
+    let target = Target::new(generator.target, "", run, false).starting_at(*first);
+    let target = if secret.is_empty() { target } else { target.with_users(secret, *first) };
     let fleet = Fleet::start(&FleetConfig {
         server: *server,
         target,
@@ -162,7 +176,11 @@ pub fn serve(generator: &Generator) -> Result<()> {
         let answer = match serde_json::from_str(&line?)? {
             Ask::Open { first, count, rate } => {
                 let span = Span { first, count };
-                fleet.open(Opening { span, in_flight: count.max(1), rate: Some(rate) })?;
+                fleet.open(Opening { span, in_flight: count.max(1), rate })?;
+                serde_json::to_string(&status(&fleet))?
+            }
+            Ask::Redirect(servers) => {
+                fleet.redirect(servers)?;
                 serde_json::to_string(&status(&fleet))?
             }
             Ask::Status => serde_json::to_string(&status(&fleet))?,

@@ -14,6 +14,7 @@ pub mod idle;
 pub mod outage;
 pub mod resume;
 pub mod rooms;
+pub mod scale;
 pub mod sessions;
 pub mod slow;
 pub mod tunnel;

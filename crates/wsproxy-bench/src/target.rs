@@ -80,6 +80,12 @@ impl Target {
         Self { issuer: Some(Issuer::new(secret)), first, ..self }
     }
 
+    /// Makes the first client number `first` of all; other processes have those before it.
+    #[must_use]
+    pub fn starting_at(self, first: u32) -> Self {
+        Self { first, ..self }
+    }
+
     /// Returns true where clients continue at their position.
     #[must_use]
     pub fn resumes(&self) -> bool {

@@ -192,7 +192,8 @@ impl TlsConfig {
 /// `[redis]`: the bus. Without a URL the embedded one is used.
 #[derive(Debug, Clone)]
 pub struct RedisConfig {
-    /// URL, `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `rediss+sentinel://`; secret, since it may hold a
+    /// URL, `redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `rediss+sentinel://`, `redis+cluster://` or
+    /// `rediss+cluster://`; secret, since it may hold a
     /// password. `None`: embedded bus.
     pub url: Option<SecretString>,
     /// User at the sentinels; `None`: `default`.

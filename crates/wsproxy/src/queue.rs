@@ -73,6 +73,27 @@ impl<T> Queue<T> {
         Ok(())
     }
 
+    /// Appends an item of `bytes` bytes that was within the bound of another queue; gives it back once this one is closed.
+    pub(crate) fn push_beyond(&self, item: T, bytes: usize) -> Result<(), T> {
+        {
+            let mut state = self.state.lock();
+            if state.closed {
+                return Err(item);
+            }
+            state.items.push_back((item, bytes));
+            state.bytes += bytes;
+            state.paused |= state.bytes > self.bytes_max / 4 * 3;
+        }
+        self.filled.notify_one();
+        Ok(())
+    }
+
+    /// Lets producers go on that wait in [`Self::poll_open`], though the queue may be full: no room comes for the moment.
+    pub(crate) fn release(&self) {
+        let woken = std::mem::take(&mut self.state.lock().waiting);
+        wake(woken);
+    }
+
     /// Moves items to `into`, oldest first, until they weigh `bytes` or are `count`; at least one, if there is one.
     pub(crate) fn take(&self, bytes: usize, count: usize, into: &mut Vec<T>) {
         let woken = {

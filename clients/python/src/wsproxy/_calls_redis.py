@@ -10,11 +10,10 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
-from redis.asyncio import Redis
-
 from ._calls import GRACE, Call, NotDone, Progress, answer_of, not_done, progress_of, read_object, repeated, written
 from ._feeds import Consumer, Subscribed
 from ._listener import Listener
+from ._server import Server
 from .errors import AgentOffline, CallError, CallTimeout, InvalidRequest, Unavailable, WsproxyError
 from .types import UpstreamMessage
 
@@ -65,7 +64,7 @@ class RedisCalls:
 
     def __init__(
         self,
-        redis: Redis,
+        redis: Server,
         listener: Listener,
         prefix: str,
         once: Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]],
@@ -153,7 +152,7 @@ class RedisCalls:
         before, waiting.state = waiting.state, "publishing"
         try:
             async with self._turns:
-                receivers = await self._once(lambda: self._redis.publish(self._commands(call.user), payload))
+                is_heard = await self._once(lambda: self._tell(self._commands(call.user), payload))
         except Unavailable as error:
             if not error.in_doubt:
                 waiting.state = before
@@ -162,10 +161,21 @@ class RedisCalls:
                 raise
             raise again from error
         waiting.state = "sent"
-        if int(receivers) == 0 and not waiting.is_answered:
+        if not is_heard and not waiting.is_answered:
             waiting.state = before
             text = f"No agent of {call.user} is connected."
             raise NotDone(AgentOffline(text, request_id=call.request_id), is_absent=True)
+
+    async def _tell(self, channel: str, payload: bytes) -> bool:
+        """Publishes a call; returns false where no agent has it.
+
+        On a Cluster the agents are counted before: one that leaves at once may have it.
+        """
+        before = await self._redis.present(channel)
+        if before.is_whole and before.counts[0] == 0:
+            return False
+        counted = await self._redis.tell(channel, channel, payload)
+        return counted > 0 or self._redis.counts_its_own_alone
 
     async def _subscribed(self, waiting: _Waiting) -> None:
         """Waits until an answer would be heard."""
@@ -263,9 +273,10 @@ class RedisCalls:
         await self._cancel(user, {"requestId": request_id})
 
     async def _cancel(self, user: str, which: dict[str, str]) -> None:
-        command = written({"type": "tool_cancel", **which})
+        command = written({"type": "tool_cancel", **which}).encode()
         async with self._turns:
-            await self._once(lambda: self._redis.publish(self._commands(user), command))
+            channel = self._commands(user)
+            await self._once(lambda: self._redis.tell(channel, channel, command))
 
     def _leave_later(self, call: Call) -> None:
         """Ends a call for its own caller, from a task that is being cancelled and so cannot wait."""

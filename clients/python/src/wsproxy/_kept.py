@@ -16,9 +16,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
-from redis.asyncio import Redis
-
 from ._backoff import Backoff
+from ._server import Server
 from .errors import Unavailable, WsproxyError
 from .types import UpstreamMessage
 
@@ -54,7 +53,7 @@ class KeptMessages:
 
     def __init__(
         self,
-        redis: Redis,
+        redis: Server,
         logs: Sequence[str],
         lease: str,
         call: Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]],

@@ -10,16 +10,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from typing import Any
 
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from ._backoff import Backoff
 from ._feeds import Consumer
-from ._pool import close, pool
+from ._server import Source
 from .errors import Unauthorized
 from .types import UpstreamMessage
 
@@ -34,9 +31,8 @@ _CHANNELS_PER_COMMAND = 500
 class Listener:
     """The subscriptions of one worker. :meth:`open` never waits; the task does the rest."""
 
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
-        own = {"protocol": 2, "health_check_interval": 0, "retry": Retry(NoBackoff(), 0)}
-        self._pool = pool(url, options | own)
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self._consumers: dict[str, list[Consumer]] = {}
         # Channels that were requested on the present connection, and those that Redis has confirmed.
         self._sent: set[str] = set()
@@ -67,7 +63,7 @@ class Listener:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await close(self._pool)
+        await self._source.aclose()
 
     def _drop(self, channel: str, consumer: Consumer) -> None:
         consumers = self._consumers.get(channel, [])
@@ -80,11 +76,12 @@ class Listener:
     async def _run(self) -> None:
         backoff, warned = Backoff(base=0.1, cap=2.0), 0.0
         while True:
-            connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-            # A silent channel is no error: the PING decides, not a timeout from the URL.
-            connection.socket_timeout = None
+            connection: AbstractConnection | None = None
             try:
                 async with asyncio.timeout(_DEAD_AFTER):
+                    connection = await self._source.make()
+                    # A silent channel is no error: the PING decides, not a timeout from the URL.
+                    connection.socket_timeout = None
                     await connection.connect()  # type: ignore[no-untyped-call]
                 backoff.reset()
                 await self._serve(connection)
@@ -98,7 +95,8 @@ class Listener:
             finally:
                 self._sent, self._confirmed = set(), set()
                 # Closing must not wait for a peer that is gone.
-                await connection.disconnect(nowait=True)
+                if connection is not None:
+                    await connection.disconnect(nowait=True)
             await asyncio.sleep(backoff.next())
 
     def _fail(self, error: Exception) -> None:
@@ -107,18 +105,21 @@ class Listener:
                 consumer.fail(error)
 
     async def _serve(self, connection: AbstractConnection) -> None:
-        """Runs until the connection is lost, which both tasks notice by an exception."""
+        """Runs until the connection is lost, which writer and reader notice by an exception, or should be left."""
         lost_for = time.monotonic() - self._heard
         self.life += 1
         awaited: Counter[str] = Counter()
-        writer = asyncio.ensure_future(self._write(connection, awaited))
-        reader = asyncio.ensure_future(self._read(connection, awaited, lost_for))
+        tasks = [
+            asyncio.ensure_future(self._write(connection, awaited)),
+            asyncio.ensure_future(self._read(connection, awaited, lost_for)),
+            asyncio.ensure_future(self._source.leave(connection)),
+        ]
         try:
-            await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            writer.cancel()
-            reader.cancel()
-            results = await asyncio.gather(writer, reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
                 raise result

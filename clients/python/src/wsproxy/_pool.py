@@ -1,4 +1,4 @@
-"""Connection pools of redis-py for the forms of URL that the gateway takes: one server, or sentinels."""
+"""Connection pools of redis-py for one server or for sentinels. Knows no Redis Cluster."""
 
 from __future__ import annotations
 
@@ -33,16 +33,12 @@ def pool(url: str, options: dict[str, Any]) -> ConnectionPool:
         raise ValueError("the scheme must be redis+sentinel or rediss+sentinel")
     is_tls = scheme in ("rediss", "valkeys")
     parts = urlsplit(url)
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    user, has_password, password = credentials.partition(":")
+    hosts = parts.netloc.rpartition("@")[2]
     master, _, database = parts.path.lstrip("/").partition("/")
     if not master:
         raise ValueError("the name of the master is missing: redis+sentinel://host:26379/mymaster")
     options["db"] = int(database or dict(parse_qsl(parts.query)).get("db", "0"))
-    if has_password:
-        options["password"] = unquote(password)
-        if user:
-            options["username"] = unquote(user)
+    options |= login_of(parts.netloc)
     # Options of sockets and TLS hold for the sentinels too; logins and databases are their own.
     shared = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_"))}
     if is_tls:
@@ -50,7 +46,7 @@ def pool(url: str, options: dict[str, Any]) -> ConnectionPool:
     brief = {"socket_connect_timeout": _SENTINEL_SECONDS, "socket_timeout": _SENTINEL_SECONDS}
     # RESP 2 needs the fewest rights at a sentinel. A sentinel that is away is asked again for the next connection.
     fixed: dict[str, Any] = {"protocol": 2, "decode_responses": True, "retry": Retry(NoBackoff(), 0)}
-    sentinels = [_place(each) for each in hosts.split(",")]
+    sentinels = [place_of(each, _SENTINEL_PORT, "sentinel") for each in hosts.split(",")]
     manager = _Sentinels(sentinels, sentinel_kwargs=shared | brief | dict(of_sentinels or {}) | fixed)  # type: ignore[no-untyped-call]
     return SentinelConnectionPool(unquote(master), manager, **options)  # type: ignore[no-untyped-call]
 
@@ -90,9 +86,17 @@ async def _master(sentinel: Any, name: str) -> tuple[int, tuple[str, int]]:
     return state["config-epoch"], address
 
 
-def _place(text: str) -> tuple[str, int]:
+def login_of(netloc: str) -> dict[str, str]:
+    """User and password of a URL, as options of redis-py."""
+    user, has_password, password = netloc.rpartition("@")[0].partition(":")
+    if not has_password:
+        return {}
+    return ({"username": unquote(user)} if user else {}) | {"password": unquote(password)}
+
+
+def place_of(text: str, port: int, what: str) -> tuple[str, int]:
     """Reads ``host[:port]``; an IPv6 address is in brackets."""
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
-        raise ValueError("the host of a sentinel is missing")
-    return parts.hostname, parts.port or _SENTINEL_PORT
+        raise ValueError(f"the host of a {what} is missing")
+    return parts.hostname, parts.port or port

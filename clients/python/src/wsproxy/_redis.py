@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -15,7 +16,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from redis import exceptions
-from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import NoBackoff
@@ -32,12 +32,14 @@ from ._backend import (
 )
 from ._backoff import Backoff
 from ._calls_redis import RedisCalls
+from ._cluster import Cluster, ClusterSource, is_cluster, is_passing
 from ._feeds import Consumer, Kept, Subscription
 from ._kept import HOLD, RELEASE, KeptMessages
 from ._listener import Listener
-from ._pool import close, pool
+from ._pool import pool
 from ._positions import START, lost_behind, parse
 from ._rooms_redis import RedisRooms
+from ._server import Command, PoolSource, Server, Source
 from .errors import (
     InvalidRequest,
     StreamConflict,
@@ -75,6 +77,8 @@ local time = redis.call('TIME')
 local ends = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1]
 return redis.call('ZADD', KEYS[1], string.format('%.0f', ends), ARGV[2])
 """
+# Number, state and text of a token stream as they belong together. Keys: state, text.
+_STATE = "return {redis.call('HMGET', KEYS[1], 'seq', 'state'), redis.call('GET', KEYS[2])}"
 # Most bytes of a page of a history.
 _PAGE_BYTES = 64 * 1024 * 1024
 # The head of a log is kept for an eighth longer than this, or than the log.
@@ -130,7 +134,7 @@ def _errors() -> Iterator[None]:
 
 def _error(error: Exception) -> WsproxyError:
     match error:
-        case _ if isinstance(error, _NOT_DONE) or _is_demoted(error):
+        case _ if isinstance(error, _NOT_DONE) or is_passing(error) or _is_demoted(error):
             return Unavailable(f"Not done: {error}")
         case exceptions.AuthenticationError() | exceptions.NoPermissionError():
             return Unauthorized(f"Redis refused the worker: {error}")
@@ -178,17 +182,17 @@ class RedisBackend:
         defaults: dict[str, Any] = {"socket_keepalive": True, "socket_connect_timeout": 5.0, "socket_timeout": 10.0}
         # With RESP 3 redis-py 8 awaits notices of maintenance, and then its pool hands out connections that have died.
         defaults["protocol"] = 2
-        options = defaults | dict(options) | {"decode_responses": False}
-        connections = pool(url, options | {"retry": Retry(NoBackoff(), 0), "health_check_interval": 15})
-        self._redis: Redis = Redis.from_pool(connections)
-        self._listener = Listener(url, options)
+        options = defaults | dict(options) | {"decode_responses": False, "retry": Retry(NoBackoff(), 0)}
+        self._redis, source = _connections(url, options, retry_for)
+        self._listener = Listener(source)
         self._prefix = f"{prefix}:" if prefix else ""
         self._limits = limits
         self._retry_for = retry_for
-        self._publish = self._redis.register_script(script("publish.lua"))
-        self._stream = self._redis.register_script(script("stream.lua"))
-        self._read = self._redis.register_script(script("read.lua"))
-        self._lease = self._redis.register_script(_LEASE)
+        self._publish = self._redis.script(script("publish.lua"))
+        self._stream = self._redis.script(script("stream.lua"))
+        self._read = self._redis.script(script("read.lua"))
+        self._lease = self._redis.script(_LEASE)
+        self._state = self._redis.script(_STATE)
 
     def _key(self, *parts: str) -> str:
         return self._prefix + ":".join(parts)
@@ -238,15 +242,25 @@ class RedisBackend:
         if not publication.history:
             if publication.idempotency_key is not None:
                 raise InvalidRequest("An idempotency key needs history.")
-            receivers = await self._do(lambda: self._redis.publish(channel, publication.payload), repeatable=False)
-            return Receipt(int(receivers), None)
+            key = self._log(publication.target)
+            tell = functools.partial(self._redis.tell, key, channel, publication.payload)
+            return Receipt(await self._receivers(channel, await self._do(tell, repeatable=False)), None)
         keys, args = self._publish_call(publication)
         # With a key a repetition is recognised by the script, so that a lost answer costs nothing.
         answer = await self._do(
             lambda: cast("Awaitable[list[Any]]", self._publish(keys=keys, args=args)),
             repeatable=publication.idempotency_key is not None,
         )
-        return _receipt(answer)
+        return await self._counted(channel, _receipt(answer))
+
+    async def _counted(self, channel: str, receipt: Receipt) -> Receipt:
+        if receipt.duplicate:
+            return receipt
+        return dataclasses.replace(receipt, receivers=await self._receivers(channel, receipt.receivers))
+
+    async def _receivers(self, channel: str, counted: int) -> int:
+        """Receivers of a message on which its node counted ``counted``, over all nodes of a Cluster."""
+        return (await self._redis.receivers(channel, counted)).counts[0]
 
     def _publish_call(self, publication: Publication) -> tuple[list[str], list[Any]]:
         channel, limits = self._channel(publication.target), self._limits
@@ -257,7 +271,7 @@ class RedisBackend:
             keys.append(self._clock())
         dedup_ms = 0
         if publication.idempotency_key is not None:
-            keys += [""] if session else []
+            keys += [log] if session else []
             # Under the name that the gateway gives it, so that a key counts over both ways.
             keys.append(_beside(log, f"once:{publication.idempotency_key}"))
             dedup_ms = _IDEMPOTENCY_MS
@@ -266,45 +280,39 @@ class RedisBackend:
 
     async def batch(self, publications: Sequence[Publication]) -> list[Receipt | Failure]:
         results = await asyncio.gather(*(self.publish(each) for each in publications[:1]), return_exceptions=True)
-        # The first one loads the script; the others follow in order through one connection.
+        # The first one loads the script; the others follow in order, through one connection to each node.
         results += await self._pipeline(publications[1:]) if len(publications) > 1 else []
         return [_result(each) for each in results]
 
     async def _pipeline(self, publications: Sequence[Publication]) -> list[Receipt | BaseException]:
-        sha = self._publish.sha
+        channels = [self._channel(each.target) for each in publications]
+        commands = []
+        for channel, each in zip(channels, publications, strict=True):
+            words: tuple[Any, ...] = ("PUBLISH", channel, each.payload)
+            if each.history:
+                keys, args = self._publish_call(each)
+                words = ("EVALSHA", self._publish.sha, len(keys), *keys, *args)
+            commands.append(Command(self._log(each.target), words))
 
         async def run() -> list[Any]:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for each in publications:
-                    if each.history:
-                        keys, args = self._publish_call(each)
-                        pipeline.evalsha(sha, len(keys), *keys, *args)
-                    else:
-                        pipeline.publish(self._channel(each.target), each.payload)
-                try:
-                    answers = await pipeline.execute(raise_on_error=False)
-                except exceptions.ConnectionError as error:
-                    if _is_demoted(error):
-                        # Messages before the one that was refused may have been published.
-                        raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
-                    raise
-            for index, each in enumerate(answers):
-                # A Redis that was restarted in this moment has forgotten the script, and did not do this one.
-                if isinstance(each, exceptions.NoScriptError):
-                    answers[index] = await self._publish_again(publications[index])
-            return answers
+            try:
+                return await self._redis.many(commands, self._retry_for)
+            except exceptions.ConnectionError as error:
+                if _is_demoted(error):
+                    # Messages before the one that was refused may have been published.
+                    raise Unavailable(f"Redis cannot be reached: {error}", in_doubt=True) from error
+                raise
 
         repeatable = all(each.idempotency_key is not None for each in publications)
         answers = await self._do(run, repeatable=repeatable)
-        return [_receipt(each) if not isinstance(each, BaseException) else each for each in answers]
-
-    async def _publish_again(self, publication: Publication) -> Any:
-        keys, args = self._publish_call(publication)
-        try:
-            return await self._publish(keys=keys, args=args)
-        except exceptions.ResponseError as error:
-            # Of this message alone: the others keep their answers.
-            return error
+        results = [_receipt(each) if not isinstance(each, BaseException) else each for each in answers]
+        counted = [
+            self._counted(channel, each)
+            for channel, each in zip(channels, results, strict=True)
+            if isinstance(each, Receipt)
+        ]
+        receipts = iter(await asyncio.gather(*counted))
+        return [next(receipts) if isinstance(each, Receipt) else each for each in results]
 
     async def stream(self, call: StreamCall) -> StreamReply:
         target = Target("session", call.session)
@@ -352,11 +360,7 @@ class RedisBackend:
         key = _beside(self._log(Target("session", session)), f"stream:{stream}")
 
         async def read() -> list[Any]:
-            # One transaction, so that text and number belong together.
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.hmget(key, "seq", "state")
-                pipeline.get(f"{key}:text")
-                return await pipeline.execute()
+            return await cast("Awaitable[list[Any]]", self._state(keys=[key, f"{key}:text"]))
 
         (seq, state), text = await self._do(read, repeatable=True)
         if state is None:
@@ -387,12 +391,18 @@ class RedisBackend:
             return await self._redis.eval(_REVOKE, 1, key, str(milliseconds), channel, text)
 
         # A revocation may be repeated, and so may the end of its connections.
-        return int(await self._do(revoke, repeatable=True))
+        return await self._told(channel, revoke)
 
     async def _command(self, channel: str, command: Mapping[str, Any]) -> int:
         text = _command_text(command)
         # Ending what has ended changes nothing, so this may be said twice.
-        return int(await self._do(lambda: self._redis.publish(channel, text), repeatable=True))
+        return await self._told(channel, functools.partial(self._redis.tell, channel, channel, text))
+
+    async def _told(self, channel: str, tell: Callable[[], Awaitable[Any]]) -> int:
+        """Publishes a command, and returns the number of its receivers, who may be gone when it has reached them."""
+        before = await self._redis.present(channel)
+        counted = int(await self._do(tell, repeatable=True))
+        return max(before.counts[0], await self._receivers(channel, counted))
 
     async def presence(self, user: str) -> list[Presence]:
         key = self._key("ws", "user", user, "connections")
@@ -438,17 +448,24 @@ class RedisBackend:
         return f"{{{self._key('session', session, 'up')}}}:owner"
 
     async def claim(self, sessions: Sequence[str], owner: str, lease: float) -> list[bool]:
-        async def hold() -> list[int]:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for session in sessions:
-                    pipeline.eval(HOLD, 1, self._owner(session), owner, str(round(lease * 1000)))
-                return await pipeline.execute()
-
-        return [int(left) == 0 for left in await self._once(hold)]
+        milliseconds = str(round(lease * 1000))
+        keys = [self._owner(each) for each in sessions]
+        lefts = await self._each([Command(key, ("EVAL", HOLD, 1, key, owner, milliseconds)) for key in keys])
+        return [int(left) == 0 for left in lefts]
 
     async def held(self, sessions: Sequence[str], owner: str) -> list[bool]:
-        owners = await self._once(lambda: self._redis.mget([self._owner(each) for each in sessions]))
+        keys = [self._owner(each) for each in sessions]
+        owners = await self._each([Command(key, ("GET", key)) for key in keys])
         return [each is not None and _text(each) != owner for each in owners]
+
+    async def _each(self, commands: Sequence[Command]) -> list[Any]:
+        """Answers of all commands, or the first error."""
+        with _errors():
+            answers = await self._redis.many(commands)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+        return answers
 
     async def release(self, session: str, owner: str) -> None:
         key = self._owner(session)
@@ -457,8 +474,8 @@ class RedisBackend:
     async def has_clients(self, sessions: Sequence[str]) -> list[bool]:
         # An instance with a client of a session listens to the session's channel.
         channels = [self._key("session", session, "down") for session in sessions]
-        counts = await self._once(lambda: self._redis.pubsub_numsub(*channels))
-        return [int(count) > 0 for _, count in counts]
+        heard = await self._once(lambda: self._redis.heard(channels))
+        return [count > 0 for count in heard.counts]
 
     async def open_sessions(self, agent: str) -> AsyncIterator[tuple[str, str]]:
         for server in await self._once(lambda: self._redis.zrange(self._key("ws", "servers"), 0, -1)):
@@ -511,8 +528,19 @@ class RedisBackend:
 
     async def aclose(self) -> None:
         await self._listener.aclose()
-        await self._redis.aclose()
-        await close(self._redis.connection_pool)
+        await self._redis.end()
+
+
+def _connections(url: str, options: dict[str, Any], patience: float) -> tuple[Server, Source]:
+    """Commands and subscriptions of the Redis at a URL."""
+    commands, subscriptions = options | {"health_check_interval": 15}, options | {"health_check_interval": 0}
+    if not is_cluster(url):
+        return Server(pool(url, commands)), PoolSource(pool(url, subscriptions | {"protocol": 2}))
+    if options.get("sentinel_kwargs") is not None:
+        raise ValueError("sentinel_kwargs needs a URL that begins with redis+sentinel:// or rediss+sentinel://")
+    # The answers of RESP 2 are read.
+    cluster = Cluster(url, commands | {"protocol": 2}, patience)
+    return cluster, ClusterSource(cluster, subscriptions | {"protocol": 2})
 
 
 class _Log:
@@ -526,7 +554,7 @@ class _Log:
         # True where that entry should still be there: if it is not, later ones may have been removed too.
         self._is_held = True
 
-    async def read(self, redis: Redis) -> list[UpstreamMessage | Gap] | None:
+    async def read(self, redis: Server) -> list[UpstreamMessage | Gap] | None:
         """Returns the entries that follow; ``None`` where there is no log."""
         is_there = True
         found: list[UpstreamMessage | Gap] = []

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar, cast
 
-from redis.asyncio import Redis
-
 from . import _room_wire as wire
 from ._feeds import Subscription
 from ._listener import Listener
+from ._server import Command, Server
 from .types import GapCallback, Receipt, RoomEvent, RoomMember
 
 T = TypeVar("T")
@@ -30,12 +29,12 @@ class RedisRooms:
     ``do`` runs a call until it succeeds, with the backend's errors; ``leave`` is the script ``room_leave.lua``.
     """
 
-    def __init__(self, redis: Redis, listener: Listener, prefix: str, do: _Do, leave: str) -> None:
+    def __init__(self, redis: Server, listener: Listener, prefix: str, do: _Do, leave: str) -> None:
         self._redis = redis
         self._listener = listener
         self._prefix = prefix
         self._do = do
-        self._leave = redis.register_script(leave)
+        self._leave = redis.script(leave)
 
     def _channel(self, room: str) -> str:
         return f"{self._prefix}room:{room}"
@@ -45,7 +44,8 @@ class RedisRooms:
 
     async def publish(self, room: str, payload: bytes, *, is_json: bool) -> Receipt:
         channel = self._channel(room)
-        return Receipt(int(await self._do(lambda: self._redis.publish(channel, payload), repeatable=False)), None)
+        counted = await self._do(lambda: self._redis.tell(channel, channel, payload), repeatable=False)
+        return Receipt((await self._redis.receivers(channel, counted)).counts[0], None)
 
     async def kick(self, room: str, client: str | None, user: str | None, reason: str | None) -> int:
         def is_meant(member: RoomMember) -> bool:
@@ -70,10 +70,9 @@ class RedisRooms:
         channel, keys = self._channel(room), self._keys(room)
 
         async def tell() -> None:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for frame in frames:
-                    pipeline.publish(channel, frame)
-                await pipeline.execute()
+            for answer in await self._redis.many([Command(channel, ("PUBLISH", channel, each)) for each in frames]):
+                if isinstance(answer, BaseException):
+                    raise answer
 
         if frames:
             await self._do(tell, repeatable=True)

@@ -35,9 +35,10 @@ class Agents:
 
     @classmethod
     def redis(cls, url: str, *, prefix: str = "", **options: Any) -> Agents:
-        """Over Redis (standalone). ``prefix`` is the gateway's ``[redis] channel_prefix``.
+        """Over Redis, at a URL as for :meth:`wsproxy.Worker.redis`.
 
-        ``options`` go to redis-py. Nothing is connected before the first call.
+        ``prefix`` is the gateway's ``[redis] channel_prefix``. ``options`` go to redis-py. Nothing is connected before
+        the first call.
         """
         return cls(RedisBackend(url, prefix, Limits(), 30.0, options).calls(owned=True))
 

@@ -63,9 +63,9 @@ class Receipt:
     """The result of a publish.
 
     ``receivers`` counts gateway instances that had a client to deliver to, not clients; 0 means that no client
-    is connected now. ``event_id`` is the position in history (``None`` without history): a client that comes back with
-    an earlier one gets the message. ``duplicate`` is true where the idempotency key was used before and no message was
-    sent.
+    is connected now. On a Redis Cluster a number above 0 means "at least". ``event_id`` is the position in history
+    (``None`` without history): a client that comes back with an earlier one gets the message. ``duplicate`` is true
+    where the idempotency key was used before and no message was sent.
     """
 
     receivers: int

@@ -71,10 +71,11 @@ class Worker:
     ) -> Worker:
         """A worker over Redis, which needs no gateway to be up.
 
-        ``url`` is that of the gateway: one server, or sentinels, as in
-        ``redis+sentinel://:password@s1:26379,s2:26379/mymaster``, with ``sentinel_kwargs={"password": …}`` where they
-        have a login. ``prefix`` and ``limits`` are the gateway's ``[redis] channel_prefix`` and ``[history]``.
-        ``options`` go to redis-py (such as ``ssl_ca_certs``). Nothing is connected before the first call.
+        ``url`` is that of the gateway: one server; a Redis Cluster, as in ``redis+cluster://n1:6379,n2:6379``; or
+        sentinels, as in ``redis+sentinel://:password@s1:26379,s2:26379/mymaster``, with
+        ``sentinel_kwargs={"password": …}`` where they have a login. ``prefix`` and ``limits`` are the gateway's
+        ``[redis] channel_prefix`` and ``[history]``. ``options`` go to redis-py (such as ``ssl_ca_certs``). Nothing is
+        connected before the first call.
         """
         backend = RedisBackend(url, prefix, limits or Limits(), retry_for, options)
         return cls(backend, retry_for)

@@ -3,7 +3,7 @@
 mod reading;
 
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
@@ -34,6 +34,8 @@ use crate::stamp::Stamp;
 pub(super) struct Worker {
     index: u32,
     config: FleetConfig,
+    /// Servers that the clients take in turn; never empty.
+    servers: Vec<SocketAddr>,
     /// Encryption of the clients; `None`: they speak plain HTTP.
     tls: Option<Arc<ClientConfig>>,
     /// Decrypted bytes of one read.
@@ -93,6 +95,7 @@ impl Worker {
         Ok(Self {
             index,
             config: config.clone(),
+            servers: vec![config.server],
             tls: config.tls.then(secure::config).transpose()?,
             plain: Vec::new(),
             counters: Arc::clone(counters),
@@ -150,7 +153,7 @@ impl Worker {
                 Command::Stall(span) => self.set_stalled(span, true),
                 Command::Resume(span) => self.set_stalled(span, false),
                 Command::Echo(echo) => self.start_echo(echo),
-                Command::Redirect(server) => self.config.server = server,
+                Command::Redirect(servers) => self.servers = servers,
                 Command::Mark(at_ns) => self.mark_ns = at_ns,
                 Command::Report(answer) => {
                     let _ = answer.send(std::mem::take(&mut self.tally));
@@ -206,17 +209,18 @@ impl Worker {
         }
         let number = slot * self.config.threads + self.index;
         let source = Ipv4Addr::from(FIRST_SOURCE + number % self.config.sources);
+        let server = self.servers[number as usize % self.servers.len()];
         let client = &mut self.clients[slot as usize];
         if !self.config.target.resumes() {
             client.start_over();
         }
-        let request = self.config.target.request(&self.config.server, number, client.position);
+        let request = self.config.target.request(&server, number, client.position);
         client.started_ns = started_ns;
         if let Some(tls) = &self.tls {
             // An address is always a name, so that this cannot fail.
-            client.secure = Secure::new(tls, self.config.server).ok().map(Box::new);
+            client.secure = Secure::new(tls, server).ok().map(Box::new);
         }
-        let begun = client.connect(self.config.server, source).and_then(|()| client.send(&request));
+        let begun = client.connect(server, source).and_then(|()| client.send(&request));
         self.in_flight += 1;
         self.handshakes.push_back((slot, client.generation));
         let registered = begun.and_then(|all| self.register(slot, all));

@@ -45,7 +45,7 @@ pub fn run(options: &Options) -> Result<Report> {
         .wait(common.timeout, gone, &mut |counters| progress.tick(counters))
         .context("agents do not see that their instance is gone")?;
     drop(bench.fleet.report()?);
-    bench.fleet.redirect(options.other)?;
+    bench.fleet.redirect(vec![options.other])?;
 
     bench.progress.phase("come back");
     let settled = bench.fleet.counters().settled() + u64::from(agents);

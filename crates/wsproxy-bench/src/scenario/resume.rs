@@ -82,7 +82,7 @@ fn kill_and_miss(bench: &mut Bench, flow: &mut Flow, pid: u32, options: &Options
     bench.publisher.set_tokens(sessions.map(|client| target.session_of(client)))?;
     let lost = bench.fleet.report()?.endings.len();
     bench.report.figure("cut_off", lost);
-    bench.fleet.redirect(options.other)
+    bench.fleet.redirect(vec![options.other])
 }
 
 /// Connects all clients at once, each with the position of its last message.

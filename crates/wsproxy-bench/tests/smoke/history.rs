@@ -89,4 +89,41 @@ fn users_of_several_instances_get_own_and_broadcast_messages() {
     assert!(of("heartbeats_answered") > 0, "{report}");
 }
 
+#[test]
+fn clients_of_a_killed_instance_spread_over_the_others() {
+    let redis = Redis::start();
+    let secret = "0123456789abcdef0123456789abcdef";
+    let settings = [
+        ("WSPROXY_ENDPOINTS__EVENTS", "true"),
+        ("WSPROXY_JWT__SECRET_KEY", secret),
+        ("HEARTBEAT_INTERVAL", "500"),
+    ];
+    let instances = [(); 3].map(|()| Gateway::start(&redis, &settings));
+    let listed =
+        |of: &dyn Fn(&Gateway) -> String| instances.iter().map(of).collect::<Vec<_>>().join(",");
+    let servers = listed(&|one| one.address.to_string());
+    let (publish, pids) = (redis.address.to_string(), listed(&|one| one.pid().to_string()));
+    let at = ["--servers", &servers, "--publish", &publish, "--pid", &pids];
+    let load = ["scale", "--connect-rate", "500", "--from", "10", "--settle", "0.1", "--idle", "1"];
+    let rates = ["--rate", "200", "--duration", "0.5", "--warmup", "0.2", "--timeout", "20"];
+    let users = ["--target", "events", "--secret", secret, "--history", "--broadcast-rate", "5"];
+    // The instance that is killed takes no part in the second run.
+    let two: Vec<String> =
+        [&servers, &pids].map(|list| list.split(',').take(2).collect::<Vec<_>>().join(",")).into();
+    let at_two = ["--servers", &two[0], "--publish", &publish, "--pid", &two[1]];
+    for (kind, at) in [(&users[..], &at[..]), (&[][..], &at_two[..])] {
+        let (good, report) = bench(&[&load[..], &rates, kind, at].concat());
+        assert!(good, "{report}");
+        let of = |name: &str| report["figures"][name].as_u64().unwrap();
+        assert_eq!(of("open_at_the_end"), 50);
+        assert_eq!(of("reopened"), of("cut_off"));
+        // Less than the time after which a wait gives up.
+        assert!(report["figures"]["cut_off_s"].as_f64().unwrap() < 10.0, "{report}");
+        assert_eq!(of("users_delivered"), 100);
+        assert!(of("after_delivered") >= 100);
+        let cpu = &report["figures"]["idle_server_cpu_us_per_connection_second"];
+        assert!(cpu.as_f64().unwrap() > 0.0, "{report}");
+    }
+}
+
 const WITH_HISTORY: [(&str, &str); 1] = [("WSPROXY_SESSIONS__HISTORY", "true")];

@@ -188,8 +188,27 @@ pub enum Outcome {
     Lost,
 }
 
+/// Use that a [`Receipt`] makes of the number of receivers. The nodes of a Redis Cluster count their own only, and are
+/// asked for as much as is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counts {
+    /// None.
+    Nothing,
+    /// Whether there is one. The number may be too low, but is 0 only if there is none.
+    Any,
+    /// Their number, which is too low while a node does not answer.
+    All,
+    /// Their number. While a node does not answer the outcome is [`Outcome::Lost`].
+    Exact,
+}
+
 /// Receiver of an [`Outcome`]. Called on the bus's task: must not block.
 pub trait Receipt: Send + Sync {
+    /// Returns the use that is made of the number of receivers.
+    fn counts(&self) -> Counts {
+        Counts::Nothing
+    }
+
     /// Takes the outcome, exactly once for every publish that was accepted into the queue.
     fn published(&self, outcome: Outcome);
 }
@@ -204,6 +223,10 @@ pub fn awaited() -> (Arc<dyn Receipt>, oneshot::Receiver<Outcome>) {
 struct Awaited(Mutex<Option<oneshot::Sender<Outcome>>>);
 
 impl Receipt for Awaited {
+    fn counts(&self) -> Counts {
+        Counts::All
+    }
+
     fn published(&self, outcome: Outcome) {
         if let Some(sender) = self.0.lock().take() {
             // The caller may have given up at its deadline.

@@ -15,6 +15,8 @@ pub struct Status {
     pub channels: usize,
     /// Bytes of messages that wait to be published.
     pub queued_bytes: usize,
+    /// The part of a Cluster that is away, while the others work.
+    pub away: Option<String>,
     /// The latest trouble of a connection, without secrets; `None` while every connection is up.
     pub last_error: Option<String>,
 }

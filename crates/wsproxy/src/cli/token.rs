@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     auth::session::{self, TokenScope},
-    bus::{Bus, deliver::Deliver},
+    bus::{
+        Bus,
+        deliver::{Deliver, Missed},
+    },
     config::{Config, keys::Key},
     redis,
 };
@@ -111,7 +114,7 @@ impl Deliver for Nobody {
     fn proceed(&mut self) -> bool {
         false
     }
-    fn lost(&mut self, _cause: &str) {}
+    fn lost(&mut self, _cause: &str, _missed: &Missed) {}
     fn recovered(&mut self, _gap: Duration) {}
 }
 

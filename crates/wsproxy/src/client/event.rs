@@ -7,7 +7,7 @@ use tracing::trace;
 use wsproxy_conn::{HandlerEvent, Link};
 
 use crate::{
-    bus::publish::{BusError, Outcome, Receipt},
+    bus::publish::{BusError, Counts, Outcome, Receipt},
     telemetry::log::MESSAGES,
 };
 
@@ -152,6 +152,10 @@ impl From<&BusError> for Unpublished {
 
 /// Tells a connection of its messages that no worker got.
 impl Receipt for Link {
+    fn counts(&self) -> Counts {
+        Counts::Any
+    }
+
     fn published(&self, outcome: Outcome) {
         trace!(target: MESSAGES, connection_id = %self.id(), ?outcome, "The bus answered to a client's message.");
         let unpublished = match outcome {

@@ -321,7 +321,7 @@ const SHARED: &[Key] = &[
     key!(redis.response_timeout, Time(100, 300_000), "A connection to Redis that does not answer a request for this long is replaced."),
     key!(redis.probe_interval, Time(100, 300_000), "Interval of the probes: over each connection a message of the instance must come back; every tenth time also over a new connection."),
     key!(redis.publish_queue_bytes, Bytes(64 << 10, 4 << 30), "Upper bound of messages that wait to be published; beyond it reading from clients pauses."),
-    key!(redis.ca_file, Optional(FilePath), "Further CA certificates (PEM) for rediss:// and rediss+sentinel://."),
+    key!(redis.ca_file, Optional(FilePath), "Further CA certificates (PEM) for rediss://, rediss+sentinel:// and rediss+cluster://."),
 
     key!(limits.max_connections, Number(0, 100_000_000), "Connections per instance; 0: as many as descriptors allow.").flag("max-connections", "NUMBER"),
     key!(limits.max_message_bytes, Bytes(1, 16 << 20), "Largest message, before and after inflating; close code 1009 beyond it."),

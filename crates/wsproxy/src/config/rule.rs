@@ -37,7 +37,7 @@ fn check_redis_url(text: &str) -> Result<(), &'static str> {
     let Some((scheme, rest)) = text.split_once("://") else {
         return Err(
             "the scheme is missing: the URL must begin with redis://, rediss://, redis+sentinel://, \
-             rediss+sentinel:// or unix://",
+             rediss+sentinel://, redis+cluster://, rediss+cluster:// or unix://",
         );
     };
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -54,14 +54,17 @@ fn check_redis_url(text: &str) -> Result<(), &'static str> {
         "redis+sentinel" | "rediss+sentinel" | "valkey+sentinel" | "valkeys+sentinel" => {
             check_sentinels(place)
         }
+        "redis+cluster" | "rediss+cluster" | "valkey+cluster" | "valkeys+cluster" => {
+            check_cluster(place)
+        }
         _ if names("sentinel") => Err("this is another client's form for Redis Sentinel: write \
              redis+sentinel://host:26379,host:26379/name-of-the-master, or rediss+sentinel for TLS"),
-        _ if names("cluster") => {
-            Err("Redis Cluster is not supported yet: give one server, or sentinels")
-        }
+        _ if names("cluster") => Err("this is another client's form for Redis Cluster: write \
+             redis+cluster://host:6379,host:6379, or rediss+cluster for TLS"),
         "redis" | "rediss" | "valkey" | "valkeys" => check_redis_place(place),
         _ => Err(
-            "the scheme is unknown: it must be redis, rediss (TLS), unix, redis+sentinel or rediss+sentinel",
+            "the scheme is unknown: it must be redis, rediss (TLS), unix, redis+sentinel, rediss+sentinel, \
+             redis+cluster or rediss+cluster",
         ),
     }
 }
@@ -71,7 +74,7 @@ fn check_redis_place(place: &str) -> Result<(), &'static str> {
     let (authority, database) = place.split_once('/').unwrap_or((place, ""));
     if authority.contains(',') {
         return Err("several hosts need another scheme: for Redis Sentinel write \
-             redis+sentinel://host:26379,host:26379/name-of-the-master; Redis Cluster is not supported yet");
+             redis+sentinel://host:26379,host:26379/name-of-the-master, for Redis Cluster redis+cluster://host:6379,host:6379");
     }
     check_authority(authority)?;
     check_database(database)
@@ -103,6 +106,24 @@ fn check_sentinels(place: &str) -> Result<(), &'static str> {
         check_authority(authority)?;
     }
     check_database(database)
+}
+
+/// Checks `host[:port][,host[:port]…][/0]`.
+fn check_cluster(place: &str) -> Result<(), &'static str> {
+    let (authorities, database) = place.split_once('/').unwrap_or((place, ""));
+    if authorities.split(',').count() > SEEDS_MAX {
+        return Err("there are more than 64 nodes: name a few, they know the others");
+    }
+    for authority in authorities.split(',') {
+        if authority.is_empty() {
+            return Err("the host of a node is missing");
+        }
+        check_authority(authority)?;
+    }
+    match database {
+        "" | "0" => Ok(()),
+        _ => Err("a Cluster has database 0 only"),
+    }
 }
 
 /// Checks `host[:port]`; the host may be missing.
@@ -176,6 +197,9 @@ const NO_MASTER: &str = "the name of the master is missing: it stands behind the
 /// Upper bound of sentinels: an instance holds a connection to each.
 const SENTINELS_MAX: usize = 16;
 
+/// Upper bound of the nodes of a Cluster in its URL.
+const SEEDS_MAX: usize = 64;
+
 /// A log level, or directives.
 pub(super) const LEVEL: Text = Text {
     allowed: "off, error, warn, info, debug, trace, or directives such as \"info,wsproxy::bus=debug\"",
@@ -234,8 +258,8 @@ pub(super) const REDIS_URL: Text = Text {
 };
 
 const REDIS_URL_FORM: &str = "redis://[user:password@]host[:port][/database] (percent-encoded), rediss://…, \
-                              redis+sentinel://[user:password@]host[:port],…/master[/database], rediss+sentinel://… or \
-                              unix:///path";
+                              redis+sentinel://[user:password@]host[:port],…/master[/database], rediss+sentinel://…, \
+                              redis+cluster://[user:password@]host[:port],…, rediss+cluster://… or unix:///path";
 
 /// The name of a user of Redis.
 pub(super) const REDIS_USER: Text = Text::new("1 to 128 visible characters", |text| {
@@ -366,6 +390,8 @@ mod tests {
             "unix:///run/redis.sock",
             "redis+sentinel://h/m",
             "rediss+sentinel://user:pw@s1:26379,s2,[::1]:5/my-master.1/0",
+            "redis+cluster://h",
+            "rediss+cluster://user:pw@n1:6379,n2,[::1]:5/0",
         ] {
             assert_eq!(check_redis_url(good), Ok(()), "{good}");
         }
@@ -396,8 +422,10 @@ mod tests {
             ("redis+sentinel://h,,i/m", "the host of a sentinel is missing"),
             ("redis+sentinel://h/m%20n", "the name of the master, behind the hosts"),
             ("redis+sentinel+cluster://h/m", "another client's form"),
-            ("redis+cluster://h", "Redis Cluster is not supported yet"),
-            ("rediss-cluster://:secret@h", "Redis Cluster is not supported yet"),
+            ("redis+cluster://h/1", "database 0 only"),
+            ("redis+cluster://:secret@h,,i", "the host of a node is missing"),
+            ("redis+cluster://:secret@h:port", "the port must be"),
+            ("rediss-cluster://:secret@h", "another client's form for Redis Cluster"),
         ] {
             let why = (REDIS_URL.explain)(bad).unwrap();
             assert!(why.contains(part) && why.ends_with("unix:///path"), "{bad}: {why}");

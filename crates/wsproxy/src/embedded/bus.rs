@@ -91,6 +91,7 @@ impl EmbeddedBus {
             channels: self.0.subscribed.lock().len(),
             queued_bytes: self.0.queue.bytes(),
             refusal: self.0.store.is_full().then_some(NotDone::Memory),
+            away: None,
             last_error: None,
         }
     }

@@ -101,16 +101,18 @@ pub(super) fn bus_members(core: &Core) -> Value {
         "subscribed": status.subscribed,
         "channels": status.channels,
         "writable": status.refusal.is_none(),
+        "away": status.away,
         "error": status.last_error.as_deref().or_else(|| status.refusal.map(NotDone::reason)),
     })
 }
 
-/// Returns whether the bus is connected, subscribed and accepts writes.
+/// Returns whether the bus is connected, subscribed and accepts writes, and no part of it is away.
 pub(crate) fn is_whole(status: &Status) -> bool {
-    status.connected && status.subscribed && status.refusal.is_none()
+    status.connected && status.subscribed && status.refusal.is_none() && status.away.is_none()
 }
 
-/// Answers `/ready`: 200 while the instance takes new clients, 503 otherwise.
+/// Answers `/ready`: 200 while the instance takes new clients, 503 otherwise. While a part of a Redis Cluster is away the
+/// instance takes clients, since those of the other parts can be served, and the answer names the part.
 fn ready(State(core): State<Arc<Core>>, details: Details) -> (StatusCode, Json<Value>) {
     let status = core.bus.status();
     let reason = if core.is_draining() {
@@ -127,7 +129,13 @@ fn ready(State(core): State<Arc<Core>>, details: Details) -> (StatusCode, Json<V
         None
     };
     match reason {
-        None => (StatusCode::OK, Json(json!({ "ready": true }))),
+        None => {
+            let mut body = json!({ "ready": true });
+            if let Some(away) = status.away.filter(|_| details != Details::Never) {
+                body["away"] = away.into();
+            }
+            (StatusCode::OK, Json(body))
+        }
         Some(_) if details == Details::Never => {
             (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false })))
         }

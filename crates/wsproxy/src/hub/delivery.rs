@@ -17,7 +17,7 @@ use wsproxy_proto::{
 };
 
 use crate::{
-    bus::deliver::Deliver,
+    bus::deliver::{Deliver, Missed},
     config::OnBusLoss,
     hub::{
         Hub,
@@ -138,7 +138,7 @@ impl Deliver for Delivery {
         self.round.flush_slice()
     }
 
-    fn lost(&mut self, cause: &str) {
+    fn lost(&mut self, cause: &str, missed: &Missed) {
         let hub = &self.hub;
         if hub.is_linked() {
             hub.outages.fetch_add(1, Release);
@@ -149,7 +149,8 @@ impl Deliver for Delivery {
         }
         for shard in hub.shards.iter() {
             let mut shard = shard.lock();
-            shard.tracks_mut().for_each(|(_, track)| track.interrupt());
+            let tracks = shard.tracks_mut().map(|(_, track)| track);
+            tracks.filter(|track| missed.has(&track.log)).for_each(|track| track.interrupt());
             for sink in shard.values().flat_map(|state| state.subscribers.iter()) {
                 if let Sink::Inbox(inbox) = sink {
                     inbox.lost();

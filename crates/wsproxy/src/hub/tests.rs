@@ -16,7 +16,7 @@ use wsproxy_proto::{
 use crate::{
     bus::{
         Bus,
-        deliver::Deliver,
+        deliver::{Deliver, Missed},
         publish::{History, Keep, Outcome, Publish, awaited},
     },
     client::{
@@ -73,8 +73,8 @@ impl Deliver for Wire {
         self.0.lock().0.proceed()
     }
 
-    fn lost(&mut self, cause: &str) {
-        self.0.lock().0.lost(cause);
+    fn lost(&mut self, cause: &str, missed: &Missed) {
+        self.0.lock().0.lost(cause, missed);
     }
 
     fn recovered(&mut self, gap: Duration) {
@@ -165,7 +165,7 @@ impl TestHub {
 
     /// Loses and recovers the bus, without healing.
     fn lose(&self) {
-        self.wire.clone().lost("a test");
+        self.wire.clone().lost("a test", &Missed::All);
         self.set_deaf(false);
         self.wire.clone().recovered(Duration::from_secs(1));
     }
@@ -266,12 +266,12 @@ async fn inboxes_learn_of_a_loss_between_the_messages_around_it() {
         .collect();
     let subscription = test.hub.subscribe(sinks).await.unwrap();
     test.send("topic", "1", Keep::Nothing).await;
-    test.wire.clone().lost("a test");
+    test.wire.clone().lost("a test", &Missed::All);
     test.send("topic", "2", Keep::Nothing).await;
     test.wire.clone().recovered(Duration::from_secs(1));
     test.send("topic", "3", Keep::Nothing).await;
-    test.wire.clone().lost("a test");
-    test.wire.clone().lost("another one");
+    test.wire.clone().lost("a test", &Missed::All);
+    test.wire.clone().lost("another one", &Missed::All);
     for inbox in &inboxes[..2] {
         assert_eq!(*inbox.0.lock(), ["1", "lost", "2", "recovered", "3", "lost", "lost"]);
     }

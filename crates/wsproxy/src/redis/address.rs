@@ -27,6 +27,11 @@ pub(crate) enum RedisServers {
         /// Name under which the sentinels watch the master.
         master: String,
     },
+    /// Some nodes of a Cluster, at least one; they name the others.
+    Cluster {
+        /// The nodes.
+        seeds: Vec<RedisEndpoint>,
+    },
 }
 
 /// The endpoint on which a server listens.
@@ -47,9 +52,10 @@ pub(crate) enum RedisEndpoint {
 
 impl RedisAddress {
     /// Reads `redis://[user][:password]@host[:port][/database]`, the same with `rediss`,
-    /// `unix:///path[?db=1&user=…&password=…]`, or
+    /// `unix:///path[?db=1&user=…&password=…]`,
     /// `redis+sentinel://[user][:password]@host[:port][,host[:port]…]/master[/database]`, the same with
-    /// `rediss+sentinel`. The error never quotes the URL, which may hold a password.
+    /// `rediss+sentinel`, or `redis+cluster://[user][:password]@host[:port][,host[:port]…]`, the same with
+    /// `rediss+cluster`. The error never quotes the URL, which may hold a password.
     pub(crate) fn parse(url: &str) -> Result<Self, &'static str> {
         let Some((scheme, rest)) = url.split_once("://") else {
             return Err("the URL has no scheme such as redis://");
@@ -72,9 +78,12 @@ impl RedisAddress {
             }
             "redis+sentinel" | "valkey+sentinel" => sentinels(rest, false)?,
             "rediss+sentinel" | "valkeys+sentinel" => sentinels(rest, true)?,
+            "redis+cluster" | "valkey+cluster" => cluster(rest, false)?,
+            "rediss+cluster" | "valkeys+cluster" => cluster(rest, true)?,
             _ => {
                 return Err(
-                    "the scheme must be redis, rediss, unix, redis+sentinel or rediss+sentinel",
+                    "the scheme must be redis, rediss, unix, redis+sentinel, rediss+sentinel, redis+cluster or \
+                     rediss+cluster",
                 );
             }
         };
@@ -97,6 +106,9 @@ impl RedisAddress {
             "" => 0,
             text => text.parse().map_err(|_| "the database must be a number")?,
         };
+        if database != 0 && matches!(servers, RedisServers::Cluster { .. }) {
+            return Err("a Cluster has database 0 only");
+        }
         let login = match (user, password) {
             (user, Some(password)) if user.is_empty() => Some(("default".into(), password)),
             (user, Some(password)) => Some((user, password)),
@@ -111,8 +123,16 @@ impl RedisAddress {
         let first = match &self.servers {
             RedisServers::One(endpoint) => Some(endpoint),
             RedisServers::Sentinel { sentinels, .. } => sentinels.first(),
+            RedisServers::Cluster { seeds } => seeds.first(),
         };
-        matches!(first, Some(RedisEndpoint::Tcp { tls: true, .. }))
+        first.is_some_and(RedisEndpoint::is_tls)
+    }
+}
+
+impl RedisEndpoint {
+    /// Returns whether TLS is spoken with the server.
+    pub(super) fn is_tls(&self) -> bool {
+        matches!(self, Self::Tcp { tls: true, .. })
     }
 }
 
@@ -136,6 +156,13 @@ fn sentinels(rest: &str, tls: bool) -> Result<(RedisServers, &str), &'static str
     let sentinels = sentinels.map(|authority| endpoint(authority, DEFAULT_SENTINEL_PORT, tls));
     let sentinels = sentinels.collect::<Result<Vec<_>, _>>()?;
     Ok((RedisServers::Sentinel { sentinels, master }, database))
+}
+
+/// Splits `host[:port][,host[:port]…][/0]`.
+fn cluster(rest: &str, tls: bool) -> Result<(RedisServers, &str), &'static str> {
+    let (authorities, database) = rest.split_once('/').unwrap_or((rest, ""));
+    let seeds = authorities.split(',').map(|authority| endpoint(authority, DEFAULT_PORT, tls));
+    Ok((RedisServers::Cluster { seeds: seeds.collect::<Result<_, _>>()? }, database))
 }
 
 /// Reads `host[:port]`.
@@ -170,13 +197,21 @@ impl fmt::Display for RedisAddress {
             RedisServers::One(endpoint) => endpoint.fmt(f),
             RedisServers::Sentinel { sentinels, master } => {
                 write!(f, "{master} of the sentinels ")?;
-                for (number, sentinel) in sentinels.iter().enumerate() {
-                    write!(f, "{}{sentinel}", if number == 0 { "" } else { "," })?;
-                }
-                Ok(())
+                list(f, sentinels)
+            }
+            RedisServers::Cluster { seeds } => {
+                f.write_str("the Cluster of ")?;
+                list(f, seeds)
             }
         }
     }
+}
+
+fn list(f: &mut fmt::Formatter<'_>, endpoints: &[RedisEndpoint]) -> fmt::Result {
+    for (number, endpoint) in endpoints.iter().enumerate() {
+        write!(f, "{}{endpoint}", if number == 0 { "" } else { "," })?;
+    }
+    Ok(())
 }
 
 impl fmt::Display for RedisEndpoint {
@@ -255,6 +290,17 @@ mod tests {
     }
 
     #[test]
+    fn urls_of_a_cluster_are_read() {
+        let address = RedisAddress::parse("rediss+cluster://me:p%40ss@n1,n2:7,[::1]:8/0").unwrap();
+        assert_eq!((&address.login, address.database), (&login("me", "p@ss"), 0));
+        let seeds = vec![tcp("n1", 6379, true), tcp("n2", 7, true), tcp("::1", 8, true)];
+        assert_eq!(address.servers, RedisServers::Cluster { seeds });
+        assert_eq!(address.to_string(), "the Cluster of n1:6379,n2:7,[::1]:8");
+        assert!(address.is_tls());
+        assert!(!RedisAddress::parse("redis+cluster://n1").unwrap().is_tls());
+    }
+
+    #[test]
     fn bad_urls_are_refused_without_quoting_them() {
         for url in [
             "localhost:6379",
@@ -271,7 +317,9 @@ mod tests {
             "redis+sentinel://s1//0",
             "redis+sentinel://s1:x/m",
             "redis+sentinel://s1/m/x",
-            "redis+cluster://n1",
+            "redis+cluster://n1/1",
+            "redis+cluster://n1,n2:x",
+            "redis+cluster://me@n1",
         ] {
             assert!(RedisAddress::parse(url).is_err(), "{url}");
         }

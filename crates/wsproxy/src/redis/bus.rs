@@ -16,7 +16,7 @@ use crate::{
     },
     config,
     queue::Back,
-    redis::{client::RedisClient, shared::RedisShared},
+    redis::{client::RedisClient, node::Nodes, shared::RedisShared},
 };
 
 /// Channels and messages on a Redis. Clones share one bus.
@@ -62,25 +62,35 @@ impl RedisBus {
     }
 
     pub(crate) fn publish(&self, publish: Publish) -> Result<(), (Back, Publish)> {
-        let bytes = publish.queued_bytes();
-        self.0.shared().publishes.queue.push(publish, bytes)
+        match &self.0.shared().nodes {
+            Nodes::One(node) => {
+                let bytes = publish.queued_bytes();
+                node.publishes.queue.push(publish, bytes)
+            }
+            Nodes::Cluster(cluster) => cluster.publish_counted(publish),
+        }
     }
 
     pub(crate) fn poll_publishable(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.shared().publishes.queue.poll_open(cx)
+        match &self.0.shared().nodes {
+            Nodes::One(node) => node.publishes.queue.poll_open(cx),
+            Nodes::Cluster(cluster) => cluster.poll_publishable(cx),
+        }
     }
 
     pub(crate) fn status(&self) -> Status {
         let shared = self.0.shared();
-        let (connected, last_error) = shared.health.report();
+        let (connected, last_error) = shared.report();
+        let nodes = shared.nodes.all();
         Status {
             connected,
             subscribed: shared.health.is_subscribed() && shared.are_connections_proven(),
             refusal: shared.refusal(),
             // The probe's own channel does not count.
             channels: shared.subscriptions.len().saturating_sub(1),
-            queued_bytes: shared.publishes.queue.bytes(),
-            last_error: shared.topology.trouble().or(last_error),
+            queued_bytes: nodes.iter().map(|node| node.publishes.queue.bytes()).sum(),
+            away: shared.nodes.cluster().and_then(|cluster| cluster.away()),
+            last_error,
         }
     }
 

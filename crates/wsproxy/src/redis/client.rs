@@ -3,16 +3,16 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use bytes::BytesMut;
-use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 use wsproxy_proto::names::Names;
 
 use crate::{
     bus::deliver::Deliver,
-    queue::Back,
     redis::{
+        cluster,
         health::Purpose,
-        pipeline::{PipelineRequest, Replies, task::PipelineTask},
+        node::Nodes,
+        pipeline::{Replies, task::PipelineTask},
         reader::RedisReader,
         resp::{self, Reply},
         scout,
@@ -37,11 +37,13 @@ impl RedisClient {
         // The first subscription of every connection; no caller waits for it.
         drop(shared.subscriptions.want(vec![shared.probe_channel.clone()]));
         tasks.spawn(RedisReader::new(shared.clone(), deliver).run());
-        for (pipeline, purpose) in
-            [(&shared.publishes, Purpose::Publish), (&shared.commands, Purpose::Command)]
-        {
-            tasks.spawn(PipelineTask::new(shared.clone(), pipeline.clone(), purpose).run());
+        if let Nodes::One(node) = &shared.nodes {
+            for purpose in [Purpose::Publish, Purpose::Command] {
+                tasks.spawn(PipelineTask::new(shared.clone(), node.clone(), purpose).run());
+            }
         }
+        tasks.spawn(cluster::follow::run(shared.clone(), tasks.clone()));
+        tasks.spawn(cluster::receivers::run(shared.clone()));
         tasks.spawn(scout::run(shared.clone()));
         tasks.spawn(sentinel::run(shared.clone()));
         Self(shared)
@@ -94,17 +96,15 @@ impl RedisClient {
         self.command(&words).await
     }
 
-    /// Sends a command on the command connection and waits for its reply.
+    /// Sends a command to the server that has its key, and waits for the reply.
     ///
     /// # Errors
     /// [`StoreError::Full`] and [`StoreError::Closed`]: the command was not sent. Others: see [`StoreError`].
     pub(crate) async fn command(&self, words: &[&[u8]]) -> Result<Reply, StoreError> {
-        let mut command = BytesMut::new();
-        resp::words(&mut command, words);
-        let (caller, reply) = oneshot::channel();
-        let bytes = command.len() + COMMAND_OVERHEAD_BYTES;
-        self.enqueue(PipelineRequest::Command(command.freeze(), caller), bytes)?;
-        reply.await.unwrap_or(Err(StoreError::Closed))
+        match &self.0.nodes {
+            Nodes::One(node) => node.commands.command(words).await,
+            Nodes::Cluster(cluster) => cluster.command(words, self.0.response_timeout).await,
+        }
     }
 
     /// Runs a script several times, with one write and one wake-up for all; `calls` are the words of [`Self::run`].
@@ -145,40 +145,20 @@ impl RedisClient {
         if count == 0 {
             return Replies::new();
         }
+        let node = match &self.0.nodes {
+            Nodes::One(node) => node,
+            Nodes::Cluster(cluster) => {
+                return cluster.commands(commands, self.0.response_timeout).await;
+            }
+        };
         let mut spelled = BytesMut::with_capacity(count * COMMAND_BYTES);
         for words in commands {
             resp::command(&mut spelled, words.clone().count());
             words.for_each(|word| resp::word(&mut spelled, word));
         }
-        let (caller, replies) = oneshot::channel();
-        let bytes = spelled.len() + count * COMMAND_OVERHEAD_BYTES;
-        let request = PipelineRequest::Commands(spelled.freeze(), count, caller);
-        match self.enqueue(request, bytes) {
-            Ok(()) => replies.await.unwrap_or_else(|_| vec![Err(StoreError::Closed); count]),
-            Err(error) => vec![Err(error); count],
-        }
-    }
-
-    fn enqueue(&self, request: PipelineRequest, bytes: usize) -> Result<(), StoreError> {
-        let queue = &self.0.commands.queue;
-        match queue.push(request, bytes) {
-            Ok(()) => Ok(()),
-            Err((Back::Closed, _)) => Err(StoreError::Closed),
-            Err((Back::Full, request)) => {
-                // In an outage the callers of most waiting commands have given up.
-                queue.retain(|request| match request {
-                    PipelineRequest::Command(_, caller) => !caller.is_closed(),
-                    PipelineRequest::Commands(_, _, caller) => !caller.is_closed(),
-                    PipelineRequest::Publish(_) => true,
-                });
-                queue.push(request, bytes).map_err(|_| StoreError::Full)
-            }
-        }
+        node.commands.send_each(spelled.freeze(), count).await
     }
 }
 
 /// Room that is made for each of several commands before they are spelled.
 const COMMAND_BYTES: usize = 384;
-
-/// Estimate of a queued command's cost beside its bytes.
-const COMMAND_OVERHEAD_BYTES: usize = 128;

@@ -40,6 +40,15 @@ pub(super) enum Fault {
     /// No sentinel could name a master.
     #[error("no sentinel names a master: {0}")]
     NoMaster(String),
+    /// The server does not tell the nodes of a Cluster.
+    #[error("it tells no nodes of a Cluster: {0}")]
+    NoCluster(String),
+    /// Messages between nodes of a Cluster may be lost.
+    #[error("the node has lost its connection to another node of the Cluster")]
+    Torn,
+    /// Another node serves the slots of one that failed.
+    #[error("another node serves the slots of one that failed")]
+    FailedOver,
     /// A message to the instance's own channel did not come back.
     #[error("a probe did not come back: a connection is deaf, or they end at different servers")]
     Probe,

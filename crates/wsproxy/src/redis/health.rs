@@ -1,12 +1,12 @@
-//! The state of an instance's three connections. Makes none of them.
+//! The state of an instance's connections. Makes none of them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::redis::{answer::Writes, fault::Fault};
+use crate::redis::fault::Fault;
 
-/// One of the three connections of an instance.
+/// The use of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     /// Carries subscriptions and their messages.
@@ -28,40 +28,63 @@ impl Purpose {
     }
 }
 
-/// State of the three connections.
-#[derive(Default)]
+/// State of one connection, which is made again and again.
+pub(super) struct Link {
+    pub(super) purpose: Purpose,
+    is_up: AtomicBool,
+    /// `None`: all is well, or the connection is being made for the first time.
+    fault: Mutex<Option<String>>,
+}
+
+impl Link {
+    pub(super) fn new(purpose: Purpose) -> Self {
+        Self { purpose, is_up: AtomicBool::new(false), fault: Mutex::default() }
+    }
+
+    pub(super) fn up(&self) {
+        *self.fault.lock() = None;
+        self.is_up.store(true, Ordering::Release);
+    }
+
+    pub(super) fn down(&self, fault: &Fault) {
+        self.is_up.store(false, Ordering::Release);
+        *self.fault.lock() = Some(fault.to_string());
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.is_up.load(Ordering::Acquire)
+    }
+
+    /// Returns whether the connection was lost or could not be made.
+    pub(super) fn is_away(&self) -> bool {
+        !self.is_up() && self.fault.lock().is_some()
+    }
+
+    pub(super) fn fault(&self) -> Option<String> {
+        self.fault.lock().clone()
+    }
+}
+
+/// State of the subscribing connection, and of the instance's connections together.
 pub(super) struct Health {
-    /// Trouble of each connection, by [`Purpose`]; `None` inside: the connection is being made for the first time.
-    troubles: Mutex<[Trouble; 3]>,
+    pub(super) subscribe: Link,
     subscribed: AtomicBool,
     /// Set while the connections end at different servers or one is deaf, until a probe proves otherwise.
     differ: AtomicBool,
-    pub(super) writes: Writes,
-}
-
-#[derive(Default)]
-struct Trouble {
-    up: bool,
-    fault: Option<String>,
 }
 
 impl Health {
-    pub(super) fn up(&self, purpose: Purpose) {
-        self.troubles.lock()[purpose as usize] = Trouble { up: true, fault: None };
-    }
-
-    pub(super) fn down(&self, purpose: Purpose, fault: &Fault) {
-        self.troubles.lock()[purpose as usize] =
-            Trouble { up: false, fault: Some(fault.to_string()) };
-    }
-
-    pub(super) fn is_up(&self, purpose: Purpose) -> bool {
-        self.troubles.lock()[purpose as usize].up
+    pub(super) fn new() -> Self {
+        Self {
+            subscribe: Link::new(Purpose::Subscribe),
+            subscribed: AtomicBool::new(false),
+            differ: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn set_subscribed(&self, is: bool) {
         if is {
-            self.troubles.lock()[Purpose::Subscribe as usize].fault = None;
+            *self.subscribe.fault.lock() = None;
         }
         self.subscribed.store(is, Ordering::Release);
     }
@@ -74,20 +97,22 @@ impl Health {
         self.differ.store(true, Ordering::Release);
     }
 
+    pub(super) fn differs(&self) -> bool {
+        self.differ.load(Ordering::Acquire)
+    }
+
     pub(super) fn agree(&self) {
         self.differ.store(false, Ordering::Release);
     }
 
-    /// Notes that the connection is up, but refused.
+    /// Notes that the subscribing connection is up, but refused.
     pub(super) fn denied(&self, why: &str) {
         self.subscribed.store(false, Ordering::Release);
-        self.troubles.lock()[Purpose::Subscribe as usize].fault = Some(why.to_owned());
+        *self.subscribe.fault.lock() = Some(why.to_owned());
     }
 
-    pub(super) fn report(&self) -> (bool, Option<String>) {
-        let troubles = self.troubles.lock();
-        let fault = troubles.iter().find_map(|trouble| trouble.fault.clone());
-        let differ = self.differ.load(Ordering::Acquire).then(|| Fault::Probe.to_string());
-        (troubles.iter().all(|trouble| trouble.up), fault.or(differ))
+    /// Returns the trouble of the connections together.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.differs().then(|| Fault::Probe.to_string())
     }
 }

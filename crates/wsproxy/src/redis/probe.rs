@@ -5,12 +5,18 @@
 //! question that is asked there after this answer is answered behind the message. Only two such answers without the
 //! message count, since servers with many threads may be less strict.
 //!
+//! In a Cluster the nodes pass messages on to each other without an order to rely on, so that there a probe counts as
+//! missed once it has been answered and has not come for a long time.
+//!
 //! The probe needs only permissions that the gateway needs anyway, and works through proxies. Comparing the servers'
 //! `run_id` would need `INFO`, which many users may not run.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicI64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -31,21 +37,19 @@ pub(super) enum Route {
     Command,
     /// A connection made for one probe: it ends at the server to which the name leads now.
     Fresh,
-}
-
-impl Route {
-    /// All routes, in the order of their numbers.
-    pub(super) const ALL: [Self; 3] = [Self::Publish, Self::Command, Self::Fresh];
+    /// The publishing connection to the node of a Cluster with this number.
+    Node(usize),
 }
 
 /// The probes that are under way.
 pub(super) struct Probes {
     channel: Arc<str>,
-    ways: [Way; 3],
+    ways: Vec<Way>,
 }
 
 /// The probe of one route.
 struct Way {
+    route: Route,
     sent: Option<Sent>,
     /// Time when a probe came back last, or when the subscribing connection was made.
     last_heard: Instant,
@@ -56,6 +60,7 @@ struct Sent {
     answer: Arc<Answer>,
     /// Number of the connection over which the probe was sent.
     birth: Birth,
+    at: Instant,
     /// Set while a question is open that was asked after the answer to the publish.
     fenced: bool,
     /// Number of such questions that have been answered.
@@ -80,17 +85,20 @@ pub(super) enum Returned {
 
 impl Probes {
     /// Creates probes on the instance's own channel.
-    pub(super) fn new(channel: Arc<str>, now: Instant) -> Self {
-        let way = || Way { sent: None, last_heard: now };
-        Self { channel, ways: [way(), way(), way()] }
+    pub(super) fn new(channel: Arc<str>) -> Self {
+        Self { channel, ways: Vec::new() }
     }
 
     /// Begins anew for another subscribing connection. The proof of [`Route::Fresh`] stays.
     pub(super) fn renew(&mut self, now: Instant) {
-        for route in [Route::Publish, Route::Command] {
-            self.ways[route as usize].last_heard = now;
+        // A node that is away now must not count.
+        self.ways.retain(|way| !matches!(way.route, Route::Node(_)));
+        for way in &mut self.ways {
+            way.sent = None;
+            if way.route != Route::Fresh {
+                way.last_heard = now;
+            }
         }
-        self.ways.iter_mut().for_each(|way| way.sent = None);
     }
 
     /// Returns the instance's own channel.
@@ -99,8 +107,12 @@ impl Probes {
     }
 
     /// Sends a probe, unless one is under way. Call it only while the channel is confirmed.
-    pub(super) fn send(&mut self, route: Route, outlet: &Outlet) {
-        let way = &mut self.ways[route as usize];
+    pub(super) fn send(&mut self, route: Route, outlet: &Outlet, now: Instant) {
+        let place = self.ways.iter().position(|way| way.route == route).unwrap_or_else(|| {
+            self.ways.push(Way { route, sent: None, last_heard: now });
+            self.ways.len() - 1
+        });
+        let way = &mut self.ways[place];
         if way.sent.as_ref().is_some_and(|sent| !matches!(sent.answer(), LOST | DENIED)) {
             return;
         }
@@ -114,9 +126,15 @@ impl Probes {
             keep: Keep::Nothing,
             receipt: Some(answer.clone()),
         });
-        let sent =
-            Sent { payload, answer, birth, fenced: false, fences_passed: 0, no_receiver: false };
-        way.sent = Some(sent);
+        way.sent = Some(Sent {
+            payload,
+            answer,
+            birth,
+            at: now,
+            fenced: false,
+            fences_passed: 0,
+            no_receiver: false,
+        });
     }
 
     /// Returns the sender of a message. Ends the probe that has come back.
@@ -124,11 +142,10 @@ impl Probes {
         if channel != self.channel.as_bytes() {
             return Returned::NotOurs;
         }
-        for route in Route::ALL {
-            let way = &mut self.ways[route as usize];
+        for way in &mut self.ways {
             if let Some(sent) = way.sent.take_if(|sent| sent.payload == payload) {
                 way.last_heard = now;
-                return Returned::Probe(route, sent.birth);
+                return Returned::Probe(way.route, sent.birth);
             }
         }
         Returned::Foreign
@@ -146,15 +163,22 @@ impl Probes {
         for sent in self.ways.iter_mut().filter_map(|way| way.sent.as_mut()) {
             sent.fences_passed += u32::from(sent.fenced);
         }
-        self.forget(|sent| sent.fences_passed >= FENCES)
+        self.forget(|route, sent| !route.is_of_a_cluster() && sent.fences_passed >= FENCES)
     }
 
     /// Returns a probe that reached no subscriber although we are subscribed: the connections are on different servers.
     /// Counts at the second tick only, since the end of the connection may be unread at the first.
     pub(super) fn no_receiver(&mut self) -> Option<(Route, Birth)> {
-        self.forget(|sent| {
-            let no_receiver = sent.answer() == 0;
+        self.forget(|route, sent| {
+            let no_receiver = sent.answer() == 0 && !route.is_of_a_cluster();
             std::mem::replace(&mut sent.no_receiver, no_receiver) && no_receiver
+        })
+    }
+
+    /// Returns a probe that a node of a Cluster has published and that did not come within `limit`.
+    pub(super) fn overdue(&mut self, limit: Duration, now: Instant) -> Option<(Route, Birth)> {
+        self.forget(|route, sent| {
+            route.is_of_a_cluster() && sent.answer() >= 0 && now.duration_since(sent.at) > limit
         })
     }
 
@@ -169,14 +193,28 @@ impl Probes {
         self.ways.iter().map(|way| way.last_heard).min()
     }
 
-    fn forget(&mut self, mut which: impl FnMut(&mut Sent) -> bool) -> Option<(Route, Birth)> {
+    /// Returns whether another connection than that of `route` was heard since a time.
+    pub(super) fn is_other_heard(&self, route: Route, since: Instant) -> bool {
+        self.ways.iter().any(|way| way.route != route && way.last_heard > since)
+    }
+
+    fn forget(
+        &mut self,
+        mut which: impl FnMut(Route, &mut Sent) -> bool,
+    ) -> Option<(Route, Birth)> {
         let mut found = None;
-        for route in Route::ALL {
-            if let Some(sent) = self.ways[route as usize].sent.take_if(&mut which) {
-                found = Some((route, sent.birth));
+        for way in &mut self.ways {
+            if let Some(sent) = way.sent.take_if(|sent| which(way.route, sent)) {
+                found = Some((way.route, sent.birth));
             }
         }
         found
+    }
+}
+
+impl Route {
+    fn is_of_a_cluster(self) -> bool {
+        matches!(self, Self::Node(_))
     }
 }
 
@@ -215,11 +253,11 @@ mod tests {
 
     /// Sends a probe over the publishing connection; returns the probes and the message.
     fn sent() -> (Probes, Publish) {
-        let (mut probes, outlet) = (Probes::new("own".into(), Instant::now()), Outlet::default());
+        let (mut probes, outlet) = (Probes::new("own".into()), Outlet::default());
         outlet.connected(7);
-        probes.send(Route::Publish, &outlet);
+        probes.send(Route::Publish, &outlet, Instant::now());
         let publish = outlet.take().unwrap();
-        probes.send(Route::Publish, &outlet);
+        probes.send(Route::Publish, &outlet, Instant::now());
         assert!(outlet.take().is_none(), "one at a time");
         (probes, publish)
     }
@@ -274,9 +312,25 @@ mod tests {
             assert_eq!(probes.fence_was_passed(), None);
             assert_eq!((probes.no_receiver(), probes.no_receiver()), (None, None));
             let outlet = Outlet::default();
-            probes.send(Route::Publish, &outlet);
+            probes.send(Route::Publish, &outlet, Instant::now());
             assert!(outlet.take().is_some());
         }
+    }
+
+    #[test]
+    fn a_node_of_a_cluster_has_time_to_pass_the_probe_on() {
+        let (mut probes, outlet) = (Probes::new("own".into()), Outlet::default());
+        outlet.connected(7);
+        let (start, limit) = (Instant::now(), Duration::from_secs(1));
+        probes.send(Route::Node(3), &outlet, start);
+        assert!(!probes.is_other_heard(Route::Node(3), start));
+        let late = start + limit * 2;
+        assert_eq!(probes.overdue(limit, late), None, "the publish has no answer yet");
+        answer(&outlet.take().unwrap(), Outcome::Received(0));
+        assert_eq!((probes.no_receiver(), probes.no_receiver()), (None, None));
+        assert_eq!(probes.overdue(limit, start + limit), None);
+        assert_eq!(probes.overdue(limit, late), Some((Route::Node(3), 7)));
+        assert_eq!(probes.overdue(limit, late), None);
     }
 
     #[test]
@@ -284,7 +338,7 @@ mod tests {
         let (mut probes, first) = sent();
         let outlet = Outlet::default();
         outlet.connected(9);
-        probes.send(Route::Command, &outlet);
+        probes.send(Route::Command, &outlet, Instant::now());
         let second = outlet.take().unwrap();
         answer(&first, Outcome::Received(0));
         answer(&second, Outcome::Received(1));

@@ -9,14 +9,15 @@ use bytes::BytesMut;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::{
-    bus::deliver::Deliver,
+    bus::deliver::{Deliver, Missed},
     redis::{
         address::RedisEndpoint,
         connect::check_role_answer,
         connection::{Progress, RedisConnection},
         fault::{Fault, tell},
-        health::Purpose,
-        outlet::Birth,
+        links::Links,
+        node::{Nodes, Target},
+        outlet::{Birth, Outlet},
         probe::{Probes, Returned, Route},
         resp::{self, Push, RespValue},
         shared::RedisShared,
@@ -38,6 +39,8 @@ pub(super) struct RedisReader {
     /// Time since which messages may have been missed; `None` while all is well.
     outage: Option<Instant>,
     probes: Probes,
+    /// Connections between the node of a Cluster and the others.
+    links: Links,
     /// Time of the latest probe over a connection of its own.
     scouted: Instant,
     refusals: Complaints,
@@ -48,6 +51,7 @@ enum Asked {
     Subscribe { id: CommandId, channels: Vec<Arc<str>>, confirmed: usize },
     Unsubscribe { channels: Vec<Arc<str>>, confirmed: usize },
     Watchdog,
+    Links,
 }
 
 /// Progress of a new connection with its subscriptions.
@@ -64,9 +68,9 @@ impl RedisReader {
     /// Creates a reader without a connection.
     pub(super) fn new(shared: Arc<RedisShared>, deliver: Box<dyn Deliver>) -> Self {
         let now = Instant::now();
-        let probes = Probes::new(shared.probe_channel.clone(), now);
         Self {
-            probes,
+            probes: Probes::new(shared.probe_channel.clone()),
+            links: Links::default(),
             scouted: now,
             shared,
             deliver,
@@ -82,7 +86,9 @@ impl RedisReader {
 
     /// Reads until shutdown.
     pub(super) async fn run(mut self) {
-        let mut supervisor = Supervisor::new(self.shared.clone(), Purpose::Subscribe);
+        let shared = self.shared.clone();
+        let link = &shared.health.subscribe;
+        let mut supervisor = Supervisor::new(shared.clone(), link, Target::Named);
         while let Some((mut connection, server)) = supervisor.connect().await {
             self.shared.subscriptions.connected();
             self.resubscription = Resubscription::Asking;
@@ -98,15 +104,15 @@ impl RedisReader {
                 Fault::Probe | Fault::Moved => self.probes.known_until(),
                 _ => None,
             };
-            self.interrupted(&fault, since.unwrap_or(connection.last_read));
+            self.interrupted(&fault, since.unwrap_or(connection.last_read), &Missed::All);
         }
         self.shared.subscriptions.close();
     }
 
     /// Notes that messages may have been missed since `since`.
-    fn interrupted(&mut self, fault: &Fault, since: Instant) {
+    fn interrupted(&mut self, fault: &Fault, since: Instant, missed: &Missed) {
         self.outage = Some(self.outage.map_or(since, |earlier| earlier.min(since)));
-        self.deliver.lost(&fault.to_string());
+        self.deliver.lost(&fault.to_string(), missed);
     }
 
     /// Uses a connection until it fails; `Ok` at shutdown.
@@ -117,11 +123,14 @@ impl RedisReader {
     ) -> Result<(), Fault> {
         let shared = self.shared.clone();
         let mut left = pin!(shared.topology.left(server));
+        self.links = Links::default();
         let (every, timeout) = (shared.probe_interval, shared.response_timeout);
         let mut watchdog = Watchdog::new(every, timeout, Instant::now());
         self.probes.renew(Instant::now());
-        shared.publishes.outlet.doubt();
-        shared.commands.outlet.doubt();
+        for node in shared.nodes.all() {
+            node.publishes.outlet.doubt();
+            node.commands.outlet.doubt();
+        }
         let mut ticks = interval(Watchdog::period(every, timeout));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -134,6 +143,9 @@ impl RedisReader {
                 },
                 () = shared.subscriptions.changed() => {}
                 () = shared.connections_changed.notified() => self.prove(|_| true),
+                slots = shared.nodes.failed_over() => {
+                    self.missed_some(&Fault::FailedOver, &Missed::Slots(slots));
+                }
                 _ = ticks.tick() => self.tick(connection, &mut watchdog)?,
                 () = &mut left => return Err(Fault::Moved),
                 () = tokio::task::yield_now(), if is_behind => {}
@@ -193,7 +205,9 @@ impl RedisReader {
                             unflushed.messages += 1;
                             unflushed.bytes += push.payload.len();
                         }
-                        Returned::Probe(route, birth) => self.shared.outlet(route).prove(birth),
+                        Returned::Probe(route, birth) => {
+                            self.shared.with_outlet(route, |outlet| outlet.prove(birth));
+                        }
                         Returned::Foreign => {}
                     }
                     Ok(())
@@ -274,9 +288,22 @@ impl RedisReader {
         match (self.asked.pop_front(), value) {
             (Some(Asked::Watchdog), value) => {
                 watchdog.answered();
-                check_role_answer(&value)?;
+                if self.shared.nodes.cluster().is_none() {
+                    check_role_answer(&value)?;
+                }
                 let missed = self.probes.fence_was_passed();
                 missed.map_or(Ok(()), |missed| self.missed(missed, birth))
+            }
+            (Some(Asked::Links), value) => {
+                let torn = self.links.torn(&value);
+                if let Some(cluster) = self.shared.nodes.cluster()
+                    && !torn.is_empty()
+                {
+                    cluster.doubt();
+                    let slots = cluster.slots_of(&torn);
+                    self.missed_some(&Fault::Torn, &Missed::Slots(slots));
+                }
+                Ok(())
             }
             (Some(Asked::Subscribe { id, channels, confirmed: 0 }), RespValue::Error(error)) => {
                 self.denied(id, channels, &tell(error), output);
@@ -345,7 +372,8 @@ impl RedisReader {
 
     /// Tells the end of an outage, once all connections are proven: histories must not be read from another server.
     fn check_recovery(&mut self) {
-        if self.resubscription != Resubscription::Done {
+        let is_well = self.outage.is_none() && !self.shared.health.differs();
+        if self.resubscription != Resubscription::Done || is_well {
             return;
         }
         if self.shared.are_connections_proven() {
@@ -371,27 +399,63 @@ impl RedisReader {
         if self.resubscription != Resubscription::Done || !self.is_heard() || !is_wanted(&shared) {
             return;
         }
-        for (route, purpose) in
-            [(Route::Publish, Purpose::Publish), (Route::Command, Purpose::Command)]
-        {
-            if shared.health.is_up(purpose) {
-                self.probes.send(route, shared.outlet(route));
+        let now = Instant::now();
+        match &shared.nodes {
+            Nodes::One(node) => {
+                for (route, pipeline) in
+                    [(Route::Publish, &node.publishes), (Route::Command, &node.commands)]
+                {
+                    if pipeline.link.is_up() {
+                        self.probes.send(route, &pipeline.outlet, now);
+                    }
+                }
+            }
+            Nodes::Cluster(cluster) => {
+                for node in cluster.masters() {
+                    if node.publishes.link.is_up() {
+                        self.probes.send(Route::Node(node.number), &node.publishes.outlet, now);
+                    }
+                }
             }
         }
+    }
+
+    /// Notes that messages may have been missed, though the connection is well.
+    fn missed_some(&mut self, fault: &Fault, missed: &Missed) {
+        let since = self.probes.known_until().unwrap_or_else(Instant::now);
+        self.interrupted(fault, since, missed);
     }
 
     /// Handles a missed probe. Of two connections that end at different servers the newer stays, since it ends where
     /// the server's name leads now; all older ones are made again.
     fn missed(&mut self, (route, birth): (Route, Birth), own: Birth) -> Result<(), Fault> {
         let shared = self.shared.clone();
-        let outlet = shared.outlet(route);
-        if route != Route::Fresh && outlet.born() != birth {
+        let born = shared.with_outlet(route, Outlet::born);
+        if route != Route::Fresh && born != birth {
             return Ok(()); // That connection is gone already.
         }
         shared.counters.probe_failures.add(1);
         shared.health.differ();
-        let newest = outlet.born().max(own);
-        for pipeline in [&shared.publishes, &shared.commands] {
+        let node = match &shared.nodes {
+            Nodes::One(node) => node,
+            Nodes::Cluster(cluster) => {
+                let since = Instant::now() - shared.response_timeout;
+                if !self.probes.is_other_heard(route, since) {
+                    return Err(Fault::Probe);
+                }
+                // The others are heard here, so that it is that node which others do not hear.
+                if let Route::Node(number) = route
+                    && let Some(node) = cluster.node(number)
+                {
+                    node.publishes.condemn();
+                }
+                cluster.doubt();
+                self.missed_some(&Fault::Probe, &Missed::All);
+                return Ok(());
+            }
+        };
+        let newest = born.max(own);
+        for pipeline in [&node.publishes, &node.commands] {
             pipeline.outlet.doubt();
             if pipeline.outlet.born() < newest {
                 pipeline.condemn();
@@ -400,8 +464,7 @@ impl RedisReader {
         if own < newest {
             return Err(Fault::Probe);
         }
-        let since = self.probes.known_until();
-        self.interrupted(&Fault::Probe, since.unwrap_or_else(Instant::now));
+        self.missed_some(&Fault::Probe, &Missed::All);
         Ok(())
     }
 
@@ -418,18 +481,24 @@ impl RedisReader {
                 self.probes.fence();
                 resp::words(&mut connection.output, &[b"ROLE"]);
                 self.asked.push_back(Asked::Watchdog);
+                if self.shared.nodes.cluster().is_some() {
+                    resp::words(&mut connection.output, &[b"CLUSTER", b"LINKS"]);
+                    self.asked.push_back(Asked::Links);
+                }
                 self.prove(|_| true);
             }
         }
-        if let Some(missed) = self.probes.no_receiver() {
+        let limit = self.shared.response_timeout;
+        if let Some(missed) = self.probes.no_receiver().or(self.probes.overdue(limit, now)) {
             self.missed(missed, connection.birth)?;
         }
         if now.duration_since(self.scouted) > self.shared.probe_interval * SCOUT_PROBES
             && self.is_heard()
+            && self.shared.nodes.cluster().is_none()
             && self.shared.are_connections_proven()
         {
             self.scouted = now;
-            self.probes.send(Route::Fresh, &self.shared.scout);
+            self.probes.send(Route::Fresh, &self.shared.scout, now);
         }
         if now.duration_since(self.refused_retried) > REFUSED_RETRY {
             self.refused_retried = now;

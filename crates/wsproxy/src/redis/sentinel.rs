@@ -156,6 +156,7 @@ impl Connector {
     pub(super) async fn connect_master(&self, name: &str) -> Result<RedisConnection, Fault> {
         let master = match &self.address().servers {
             RedisServers::One(endpoint) => endpoint.clone(),
+            RedisServers::Cluster { seeds } => return self.connect_any(seeds, name).await,
             RedisServers::Sentinel { sentinels, master } => {
                 let topology = Topology::new(&self.address().servers);
                 let asked = sentinels.iter().enumerate().map(async |(number, sentinel)| match self
@@ -171,6 +172,22 @@ impl Connector {
             }
         };
         self.connect(&master, Part::Master, name).await
+    }
+
+    /// Opens a connection to the first node of a Cluster that answers.
+    async fn connect_any(
+        &self,
+        seeds: &[RedisEndpoint],
+        name: &str,
+    ) -> Result<RedisConnection, Fault> {
+        let mut fault = Fault::Closed;
+        for seed in seeds {
+            match self.connect(seed, Part::Node, name).await {
+                Ok(connection) => return Ok(connection),
+                Err(other) => fault = other,
+            }
+        }
+        Err(fault)
     }
 
     /// Asks one sentinel for the master.

@@ -16,10 +16,12 @@ use crate::{
     bus::{publish::BusError, status::BusCounters},
     config,
     redis::{
+        address::RedisServers,
+        cluster::Cluster,
         connect::Connector,
-        health::Health,
+        health::{Health, Link},
+        node::{Node, Nodes, Target},
         outlet::{Birth, Outlet},
-        pipeline::Pipeline,
         probe::Route,
         subscriptions::Subscriptions,
         topology::Topology,
@@ -37,8 +39,7 @@ pub(super) struct RedisShared {
     pub(super) probe_interval: Duration,
     pub(super) response_timeout: Duration,
     pub(super) subscriptions: Subscriptions,
-    pub(super) publishes: Arc<Pipeline>,
-    pub(super) commands: Arc<Pipeline>,
+    pub(super) nodes: Nodes,
     /// Outlet whose messages are each published over a connection of its own.
     pub(super) scout: Outlet,
     /// The number of the newest connection.
@@ -73,8 +74,17 @@ impl RedisShared {
                 unless nothing else uses this Redis."
             );
         }
+        let queue_bytes = config.publish_queue_bytes;
         Ok(Self {
             topology: Topology::new(&connector.address().servers),
+            nodes: match &connector.address().servers {
+                RedisServers::Cluster { seeds } => {
+                    Nodes::Cluster(Arc::new(Cluster::new(seeds.clone(), queue_bytes)))
+                }
+                RedisServers::One(_) | RedisServers::Sentinel { .. } => {
+                    Nodes::One(Arc::new(Node::new(Target::Named, 0, queue_bytes)))
+                }
+            },
             connector,
             client_name: client_name(server_id),
             names: names.clone(),
@@ -82,13 +92,11 @@ impl RedisShared {
             probe_interval: config.probe_interval,
             response_timeout: config.response_timeout,
             subscriptions: Subscriptions::default(),
-            publishes: Arc::new(Pipeline::new(config.publish_queue_bytes)),
-            commands: Arc::new(Pipeline::new(COMMAND_QUEUE_BYTES)),
             scout: Outlet::default(),
             births: AtomicU64::new(0),
             command_connections: AtomicU64::new(0),
             connections_changed: Notify::new(),
-            health: Health::default(),
+            health: Health::new(),
             counters: BusCounters::default(),
             shutdown,
         })
@@ -99,22 +107,54 @@ impl RedisShared {
         self.births.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    pub(super) fn outlet(&self, route: Route) -> &Outlet {
-        match route {
-            Route::Publish => &self.publishes.outlet,
-            Route::Command => &self.commands.outlet,
-            Route::Fresh => &self.scout,
+    /// Uses the outlet of a route.
+    pub(super) fn with_outlet<T: Default>(
+        &self,
+        route: Route,
+        take: impl FnOnce(&Outlet) -> T,
+    ) -> T {
+        match (route, &self.nodes) {
+            (Route::Fresh, _) => take(&self.scout),
+            (Route::Publish, Nodes::One(node)) => take(&node.publishes.outlet),
+            (Route::Command, Nodes::One(node)) => take(&node.commands.outlet),
+            (Route::Node(number), Nodes::Cluster(cluster)) => {
+                cluster.node(number).map_or_else(T::default, |node| take(&node.publishes.outlet))
+            }
+            (Route::Node(_), Nodes::One(_)) => T::default(),
+            (Route::Publish | Route::Command, Nodes::Cluster(_)) => T::default(),
         }
     }
 
-    /// Returns whether a probe through every other connection came back over the subscribing one.
+    /// Returns whether a probe through every other connection came back over the subscribing one. Of a Cluster the
+    /// connections count that are up, since the other nodes' messages are away with their slots.
     pub(super) fn are_connections_proven(&self) -> bool {
-        self.publishes.outlet.is_proven() && self.commands.outlet.is_proven()
+        match &self.nodes {
+            Nodes::One(node) => {
+                node.publishes.outlet.is_proven() && node.commands.outlet.is_proven()
+            }
+            Nodes::Cluster(cluster) => {
+                let mut up = cluster.masters();
+                up.retain(|node| node.publishes.link.is_up());
+                !up.is_empty() && up.iter().all(|node| node.publishes.outlet.is_proven())
+            }
+        }
+    }
+
+    /// Returns whether the subscribing connection and those of the nodes are up, and the latest trouble.
+    pub(super) fn report(&self) -> (bool, Option<String>) {
+        let nodes = self.nodes.all();
+        let links = nodes.iter().flat_map(|node| node.links());
+        let fault = [&self.health.subscribe].into_iter().chain(links).find_map(Link::fault);
+        let is_up = self.health.subscribe.is_up() && self.nodes.are_up();
+        let away = self.nodes.cluster().and_then(|cluster| cluster.away());
+        let trouble = self.topology.trouble().or(away).or(fault);
+        (is_up, trouble.or_else(|| self.health.trouble()))
     }
 
     /// Returns the reason why Redis takes no writes. A refusal counts as over once the probes' writes no longer repeat it.
     pub(super) fn refusal(&self) -> Option<NotDone> {
-        self.health.writes.refusal(self.probe_interval * 3 + self.response_timeout)
+        let forget_after = self.probe_interval * 3 + self.response_timeout;
+        self.nodes.all().iter().find_map(|node| node.writes.refusal(forget_after))
     }
 }
 
@@ -123,6 +163,3 @@ fn client_name(server_id: &str) -> String {
     let plain = |c: char| if c.is_ascii_graphic() { c } else { '_' };
     format!("wsproxy-{}", server_id.chars().map(plain).collect::<String>())
 }
-
-/// Upper bound of commands that wait for the store; handshakes that do not fit are refused.
-const COMMAND_QUEUE_BYTES: usize = 8 * 1024 * 1024;

@@ -9,64 +9,71 @@ use tokio::time::Instant;
 use wsproxy_proto::backoff::Backoff;
 
 use crate::redis::{
-    address::RedisEndpoint, connect::Part, connection::RedisConnection, fault::Fault,
-    health::Purpose, shared::RedisShared,
+    address::RedisEndpoint,
+    connection::RedisConnection,
+    fault::Fault,
+    health::{Link, Purpose},
+    node::Target,
+    shared::RedisShared,
 };
 
 /// Makes one connection again and again.
-pub(super) struct Supervisor {
+pub(super) struct Supervisor<'a> {
     shared: Arc<RedisShared>,
-    purpose: Purpose,
+    link: &'a Link,
+    target: Target,
     failures: u32,
     up_since: Option<Instant>,
     complaints: Complaints,
 }
 
-impl Supervisor {
+impl<'a> Supervisor<'a> {
     /// Creates a supervisor without a connection.
-    pub(super) fn new(shared: Arc<RedisShared>, purpose: Purpose) -> Self {
-        Self { shared, purpose, failures: 0, up_since: None, complaints: Complaints::default() }
+    pub(super) fn new(shared: Arc<RedisShared>, link: &'a Link, target: Target) -> Self {
+        let complaints = Complaints::default();
+        Self { shared, link, target, failures: 0, up_since: None, complaints }
     }
 
-    /// Connects to the master, with as many attempts as it takes. Returns the connection and the server at its end;
+    /// Connects to the target, with as many attempts as it takes. Returns the connection and the server at its end;
     /// `None` at shutdown.
     pub(super) async fn connect(&mut self) -> Option<(RedisConnection, Arc<RedisEndpoint>)> {
-        let shared = self.shared.clone();
+        let (shared, target) = (self.shared.clone(), self.target.clone());
+        let part = target.part(&shared);
         let attempts = async {
             loop {
-                let master = shared.topology.master().await;
+                let server = target.server(&shared).await;
                 let attempt = async {
                     tokio::time::sleep(self.delay()).await;
                     // Taken before the server's name is looked up: of two connections that differ the newer stays.
                     let birth = shared.next_birth();
-                    let name = format!("{}-{}", shared.client_name, self.purpose.name());
-                    (shared.connector.connect(&master, Part::Master, &name).await, birth)
+                    let name = format!("{}-{}", shared.client_name, self.link.purpose.name());
+                    (shared.connector.connect(&server, part, &name).await, birth)
                 };
                 let made = tokio::select! {
                     made = attempt => Some(made),
-                    () = shared.topology.left(&master) => None,
+                    () = target.left(&shared, &server) => None,
                 };
                 match made {
-                    Some((Ok(connection), birth)) => break (connection, birth, master),
-                    Some((Err(fault), _)) => self.failed(&master, &fault),
+                    Some((Ok(connection), birth)) => break (connection, birth, server),
+                    Some((Err(fault), _)) => self.failed(&server, &fault),
                     // The failures were those of another server.
                     None => self.failures = 0,
                 }
             }
         };
-        let (mut connection, birth, master) = tokio::select! {
+        let (mut connection, birth, server) = tokio::select! {
             made = attempts => made,
             () = shared.shutdown.cancelled() => return None,
         };
         connection.birth = birth;
         self.up_since = Some(Instant::now());
         shared.counters.connects.add(1);
-        if matches!(self.purpose, Purpose::Command) {
+        if self.link.purpose == Purpose::Command {
             shared.command_connections.fetch_add(1, Ordering::Release);
         }
-        shared.health.up(self.purpose);
-        tracing::info!(link = self.purpose.name(), address = %master, "Connected to Redis.");
-        Some((connection, master))
+        self.link.up();
+        tracing::info!(link = self.link.purpose.name(), address = %server, "Connected to Redis.");
+        Some((connection, server))
     }
 
     /// Notes the loss of the connection to a server.
@@ -75,7 +82,8 @@ impl Supervisor {
         if matches!(fault, Fault::Role(_)) {
             self.shared.counters.role_refused.add(1);
         }
-        self.shared.health.down(self.purpose, fault);
+        self.link.down(fault);
+        self.leave(server);
         let stable = self.up_since.take().is_some_and(|since| since.elapsed() > STABLE);
         self.failures = match fault {
             // Another server waits.
@@ -84,7 +92,7 @@ impl Supervisor {
             _ => self.failures.saturating_add(1),
         };
         if self.complaints.due() || stable {
-            tracing::warn!(link = self.purpose.name(), address = %server, error = %fault, "Lost Redis.");
+            tracing::warn!(link = self.link.purpose.name(), address = %server, error = %fault, "Lost Redis.");
         }
     }
 
@@ -93,7 +101,8 @@ impl Supervisor {
         if matches!(fault, Fault::Role(_)) {
             self.shared.counters.role_refused.add(1);
         }
-        self.shared.health.down(self.purpose, fault);
+        self.link.down(fault);
+        self.leave(server);
         self.failures = match fault.needs_a_person() {
             true => PATIENT_FAILURES.max(self.failures),
             false => self.failures.saturating_add(1),
@@ -101,10 +110,19 @@ impl Supervisor {
         if self.complaints.due() {
             let attempts = self.failures;
             tracing::warn!(
-                link = self.purpose.name(), address = %server, attempts, error = %fault,
+                link = self.link.purpose.name(), address = %server, attempts, error = %fault,
                 "Cannot connect to Redis; it is tried again."
             );
         }
+    }
+
+    /// Has the instance subscribe at another node of a Cluster.
+    fn leave(&self, server: &RedisEndpoint) {
+        let Some(cluster) = self.shared.nodes.cluster() else { return };
+        if matches!(self.target, Target::Named) {
+            cluster.find_home(&self.shared.topology, Some(server));
+        }
+        cluster.doubt();
     }
 
     fn delay(&self) -> Duration {

@@ -1,4 +1,5 @@
-//! The address of the present master. Of one server it is constant; with Sentinel the task in `sentinel` keeps it.
+//! The address of the present master. Of one server it is constant; with Sentinel the task in `sentinel` keeps it. In a
+//! Cluster it is the node at which the instance subscribes, which `cluster` chooses.
 
 use std::sync::Arc;
 
@@ -40,9 +41,11 @@ impl Topology {
         let (master, count) = match servers {
             RedisServers::One(endpoint) => (Some(Arc::new(endpoint.clone())), 0),
             RedisServers::Sentinel { sentinels, .. } => (None, sentinels.len()),
+            RedisServers::Cluster { .. } => (None, 0),
         };
-        let answers = Answers { masters: vec![None; count], ..Answers::default() };
-        let is_constant = count == 0;
+        let trouble = matches!(servers, RedisServers::Cluster { .. }).then(|| NO_NODE.to_owned());
+        let answers = Answers { masters: vec![None; count], trouble, ..Answers::default() };
+        let is_constant = matches!(servers, RedisServers::One(_));
         Self { is_constant, master: watch::Sender::new(master), answers: Mutex::new(answers) }
     }
 
@@ -71,6 +74,16 @@ impl Topology {
         let mut changes = self.master.subscribe();
         // The sender lives in `self`, so that the wait ends by a change only.
         let _ = changes.wait_for(|now| now.as_ref() != Some(old)).await;
+    }
+
+    /// Names another node of a Cluster at which the instance subscribes.
+    pub(super) fn name(&self, node: Option<Arc<RedisEndpoint>>) {
+        self.master.send_replace(node);
+    }
+
+    /// Notes the reason why no node of a Cluster can be asked. The node at which the instance subscribes stays.
+    pub(super) fn unnamed(&self, why: String) {
+        self.answers.lock().trouble = Some(why);
     }
 
     /// Returns the reason why there is no master yet.
@@ -125,6 +138,8 @@ fn newest<'a>(
     let counted = named().map(|one| (one, named().filter(|other| *other == one).count()));
     counted.max_by_key(|(named, votes)| (*votes, Some(&named.endpoint) == now))
 }
+
+const NO_NODE: &str = "no node of the Cluster has answered yet";
 
 const NOT_YET: &str = "no sentinel has named a master yet";
 

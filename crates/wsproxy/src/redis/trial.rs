@@ -179,9 +179,13 @@ fn advice(fault: &Fault) -> &'static str {
             "see the sentinels (redis-cli -p 26379 SENTINEL MASTERS), and correct their addresses and the name of the \
              master in redis.url, and redis.sentinel_username and redis.sentinel_password"
         }
+        Fault::NoCluster(_) => {
+            "name nodes that run with cluster-enabled yes, and grant +cluster|nodes to the user"
+        }
         Fault::Broken(_) | Fault::Refused(_) | Fault::Moved | Fault::Probe => {
             "see the log of the server; Redis 7 is what is tested"
         }
+        Fault::Torn | Fault::FailedOver => "see the log of the server; Redis 7 is what is tested",
     }
 }
 

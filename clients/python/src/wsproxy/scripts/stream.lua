@@ -34,6 +34,8 @@ local function append(log, clock, channel, payload, entries_max, bytes_max, ttl,
   local held = call('HMGET', head, 'position', 'sum', 'removed')
   local prev, total, removed = held[1], held[2], held[3]
   if not prev then
+    -- An error where a slot of a Redis Cluster is on the move, and the head, or the log, may be at the other node.
+    call('EXISTS', log, head)
     -- The log's last entry tells what the head did.
     local last = call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
     local tag, sum, gone = match(last and last[2][2] or '', '^(%x+) %S+ (%d+) (%d+)')
@@ -152,15 +154,27 @@ local function close(key, id, seq, outcome, error)
   return position
 end
 
-local function forget_oldest()
-  local prefix = string.sub(state, 1, #state - #stream)
-  for _, id in ipairs(call('ZRANGE', index, 0, -STREAMS_MAX - 1)) do
+-- Streams that a further one displaces. Their keys are read before anything is written: one that is at another node of a
+-- Redis Cluster is an error with which nothing was done.
+local function oldest()
+  local prefix, found = string.sub(state, 1, #state - #stream), {}
+  for _, id in ipairs(call('ZRANGE', index, 0, -STREAMS_MAX)) do
     local key = prefix .. id
     local held = call('HMGET', key, 'state', 'seq')
-    if held[1] == 'open' then
-      close(key, id, held[2], 'error', '{"code":"replaced","message":"too many streams in this session"}')
+    call('EXISTS', key .. ':text')
+    found[#found + 1] = {id, key, held[1] == 'open', held[2]}
+  end
+  return found
+end
+
+local function forget(streams)
+  for _, each in ipairs(streams) do
+    local id, key, is_open, seq = unpack(each)
+    if is_open then
+      close(key, id, seq, 'error', '{"code":"replaced","message":"too many streams in this session"}')
     end
-    call('DEL', key, key .. ':text')
+    call('DEL', key)
+    call('DEL', key .. ':text')
     call('ZREM', index, id)
   end
 end
@@ -175,14 +189,14 @@ if op == 'open' then
     return fail('EXISTS there is a stream with this id')
   end
   if not is_object(meta) then return fail('BADJSON meta is no JSON object') end
-  local now = now_ms()
+  local now, displaced = now_ms(), oldest()
   id = publish('open', stream, ',"meta":' .. meta)
   call('HSET', state, 'state', 'open', 'seq', 0, 'id', id, 'bytes', 0, 'meta', meta, 'error', '',
     'due', 0, 'lease', lease, 'ends', string.format('%.0f', now + lease))
   call('SET', text, '')
   call('ZADD', index, now, stream)
   keep(id)
-  forget_oldest()
+  forget(displaced)
   return {0, id}
 end
 

@@ -16,7 +16,7 @@ use wsproxy_conn::{
 use wsproxy_proto::{disconnect::Disconnect, history::After, ws::frame::Kind};
 
 use crate::{
-    bus::publish::{BusError, Outcome, Publish, Receipt},
+    bus::publish::{BusError, Counts, Outcome, Publish, Receipt},
     client::{Client, event::Event},
     core::Core,
     http::handshake::{Accepted, ConnectionGuards, resume},
@@ -185,6 +185,10 @@ struct LastOfShare {
 }
 
 impl Receipt for LastOfShare {
+    fn counts(&self) -> Counts {
+        self.receipt.as_ref().map_or(Counts::Nothing, |receipt| receipt.counts())
+    }
+
     fn published(&self, outcome: Outcome) {
         if let Some(receipt) = &self.receipt {
             receipt.published(outcome);

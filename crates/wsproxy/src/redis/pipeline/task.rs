@@ -2,29 +2,32 @@
 //!
 //! Publishes have one pipeline and the store's commands another. Queued requests survive the loss of the connection;
 //! the callers of sent ones learn that they may or may not have arrived. If the server has forgotten a script, the
-//! publish is repeated with the script.
+//! publish is repeated with the script. If another node of a Cluster has its slot, the publish goes there.
 
-use std::{collections::VecDeque, pin::pin, sync::Arc};
+use std::{collections::VecDeque, pin::pin, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
-use tokio::{
-    sync::oneshot,
-    time::{Instant, MissedTickBehavior, interval},
-};
+use hashbrown::HashMap;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::{
     bus::publish::{Keep, Outcome, Publish, Receipt},
     redis::{
         address::RedisEndpoint,
         answer::{not_done, outcome_of, refusal_of, reply_of},
-        connect::check_role_answer,
+        cluster::{self, redirect::Redirect},
+        connect::{Part, check_role_answer},
         connection::{Progress, RedisConnection},
         fault::{Fault, tell},
         health::Purpose,
-        pipeline::{Pipeline, PipelineRequest, Replies},
+        node::{Node, Target},
+        pipeline::{
+            ASKING, Pipeline, PipelineRequest,
+            waiting::{Waiting, answer},
+        },
         publish::spell_publish,
-        resp::{self, Reply, RespValue},
+        resp::{self, RespValue},
         script,
         shared::RedisShared,
         supervisor::Supervisor,
@@ -37,6 +40,7 @@ use crate::{
 /// The one task of a pipeline.
 pub(in crate::redis) struct PipelineTask {
     shared: Arc<RedisShared>,
+    node: Arc<Node>,
     pipeline: Arc<Pipeline>,
     purpose: Purpose,
     /// Sent requests without a reply, oldest first, each with its bytes.
@@ -48,8 +52,14 @@ pub(in crate::redis) struct PipelineTask {
     again: VecDeque<Box<Publish>>,
     /// Set if the script is called by its name; otherwise every call has its text.
     is_script_loaded: bool,
-    /// Set while the script is being loaded.
+    /// Number of scripts that are being loaded.
     scripts_loading: u8,
+    /// Set while queued publishes wait to be given to other nodes.
+    is_handing_over: bool,
+    /// Time until which a node of a Cluster is left alone, since it did not serve a slot.
+    paused_until: Option<Instant>,
+    /// Slots that the node does not serve for the moment, and the times since when.
+    waits: HashMap<u16, Instant>,
     ends_at: Option<Instant>,
     complaints: Throttle,
 }
@@ -58,12 +68,13 @@ impl PipelineTask {
     /// Creates the task of a pipeline.
     pub(in crate::redis) fn new(
         shared: Arc<RedisShared>,
-        pipeline: Arc<Pipeline>,
+        node: Arc<Node>,
         purpose: Purpose,
     ) -> Self {
         Self {
             shared,
-            pipeline,
+            pipeline: node.pipeline(purpose).clone(),
+            node,
             purpose,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
@@ -71,6 +82,9 @@ impl PipelineTask {
             again: VecDeque::new(),
             is_script_loaded: true,
             scripts_loading: 0,
+            is_handing_over: false,
+            paused_until: None,
+            waits: HashMap::new(),
             ends_at: None,
             complaints: Throttle::default(),
         }
@@ -78,8 +92,19 @@ impl PipelineTask {
 
     /// Serves the queue until shutdown, and then the rest of it, if there is a connection.
     pub(in crate::redis) async fn run(mut self) {
-        let mut supervisor = Supervisor::new(self.shared.clone(), self.purpose);
-        while let Some((mut connection, server)) = supervisor.connect().await {
+        let pipeline = self.pipeline.clone();
+        let target = self.node.target.clone();
+        let mut supervisor = Supervisor::new(self.shared.clone(), &pipeline.link, target);
+        loop {
+            let connected = tokio::select! {
+                connected = supervisor.connect() => connected,
+                () = pipeline.rerouted.notified() => {
+                    self.rerouted_while_away();
+                    continue;
+                }
+                () = self.node.removed.cancelled() => None,
+            };
+            let Some((mut connection, server)) = connected else { break };
             let end = self.serve(&mut connection, &server).await;
             let cause = end.as_ref().map_or_else(String::new, Fault::to_string);
             self.fail_waiting(&cause);
@@ -87,8 +112,48 @@ impl PipelineTask {
                 None => break,
                 Some(fault) => supervisor.lost(&server, &fault),
             }
+            // Clients must not wait for room that does not come.
+            pipeline.queue.release();
+            self.paused_until = None;
+            pipeline.reroute();
+        }
+        if self.node.removed.is_cancelled() {
+            self.rerouted_while_away();
         }
         self.fail_queued();
+    }
+
+    /// Gives queued requests to the nodes that serve their slots now.
+    fn rerouted_while_away(&mut self) {
+        match self.purpose {
+            Purpose::Publish => self.hand_over(),
+            // Their callers look for the node themselves.
+            Purpose::Command | Purpose::Subscribe if self.shared.nodes.cluster().is_some() => {
+                self.refuse_commands();
+            }
+            Purpose::Command | Purpose::Subscribe => {}
+        }
+    }
+
+    fn hand_over(&mut self) {
+        self.is_handing_over = false;
+        let Some(cluster) = self.shared.nodes.cluster() else { return };
+        let first = std::mem::take(&mut self.again);
+        let homeless = cluster.hand_over(&self.node, first.into_iter().map(|publish| *publish));
+        cluster::lose(homeless);
+    }
+
+    fn refuse_commands(&mut self) {
+        self.pipeline.queue.take(usize::MAX, usize::MAX, &mut self.batch);
+        for request in self.batch.drain(..) {
+            match request {
+                PipelineRequest::Command(_, caller) => drop(caller.send(Err(cluster::unserved()))),
+                PipelineRequest::Commands(_, count, caller) => {
+                    drop(caller.send(vec![Err(cluster::unserved()); count]));
+                }
+                PipelineRequest::Publish(_) | PipelineRequest::Asking(_) => {}
+            }
+        }
     }
 
     /// Uses a connection until it fails; `None` after shutdown.
@@ -98,7 +163,8 @@ impl PipelineTask {
         server: &Arc<RedisEndpoint>,
     ) -> Option<Fault> {
         let shared = self.shared.clone();
-        let mut left = pin!(shared.topology.left(server));
+        let target = self.node.target.clone();
+        let mut left = pin!(target.left(&shared, server));
         let pipeline = self.pipeline.clone();
         // Takes back an order to end that was meant for an earlier connection.
         let _ = pipeline.condemned.notified().now_or_never();
@@ -114,8 +180,12 @@ impl PipelineTask {
         let mut ticks = interval(Watchdog::period(probe, timeout));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            if self.is_handing_over && !self.waits_for_publishes() {
+                self.hand_over();
+            }
             self.fill(connection);
             let room = self.has_room(connection);
+            let paused_until = self.paused_until;
             tokio::select! {
                 progress = connection.drive() => match progress {
                     Ok(Progress::Written) => {}
@@ -127,6 +197,10 @@ impl PipelineTask {
                 },
                 () = pipeline.queue.filled(), if room => {}
                 () = pipeline.outlet.nudged() => {}
+                () = pipeline.rerouted.notified() => {
+                    self.is_handing_over = self.purpose == Purpose::Publish;
+                }
+                () = until(paused_until) => self.paused_until = None,
                 () = pipeline.condemned.notified() => return Some(Fault::Probe),
                 _ = ticks.tick() => match watchdog.tick(Instant::now(), connection.last_read) {
                     WatchdogStep::Fine => {}
@@ -134,6 +208,7 @@ impl PipelineTask {
                     WatchdogStep::Dead => return Some(Fault::Silent),
                 },
                 () = &mut left => return Some(Fault::Moved),
+                () = self.node.removed.cancelled() => return Some(Fault::Moved),
                 () = shared.shutdown.cancelled(), if self.ends_at.is_none() => {
                     pipeline.queue.close();
                     self.ends_at = Some(Instant::now() + timeout);
@@ -147,7 +222,8 @@ impl PipelineTask {
 
     fn is_done(&self, connection: &RedisConnection) -> bool {
         let own = |(who, _): &_| match who {
-            Waiting::Watchdog | Waiting::Write | Waiting::Urgent(_) | Waiting::Script => true,
+            Waiting::Watchdog | Waiting::Write | Waiting::Urgent(_) => true,
+            Waiting::Script | Waiting::Asking => true,
             Waiting::Publish(_)
             | Waiting::Scripted(_)
             | Waiting::Command(_)
@@ -162,6 +238,8 @@ impl PipelineTask {
     /// publishes keep their order.
     fn has_room(&self, connection: &RedisConnection) -> bool {
         self.scripts_loading == 0
+            && !self.is_handing_over
+            && self.paused_until.is_none()
             && connection.output.len() < OUTPUT_BYTES
             && self.waiting.len() < WAITING_MAX
             && self.waiting_bytes < WAITING_BYTES_MAX
@@ -195,13 +273,20 @@ impl PipelineTask {
     fn spell(&mut self, request: PipelineRequest, out: &mut BytesMut) {
         let before = out.len();
         let waiting = match request {
+            PipelineRequest::Asking(publish) => {
+                out.extend_from_slice(ASKING);
+                self.waiting.push_back((Waiting::Asking, 0));
+                spell_publish(&publish, self.is_script_loaded, out);
+                Waiting::Scripted(Box::new(publish))
+            }
             PipelineRequest::Publish(publish) => {
                 spell_publish(&publish, self.is_script_loaded, out);
                 match publish.keep {
-                    Keep::History(_) | Keep::Room(_) | Keep::Positions(_) => {
-                        Waiting::Scripted(Box::new(publish))
-                    }
-                    Keep::Nothing | Keep::IfNoReceiver { .. } => Waiting::Publish(publish.receipt),
+                    Keep::Nothing => Waiting::Publish(publish.receipt),
+                    Keep::History(_)
+                    | Keep::Room(_)
+                    | Keep::Positions(_)
+                    | Keep::IfNoReceiver { .. } => Waiting::Scripted(Box::new(publish)),
                 }
             }
             // A caller that gave up must not be served: a token would be consumed for no client.
@@ -233,12 +318,55 @@ impl PipelineTask {
     fn ask(&mut self, connection: &mut RedisConnection) {
         resp::words(&mut connection.output, &[b"ROLE"]);
         self.waiting.push_back((Waiting::Watchdog, 0));
-        if self.purpose == Purpose::Command {
+        if self.purpose == Purpose::Command
+            && let Some(key) = self.probe_key()
+        {
             // Changes no key, but is refused whenever a write would be.
-            let key = self.shared.probe_channel.as_bytes();
-            resp::words(&mut connection.output, &[b"SETRANGE", key, b"0", b""]);
+            resp::words(&mut connection.output, &[b"SETRANGE", key.as_bytes(), b"0", b""]);
             self.waiting.push_back((Waiting::Write, 0));
         }
+    }
+
+    /// Returns a key of this server, to find out whether it takes writes; `None` if it has no slots.
+    fn probe_key(&self) -> Option<Arc<str>> {
+        let channel = &self.shared.probe_channel;
+        match self.shared.nodes.cluster() {
+            None => Some(channel.clone()),
+            Some(cluster) => cluster.key_at(channel, &self.node),
+        }
+    }
+
+    fn waits_for_publishes(&self) -> bool {
+        let is_publish = |(who, _): &_| {
+            matches!(who, Waiting::Publish(_) | Waiting::Scripted(_) | Waiting::Asking)
+        };
+        self.waiting.iter().any(is_publish)
+    }
+
+    /// Takes a publish that a node of a Cluster did not do. Returns it if that is no matter of its slot.
+    fn redirected(&mut self, publish: Box<Publish>, value: &RespValue<'_>) -> Option<Box<Publish>> {
+        let (Some(cluster), RespValue::Error(error)) = (self.shared.nodes.cluster(), value) else {
+            if !self.waits.is_empty() {
+                self.waits.remove(&cluster::slot_of(&publish));
+            }
+            return Some(publish);
+        };
+        let Target::Node(at) = &self.node.target else { return Some(publish) };
+        let Some(redirect) = Redirect::read(&tell(error), at) else { return Some(publish) };
+        self.is_handing_over |= matches!(redirect, Redirect::Moved { .. });
+        let Err(publish) = cluster.redirected(*publish, &redirect, &self.node) else { return None };
+        let now = Instant::now();
+        let since = *self.waits.entry(cluster::slot_of(&publish)).or_insert(now);
+        if now.duration_since(since) > self.shared.response_timeout {
+            // Others must not wait behind it for longer.
+            self.complain(value);
+            self.shared.counters.publish_refused[NotDone::Busy as usize].add(1);
+            answer(publish.receipt, Outcome::Refused(NotDone::Busy));
+            return None;
+        }
+        self.paused_until = Some(now + PAUSE);
+        self.again.push_back(Box::new(publish));
+        None
     }
 
     /// Gives every complete reply to its caller.
@@ -254,12 +382,10 @@ impl PipelineTask {
                 continue;
             }
             if let Some((Waiting::Commands(replies, count, _), _)) = self.waiting.front_mut() {
-                if let Some(refusal) = refusal_of(&value) {
-                    self.shared.health.writes.answered(Some(refusal));
-                }
+                self.node.note_refusal(&value);
                 replies.push(reply_of(&value));
                 if replies.len() < *count {
-                    if is_of_a_replica(&value) {
+                    if self.is_of_a_replica(&value) {
                         return Err(Fault::Role("replica".into()));
                     }
                     continue;
@@ -270,7 +396,7 @@ impl PipelineTask {
             };
             self.waiting_bytes -= bytes;
             self.replied(waiting, &value, output, watchdog)?;
-            if is_of_a_replica(&value) {
+            if self.is_of_a_replica(&value) {
                 return Err(Fault::Role("replica".into()));
             }
         }
@@ -291,6 +417,7 @@ impl PipelineTask {
         match waiting {
             Waiting::Publish(receipt) => self.published(value, receipt),
             Waiting::Scripted(publish) => {
+                let Some(publish) = self.redirected(publish, value) else { return Ok(()) };
                 // The server has forgotten the script, or the user may not load it. The call was not done;
                 // further calls that were sent fail like it, and follow it in order.
                 if refusal_of(value) == Some(NotDone::Script) {
@@ -302,7 +429,7 @@ impl PipelineTask {
                     self.published(value, publish.receipt);
                 } else {
                     self.complain(value);
-                    self.shared.health.writes.answered(refusal_of(value));
+                    self.node.writes.answered(refusal_of(value));
                     answer(publish.receipt, outcome_of(value));
                 }
             }
@@ -311,17 +438,19 @@ impl PipelineTask {
                 answer(receipt, outcome_of(value));
             }
             Waiting::Command(caller) => {
-                if let Some(refusal) = refusal_of(value) {
-                    self.shared.health.writes.answered(Some(refusal));
-                }
+                self.node.note_refusal(value);
                 drop(caller.send(reply_of(value)));
             }
             Waiting::Commands(replies, _, caller) => drop(caller.send(replies)),
             Waiting::Watchdog => {
                 watchdog.answered();
-                check_role_answer(value)?;
+                if self.node.target.part(&self.shared) == Part::Master {
+                    check_role_answer(value)?;
+                }
             }
-            Waiting::Write => self.shared.health.writes.answered(refusal_of(value)),
+            Waiting::Write if refusal_of(value).is_none() => self.node.writes.answered(None),
+            Waiting::Write => self.node.note_refusal(value),
+            Waiting::Asking => {}
             Waiting::Script => {
                 self.scripts_loading = self.scripts_loading.saturating_sub(1);
                 self.is_script_loaded &= !matches!(value, RespValue::Error(_));
@@ -333,7 +462,7 @@ impl PipelineTask {
     fn published(&self, value: &RespValue<'_>, receipt: Option<Arc<dyn Receipt>>) {
         self.complain(value);
         let outcome = outcome_of(value);
-        let (counters, writes) = (&self.shared.counters, &self.shared.health.writes);
+        let (counters, writes) = (&self.shared.counters, &self.node.writes);
         match outcome {
             Outcome::Received(_) => counters.published.add(1),
             Outcome::Stored { .. } => {
@@ -353,6 +482,14 @@ impl PipelineTask {
             Outcome::Lost => counters.publish_lost.add(1),
         }
         answer(receipt, outcome);
+    }
+
+    /// Returns whether a reply shows that the server is no master any more. The nodes of a Cluster name the right one.
+    fn is_of_a_replica(&self, value: &RespValue<'_>) -> bool {
+        let RespValue::Error(error) = value else { return false };
+        let is_of_a_replica =
+            error.starts_with(b"MASTERDOWN") || not_done(error) == Some(NotDone::ReadOnly);
+        is_of_a_replica && self.node.target.part(&self.shared) == Part::Master
     }
 
     fn complain(&self, value: &RespValue<'_>) {
@@ -384,7 +521,7 @@ impl PipelineTask {
                     replies.resize(count, Err(StoreError::Lost(cause.into())));
                     drop(caller.send(replies));
                 }
-                Waiting::Watchdog | Waiting::Write | Waiting::Script => {}
+                Waiting::Watchdog | Waiting::Write | Waiting::Script | Waiting::Asking => {}
             }
         }
         self.shared.counters.publish_lost.add(lost);
@@ -411,7 +548,7 @@ impl PipelineTask {
             }
             for request in self.batch.drain(..) {
                 match request {
-                    PipelineRequest::Publish(publish) => {
+                    PipelineRequest::Publish(publish) | PipelineRequest::Asking(publish) => {
                         lost += u64::from(publish.is_message());
                         answer(publish.receipt, Outcome::Lost);
                     }
@@ -431,33 +568,12 @@ impl PipelineTask {
     }
 }
 
-/// The receiver of the next reply.
-enum Waiting {
-    Publish(Option<Arc<dyn Receipt>>),
-    /// A publish that is repeated if the server has forgotten its script.
-    Scripted(Box<Publish>),
-    /// A message of the instance's own, which is not counted.
-    Urgent(Option<Arc<dyn Receipt>>),
-    Command(oneshot::Sender<Result<Reply, StoreError>>),
-    /// Several commands: the replies so far, the number of all, and the caller.
-    Commands(Replies, usize, oneshot::Sender<Replies>),
-    Watchdog,
-    /// The test whether the server takes writes.
-    Write,
-    /// The loading of the script.
-    Script,
-}
-
-/// Gives a caller its outcome.
-fn answer(receipt: Option<Arc<dyn Receipt>>, outcome: Outcome) {
-    if let Some(receipt) = receipt {
-        receipt.published(outcome);
+/// Resolves at a time; never without one.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
-}
-
-fn is_of_a_replica(value: &RespValue<'_>) -> bool {
-    let RespValue::Error(error) = value else { return false };
-    error.starts_with(b"MASTERDOWN") || not_done(error) == Some(NotDone::ReadOnly)
 }
 
 /// Upper bound of bytes that wait for the socket. Further requests stay queued, where they survive the loss of a
@@ -472,6 +588,9 @@ const WAITING_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Requests for which memory is kept after a burst.
 const WAITING_KEPT: usize = 4096;
+
+/// Pause before a publish is tried again at a node that did not serve its slot.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Requests that are taken from the queue at a time.
 const BATCH: usize = 1024;

@@ -13,7 +13,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wsproxy::{
     bus::{
         Bus,
-        deliver::Deliver,
+        deliver::{Deliver, Missed},
         publish::{Keep, Outcome, Publish, Receipt},
     },
     config,
@@ -261,7 +261,7 @@ impl Deliver for Recorder {
         false
     }
 
-    fn lost(&mut self, cause: &str) {
+    fn lost(&mut self, cause: &str, _missed: &Missed) {
         self.notes(|notes| notes.lost.push(cause.into()));
     }
 

@@ -14,7 +14,7 @@ use wsproxy_proto::rooms::{
 };
 
 use crate::{
-    bus::publish::{Keep, Outcome, Publish, Receipt},
+    bus::publish::{Counts, Keep, Outcome, Publish, Receipt},
     endpoint::rooms::{
         Rooms,
         fanout::Fanout,
@@ -201,6 +201,10 @@ impl Room {
 }
 
 impl Receipt for Room {
+    fn counts(&self) -> Counts {
+        Counts::Exact
+    }
+
     fn published(&self, outcome: Outcome) {
         let now = clock::now();
         let mut state = self.state.lock();
