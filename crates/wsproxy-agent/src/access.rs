@@ -25,10 +25,7 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn new(request: &Request) -> Self {
-        let value = |wanted: &[u8]| {
-            let mut headers = request.headers.iter();
-            headers.find(|(name, _)| &name[..] == wanted).map(|(_, value)| value)
-        };
+        let value = |wanted: &[u8]| request.headers.get(wanted);
         let context = value(b"traceparent").and_then(|text| TraceContext::parse(&text));
         Self {
             began: Instant::now(),

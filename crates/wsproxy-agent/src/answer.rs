@@ -30,7 +30,7 @@ pub(crate) fn header_block<B>(
         return Err(Failure::new(Code::UpstreamProtocol, message));
     }
     let named = named_by_connection(headers);
-    let mut block = HeaderBlock::new();
+    let mut block = HeaderBlock::of_head();
     let mut has_length = false;
     for (name, value) in headers {
         if name == CONTENT_LENGTH {

@@ -89,13 +89,13 @@ async fn probe(
 
 async fn ask(server: &Server, config: &HealthConfig) -> Result<(), Failure> {
     let Some(path) = &config.path else { return server.upstream.probe().await };
-    let head = RequestHead::of_probe(path.clone(), &server.service);
-    let sent = server.upstream.send(&head, RequestBody::empty(), false, None).await;
+    let head = || RequestHead::of_probe(path.clone(), &server.service);
+    let sent = server.upstream.send(head(), || Ok(head()), RequestBody::empty(), false, None).await;
     let Exchange { response, connection } = sent?;
     let status = response.status();
     let read = Limited::new(response.into_body(), BODY_BYTES_MAX).collect().await;
     read.map_err(|error| Failure::new(Code::UpstreamReset, chain(&*error)))?;
-    server.upstream.keep(connection).await;
+    server.upstream.keep(connection);
     if status.is_server_error() {
         return Err(Failure::new(Code::UpstreamReset, format!("the upstream answers {status}")));
     }

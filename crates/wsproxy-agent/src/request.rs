@@ -1,6 +1,6 @@
 //! Head of a request: checks what the gateway sent, and makes the head for the upstream. Knows no connection.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Uri,
@@ -13,7 +13,7 @@ use wsproxy_proto::tunnel::{code::Code, event};
 use crate::{compression, config::Service, failure::Failure, upstream::body::RequestBody};
 
 /// Head of a request that the agent sends to its upstream, without the agent's credential.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct RequestHead {
     method: Method,
     uri: Uri,
@@ -43,12 +43,15 @@ impl RequestHead {
         if !service.paths.allows(uri.path()) {
             return Err(Failure::new(Code::BadPath, "the agent does not serve this path"));
         }
-        let mut headers = HeaderMap::new();
+        // Room for what a connection adds.
+        let count = request.headers.headers().iter().count() + ADDED_MAX;
+        let mut headers = HeaderMap::with_capacity(count.min(PREPARED_MAX));
         for (name, value) in request.headers.iter() {
-            if is_refused(&name, &value, request.upgrade) {
+            if is_refused(name, &value, request.upgrade) {
                 return Err(broken("a header is not allowed"));
             }
-            let name = HeaderName::from_bytes(&name).map_err(|_| broken("a header is no name"))?;
+            let name = HeaderName::from_lowercase(name);
+            let name = name.map_err(|_| broken("a header is no name"))?;
             let value = HeaderValue::from_maybe_shared(value);
             headers.append(name, value.map_err(|_| broken("a header's value is invalid"))?);
         }
@@ -84,15 +87,15 @@ impl RequestHead {
 
     /// Returns the request with a body. The credential comes last, so that no other header takes its place.
     pub(crate) fn request(
-        &self,
+        self,
         body: RequestBody,
         credential: Option<HeaderValue>,
         went_on: Option<&Arc<Notify>>,
     ) -> Request<RequestBody> {
         let mut request = Request::new(body);
-        *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.uri.clone();
-        *request.headers_mut() = self.headers.clone();
+        *request.method_mut() = self.method;
+        *request.uri_mut() = self.uri;
+        *request.headers_mut() = self.headers;
         if let Some(went_on) = went_on.cloned() {
             hyper::ext::on_informational(&mut request, move |head| {
                 if head.status() == http::StatusCode::CONTINUE {
@@ -133,7 +136,12 @@ fn has_body_by_nature(method: &Method) -> bool {
 
 /// Returns whether a header belongs to one connection, or claims an identity at the upstream.
 fn is_refused(name: &[u8], value: &[u8], is_upgrade: bool) -> bool {
-    let name: Vec<u8> = name.iter().map(|byte| if *byte == b'_' { b'-' } else { *byte }).collect();
+    let name = if name.contains(&b'_') {
+        let spelled = name.iter().map(|byte| if *byte == b'_' { b'-' } else { *byte });
+        Cow::Owned(spelled.collect::<Vec<u8>>())
+    } else {
+        Cow::Borrowed(name)
+    };
     match &name[..] {
         b"connection" | b"keep-alive" | b"transfer-encoding" => true,
         b"te" => !value.eq_ignore_ascii_case(b"trailers"),
@@ -161,6 +169,12 @@ fn read_length(headers: &HeaderMap) -> Result<Option<u64>, Failure> {
     let broken = || Failure::new(Code::Protocol, "the length of the body is malformed");
     length.map(Some).ok_or_else(broken)
 }
+
+/// Upper bound of the headers that a connection and the agent's credential add.
+const ADDED_MAX: usize = 4;
+
+/// Upper bound of the headers for which there is room from the beginning.
+const PREPARED_MAX: usize = 64;
 
 /// Beginnings of names that a gateway takes away: of connections to proxies, and of identities that an upstream believes.
 const REFUSED_PREFIXES: [&[u8]; 4] = [b"proxy-", b"impersonate-", b"x-remote-", b"x-wsproxy-"];

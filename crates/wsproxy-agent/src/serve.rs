@@ -53,7 +53,8 @@ impl Server {
     pub(crate) async fn serve(self: Arc<Self>, mut acceptor: StreamAcceptor) {
         while let Some(stream) = acceptor.accept().await {
             let server = Arc::clone(&self);
-            self.tasks.spawn(async move { server.serve_stream(stream).await });
+            // On the heap by itself: the runtime moves a task's future several times.
+            self.tasks.spawn(Box::pin(async move { server.serve_stream(stream).await }));
         }
     }
 
@@ -78,7 +79,7 @@ impl Server {
         record.count(&self.counters, code);
         drop(counted);
         if let Some(connection) = connection {
-            self.upstream.keep(connection).await;
+            self.upstream.keep(connection);
         }
     }
 
@@ -91,13 +92,14 @@ impl Server {
         record: &mut Record,
     ) -> Result<Option<Connection>, Failure> {
         let head = RequestHead::read(request, &self.service)?;
+        let may_compress = head.takes_gzip;
         let (body, raw) = match (request.end, request.upgrade) {
             (true, _) => (RequestBody::empty(), None),
             (false, true) => (RequestBody::empty(), Some(body)),
             (false, false) => (RequestBody::new(body, head.length), None),
         };
         let progress = body.progress();
-        let exchange = self.exchange(request, &head, body, answer).await;
+        let exchange = self.exchange(request, head, body, answer).await;
         let mut exchange = exchange.inspect_err(|_| note_up(record, &progress))?;
         let is_upgraded = exchange.response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if is_upgraded && !request.upgrade {
@@ -105,7 +107,7 @@ impl Server {
             return Err(Failure::new(Code::UpstreamProtocol, message));
         }
         let end = !is_upgraded && hyper::body::Body::is_end_stream(exchange.response.body());
-        let takes_gzip = head.takes_gzip && !end;
+        let takes_gzip = may_compress && !end;
         let compressor = Compressor::of(&mut exchange.response, takes_gzip);
         let block = answer::header_block(&exchange.response, &self.service.host)?;
         let status = exchange.response.status().as_u16();
@@ -137,7 +139,7 @@ impl Server {
     async fn exchange(
         &self,
         request: &Request,
-        head: &RequestHead,
+        head: RequestHead,
         body: RequestBody,
         answer: &mut StreamWriter,
     ) -> Result<Exchange, Failure> {
@@ -146,7 +148,8 @@ impl Server {
         if request.expect {
             progress.hold();
         }
-        let sending = self.upstream.send(head, body, request.retried, went_on.as_ref());
+        let again = || RequestHead::read(request, &self.service);
+        let sending = self.upstream.send(head, again, body, request.retried, went_on.as_ref());
         let deadline = async {
             match request.head_ms {
                 0 => std::future::pending().await,
@@ -190,10 +193,11 @@ async fn pass_body(
     record: &Record,
 ) -> Result<(), Failure> {
     loop {
+        // A client that left while the upstream sends is found by the next write.
         let frame = tokio::select! {
             biased;
-            _ = answer.gone() => return Err(Failure::Gone),
             frame = body.frame() => frame,
+            _ = answer.gone() => return Err(Failure::Gone),
         };
         let frame = frame.transpose().map_err(|error| failed(&error))?;
         let trailers = match frame.map(Frame::into_data) {
@@ -204,7 +208,10 @@ async fn pass_body(
                 };
                 record.add_down(bytes.len());
                 answer.write(bytes).await.map_err(unwritten)?;
-                continue;
+                if !hyper::body::Body::is_end_stream(body) {
+                    continue;
+                }
+                None
             }
             Some(Err(frame)) => frame.into_trailers().ok(),
             None => None,

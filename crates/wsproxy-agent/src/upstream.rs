@@ -50,6 +50,13 @@ struct Idle {
     since: Instant,
 }
 
+impl Idle {
+    fn is_over(&self, now: Instant) -> bool {
+        let (sender, age) = (&self.connection.sender, now - self.since);
+        sender.is_closed() || age >= IDLE_TIMEOUT || (age >= READY_TIMEOUT && !sender.is_ready())
+    }
+}
+
 /// Head of an answer, with the connection from which its body comes.
 #[derive(Debug)]
 pub(crate) struct Exchange {
@@ -68,13 +75,14 @@ impl Upstream {
     ///
     /// A connection that was used before may have been closed by the upstream meanwhile. Then the request is sent once
     /// more, on a new connection, if the upstream cannot have acted on it, or may act twice: nothing of the body was
-    /// taken, and not one byte was written, or the method is safe and no byte came back.
+    /// taken, and not one byte was written, or the method is safe and no byte came back. `again` makes its head anew.
     ///
     /// # Errors
     /// [`Failure`], by the part that failed.
     pub(crate) async fn send(
         &self,
-        head: &RequestHead,
+        mut head: RequestHead,
+        again: impl Fn() -> Result<RequestHead, Failure>,
         body: RequestBody,
         is_retry: bool,
         went_on: Option<&Arc<Notify>>,
@@ -87,6 +95,7 @@ impl Upstream {
                 Some(connection) => connection,
                 None => self.connect().await?,
             };
+            let is_safe = head.is_safe;
             let request = head.request(body.clone(), token.clone(), went_on);
             let before = connection.traffic.counts();
             let sent = connection.sender.try_send_request(request).await;
@@ -97,23 +106,20 @@ impl Upstream {
             // The request may still hold the body.
             drop(error.take_message());
             let (written, read) = connection.traffic.since(before);
-            let may_repeat = written == 0 || (read == 0 && head.is_safe);
+            let may_repeat = written == 0 || (read == 0 && is_safe);
             if is_reused && may_repeat && !body.is_taken() {
                 tracing::debug!(
                     "The upstream had closed a connection; the request takes a new one."
                 );
+                head = again()?;
                 continue;
             }
             return Err(failed(error.error()));
         }
     }
 
-    /// Keeps a connection whose answer has come whole for the next request, once it can take one.
-    pub(crate) async fn keep(&self, mut connection: Connection) {
-        let ready = tokio::time::timeout(READY_TIMEOUT, connection.sender.ready()).await;
-        if !matches!(ready, Ok(Ok(()))) {
-            return;
-        }
+    /// Keeps a connection whose answer has come whole for another request. Its task has to run before it can take one.
+    pub(crate) fn keep(&self, connection: Connection) {
         let since = Instant::now();
         let mut idle = self.idle();
         let oldest = if idle.len() < IDLE_MAX { None } else { idle.pop_front() };
@@ -122,15 +128,15 @@ impl Upstream {
         drop(oldest);
     }
 
-    /// Closes connections without a request that are too old, and forgets those that the upstream closed. Reads the
-    /// token again where it is due. To be called about every second.
+    /// Closes connections without a request that are too old, or do not become ready for another one, and forgets those
+    /// that the upstream closed. Reads the token again where it is due. To be called about every second.
     pub(crate) fn tick(&self) {
         let now = Instant::now();
         let mut over = Vec::new();
         let mut idle = self.idle();
         let all = std::mem::take(&mut *idle);
         for one in all {
-            let is_over = now - one.since >= IDLE_TIMEOUT || one.connection.sender.is_closed();
+            let is_over = one.is_over(now);
             if is_over { over.push(one) } else { idle.push_back(one) }
         }
         drop(idle);
@@ -147,12 +153,12 @@ impl Upstream {
     }
 
     fn take(&self) -> Option<Connection> {
-        loop {
-            let idle = self.idle().pop_back()?;
-            if idle.connection.sender.is_ready() && idle.since.elapsed() < IDLE_TIMEOUT {
-                return Some(idle.connection);
-            }
-        }
+        let mut idle = self.idle();
+        let now = Instant::now();
+        let at = idle
+            .iter()
+            .rposition(|one| one.connection.sender.is_ready() && now - one.since < IDLE_TIMEOUT)?;
+        idle.remove(at).map(|one| one.connection)
     }
 
     async fn connect(&self) -> Result<Connection, Failure> {

@@ -6,6 +6,7 @@
 pub mod agents;
 pub mod backoff;
 pub mod disconnect;
+pub mod hex;
 pub mod history;
 pub mod json;
 pub mod names;

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::hex::Digits;
+
 /// A span that others name as the parent of theirs.
 ///
 /// ```
@@ -28,9 +30,8 @@ impl TraceContext {
     #[must_use]
     pub fn parse(text: &[u8]) -> Option<Self> {
         let (text, rest) = text.split_at_checked(TRACEPARENT_BYTES)?;
-        let words: Vec<_> = text.split(|byte| *byte == b'-').collect();
-        let [version, trace, span, flags] = words[..] else { return None };
-        let has_lengths = [version.len(), trace.len(), span.len(), flags.len()] == [2, 32, 16, 2];
+        let (version, trace, span, flags) = (&text[..2], &text[3..35], &text[36..52], &text[53..]);
+        let has_lengths = [text[2], text[35], text[52]] == [b'-'; 3];
         let has_end = rest.is_empty() || (version != b"00" && rest[0] == b'-');
         let is_good = has_lengths
             && has_end
@@ -51,7 +52,12 @@ impl TraceContext {
 impl fmt::Display for TraceContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { trace, span, is_sampled } = self;
-        write!(f, "00-{trace:032x}-{span:016x}-0{}", u8::from(*is_sampled))
+        let (trace, span) = (Digits::<32>::of(*trace), Digits::<16>::of((*span).into()));
+        f.write_str("00-")?;
+        f.write_str(trace.as_str())?;
+        f.write_str("-")?;
+        f.write_str(span.as_str())?;
+        f.write_str(if *is_sampled { "-01" } else { "-00" })
     }
 }
 

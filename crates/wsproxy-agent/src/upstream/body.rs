@@ -142,7 +142,7 @@ impl RequestBody {
                 progress.is_whole.store(true, Relaxed);
                 let mut map = HeaderMap::new();
                 for (name, value) in trailers.iter() {
-                    let name = HeaderName::from_bytes(&name);
+                    let name = HeaderName::from_bytes(name);
                     if let (Ok(name), Ok(value)) = (name, HeaderValue::from_maybe_shared(value)) {
                         map.append(name, value);
                     }

@@ -111,8 +111,8 @@ pub(crate) fn post<'a>(path: &'a str, headers: &'a HeaderBlock) -> Open<'a> {
 
 /// Returns headers as lines.
 pub(crate) fn lines(headers: &SharedHeaders) -> Vec<String> {
-    let line = |(name, value): (Bytes, Bytes)| {
-        format!("{}: {}", String::from_utf8_lossy(&name), String::from_utf8_lossy(&value))
+    let line = |(name, value): (&[u8], Bytes)| {
+        format!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(&value))
     };
     headers.iter().map(line).collect()
 }

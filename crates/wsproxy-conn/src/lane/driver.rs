@@ -6,13 +6,16 @@ use std::{
         self,
         ErrorKind::{Interrupted, WouldBlock},
     },
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, atomic::Ordering::Relaxed},
     task::{Context, Poll},
     time::Duration,
 };
 
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::{
+    task::yield_now,
+    time::{Interval, MissedTickBehavior, interval},
+};
 use wsproxy_proto::{
     tunnel::{self, lane},
     ws::{
@@ -49,6 +52,7 @@ pub struct LaneDriver {
     stalled_since: Option<Micros>,
     /// Whether the peer has ended its stream.
     has_left: bool,
+    gathering: Gathering,
     phase: Phase,
     ticks: Interval,
     ticked_at: Micros,
@@ -57,6 +61,17 @@ pub struct LaneDriver {
     silence_max: Micros,
     write_timeout: Micros,
     close_timeout: Micros,
+}
+
+/// Wait for the frames of other tasks, so that one write takes them all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Gathering {
+    /// There was nothing to write.
+    No,
+    /// Something is to be written once the tasks that are ready have run.
+    Waits,
+    /// They have run.
+    Done,
 }
 
 /// Part of its life in which a lane is.
@@ -107,6 +122,7 @@ impl LaneDriver {
             pong: None,
             stalled_since: None,
             has_left: false,
+            gathering: Gathering::No,
             phase: Phase::Open,
             ticks,
             ticked_at: now,
@@ -146,14 +162,14 @@ impl LaneDriver {
 
     fn tick(&mut self, now: Micros) {
         self.allow_for_pause(now);
-        let ticked = self.shared.call(|state, _| state.core.tick(now.0));
+        let ticked = self.shared.call(|state| state.core.tick(now.0));
         if let Err(error) = ticked {
             self.end(error.into(), now);
         }
         if self.stalled_since.is_some_and(|since| now.since(since) >= self.write_timeout) {
             self.end(LaneEnd::Stalled, now);
         }
-        let drain = self.shared.call(|state, _| state.drain);
+        let drain = self.shared.call(|state| state.drain);
         if let Some(drain) = drain.filter(|drain| now >= drain.until) {
             self.end(LaneEnd::Drained(drain.code), now);
         }
@@ -175,7 +191,7 @@ impl LaneDriver {
         // A process that pauses again and again still finds a dead peer.
         let allowed = allowed.min(self.heard_at.0 + silence_max);
         if allowed > self.heard_at.0 {
-            self.shared.call(|state, _| state.core.heard(allowed));
+            self.shared.call(|state| state.core.heard(allowed));
         }
     }
 
@@ -205,8 +221,7 @@ impl LaneDriver {
                     Ok(None) => break,
                     Ok(Some(Event::Message(Kind::Binary, message))) if is_open => {
                         is_heard = true;
-                        let received =
-                            self.shared.call(|state, _| state.core.receive(now.0, message));
+                        let received = self.shared.call(|state| state.core.receive(now.0, message));
                         if let Err(error) = received {
                             self.end(error.into(), now);
                         }
@@ -223,7 +238,7 @@ impl LaneDriver {
             }
         });
         if !is_heard {
-            self.shared.call(|state, _| state.core.heard(now.0));
+            self.shared.call(|state| state.core.heard(now.0));
         }
     }
 
@@ -254,9 +269,13 @@ impl LaneDriver {
 
     /// Writes until the socket takes no more, or nothing waits. Returns whether the socket may take more at once.
     fn write(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
+        if self.gathers(cx) {
+            return false;
+        }
         for _ in 0..BATCHES_MAX {
             if self.is_over() || (self.batch.is_empty() && !self.fill(now, cx)) {
                 self.batch.rest_idle();
+                self.gathering = Gathering::No;
                 return false;
             }
             match self.socket.try_write(self.batch.rest()) {
@@ -283,6 +302,18 @@ impl LaneDriver {
         true
     }
 
+    /// Returns whether the first frames of a batch wait for those of other tasks. The runtime wakes the lane's task when
+    /// no other task is ready.
+    fn gathers(&mut self, cx: &mut Context<'_>) -> bool {
+        let is_open = matches!(self.phase, Phase::Open);
+        if is_open && self.gathering == Gathering::No && self.shared.has_output_of_several() {
+            self.gathering = Gathering::Waits;
+            // Its first poll leaves the waker with the runtime.
+            let _ = pin!(yield_now()).poll(cx);
+        }
+        self.gathering == Gathering::Waits
+    }
+
     /// Makes the next frame. Returns whether there is one; else the task is woken when there is.
     fn fill(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
         if let Phase::Closing(closing) = &mut self.phase {
@@ -303,7 +334,7 @@ impl LaneDriver {
         let Self { shared, batch, .. } = self;
         let mut drained = None;
         let is_filled = batch.fill(Opcode::Binary, |out| {
-            shared.call(|state, _| {
+            shared.call(|state| {
                 let is_something = state.core.write_batch(now.0, out);
                 if !is_something {
                     drained = state.drain.filter(|_| state.core.streams() == 0);
@@ -328,6 +359,9 @@ impl Future for LaneDriver {
     type Output = LaneEnd;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        if self.gathering == Gathering::Waits {
+            self.gathering = Gathering::Done;
+        }
         for _ in 0..ROUNDS_MAX {
             let has_more = self.round(cx);
             match self.phase {

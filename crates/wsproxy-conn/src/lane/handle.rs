@@ -17,7 +17,7 @@ use wsproxy_proto::tunnel::{
 use super::{
     LaneEnd, LaneNumbers, LaneStatus, StreamReader, StreamWriter, reader::IfDropped, shared::Shared,
 };
-use crate::clock::Micros;
+use crate::clock::{self, Micros};
 
 /// Handle of a lane, for any number of tasks.
 ///
@@ -74,8 +74,8 @@ impl LaneHandle {
     /// [`OpenError`]; nothing was sent.
     pub fn open(&self, open: &Open<'_>) -> Result<OpenedStream, OpenError> {
         let shared = self.shared();
-        let number = shared.call(|state, now| {
-            let number = state.core.open(now.0, open)?;
+        let number = shared.call(|state| {
+            let number = state.core.open(clock::now().0, open)?;
             state.hold(number);
             Ok(number)
         })?;
@@ -96,7 +96,7 @@ impl LaneHandle {
 
     /// Tells the gateway the health of an agent.
     pub fn set_health(&self, health: &Health<'_>) {
-        self.shared().call(|state, _| state.core.set_health(health));
+        self.shared().call(|state| state.core.set_health(health));
     }
 
     /// Returns the status of the lane.
@@ -156,13 +156,13 @@ impl LaneHandle {
     /// at every stream.
     #[must_use]
     pub fn slowest(&self) -> Option<(u32, Micros)> {
-        let slowest = self.shared().call(|state, _| state.core.slowest());
+        let slowest = self.shared().call(|state| state.core.slowest());
         slowest.map(|(number, at)| (number, Micros(at)))
     }
 
     /// Resets a stream that [`Self::slowest`] named. Does nothing where it has ended.
     pub fn reset(&self, number: u32, reset: &Reset<'_>) {
-        self.shared().call(|state, _| state.core.reset(number, reset));
+        self.shared().call(|state| state.core.reset(number, reset));
     }
 
     async fn until<T>(&self, found: impl Fn(&LaneStatus) -> Option<T>) -> Result<T, LaneEnd> {
@@ -203,7 +203,7 @@ impl StreamAcceptor {
 
     /// Returns the next stream, as [`Self::accept`] does.
     pub fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<Option<AcceptedStream>> {
-        let (opened, is_over) = self.shared.call(|state, _| {
+        let (opened, is_over) = self.shared.call(|state| {
             let opened = state.next_opened(cx);
             if let Some((number, _)) = &opened {
                 state.hold(*number);
@@ -224,7 +224,7 @@ impl StreamAcceptor {
 
 impl Drop for StreamAcceptor {
     fn drop(&mut self) {
-        self.shared.call(|state, _| state.stop_accepting());
+        self.shared.call(|state| state.stop_accepting());
         self.shared.drain(Code::Restarting, DRAIN);
     }
 }

@@ -16,6 +16,7 @@ use wsproxy_proto::tunnel::{
 };
 
 use super::shared::Shared;
+use crate::clock;
 
 /// Incoming direction of one stream. It belongs to one task at a time: only the task that polled last is woken.
 ///
@@ -77,7 +78,7 @@ impl StreamReader {
     /// Returns the next head, as [`Self::head`] does. Behind the final head it waits for the stream's end.
     pub fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Answer, End>> {
         let number = self.number;
-        let head = self.shared.call(|state, _| {
+        let head = self.shared.call(|state| {
             let slot = state.slot(number);
             if std::mem::take(&mut slot.has_continue) {
                 return Poll::Ready(Ok(go_on()));
@@ -111,7 +112,7 @@ impl StreamReader {
             return Poll::Ready(Ok(Received::End));
         }
         let number = self.number;
-        let received = self.shared.call(|state, now| match state.core.take(now.0, number) {
+        let received = self.shared.call(|state| match state.core.take(clock::now().0, number) {
             Taken::Bytes(chunk) => Poll::Ready(Ok(Received::Data(Bytes::from_owner(chunk)))),
             Taken::Trailers(trailers) => Poll::Ready(Ok(Received::Trailers(trailers))),
             Taken::End => Poll::Ready(Ok(Received::End)),
@@ -129,13 +130,13 @@ impl StreamReader {
     /// Resets the stream, both directions of it.
     pub fn reset(mut self, reset: &Reset<'_>) {
         self.is_done = true;
-        self.shared.call(|state, _| state.core.reset(self.number, reset));
+        self.shared.call(|state| state.core.reset(self.number, reset));
     }
 }
 
 impl Drop for StreamReader {
     fn drop(&mut self) {
-        self.shared.call(|state, _| {
+        self.shared.call(|state| {
             if !self.is_done {
                 match self.if_dropped {
                     IfDropped::Reset => {

@@ -1,7 +1,7 @@
 //! State of a lane that its task and those of its streams share: the core, and the wakers. Knows no socket.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -9,6 +9,7 @@ use std::{
     task::{Context, Waker},
 };
 
+use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use wsproxy_proto::tunnel::{
@@ -84,6 +85,8 @@ pub(super) struct Slot {
 #[derive(Debug, Default)]
 struct Woken {
     driver: Option<Waker>,
+    /// Most calls concern one other task, which needs no memory here.
+    first: Option<Waker>,
     others: Vec<Waker>,
     has_news: bool,
 }
@@ -109,11 +112,10 @@ impl Shared {
     }
 
     /// Changes the state, and wakes the tasks that the change concerns.
-    pub(super) fn call<T>(&self, change: impl FnOnce(&mut State, Micros) -> T) -> T {
-        let now = clock::now();
+    pub(super) fn call<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut woken = Woken::default();
         let mut state = self.state.lock();
-        let result = change(&mut state, now);
+        let result = change(&mut state);
         state.settle(&mut woken);
         drop(state);
         woken.wake(&self.news);
@@ -122,7 +124,7 @@ impl Shared {
 
     /// Ends the lane: its open streams end. Only the driver calls this.
     pub(super) fn end(&self, end: LaneEnd) {
-        self.call(|state, _| {
+        self.call(|state| {
             state.core.lost();
             state.status.end = Some(end);
             state.has_news = true;
@@ -131,10 +133,11 @@ impl Shared {
 
     /// Begins to drain the lane, unless it drains already and would be over earlier.
     pub(super) fn drain(&self, code: Code, within: Micros) {
-        self.call(|state, now| {
+        self.call(|state| {
             if state.status.end.is_some() {
                 return;
             }
+            let now = clock::now();
             let until = now.after(within);
             let until = state.drain.map_or(until, |drain| drain.until.min(until));
             state.drain = Some(Drain { code, until });
@@ -166,6 +169,12 @@ impl Shared {
         self.state.lock().core.streams()
     }
 
+    /// Returns whether there is something to write, and so many streams that others may follow at once.
+    pub(super) fn has_output_of_several(&self) -> bool {
+        let state = self.state.lock();
+        state.core.streams() >= SEVERAL && state.core.has_output()
+    }
+
     pub(super) fn numbers(&self) -> LaneNumbers {
         let state = self.state.lock();
         LaneNumbers {
@@ -178,8 +187,17 @@ impl Shared {
 }
 
 impl Woken {
+    /// Notes a task, if there is one.
+    fn add(&mut self, task: Option<Waker>) {
+        if self.first.is_none() {
+            self.first = task;
+        } else {
+            self.others.extend(task);
+        }
+    }
+
     fn wake(self, news: &Notify) {
-        self.others.into_iter().for_each(Waker::wake);
+        self.first.into_iter().chain(self.others).for_each(Waker::wake);
         if self.has_news {
             news.notify_waiters();
         }
@@ -200,7 +218,7 @@ impl State {
             self.status.version += 1;
             woken.has_news = true;
             if self.status.end.is_some() {
-                woken.others.extend(self.acceptor.take());
+                woken.add(self.acceptor.take());
             }
         }
         let is_drained = self.drain.is_some() && self.core.streams() == 0;
@@ -230,23 +248,23 @@ impl State {
                     slot.is_bodyless = answer.end;
                     slot.answer = Some(answer);
                 }
-                woken.others.extend(slot.reader.take());
+                woken.add(slot.reader.take());
                 return;
             }
             Event::Readable(number) => {
                 let slot = self.slots.get_mut(&number);
-                woken.others.extend(slot.and_then(|slot| slot.reader.take()));
+                woken.add(slot.and_then(|slot| slot.reader.take()));
                 return;
             }
             Event::Writable(number) => {
                 let slot = self.slots.get_mut(&number);
-                woken.others.extend(slot.and_then(|slot| slot.writer.take()));
+                woken.add(slot.and_then(|slot| slot.writer.take()));
                 return;
             }
             Event::Stopped(number) => {
                 let Some(slot) = self.slots.get_mut(&number) else { return };
                 slot.is_stopped = true;
-                woken.others.extend(slot.writer.take());
+                woken.add(slot.writer.take());
                 return;
             }
             Event::Ended(number, end) => {
@@ -265,14 +283,14 @@ impl State {
         let slot = Slot { is_bodyless: request.end, ..Slot::default() };
         self.slots.insert(number, slot);
         self.opened.push_back((number, request));
-        woken.others.extend(self.acceptor.take());
+        woken.add(self.acceptor.take());
     }
 
     fn on_ended(&mut self, number: u32, end: End, woken: &mut Woken) {
         let Some(slot) = self.slots.get_mut(&number) else { return };
         slot.end = Some(end);
-        woken.others.extend(slot.reader.take());
-        woken.others.extend(slot.writer.take());
+        woken.add(slot.reader.take());
+        woken.add(slot.writer.take());
         if let Ok(at) = self.opened.binary_search_by_key(&number, |(number, _)| *number) {
             // No task has seen the stream.
             self.opened.remove(at);
@@ -370,6 +388,9 @@ fn keep(kept: &mut Option<Waker>, cx: &Context<'_>) {
     }
 }
 
+/// Number of streams from which on their frames are gathered. With fewer, the wait costs more than the writes that it saves.
+const SEVERAL: usize = 4;
+
 #[cfg(test)]
 mod tests {
     use wsproxy_proto::tunnel::{
@@ -393,10 +414,10 @@ mod tests {
         let mut message = Vec::new();
         Frame::Hello(Hello::default()).encode(&mut message).unwrap();
         Frame::Stream(1, StreamFrame::Open(open)).encode(&mut message).unwrap();
-        shared.call(|state, _| state.stop_accepting());
-        shared.call(|state, now| state.core.receive(now.0, &message).unwrap());
+        shared.call(|state| state.stop_accepting());
+        shared.call(|state| state.core.receive(0, &message).unwrap());
         let mut answer = Vec::new();
-        shared.call(|state, now| state.core.write_batch(now.0, &mut answer));
+        shared.call(|state| state.core.write_batch(0, &mut answer));
         let refused = Frames::new(&answer).unwrap().any(|frame| match frame.unwrap() {
             Frame::Stream(1, StreamFrame::Reset(reset)) => reset.not_dispatched,
             _ => false,
@@ -409,7 +430,7 @@ mod tests {
     fn a_stream_without_handles_takes_nothing() {
         let memory = Memory::new(MemoryLimits::default());
         let shared = Shared::new(Role::Gateway, LaneConfig::default(), memory);
-        shared.call(|state, _| {
+        shared.call(|state| {
             state.hold(1);
             state.release_writer(1);
             assert_eq!(state.slots.len(), 1);

@@ -78,7 +78,7 @@ impl StreamWriter {
     pub fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WriteError>> {
         let Self { shared, number, rest, .. } = self;
         let number = *number;
-        shared.call(|state, _| {
+        shared.call(|state| {
             if rest.is_empty() {
                 let gone = gone(state, number);
                 return Poll::Ready(gone.map_or(Ok(()), Err));
@@ -121,9 +121,11 @@ impl StreamWriter {
     /// # Errors
     /// [`WriteError`].
     pub async fn write(&mut self, piece: Bytes) -> Result<(), WriteError> {
-        self.ready().await?;
+        if !self.rest.is_empty() {
+            self.ready().await?;
+        }
         self.put(piece)?;
-        self.ready().await
+        if self.rest.is_empty() { Ok(()) } else { self.ready().await }
     }
 
     /// Finishes the body, of which the lane has all pieces.
@@ -149,7 +151,7 @@ impl StreamWriter {
             return self.poll_ended(cx).map(WriteError::Ended);
         }
         let number = self.number;
-        self.shared.call(|state, _| {
+        self.shared.call(|state| {
             if let Some(error) = gone(state, number) {
                 return Poll::Ready(error);
             }
@@ -166,7 +168,7 @@ impl StreamWriter {
     /// Returns the one end of the stream, whether or not the peer takes more.
     pub fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let number = self.number;
-        self.shared.call(|state, _| {
+        self.shared.call(|state| {
             let slot = state.slot(number);
             if let Some(end) = slot.end() {
                 return Poll::Ready(end.clone());
@@ -184,7 +186,7 @@ impl StreamWriter {
     /// Resets the stream, both directions of it.
     pub fn reset(mut self, reset: &Reset<'_>) {
         self.is_finished = true;
-        self.shared.call(|state, _| state.core.reset(self.number, reset));
+        self.shared.call(|state| state.core.reset(self.number, reset));
     }
 
     fn finish_by(
@@ -203,7 +205,7 @@ impl StreamWriter {
         &self,
         change: impl FnOnce(&mut State, u32) -> Result<(), SendError>,
     ) -> Result<(), WriteError> {
-        self.shared.call(|state, _| {
+        self.shared.call(|state| {
             let changed = change(state, self.number);
             changed.map_err(|error| write_error(error, state, self.number))
         })
@@ -212,7 +214,7 @@ impl StreamWriter {
 
 impl Drop for StreamWriter {
     fn drop(&mut self) {
-        self.shared.call(|state, _| {
+        self.shared.call(|state| {
             if !self.is_finished && !state.slot(self.number).is_stopped {
                 state.core.reset(self.number, &Reset::new(Code::Cancelled));
             }

@@ -60,14 +60,21 @@ impl SharedHeaders {
         Headers(&self.0)
     }
 
+    /// Returns the first value of a header, given in lower case. It shares the memory of the block.
+    #[must_use]
+    pub fn get(&self, wanted: &[u8]) -> Option<Bytes> {
+        let (_, value) = self.headers().iter().find(|(name, _)| *name == wanted)?;
+        Some(self.0.slice_ref(value))
+    }
+
     pub(crate) fn into_bytes(self) -> Bytes {
         self.0
     }
 
-    /// Returns the names and values, in the order of the block. They share its memory.
-    pub fn iter(&self) -> impl Iterator<Item = (Bytes, Bytes)> {
+    /// Returns the names and values, in the order of the block. The values share its memory.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], Bytes)> {
         let parts = self.headers().iter();
-        parts.map(|(name, value)| (self.0.slice_ref(name), self.0.slice_ref(value)))
+        parts.map(|(name, value)| (name, self.0.slice_ref(value)))
     }
 }
 
@@ -80,6 +87,12 @@ impl HeaderBlock {
     #[must_use]
     pub const fn new() -> Self {
         Self(Vec::new())
+    }
+
+    /// Returns an empty block with room for a usual head, which then does not grow in steps.
+    #[must_use]
+    pub fn of_head() -> Self {
+        Self(Vec::with_capacity(USUAL_HEAD_BYTES))
     }
 
     /// Appends a header. The name must be in lower case, as in `http::HeaderName`.
@@ -119,14 +132,28 @@ pub enum HeaderError {
 }
 
 fn is_name(name: &[u8]) -> bool {
-    !name.is_empty()
-        && name.iter().all(|byte| fields::is_token(*byte) && !byte.is_ascii_uppercase())
+    !name.is_empty() && name.iter().all(|byte| IN_NAMES[usize::from(*byte)])
 }
 
 /// A value may have any bytes but control ones, of which the tabulator is allowed.
 fn is_value(value: &[u8]) -> bool {
-    value.iter().all(|byte| !byte.is_ascii_control() || *byte == b'\t')
+    // Without an early end the compiler makes vector instructions of the loop.
+    value.iter().fold(true, |is_good, byte| is_good & (!byte.is_ascii_control() | (*byte == b'\t')))
 }
+
+/// Bytes that may stand in a name.
+const IN_NAMES: [bool; 256] = {
+    let mut all = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        all[byte] = fields::is_token(byte as u8) && !(byte as u8).is_ascii_uppercase();
+        byte += 1;
+    }
+    all
+};
+
+/// Length of most heads, with those headers that the gateway adds.
+const USUAL_HEAD_BYTES: usize = 768;
 
 /// Upper bound of a block, in bytes (§4).
 pub const BLOCK_BYTES_MAX: usize = (64 << 10) - 1;
@@ -142,11 +169,13 @@ mod tests {
         block.push(b"x-a", b"\xff\t 1").unwrap();
         assert_eq!(block.headers().as_bytes(), b"\x06accept\0\0\x03x-a\0\x04\xff\t 1");
         let read = Headers::parse(block.headers().as_bytes()).unwrap();
-        let expected: [(&[u8], &[u8]); 2] = [(b"accept", b""), (b"x-a", b"\xff\t 1")];
+        let expected: [(&[u8], &'static [u8]); 2] = [(b"accept", b""), (b"x-a", b"\xff\t 1")];
         assert_eq!(read.iter().collect::<Vec<_>>(), expected);
         let shared = SharedHeaders::new(read);
-        let expected = expected.map(|(name, value)| (name.into(), value.into()));
-        assert_eq!(shared.iter().collect::<Vec<(Bytes, Bytes)>>(), expected);
+        let expected = expected.map(|(name, value)| (name, Bytes::from_static(value)));
+        assert_eq!(shared.iter().collect::<Vec<_>>(), expected);
+        assert_eq!(shared.get(b"x-a").unwrap(), expected[1].1);
+        assert_eq!(shared.get(b"x"), None);
     }
 
     #[test]

@@ -17,10 +17,9 @@
 //!
 //! Times are microseconds of one clock that does not go back.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::Arc,
-};
+use std::{collections::VecDeque, sync::Arc};
+
+use hashbrown::HashMap;
 
 use crate::tunnel::{
     HEAD_BYTES_MAX, STREAMS_MAX,

@@ -106,6 +106,27 @@ impl Peer {
             assert!(read > 0, "the stream ended");
         }
     }
+
+    /// Reads messages until so many streams were opened. Returns how many each message opened.
+    pub(crate) async fn hears_opens(&mut self, count: usize) -> Vec<usize> {
+        let mut opens = Vec::new();
+        while opens.iter().sum::<usize>() < count {
+            let read = within(self.socket.read_buf(&mut self.unread)).await.unwrap();
+            assert!(read > 0, "the stream ended");
+            let (all, rest) = frames(&self.unread);
+            self.unread.drain(..self.unread.len() - rest);
+            let is_open =
+                |frame: &Frame<'_>| matches!(frame, Frame::Stream(_, StreamFrame::Open(_)));
+            let all = all.iter().map(|(_, message)| {
+                Frames::new(message)
+                    .unwrap()
+                    .filter(|frame| is_open(frame.as_ref().unwrap()))
+                    .count()
+            });
+            opens.extend(all.filter(|opens| *opens > 0));
+        }
+        opens
+    }
 }
 
 pub(crate) fn masked(opcode: Opcode, payload: &[u8]) -> Vec<u8> {

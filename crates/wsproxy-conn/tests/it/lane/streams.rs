@@ -9,7 +9,10 @@ use wsproxy_conn::{
 };
 use wsproxy_proto::tunnel::{event::End, frame::Open, headers::HeaderBlock, lane::OpenError};
 
-use super::pair::{Pair, Random, head, read_all, read_some, request, tcp, within, write_all};
+use super::{
+    pair::{Pair, Random, head, read_all, read_some, request, tcp, within, write_all},
+    peer::Peer,
+};
 use crate::{dial::tls_with, support::until};
 
 /// Request, answer, and whether the answer has trailers.
@@ -255,4 +258,22 @@ async fn a_full_lane_opens_no_stream() {
     opened.push(pair.open(true));
     drop((opened, accepted));
     pair.is_empty().await;
+}
+
+#[tokio::test]
+async fn frames_of_several_streams_are_gathered_in_one_message() {
+    let mut peer = Peer::ready(&LaneSettings::default()).await;
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        streams.push(peer.lane.open(&request(true)).unwrap());
+        // With few streams, each frame goes at once.
+        assert_eq!(peer.hears_opens(1).await, [1]);
+    }
+    for _ in 0..3 {
+        streams.push(peer.lane.open(&request(true)).unwrap());
+        // The lane's task runs, and then this one.
+        tokio::task::yield_now().await;
+        streams.push(peer.lane.open(&request(true)).unwrap());
+        assert_eq!(peer.hears_opens(2).await, [2]);
+    }
 }

@@ -105,7 +105,7 @@ impl Lane {
         if self.streams.len() >= peer.streams_max as usize {
             return Err(OpenError::Full);
         }
-        let mut head = Vec::new();
+        let mut head = Vec::with_capacity(HEADER_BYTES + open.payload_bytes());
         match Frame::Stream(number, StreamFrame::Open(*open)).encode(&mut head) {
             Ok(()) if head.len() - HEADER_BYTES <= peer.head_bytes_max as usize => {}
             Ok(()) | Err(EncodeError::TooLarge) => return Err(OpenError::HeadTooLarge),
@@ -133,6 +133,7 @@ impl Lane {
         let headers = if head.status == 100 { Headers::default() } else { head.headers };
         let head = Head { headers, ..*head };
         let at = stream.head.len();
+        stream.head.reserve(HEADER_BYTES + head.payload_bytes());
         Frame::Stream(number, StreamFrame::Head(head)).encode(&mut stream.head)?;
         let is_too_large = stream.head.len() - at - HEADER_BYTES > head_bytes_max;
         let accepted = if is_too_large {

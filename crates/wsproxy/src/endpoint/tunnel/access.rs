@@ -11,6 +11,7 @@ use std::{
 use http::{Method, StatusCode};
 use parking_lot::Mutex;
 use tracing::info;
+use wsproxy_proto::hex::Digits;
 
 use crate::{
     endpoint::tunnel::{
@@ -27,7 +28,7 @@ pub struct Access {
     cluster: Box<str>,
     pattern: Box<str>,
     method: Method,
-    trace_id: String,
+    trace_id: Digits<32>,
     request_id: Box<str>,
     /// Span of the request.
     trace: Trace,
@@ -188,7 +189,7 @@ impl Drop for Access {
             wait_ms = millis(known.wait),
             head_ms = known.head.map(millis),
             total_ms = millis(total),
-            trace_id = &*self.trace_id,
+            trace_id = self.trace_id.as_str(),
             request_id = &*self.request_id,
             left_out,
             "Proxied request ended."

@@ -6,7 +6,7 @@ use std::{
 };
 
 use aws_lc_rs::digest;
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderName, header};
 use parking_lot::{Mutex, RwLock};
 use tokio::time::timeout;
 use wsproxy_proto::names::Id;
@@ -216,8 +216,8 @@ impl Tokens {
 /// Returns the token of a request, and whether it came in `Authorization`.
 fn token_of(headers: &HeaderMap) -> Result<(&str, bool), Refusal> {
     let refused = || Refusal::new(Code::Unauthorized);
-    let in_authorization = !headers.contains_key(OWN_AUTHORIZATION);
-    let name = if in_authorization { header::AUTHORIZATION.as_str() } else { OWN_AUTHORIZATION };
+    let in_authorization = !headers.contains_key(&OWN_AUTHORIZATION);
+    let name = if in_authorization { &header::AUTHORIZATION } else { &OWN_AUTHORIZATION };
     let mut values = headers.get_all(name).iter();
     let value = values.next().filter(|_| values.next().is_none()).ok_or_else(refused)?;
     let text = value.to_str().map_err(|_| refused())?.trim();
@@ -238,7 +238,7 @@ fn other_cluster() -> Rejection {
 }
 
 /// Header with the credential of a client whose `Authorization` is the upstream's.
-const OWN_AUTHORIZATION: &str = "x-wsproxy-authorization";
+const OWN_AUTHORIZATION: HeaderName = HeaderName::from_static("x-wsproxy-authorization");
 
 const TOKEN_BYTES_MAX: usize = 8192;
 

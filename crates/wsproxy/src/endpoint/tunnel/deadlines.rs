@@ -125,26 +125,30 @@ impl Progress {
 pub struct Idle {
     progress: Progress,
     max: Duration,
-    timer: Pin<Box<Sleep>>,
+    /// `None`: the body has not stood still yet.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Idle {
-    /// Starts the timer.
+    /// Takes the longest time without a byte. Many bodies come whole, and need no timer.
     #[must_use]
     pub fn new(progress: &Progress, max: Duration) -> Self {
-        Self { progress: progress.clone(), max, timer: Box::pin(sleep(max)) }
+        Self { progress: progress.clone(), max, timer: None }
     }
 
     /// Waits until no byte passed for too long.
     pub fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let timer = self.timer.get_or_insert_with(|| {
+            Box::pin(sleep(self.max.saturating_sub(self.progress.still_for())))
+        });
         loop {
-            ready!(self.timer.as_mut().poll(cx));
+            ready!(timer.as_mut().poll(cx));
             let still_for = self.progress.still_for();
             if still_for >= self.max {
                 return Poll::Ready(());
             }
             // Set again only here, so that a byte costs no work on the timer.
-            self.timer.as_mut().reset(Instant::now() + (self.max - still_for));
+            timer.as_mut().reset(Instant::now() + (self.max - still_for));
         }
     }
 }

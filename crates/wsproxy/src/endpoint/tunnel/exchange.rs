@@ -548,7 +548,7 @@ fn respond(
             let _ = request.finish();
         }
         // A cookie that does not reach the client counts too.
-        let sets_cookie = head.headers.iter().any(|(name, _)| name == b"set-cookie"[..]);
+        let sets_cookie = head.headers.get(b"set-cookie").is_some();
         if sets_cookie && ask.is_of_peer {
             headers.insert(peers::UNKEPT, HeaderValue::from_static("1"));
         }

@@ -1,7 +1,6 @@
 //! The lanes of this instance by cluster, and the choice among them. Knows no request and no other instance.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -9,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hashbrown::HashMap;
 use parking_lot::Mutex;
 use wsproxy_conn::{
     clock::{self, Micros},
@@ -258,6 +258,12 @@ impl Lanes {
             lost: cluster.lost,
             streams: cluster.load.streams.load(Relaxed),
         })
+    }
+
+    /// Returns whether a cluster has an entry.
+    #[must_use]
+    pub fn knows(&self, cluster: &Id) -> bool {
+        self.clusters.lock().contains_key(cluster)
     }
 
     /// Returns the clusters that have an entry, in the order of their ids.

@@ -7,6 +7,7 @@ use std::{
 
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header, request::Parts,
+    uri::PathAndQuery,
 };
 use hyper::{
     body::{Body as _, Incoming},
@@ -60,7 +61,7 @@ pub async fn serve(
 ) -> Response<Body> {
     let on_upgrade = hyper::upgrade::on(&mut request);
     let (parts, body) = request.into_parts();
-    let target = parts.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
+    let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str).to_owned();
     let (cluster, behind) = path::split(&target).unwrap_or_default();
     let span = spans::of_client(&core.traces, &parts.headers, &parts.method, caller);
     let marks = Marks::new(&parts.headers, span.trace().context().copied());
@@ -82,8 +83,8 @@ pub async fn serve(
         Err(refusal) => refusal,
     };
     let (path, trace_id) = (path::without_query(behind), marks.trace_id());
-    log_refusal(core, &refusal, cluster, caller.address, &trace_id);
-    let (method, trace_id) = (&method, &*trace_id);
+    let (method, trace_id) = (&method, trace_id.as_str());
+    log_refusal(core, &refusal, cluster, caller.address, trace_id);
     let refused = Refused { method, is_upgrade, cluster, path, trace_id, wants_status };
     let mut response = refusal.response(&refused);
     if has_body {

@@ -23,10 +23,11 @@ pub(super) async fn find(
     (ask, turn): (&Ask, &Turn),
     tried: &[Arc<Lane>],
 ) -> Result<Place, Refusal> {
-    let is_seen = tunnel.lanes.of(&ask.cluster).is_some() || tunnel.expects(&ask.cluster);
-    if ask.is_of_peer && tunnel.lanes.of(&ask.cluster).is_none() {
+    let is_known = tunnel.lanes.knows(&ask.cluster);
+    if ask.is_of_peer && !is_known {
         return Err(Refusal::new(Code::NoLane));
     }
+    let is_seen = is_known || tunnel.expects(&ask.cluster);
     if !is_seen && !tunnel.credentials.may_exist(core, &ask.cluster).await {
         return Err(Refusal::new(Code::ClusterUnknown));
     }

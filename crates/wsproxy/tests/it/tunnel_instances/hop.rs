@@ -188,10 +188,33 @@ async fn an_instance_that_refuses_another_is_passed_over() {
     let one = TestInstance::start(config).await;
     let refused = "HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     let fake = Fake::start(&redis, "node-1", refused).await;
-    let answer = ask(&one, &head("GET", "/x", "")).await;
-    assert_eq!(code(&answer), (503, "cluster_reconnecting"), "{answer:?}");
+    let alone = ask(&one, &head("GET", "/x", "")).await;
+    assert_eq!(code(&alone), (503, "cluster_reconnecting"), "{alone:?}");
+    assert_eq!(fake.heads().len(), 1);
+    // Another instance answers, and each request comes to it once, be it a POST.
+    let two = TestInstance::start(peered(&redis, "s2")).await;
+    let name = Name { agent: "node-2", ..Name::default() };
+    let served = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&served);
+    let counted = move |stream: AcceptedStream| {
+        count.fetch_add(1, Relaxed);
+        async move { answer(stream, 200, "served").await }
+    };
+    let settings = LaneSettings::default();
+    let _agent = ClusterAgent::named(two.address(), name, settings, counted).await.unwrap();
+    let post = head("POST", "/x", "");
+    eventually_yes("the other is known", async || ask(&one, &post).await.status == 200).await;
+    fake.heads();
+    let before = served.load(Relaxed);
+    for _ in 0..40 {
+        let passed = ask(&one, &post).await;
+        assert_eq!((passed.status, &*passed.body), (200, "served"));
+    }
+    assert_eq!(served.load(Relaxed), before + 40);
+    assert!(!fake.heads().is_empty(), "the one that refuses is asked too");
     one.drain().await;
     fake.instance.drain().await;
+    two.drain().await;
 }
 
 #[tokio::test]

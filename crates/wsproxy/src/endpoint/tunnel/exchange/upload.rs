@@ -135,11 +135,11 @@ impl Upload {
             stream.write(Bytes::copy_from_slice(kept)).await.map_err(ended)?;
         }
         while !self.is_at_end {
-            // The stream may end while the client sends nothing.
+            // The stream may end while the client sends nothing. One that ends while it sends is found by the next write.
             let frame = tokio::select! {
                 biased;
-                gone = stream.gone() => return Err(ended(gone)),
                 frame = self.body.frame() => frame,
+                gone = stream.gone() => return Err(ended(gone)),
             };
             let Some(frame) = frame else { break };
             let frame = frame.map_err(|_| Uploaded::ClientLeft)?;

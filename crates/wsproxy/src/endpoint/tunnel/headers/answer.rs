@@ -63,10 +63,12 @@ pub fn map(
     let named = headers.headers().iter().filter(|(name, _)| *name == b"connection");
     // Filtered by the upstream's word before anything is added, so that it can remove nothing of the gateway's.
     let options = Options::of_answer(named.map(|(_, value)| value));
-    let mut map = HeaderMap::new();
+    // Room for what the gateway adds.
+    let count = headers.headers().iter().count() + ADDED_MAX;
+    let mut map = HeaderMap::with_capacity(count.min(PREPARED_MAX));
     let mut announced = HeaderMap::new();
     for (name, value) in headers.iter() {
-        let (name, value) = header(&name, value)?;
+        let (name, value) = header(name, value)?;
         let is_framing = name == header::CONTENT_LENGTH;
         if name == header::TRAILER {
             announced.try_append(name, value).map_err(|_| too_large())?;
@@ -89,7 +91,7 @@ pub fn map(
 }
 
 /// Reads a header as the library does, which refuses what would begin another line.
-fn header(name: &Bytes, value: Bytes) -> Result<(HeaderName, HeaderValue), Refusal> {
+fn header(name: &[u8], value: Bytes) -> Result<(HeaderName, HeaderValue), Refusal> {
     let name = HeaderName::from_bytes(name).map_err(malformed)?;
     let value = HeaderValue::from_maybe_shared(value).map_err(malformed)?;
     Ok((name, value))
@@ -127,7 +129,7 @@ fn check_length(map: &mut HeaderMap) -> Result<(), Refusal> {
 
 /// Adds the headers of an upgrade that the client asked for.
 fn switch(map: &mut HeaderMap, headers: &SharedHeaders, asked: &Asked<'_>) -> Result<(), Refusal> {
-    let mut granted = headers.iter().filter(|(name, _)| *name == b"upgrade"[..]);
+    let mut granted = headers.iter().filter(|(name, _)| *name == b"upgrade");
     let granted = granted.next().map(|(_, value)| value).filter(|_| granted.next().is_none());
     let granted = granted.zip(asked.upgrade);
     let granted = granted.filter(|(granted, asked)| upgrade::is_granted(granted, asked));
@@ -217,6 +219,12 @@ fn malformed(cause: impl ToString) -> Refusal {
 fn too_large() -> Refusal {
     Refusal::new(Code::AnswerHeadTooLarge)
 }
+
+/// Upper bound of the headers that the gateway adds to most answers.
+const ADDED_MAX: usize = 4;
+
+/// Upper bound of the headers for which there is room from the beginning.
+const PREPARED_MAX: usize = 64;
 
 /// Start of the names of cookies for a whole host: RFC 6265bis, 4.1.3.2.
 const WHOLE_HOST: &[u8] = b"__Host-";

@@ -1,8 +1,11 @@
 //! Ids of a proxied request: those by which its parts are found in traces and logs. Knows no exporter.
 
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::Uuid;
-use wsproxy_proto::trace_context::{self, TraceContext};
+use wsproxy_proto::{
+    hex::Digits,
+    trace_context::{self, TraceContext},
+};
 
 /// Ids of a proxied request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +23,7 @@ impl Marks {
     /// request where traces are on; it belongs to the client's trace already.
     #[must_use]
     pub fn new(headers: &HeaderMap, span: Option<TraceContext>) -> Self {
-        let parent = one(headers, "traceparent");
+        let parent = one(headers, &TRACEPARENT);
         let parent = parent.and_then(|value| TraceContext::parse(value.as_bytes()));
         let new_span = || rand::random::<u64>().max(1);
         let trace = span.unwrap_or_else(|| match parent {
@@ -31,26 +34,26 @@ impl Marks {
                 is_sampled: false,
             },
         });
-        let states = headers.get_all("tracestate").iter().map(HeaderValue::as_bytes);
+        let states = headers.get_all(&TRACESTATE).iter().map(HeaderValue::as_bytes);
         let is_of_client = parent.is_some_and(|parent| parent.trace == trace.trace);
         let state = if is_of_client { trace_context::read_state(states) } else { None };
-        let request_id = one(headers, "x-request-id").and_then(|value| value.to_str().ok());
+        let request_id = one(headers, &X_REQUEST_ID).and_then(|value| value.to_str().ok());
         let request_id = match request_id.filter(|id| is_request_id(id)) {
             Some(id) => id.into(),
-            None => Uuid::new_v4().to_string().into(),
+            None => (&*Uuid::new_v4().hyphenated().encode_lower(&mut Uuid::encode_buffer())).into(),
         };
         Self { trace, state, request_id }
     }
 
     /// Returns the id of the trace, for bodies and log lines.
     #[must_use]
-    pub fn trace_id(&self) -> String {
-        format!("{:032x}", self.trace.trace)
+    pub fn trace_id(&self) -> Digits<32> {
+        Digits::of(self.trace.trace)
     }
 }
 
 /// Returns the value of a header that stands once: two contradict each other.
-fn one<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h HeaderValue> {
+fn one<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h HeaderValue> {
     let mut values = headers.get_all(name).iter();
     values.next().filter(|_| values.next().is_none())
 }
@@ -62,6 +65,10 @@ fn is_request_id(id: &str) -> bool {
 }
 
 const REQUEST_ID_BYTES_MAX: usize = 128;
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 #[cfg(test)]
 mod tests {
@@ -84,7 +91,7 @@ mod tests {
         assert_eq!((made.trace.trace, made.trace.is_sampled), (parent.trace, true));
         assert_ne!(made.trace.span, parent.span);
         assert_eq!(made.state.as_deref(), Some("a=1"));
-        assert_eq!(made.trace_id(), "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(made.trace_id().as_str(), "0af7651916cd43dd8448eb211c80319c");
         let own = TraceContext { span: 7, ..parent };
         let made = marks(&[("traceparent", PARENT), ("tracestate", "a=1")], Some(own));
         assert_eq!((made.trace, made.state.as_deref()), (own, Some("a=1")));

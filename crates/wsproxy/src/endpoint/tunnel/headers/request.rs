@@ -4,8 +4,9 @@
 use std::net::IpAddr;
 
 use aws_lc_rs::digest;
-use http::{HeaderMap, HeaderValue, Version, header, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
 use wsproxy_proto::{
+    hex::Digits,
     names::Id,
     tunnel::headers::{HeaderBlock, HeaderError, Headers},
 };
@@ -68,10 +69,11 @@ pub fn block(
     if headers.get_all(header::VIA).iter().any(|value| names(value.as_bytes(), rules.via)) {
         return Err(Refusal::new(Code::Loop));
     }
-    let mut block = HeaderBlock::new();
+    let mut block = HeaderBlock::of_head();
     let forwarded = Forwarded::of(headers, sender);
     for (name, value) in headers {
-        let passes = match Kind::of(name.as_str()) {
+        let kind = Kind::of(name.as_str());
+        let passes = match kind {
             Kind::HopByHop | Kind::Reserved => false,
             Kind::Authorization => rules.passes_authorization,
             Kind::Cookie => rules.passes_cookies,
@@ -80,7 +82,7 @@ pub fn block(
             Kind::Relied => name != header::HOST,
             Kind::Other => true,
         };
-        let has_rule = Kind::of(name.as_str()) != Kind::Other;
+        let has_rule = kind != Kind::Other;
         let is_dropped = (has_rule && is_disguised(name)) || options.contains(name.as_str());
         if passes && !is_dropped {
             push(&mut block, name.as_str(), value.as_bytes())?;
@@ -103,12 +105,11 @@ pub fn block(
 /// Returns the name of a deployment and a cluster in `Via`. `prefix` is that of the deployment's channels.
 #[must_use]
 pub fn via_name(prefix: &str, cluster: &Id) -> String {
-    use std::fmt::Write as _;
-    let hash = digest::digest(&digest::SHA256, format!("{prefix}\n{cluster}").as_bytes());
-    hash.as_ref()[..8].iter().fold("wsproxy-".to_owned(), |mut name, byte| {
-        let _ = write!(name, "{byte:02x}");
-        name
-    })
+    let mut hash = digest::Context::new(&digest::SHA256);
+    [prefix, "\n", cluster.as_str()].iter().for_each(|part| hash.update(part.as_bytes()));
+    let hash = hash.finish();
+    let number = hash.as_ref()[..8].iter().fold(0, |number, byte| number << 8 | u128::from(*byte));
+    ["wsproxy-", Digits::<16>::of(number).as_str()].concat()
 }
 
 /// Checks that every server reads the request alike. Returns the options of its connection.
@@ -171,8 +172,8 @@ struct Forwarded {
 impl Forwarded {
     fn of(headers: &HeaderMap, sender: &Sender) -> Self {
         let is_trusted = sender.is_trusted;
-        let [has_chain, has_forwarded] =
-            [X_FORWARDED_FOR, "forwarded"].map(|name| headers.contains_key(name));
+        let has_chain = headers.contains_key(&FORWARDED_FOR);
+        let has_forwarded = headers.contains_key(header::FORWARDED);
         // With both, and no client that both name, a client has written one of them.
         let is_doubtful = sender.written == ForwardedHeader::Auto
             && has_chain
@@ -205,7 +206,7 @@ impl Forwarded {
     ) -> Result<(), Refusal> {
         let mut chain = Vec::new();
         if self.keeps_chain {
-            let values = headers.get_all(X_FORWARDED_FOR).iter().map(HeaderValue::as_bytes);
+            let values = headers.get_all(&FORWARDED_FOR).iter().map(HeaderValue::as_bytes);
             values.for_each(|value| extend(&mut chain, value));
         } else if self.is_trusted && sender.client != sender.peer {
             extend(&mut chain, sender.client.to_string().as_bytes());
@@ -233,7 +234,7 @@ fn add_own(
 ) -> Result<(), Refusal> {
     push(block, X_FORWARDED_PREFIX, prefix(rules.cluster).as_bytes())?;
     let version = if version == Version::HTTP_10 { "1.0" } else { "1.1" };
-    push(block, "via", format!("{version} {}", rules.via).as_bytes())?;
+    push(block, "via", [version, " ", rules.via].concat().as_bytes())?;
     push(block, "traceparent", marks.trace.to_string().as_bytes())?;
     if let Some(state) = &marks.state {
         push(block, "tracestate", state.as_bytes())?;
@@ -244,7 +245,7 @@ fn add_own(
 /// Returns the path below which a cluster's upstream is found.
 #[must_use]
 pub fn prefix(cluster: &Id) -> String {
-    format!("/clusters/{cluster}/proxy")
+    ["/clusters/", cluster.as_str(), "/proxy"].concat()
 }
 
 /// Returns the hosts by which the client may know the upstream, as the headers for the upstream name them: the one that it
@@ -287,6 +288,9 @@ fn push(block: &mut HeaderBlock, name: &str, value: &[u8]) -> Result<(), Refusal
         HeaderError::Invalid => Refusal::new(Code::BadHeader),
     })
 }
+
+/// The same as a name that is not read anew for each request.
+const FORWARDED_FOR: HeaderName = HeaderName::from_static(X_FORWARDED_FOR);
 
 const X_FORWARDED_FOR: &str = "x-forwarded-for";
 

@@ -117,8 +117,9 @@ async fn answer(
         Err(refusal) => refusal,
     };
     access.refused(refusal.code);
+    let trace_id = marks.trace_id();
     let (cluster, path, trace_id) =
-        (cluster.as_str(), path::without_query(target), &*marks.trace_id());
+        (cluster.as_str(), path::without_query(target), trace_id.as_str());
     let method = &method;
     refusal.response(&Refused { method, is_upgrade, cluster, path, trace_id, wants_status })
 }

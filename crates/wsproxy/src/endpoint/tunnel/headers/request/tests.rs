@@ -16,7 +16,7 @@ fn parts(lines: &[(&str, &str)]) -> Parts {
 fn bare(lines: &[(&str, &str)]) -> Parts {
     let (mut parts, ()) = Request::builder().uri("/").body(()).unwrap().into_parts();
     for (name, value) in lines {
-        let name = header::HeaderName::from_bytes(name.as_bytes()).unwrap();
+        let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
         parts.headers.append(name, HeaderValue::from_bytes(value.as_bytes()).unwrap());
     }
     parts
