@@ -1,3 +1,5 @@
+//! The table of slots without servers: the queues in which publishes wait, and their ways when slots move.
+
 use bytes::Bytes;
 
 use super::*;
@@ -62,9 +64,6 @@ fn port_of(cluster: &Cluster, slot: u16) -> Option<u16> {
         .into_iter()
         .find(|port| cluster.node_at(&at(*port)).is_some_and(|other| Arc::ptr_eq(&other, &node)))
 }
-
-/// Channel whose slot is below 8192, and its slot.
-const LOW: (&str, u16) = ("bar", 5061);
 
 #[test]
 fn publishes_wait_until_a_node_serves_their_slot() {
@@ -166,3 +165,6 @@ fn a_key_of_each_master_is_found() {
     let replica = cluster.node_at(&at(3)).unwrap();
     assert_eq!(cluster.key_at("probe", &replica), None);
 }
+
+/// Channel whose slot is below 8192, and its slot.
+const LOW: (&str, u16) = ("bar", 5061);
