@@ -47,7 +47,7 @@ impl Deployment {
 
     /// The place of the server that most running sentinels name as the master.
     pub fn master(&self) -> usize {
-        let named = self.sentinels.iter().filter_map(|sentinel| names_master(sentinel));
+        let named = self.sentinels.iter().filter_map(names_master);
         let named: Vec<_> = named.collect();
         let place = |port| self.servers.iter().position(|server| server.port() == port).unwrap();
         let most = named.iter().max_by_key(|port| named.iter().filter(|one| one == port).count());

@@ -111,16 +111,7 @@ fn commands(config: &Config) -> Vec<Vec<String>> {
         table.key(&names.agent_status(&id));
     }
     if tunnel {
-        table.channel(&names.tunnel_events());
-        table.hash(&names.tunnel_lanes(&id));
-        table.hash(&names.server_tunnels(server));
-        for hash in [names.tunnel_lanes(&id), names.server_tunnels(server)] {
-            table.add(&["HGET", &hash, "f"]);
-            table.add(&["HLEN", &hash]);
-        }
-        table.add(&["HSCAN", &names.server_tunnels(server), "0"]);
-        table.add(&["GET", &names.tunnel_auth(&id)]);
-        table.add(&["TIME"]);
+        table.tunnel(&names, &id, server);
     }
     if events || rooms || agents || tunnel || config.sessions.events_log {
         table.key(&names.server_lease(server));
@@ -133,6 +124,20 @@ fn commands(config: &Config) -> Vec<Vec<String>> {
 struct Table(Vec<Vec<String>>);
 
 impl Table {
+    /// Adds the commands of the tunnel.
+    fn tunnel(&mut self, names: &Names, id: &Id, server: &str) {
+        self.channel(&names.tunnel_events());
+        self.hash(&names.tunnel_lanes(id));
+        self.hash(&names.server_tunnels(server));
+        for hash in [names.tunnel_lanes(id), names.server_tunnels(server)] {
+            self.add(&["HGET", &hash, "f"]);
+            self.add(&["HLEN", &hash]);
+        }
+        self.add(&["HSCAN", &names.server_tunnels(server), "0"]);
+        self.add(&["GET", &names.tunnel_auth(id)]);
+        self.add(&["TIME"]);
+    }
+
     fn add(&mut self, words: &[&str]) {
         self.0.push(words.iter().map(|word| (*word).to_owned()).collect());
     }
