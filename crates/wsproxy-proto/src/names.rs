@@ -1,7 +1,7 @@
 //! Spelling of all channels and keys; knows nothing of what they carry. What belongs to one family of endpoints is in
 //! a file of its own.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 pub mod agents;
 pub mod events;
@@ -62,6 +62,20 @@ impl Names {
     /// Key that belongs to a log: the log's key with `what` instead of its last word.
     fn beside(log: &str, what: &str) -> String {
         format!("{}{what}", log.strip_suffix("log").unwrap_or(log))
+    }
+
+    /// Key whose node publishes the plain messages of a channel in a Redis Cluster, so that they keep their order with those
+    /// that scripts publish.
+    #[must_use]
+    pub fn publishing_key<'c>(&self, channel: &'c str) -> Cow<'c, str> {
+        let rest = channel.strip_prefix(&*self.prefix).unwrap_or_default();
+        if rest.starts_with("ws:") {
+            return format!("{}ws", self.prefix).into();
+        }
+        match channel.strip_suffix(":commands").filter(|_| rest.starts_with("agent:")) {
+            Some(agent) => format!("{agent}:server").into(),
+            None => channel.into(),
+        }
     }
 
     /// Key that belongs to a channel: the channel in literal braces, so that a Redis Cluster keeps both in one
@@ -162,6 +176,18 @@ mod tests {
         assert_eq!(Names::head("{ws}:broadcast:log"), "{ws}:broadcast:head");
         assert_eq!(Names::event_ids("{ws}:broadcast:log"), "{ws}:broadcast:ids");
         assert_eq!(Names::new("eu").log("eu:ws:broadcast"), "{eu:ws}:broadcast:log");
+    }
+
+    #[test]
+    fn plain_messages_are_published_at_the_node_of_their_logs() {
+        let (names, user) = (Names::new("eu"), Id::parse("u-1").unwrap());
+        let slot_of = |channel: &str| slot(names.publishing_key(channel).as_bytes());
+        for channel in ["eu:ws:user:u-1", "eu:session:s-1:down", "eu:room:lobby"] {
+            assert_eq!(slot_of(channel), slot(names.log(channel).as_bytes()), "{channel}");
+        }
+        let owner = names.agent_owner(&user);
+        assert_eq!(slot_of(&names.agent_commands(&user)), slot(owner.as_bytes()));
+        assert_eq!(names.publishing_key("agent:u:commands"), "agent:u:commands");
     }
 
     #[test]

@@ -82,13 +82,15 @@ impl RedisBus {
         let shared = self.0.shared();
         let (connected, last_error) = shared.report();
         let nodes = shared.nodes.all();
+        let queued = nodes.iter().map(|node| node.publishes.queue.bytes());
+        let counted = shared.nodes.cluster().map_or(0, |cluster| cluster.receivers.bytes());
         Status {
             connected,
-            subscribed: shared.health.is_subscribed() && shared.are_connections_proven(),
+            subscribed: shared.health.is_subscribed() && shared.is_some_connection_proven(),
             refusal: shared.refusal(),
             // The probe's own channel does not count.
             channels: shared.subscriptions.len().saturating_sub(1),
-            queued_bytes: nodes.iter().map(|node| node.publishes.queue.bytes()).sum(),
+            queued_bytes: queued.sum::<usize>() + counted,
             away: shared.nodes.cluster().and_then(|cluster| cluster.away()),
             last_error,
         }

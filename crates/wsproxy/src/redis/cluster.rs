@@ -4,6 +4,7 @@
 //! there before any later one ([`Cluster::hand_over`]), so that the messages of a channel keep their order.
 
 use std::{
+    borrow::Cow,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -12,7 +13,7 @@ use std::{
 use hashbrown::HashMap;
 use parking_lot::RwLock;
 use tokio::{sync::Notify, time::Instant};
-use wsproxy_proto::names;
+use wsproxy_proto::names::{self, Names};
 
 pub(super) use commands::unserved;
 
@@ -24,7 +25,12 @@ use crate::{
     queue::Back,
     redis::{
         address::RedisEndpoint,
-        cluster::{line::NodeLine, receivers::Receivers, redirect::Redirect},
+        cluster::{
+            line::NodeLine,
+            receivers::Receivers,
+            redirect::Redirect,
+            table::{Member, Slot, Table},
+        },
         node::{Node, Target},
         pipeline::PipelineRequest,
         topology::Topology,
@@ -36,52 +42,18 @@ pub(super) mod follow;
 pub(super) mod line;
 pub(super) mod receivers;
 pub(super) mod redirect;
+mod table;
 
 /// A Cluster.
 pub(super) struct Cluster {
     seeds: Vec<RedisEndpoint>,
+    names: Names,
     publish_queue_bytes: usize,
     /// Never held over an await. Held for writing only while slots change.
     table: RwLock<Table>,
     doubted: Notify,
     failed_over: Notify,
     pub(super) receivers: Receivers,
-}
-
-struct Table {
-    /// The first one is no server: in its queue wait the publishes of slots that no node serves. Others have their place
-    /// for ever.
-    members: Vec<Member>,
-    /// By their numbers.
-    slots: Vec<Slot>,
-    /// Times at which a node told another owner of a slot than was known.
-    moves: HashMap<u16, Instant>,
-    /// Place of the node at which the instance subscribes.
-    home: usize,
-    /// Slots whose earlier node failed: its last messages may be lost.
-    failed_over: Slots,
-}
-
-struct Member {
-    id: String,
-    endpoint: Option<Arc<RedisEndpoint>>,
-    node: Arc<Node>,
-    is_master: bool,
-    is_failed: bool,
-    /// Set while some node names this one.
-    is_present: bool,
-    /// Number of its slots.
-    slots: usize,
-}
-
-#[derive(Clone, Copy)]
-struct Slot {
-    /// Place of the node that serves the slot; [`NOWHERE`] if none does.
-    owner: u16,
-    /// Place of the node in whose queue the slot's publishes wait. Becomes the owner by [`Cluster::hand_over`].
-    route: u16,
-    /// Number of the configuration that made the owner one.
-    epoch: u64,
 }
 
 /// Members that are new, and the pipelines that they need.
@@ -93,10 +65,11 @@ pub(super) struct NewMember {
 
 impl Cluster {
     /// Creates a Cluster of which only some nodes are known, by their addresses.
-    pub(super) fn new(seeds: Vec<RedisEndpoint>, publish_queue_bytes: usize) -> Self {
+    pub(super) fn new(seeds: Vec<RedisEndpoint>, names: Names, publish_queue_bytes: usize) -> Self {
         let nowhere = Member {
             id: String::new(),
             endpoint: None,
+            alias: None,
             node: Arc::new(Node::new(Target::Named, 0, publish_queue_bytes)),
             is_master: false,
             is_failed: true,
@@ -110,22 +83,24 @@ impl Cluster {
             moves: HashMap::new(),
             home: usize::from(NOWHERE),
             failed_over: Slots::default(),
+            orphans: Slots::default(),
         };
         Self {
             seeds,
+            names,
             publish_queue_bytes,
             table: RwLock::new(table),
             doubted: Notify::new(),
             failed_over: Notify::new(),
-            receivers: Receivers::default(),
+            receivers: Receivers::new(publish_queue_bytes),
         }
     }
 
     /// Puts a publish into the queue of the node that serves its slot.
     pub(super) fn publish(&self, publish: Publish) -> Result<(), (Back, Publish)> {
-        let bytes = publish.queued_bytes();
+        let (bytes, slot) = (publish.queued_bytes(), self.slot_of_publish(&publish));
         let table = self.table.read();
-        table.member_for(&publish).node.publishes.queue.push(publish, bytes)
+        table.member_for(&publish, slot).node.publishes.queue.push(publish, bytes)
     }
 
     /// Returns `Pending` while the queue of a node that can be reached is full. The messages for others must not wait for
@@ -135,7 +110,7 @@ impl Cluster {
         let mut reached = table.members.iter().map(|member| &member.node.publishes);
         let is_full = reached
             .any(|pipeline| pipeline.link.is_up() && pipeline.queue.poll_open(cx).is_pending());
-        if is_full { Poll::Pending } else { Poll::Ready(()) }
+        if is_full { Poll::Pending } else { self.receivers.poll_open(cx) }
     }
 
     /// Moves the queued publishes of a node's slots to the nodes that serve the slots now; `first` were taken from the
@@ -157,8 +132,17 @@ impl Cluster {
         let first = first.map(PipelineRequest::Publish);
         let mut homeless = Vec::new();
         for request in first.chain(queued) {
+            let request = match request {
+                // A slot does not come to a node that is away.
+                PipelineRequest::Asking(publish) if !from.publishes.link.is_up() => {
+                    PipelineRequest::Publish(publish)
+                }
+                request => request,
+            };
             let node = match &request {
-                PipelineRequest::Publish(publish) => &table.member_for(publish).node,
+                PipelineRequest::Publish(publish) => {
+                    &table.member_for(publish, self.slot_of_publish(publish)).node
+                }
                 // The slot is on its way to this node.
                 _ => from,
             };
@@ -186,12 +170,11 @@ impl Cluster {
                 Some(place) if usize::from(place) != at.number => self.forward(publish, place),
                 _ => Err(publish),
             },
-            Redirect::Ask(to) => match self.place_of(to) {
-                Some(place) => {
-                    let node = self.table.read().members[usize::from(place)].node.clone();
+            Redirect::Ask(to) => match self.node_at(to) {
+                Some(node) if !node.publishes.link.is_away() => {
                     node.take_over(PipelineRequest::Asking(publish)).map_or(Ok(()), Err)
                 }
-                None => Err(publish),
+                _ => Err(publish),
             },
             Redirect::Wait => {
                 self.doubt();
@@ -226,6 +209,19 @@ impl Cluster {
         Some(place)
     }
 
+    /// Returns the slot of the keys that a publish touches; of a plain message that of its channel's log, which keeps the
+    /// messages of a channel in order.
+    pub(super) fn slot_of_publish(&self, publish: &Publish) -> u16 {
+        let key = match &publish.keep {
+            Keep::Nothing => self.names.publishing_key(&publish.channel),
+            Keep::History(history) => Cow::from(&*history.log),
+            Keep::IfNoReceiver { log, .. } => Cow::from(&**log),
+            Keep::Room(write) => Cow::from(&*write.keys[0]),
+            Keep::Positions(write) => Cow::from(&*write.keys[0]),
+        };
+        names::slot(key.as_bytes())
+    }
+
     /// Has the nodes asked again.
     pub(super) fn doubt(&self) {
         self.doubted.notify_one();
@@ -246,10 +242,10 @@ impl Cluster {
 
     fn place_of(&self, endpoint: &RedisEndpoint) -> Option<u16> {
         let table = self.table.read();
-        let found = table
-            .members
-            .iter()
-            .position(|member| member.is_present && member.endpoint.as_deref() == Some(endpoint));
+        let found = table.members.iter().position(|member| {
+            let names = [member.endpoint.as_deref(), member.alias.as_ref()];
+            member.is_present && names.contains(&Some(endpoint))
+        });
         found.and_then(|place| u16::try_from(place).ok())
     }
 
@@ -350,13 +346,13 @@ impl Cluster {
         topology.name(table.members[table.home].endpoint.clone());
     }
 
-    /// Takes the answer of a node. Returns the members whose connections are to be made.
-    pub(super) fn learn(&self, lines: &[NodeLine]) -> Vec<NewMember> {
+    /// Takes the answer of a node. Returns the members whose connections are to be made; `None` if the answer does not count.
+    pub(super) fn learn(&self, lines: &[NodeLine]) -> Option<Vec<NewMember>> {
         let mut table = self.table.write();
         let present = table.members.iter().filter(|member| member.is_present).count();
         if lines.len() * 2 < present {
             // A node that was reset knows itself alone.
-            return Vec::new();
+            return None;
         }
         let mut has_failed_over = false;
         let mut named = Vec::with_capacity(lines.len());
@@ -364,6 +360,7 @@ impl Cluster {
             let Some(place) = table.place(line, self.publish_queue_bytes) else { continue };
             let member = &mut table.members[usize::from(place)];
             (member.is_master, member.is_failed) = (line.is_master, line.is_failed);
+            member.alias.clone_from(&line.alias);
             named.push((line, place));
         }
         for (line, place) in named {
@@ -374,7 +371,8 @@ impl Cluster {
                     continue;
                 }
                 let old = &table.members[usize::from(owner)];
-                if owner != NOWHERE && (old.is_failed || !old.is_master) {
+                let is_lost = owner != NOWHERE && (old.is_failed || !old.is_master);
+                if is_lost || table.orphans.has(slot) {
                     has_failed_over = true;
                     table.failed_over.insert(slot);
                 }
@@ -389,13 +387,15 @@ impl Cluster {
         if has_failed_over {
             self.failed_over.notify_one();
         }
-        new
+        Some(new)
     }
 
     /// Resolves once another node has slots of one that failed, with these slots.
     pub(super) async fn failed_over(&self) -> Slots {
         self.failed_over.notified().await;
-        std::mem::take(&mut self.table.write().failed_over)
+        let mut table = self.table.write();
+        table.orphans = Slots::default();
+        std::mem::take(&mut table.failed_over)
     }
 
     /// Returns the slots of the nodes with these ids.
@@ -423,6 +423,7 @@ impl Cluster {
                     "A node has left the Cluster.");
                 for slot in 0..SLOTS as u16 {
                     if usize::from(table.slots[usize::from(slot)].owner) == place {
+                        table.orphans.insert(slot);
                         table.give(slot, NOWHERE, 0);
                     }
                 }
@@ -430,113 +431,30 @@ impl Cluster {
         }
     }
 
+    /// Returns whether no node serves any slot, as far as is known.
+    pub(super) fn is_unserved(&self) -> bool {
+        self.table.read().members[usize::from(NOWHERE)].slots == SLOTS
+    }
+
+    /// Returns the number of the node at which the instance subscribes.
+    pub(super) fn home(&self) -> usize {
+        self.table.read().home
+    }
+
+    /// Returns the slots of a node.
+    pub(super) fn slots_at(&self, number: usize) -> Slots {
+        let table = self.table.read();
+        let mut slots = Slots::default();
+        let owned = |slot: &u16| usize::from(table.slots[usize::from(*slot)].owner) == number;
+        (0..SLOTS as u16).filter(owned).for_each(|slot| slots.insert(slot));
+        slots
+    }
+
     /// Returns whether the nodes should be asked often.
     pub(super) fn is_troubled(&self) -> bool {
         let table = self.table.read();
         table.members.iter().any(|member| member.slots > 0 && member.is_away())
     }
-}
-
-impl Table {
-    /// Returns the place of a node, which is new if the node or its address is.
-    fn place(&mut self, line: &NodeLine, publish_queue_bytes: usize) -> Option<u16> {
-        let endpoint = line.endpoint.as_ref();
-        let known =
-            self.members.iter().position(|member| member.is_present && member.id == line.id);
-        if let Some(known) = known {
-            let member = &mut self.members[known];
-            if endpoint.is_none_or(|endpoint| member.endpoint.as_deref() == Some(endpoint)) {
-                return u16::try_from(known).ok();
-            }
-            // The node has moved to another address.
-            member.is_present = false;
-            member.node.removed.cancel();
-        }
-        let place = u16::try_from(self.members.len()).ok().filter(|place| *place < MEMBERS_MAX)?;
-        let endpoint = Arc::new(endpoint?.clone());
-        let node =
-            Node::new(Target::Node(endpoint.clone()), usize::from(place), publish_queue_bytes);
-        self.members.push(Member {
-            id: line.id.clone(),
-            endpoint: Some(endpoint),
-            node: Arc::new(node),
-            is_master: line.is_master,
-            is_failed: line.is_failed,
-            is_present: true,
-            slots: 0,
-        });
-        if let Some(known) = known {
-            for slot in 0..SLOTS as u16 {
-                if usize::from(self.slots[usize::from(slot)].owner) == known {
-                    self.give(slot, place, self.slots[usize::from(slot)].epoch);
-                }
-            }
-        }
-        Some(place)
-    }
-
-    /// Returns the member in whose queue a publish waits. A plain one needs no slot: another node takes it while the one of
-    /// its channel is away.
-    fn member_for(&self, publish: &Publish) -> &Member {
-        let member = &self.members[usize::from(self.slots[usize::from(slot_of(publish))].route)];
-        let is_away = member.endpoint.is_none() || member.node.publishes.link.is_away();
-        if !is_away || !matches!(publish.keep, Keep::Nothing) {
-            return member;
-        }
-        let is_up = |other: &&Member| other.slots > 0 && other.node.publishes.link.is_up();
-        self.members.iter().skip(1).find(is_up).unwrap_or(member)
-    }
-
-    fn give(&mut self, slot: u16, place: u16, epoch: u64) {
-        let entry = &mut self.slots[usize::from(slot)];
-        let old = std::mem::replace(&mut entry.owner, place);
-        entry.epoch = epoch;
-        self.members[usize::from(old)].slots -= 1;
-        self.members[usize::from(place)].slots += 1;
-    }
-
-    /// Returns the nodes in whose queues publishes of other nodes' slots wait.
-    fn rerouted(&self) -> Vec<Arc<Node>> {
-        let mut places: Vec<_> = self
-            .slots
-            .iter()
-            .filter(|slot| slot.route != slot.owner && slot.owner != NOWHERE)
-            .map(|slot| slot.route)
-            .collect();
-        places.sort_unstable();
-        places.dedup();
-        places.into_iter().map(|place| self.members[usize::from(place)].node.clone()).collect()
-    }
-
-    /// Returns the members that lack a pipeline; they count as started.
-    fn starting(&self) -> Vec<NewMember> {
-        let present = self.members.iter().filter(|member| member.is_present);
-        let new = present.map(|member| NewMember {
-            commands: member.node.commands.start(),
-            publishes: (member.is_master || member.slots > 0) && member.node.publishes.start(),
-            node: member.node.clone(),
-        });
-        new.filter(|new| new.publishes || new.commands).collect()
-    }
-}
-
-impl Member {
-    fn is_away(&self) -> bool {
-        !self.is_present || self.is_failed || !self.node.publishes.link.is_up()
-    }
-}
-
-/// Returns the slot of the keys that a publish touches; of a plain message that of its channel, which keeps the messages
-/// of a channel in order.
-pub(super) fn slot_of(publish: &Publish) -> u16 {
-    let key = match &publish.keep {
-        Keep::Nothing => &*publish.channel,
-        Keep::History(history) => &*history.log,
-        Keep::IfNoReceiver { log, .. } => log,
-        Keep::Room(write) => &*write.keys[0],
-        Keep::Positions(write) => &*write.keys[0],
-    };
-    names::slot(key.as_bytes())
 }
 
 impl Node {

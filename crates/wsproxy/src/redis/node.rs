@@ -121,6 +121,15 @@ impl Nodes {
         }
     }
 
+    /// Returns the token that ends the connections for requests. In a Cluster the receivers of the last messages are counted
+    /// before.
+    pub(super) fn requests_end<'s>(&'s self, shared: &'s RedisShared) -> &'s CancellationToken {
+        match self {
+            Self::One(_) => &shared.shutdown,
+            Self::Cluster(cluster) => &cluster.receivers.ended,
+        }
+    }
+
     /// Returns whether the connections to the only server are up, or in a Cluster those to some master: its keys are
     /// served.
     pub(super) fn are_up(&self) -> bool {

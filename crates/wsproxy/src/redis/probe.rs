@@ -193,9 +193,17 @@ impl Probes {
         self.ways.iter().map(|way| way.last_heard).min()
     }
 
-    /// Returns whether another connection than that of `route` was heard since a time.
-    pub(super) fn is_other_heard(&self, route: Route, since: Instant) -> bool {
-        self.ways.iter().any(|way| way.route != route && way.last_heard > since)
+    /// Forgets the nodes of a Cluster that are no masters any more.
+    pub(super) fn keep(&mut self, mut is_master: impl FnMut(usize) -> bool) {
+        self.ways.retain(|way| match way.route {
+            Route::Node(number) => is_master(number),
+            Route::Publish | Route::Command | Route::Fresh => true,
+        });
+    }
+
+    /// Returns whether other connections than those of `routes` were heard since a time.
+    pub(super) fn are_others_heard(&self, routes: [Route; 2], since: Instant) -> bool {
+        self.ways.iter().any(|way| !routes.contains(&way.route) && way.last_heard > since)
     }
 
     fn forget(
@@ -323,7 +331,7 @@ mod tests {
         outlet.connected(7);
         let (start, limit) = (Instant::now(), Duration::from_secs(1));
         probes.send(Route::Node(3), &outlet, start);
-        assert!(!probes.is_other_heard(Route::Node(3), start));
+        assert!(!probes.are_others_heard([Route::Node(3); 2], start));
         let late = start + limit * 2;
         assert_eq!(probes.overdue(limit, late), None, "the publish has no answer yet");
         answer(&outlet.take().unwrap(), Outcome::Received(0));

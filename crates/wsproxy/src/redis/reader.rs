@@ -411,7 +411,9 @@ impl RedisReader {
                 }
             }
             Nodes::Cluster(cluster) => {
-                for node in cluster.masters() {
+                let masters = cluster.masters();
+                self.probes.keep(|number| masters.iter().any(|node| node.number == number));
+                for node in masters {
                     if node.publishes.link.is_up() {
                         self.probes.send(Route::Node(node.number), &node.publishes.outlet, now);
                     }
@@ -440,17 +442,20 @@ impl RedisReader {
             Nodes::One(node) => node,
             Nodes::Cluster(cluster) => {
                 let since = Instant::now() - shared.response_timeout;
-                if !self.probes.is_other_heard(route, since) {
+                // A node hears itself, also when it is cut off from all others.
+                let home = Route::Node(cluster.home());
+                if !self.probes.are_others_heard([route, home], since) {
                     return Err(Fault::Probe);
                 }
                 // The others are heard here, so that it is that node which others do not hear.
                 if let Route::Node(number) = route
                     && let Some(node) = cluster.node(number)
                 {
+                    node.publishes.outlet.doubt();
                     node.publishes.condemn();
+                    self.missed_some(&Fault::Probe, &Missed::Slots(cluster.slots_at(number)));
                 }
                 cluster.doubt();
-                self.missed_some(&Fault::Probe, &Missed::All);
                 return Ok(());
             }
         };

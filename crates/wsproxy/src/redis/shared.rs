@@ -78,9 +78,11 @@ impl RedisShared {
         Ok(Self {
             topology: Topology::new(&connector.address().servers),
             nodes: match &connector.address().servers {
-                RedisServers::Cluster { seeds } => {
-                    Nodes::Cluster(Arc::new(Cluster::new(seeds.clone(), queue_bytes)))
-                }
+                RedisServers::Cluster { seeds } => Nodes::Cluster(Arc::new(Cluster::new(
+                    seeds.clone(),
+                    names.clone(),
+                    queue_bytes,
+                ))),
                 RedisServers::One(_) | RedisServers::Sentinel { .. } => {
                     Nodes::One(Arc::new(Node::new(Target::Named, 0, queue_bytes)))
                 }
@@ -140,6 +142,17 @@ impl RedisShared {
         }
     }
 
+    /// Returns whether messages come: in a Cluster those of some node, while others are proven or away.
+    pub(super) fn is_some_connection_proven(&self) -> bool {
+        match &self.nodes {
+            Nodes::One(_) => self.are_connections_proven(),
+            Nodes::Cluster(cluster) => {
+                let masters = cluster.masters();
+                masters.iter().any(|node| node.publishes.outlet.is_proven())
+            }
+        }
+    }
+
     /// Returns whether the subscribing connection and those of the nodes are up, and the latest trouble.
     pub(super) fn report(&self) -> (bool, Option<String>) {
         let nodes = self.nodes.all();
@@ -154,7 +167,15 @@ impl RedisShared {
     /// Returns the reason why Redis takes no writes. A refusal counts as over once the probes' writes no longer repeat it.
     pub(super) fn refusal(&self) -> Option<NotDone> {
         let forget_after = self.probe_interval * 3 + self.response_timeout;
-        self.nodes.all().iter().find_map(|node| node.writes.refusal(forget_after))
+        match &self.nodes {
+            Nodes::One(node) => node.writes.refusal(forget_after),
+            // The clients of a master that takes writes are served.
+            Nodes::Cluster(cluster) => {
+                let masters = cluster.masters();
+                let mut refusals = masters.iter().map(|node| node.writes.refusal(forget_after));
+                refusals.try_fold(None, |_, refusal| refusal.map(Some)).flatten()
+            }
+        }
     }
 }
 

@@ -13,7 +13,6 @@ use crate::support::{
 };
 
 contract!(
-    #[ignore = "a message that could have been kept is told to have no receiver where another node counts one"]
     a_message_reaches_a_subscriber_and_the_receipt_counts_it,
     what_nobody_hears_is_gone_and_the_receipt_says_so,
     what_nobody_hears_is_kept_where_that_is_wanted,
@@ -74,7 +73,10 @@ async fn order_is_kept_over_many_messages(bus: TestBus) {
         let number = |payload: &Bytes| std::str::from_utf8(payload).unwrap().parse().unwrap();
         notes.messages.iter().map(|(_, payload)| number(payload)).collect()
     });
-    assert!(order.is_sorted());
+    // The nodes of a Cluster keep the order of each channel only.
+    let (of_b, of_a): (Vec<usize>, Vec<usize>) = order.iter().partition(|number| *number % 3 == 0);
+    assert!(of_a.is_sorted() && of_b.is_sorted());
+    assert!(bus.is_on_cluster || order.is_sorted());
 }
 
 async fn payloads_and_channels_arrive_verbatim(bus: TestBus) {

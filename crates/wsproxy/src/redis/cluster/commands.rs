@@ -100,6 +100,8 @@ impl Cluster {
                 return reply;
             }
             let is_known = match redirect {
+                // A node that is asked and does not import the slot is no better than the first.
+                _ if is_asked => false,
                 Redirect::Moved { slot, to } => self.moved(slot, &to).is_some(),
                 Redirect::Ask(to) => {
                     asked = self.node_at(&to);

@@ -23,7 +23,7 @@ use crate::redis::{
 /// Follows the Cluster until shutdown, and starts the connections of its nodes. Returns at once if it is none.
 pub(in crate::redis) async fn run(shared: Arc<RedisShared>, tasks: TaskTracker) {
     let Some(cluster) = shared.nodes.cluster().cloned() else { return };
-    let mut complaints = Complaints::default();
+    let (mut complaints, mut pause) = (Complaints::default(), PAUSE);
     loop {
         let asked = ask(&shared, &cluster, &tasks);
         let answered = tokio::select! {
@@ -42,8 +42,12 @@ pub(in crate::redis) async fn run(shared: Arc<RedisShared>, tasks: TaskTracker) 
         // Slots without a node until now may have one.
         lose(cluster.hand_over(&cluster.nowhere(), std::iter::empty()));
         tokio::select! {
-            () = sleep(if cluster.is_troubled() { OFTEN } else { RARELY }) => {}
-            () = cluster.doubted.notified() => sleep(PAUSE).await,
+            () = sleep(if cluster.is_troubled() { OFTEN } else { RARELY }) => pause = PAUSE,
+            () = cluster.doubted.notified() => {
+                sleep(pause).await;
+                // While the nodes contradict each other, every refused request asks.
+                pause = (pause * 2).min(OFTEN);
+            }
             () = shared.shutdown.cancelled() => break,
         }
     }
@@ -76,14 +80,14 @@ async fn ask(
         let Some((text, asked)) = answer else { continue };
         learn(shared, cluster, tasks, &text, &asked, &mut named);
     }
-    if named.is_empty() {
+    if named.is_empty() || cluster.is_unserved() {
         ask_seeds(shared, cluster, tasks, &mut named).await?;
     }
     cluster.forget_others(&named);
     Ok(())
 }
 
-/// Asks the configured nodes one after the other, until one answers.
+/// Asks the configured nodes one after the other, until one names nodes that serve slots.
 async fn ask_seeds(
     shared: &Arc<RedisShared>,
     cluster: &Arc<Cluster>,
@@ -96,10 +100,10 @@ async fn ask_seeds(
         match ask_seed(shared, seed).await {
             Ok(text) => {
                 learn(shared, cluster, tasks, &text, seed, named);
-                if !named.is_empty() {
+                if !cluster.is_unserved() {
                     return Ok(());
                 }
-                why = format!("node {seed} names no node of a Cluster");
+                why = format!("node {seed} names no node that serves slots");
             }
             Err(fault) => why = format!("node {seed}: {fault}"),
         }
@@ -116,8 +120,9 @@ fn learn(
     named: &mut HashSet<String>,
 ) {
     let lines = line::read(answer, asked);
-    named.extend(lines.iter().map(|line| line.id.clone()));
-    for new in cluster.learn(&lines) {
+    let Some(new) = cluster.learn(&lines) else { return };
+    named.extend(lines.into_iter().map(|line| line.id));
+    for new in new {
         for (purpose, is_wanted) in
             [(Purpose::Publish, new.publishes), (Purpose::Command, new.commands)]
         {
@@ -162,5 +167,5 @@ const RARELY: Duration = Duration::from_secs(60);
 /// Interval between questions while a part is away.
 const OFTEN: Duration = Duration::from_millis(500);
 
-/// Pause before a question that an answer of a node caused, since many such answers come together.
+/// First pause before a question that an answer of a node caused, since many such answers come together.
 const PAUSE: Duration = Duration::from_millis(20);

@@ -11,6 +11,8 @@ pub(in crate::redis) struct NodeLine {
     pub(in crate::redis) id: String,
     /// Address for clients; `None` while it is not known.
     pub(in crate::redis) endpoint: Option<RedisEndpoint>,
+    /// The same by the other of name and number; redirections may have either.
+    pub(in crate::redis) alias: Option<RedisEndpoint>,
     /// Set for a master, also for one without slots.
     pub(in crate::redis) is_master: bool,
     /// Set once most masters count the node as failed.
@@ -38,16 +40,14 @@ fn read_one(line: &str, asked: &RedisEndpoint) -> Option<NodeLine> {
     if has("handshake") {
         return None;
     }
-    let endpoint = if has("myself") {
-        Some(asked.clone())
-    } else if has("noaddr") {
-        None
-    } else {
-        endpoint(place, asked)
+    let (endpoint, alias) = match has("noaddr") {
+        true => (None, None),
+        false => endpoints(place, asked),
     };
     Some(NodeLine {
         id: id.to_owned(),
         endpoint,
+        alias,
         is_master: has("master"),
         is_failed: has("fail"),
         follows: if follows == "-" { String::new() } else { follows.to_owned() },
@@ -56,15 +56,21 @@ fn read_one(line: &str, asked: &RedisEndpoint) -> Option<NodeLine> {
     })
 }
 
-/// Reads `ip:port@cport[,hostname[,…]]`. With TLS the hostname counts, since certificates name it.
-fn endpoint(place: &str, asked: &RedisEndpoint) -> Option<RedisEndpoint> {
+/// Reads `ip:port@cport[,hostname[,…]]`: the address to use, and the other one. With TLS the hostname is used, since
+/// certificates name it.
+fn endpoints(place: &str, asked: &RedisEndpoint) -> (Option<RedisEndpoint>, Option<RedisEndpoint>) {
     let mut parts = place.split(',');
-    let address = parts.next()?;
+    let address = parts.next().and_then(|address| address.split('@').next());
+    let Some((ip, port)) = address.and_then(|address| address.rsplit_once(':')) else {
+        return (None, None);
+    };
     let hostname = parts.next().filter(|name| !name.is_empty() && !name.contains('='));
-    let (ip, port) = address.split('@').next()?.rsplit_once(':')?;
-    let tls = asked.is_tls();
-    let host = hostname.filter(|_| tls).unwrap_or(ip);
-    named(host, port, asked)
+    let by_name = hostname.and_then(|name| named(name, port, asked));
+    let by_number = named(ip, port, asked);
+    match by_name {
+        Some(by_name) if asked.is_tls() => (Some(by_name), by_number),
+        by_name => (by_number, by_name),
+    }
 }
 
 /// Returns the endpoint with a host and a port; without a host it is that of the asked node.
@@ -114,9 +120,10 @@ broken line\n";
         assert_eq!((lines[0].is_master, &*lines[0].follows, lines[0].epoch), (false, "e7d1", 4));
         assert_eq!(lines[0].endpoint, Some(at("127.0.0.1", 30004, false)));
         assert_eq!(lines[1].slots, [5461..=10922, 11000..=11000]);
+        assert_eq!(lines[0].alias, Some(at("host-4", 30004, false)));
         assert_eq!(
             (lines[2].endpoint.clone(), lines[2].slots.clone()),
-            (Some(asked), vec![0..=5460])
+            (Some(at("n1", 30001, false)), vec![0..=5460])
         );
         assert!(lines[3].is_failed && lines[3].is_master);
         assert_eq!(lines[4].endpoint, None);

@@ -1,9 +1,15 @@
 //! Counts the receivers of messages in a Cluster: a node counts its own subscribers only, so that all nodes are asked.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use super::Cluster;
 use crate::{
@@ -11,10 +17,17 @@ use crate::{
     queue::Queue,
     redis::{node::Node, resp::Reply, shared::RedisShared},
     store::not_done::NotDone,
+    telemetry::throttle::Throttle,
 };
 
 /// Messages whose receivers are to be counted.
-pub(in crate::redis) struct Receivers(Queue<Question>);
+pub(in crate::redis) struct Receivers {
+    queue: Queue<Question>,
+    /// Held by each receipt that may still ask.
+    open: Arc<()>,
+    /// Ends the connections of all nodes: nothing is counted any more.
+    pub(in crate::redis) ended: CancellationToken,
+}
 
 enum Question {
     /// A message that one node has published.
@@ -23,9 +36,21 @@ enum Question {
     Waiting(Publish),
 }
 
-impl Default for Receivers {
-    fn default() -> Self {
-        Self(Queue::new(QUEUE_BYTES))
+impl Receivers {
+    /// Creates a queue of `bytes`.
+    pub(in crate::redis) fn new(bytes: usize) -> Self {
+        let (open, ended) = (Arc::new(()), CancellationToken::new());
+        Self { queue: Queue::new(bytes), open, ended }
+    }
+
+    /// Returns the bytes that wait.
+    pub(in crate::redis) fn bytes(&self) -> usize {
+        self.queue.bytes()
+    }
+
+    /// Returns `Pending` while so many wait that producers should pause.
+    pub(in crate::redis) fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.queue.poll_open(cx)
     }
 }
 
@@ -38,7 +63,7 @@ impl Cluster {
         let counts = publish.receipt.as_ref().map_or(Counts::Nothing, |receipt| receipt.counts());
         if counts == Counts::All || matches!(publish.keep, Keep::IfNoReceiver { .. }) {
             let bytes = publish.queued_bytes();
-            let pushed = self.receivers.0.push(Counting(publish), bytes);
+            let pushed = self.receivers.queue.push(Counting(publish), bytes);
             return pushed.map_err(|(back, Counting(publish))| (back, publish));
         }
         if counts != Counts::Nothing {
@@ -52,7 +77,9 @@ impl Cluster {
         let Some(receipt) = publish.receipt.take() else { return };
         let (counts, channel) = (receipt.counts(), publish.channel.clone());
         let cluster = self.clone();
-        publish.receipt = Some(Arc::new(Counted { cluster, channel, counts, before, receipt }));
+        let open = self.receivers.open.clone();
+        let counted = Counted { cluster, channel, counts, before, receipt, _open: open };
+        publish.receipt = Some(Arc::new(counted));
     }
 }
 
@@ -72,6 +99,7 @@ struct Counted {
     /// Receivers at all nodes before the message was published.
     before: u64,
     receipt: Arc<dyn Receipt>,
+    _open: Arc<()>,
 }
 
 impl Receipt for Counted {
@@ -88,24 +116,35 @@ impl Receipt for Counted {
         let bytes = self.channel.len() + QUESTION_BYTES;
         let question =
             Question::Published { channel: self.channel.clone(), outcome, counts, receipt };
-        if self.cluster.receivers.0.push(question, bytes).is_err() {
+        if self.cluster.receivers.queue.push(question, bytes).is_err() {
             self.receipt.published(with_count(outcome, None, counts));
         }
     }
 }
 
-/// Counts until shutdown. Returns at once where there is no Cluster.
+/// Counts until shutdown, and what is on its way then. Returns at once where there is no Cluster.
 pub(in crate::redis) async fn run(shared: Arc<RedisShared>) {
     let Some(cluster) = shared.nodes.cluster() else { return };
-    let queue = &cluster.receivers.0;
-    let mut questions = Vec::new();
+    let queue = &cluster.receivers.queue;
+    let (mut questions, mut ends_at) = (Vec::new(), None);
     loop {
         queue.take(BATCH_BYTES, BATCH, &mut questions);
         if questions.is_empty() {
-            tokio::select! {
-                () = queue.filled() => continue,
-                () = shared.shutdown.cancelled() => break,
+            if let Some(ends_at) = ends_at {
+                let is_open = Arc::strong_count(&cluster.receivers.open) > 1;
+                if !is_open || Instant::now() >= ends_at {
+                    break;
+                }
+                sleep(LOOK_AGAIN).await;
+                continue;
             }
+            tokio::select! {
+                () = queue.filled() => {}
+                () = shared.shutdown.cancelled() => {
+                    ends_at = Some(Instant::now() + shared.response_timeout);
+                }
+            }
+            continue;
         }
         let counts = count(cluster, &questions, shared.response_timeout).await;
         for (question, count) in questions.drain(..).zip(counts) {
@@ -114,12 +153,8 @@ pub(in crate::redis) async fn run(shared: Arc<RedisShared>) {
     }
     queue.close();
     queue.take(usize::MAX, usize::MAX, &mut questions);
-    questions.into_iter().for_each(|question| match question {
-        Question::Published { outcome, counts, receipt, .. } => {
-            receipt.published(with_count(outcome, None, counts));
-        }
-        Question::Waiting(publish) => super::lose([publish]),
-    });
+    questions.into_iter().for_each(|question| answer(cluster, question, None));
+    cluster.receivers.ended.cancel();
 }
 
 fn answer(cluster: &Arc<Cluster>, question: Question, count: Option<u64>) {
@@ -130,11 +165,13 @@ fn answer(cluster: &Arc<Cluster>, question: Question, count: Option<u64>) {
         Question::Waiting(publish) => publish,
     };
     let count = count.unwrap_or_default();
-    if !matches!(publish.keep, Keep::IfNoReceiver { .. }) {
-        cluster.count_again(&mut publish, count);
-    } else if count > 0 {
-        // A subscriber that comes in between gets the message twice, and none misses it.
+    let is_kept = matches!(publish.keep, Keep::IfNoReceiver { .. });
+    if is_kept && count > 0 {
         publish.keep = Keep::Nothing;
+    }
+    // Where none was there, a subscriber that comes in between may get the message twice, and none misses it.
+    if !is_kept || count > 0 {
+        cluster.count_again(&mut publish, count);
     }
     if let Err((_, publish)) = cluster.publish(publish)
         && let Some(receipt) = publish.receipt
@@ -180,7 +217,20 @@ async fn count(cluster: &Cluster, questions: &[Question], limit: Duration) -> Ve
 }
 
 async fn of_node(node: &Node, words: &[&[u8]]) -> Option<Vec<u64>> {
-    let Ok(Reply::Array(pairs)) = node.commands.command(words).await else { return None };
+    if node.commands.link.is_away() {
+        // Its subscribers hear nothing of others either.
+        return Some(vec![0; words.len() - NUMSUB]);
+    }
+    let pairs = match node.commands.command(words).await {
+        Ok(Reply::Array(pairs)) => pairs,
+        Ok(_) => return None,
+        Err(error) => {
+            if let Some(left_out) = UNCOUNTED.pass() {
+                warn!(%error, left_out, "A node of the Redis Cluster does not tell its subscribers (PUBSUB NUMSUB).");
+            }
+            return None;
+        }
+    };
     let counts = pairs.chunks_exact(2).map(|pair| match pair[1] {
         Reply::Integer(count) => Some(count.unsigned_abs()),
         _ => None,
@@ -188,11 +238,17 @@ async fn of_node(node: &Node, words: &[&[u8]]) -> Option<Vec<u64>> {
     counts.collect()
 }
 
+/// Throttle of log lines about nodes that do not tell.
+static UNCOUNTED: Throttle = Throttle::new();
+
+/// Words of the question before the channels.
+const NUMSUB: usize = 2;
+
+/// Interval between looks whether a receipt may still ask, at the end.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 /// Longest wait for a node that does not answer.
 const LIMIT: Duration = Duration::from_secs(1);
-
-/// Upper bound of messages that wait to be counted.
-const QUEUE_BYTES: usize = 16 * 1024 * 1024;
 
 /// Bytes of messages that are counted at a time.
 const BATCH_BYTES: usize = 1024 * 1024;

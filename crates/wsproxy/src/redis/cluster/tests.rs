@@ -13,6 +13,7 @@ fn line(id: &str, port: u16, epoch: u64, slots: std::ops::RangeInclusive<u16>) -
     NodeLine {
         id: id.into(),
         endpoint: Some(at(port)),
+        alias: None,
         is_master: true,
         is_failed: false,
         follows: String::new(),
@@ -27,9 +28,10 @@ fn replica(id: &str, port: u16) -> NodeLine {
 
 /// Two masters, each with half of the slots, and a replica of the first.
 fn of_two() -> Cluster {
-    let cluster = Cluster::new(vec![at(1)], 1 << 20);
-    let new =
-        cluster.learn(&[line("a", 1, 1, 0..=8191), line("b", 2, 2, 8192..=16383), replica("c", 3)]);
+    let cluster = Cluster::new(vec![at(1)], Names::new(""), 1 << 20);
+    let new = cluster
+        .learn(&[line("a", 1, 1, 0..=8191), line("b", 2, 2, 8192..=16383), replica("c", 3)])
+        .unwrap();
     assert_eq!(new.iter().filter(|new| new.publishes).count(), 2);
     assert_eq!(new.iter().filter(|new| new.commands).count(), 3);
     settle(&cluster);
@@ -67,7 +69,7 @@ fn port_of(cluster: &Cluster, slot: u16) -> Option<u16> {
 
 #[test]
 fn publishes_wait_until_a_node_serves_their_slot() {
-    let cluster = Cluster::new(vec![at(1)], 1 << 20);
+    let cluster = Cluster::new(vec![at(1)], Names::new(""), 1 << 20);
     assert_eq!(names::slot(LOW.0.as_bytes()), LOW.1);
     cluster.publish(publish("bar", "1")).map_err(drop).unwrap();
     cluster.publish(publish("foo", "2")).map_err(drop).unwrap();

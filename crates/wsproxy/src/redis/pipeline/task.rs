@@ -4,7 +4,7 @@
 //! the callers of sent ones learn that they may or may not have arrived. If the server has forgotten a script, the
 //! publish is repeated with the script. If another node of a Cluster has its slot, the publish goes there.
 
-use std::{collections::VecDeque, pin::pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, pin::pin, sync::Arc};
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
@@ -16,15 +16,14 @@ use crate::{
     redis::{
         address::RedisEndpoint,
         answer::{not_done, outcome_of, refusal_of, reply_of},
-        cluster::{self, redirect::Redirect},
         connect::{Part, check_role_answer},
         connection::{Progress, RedisConnection},
         fault::{Fault, tell},
         health::Purpose,
-        node::{Node, Target},
+        node::Node,
         pipeline::{
             ASKING, Pipeline, PipelineRequest,
-            waiting::{Waiting, answer},
+            waiting::{IsAsked, Waiting, answer},
         },
         publish::spell_publish,
         resp::{self, RespValue},
@@ -36,6 +35,8 @@ use crate::{
     store::{command::StoreError, not_done::NotDone},
     telemetry::throttle::Throttle,
 };
+
+mod redirects;
 
 /// The one task of a pipeline.
 pub(in crate::redis) struct PipelineTask {
@@ -49,7 +50,7 @@ pub(in crate::redis) struct PipelineTask {
     batch: Vec<PipelineRequest>,
     /// Publishes that are repeated, since the server had forgotten the script; at most as many as were sent at one
     /// time.
-    again: VecDeque<Box<Publish>>,
+    again: VecDeque<(Box<Publish>, IsAsked)>,
     /// Set if the script is called by its name; otherwise every call has its text.
     is_script_loaded: bool,
     /// Number of scripts that are being loaded.
@@ -58,8 +59,8 @@ pub(in crate::redis) struct PipelineTask {
     is_handing_over: bool,
     /// Time until which a node of a Cluster is left alone, since it did not serve a slot.
     paused_until: Option<Instant>,
-    /// Slots that the node does not serve for the moment, and the times since when.
-    waits: HashMap<u16, Instant>,
+    /// Slots that the node does not serve for the moment: the times since when, and of the latest refusal.
+    waits: HashMap<u16, (Instant, Instant)>,
     ends_at: Option<Instant>,
     complaints: Throttle,
 }
@@ -123,39 +124,6 @@ impl PipelineTask {
         self.fail_queued();
     }
 
-    /// Gives queued requests to the nodes that serve their slots now.
-    fn rerouted_while_away(&mut self) {
-        match self.purpose {
-            Purpose::Publish => self.hand_over(),
-            // Their callers look for the node themselves.
-            Purpose::Command | Purpose::Subscribe if self.shared.nodes.cluster().is_some() => {
-                self.refuse_commands();
-            }
-            Purpose::Command | Purpose::Subscribe => {}
-        }
-    }
-
-    fn hand_over(&mut self) {
-        self.is_handing_over = false;
-        let Some(cluster) = self.shared.nodes.cluster() else { return };
-        let first = std::mem::take(&mut self.again);
-        let homeless = cluster.hand_over(&self.node, first.into_iter().map(|publish| *publish));
-        cluster::lose(homeless);
-    }
-
-    fn refuse_commands(&mut self) {
-        self.pipeline.queue.take(usize::MAX, usize::MAX, &mut self.batch);
-        for request in self.batch.drain(..) {
-            match request {
-                PipelineRequest::Command(_, caller) => drop(caller.send(Err(cluster::unserved()))),
-                PipelineRequest::Commands(_, count, caller) => {
-                    drop(caller.send(vec![Err(cluster::unserved()); count]));
-                }
-                PipelineRequest::Publish(_) | PipelineRequest::Asking(_) => {}
-            }
-        }
-    }
-
     /// Uses a connection until it fails; `None` after shutdown.
     async fn serve(
         &mut self,
@@ -209,7 +177,7 @@ impl PipelineTask {
                 },
                 () = &mut left => return Some(Fault::Moved),
                 () = self.node.removed.cancelled() => return Some(Fault::Moved),
-                () = shared.shutdown.cancelled(), if self.ends_at.is_none() => {
+                () = shared.nodes.requests_end(&shared).cancelled(), if self.ends_at.is_none() => {
                     pipeline.queue.close();
                     self.ends_at = Some(Instant::now() + timeout);
                 }
@@ -225,7 +193,7 @@ impl PipelineTask {
             Waiting::Watchdog | Waiting::Write | Waiting::Urgent(_) => true,
             Waiting::Script | Waiting::Asking => true,
             Waiting::Publish(_)
-            | Waiting::Scripted(_)
+            | Waiting::Scripted(..)
             | Waiting::Command(_)
             | Waiting::Commands(..) => false,
         };
@@ -252,9 +220,13 @@ impl PipelineTask {
             self.waiting.push_back((Waiting::Urgent(publish.receipt), 0));
         }
         while self.has_room(connection)
-            && let Some(publish) = self.again.pop_front()
+            && let Some((publish, is_asked)) = self.again.pop_front()
         {
-            self.spell(PipelineRequest::Publish(*publish), &mut connection.output);
+            let request = match is_asked {
+                true => PipelineRequest::Asking(*publish),
+                false => PipelineRequest::Publish(*publish),
+            };
+            self.spell(request, &mut connection.output);
         }
         while self.has_room(connection) {
             let mut batch = std::mem::take(&mut self.batch);
@@ -277,7 +249,7 @@ impl PipelineTask {
                 out.extend_from_slice(ASKING);
                 self.waiting.push_back((Waiting::Asking, 0));
                 spell_publish(&publish, self.is_script_loaded, out);
-                Waiting::Scripted(Box::new(publish))
+                Waiting::Scripted(Box::new(publish), true)
             }
             PipelineRequest::Publish(publish) => {
                 spell_publish(&publish, self.is_script_loaded, out);
@@ -286,7 +258,7 @@ impl PipelineTask {
                     Keep::History(_)
                     | Keep::Room(_)
                     | Keep::Positions(_)
-                    | Keep::IfNoReceiver { .. } => Waiting::Scripted(Box::new(publish)),
+                    | Keep::IfNoReceiver { .. } => Waiting::Scripted(Box::new(publish), false),
                 }
             }
             // A caller that gave up must not be served: a token would be consumed for no client.
@@ -338,35 +310,9 @@ impl PipelineTask {
 
     fn waits_for_publishes(&self) -> bool {
         let is_publish = |(who, _): &_| {
-            matches!(who, Waiting::Publish(_) | Waiting::Scripted(_) | Waiting::Asking)
+            matches!(who, Waiting::Publish(_) | Waiting::Scripted(..) | Waiting::Asking)
         };
         self.waiting.iter().any(is_publish)
-    }
-
-    /// Takes a publish that a node of a Cluster did not do. Returns it if that is no matter of its slot.
-    fn redirected(&mut self, publish: Box<Publish>, value: &RespValue<'_>) -> Option<Box<Publish>> {
-        let (Some(cluster), RespValue::Error(error)) = (self.shared.nodes.cluster(), value) else {
-            if !self.waits.is_empty() {
-                self.waits.remove(&cluster::slot_of(&publish));
-            }
-            return Some(publish);
-        };
-        let Target::Node(at) = &self.node.target else { return Some(publish) };
-        let Some(redirect) = Redirect::read(&tell(error), at) else { return Some(publish) };
-        self.is_handing_over |= matches!(redirect, Redirect::Moved { .. });
-        let Err(publish) = cluster.redirected(*publish, &redirect, &self.node) else { return None };
-        let now = Instant::now();
-        let since = *self.waits.entry(cluster::slot_of(&publish)).or_insert(now);
-        if now.duration_since(since) > self.shared.response_timeout {
-            // Others must not wait behind it for longer.
-            self.complain(value);
-            self.shared.counters.publish_refused[NotDone::Busy as usize].add(1);
-            answer(publish.receipt, Outcome::Refused(NotDone::Busy));
-            return None;
-        }
-        self.paused_until = Some(now + PAUSE);
-        self.again.push_back(Box::new(publish));
-        None
     }
 
     /// Gives every complete reply to its caller.
@@ -416,15 +362,17 @@ impl PipelineTask {
     ) -> Result<(), Fault> {
         match waiting {
             Waiting::Publish(receipt) => self.published(value, receipt),
-            Waiting::Scripted(publish) => {
-                let Some(publish) = self.redirected(publish, value) else { return Ok(()) };
+            Waiting::Scripted(publish, is_asked) => {
+                let Some(publish) = self.redirected(publish, is_asked, value) else {
+                    return Ok(());
+                };
                 // The server has forgotten the script, or the user may not load it. The call was not done;
                 // further calls that were sent fail like it, and follow it in order.
                 if refusal_of(value) == Some(NotDone::Script) {
                     if self.is_script_loaded && self.scripts_loading == 0 {
                         self.load_scripts(output);
                     }
-                    self.again.push_back(publish);
+                    self.again.push_back((publish, is_asked));
                 } else if publish.is_message() {
                     self.published(value, publish.receipt);
                 } else {
@@ -509,7 +457,7 @@ impl PipelineTask {
                     lost += 1;
                     answer(receipt, Outcome::Lost);
                 }
-                Waiting::Scripted(publish) => {
+                Waiting::Scripted(publish, _) => {
                     lost += u64::from(publish.is_message());
                     answer(publish.receipt, Outcome::Lost);
                 }
@@ -537,7 +485,7 @@ impl PipelineTask {
     fn fail_queued(&mut self) {
         self.pipeline.queue.close();
         let mut lost = 0;
-        for publish in std::mem::take(&mut self.again) {
+        for (publish, _) in std::mem::take(&mut self.again) {
             lost += u64::from(publish.is_message());
             answer(publish.receipt, Outcome::Lost);
         }
@@ -588,9 +536,6 @@ const WAITING_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Requests for which memory is kept after a burst.
 const WAITING_KEPT: usize = 4096;
-
-/// Pause before a publish is tried again at a node that did not serve its slot.
-const PAUSE: Duration = Duration::from_millis(20);
 
 /// Requests that are taken from the queue at a time.
 const BATCH: usize = 1024;

@@ -14,7 +14,7 @@ use crate::{
 pub(super) enum Waiting {
     Publish(Option<Arc<dyn Receipt>>),
     /// A publish that is repeated if the server has forgotten its script.
-    Scripted(Box<Publish>),
+    Scripted(Box<Publish>, IsAsked),
     /// A message of the instance's own, which is not counted.
     Urgent(Option<Arc<dyn Receipt>>),
     Command(oneshot::Sender<Result<Reply, StoreError>>),
@@ -28,6 +28,9 @@ pub(super) enum Waiting {
     /// The word before a publish whose slot is on its way to this node.
     Asking,
 }
+
+/// Set for a publish whose slot is on its way to this node.
+pub(super) type IsAsked = bool;
 
 /// Gives a caller its outcome.
 pub(super) fn answer(receipt: Option<Arc<dyn Receipt>>, outcome: Outcome) {

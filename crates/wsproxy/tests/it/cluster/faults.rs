@@ -49,7 +49,6 @@ async fn a_frozen_master_that_thaws_swallows_no_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "messages of a channel that are on their way together change their order while its slot moves"]
 async fn a_slot_that_moves_forth_and_back_is_not_noticed() {
     let stage = Stage::open().await;
     let moved: Vec<_> = stage.sessions_of(0).into_iter().take(5).collect();
@@ -157,7 +156,8 @@ async fn a_lost_part_disturbs_no_session_elsewhere() {
         let mut client = one.client(session).await;
         one.keep(session, r#"{"elsewhere":true}"#).await;
         assert_eq!(client.json().await["elsewhere"], true);
-        stage.plain_messages_arrive_on(&format!("session:{session}:down")).await;
+        // Plain messages need no slot. A topic of their own, since messages between nodes may come late.
+        stage.plain_messages_arrive_on(&format!("session:plain-{session}:down")).await;
         client.close().await;
     }
     let path = format!("/api/v1/sessions/{lost}/messages?history=true");

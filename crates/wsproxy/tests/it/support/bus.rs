@@ -34,6 +34,8 @@ pub struct TestBus {
     pub store: Store,
     /// Its deliveries.
     pub seen: Recorder,
+    /// Its channels have several servers.
+    pub is_on_cluster: bool,
     /// The server, if it has one of its own.
     pub server: Option<RedisServer>,
     /// The sentinel of that server, if it has one.
@@ -61,7 +63,16 @@ impl TestBus {
             &tasks,
             shutdown.clone(),
         );
-        Self { store: bus.store(), bus, seen, server: None, sentinel: None, tasks, shutdown }
+        Self {
+            store: bus.store(),
+            bus,
+            seen,
+            is_on_cluster: false,
+            server: None,
+            sentinel: None,
+            tasks,
+            shutdown,
+        }
     }
 
     /// A bus on a server of its own.
@@ -84,7 +95,9 @@ impl TestBus {
 
     /// A bus on a Cluster, as a user with all rights.
     pub fn cluster(cluster: &Cluster) -> Self {
-        Self::on(&config(Some(&cluster.admin_url())))
+        let mut bus = Self::on(&config(Some(&cluster.admin_url())));
+        bus.is_on_cluster = true;
+        bus
     }
 
     /// A bus on the server of this configuration.
@@ -100,7 +113,16 @@ impl TestBus {
             shutdown.clone(),
         )
         .unwrap();
-        Self { store: bus.store(), bus, seen, server: None, sentinel: None, tasks, shutdown }
+        Self {
+            store: bus.store(),
+            bus,
+            seen,
+            is_on_cluster: false,
+            server: None,
+            sentinel: None,
+            tasks,
+            shutdown,
+        }
     }
 
     /// The server of its own.
@@ -313,7 +335,7 @@ macro_rules! contract {
             $(#[$on_cluster])* #[tokio::test] async fn all_hold() {
                 let cluster = $crate::support::cluster::Cluster::shared().await;
                 $(
-                    cluster.flush();
+                    cluster.flush().await;
                     eprintln!("{}", stringify!($name));
                     Box::pin(super::$name(super::TestBus::cluster(&cluster))).await;
                 )*

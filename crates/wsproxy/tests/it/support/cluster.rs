@@ -79,11 +79,25 @@ impl Cluster {
         Arc::new(tokio::task::spawn_blocking(Self::start).await.unwrap())
     }
 
-    /// Removes all keys.
-    pub fn flush(&self) {
+    /// Removes all keys, and waits until no message is on its way between two nodes: one that comes later would be taken for
+    /// one of the next case.
+    pub async fn flush(&self) {
         for master in self.masters() {
             self.nodes[master].call(&["FLUSHALL"]);
         }
+        until("no message is on its way", || self.messages("sent") == self.messages("received"))
+            .await;
+    }
+
+    /// Number of messages that the nodes have sent to each other, or received.
+    fn messages(&self, way: &str) -> u64 {
+        let name = format!("cluster_stats_messages_publish_{way}:");
+        let of_node = |node: &Server| {
+            let Answer::Text(info) = node.call(&["CLUSTER", "INFO"]) else { return 0 };
+            let line = info.lines().find_map(|line| line.strip_prefix(&*name)?.trim().parse().ok());
+            line.unwrap_or(0)
+        };
+        self.nodes.iter().map(of_node).sum::<u64>()
     }
 
     /// The URL for the gateway, which names the nodes that began.
