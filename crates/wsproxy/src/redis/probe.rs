@@ -85,8 +85,10 @@ pub(super) enum Returned {
 
 impl Probes {
     /// Creates probes on the instance's own channel.
-    pub(super) fn new(channel: Arc<str>) -> Self {
-        Self { channel, ways: Vec::new() }
+    pub(super) fn new(channel: Arc<str>, now: Instant) -> Self {
+        // The name led here when the instance began.
+        let fresh = Way { route: Route::Fresh, sent: None, last_heard: now };
+        Self { channel, ways: vec![fresh] }
     }
 
     /// Begins anew for another subscribing connection. The proof of [`Route::Fresh`] stays.
@@ -193,12 +195,9 @@ impl Probes {
         self.ways.iter().map(|way| way.last_heard).min()
     }
 
-    /// Forgets the nodes of a Cluster that are no masters any more.
-    pub(super) fn keep(&mut self, mut is_master: impl FnMut(usize) -> bool) {
-        self.ways.retain(|way| match way.route {
-            Route::Node(number) => is_master(number),
-            Route::Publish | Route::Command | Route::Fresh => true,
-        });
+    /// Forgets all but the masters of a Cluster, where a name means nothing.
+    pub(super) fn keep_nodes(&mut self, mut is_master: impl FnMut(usize) -> bool) {
+        self.ways.retain(|way| matches!(way.route, Route::Node(number) if is_master(number)));
     }
 
     /// Returns whether other connections than those of `routes` were heard since a time.
@@ -261,7 +260,7 @@ mod tests {
 
     /// Sends a probe over the publishing connection; returns the probes and the message.
     fn sent() -> (Probes, Publish) {
-        let (mut probes, outlet) = (Probes::new("own".into()), Outlet::default());
+        let (mut probes, outlet) = (Probes::new("own".into(), Instant::now()), Outlet::default());
         outlet.connected(7);
         probes.send(Route::Publish, &outlet, Instant::now());
         let publish = outlet.take().unwrap();
@@ -326,8 +325,23 @@ mod tests {
     }
 
     #[test]
+    fn the_servers_name_is_known_since_the_start() {
+        let start = Instant::now();
+        let (mut probes, outlet) = (Probes::new("own".into(), start), Outlet::default());
+        let late = start + Duration::from_secs(5);
+        probes.renew(late);
+        probes.send(Route::Publish, &outlet, late);
+        assert_eq!(probes.known_until(), Some(start));
+        probes.send(Route::Node(1), &outlet, late);
+        probes.keep_nodes(|number| number == 1);
+        assert_eq!(probes.known_until(), Some(late));
+        probes.keep_nodes(|_| false);
+        assert_eq!(probes.known_until(), None);
+    }
+
+    #[test]
     fn a_node_of_a_cluster_has_time_to_pass_the_probe_on() {
-        let (mut probes, outlet) = (Probes::new("own".into()), Outlet::default());
+        let (mut probes, outlet) = (Probes::new("own".into(), Instant::now()), Outlet::default());
         outlet.connected(7);
         let (start, limit) = (Instant::now(), Duration::from_secs(1));
         probes.send(Route::Node(3), &outlet, start);

@@ -69,7 +69,7 @@ impl RedisReader {
     pub(super) fn new(shared: Arc<RedisShared>, deliver: Box<dyn Deliver>) -> Self {
         let now = Instant::now();
         Self {
-            probes: Probes::new(shared.probe_channel.clone()),
+            probes: Probes::new(shared.probe_channel.clone(), now),
             links: Links::default(),
             scouted: now,
             shared,
@@ -412,7 +412,7 @@ impl RedisReader {
             }
             Nodes::Cluster(cluster) => {
                 let masters = cluster.masters();
-                self.probes.keep(|number| masters.iter().any(|node| node.number == number));
+                self.probes.keep_nodes(|number| masters.iter().any(|node| node.number == number));
                 for node in masters {
                     if node.publishes.link.is_up() {
                         self.probes.send(Route::Node(node.number), &node.publishes.outlet, now);
