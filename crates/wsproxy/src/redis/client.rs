@@ -103,7 +103,10 @@ impl RedisClient {
     pub(crate) async fn command(&self, words: &[&[u8]]) -> Result<Reply, StoreError> {
         match &self.0.nodes {
             Nodes::One(node) => node.commands.command(words).await,
-            Nodes::Cluster(cluster) => cluster.command(words, self.0.response_timeout).await,
+            // Boxed, so that the callers' futures stay small with one server.
+            Nodes::Cluster(cluster) => {
+                Box::pin(cluster.command(words, self.0.response_timeout)).await
+            }
         }
     }
 
@@ -148,7 +151,7 @@ impl RedisClient {
         let node = match &self.0.nodes {
             Nodes::One(node) => node,
             Nodes::Cluster(cluster) => {
-                return cluster.commands(commands, self.0.response_timeout).await;
+                return Box::pin(cluster.commands(commands, self.0.response_timeout)).await;
             }
         };
         let mut spelled = BytesMut::with_capacity(count * COMMAND_BYTES);

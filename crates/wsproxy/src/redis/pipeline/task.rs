@@ -134,6 +134,8 @@ impl PipelineTask {
         let target = self.node.target.clone();
         let mut left = pin!(target.left(&shared, server));
         let pipeline = self.pipeline.clone();
+        // Each turn polls what is asked below.
+        let is_cluster = shared.nodes.cluster().is_some();
         // Takes back an order to end that was meant for an earlier connection.
         let _ = pipeline.condemned.notified().now_or_never();
         pipeline.outlet.connected(connection.birth);
@@ -165,10 +167,10 @@ impl PipelineTask {
                 },
                 () = pipeline.queue.filled(), if room => {}
                 () = pipeline.outlet.nudged() => {}
-                () = pipeline.rerouted.notified() => {
+                () = pipeline.rerouted.notified(), if is_cluster => {
                     self.is_handing_over = self.purpose == Purpose::Publish;
                 }
-                () = until(paused_until) => self.paused_until = None,
+                () = until(paused_until), if is_cluster => self.paused_until = None,
                 () = pipeline.condemned.notified() => return Some(Fault::Probe),
                 _ = ticks.tick() => match watchdog.tick(Instant::now(), connection.last_read) {
                     WatchdogStep::Fine => {}
@@ -176,7 +178,7 @@ impl PipelineTask {
                     WatchdogStep::Dead => return Some(Fault::Silent),
                 },
                 () = &mut left => return Some(Fault::Moved),
-                () = self.node.removed.cancelled() => return Some(Fault::Moved),
+                () = self.node.removed.cancelled(), if is_cluster => return Some(Fault::Moved),
                 () = shared.nodes.requests_end(&shared).cancelled(), if self.ends_at.is_none() => {
                     pipeline.queue.close();
                     self.ends_at = Some(Instant::now() + timeout);
