@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -186,8 +187,9 @@ class Slot:
 class Ear:
     """A subscriber of the channel that all calls publish on."""
 
-    def __init__(self, slot: Slot) -> None:
-        self.nodes = [slot.source, slot.target]
+    def __init__(self, slot: Slot, cluster: Cluster) -> None:
+        # Messages of an earlier case may still be on their way from any of them.
+        self.nodes = cluster.nodes
         client: Any = redis_py.Redis(port=slot.source.port)
         # A client that is let go of ends the connection of its subscriber.
         self.client, self.pubsub = client, client.pubsub()
@@ -196,16 +198,17 @@ class Ear:
 
     def heard(self) -> list[bytes]:
         """All messages until now: nodes deliver their messages in order, so a last one of each tells the end."""
-        found, marks = [], {str(node.port).encode() for node in self.nodes}
-        ends = set(marks)
+        found: list[bytes] = []
+        mark = f"mark:{secrets.token_hex(8)}:"
+        ends = {f"{mark}{node.port}".encode() for node in self.nodes}
         for node in self.nodes:
-            node.client.publish(CHANNEL, node.port)
+            node.client.publish(CHANNEL, f"{mark}{node.port}")
         while ends:
             message = self.pubsub.get_message(timeout=5)
             assert message is not None
             found.append(message["data"])
             ends.discard(message["data"])
-        return [each for each in found if each not in marks]
+        return [each for each in found if not each.startswith(b"mark:")]
 
     def close(self) -> None:
         self.pubsub.close()
@@ -227,7 +230,7 @@ def test_a_script_that_is_refused_has_done_nothing(shared_cluster: Cluster, name
         slot.source.client.execute_command(*each.words())
     keys = slot.keys(slot.source)
     slot.source.client.flushall()
-    with contextlib.closing(Ear(slot)) as ear:
+    with contextlib.closing(Ear(slot, shared_cluster)) as ear:
         for moved in subsets(keys):
             slot.open(before, moved)
             try:
