@@ -25,6 +25,7 @@ from wsproxy import (
     Failure,
     Gap,
     InvalidRequest,
+    Limits,
     Outgoing,
     Receipt,
     RoomMember,
@@ -238,7 +239,7 @@ async def test_scripts_that_all_nodes_forgot_are_sent_again(shared: Cluster, wor
 
 
 @pytest.mark.asyncio
-async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Cluster, worker: Worker) -> None:
+async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Cluster) -> None:
     # Other keys of the slot, so that the move takes a while.
     shared.client.mset({f"{{session:s-1:down}}:other:{number}": "" for number in range(50)})
     first = shared.owner(LOG)
@@ -253,7 +254,12 @@ async def test_history_goes_on_while_its_slot_moves_forth_and_back(shared: Clust
 
     task = asyncio.create_task(move())
     sent, rounds = 0, 0
-    async with worker.stream("s-2", "t-1", flush_interval=0) as stream:
+    # Room for all that a fast machine sends meanwhile.
+    limits = Limits(entries_max=1_000_000, bytes_max=1 << 30)
+    async with (
+        Worker.redis(shared.url, limits=limits) as worker,
+        worker.stream("s-2", "t-1", flush_interval=0) as stream,
+    ):
         while moving:
             await worker.send("s-1", {"n": sent})
             sent += 1
