@@ -427,7 +427,7 @@ def cluster_bus(number: int, quick: bool) -> dict:
             time.sleep(0.5)
             before = [cpu_ns(pid) for _, pid in nodes]
             link.pipeline(commands)
-            # What is still on the bus.
+            # Messages that are still on the bus.
             time.sleep(1)
         spent = [(cpu_ns(pid) - start) / rounds / 1000 for (_, pid), start in zip(nodes, before)]
     figures = {"publishing_us": round(spent[0], 2), "each_other_us": round(sum(spent[1:]) / (number - 1), 2),

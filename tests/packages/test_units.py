@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "deploy/systemd"
-# What each instance has for itself, and what all must share. `StateDirectory` holds an embedded database, which is for one.
+# Settings that each instance has for itself, and those that all must share. `StateDirectory` holds an embedded database, which is for one.
 ONLY_IN_TEMPLATE = {"Description=wsproxy, a WebSocket gateway (%i)", "Environment=WSPROXY_SERVER__REUSE_PORT=true",
                     "Environment=WSPROXY_ADMIN__PORT=909%i", "User=wsproxy"}
 ONLY_IN_UNIT = {"Description=wsproxy, a WebSocket gateway", "StateDirectory=wsproxy", "StateDirectoryMode=0700"}

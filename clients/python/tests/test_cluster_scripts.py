@@ -72,7 +72,7 @@ POSITIONS = Call("room_positions", ROOM, [60_000, "phone", "k1", "car", "here"])
 LANE = Call("tunnel_register", ["tunnel:c1"], ["a1", "boot", 1, "", '{"number":1,"boot_id":"boot","server_id":"gw"',
                                                "{", 60_000, 4, CHANNEL])  # fmt: skip
 
-# What is done before, and the call itself.
+# The calls before it, and the call itself.
 CASES: dict[str, tuple[list[Call], Call]] = {
     "publish: the first message": ([], publish(LOG)),
     "publish: a further message": ([publish(LOG)], publish(LOG)),

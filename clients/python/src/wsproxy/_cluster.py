@@ -304,7 +304,7 @@ class Cluster(Server):
         owner = (moved.host or place[0], moved.port)
         self._owners[moved.slot_id] = owner
         self._nodes |= {owner}
-        # Where one slot has moved, others have; the command need not wait for that.
+        # Others may have moved with this slot; the command need not wait for the answer.
         self._look_later()
         return owner
 
@@ -341,7 +341,7 @@ class Cluster(Server):
         best = max(views, key=lambda each: (each.is_up, each.epoch, votes[each.nodes]))
         self._owners, self._nodes, self._is_up, self._seen = list(best.owners), best.nodes, best.is_up, began
         for place in [each for each in self._clients if each not in self._nodes]:
-            # What waits there for an answer gets none.
+            # Commands that wait for an answer of the node get none.
             await self._clients.pop(place).connection_pool.disconnect()
 
     async def _ask(self, place: Place) -> _View:

@@ -99,12 +99,7 @@ fn check_sentinels(place: &str) -> Result<(), &'static str> {
     if authorities.split(',').count() > SENTINELS_MAX {
         return Err("there are more than 16 sentinels");
     }
-    for authority in authorities.split(',') {
-        if authority.is_empty() {
-            return Err("the host of a sentinel is missing");
-        }
-        check_authority(authority)?;
-    }
+    check_authorities(authorities, "the host of a sentinel is missing")?;
     check_database(database)
 }
 
@@ -114,16 +109,19 @@ fn check_cluster(place: &str) -> Result<(), &'static str> {
     if authorities.split(',').count() > SEEDS_MAX {
         return Err("there are more than 64 nodes: name a few, they know the others");
     }
-    for authority in authorities.split(',') {
-        if authority.is_empty() {
-            return Err("the host of a node is missing");
-        }
-        check_authority(authority)?;
-    }
+    check_authorities(authorities, "the host of a node is missing")?;
     match database {
         "" | "0" => Ok(()),
         _ => Err("a Cluster has database 0 only"),
     }
+}
+
+/// Checks `host[:port][,host[:port]…]`.
+fn check_authorities(authorities: &str, without_host: &'static str) -> Result<(), &'static str> {
+    authorities.split(',').try_for_each(|authority| match authority {
+        "" => Err(without_host),
+        authority => check_authority(authority),
+    })
 }
 
 /// Checks `host[:port]`; the host may be missing.

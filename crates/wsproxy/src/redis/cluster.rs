@@ -151,12 +151,6 @@ impl Cluster {
         homeless
     }
 
-    /// Sends a publish on to the node that serves its slot, ahead of those that wait at the earlier node.
-    fn forward(&self, publish: Publish, to: u16) -> Result<(), Publish> {
-        let node = self.table.read().members[usize::from(to)].node.clone();
-        node.take_over(PipelineRequest::Publish(publish)).map_or(Ok(()), Err)
-    }
-
     /// Takes the answer that a node has given to a publish in place of doing it. Returns the publish if it must be tried
     /// again soon; gives it to another node otherwise.
     pub(super) fn redirected(
@@ -167,7 +161,10 @@ impl Cluster {
     ) -> Result<(), Publish> {
         match redirect {
             Redirect::Moved { slot, to } => match self.moved(*slot, to) {
-                Some(place) if usize::from(place) != at.number => self.forward(publish, place),
+                // Ahead of those that wait at the earlier node.
+                Some(node) if node.number != at.number => {
+                    node.take_over(PipelineRequest::Publish(publish)).map_or(Ok(()), Err)
+                }
                 _ => Err(publish),
             },
             Redirect::Ask(to) => match self.node_at(to) {
@@ -183,18 +180,19 @@ impl Cluster {
         }
     }
 
-    /// Notes the node that serves a slot, as another node tells. Returns its place; `None` if it is not known, or if the
+    /// Notes the node that serves a slot, as another node tells. Returns it; `None` if it is not known, or if the
     /// nodes contradict each other, so that the caller must wait.
-    pub(super) fn moved(&self, slot: u16, to: &RedisEndpoint) -> Option<u16> {
+    pub(super) fn moved(&self, slot: u16, to: &RedisEndpoint) -> Option<Arc<Node>> {
         let Some(place) = self.place_of(to) else {
             self.doubt();
             return None;
         };
-        let from = {
+        let (from, owner) = {
             let mut table = self.table.write();
             let entry = table.slots[usize::from(slot)];
+            let owner = table.members[usize::from(place)].node.clone();
             if entry.owner == place {
-                return Some(place);
+                return Some(owner);
             }
             let now = Instant::now();
             if table.moves.get(&slot).is_some_and(|at| now.duration_since(*at) < CONTRADICTION) {
@@ -202,11 +200,11 @@ impl Cluster {
             }
             table.moves.insert(slot, now);
             table.give(slot, place, entry.epoch);
-            table.members[usize::from(entry.route)].node.clone()
+            (table.members[usize::from(entry.route)].node.clone(), owner)
         };
         from.publishes.reroute();
         self.doubt();
-        Some(place)
+        Some(owner)
     }
 
     /// Returns the slot of the keys that a publish touches; of a plain message that of its channel's log, which keeps the
@@ -256,23 +254,23 @@ impl Cluster {
 
     /// Returns the nodes, masters and replicas.
     pub(super) fn nodes(&self) -> Vec<Arc<Node>> {
-        let table = self.table.read();
-        let present = table.members.iter().filter(|member| member.is_present);
-        present.map(|member| member.node.clone()).collect()
+        self.nodes_where(|member| member.is_present)
     }
 
     /// Returns the nodes that have not failed.
     pub(super) fn living(&self) -> Vec<Arc<Node>> {
-        let table = self.table.read();
-        let living = table.members.iter().filter(|member| member.is_present && !member.is_failed);
-        living.map(|member| member.node.clone()).collect()
+        self.nodes_where(|member| member.is_present && !member.is_failed)
     }
 
     /// Returns the nodes that serve slots.
     pub(super) fn masters(&self) -> Vec<Arc<Node>> {
+        self.nodes_where(|member| member.slots > 0)
+    }
+
+    fn nodes_where(&self, which: impl Fn(&Member) -> bool) -> Vec<Arc<Node>> {
         let table = self.table.read();
-        let masters = table.members.iter().skip(1).filter(|member| member.slots > 0);
-        masters.map(|member| member.node.clone()).collect()
+        let found = table.members.iter().skip(1).filter(|member| which(member));
+        found.map(|member| member.node.clone()).collect()
     }
 
     /// Returns a key that a node serves, made from `stem`; `None` if the node has few slots or none.
@@ -382,8 +380,10 @@ impl Cluster {
         let rerouted = table.rerouted();
         let new = table.starting();
         drop(table);
-        rerouted.iter().for_each(|node| node.publishes.reroute());
-        rerouted.iter().for_each(|node| node.commands.reroute());
+        for node in rerouted {
+            node.publishes.reroute();
+            node.commands.reroute();
+        }
         if has_failed_over {
             self.failed_over.notify_one();
         }
@@ -401,13 +401,10 @@ impl Cluster {
     /// Returns the slots of the nodes with these ids.
     pub(super) fn slots_of(&self, ids: &[Vec<u8>]) -> Slots {
         let table = self.table.read();
+        let named = |member: &Member| ids.iter().any(|id| *id == member.id.as_bytes());
+        let places = (0..table.members.len()).filter(|place| named(&table.members[*place]));
         let mut slots = Slots::default();
-        for slot in 0..SLOTS as u16 {
-            let owner = &table.members[usize::from(table.slots[usize::from(slot)].owner)];
-            if ids.iter().any(|id| *id == owner.id.as_bytes()) {
-                slots.insert(slot);
-            }
-        }
+        places.flat_map(|place| table.slots_at(place)).for_each(|slot| slots.insert(slot));
         slots
     }
 
@@ -421,11 +418,9 @@ impl Cluster {
                 member.node.removed.cancel();
                 tracing::info!(node = %member.endpoint.as_ref().map_or_else(String::new, |at| at.to_string()),
                     "A node has left the Cluster.");
-                for slot in 0..SLOTS as u16 {
-                    if usize::from(table.slots[usize::from(slot)].owner) == place {
-                        table.orphans.insert(slot);
-                        table.give(slot, NOWHERE, 0);
-                    }
+                for slot in table.slots_at(place) {
+                    table.orphans.insert(slot);
+                    table.give(slot, NOWHERE, 0);
                 }
             }
         }
@@ -443,10 +438,8 @@ impl Cluster {
 
     /// Returns the slots of a node.
     pub(super) fn slots_at(&self, number: usize) -> Slots {
-        let table = self.table.read();
         let mut slots = Slots::default();
-        let owned = |slot: &u16| usize::from(table.slots[usize::from(*slot)].owner) == number;
-        (0..SLOTS as u16).filter(owned).for_each(|slot| slots.insert(slot));
+        self.table.read().slots_at(number).into_iter().for_each(|slot| slots.insert(slot));
         slots
     }
 

@@ -169,7 +169,7 @@ fn answer(cluster: &Arc<Cluster>, question: Question, count: Option<u64>) {
     if is_kept && count > 0 {
         publish.keep = Keep::Nothing;
     }
-    // Where none was there, a subscriber that comes in between may get the message twice, and none misses it.
+    // A subscriber that comes while none was counted may get the message twice, and none misses it.
     if !is_kept || count > 0 {
         cluster.count_again(&mut publish, count);
     }

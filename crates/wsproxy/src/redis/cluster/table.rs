@@ -90,10 +90,8 @@ impl Table {
             slots: 0,
         });
         if let Some(known) = known {
-            for slot in 0..SLOTS as u16 {
-                if usize::from(self.slots[usize::from(slot)].owner) == known {
-                    self.give(slot, place, self.slots[usize::from(slot)].epoch);
-                }
+            for slot in self.slots_at(known) {
+                self.give(slot, place, self.slots[usize::from(slot)].epoch);
             }
         }
         Some(place)
@@ -109,6 +107,12 @@ impl Table {
         }
         let is_up = |other: &&Member| other.slots > 0 && other.node.publishes.link.is_up();
         self.members.iter().skip(1).find(is_up).unwrap_or(member)
+    }
+
+    /// Returns the slots that a node serves.
+    pub(super) fn slots_at(&self, place: usize) -> Vec<u16> {
+        let is_owned = |slot: &u16| usize::from(self.slots[usize::from(*slot)].owner) == place;
+        (0..SLOTS as u16).filter(is_owned).collect()
     }
 
     pub(super) fn give(&mut self, slot: u16, place: u16, epoch: u64) {
